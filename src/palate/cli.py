@@ -1,0 +1,374 @@
+"""The `palate` command. Everything heavy is imported inside the commands, so that --help answers at once.
+
+Exit codes: 0 ok, 2 bad input, 3 losses not finite, 4 checkpoint or disk, 130 and 143 signals.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
+
+import typer
+
+from palate.progress import printable
+
+if TYPE_CHECKING:
+    from palate.core import Model
+    from palate.recipe import Recipe
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Align text-to-image models with a preference. Begin with: palate train srpo-emoji",
+)
+MAX_LINES = 12  # of an error message
+
+Run = Annotated[Path, typer.Argument(help="The folder of a run, as runs/NAME.")]
+Words = Annotated[Optional[str], typer.Option(help='Words separated by commas, as "3d, glossy".')]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A published recipe (see `palate recipes`) or the path of a YAML file.")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(help="section.key=value, as trainer.steps=40")] = None,
+    fresh: Annotated[bool, typer.Option(help="Replace a run that is already in run.folder.")] = False,
+) -> None:
+    """Train as a recipe says."""
+    from palate import recipe as recipes
+
+    plan = recipes.read(recipe, overrides or ())
+    folder = Path(plan.run.folder)
+    if fresh:
+        _remove_run(folder)
+    elif (folder / "metrics.jsonl").exists():
+        raise ValueError(
+            f"{folder} already holds a run: continue it with `palate resume {folder}`, choose another run.folder, "
+            "or replace it with --fresh"
+        )
+    _go(plan, resume=False)
+
+
+@app.command()
+def resume(
+    run: Run,
+    overrides: Annotated[
+        Optional[list[str]], typer.Argument(help="Only the length, previews and checkpoints may change: trainer.steps=200")
+    ] = None,
+) -> None:
+    """Continue a run from its newest good checkpoint, as if it had never stopped."""
+    from palate import checkpoint
+    from palate import recipe as recipes
+
+    file = _recipe_file(run)
+    started = recipes.read(str(file))
+    plan = recipes.read(str(file), [*(overrides or ()), f"run.folder={_quoted(run)}"])
+    if recipes.fingerprint(started) != recipes.fingerprint(plan):
+        raise ValueError(
+            "these overrides would change the run itself; when resuming, only trainer.steps, previews, checkpoints, "
+            "threads, sample and evaluate may change. Start a new run for the rest"
+        )
+    if not checkpoint.steps(run / "checkpoints"):
+        raise checkpoint.CheckpointError(f"{run / 'checkpoints'} holds no checkpoint; start the run again with --fresh")
+    _go(plan, resume=True)
+
+
+@app.command()
+def steer(run: Run, positive: Words = None, negative: Words = None) -> None:
+    """Change the control words of a run while it goes on."""
+    from palate.train import steer as change
+
+    change(run, *(None if words is None else _split(words) for words in (positive, negative)))
+    print(f"{printable(str(run))}: the words change at its next step")
+
+
+@app.command()
+def sample(
+    run: Annotated[Optional[Path], typer.Argument(help="A run to sample from; or use --model.")] = None,
+    model: Annotated[Optional[str], typer.Option(help="A model by name (emoji), or the folder of a run.")] = None,
+    prompt: Annotated[Optional[list[str]], typer.Option(help="May be given several times.")] = None,
+    prompts_file: Annotated[Optional[str], typer.Option(help="One prompt a line.")] = None,
+    seeds: Annotated[str, typer.Option(help="As 0-15 or 1,5,9.")] = "0-3",
+    steps: Annotated[Optional[int], typer.Option(min=1, help="Sampling steps; the model's own default if left out.")] = None,
+    guidance: Annotated[Optional[float], typer.Option(min=0.0, help="Classifier-free scale, 1 = off.")] = None,
+    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("samples"),
+) -> None:
+    """Draw images: single PNGs, index.jsonl and a grid (a row a prompt, a column a seed)."""
+    from palate.recipe import read_prompts
+
+    numbers = _numbers(seeds)
+    prompts = list(prompt or ())
+    if any(not text.strip() for text in prompts):
+        raise ValueError("--prompt: got an empty prompt")
+    if prompts_file:
+        prompts += read_prompts(prompts_file)
+    if not prompts:
+        raise ValueError("no prompt: give --prompt or --prompts-file")
+    if (run is None) == (model is None):
+        raise ValueError("give either a run folder or --model, as --model emoji")
+    source = model if model is not None else str(run)
+    plain = source == "emoji" and not Path(source).is_dir()
+    loaded = _base_model() if plain else _trained_model(Path(source))
+
+    from palate.evaluate import generate, pairs, write_samples
+
+    steps = steps or loaded.default_steps
+    guidance = loaded.default_guidance if guidance is None else guidance
+    images = generate(loaded, prompts, numbers, steps=steps, guidance=guidance)
+    words, rows = pairs(prompts, numbers)
+    write_samples(out, images, words, rows, guidance=guidance, steps=steps)
+    _grid(images, len(numbers)).save(out / "grid.png")
+    print(f"{len(images)} images in {printable(str(out))}, all together in {printable(str(out / 'grid.png'))}")
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    prompts_file: Annotated[Optional[str], typer.Option(help="One prompt a line; the recipe's if left out.")] = None,
+    count: Annotated[Optional[int], typer.Option(min=1, help="Prompts to use at most.")] = None,
+    seeds: Annotated[Optional[int], typer.Option(min=1, help="Images a prompt.")] = None,
+) -> None:
+    """Base model against the run's result: same prompts, same seeds, every reward, concepts, diversity, drift."""
+    from palate import recipe as recipes
+
+    plan = recipes.read(str(_recipe_file(run)))
+    source = prompts_file or plan.evaluate.file
+    prompts = None
+    if source:
+        prompts = recipes.spread(recipes.read_prompts(source), count or plan.evaluate.prompts)
+    model = _trained_model(run)
+
+    from palate.evaluate import evaluate_run
+
+    result = evaluate_run(run, prompts=prompts, seeds=tuple(range(seeds or plan.evaluate.seeds)), model=model)
+    _print_evaluation(result)
+
+
+@app.command()
+def compare(run_a: Run, run_b: Run) -> None:
+    """Two runs side by side on the same prompts and seeds."""
+    for run in (run_a, run_b):
+        _recipe_file(run)
+    from palate.report import write_report
+
+    print(f"side by side: {printable(str(write_report(run_a, compare=(run_b,))))}")
+
+
+@app.command()
+def report(run: Run) -> None:
+    """Write the self-contained report.html of a run."""
+    _recipe_file(run)
+    from palate.report import write_report
+
+    print(f"report: {printable(str(write_report(run)))}")
+
+
+@app.command()
+def recipes(show: Annotated[Optional[str], typer.Argument(help="Print this recipe instead of the list.")] = None) -> None:
+    """The published recipes."""
+    from palate.recipe import published, text_of
+
+    if show is not None:
+        print(text_of(show), end="")
+        return
+    for name, summary in published().items():
+        print(f"{name:24} {summary}")
+
+
+@app.command()
+def checkpoints(run: Run) -> None:
+    """List the checkpoints of a run and verify every byte of them."""
+    from palate import checkpoint
+
+    folder = run / "checkpoints"
+    found = checkpoint.steps(folder)
+    if not found:
+        raise checkpoint.CheckpointError(f"{folder} holds no checkpoint")
+    damaged = 0
+    for step in found:
+        path = folder / checkpoint.name(step)
+        problem = checkpoint.verify(path)
+        damaged += problem is not None
+        size = sum(part.stat().st_size for part in path.iterdir()) / 2**20
+        print(f"{path.name}  {size:8.1f} MiB  {printable(problem) if problem else 'ok'}")
+    if damaged:
+        raise checkpoint.CheckpointError(f"{damaged} of {len(found)} checkpoints are damaged; resuming passes them over")
+
+
+# ----------------------------------------------------------------------------------------------------- parts
+
+
+def _go(plan: Recipe, *, resume: bool) -> None:
+    import torch
+
+    from palate import recipe as recipes
+    from palate.checkpoint import check_space, write_atomically
+    from palate.train import train
+
+    folder = Path(plan.run.folder)
+    check_space(folder, need=1 << 20)
+    torch.manual_seed(plan.trainer.seed)  # the LoRA's first weights; nothing later draws from this generator
+    parts = recipes.build(plan)
+    write_atomically(folder / "recipe.yaml", recipes.dump(plan).encode())
+    outcome = train(
+        parts.model,
+        parts.algorithm,
+        parts.reward,
+        parts.prompts,
+        folder=folder,
+        **vars(plan.trainer),
+        preview=parts.preview_prompts,
+        sample_steps=plan.sample.steps,
+        sample_guidance=plan.sample.guidance,
+        latents=parts.latents,
+        identity=recipes.fingerprint(plan),
+        resume=resume,
+    )
+    if outcome.exit_code:
+        print(f"continue with: palate resume {printable(str(folder))}")
+        raise typer.Exit(outcome.exit_code)
+    print(f"{outcome.reason} at step {outcome.step}: {printable(str(folder))}")
+
+
+def _base_model() -> Model:
+    from palate.models.emoji import EmojiModel
+
+    return EmojiModel.load(training="none")
+
+
+def _trained_model(run: Path) -> Model:
+    from palate import recipe as recipes
+    from palate.train import restore_result
+
+    plan = recipes.read(str(_recipe_file(run)))
+    model = recipes.build_model(plan.model)
+    restore_result(model, run, warn=lambda text: print(printable(text), file=sys.stderr))
+    return model
+
+
+def _recipe_file(run: Path) -> Path:
+    file = run / "recipe.yaml"
+    if not file.is_file():
+        raise ValueError(f"{run} is not a run (it holds no recipe.yaml); give the folder of one, as runs/NAME")
+    return file
+
+
+def _remove_run(folder: Path) -> None:
+    """Delete an earlier run; refuses a folder that is not one, whatever the recipe says."""
+    if not folder.exists():
+        return
+    if folder.is_symlink() or not folder.is_dir():
+        raise ValueError(f"run.folder: {folder} is not an ordinary folder")
+    ours = {"recipe.yaml", "environment.json", "metrics.jsonl", "samples", "checkpoints", "adapter", "report.html",
+            "evaluation", "evaluation.json", "control.json", "steering.json", "nonfinite.json"}  # fmt: skip
+    foreign = sorted(p.name for p in folder.iterdir() if p.name not in ours and not p.name.startswith((".tmp-", "compare")))
+    if foreign:
+        raise ValueError(f"run.folder: {folder} also holds {foreign[0]}, which no run wrote; --fresh leaves it alone")
+    shutil.rmtree(folder)
+
+
+def _split(words: str) -> list[str]:
+    return [word.strip() for word in words.split(",") if word.strip()]
+
+
+def _quoted(path: Path) -> str:
+    return "'" + str(path).replace("'", "''") + "'"
+
+
+def _numbers(text: str) -> list[int]:
+    """0-3,8 -> [0, 1, 2, 3, 8]."""
+    numbers: list[int] = []
+    try:
+        for part in text.split(","):
+            first, dash, last = part.partition("-")
+            numbers += range(int(first), int(last if dash else first) + 1)
+            if len(numbers) > 4096:
+                raise ValueError
+    except ValueError as error:
+        raise ValueError(f"--seeds: expected whole numbers as 0-15 or 1,5,9 (at most 4096), got {text!r}") from error
+    if not numbers:
+        raise ValueError(f"--seeds: {text!r} names no seed")
+    return numbers
+
+
+def _grid(images, columns: int):
+    from PIL import Image
+
+    pixels = (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    height, width = pixels.shape[1:3]
+    rows = -(-len(pixels) // columns)
+    grid = Image.new("RGB", (columns * width, rows * height), "white")
+    for i, array in enumerate(pixels):
+        grid.paste(Image.fromarray(array), (i % columns * width, i // columns * height))
+    return grid
+
+
+def _print_evaluation(result: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("", "before", "after", "change", title="base model against the result, same prompts and seeds")
+    for name, metric in result["metrics"].items():
+        if metric.get("value") is None or metric.get("base") is None:
+            continue
+        marked = f"{name} (optimised)" if name.removeprefix("reward/") in result.get("optimised", ()) else name
+        change = metric["value"] - metric["base"]
+        table.add_row(printable(marked), f"{metric['base']:.3f}", f"{metric['value']:.3f}", f"{change:+.3f}")
+    console = Console()
+    console.print(table)
+    verdict = result.get("verdict") or {}
+    for text in (verdict.get("text"), *verdict.get("warnings", ())):
+        if text:
+            console.print(printable(text), markup=False, highlight=False)
+
+
+# ---------------------------------------------------------------------------------------------------- errors
+
+
+def main() -> None:
+    """The entry point: errors that a user can mend take a few lines, --debug shows where they come from."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    try:
+        code = app(arguments or ["--help"], prog_name="palate", standalone_mode=False)
+    except BaseException as error:  # every kind gets its exit code; what is not ours goes on
+        if debug and not isinstance(error, (SystemExit, typer.Exit)):
+            raise
+        _fail(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(error: BaseException) -> NoReturn:
+    if isinstance(error, typer.Exit):
+        sys.exit(error.exit_code)
+    if isinstance(error, (KeyboardInterrupt, typer.Abort)):
+        sys.exit(130)
+    if usage := getattr(error, "format_message", None):  # a mistake in the options, from typer
+        _say(usage() or "no command; see palate --help")
+        sys.exit(2)
+    kind = {base.__module__ + "." + base.__name__ for base in type(error).__mro__}  # without importing torch for it
+    if "palate.train.NonFinite" in kind:
+        code = 3
+    elif "palate.checkpoint.CheckpointError" in kind or isinstance(error, OSError):
+        code = 4
+    elif isinstance(error, ValueError):
+        code = 2
+    else:
+        raise error
+    _say(str(error))
+    sys.exit(code)
+
+
+def _say(message: str) -> None:
+    lines = [printable(line) for line in message.splitlines() if line.strip()] or ["unknown error"]
+    if len(lines) > MAX_LINES:
+        lines = [*lines[:MAX_LINES], f"... and {len(lines) - MAX_LINES} more"]
+    width = max(200, shutil.get_terminal_size((200, 24)).columns * 3)
+    for number, line in enumerate(lines):
+        cut = line if len(line) <= width * 2 else line[: width * 2] + "..."
+        print(("palate: " if number == 0 else "        ") + cut, file=sys.stderr)
+    sys.stderr.flush()
+
+

@@ -1,0 +1,551 @@
+"""Recipes: YAML read into typed dataclasses; every mistake is reported at once, before any weight loads.
+
+`read` gives a checked `Recipe`; `build` turns it into the objects that `palate.train` takes. A published recipe is
+named without its folder or ending (`srpo-emoji`), any other by its path; overrides are `trainer.steps=40`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib.resources
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from palate.core import Algorithm, Model, Reward
+
+YAML_LIMIT = 256 * 1024  # bytes; a recipe is a page of text
+TEXT_LIMIT = 64 * 1024 * 1024  # bytes of a prompt file
+MODELS = ("emoji",)
+ALGORITHMS = ("srpo",)
+EMBEDDED_REWARDS = ("emoji", "emoji-heldout")
+SIMPLE_REWARDS = ("colourfulness", "brightness", "warmth", "saturation", "high_frequency", "jpeg_size")
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PromptList = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+_STRICT = ConfigDict(extra="forbid")
+
+
+class RecipeError(ValueError):
+    """Everything that is wrong with a recipe, a line each."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    __pydantic_config__ = _STRICT
+    folder: Annotated[str, Field(min_length=1)] = "runs/unnamed"
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    __pydantic_config__ = _STRICT
+    name: Literal["emoji"] = "emoji"
+    weights: Literal["lora", "full"] = "lora"
+    lora_rank: Positive = 16
+    lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # None = lora_rank
+    folder: str | None = None  # a diffusers folder; None = the weights in the package
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """One reward by name, or a weighted sum of several."""
+
+    __pydantic_config__ = _STRICT
+    name: Literal[(*EMBEDDED_REWARDS, *SIMPLE_REWARDS)] | None = None
+    weights: dict[Literal[(*EMBEDDED_REWARDS, *SIMPLE_REWARDS)], Annotated[float, Field(allow_inf_nan=False)]] | None = None
+
+
+@dataclass(frozen=True)
+class PromptSettings:
+    """Where prompts come from: a file (a path, or the name of one in the package), a list, or captioned images."""
+
+    __pydantic_config__ = _STRICT
+    file: str | None = None
+    list: PromptList | None = None
+    images: str | None = None  # a folder of captioned images: offline training on them
+    preview: str | None = None  # a file as above; None = spread over the training prompts
+
+
+@dataclass(frozen=True)
+class GuardSettings:
+    """Watches quantities that are NOT optimised, on fixed prompts and seeds, against their values before training."""
+
+    __pydantic_config__ = _STRICT
+    every: Count = 10  # steps between checks; 0 = off
+    prompts: Positive = 48
+    heldout_drop: NonNegative = 0.10  # largest fall of the held-out reward, in its own units
+    concept_drop: NonNegative = 0.05  # largest fall of the share of images that still show the prompt's concept
+    diversity_ratio: Share = 0.80  # smallest diversity, as a share of the base model's
+    best: str | None = None  # the best step: highest in this metric among checks inside every limit; None = the newest
+    action: Literal["stop", "rollback", "warn"] = "stop"
+    rollbacks: Count = 2  # then stop; each one halves the learning rate
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    __pydantic_config__ = _STRICT
+    steps: Positive = 40
+    batch_size: Positive = 16
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-5
+    weight_decay: NonNegative = 1e-4
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    clip_norm: NonNegative = 1.0  # 0 = off
+    warmup: Count = 0  # steps over which the learning rate rises to lr
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0  # 0 = off; else previews and the result use the average
+    seed: Count = 0
+    checkpoint_every: Count = 20  # 0 = only at the end
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2  # beside the guard's best
+    preview_every: Count = 0  # 0 = never; otherwise before, every so many steps, and after
+    preview_prompts: Positive = 16
+    threads: Count = 0  # 0 = torch's own choice
+    guard: GuardSettings = field(default_factory=GuardSettings)
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How previews are sampled. None = the model's own default."""
+
+    __pydantic_config__ = _STRICT
+    steps: Positive | None = None
+    guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateSettings:
+    __pydantic_config__ = _STRICT
+    file: str | None = None  # as prompts.file; None = prompts.preview, else the training prompts
+    prompts: Positive = 64
+    seeds: Positive = 4
+
+
+@dataclass(frozen=True)
+class Recipe:
+    __pydantic_config__ = _STRICT
+    run: RunSettings = field(default_factory=RunSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    algorithm: Any = None  # the algorithm's own settings, SRPOSettings for one
+    reward: RewardSettings = field(default_factory=RewardSettings)
+    prompts: PromptSettings = field(default_factory=PromptSettings)
+    trainer: TrainerSettings = field(default_factory=TrainerSettings)
+    sample: SampleSettings = field(default_factory=SampleSettings)
+    evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+    algorithm_name: str = "srpo"
+
+
+class Parts(NamedTuple):
+    """What a recipe builds: the arguments of `palate.train`."""
+
+    model: Model
+    algorithm: Algorithm
+    reward: Reward
+    prompts: list[str]
+    preview_prompts: list[str]
+    latents: Tensor | None
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def published() -> dict[str, str]:
+    """Name -> first comment line of every recipe in the package."""
+    folder = importlib.resources.files("palate") / "recipes"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    return {f.name[: -len(".yaml")]: f.read_text("utf-8").splitlines()[0].lstrip("# ") for f in files}
+
+
+def text_of(source: str) -> str:
+    """The YAML text of a published recipe or of the file at a path."""
+    if source in published():
+        return (importlib.resources.files("palate") / "recipes" / f"{source}.yaml").read_text("utf-8")
+    path = Path(source)
+    if not path.is_file():
+        known = published()
+        near = difflib.get_close_matches(source, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"published recipes: {', '.join(known)}"
+        raise RecipeError(f"no recipe named {source!r} and no such file; {hint}")
+    return _read_text(path, limit=YAML_LIMIT)
+
+
+def read(source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The checked recipe. Raises RecipeError with every mistake in it, a line each."""
+    return parse(text_of(source), overrides)
+
+
+def parse(text: str, overrides: Sequence[str] = ()) -> Recipe:
+    if len(text.encode()) > YAML_LIMIT:
+        raise RecipeError(f"the recipe is larger than {YAML_LIMIT // 1024} KiB")
+    tree = _mapping(_yaml(text, "recipe"))
+    mistakes: list[str] = []
+    for override in overrides:
+        _override(tree, override, mistakes)
+    recipe = _validate(tree, mistakes)
+    if mistakes:
+        raise RecipeError("\n".join(mistakes))
+    return recipe
+
+
+def dump(recipe: Recipe) -> str:
+    """The complete recipe as YAML, defaults included; `parse` reads it back to an equal one."""
+    return yaml.safe_dump(as_tree(recipe), sort_keys=False, allow_unicode=True)
+
+
+def as_tree(recipe: Recipe) -> dict[str, Any]:
+    tree = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    name = tree.pop("algorithm_name")
+    tree["algorithm"] = {"name": name, **tree["algorithm"]}
+    return tree
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """Hash of what decides the numbers of a run; its length, folder, previews and checkpoints do not."""
+    tree = as_tree(recipe)
+    for key in ("run", "evaluate", "sample"):
+        del tree[key]
+    for key in ("steps", "checkpoint_every", "keep_checkpoints", "preview_every", "preview_prompts", "threads"):
+        del tree["trainer"][key]
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _yaml(text: str, what: str) -> Any:
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise RecipeError(f"the {what} uses YAML aliases (*name), which can grow without limit; write the values out")
+        if twice := _repeated_key(yaml.compose(text, Loader=yaml.SafeLoader)):
+            raise RecipeError(f"{twice.value}: given twice (line {twice.start_mark.line + 1} of the {what}); keep one")
+        return yaml.safe_load(text)
+    except RecipeError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise RecipeError(f"the {what} is not valid YAML{where}: {problem}") from error
+
+
+def _repeated_key(node: yaml.Node | None) -> yaml.Node | None:
+    """The first key that a mapping holds twice, where YAML would silently keep the last."""
+    seen: set[str] = set()
+    below: list[yaml.Node] = node.value if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                return key
+            seen.add(str(key.value))
+            below = [*below, value]
+    return next((found for child in below if (found := _repeated_key(child))), None)
+
+
+def _mapping(tree: Any) -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        got = "nothing" if tree is None else type(tree).__name__
+        raise RecipeError(f"a recipe is a mapping of sections (run, model, algorithm, ...), got {got}")
+    return tree
+
+
+def _override(tree: dict[str, Any], override: str, mistakes: list[str]) -> None:
+    key, equals, value = override.partition("=")
+    names = key.split(".")
+    if not equals or not all(names):
+        mistakes.append(f"{override}: an override is written section.key=value, for example trainer.steps=40")
+        return
+    for position, part in enumerate(names[:-1]):
+        below = tree.setdefault(part, {})
+        if below is None:
+            below = tree[part] = {}
+        if not isinstance(below, dict):
+            mistakes.append(f"{key}: {'.'.join(names[: position + 1])} is a value, not a section")
+            return
+        tree = below
+    try:
+        tree[names[-1]] = _yaml(value, f"value of {key}")
+    except RecipeError as error:
+        mistakes.append(str(error))
+
+
+def check_trainer(values: dict[str, Any]) -> TrainerSettings:
+    """The same checks for settings that come from Python. Raises RecipeError with every mistake."""
+    mistakes: list[str] = []
+    settings = _check(TrainerSettings, values, "", mistakes)
+    if mistakes:
+        raise RecipeError("\n".join(mistakes))
+    return settings
+
+
+def algorithm_settings(name: str) -> type:
+    """The dataclass of an algorithm's hyperparameters."""
+    if name == "srpo":
+        from palate.algorithms.srpo import SRPOSettings
+
+        return SRPOSettings
+    raise KeyError(name)
+
+
+def _validate(tree: dict[str, Any], mistakes: list[str]) -> Recipe | None:
+    rest = {key: value for key, value in tree.items() if key != "algorithm"}
+    for key, value in list(rest.items()):
+        if value is None and key in _SECTIONS:
+            del rest[key]  # an empty section means its defaults
+    algorithm, name = None, None
+    section = tree.get("algorithm")
+    if not isinstance(section, dict):
+        mistakes.append(f"algorithm: expected a mapping with a name, one of {', '.join(ALGORITHMS)}")
+    else:
+        name = section.get("name")
+        if name not in ALGORITHMS:
+            got = "none given" if name is None else f"got {name!r}{_near(str(name), ALGORITHMS)}"
+            mistakes.append(f"algorithm.name: {got}; one of {', '.join(ALGORITHMS)}")
+        else:
+            fields = {key: value for key, value in section.items() if key != "name"}
+            algorithm = _check(algorithm_settings(name), fields, "algorithm.", mistakes)
+    if "algorithm_name" in rest:
+        mistakes.append("algorithm_name: unknown key; did you mean algorithm.name?")
+        del rest["algorithm_name"]
+    recipe = _check(Recipe, rest, "", mistakes)
+    if recipe is None or algorithm is None:
+        return None
+    _check_together(recipe, mistakes)
+    return dataclasses.replace(recipe, algorithm=algorithm, algorithm_name=name)
+
+
+def _check(kind: type, values: dict[str, Any], prefix: str, mistakes: list[str]) -> Any:
+    checked = kind if hasattr(kind, "__pydantic_config__") else checked_dataclass(kind, frozen=True, config=_STRICT)
+    try:
+        made = TypeAdapter(checked).validate_python(values)
+    except ValidationError as error:
+        for problem in error.errors(include_url=False):
+            mistakes.append(_sentence(kind, problem, prefix))
+        return None
+    except ValueError as error:
+        mistakes.append(f"{prefix.rstrip('.') or 'recipe'}: {error}")
+        return None
+    return made if checked is kind else kind(**{f.name: getattr(made, f.name) for f in dataclasses.fields(kind)})
+
+
+def _sentence(kind: type, problem: dict[str, Any], prefix: str) -> str:
+    where = [str(part) for part in problem["loc"]]
+    key = prefix + ".".join(where)
+    if problem["type"] == "unexpected_keyword_argument":
+        valid = [f.name for f in dataclasses.fields(_at(kind, where[:-1])) if f.name != "algorithm_name"]
+        hint = _near(where[-1], valid, prefix + "".join(f"{part}." for part in where[:-1])) or f"; valid keys: {', '.join(valid)}"
+        return f"{key}: unknown key{hint}"
+    key = key.rstrip(".") or "recipe"
+    if problem["type"] == "value_error":  # the settings' own check, which says what it got
+        return f"{key}: {problem['msg'].removeprefix('Value error, ')}"
+    got = repr(problem.get("input"))
+    got = got if len(got) <= 60 else got[:57] + "..."
+    message = problem["msg"]
+    near = ""
+    if problem["type"] == "literal_error" and isinstance(problem.get("input"), str):
+        choices = problem["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+        near = _near(problem["input"], choices)
+    return f"{key}: {message[0].lower()}{message[1:]}, got {got}{near}"
+
+
+def _at(kind: type, where: list[str]) -> type:
+    for part in where:
+        if kind is Recipe:
+            kind = _SECTIONS.get(part, Recipe)
+        elif kind is TrainerSettings and part == "guard":
+            kind = GuardSettings
+    return kind
+
+
+def _near(word: str, known: Sequence[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {prefix}{near[0]}?" if near else ""
+
+
+def _check_together(recipe: Recipe, mistakes: list[str]) -> None:
+    prompts, reward = recipe.prompts, recipe.reward
+    given = [key for key in ("file", "list", "images") if getattr(prompts, key) is not None]
+    if len(given) != 1:
+        got = "none" if not given else " and ".join(f"prompts.{key}" for key in given)
+        mistakes.append(f"prompts: give exactly one of prompts.file, prompts.list, prompts.images; got {got}")
+    if (reward.name is None) == (not reward.weights):
+        mistakes.append("reward: give reward.name, or reward.weights with at least one name and its weight")
+
+
+_SECTIONS = {
+    "run": RunSettings,
+    "model": ModelSettings,
+    "reward": RewardSettings,
+    "prompts": PromptSettings,
+    "trainer": TrainerSettings,
+    "sample": SampleSettings,
+    "evaluate": EvaluateSettings,
+}
+
+
+# ---------------------------------------------------------------------------------------------------- building
+
+
+def build(recipe: Recipe) -> Parts:
+    """Load everything the recipe names. The cheap things that can be wrong come first, the weights last."""
+    captions, images = None, None
+    if recipe.prompts.images is not None:
+        found = captioned_images(Path(recipe.prompts.images))
+        captions = [caption for _, caption in found]
+    prompts = captions or recipe.prompts.list or read_prompts(recipe.prompts.file)
+    preview = read_prompts(recipe.prompts.preview) if recipe.prompts.preview else spread(prompts)
+    model = build_model(recipe.model)
+    reward = build_reward(recipe.reward)
+    latents = None
+    if captions is not None:
+        images = load_images([path for path, _ in found], size=model.image_size)
+        latents = encode_images(model, images)
+    return Parts(
+        model, build_algorithm(recipe), reward, list(prompts), preview[: recipe.trainer.preview_prompts], latents
+    )
+
+
+def build_model(settings: ModelSettings) -> Model:
+    from palate.models.emoji import EmojiModel
+
+    return EmojiModel.load(
+        settings.folder, training=settings.weights, lora_rank=settings.lora_rank, lora_alpha=settings.lora_alpha
+    )
+
+
+def build_algorithm(recipe: Recipe) -> Algorithm:
+    from palate.algorithms.srpo import SRPO
+
+    return SRPO(recipe.algorithm)
+
+
+def build_reward(settings: RewardSettings) -> Reward:
+    if settings.name is not None:
+        return load_reward(settings.name)
+    from palate.rewards.combine import weighted
+
+    return weighted({name: (weight, load_reward(name)) for name, weight in settings.weights.items()})
+
+
+def load_reward(name: str) -> Reward:
+    if name in SIMPLE_REWARDS:
+        from palate.rewards import simple
+
+        return getattr(simple, name)
+    from palate.rewards import emoji
+
+    return emoji.load_reward(name)
+
+
+def read_prompts(source: str) -> list[str]:
+    """Prompts of a text file, one a line; blank lines and lines that begin with # do not count."""
+    path = Path(source)
+    packaged = importlib.resources.files("palate") / "assets" / "prompts" / f"{source.removesuffix('.txt')}.txt"
+    if not path.is_file() and path.name == source and packaged.is_file():
+        text = packaged.read_text("utf-8")
+    elif path.is_file():
+        text = _read_text(path, limit=TEXT_LIMIT)
+    else:
+        raise RecipeError(f"prompt file {source!r} does not exist; give a text file with one prompt a line")
+    lines = [line.strip() for line in text.splitlines()]
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise RecipeError(f"prompt file {source!r} holds no prompt; write one a line")
+    return prompts
+
+
+def spread(prompts: Sequence[str], count: int = 256) -> list[str]:
+    """At most `count` different prompts, evenly spaced over the list."""
+    different = list(dict.fromkeys(prompts))
+    count = min(count, len(different))
+    return [different[i * len(different) // count] for i in range(count)]
+
+
+def captioned_images(folder: Path) -> list[tuple[Path, str]]:
+    """(image, caption) pairs of a folder, sorted by name.
+
+    Captions come from metadata.jsonl ({"file_name", "text"} a line), captions.txt (`name<TAB>caption` a line), or a
+    text file of the image's own stem.
+    """
+    if not folder.is_dir():
+        raise RecipeError(f"prompts.images: {folder} is not a folder")
+    images = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp"))
+    if not images:
+        raise RecipeError(f"prompts.images: {folder} holds no .png, .jpg, .webp or .bmp image")
+    captions = _captions(folder, images)
+    missing = [path.name for path in images if not captions.get(path.name)]
+    if missing:
+        raise RecipeError(
+            f"prompts.images: {len(missing)} of {len(images)} images have no caption, {missing[0]} for one; "
+            f"write {Path(missing[0]).stem}.txt, or a line in captions.txt (name<TAB>caption) or metadata.jsonl"
+        )
+    return [(path, captions[path.name]) for path in images]
+
+
+def _captions(folder: Path, images: list[Path]) -> dict[str, str]:
+    rows: dict[str, str] = {}
+    if (file := folder / "metadata.jsonl").is_file():
+        for number, line in enumerate(_read_text(file, limit=TEXT_LIMIT).splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                rows[str(row["file_name"])] = str(row["text"]).strip()
+            except (ValueError, KeyError, TypeError) as error:
+                raise RecipeError(f'{file}, line {number}: expected {{"file_name": ..., "text": ...}}') from error
+    elif (file := folder / "captions.txt").is_file():
+        for number, line in enumerate(_read_text(file, limit=TEXT_LIMIT).splitlines(), 1):
+            if not line.strip():
+                continue
+            image, tab, caption = line.partition("\t")
+            if not tab:
+                raise RecipeError(f"{file}, line {number}: expected the image's name, a tab, the caption")
+            rows[image.strip()] = caption.strip()
+    else:
+        for path in images:
+            if (own := path.with_suffix(".txt")).is_file():
+                rows[path.name] = " ".join(_read_text(own, limit=TEXT_LIMIT).split())
+    return rows
+
+
+def load_images(paths: Sequence[Path], *, size: int) -> Tensor:
+    """(N, 3, size, size) in [0, 1]; the short side is resized, the middle square cut out."""
+    import numpy as np
+    import torch
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    rows = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise RecipeError(f"cannot read the image {path} ({error}); repair or remove it") from error
+        rows.append(torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255)
+    return torch.stack(rows)
+
+
+def encode_images(model: Model, images: Tensor) -> Tensor:
+    """Latents of all images, once, so that training never runs the encoder."""
+    import torch
+
+    with torch.no_grad():
+        return torch.cat([model.encode(chunk) for chunk in images.split(32)])
+
+
+def _read_text(path: Path, *, limit: int) -> str:
+    try:
+        if path.stat().st_size > limit:
+            raise RecipeError(f"{path} is larger than {limit // 1024} KiB")
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise RecipeError(f"cannot read {path}: {error.strerror}") from error

@@ -1,0 +1,146 @@
+"""Rewards made of rewards.
+
+A reward is a function (images (B, 3, H, W) in [0, 1], B prompts) -> (B,). A two-tower reward also has
+`image_features(images)` and `score(features, prompts)`; what is built from it here runs its image tower once per call,
+however many prompts are compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from palate.core import Reward
+
+TEMPLATE = "{control}. {prompt}"  # SRPO, arXiv 2509.06942: the control word stands before the prompt
+
+
+def with_control(control: str, prompts: Sequence[str], template: str = TEMPLATE) -> list[str]:
+    """The prompts as the reward's text tower sees them; an empty control word leaves them unchanged."""
+    if not control:
+        return list(prompts)
+    return [template.replace("{control}", control).replace("{prompt}", prompt) for prompt in prompts]
+
+
+def score_pair(reward: Reward, images: Tensor, first: Sequence[str], second: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """R(images, first) and R(images, second), (B,) each; the image tower of a two-tower reward runs once."""
+    features, score = _towers(reward)
+    seen = features(images)
+    return score(seen, first), score(seen, second)
+
+
+def relative(favoured: Tensor, other: Tensor, k: float | Tensor = 0.0) -> Tensor:
+    """SRPO's relative preference (1 + k) R1 - R2 = (R1 - R2) + k R1: k is the weight of the absolute reward."""
+    return (1 + k) * favoured - other
+
+
+def interpolated(favoured: Tensor, other: Tensor, k: float | Tensor) -> Tensor:
+    """The paper's CFG-like form (1 - k) R2 + k R1 = R2 + k (R1 - R2): a unit of absolute reward always remains."""
+    return (1 - k) * other + k * favoured
+
+
+def semantic_relative(
+    reward: Reward, positive: str, negative: str, k: float = 0.0, *, template: str = TEMPLATE
+) -> Reward:
+    """(1 + k) R(x, "positive. p") - R(x, "negative. p"): what two prompts share of the reward's bias cancels."""
+
+    def semantic_relative_reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        texts = with_control(positive, prompts, template), with_control(negative, prompts, template)
+        return relative(*score_pair(reward, images, *texts), k)
+
+    return semantic_relative_reward
+
+
+def semantic_interpolated(
+    reward: Reward, positive: str, negative: str, k: float, *, template: str = TEMPLATE
+) -> Reward:
+    """(1 - k) R(x, "negative. p") + k R(x, "positive. p"): the CFG-like reward as the paper prints it."""
+
+    def semantic_interpolated_reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        texts = with_control(positive, prompts, template), with_control(negative, prompts, template)
+        return interpolated(*score_pair(reward, images, *texts), k)
+
+    return semantic_interpolated_reward
+
+
+def noised_relative(reward: Reward, std: float, *, weight: float = 1.0, seed: int = 0) -> Reward:
+    """R(x) - weight R(x + std z), for a reward that reads no text: the noised image is the negative (paper, not code).
+
+    z is standard normal and a function of (seed, images), so that this is a function as well and a resumed run repeats it,
+    while no fixed pattern is there to be learnt. x + std z is not clipped.
+    """
+
+    def noised_relative_reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        digest = hashlib.blake2b(images.detach().float().cpu().numpy().tobytes(), digest_size=7, key=str(seed).encode())
+        generator = torch.Generator().manual_seed(int.from_bytes(digest.digest(), "little"))
+        z = torch.randn(images.shape, generator=generator).to(images)
+        return reward(images, prompts) - weight * reward(images + std * z, prompts)
+
+    return noised_relative_reward
+
+
+def weighted(parts: Mapping[str, tuple[float, Reward]]) -> Reward:
+    """sum of weight R over {"name": (weight, R)}. It is two-tower itself, so relative rewards of it stay cheap."""
+    if not parts:
+        raise ValueError("weighted got no rewards; expected {'name': (weight, reward)} with at least one entry")
+    towers = {name: (weight, *_towers(reward)) for name, (weight, reward) in parts.items()}
+
+    def image_features(images: Tensor) -> dict[str, Any]:
+        return {name: features(images) for name, (_, features, _) in towers.items()}
+
+    def score(seen: dict[str, Any], prompts: Sequence[str]) -> Tensor:
+        return sum(weight * rate(seen[name], prompts) for name, (weight, _, rate) in towers.items())
+
+    return _two_tower(image_features, score)
+
+
+def normalised(reward: Reward, mean: float, std: float) -> Reward:
+    """(R - mean) / std, with the constants of `reward_scale` or of any reference set."""
+    if not std > 0:
+        raise ValueError(f"normalised got std {std}; expected > 0: the reward does not vary on the reference images")
+    features, rate = _towers(reward)
+    return _two_tower(features, lambda seen, prompts: (rate(seen, prompts) - mean) / std)
+
+
+def reward_scale(reward: Reward, images: Tensor, prompts: Sequence[str]) -> tuple[float, float]:
+    """Mean and standard deviation of R over reference images; feed them to `normalised`."""
+    with torch.no_grad():
+        values = reward(images, prompts).double()
+    return float(values.mean()), float(values.std(correction=0))
+
+
+def checked(reward: Reward, name: str) -> Reward:
+    """The same reward, except that a result that is not a finite (B,) tensor raises a ValueError which names it."""
+
+    def check(values: Any, count: int) -> Tensor:
+        if not isinstance(values, Tensor) or values.shape != (count,) or not values.is_floating_point():
+            got = f"{tuple(values.shape)} {values.dtype}" if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(f"reward {name!r} returned {got} for {count} images; expected a float tensor of shape "
+                             f"({count},), one number per image")
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"reward {name!r} returned {int((~torch.isfinite(values)).sum())} values that are not finite "
+                             f"out of {count}; look at its inputs, or compute it in float32")
+        return values
+
+    if hasattr(reward, "image_features") and hasattr(reward, "score"):
+        return _two_tower(reward.image_features, lambda seen, prompts: check(reward.score(seen, prompts), len(prompts)))
+    return lambda images, prompts: check(reward(images, prompts), len(prompts))
+
+
+def _towers(reward: Reward) -> tuple[Callable[[Tensor], Any], Callable[[Any, Sequence[str]], Tensor]]:
+    """image_features and score; a plain reward's features are the images themselves."""
+    if hasattr(reward, "image_features") and hasattr(reward, "score"):
+        return reward.image_features, reward.score
+    return (lambda images: images), reward
+
+
+def _two_tower(image_features: Callable[[Tensor], Any], score: Callable[[Any, Sequence[str]], Tensor]) -> Reward:
+    def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return score(image_features(images), prompts)
+
+    reward.image_features, reward.score = image_features, score
+    return reward

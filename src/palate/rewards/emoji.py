@@ -1,0 +1,78 @@
+"""The embedded rewards, the judge and the exact oracle of the background colour.
+
+"emoji" is what runs optimise. "emoji-heldout" and the judge are other networks, trained apart, and never optimised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import (CLIPModel, PreTrainedTokenizerFast, ResNetForImageClassification,
+                          VisionTextDualEncoderModel)
+
+from palate.core import Reward
+from palate.rewards.clip import ClipReward, preprocess
+from palate.vocabulary import MAX_WORDS, known_words, parse_prompt, vocabulary
+
+__all__ = ["COLOURS", "Judge", "background", "load_reward", "parse_prompt"]
+
+REWARDS = {"emoji": ("reward-emoji", CLIPModel), "emoji-heldout": ("reward-heldout", VisionTextDualEncoderModel)}
+COLOURS = list(vocabulary().colours)
+
+
+def _folder(name: str) -> Path:
+    return Path(str(files("palate") / "assets" / name))
+
+
+def load_reward(name: str) -> Reward:
+    """An embedded reward by name: differentiable cosine(image, prompt), (B,)."""
+    if name not in REWARDS:
+        raise ValueError(f"reward.name got {name!r}; expected one of {', '.join(REWARDS)}")
+    asset, kind = REWARDS[name]
+    folder = _folder(asset)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+
+    def tokenize(prompts: Sequence[str]) -> dict[str, Tensor]:
+        lines = [" ".join(known_words(prompt)) for prompt in prompts]
+        return dict(tokenizer(lines, padding="max_length", max_length=MAX_WORDS + 2, return_tensors="pt",
+                              return_token_type_ids=False))
+
+    return ClipReward(kind.from_pretrained(folder, dtype=torch.float32), tokenize, image_size=64)
+
+
+class Judge:
+    """Names the concept and the style of images. A classifier, trained apart from the rewards."""
+
+    def __init__(self) -> None:
+        self.model = ResNetForImageClassification.from_pretrained(_folder("judge"), dtype=torch.float32)
+        self.model.eval().requires_grad_(False)
+        self.concepts, self.styles = vocabulary().concepts, vocabulary().styles
+
+    def _pooled(self, images: Tensor) -> Tensor:
+        return self.model.resnet(preprocess(images, 64)).pooler_output
+
+    def features(self, images: Tensor) -> Tensor:
+        """Unit vectors (B, D) before the classifier: for diversity and distances."""
+        return F.normalize(self._pooled(images).flatten(1), dim=-1)
+
+    def logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the concepts (B, 104) and of the styles (B, 4)."""
+        return self.model.classifier(self._pooled(images)).split([len(self.concepts), len(self.styles)], dim=-1)
+
+    def concept(self, images: Tensor) -> Tensor:
+        return self.logits(images)[0].argmax(-1)
+
+    def style(self, images: Tensor) -> Tensor:
+        return self.logits(images)[1].argmax(-1)
+
+
+def background(images: Tensor) -> Tensor:
+    """The exact oracle: index into COLOURS of the colour nearest to the border's median, (B,)."""
+    border = torch.cat([images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1]], dim=-1)
+    known = torch.tensor(list(vocabulary().colours.values()), dtype=images.dtype, device=images.device) / 255
+    return torch.cdist(border.median(-1).values, known).argmin(-1)

@@ -1,0 +1,97 @@
+"""Sampling: time grids, the deterministic (DDIM, Euler) and the stochastic sampler, its steps and their log-probability.
+
+One transition serves every schedule. The forward process has a posterior q(x_next | xt, x0) of standard deviation
+    sigma_next sqrt(1 - (alpha sigma_next / (alpha_next sigma))^2),
+and `eta` scales it: 0 is the ODE (DDIM, Euler), 1 the ancestral sampler. Any eta in [0, 1] leaves the marginals of an
+exact model as they are. For a variance-preserving schedule this is DDIM's eta (arXiv 2010.02502, eq. 16).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from palate.core import Cond, Model
+from palate.path import Coefficient, Prediction, move
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """shift t / (1 + (shift - 1) t): spends more steps at high noise when shift > 1 (SD3, arXiv 2403.03206, eq. 23)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def time_grid(steps: int, *, shift: float = 1.0, start: float = 1.0) -> Tensor:
+    """Times (steps + 1,) from `start` down to 0, float64, equal steps before the shift (`start` is a time after it).
+
+    A flow's FlowMatchEulerDiscreteScheduler has the same grid when given sigmas = linspace(1, 1/steps, steps), as FLUX's
+    pipeline does; a DDIMScheduler when timestep_spacing is "trailing".
+    """
+    if steps < 1 or shift <= 0 or not 0 < start <= 1:
+        raise ValueError(f"time_grid got steps {steps}, shift {shift}, start {start}; "
+                         "expected steps >= 1, shift > 0, 0 < start <= 1")
+    first = start / (shift - (shift - 1) * start)  # shift_time(first) == start
+    return shift_time(torch.linspace(first, 0.0, steps + 1, dtype=torch.float64), shift)
+
+
+def transition_std(alpha: Tensor, sigma: Tensor, alpha_next: Tensor, sigma_next: Tensor, eta: float) -> Tensor:
+    """Noise added by one step towards lower noise: eta times the posterior's standard deviation, <= sigma_next."""
+    ratio = alpha * sigma_next / (alpha_next * sigma)
+    return eta * sigma_next * (1 - ratio * ratio).clamp_min(0).sqrt()
+
+
+def stochastic_step(pred: Prediction, alpha: Coefficient, sigma: Coefficient, std: Coefficient, noise: Tensor) -> Tensor:
+    """Sample the next state N(move(pred, alpha, sigma, std), std^2 I) with standard normal `noise`."""
+    return move(pred, alpha, sigma, std) + std * noise
+
+
+def log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """log N(x; mean, std^2 I) in nats, summed over all axes but the first: (B,). std > 0, one value per sample."""
+    if bool((std <= 0).any()):
+        raise ValueError("log_prob got std = 0: a deterministic step has no density; use eta > 0 and leave the step to "
+                         "t = 0 out")
+    per_element = -0.5 * ((x - mean) / std) ** 2 - torch.log(std) - 0.5 * math.log(2 * math.pi)
+    return per_element.flatten(1).sum(1)
+
+
+def sample(
+    model: Model,
+    cond: Cond,
+    noise: Tensor,
+    steps: int,
+    *,
+    guidance: float = 1.0,
+    eta: float = 0.0,
+    shift: float = 1.0,
+    grad_steps: int = 0,
+    weights: str = "policy",
+    rng_noise: Callable[[int], Tensor] | None = None,
+) -> Tensor:
+    """Clean latents (B, C, h, w) from standard normal `noise` of that shape.
+
+    The last `grad_steps` steps carry gradient, the others run under no_grad. `rng_noise(i)` gives the standard normal of
+    step i and is needed when eta > 0, for example `lambda i: rng.normal(f"sde-{i}", model.latent_shape)`.
+    """
+    if not 0 <= grad_steps <= steps:
+        raise ValueError(f"sample got grad_steps {grad_steps} with {steps} steps; expected 0..{steps}")
+    if not 0 <= eta <= 1:
+        raise ValueError(f"sample got eta {eta}; expected 0 (deterministic) to 1 (ancestral)")
+    if eta > 0 and rng_noise is None:
+        raise ValueError("sample got eta > 0 without rng_noise; pass a function of the step index that returns noise")
+    state_dtype = torch.promote_types(noise.dtype, torch.float32)  # levels and state never in half precision
+    times = time_grid(steps, shift=shift).to(noise.device, state_dtype)
+    want_grad = torch.is_grad_enabled()
+    x = noise
+    for i in range(steps):
+        with torch.set_grad_enabled(want_grad and i >= steps - grad_steps):
+            t, t_next = times[i].expand(len(x)), times[i + 1].expand(len(x))
+            alpha_next, sigma_next = model.schedule(t_next)
+            pred = model.predict(x, t, cond, guidance=guidance, weights=weights)
+            if eta == 0:
+                x = move(pred, alpha_next, sigma_next)
+            else:
+                std = transition_std(*model.schedule(t), alpha_next, sigma_next, eta)
+                x = stochastic_step(pred, alpha_next, sigma_next, std, rng_noise(i).to(x))
+    return x

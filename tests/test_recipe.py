@@ -1,0 +1,219 @@
+"""A recipe is checked whole before anything loads: every mistake is named with its key and a remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import palate
+from palate import recipe
+from palate.recipe import RecipeError, TrainerSettings
+
+GOOD = """
+run: {folder: runs/x}
+algorithm: {name: srpo, positive: ["3d"], negative: [flat]}
+reward: {name: emoji}
+prompts: {list: [a dog]}
+"""
+
+# what is wrong, the text or the overrides, words that the message must hold
+HOSTILE = [
+    ("empty", "", [], ["mapping of sections"]),
+    ("a number", "3", [], ["got int"]),
+    ("a list", "- a\n- b", [], ["got list"]),
+    ("a word", "srpo", [], ["got str"]),
+    ("null", "null", [], ["got nothing"]),
+    ("broken YAML", "run: [1, 2", [], ["not valid YAML", "line"]),
+    ("a tab", "run:\n\tfolder: x", [], ["not valid YAML"]),
+    ("python object", "run: !!python/object/apply:os.system ['true']", [], ["not valid YAML"]),
+    ("python name", "a: !!python/name:os.system", [], ["not valid YAML"]),
+    ("unknown tag", "a: !secret 3", [], ["not valid YAML"]),
+    ("two documents", GOOD + "\n---\na: 1", [], ["not valid YAML"]),
+    ("an unhashable key", "? [1]\n: 2", [], ["recipe"]),
+    ("a number as key", GOOD + "\n3: 4", [], ["3"]),
+    ("unknown section", GOOD + "trainr: {steps: 3}", [], ["trainr", "did you mean trainer?"]),
+    ("unknown key", GOOD, ["trainer.stepz=3"], ["trainer.stepz", "did you mean trainer.steps?"]),
+    ("unknown algorithm key", GOOD, ["algorithm.positve=[a]"], ["did you mean algorithm.positive?"]),
+    ("unknown guard key", GOOD, ["trainer.guard.evry=3"], ["did you mean trainer.guard.every?"]),
+    ("a key like no other", GOOD, ["sample.qqqqqq=3"], ["sample.qqqqqq", "valid keys: steps, guidance"]),
+    ("algorithm missing", "prompts: {list: [a]}\nreward: {name: emoji}", [], ["algorithm", "srpo"]),
+    ("algorithm without name", GOOD, ["algorithm.name=null"], ["algorithm.name", "srpo"]),
+    ("algorithm unknown", GOOD, ["algorithm.name=srop"], ["did you mean srpo?"]),
+    ("algorithm a list", GOOD, ["algorithm=[1]"], ["algorithm", "mapping"]),
+    ("dotted import", GOOD, ["algorithm.name=os.system"], ["algorithm.name", "srpo"]),
+    ("reward unknown", GOOD, ["reward.name=emojy"], ["reward.name", "did you mean emoji?"]),
+    ("reward twice", GOOD, ["reward.weights={warmth: 1.0}"], ["reward.name", "reward.weights"]),
+    ("reward none", GOOD, ["reward.name=null"], ["reward.name", "reward.weights"]),
+    ("reward weight unknown", GOOD, ["reward={weights: {warmt: 1.0}}"], ["reward.weights", "warmt"]),
+    ("reward weight not finite", GOOD, ["reward={weights: {warmth: .nan}}"], ["reward.weights.warmth"]),
+    ("prompts none", GOOD, ["prompts={}"], ["exactly one of prompts.file, prompts.list, prompts.images"]),
+    ("prompts two", GOOD, ["prompts.file=a.txt"], ["got prompts.file and prompts.list"]),
+    ("prompts empty", GOOD, ["prompts.list=[]"], ["prompts.list"]),
+    ("prompts numbers", GOOD, ["prompts.list=[1]"], ["prompts.list.0", "string"]),
+    ("prompts an empty one", GOOD, ['prompts.list=[""]'], ["prompts.list.0"]),
+    ("steps zero", GOOD, ["trainer.steps=0"], ["trainer.steps", "greater than or equal to 1"]),
+    ("steps text", GOOD, ["trainer.steps=many"], ["trainer.steps", "integer", "'many'"]),
+    ("steps half", GOOD, ["trainer.steps=1.5"], ["trainer.steps", "integer"]),
+    ("lr negative", GOOD, ["trainer.lr=-1"], ["trainer.lr", "greater than 0"]),
+    ("lr infinite", GOOD, ["trainer.lr=.inf"], ["trainer.lr", "finite"]),
+    ("betas short", GOOD, ["trainer.betas=[0.9]"], ["trainer.betas"]),
+    ("beta one", GOOD, ["trainer.betas=[0.9, 1.0]"], ["trainer.betas.1", "less than 1"]),
+    ("ema one", GOOD, ["trainer.ema_decay=1"], ["trainer.ema_decay", "less than 1"]),
+    ("keep one", GOOD, ["trainer.keep_checkpoints=1"], ["trainer.keep_checkpoints"]),
+    ("seed negative", GOOD, ["trainer.seed=-1"], ["trainer.seed"]),
+    ("guard action", GOOD, ["trainer.guard.action=stpo"], ["trainer.guard.action", "did you mean stop?"]),
+    ("guard ratio", GOOD, ["trainer.guard.diversity_ratio=1.5"], ["trainer.guard.diversity_ratio"]),
+    ("weights", GOOD, ["model.weights=lorra"], ["model.weights", "did you mean lora?"]),
+    ("rank", GOOD, ["model.lora_rank=0"], ["model.lora_rank"]),
+    ("folder empty", GOOD, ["run.folder=''"], ["run.folder"]),
+    ("folder a number", GOOD, ["run.folder=7"], ["run.folder", "string"]),
+    ("control words empty", GOOD, ["algorithm.positive=[]"], ["algorithm", "positive"]),
+    ("window reversed", GOOD, ["algorithm.window=[0.9, 0.1]"], ["algorithm", "window"]),
+    ("branch unknown", GOOD, ["algorithm.branches=[denois]"], ["algorithm.branches.0"]),
+    ("section a value", GOOD, ["trainer=3"], ["trainer", "3"]),
+    ("internal name", GOOD, ["algorithm_name=srpo"], ["algorithm_name", "algorithm.name"]),
+    ("override without value", GOOD, ["trainer.steps"], ["section.key=value"]),
+    ("override without key", GOOD, ["=3"], ["section.key=value"]),
+    ("override with a gap", GOOD, ["trainer..steps=3"], ["section.key=value"]),
+    ("override through a value", GOOD, ["trainer.steps.more=3"], ["trainer.steps", "integer"]),
+    ("override of bad YAML", GOOD, ["trainer.steps=[1"], ["value of trainer.steps", "not valid YAML"]),
+    ("override with an object", GOOD, ["trainer.steps=!!python/object:os.x {}"], ["not valid YAML"]),
+    ("too large", "# " + "x" * recipe.YAML_LIMIT + "\n" + GOOD, [], ["larger than 256 KiB"]),
+    ("a bomb", "\n".join([f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 1}]" for i in range(30)]), [], ["aliases"]),
+    ("a key twice", GOOD + "trainer: {lr: 1.0, steps: 2, lr: 2.0}", [], ["lr", "given twice", "line 6"]),
+    ("deep nesting", "a: " + "[" * 5000, [], ["YAML"]),
+]
+
+
+@pytest.mark.parametrize(("text", "overrides", "words"), [row[1:] for row in HOSTILE], ids=[row[0] for row in HOSTILE])
+def test_bad_input_is_named_in_a_few_lines(text, overrides, words):
+    with pytest.raises(RecipeError) as caught:
+        recipe.parse(text, overrides)
+    message = str(caught.value)
+    assert all(word in message for word in words), message
+    assert len(message.splitlines()) <= 4 and max(map(len, message.splitlines())) < 400, message
+
+
+def test_all_mistakes_come_at_once():
+    overrides = ["trainer.stepz=1", "trainer.lr=-1", "modle.name=x", "reward.name=no", "algorithm.n=zero", "trainer.guard.action=x", "a"]
+    with pytest.raises(RecipeError) as caught:
+        recipe.parse(GOOD, overrides)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 7
+    for key in ("trainer.stepz", "trainer.lr", "modle", "reward.name", "algorithm.n", "trainer.guard.action", "a:"):
+        assert any(line.startswith(key) for line in lines), key
+
+
+def test_overrides_are_yaml_values_and_later_ones_win():
+    made = recipe.parse(GOOD, ["trainer.steps=3", "trainer.steps=7", "algorithm.positive=[a, b]", "trainer.guard.every=0",
+                               "trainer.lr=1.0e-3", "sample.guidance=2.5"])  # fmt: skip
+    assert (made.trainer.steps, made.trainer.lr, made.trainer.guard.every) == (7, 1e-3, 0)
+    assert made.algorithm.positive == ("a", "b") and made.sample.guidance == 2.5
+
+
+@pytest.mark.parametrize("name", sorted(recipe.published()))
+def test_published_recipes_are_valid_and_survive_writing(name):
+    made = recipe.read(name)
+    assert recipe.parse(recipe.dump(made)) == made
+    assert made.run.folder == f"runs/{name}"
+    assert len(recipe.published()[name]) > 20
+
+
+def test_the_released_recipe_has_the_released_numbers():
+    """specs of the authors' HPSv2.1 script: 19 updates of 32 prompts, AdamW 5e-6, weight decay 1e-4, clip 0.1, ..."""
+    made = recipe.read("srpo-emoji-released")
+    t, a = made.trainer, made.algorithm
+    assert (t.steps, t.batch_size, t.lr, t.weight_decay, t.clip_norm, t.betas) == (19, 32, 5e-6, 1e-4, 0.1, (0.9, 0.999))
+    assert (a.rollout_steps, a.shift, a.rollout_guidance, a.guidance, a.noise, a.levels) == (25, 3.0, 1.0, 3.5, "rollout", "released")
+    assert (a.timestep_length, a.groundtruth_ratio, a.train_timestep, a.vis_sampling_step) == (1000, 0.9, (5, 25), 50)
+    assert (a.k_denoise, a.k_inversion, a.hinge) == ((0.1, 0.25), (0.3, 0.01), 0.7)
+
+
+def test_only_what_decides_the_numbers_decides_the_fingerprint():
+    plain = recipe.fingerprint(recipe.parse(GOOD))
+    for harmless in ("run.folder=other", "trainer.steps=999", "trainer.preview_every=3", "trainer.checkpoint_every=1"):
+        assert recipe.fingerprint(recipe.parse(GOOD, [harmless])) == plain
+    for decisive in ("trainer.lr=0.5", "trainer.seed=1", "algorithm.positive=[x]", "prompts.list=[b]", "trainer.guard.every=3"):
+        assert recipe.fingerprint(recipe.parse(GOOD, [decisive])) != plain
+
+
+def test_the_python_interface_has_the_defaults_of_a_recipe():
+    from palate.train import train
+
+    defaults = {f.name: f.default for f in dataclasses.fields(TrainerSettings) if f.name != "guard"}
+    parameters = inspect.signature(train).parameters
+    assert {name: parameters[name].default for name in defaults} == defaults
+    assert callable(palate.train)
+
+
+def test_an_unknown_recipe_lists_the_near_one():
+    with pytest.raises(RecipeError, match="did you mean srpo-emoji?"):
+        recipe.read("srpo-emojy")
+    with pytest.raises(RecipeError, match="published recipes"):
+        recipe.read("/no/such/file.yaml")
+
+
+# ------------------------------------------------------------------------------------------- prompts and images
+
+
+def test_prompt_files(tmp_path):
+    file = tmp_path / "p.txt"
+    file.write_text("# a comment\n a dog \n\na cat\n", "utf-8")
+    assert recipe.read_prompts(str(file)) == ["a dog", "a cat"]
+    file.write_text("\n# only\n")
+    with pytest.raises(RecipeError, match="holds no prompt"):
+        recipe.read_prompts(str(file))
+    file.write_bytes(b"caf\xe9")
+    with pytest.raises(RecipeError, match="not UTF-8"):
+        recipe.read_prompts(str(file))
+    with pytest.raises(RecipeError, match="does not exist"):
+        recipe.read_prompts("../recipe")
+    assert recipe.spread([str(i) for i in range(10)] * 2, 5) == ["0", "2", "4", "6", "8"]
+
+
+@pytest.fixture
+def images(tmp_path):
+    for i, name in enumerate(("b.png", "a.jpg", "c.webp")):
+        Image.fromarray(np.full((12, 20, 3), 40 * (i + 1), np.uint8)).save(tmp_path / name)
+    return tmp_path
+
+
+def test_captions_from_each_of_three_places(images):
+    expected = [("a.jpg", "one"), ("b.png", "two words"), ("c.webp", "three")]
+    for stem, caption in (("a", "one"), ("b", "two\nwords"), ("c", "three")):
+        (images / f"{stem}.txt").write_text(caption)
+    assert [(p.name, c) for p, c in recipe.captioned_images(images)] == expected
+    (images / "captions.txt").write_text("".join(f"{name}\t{caption}\n" for name, caption in expected))
+    assert [(p.name, c) for p, c in recipe.captioned_images(images)] == expected
+    (images / "metadata.jsonl").write_text("".join(json.dumps({"file_name": n, "text": c}) + "\n" for n, c in expected))
+    assert [(p.name, c) for p, c in recipe.captioned_images(images)] == expected
+    loaded = recipe.load_images([p for p, _ in recipe.captioned_images(images)], size=8)
+    assert loaded.shape == (3, 3, 8, 8)
+    torch.testing.assert_close(loaded.mean((1, 2, 3)) * 255, torch.tensor([80.0, 40.0, 120.0]), atol=2.0, rtol=0)
+
+
+def test_images_that_cannot_be_used(images):
+    with pytest.raises(RecipeError, match="3 of 3 images have no caption, a.jpg"):
+        recipe.captioned_images(images)
+    (images / "captions.txt").write_text("a.jpg one\n")
+    with pytest.raises(RecipeError, match="line 1.*a tab"):
+        recipe.captioned_images(images)
+    (images / "metadata.jsonl").write_text('{"file_name": "a.jpg"}\n')
+    with pytest.raises(RecipeError, match="metadata.jsonl, line 1"):
+        recipe.captioned_images(images)
+    whole = (images / "b.png").read_bytes()
+    for broken in (whole[:40], b"", b"not an image", whole[:20] + b"\xff" * 20 + whole[40:]):
+        (images / "b.png").write_bytes(broken)
+        with pytest.raises(RecipeError, match="cannot read the image .*b.png.*repair or remove"):
+            recipe.load_images([images / "a.jpg", images / "b.png"], size=8)
+    (images / "empty").mkdir()
+    with pytest.raises(RecipeError, match="holds no .png"):
+        recipe.captioned_images(images / "empty")
+    with pytest.raises(RecipeError, match="not a folder"):
+        recipe.captioned_images(images / "b.png")

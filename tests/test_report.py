@@ -1,0 +1,259 @@
+"""The report is one inert, self-contained file: what a run's files say is shown, and nothing in them can act."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from palate import evaluate, report
+from palate.report import Line, Mark
+
+HOSTILE = (
+    "<script>alert(1)</script> \"' onload=x {{ 7*7 }} {% raw %} \x1b[31mred \u202eevil \x00 </td><img src=http://x/y>"
+)
+
+
+def sketch(i: int, share: float, size: int = 64) -> Image.Image:
+    """A ball on a coloured ground; `share` adds shading, as a "3d" style would."""
+    ground = [(88, 140, 220), (240, 200, 80), (110, 190, 130), (230, 120, 140), (150, 120, 210), (90, 90, 100)][i % 6]
+    image = Image.new("RGB", (size, size), ground)
+    draw = ImageDraw.Draw(image)
+    x, y, r = 20 + 7 * (i % 4), 26 + 5 * (i % 3), 15 + i % 5
+    for k in range(r, 0, -1):
+        glow = int(90 * share * (1 - k / r))
+        offset = share * (r - k) * 0.35
+        colour = tuple(min(255, c + glow) for c in ((200, 60, 50), (250, 240, 230), (60, 70, 160))[i % 3])
+        draw.ellipse([x - k - offset + 8, y - k - offset + 6, x + k - offset + 8, y + k - offset + 6], fill=colour)
+    return image
+
+
+def pixels(images: list[Image.Image]) -> torch.Tensor:
+    stacked = torch.stack([torch.tensor(list(image.tobytes())).view(64, 64, 3) for image in images])
+    return stacked.permute(0, 3, 1, 2).float() / 255
+
+
+def fake_run(
+    folder,
+    *,
+    prompts=("an apple on a blue background", "a dog", "a fox, small", "a bicycle on green"),
+    seeds=(0,),
+    lift=1.0,
+    steps=5,
+):
+    """A run folder as the trainer leaves it, with an evaluation by stand-in judges."""
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = {
+        "run": {"folder": f"runs/{folder.name}"},
+        "model": {"name": "emoji"},
+        "algorithm": {"name": "srpo", "positive": ["3d"], "negative": ["flat", "outline"]},
+        "reward": {"name": "emoji"},
+        "trainer": {"steps": 40, "batch_size": 16, "lr": 1e-5, "seed": 0},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    (folder / "environment.json").write_text(
+        json.dumps({"python": "3.11", "threads": 2, "versions": {"torch": "2.13.0"}})
+    )
+    words, numbers = evaluate.pairs(prompts, seeds)
+    for k in range(steps):
+        images = pixels([sketch(i, lift * k / (steps - 1)) for i in range(len(words))])
+        evaluate.write_samples(folder / f"samples/step-{10 * k:06d}", images, words, numbers, guidance=3.0, steps=8)
+    rows = []
+    for step in range(41):
+        if step:
+            wave = 0.05 * math.sin(step * 1.7)
+            rows.append(
+                {
+                    "event": "step",
+                    "step": step,
+                    "reward_denoise": lift * step / 40 + wave,
+                    "reward_inversion": 0.3 - 0.2 * step / 40,
+                }
+            )
+        if step == 20:
+            rows.append({"event": "steer", "step": 20, "positive": ["outline"], "negative": ["3d"]})
+        if step % 5 == 0:
+            s = 1 / (1 + math.exp(-(step - 12) / 4)) * lift
+            row = {
+                "event": "guard",
+                "step": step,
+                "verdict": "ok",
+                "reward": 20 + 2 * s,
+                "heldout": 18 + 0.8 * s - 0.6 * s * s,
+            }
+            row |= {
+                "style/3d": 0.1 + 0.8 * s,
+                "style/flat": 0.5 - 0.45 * s,
+                "style/outline": 0.2 - 0.15 * s,
+                "style/noto": 0.2 - 0.2 * s,
+            }
+            row |= {
+                "concept": 0.98 - 0.03 * s,
+                "background": 0.99 - 0.01 * s,
+                "diversity": 0.3 - 0.03 * s,
+                "saturation": 0.5 + 0.02 * s,
+            }
+            if step == 35:
+                row |= {"verdict": "concept fell by 0.06 (limit 0.05)", "action": "rollback"}
+            rows.append(row)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    many = evaluate.pairs(prompts, range(4))
+    for side, share in (("base", 0.0), ("result", lift)):
+        images = pixels([sketch(i, share) for i in range(len(many[0]))])
+        evaluate.write_samples(folder / "evaluation" / side, images, *many, guidance=3.0, steps=8)
+    result = evaluate.evaluate_samples(
+        folder / "evaluation/result", base_folder=folder / "evaluation/base", referee=referee()
+    )
+    result |= {"optimised": ["emoji-relative", "emoji"], "heldout": "emoji-heldout"}
+    result["verdict"] = evaluate.verdict(result["metrics"], result["optimised"], "emoji-heldout")
+    (folder / "evaluation.json").write_text(evaluate.to_json(result))
+    return folder
+
+
+class FakeJudge:
+    styles, concepts = ["3d", "flat"], ["apple", "dog"]
+    features = staticmethod(lambda images: torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(1))
+    concept = staticmethod(lambda images: torch.zeros(len(images), dtype=torch.long))
+    style = staticmethod(lambda images: (images.std((1, 2, 3)) < 0.22).long())
+
+
+def referee():
+    bright = lambda images, prompts: images.mean((1, 2, 3))  # noqa: E731
+    rewards = {
+        "emoji": bright,
+        "emoji-relative": lambda i, p: i.amax((1, 2, 3)),
+        "emoji-heldout": lambda i, p: i[:, 0].std((1, 2)),
+    }
+
+    def parse(prompt):
+        return SimpleNamespace(concept="apple" if "apple" in prompt else None, style=None, background=None)
+
+    return evaluate.Referee(rewards, "emoji-heldout", FakeJudge(), parse, lambda i: torch.zeros(len(i)), ["blue"])
+
+
+class Page(HTMLParser):
+    """Tags, the addresses they load and the text between them."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.sources, self.handlers, self.alts, self.text = [], [], [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attributes if name in ("src", "href", "srcset", "action", "data")]
+        self.handlers += [name for name, _ in attributes if name.startswith("on")]
+        self.alts += [value for name, value in attributes if name == "alt"]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    return fake_run(root / "a"), fake_run(root / "b", lift=0.5)
+
+
+def test_the_report_shows_what_the_run_says(runs):
+    path = report.write_report(runs[0])
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert path == runs[0] / "report.html" and page.text.count("seed 0") >= 4
+    evaluation = json.loads((runs[0] / "evaluation.json").read_text())
+    assert evaluation["verdict"]["text"] in page.text
+    assert page.tags.count("img") == 4 * 5 + 16  # prompts x previews, then 4 worst and 4 best pairs
+    assert page.text.count("optimised") >= 2 and "held out" in page.text
+    assert "+outline −3d" in page.text and "rollback: concept fell by 0.06" in page.text
+    row = re.search(r"emoji-heldout.*?</tr>", text, re.S).group()
+    assert report._number(evaluation["metrics"]["reward/emoji-heldout"]["base"]) in row
+    assert report.write_report(runs[0]).read_text(encoding="utf-8") == text  # deterministic
+
+
+def test_the_page_loads_and_runs_nothing(runs):
+    text = report.write_report(runs[0]).read_text(encoding="utf-8")
+    page = Page(text)
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in text
+    assert not {"script", "link", "iframe", "object", "embed", "form"} & set(page.tags)
+    assert page.handlers == [] and all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert "@import" not in text and "url(" not in text
+    assert len(page.alts) == page.tags.count("img") and all(page.alts)
+
+
+def test_hostile_words_are_shown_and_inert(tmp_path):
+    folder = fake_run(tmp_path / "a", prompts=(HOSTILE, "a dog"))
+    recipe = json.loads((folder / "recipe.yaml").read_text())
+    recipe["algorithm"]["positive"] = [HOSTILE]
+    recipe["reward"]["name"] = HOSTILE.replace("\x00", "")
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    (folder / "environment.json").write_text(json.dumps({HOSTILE: HOSTILE}))
+    with (folder / "metrics.jsonl").open("a") as log:
+        log.write(json.dumps({"event": "steer", "step": 3, "positive": [HOSTILE], "negative": []}) + "\n")
+        log.write(
+            json.dumps({"event": "guard", "step": 4, "verdict": HOSTILE, "action": "stop", f"style/{HOSTILE}": 0.5})
+            + "\n"
+        )
+    for path in (report.write_report(folder), report.write_report(folder, compare=(folder,))):
+        text = path.read_text(encoding="utf-8")
+        page = Page(text)
+        assert "script" not in page.tags and page.handlers == []
+        assert all(source.startswith("data:") for source in page.sources)
+        assert "{{ 7*7 }}" in page.text and "49" not in re.sub(r"\d*\.\d+", "", page.text).split()
+        assert "<script>alert(1)</script>" in page.text  # as text
+        assert not {"\x00", "\x1b", "\u202e"} & set(text) and "\\u202e" in text
+
+
+def test_comparison_needs_the_same_prompts_and_seeds(runs, tmp_path):
+    path = report.write_report(runs[0], compare=(runs[1],))
+    page = Page(path.read_text(encoding="utf-8"))
+    assert path == runs[0] / "compare.html" and page.tags.count("img") == 4 * 3  # base, a, b
+    with pytest.raises(
+        ValueError, match="cannot be paired: prompt of row 0 is 'an apple on a blue background'.*'a cat'"
+    ):
+        report.write_report(runs[0], compare=(fake_run(tmp_path / "c", prompts=("a cat", "a dog")),))
+    with pytest.raises(ValueError, match="cannot be paired: seed of row 0"):
+        report.write_report(runs[0], compare=(fake_run(tmp_path / "d", seeds=(5,)),))
+
+
+def test_a_run_that_has_only_begun_is_reported_and_a_broken_one_is_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: {name: emoji}\n")
+    assert "Not measured yet" in report.write_report(tmp_path).read_text(encoding="utf-8")
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"event": "step", "step": 1, "reward": 0.5}\n{"event": "st'
+    )  # killed while writing
+    assert "Optimised reward" in report.write_report(tmp_path).read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match="recipe.yaml is missing"):
+        report.write_report(tmp_path / "nowhere")
+    folder = fake_run(tmp_path / "run")
+    (folder / "samples/step-000000/0001.png").write_bytes(b"no")
+    with pytest.raises(ValueError, match="0001.png cannot be read"):
+        report.write_report(folder)
+
+
+def test_a_chart_places_values_where_they_belong():
+    svg = str(
+        report.chart("t", [Line("up", [(0, 0.0), (10, 0.5), (20, 1.0)], True)], [Mark(10, "now", "steer")], share=True)
+    )
+    points = [tuple(map(float, p.split(","))) for p in re.search(r'points="([^"]+)"', svg).group(1).split()]
+    right, bottom = report.WIDTH - report.RIGHT, report.HEIGHT - report.BOTTOM
+    assert points[0] == (report.LEFT, bottom) and points[2] == (right, report.TOP)
+    assert points[1] == ((report.LEFT + right) / 2, (bottom + report.TOP) / 2)
+    assert f'class="mark steer" x1="{points[1][0]}"' in svg and 'aria-label="t: up from 0 to 1; step 10: now"' in svg
+    assert report.chart("t", [Line("none", [(0, math.nan)])]) == ""
+
+
+def test_ticks_are_round_and_labels_keep_apart():
+    assert report.ticks(0, 1) == [0, 0.5, 1] and report.ticks(0, 40, 5) == [0, 10, 20, 30, 40]
+    assert report.ticks(-0.13, 0.31) == [0, 0.2]
+    places = report._apart([50, 51, 20, 52, 240], 14, 0, 240)
+    assert (
+        all(b - a >= 14 for a, b in zip(sorted(places), sorted(places)[1:], strict=False))
+        and places[4] == 240
+        and places[2] == 20
+    )

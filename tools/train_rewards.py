@@ -1,0 +1,184 @@
+"""Train the embedded rewards and the judge on composed sprites.
+
+    python tools/train_rewards.py emoji | heldout | judge [--steps 1500] [--seed 1]
+
+emoji    a transformers CLIPModel (ViT and causal text tower): the reward that runs optimise
+heldout  a VisionTextDualEncoderModel (Swin and BERT): never optimised, another architecture, data order and seed
+judge    a ResNetForImageClassification: names concept and style
+
+Contrastive loss (InfoNCE) with two hard negatives an image: its caption with a wrong style, and with a wrong background.
+Captions that are true of another image of the batch are no negatives of it. Images are blurred, noised and passed
+through the autoencoder at random, so that a score does not hang on pixels that no sampler makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderTiny
+from torch import Tensor
+from transformers import (BertConfig, BertModel, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, ResNetConfig,
+                          ResNetForImageClassification, SwinConfig, SwinModel, VisionTextDualEncoderConfig,
+                          VisionTextDualEncoderModel)
+
+from data import ASSETS, Samples, compose, load_sprites
+from palate.vocabulary import Caption, parse_prompt, vocabulary
+from train_base import LENGTH, build_tokenizer, tokenize
+
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).reshape(1, 3, 1, 1)
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).reshape(1, 3, 1, 1)
+
+
+def build(which: str, words: int) -> torch.nn.Module:
+    vocab = vocabulary()
+    if which == "emoji":
+        text = CLIPTextConfig(vocab_size=words, hidden_size=96, intermediate_size=256, num_hidden_layers=2,
+                              num_attention_heads=4, max_position_embeddings=LENGTH, hidden_act="gelu",
+                              pad_token_id=0, bos_token_id=1, eos_token_id=3)
+        vision = CLIPVisionConfig(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+                                  image_size=64, patch_size=8, hidden_act="gelu")
+        return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=96))
+    if which == "heldout":
+        text = BertConfig(vocab_size=words, hidden_size=96, intermediate_size=256, num_hidden_layers=2,
+                          num_attention_heads=3, max_position_embeddings=LENGTH, pad_token_id=0,
+                          hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        vision = SwinConfig(image_size=64, patch_size=4, embed_dim=48, depths=[1, 2, 1], num_heads=[3, 4, 6],
+                            window_size=4, mlp_ratio=3.0, drop_path_rate=0.0)
+        config = VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=96)
+        return VisionTextDualEncoderModel(config, SwinModel(vision), BertModel(text))
+    labels = [*vocab.concepts, *vocab.styles]
+    return ResNetForImageClassification(ResNetConfig(
+        embedding_size=32, hidden_sizes=[48, 96, 160], depths=[1, 1, 1], layer_type="basic", num_labels=len(labels),
+        id2label=dict(enumerate(labels)), label2id={label: k for k, label in enumerate(labels)}))
+
+
+def weather(images: Tensor, generator: torch.Generator, vae: AutoencoderTiny | None) -> Tensor:
+    """Images as samplers may leave them: a third decoded, a third blurred, a third noisy, in all combinations."""
+    def some(share: float) -> Tensor:
+        return (torch.rand(len(images), 1, 1, 1, generator=generator) < share).float()
+
+    if vae is not None:
+        part = len(images) // 3
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            latents = vae.encode(images[:part] * 2 - 1).latents.float()
+            latents = latents + 0.2 * torch.rand(part, 1, 1, 1, generator=generator) * torch.randn(
+                latents.shape, generator=generator)
+            decoded = vae.decode(latents).sample.float().add(1).div(2).clamp(0, 1)
+        images = torch.cat([decoded, images[part:]])
+    blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    images = torch.lerp(images, blurred, some(0.33) * torch.rand(len(images), 1, 1, 1, generator=generator))
+    noise = 0.12 * torch.rand(len(images), 1, 1, 1, generator=generator) * some(0.33)
+    return (images + noise * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+
+
+def true_of(captions: list[Caption], samples: Samples) -> Tensor:
+    """(images, captions) bool: every thing the caption names is so in the image."""
+    vocab = vocabulary()
+    colours = list(vocab.colours)
+    concept = torch.tensor([vocab.concepts.index(c.concept) for c in captions])
+    style = torch.tensor([vocab.styles.index(c.style) if c.style else -1 for c in captions])
+    colour = torch.tensor([colours.index(c.background) if c.background else -1 for c in captions])
+    return ((samples.concept[:, None] == concept) & ((style == -1) | (samples.style[:, None] == style))
+            & ((colour == -1) | (samples.colour[:, None] == colour)))
+
+
+def hard_negatives(caption: str, rng: np.random.Generator) -> list[str]:
+    """The caption with a wrong style, and with a wrong background."""
+    vocab, seen = vocabulary(), parse_prompt(caption)
+    wrong_style = str(rng.choice([s for s in vocab.styles if s != seen.style]))
+    wrong_colour = str(rng.choice([c for c in vocab.colours if c != seen.background]))
+    first = caption.replace(seen.style, wrong_style) if seen.style else f"{wrong_style}. {caption}"
+    second = (caption.replace(f"on a {seen.background}", f"on a {wrong_colour}").replace(
+        f"on {seen.background}", f"on {wrong_colour}") if seen.background else f"{caption} on a {wrong_colour} background")
+    return [first, second]
+
+
+def features(model: torch.nn.Module, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    image = model.get_image_features(pixel_values=pixels).pooler_output
+    text = model.get_text_features(input_ids=ids, attention_mask=(ids != 0).long()).pooler_output
+    return F.normalize(image.float().flatten(1), dim=-1), F.normalize(text.float(), dim=-1)
+
+
+def contrastive(model, samples: Samples, pixels: Tensor, tokenizer, rng: np.random.Generator) -> tuple[Tensor, dict]:
+    wrong = [hard_negatives(c, rng) for c in samples.captions]
+    texts = samples.captions + [w[0] for w in wrong] + [w[1] for w in wrong]
+    image, text = features(model, pixels, tokenize(tokenizer, texts))
+    logits = model.logit_scale.clamp(max=math.log(50)).exp() * image @ text.T
+    count = len(samples.captions)
+    also_true = true_of([parse_prompt(c) for c in texts], samples)
+    also_true[torch.arange(count), torch.arange(count)] = False
+    logits = logits.masked_fill(also_true, -torch.inf)
+    target = torch.arange(count)
+    loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :count].T, target)) / 2
+    own = logits[target, target]
+    named = torch.tensor([parse_prompt(c).style is not None for c in samples.captions])
+    return loss, {"top1": (logits.argmax(1) == target).float().mean(),
+                  "style": (own > logits[target, count + target])[named].float().mean(),
+                  "background": (own > logits[target, 2 * count + target]).float().mean()}
+
+
+def classify(model, samples: Samples, pixels: Tensor) -> tuple[Tensor, dict]:
+    logits = model(pixels).logits
+    concepts = len(vocabulary().concepts)
+    loss = F.cross_entropy(logits[:, :concepts], samples.concept) + F.cross_entropy(logits[:, concepts:], samples.style)
+    return loss, {"concept": (logits[:, :concepts].argmax(1) == samples.concept).float().mean(),
+                  "style": (logits[:, concepts:].argmax(1) == samples.style).float().mean()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("which", choices=["emoji", "heldout", "judge"])
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--vae", type=Path, default=Path(".cache/autoencoder/vae"))
+    args = parser.parse_args()
+
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)
+    sprites, tokenizer = load_sprites(), build_tokenizer()
+    vae = AutoencoderTiny.from_pretrained(args.vae).eval() if args.vae.exists() else None
+    model = build(args.which, len(tokenizer)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.02)
+    start, log = time.time(), []
+
+    def evaluate(samples: Samples, step: int, clean: bool = False) -> tuple[Tensor, dict]:
+        pixels = ((samples.images if clean else weather(samples.images, generator, vae)) - MEAN) / STD
+        if args.which == "judge":
+            return classify(model, samples, pixels)
+        return contrastive(model, samples, pixels, tokenizer, np.random.default_rng((args.seed, 3, step)))
+
+    for step in range(1, args.steps + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1, step / 100) * (0.51 + 0.49 * math.cos(math.pi * step / args.steps))
+        samples = compose(np.random.default_rng((args.seed, 2, step)), sprites, args.batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, metrics = evaluate(samples, step)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        log.append({name: value.item() for name, value in ({"loss": loss} | metrics).items()})
+        if step % 50 == 0:
+            recent = {name: round(np.mean([row[name] for row in log[-50:]]), 4) for name in log[-1]}
+            print(f"step {step} {(time.time() - start) / 60:.1f} min {recent}", flush=True)
+    model.eval()
+    with torch.no_grad():
+        totals = [evaluate(compose(np.random.default_rng((args.seed, 4, k)), sprites, 96), k, clean=k % 2 == 0)[1]
+                  for k in range(12)]
+    print("held-out", {name: round(float(np.mean([t[name] for t in totals])), 4) for name in totals[0]})
+    folder = ASSETS / ("judge" if args.which == "judge" else f"reward-{args.which}")
+    model.half().save_pretrained(folder)
+    if args.which != "judge":
+        tokenizer.save_pretrained(folder)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters -> {folder}")
+
+
+if __name__ == "__main__":
+    main()
