@@ -128,6 +128,11 @@ def test_bootstrap_covers_the_known_mean_about_as_often_as_it_says():
         low, high = evaluate.bootstrap_interval(3 + torch.randn(60, generator=generator), resamples=400, seed=trial)
         hits += low <= 3 <= high
     assert 87 <= hits <= 99  # 95 expected, sd 2.2
+    values = torch.randn(4000, generator=generator, dtype=torch.float64)
+    low, high = evaluate.bootstrap_interval(values)
+    assert high - low == pytest.approx(
+        2 * 1.96 * values.std().item() / 4000**0.5, rel=0.06
+    )  # a 90 % one is 16 % narrower
 
 
 def test_bootstrap_is_paired_seeded_and_resamples_whole_groups():
@@ -177,7 +182,14 @@ def test_evaluation_by_hand():
     assert metrics["background"]["value"] == 0.5
     assert metrics["reward/emoji-heldout"]["change"] == pytest.approx((0 + 0 - 0.9) / 3, abs=1e-6)
     assert result.rows[1]["feature_distance"] == 0.0 and "background" not in result.rows[2]
-    assert json.loads(evaluate.to_json(result.to_dict()))["images"] == 3
+    assert list(json.loads(evaluate.to_json(result.to_dict()))) == [
+        "drift",
+        "images",
+        "metrics",
+        "prompts",
+        "rows",
+        "seeds",
+    ]
 
 
 def test_a_bad_reward_is_named():

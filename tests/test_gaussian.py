@@ -77,21 +77,24 @@ def test_guidance_moves_the_mean():
     torch.testing.assert_close(guided.x0, gaussian_prediction(x, MU + 3 * (cat - MU), 0.6, *flow_schedule(T)).x0)
 
 
-def test_what_trains_and_what_it_does():
-    model = GaussianModel(MU, 0.6, trains=("mean", "log_std", "velocity", "linear"), networks=("policy", "assistant"))
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_what_trains_and_what_it_does(name):
+    schedule = SCHEDULES[name]
+    model = GaussianModel(MU, 0.6, schedule=schedule, trains=("mean", "log_std", "velocity", "linear"),
+                          networks=("policy", "assistant"))
     x, cond = torch.randn(3, 1, 2, 2, dtype=torch.float64), model.encode_prompts([""] * 3)
     truth = model.predict(x, T, cond, weights="reference")
     torch.testing.assert_close(model.predict(x, T, cond).x0, truth.x0)
     mean, log_std, velocity, linear = model.parameters("policy")
     with torch.no_grad():
         mean.add_(0.5), log_std.add_(0.1)
-        moved = gaussian_prediction(x, MU + 0.5, 0.6 * torch.tensor(0.1, dtype=torch.float64).exp(), *flow_schedule(T))
+        moved = gaussian_prediction(x, MU + 0.5, 0.6 * torch.tensor(0.1, dtype=torch.float64).exp(), *schedule(T))
         torch.testing.assert_close(model.predict(x, T, cond).x0, moved.x0)
         velocity.add_(0.25), linear.copy_(torch.arange(16.0).view(4, 4))
         pred = model.predict(x, T, cond)
         delta = 0.25 + (x.view(3, 4) @ torch.arange(16.0, dtype=torch.float64).view(4, 4).T).view_as(x)
         torch.testing.assert_close((pred.eps - pred.x0) - (moved.eps - moved.x0), delta)
-        torch.testing.assert_close(add_noise(*pred, *flow_schedule(T)), x)
+        torch.testing.assert_close(add_noise(*pred, *schedule(T)), x)
         for weights in ("reference", "assistant"):
             torch.testing.assert_close(model.predict(x, T, cond, weights=weights).x0, truth.x0)
     assert model.parameters("reference") == []

@@ -196,7 +196,16 @@ def test_hostile_words_are_shown_and_inert(tmp_path):
     with (folder / "metrics.jsonl").open("a") as log:
         log.write(json.dumps({"event": "steer", "step": 3, "positive": [HOSTILE], "negative": []}) + "\n")
         log.write(
-            json.dumps({"event": "guard", "step": 4, "verdict": HOSTILE, "action": "stop", f"style/{HOSTILE}": 0.5})
+            json.dumps(
+                {
+                    "event": "guard",
+                    "step": 4,
+                    "verdict": "\x1b\x00\u202e" + HOSTILE,
+                    "action": "stop",
+                    "style/\x1b[0m": 0.1,
+                    f"style/{HOSTILE}": 0.5,
+                }
+            )
             + "\n"
         )
     for path in (report.write_report(folder), report.write_report(folder, compare=(folder,))):

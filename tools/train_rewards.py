@@ -14,6 +14,7 @@ through the autoencoder at random, so that a score does not hang on pixels that 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (BertConfig, BertModel, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, ResNetConfig,
                           ResNetForImageClassification, SwinConfig, SwinModel, VisionTextDualEncoderConfig,
@@ -75,6 +77,31 @@ def weather(images: Tensor, generator: torch.Generator, vae: AutoencoderTiny | N
     images = torch.lerp(images, blurred, some(0.33) * torch.rand(len(images), 1, 1, 1, generator=generator))
     noise = 0.12 * torch.rand(len(images), 1, 1, 1, generator=generator) * some(0.33)
     return (images + noise * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+
+
+@torch.no_grad()
+def build_pool(count: int, vae_folder: Path, path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """`count` weathered images (uint8), what they show, and their captions; made once and kept beside `path`."""
+    captions_path = path.with_suffix(".json")
+    if not captions_path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sprites, vae, parts, captions = load_sprites(), AutoencoderTiny.from_pretrained(vae_folder).eval(), [], []
+        generator = torch.Generator().manual_seed(0)
+        for chunk in range(count // 120):
+            samples = compose(np.random.default_rng((11, chunk)), sprites, 120)
+            images = weather(samples.images, generator, vae).mul(255).round().byte()
+            parts.append((images, samples.concept, samples.style, samples.colour))
+            captions += samples.captions
+        pool = {name: torch.cat([part[k] for part in parts])
+                for k, name in enumerate(("images", "concept", "style", "colour"))}
+        save_file(pool, path)
+        captions_path.write_text(json.dumps(captions))
+    return load_file(path), json.loads(captions_path.read_text())
+
+
+def draw(pool: dict[str, Tensor], captions: list[str], rows: np.ndarray) -> Samples:
+    return Samples(pool["images"][rows].float() / 255, [captions[k] for k in rows], pool["concept"][rows],
+                   pool["style"][rows], pool["colour"][rows])
 
 
 def true_of(captions: list[Caption], samples: Samples) -> Tensor:
@@ -135,29 +162,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("which", choices=["emoji", "heldout", "judge"])
     parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--pool", type=int, default=20_400)
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--vae", type=Path, default=Path(".cache/autoencoder/vae"))
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    generator = torch.Generator().manual_seed(args.seed)
-    sprites, tokenizer = load_sprites(), build_tokenizer()
-    vae = AutoencoderTiny.from_pretrained(args.vae).eval() if args.vae.exists() else None
+    tokenizer = build_tokenizer()
+    pool, captions = build_pool(args.pool, args.vae, Path(".cache/rewards/pool.safetensors"))
+    held_out = 1000  # of the pool, for the figures at the end
+    order = np.random.default_rng((args.seed, 2))
     model = build(args.which, len(tokenizer)).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.02)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.02)
     start, log = time.time(), []
 
-    def evaluate(samples: Samples, step: int, clean: bool = False) -> tuple[Tensor, dict]:
-        pixels = ((samples.images if clean else weather(samples.images, generator, vae)) - MEAN) / STD
+    def evaluate(samples: Samples, step: int) -> tuple[Tensor, dict]:
+        pixels = (samples.images - MEAN) / STD
         if args.which == "judge":
             return classify(model, samples, pixels)
         return contrastive(model, samples, pixels, tokenizer, np.random.default_rng((args.seed, 3, step)))
 
     for step in range(1, args.steps + 1):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1, step / 100) * (0.51 + 0.49 * math.cos(math.pi * step / args.steps))
-        samples = compose(np.random.default_rng((args.seed, 2, step)), sprites, args.batch)
+            group["lr"] = args.lr * min(1, step / 100) * (0.51 + 0.49 * math.cos(math.pi * step / args.steps))
+        samples = draw(pool, captions, order.integers(held_out, len(captions), args.batch))
         with torch.autocast("cpu", torch.bfloat16):
             loss, metrics = evaluate(samples, step)
         optimizer.zero_grad()
@@ -165,13 +195,12 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         log.append({name: value.item() for name, value in ({"loss": loss} | metrics).items()})
-        if step % 50 == 0:
-            recent = {name: round(np.mean([row[name] for row in log[-50:]]), 4) for name in log[-1]}
+        if step % 25 == 0:
+            recent = {name: round(float(np.mean([row[name] for row in log[-25:]])), 4) for name in log[-1]}
             print(f"step {step} {(time.time() - start) / 60:.1f} min {recent}", flush=True)
     model.eval()
     with torch.no_grad():
-        totals = [evaluate(compose(np.random.default_rng((args.seed, 4, k)), sprites, 96), k, clean=k % 2 == 0)[1]
-                  for k in range(12)]
+        totals = [evaluate(draw(pool, captions, np.arange(k, k + 100)), k)[1] for k in range(0, held_out, 100)]
     print("held-out", {name: round(float(np.mean([t[name] for t in totals])), 4) for name in totals[0]})
     folder = ASSETS / ("judge" if args.which == "judge" else f"reward-{args.which}")
     model.half().save_pretrained(folder)

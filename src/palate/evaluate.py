@@ -623,8 +623,8 @@ def evaluate_run(
     referee: Referee | None = None,
 ) -> dict[str, Any]:
     """Base model against the run's result on prompts x seeds from the same noise: every reward with the optimised one
-    marked, a verdict, the images. Writes evaluation/{base,result}/ and evaluation.json into the run folder; returns the latter.
-    None = what the recipe's evaluate section says."""
+    marked, a verdict, the images. Writes evaluation/{base,result}/ and evaluation.json into the run folder and returns
+    the latter. None = what the recipe's evaluate section says."""
     run_folder = Path(run_folder)
     recipe = read_recipe(run_folder)
     settings = recipe.get("evaluate") or {}

@@ -1,0 +1,152 @@
+"""SRPO on the embedded model: three word pairs, ablations, and a swap of words, with held-out judges.
+
+    python benchmarks/srpo.py pairs      --seeds 0 1 2
+    python benchmarks/srpo.py ablations  --seeds 0 1 2
+    python benchmarks/srpo.py table                      # print what has been measured
+
+Each row trains the published recipe with the overrides named here, and judges 208 prompts without a style word, two images
+each, against the base model from the same noise. A result that is already in --results is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from palate import recipe
+from palate.evaluate import Referee, drift, embedded_referee, evaluate_images, generate, pairs, quantise
+from palate.rewards.combine import score_pair, with_control
+from palate.train import train
+
+SEEDS_PER_PROMPT = (0, 1)
+RUNS: dict[str, dict[str, tuple[str, list[str]]]] = {
+    "pairs": {
+        "3d against flat, outline": ("srpo-emoji", []),
+        "cartoon against outline": ("srpo-emoji-cartoon", []),
+        "outline against 3d": ("srpo-emoji-outline", []),
+    },
+    "ablations": {
+        "default": ("srpo-emoji", []),
+        "no inversion branch": ("srpo-emoji", ["algorithm.branches=[denoise]"]),
+        "early window": ("srpo-emoji", ["algorithm.window=[0.7, 0.98]"]),
+        "late window": ("srpo-emoji", ["algorithm.window=[0.02, 0.35]"]),
+        "full window": ("srpo-emoji", ["algorithm.window=[0.02, 0.98]"]),
+        "rollout noise": ("srpo-emoji", ["algorithm.noise=rollout"]),
+        "absolute reward": ("srpo-emoji", ["algorithm.preference=absolute", "algorithm.branches=[denoise]"]),
+        "absolute, both branches": ("srpo-emoji", ["algorithm.preference=absolute"]),
+        "no anchor": ("srpo-emoji", ["algorithm.anchor=0"]),
+    },
+}
+
+
+def measure(name: str, overrides: list[str], seed: int, referee: Referee, cache: dict) -> dict:
+    """Train without guard, previews or checkpoints, then judge the result."""
+    plan = recipe.read(name, [*overrides, f"trainer.seed={seed}", "trainer.guard.every=0", "trainer.preview_every=0",
+                              "trainer.checkpoint_every=0"])
+    torch.manual_seed(seed)
+    parts = recipe.build(plan)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        train(parts.model, parts.algorithm, parts.reward, parts.prompts, folder=folder, **vars(plan.trainer),
+              progress=False)
+    seconds = time.perf_counter() - began
+
+    prompts = recipe.read_prompts("emoji-eval")
+    words, seeds = pairs(prompts, SEEDS_PER_PROMPT)
+    if "base" not in cache:
+        cache["base"] = quantise(generate(parts.model, prompts, SEEDS_PER_PROMPT, weights="reference"))
+    images = quantise(generate(parts.model, prompts, SEEDS_PER_PROMPT))
+    positive, negative = plan.algorithm.positive, plan.algorithm.negative
+    rewards = dict(referee.rewards)
+    rewards.pop("jpeg_size")
+    judged = evaluate_images(images, words, seeds, rewards=rewards, judge=referee.judge, parse=referee.parse,
+                             background=referee.background, colours=referee.colours, base=cache["base"]).summary
+    metrics = judged["metrics"]
+    row = {"seconds": seconds, "drift": judged["drift"]}
+    for key in (f"style/{positive[0]}", "concept", "background"):
+        short = "style" if key.startswith("style/") else key
+        row[short], row[f"{short}_base"] = metrics[key]["value"], metrics[key]["base"]
+    row["diversity"] = metrics["diversity"]["value"] / metrics["diversity"]["base"]
+    with torch.no_grad():
+        for reward in ("emoji", "emoji-heldout"):  # the relative preference, on the images of both models
+            change = []
+            for side in (cache["base"], images):
+                scores = [score_pair(referee.rewards[reward], side[k: k + 64],
+                                     with_control(positive[0], words[k: k + 64]), with_control(negative[0], words[k: k + 64]))
+                          for k in range(0, len(side), 64)]
+                change.append(float(torch.cat([a - b for a, b in scores]).mean()))
+            row[f"relative {reward}"] = change[1] - change[0]
+            row[f"absolute {reward}"] = metrics[f"reward/{reward}"]["change"]
+    # the colours of the style itself: the base model asked for it by name, same prompts and noise
+    style = f"asked for {positive[0]}"
+    if style not in cache:
+        asked = [prompt.replace("a ", f"a {positive[0]} ", 1) for prompt in prompts]
+        cache[style] = quantise(generate(parts.model, asked, SEEDS_PER_PROMPT, weights="reference"))
+    cast = drift(images, cache[style], referee.judge.features(images), referee.judge.features(cache[style]))
+    row["cast"] = {key: cast[key] for key in ("saturation_ratio", "red_ratio", "green_ratio", "blue_ratio")}
+    return row
+
+
+def table(results: Path) -> str:
+    """Mean over seeds, with the standard deviation behind it."""
+    lines = ["| run | seeds | style share | concept change | background change | diversity ratio | relative reward, optimised | "
+             "held out | absolute reward, held out | saturation / base in that style | seconds |",
+             "|---|---|---|---|---|---|---|---|---|---|---|"]
+    for group, runs in RUNS.items():
+        for name in runs:
+            rows = [json.loads(p.read_text()) for p in sorted(results.glob(f"{group}-{_slug(name)}-*.json"))]
+            if not rows:
+                continue
+
+            def cell(values: list[float], form: str = "{:.2f}") -> str:
+                return f"{form.format(np.mean(values))} ± {np.std(values):.2f}"
+
+            base = np.mean([r["style_base"] for r in rows])
+            lines.append("| " + " | ".join([
+                name, str(len(rows)), f"{base:.2f} -> " + cell([r["style"] for r in rows]),
+                cell([r["concept"] - r["concept_base"] for r in rows], "{:+.3f}"),
+                cell([r["background"] - r["background_base"] for r in rows], "{:+.3f}"),
+                cell([r["diversity"] for r in rows]), cell([r["relative emoji"] for r in rows], "{:+.3f}"),
+                cell([r["relative emoji-heldout"] for r in rows], "{:+.3f}"),
+                cell([r["absolute emoji-heldout"] for r in rows], "{:+.3f}"),
+                cell([r["cast"]["saturation_ratio"] for r in rows]), f"{np.mean([r['seconds'] for r in rows]):.0f}",
+            ]) + " |")
+    return "\n".join(lines)
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=[*RUNS, "table"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", help="rows by name")
+    parser.add_argument("--override", nargs="*", default=[], help="for every row, while tuning")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    if args.what == "table":
+        print(table(args.results))
+        return
+    args.results.mkdir(parents=True, exist_ok=True)
+    referee, cache = embedded_referee(), {}
+    for seed in args.seeds:
+        for name, (source, overrides) in RUNS[args.what].items():
+            path = args.results / f"{args.what}-{_slug(name)}-{seed}.json"
+            if path.exists() or (args.only and name not in args.only):
+                continue
+            row = measure(source, [*overrides, *args.override], seed, referee, cache)
+            path.write_text(json.dumps(row, indent=1) + "\n")
+            print(seed, name, json.dumps({k: round(v, 3) for k, v in row.items() if isinstance(v, float)}), flush=True)
+    print(table(args.results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""The embedded model, its words, its rewards and its oracle, on the weights that ship."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
+from PIL import Image
+
+from palate.models.emoji import EmojiModel
+from palate.rewards.clip import preprocess
+from palate.rewards.emoji import COLOURS, Judge, background, load_reward, parse_prompt
+from palate.sampling import sample
+from palate.vocabulary import Caption, known_words, vocabulary
+
+ASSETS = files("palate") / "assets"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return EmojiModel.load(training="lora", lora_rank=4)
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return Judge()
+
+
+@pytest.fixture(scope="module")
+def drawn(model):
+    """Twelve sampled images of three styles, from fixed noise."""
+    prompts = [f"a {style} {concept} on a {colour} background" for style in ("3d", "flat", "outline")
+               for concept, colour in (("dog", "blue"), ("apple", "white"), ("rocket", "yellow"), ("octopus", "green"))]
+    noise = torch.randn((12, *model.latent_shape), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        return prompts, model.decode(sample(model, model.encode_prompts(prompts), noise, 8, guidance=3.0))
+
+
+def test_words_are_resolved():
+    assert known_words("3D, a GLOSSY puppy in a grey background!") == ["3d", "a", "3d", "dog", "on", "a", "gray", "background"]
+    assert parse_prompt("a small outlined fox at the left on blue") == Caption("fox", "outline", "blue", "small", "left")
+    assert parse_prompt("flat. a 3d dog").style == "3d"
+    assert parse_prompt("dogs").concept == "dog"
+
+
+@pytest.mark.parametrize(("prompt", "near"), [("a doog", "dog"), ("octopuz on blue", "octopus"), ("a balon", "balloon")])
+def test_unknown_words_name_near_ones(model, prompt, near):
+    with pytest.raises(ValueError, match=near) as error:
+        model.encode_prompts([prompt])
+    assert "3d, flat, cartoon, outline" in str(error.value)
+
+
+def test_overlong_prompts_are_refused(model):
+    with pytest.raises(ValueError, match="reads 14"):
+        model.encode_prompts(["a dog " * 8])
+
+
+def test_every_shipped_prompt_is_understood():
+    for name in ("emoji-train", "emoji-eval", "emoji-styled", "emoji-heldout"):
+        prompts = (ASSETS / f"prompts/{name}.txt").read_text().splitlines()
+        captions = [parse_prompt(prompt) for prompt in prompts]
+        assert all(c.concept and c.background for c in captions)
+        assert all((c.style is None) == (name in ("emoji-train", "emoji-eval")) for c in captions)
+
+
+def test_evaluation_prompts_are_not_trained_on():
+    train = set((ASSETS / "prompts/emoji-train.txt").read_text().splitlines())
+    evaluation = (ASSETS / "prompts/emoji-eval.txt").read_text().splitlines()
+    assert len(evaluation) == 208 and not train & set(evaluation)
+
+
+def test_equals_the_diffusers_parts(model):
+    """The folder is an ordinary diffusers one: its own classes, scheduler and loop give the same latents."""
+    folder = ASSETS / "emoji"
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32)
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 5, 5))
+    cond = model.encode_prompts(["a 3d dog on a blue background"])
+    null = model.encode_prompts([""])
+    x = noise = torch.randn((1, *model.latent_shape), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            u, c = unet(torch.cat([x, x]), t, torch.cat([null, cond])).sample.chunk(2)
+            x = scheduler.step(u + 3.0 * (c - u), t, x).prev_sample
+        ours = sample(model, cond, noise, 5, guidance=3.0)
+        vae = AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float32)
+        images = (vae.decode(x).sample / 2 + 0.5).clamp(0, 1)
+    assert torch.allclose(ours, x, atol=1e-4)
+    assert torch.allclose(model.decode(ours), images, atol=1e-4)
+
+
+def test_draws_what_the_prompt_says(drawn, judge):
+    """A weak bar on twelve images; the model card has the figures."""
+    prompts, images = drawn
+    wanted = [parse_prompt(p) for p in prompts]
+    concept = [judge.concepts[k] == w.concept for k, w in zip(judge.concept(images), wanted, strict=True)]
+    style = [judge.styles[k] == w.style for k, w in zip(judge.style(images), wanted, strict=True)]
+    colour = [COLOURS[k] == w.background for k, w in zip(background(images), wanted, strict=True)]
+    assert np.mean(concept) >= 0.75 and np.mean(style) >= 0.75 and np.mean(colour) >= 0.9
+
+
+@pytest.mark.parametrize("name", ["emoji", "emoji-heldout"])
+def test_rewards_prefer_the_true_prompt(drawn, name):
+    prompts, images = drawn
+    reward = load_reward(name)
+    own = reward(images, prompts)
+    for wrong in ([p.replace(parse_prompt(p).concept, "key") for p in prompts],
+                  [p.replace(parse_prompt(p).style, "cartoon") for p in prompts],
+                  [p.replace(parse_prompt(p).background, "purple") for p in prompts]):
+        assert (own > reward(images, wrong)).float().mean() >= 0.75
+
+
+@pytest.mark.parametrize("name", ["emoji", "emoji-heldout"])
+def test_reward_is_differentiable_frozen_and_independent_of_the_batch(drawn, name):
+    prompts, images = drawn
+    reward = load_reward(name)
+    images = images[:4].clone().requires_grad_()
+    values = reward(images, prompts[:4])
+    (gradient,) = torch.autograd.grad(values.sum(), images)
+    assert (gradient.flatten(1).abs().sum(1) > 0).all() and not any(p.requires_grad for p in reward.model.parameters())
+    assert torch.allclose(values[2:3], reward(images[2:3], prompts[2:3]), atol=1e-5)
+    assert torch.equal(reward.score(reward.image_features(images), prompts[:4]), values)
+
+
+def test_background_oracle_is_exact():
+    """Every named colour, a sprite over half of the border included."""
+    rgb = torch.tensor(list(vocabulary().colours.values())) / 255
+    images = rgb[:, :, None, None].expand(-1, 3, 64, 64).clone()
+    images[:, :, 10:, 20:44] = 0.5
+    assert background(images).tolist() == list(range(len(COLOURS)))
+
+
+def test_preprocess_equals_pil():
+    """Bicubic with antialiasing, as CLIP's own processor: within PIL's rounding."""
+    pixels = torch.rand(1, 3, 96, 128, generator=torch.Generator().manual_seed(0)).mul(255).byte()
+    picture = Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).resize((43, 32), Image.Resampling.BICUBIC)
+    theirs = torch.from_numpy(np.array(picture)).permute(2, 0, 1).float()[:, :, 5:37] / 255
+    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    ours = preprocess(pixels.float() / 255, 32)[0] * std[:, None, None] + mean[:, None, None]
+    assert (ours.clamp(0, 1) - theirs).abs().max() <= 3 / 255
+    constant = preprocess(torch.full((1, 3, 50, 70), 0.4), 32)
+    assert torch.allclose(constant[0, :, 0, 0], (0.4 - mean) / std, atol=1e-5) and constant.std((2, 3)).max() < 1e-5
+
+
+@pytest.mark.parametrize("training", ["lora", "full"])
+def test_adapter_round_trip(tmp_path, training):
+    first = EmojiModel.load(training=training, lora_rank=4)
+    with torch.no_grad():
+        for k, p in enumerate(first.parameters()):
+            p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(k)))
+    first.save_adapter(tmp_path)
+    second = EmojiModel.load(training=training, lora_rank=4)
+    second.load_adapter(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert first.fingerprint() == second.fingerprint()
+    if training == "lora":
+        with pytest.raises(ValueError, match="does not fit"):
+            EmojiModel.load(training="lora", lora_rank=2).load_adapter(tmp_path)
+
+
+def test_lora_file_loads_through_diffusers(tmp_path, model):
+    """`load_lora_adapter` of a plain diffusers UNet reproduces the policy."""
+    with torch.no_grad():
+        for k, p in enumerate(model.parameters()):
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(k)))
+    model.save_adapter(tmp_path)
+    unet = UNet2DConditionModel.from_pretrained(ASSETS / "emoji/unet", torch_dtype=torch.float32)
+    unet.load_lora_adapter(tmp_path, prefix=None)
+    x, t = torch.randn((2, *model.latent_shape), generator=torch.Generator().manual_seed(0)), torch.tensor([0.8, 0.3])
+    cond = model.encode_prompts(["a cat", "a dog"])
+    with torch.no_grad():
+        theirs = unet(x, t * 1000, cond).sample
+        ours = model.predict(x, t, cond)
+    assert torch.allclose(ours.eps - ours.x0, theirs, atol=1e-4)
+    for p in model.parameters():
+        p.data.zero_()
+
+
+def test_assets_stay_small():
+    total = sum(f.stat().st_size for f in Path(str(ASSETS)).rglob("*") if f.is_file())
+    assert total <= 30e6
