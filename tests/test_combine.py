@@ -12,7 +12,9 @@ from palate.rewards.combine import (
     semantic_relative, weighted, with_control,
 )
 
-WORDS = {"3d": torch.tensor([1.0, 0.0, 2.0]), "flat": torch.tensor([0.0, -1.0, 2.0]), "cat": torch.tensor([0.5, 0.5, 7.0])}
+WORDS = {
+    "3d": torch.tensor([1.0, 0.0, 2.0]), "flat": torch.tensor([0.0, -1.0, 2.0]), "cat": torch.tensor([0.5, 0.5, 7.0]),
+}
 
 
 class Linear:

@@ -169,7 +169,8 @@ def test_rollout_numbers():
     model = GaussianModel(torch.zeros(1, 1, 1, dtype=torch.float64), 0.6)
     one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
     for steps, contrast in ((25, 0.541794), (50, 0.570232), (1000, 0.598477)):
-        assert float(sample(model, model.encode_prompts([""]), one, steps, shift=3.0)) == pytest.approx(contrast, abs=5e-7)
+        x = sample(model, model.encode_prompts([""]), one, steps, shift=3.0)
+        assert float(x) == pytest.approx(contrast, abs=5e-7)
     again = [sample(model, model.encode_prompts([""]), one, 25) for _ in range(2)]
     assert torch.equal(*again)
 
@@ -198,8 +199,8 @@ def test_only_the_last_steps_carry_gradient():
             x.sum().backward()
             assert float(model.parameters()[0].grad) == pytest.approx(slope, abs=1e-12)
     with torch.no_grad():  # the caller's no_grad wins, and the mode is left as found
-        model_out = sample(model, model.encode_prompts([""]), torch.ones(1, 1, 1, 1, dtype=torch.float64), 3, grad_steps=3)
-    assert not model_out.requires_grad and torch.is_grad_enabled()
+        x = sample(model, model.encode_prompts([""]), torch.ones(1, 1, 1, 1, dtype=torch.float64), 3, grad_steps=3)
+    assert not x.requires_grad and torch.is_grad_enabled()
 
 
 def test_bad_options_are_refused():

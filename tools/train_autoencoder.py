@@ -9,6 +9,7 @@ a pull of every latent channel to mean 0, variance 1 (so that the scaling factor
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -80,6 +81,9 @@ def main() -> None:
           f"latent std {latents.std((0, 2, 3)).tolist()}, {step} steps of 24")
     save_grid(torch.stack([images[:32], decoded[:32]], 1).flatten(0, 1), args.work / "grid.png", zoom=2)
     model.save_pretrained(args.work / "vae")
+    config = args.work / "vae/config.json"  # a key that diffusers adds on saving and complains of on loading
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "block_out_channels"},
+                                 indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -123,7 +124,7 @@ def main() -> None:
         networks["unet"].half().save_pretrained(folder / "unet")
         networks["text_encoder"].half().save_pretrained(folder / "text_encoder")
         networks.float()
-        vae.save_pretrained(folder / "vae")
+        shutil.copytree(args.vae, folder / "vae", dirs_exist_ok=True)
         tokenizer.save_pretrained(folder / "tokenizer")
         FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0).save_pretrained(folder / "scheduler")
         (folder / "model_index.json").write_text(json.dumps({

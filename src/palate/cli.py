@@ -5,6 +5,7 @@ Exit codes: 0 ok, 2 bad input, 3 losses not finite, 4 checkpoint or disk, 130 an
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -166,10 +167,21 @@ def report(run: Run) -> None:
 
 
 @app.command()
-def recipes(show: Annotated[Optional[str], typer.Argument(help="Print this recipe instead of the list.")] = None) -> None:
+def recipes(
+    show: Annotated[Optional[str], typer.Argument(help="Print this recipe instead of the list.")] = None,
+    words: Annotated[bool, typer.Option("--words", help="List the words that the embedded model knows.")] = False,
+) -> None:
     """The published recipes."""
     from palate.recipe import published, text_of
 
+    if words:
+        from palate.vocabulary import vocabulary
+
+        vocab = vocabulary()
+        for kind in ("styles", "colours", "sizes", "positions", "concepts"):
+            print(f"{kind}: {', '.join(getattr(vocab, kind))}")
+        print("synonyms: " + ", ".join(f"{word} = {known}" for word, known in vocab.synonyms.items()))
+        return
     if show is not None:
         print(text_of(show), end="")
         return
@@ -331,6 +343,10 @@ def main() -> None:
     """The entry point: errors that a user can mend take a few lines, --debug shows where they come from."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
+    if not debug:  # the libraries' own talk while they load; read when they are imported
+        for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+            os.environ.setdefault(name, "error")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         code = app(arguments or ["--help"], prog_name="palate", standalone_mode=False)
     except BaseException as error:  # every kind gets its exit code; what is not ours goes on

@@ -1,11 +1,11 @@
 """The theory every other file stands on: xt = alpha x0 + sigma eps.
 
 Time t runs from 0 (data) to 1 (noise). A schedule turns t (B,) into alpha and sigma of shape (B, 1, 1, 1); a
-`Prediction` is the pair (x0, eps) that a network's output stands for, whatever it was trained to predict. With these two
-the DDIM step of a variance-preserving model and the Euler step of a flow model are one line, `move`.
+`Prediction` is the pair (x0, eps) that a network's output stands for, whatever it was trained to predict. With these
+two the DDIM step of a variance-preserving model and the Euler step of a flow model are one line, `move`.
 
-Everything here is pure. A coefficient is a number or a tensor with one entry per sample and size 1 in every other axis of
-the latent; a (B,) tensor is refused, because it would broadcast along the width and say nothing when width == B.
+Everything here is pure. A coefficient is a number or a tensor with one entry per sample and size 1 in every other axis
+of the latent; a (B,) tensor is refused, because it would broadcast along the width and say nothing when width == B.
 """
 
 from __future__ import annotations
@@ -34,10 +34,11 @@ def flow_schedule(t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def vp_schedule(alphas_cumprod: Tensor) -> Schedule:
-    """Variance preserving: alpha^2 + sigma^2 = 1, alpha^2 read from a training table of N steps (DDPM, arXiv 2006.11239).
+    """Variance preserving: alpha^2 + sigma^2 = 1, alpha^2 from a training table of N steps (DDPM, arXiv 2006.11239).
 
-    t = k/N is training step k - 1 and t = 0 is clean (alpha = 1). In between alpha^2 is interpolated linearly: that keeps
-    alpha^2 + sigma^2 = 1, is monotone, and reaches the clean end without a special case, where log SNR is infinite.
+    t = k/N is training step k - 1 and t = 0 is clean (alpha = 1). In between alpha^2 is interpolated linearly: that
+    keeps alpha^2 + sigma^2 = 1, is monotone, and reaches the clean end without a special case, where log SNR is
+    infinite.
     """
     table = torch.as_tensor(alphas_cumprod, dtype=torch.float64).flatten().cpu()
     if len(table) < 2 or not bool(((table >= 0) & (table <= 1)).all()) or bool((table.diff() > 0).any()):
@@ -90,8 +91,8 @@ def from_velocity(xt: Tensor, velocity: Tensor, alpha: Coefficient, sigma: Coeff
 def move(pred: Prediction, alpha: Coefficient, sigma: Coefficient, std: Coefficient = 0.0) -> Tensor:
     """The mean at another noise level, alpha x0 + sqrt(sigma^2 - std^2) eps (DDIM, arXiv 2010.02502, eq. 12).
 
-    With std = 0 this is the DDIM step, and for a flow the Euler step. Adding std z then keeps the marginals; std > sigma
-    cannot and raises ValueError.
+    With std = 0 this is the DDIM step, and for a flow the Euler step. Adding std z then keeps the marginals; std >
+    sigma cannot and raises ValueError.
     """
     _per_sample(pred.x0, alpha=alpha, sigma=sigma, std=std)
     if isinstance(std, Tensor) or std != 0:

@@ -1,4 +1,4 @@
-"""Sampling: time grids, the deterministic (DDIM, Euler) and the stochastic sampler, its steps and their log-probability.
+"""Sampling: time grids, the deterministic (DDIM, Euler) and the stochastic sampler, its steps and their density.
 
 One transition serves every schedule. The forward process has a posterior q(x_next | xt, x0) of standard deviation
     sigma_next sqrt(1 - (alpha sigma_next / (alpha_next sigma))^2),
@@ -26,8 +26,8 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 def time_grid(steps: int, *, shift: float = 1.0, start: float = 1.0) -> Tensor:
     """Times (steps + 1,) from `start` down to 0, float64, equal steps before the shift (`start` is a time after it).
 
-    A flow's FlowMatchEulerDiscreteScheduler has the same grid when given sigmas = linspace(1, 1/steps, steps), as FLUX's
-    pipeline does; a DDIMScheduler when timestep_spacing is "trailing".
+    A flow's FlowMatchEulerDiscreteScheduler has the same grid when given sigmas = linspace(1, 1/steps, steps), as
+    FLUX's pipeline does; a DDIMScheduler when timestep_spacing is "trailing".
     """
     if steps < 1 or shift <= 0 or not 0 < start <= 1:
         raise ValueError(f"time_grid got steps {steps}, shift {shift}, start {start}; "
@@ -42,7 +42,9 @@ def transition_std(alpha: Tensor, sigma: Tensor, alpha_next: Tensor, sigma_next:
     return eta * sigma_next * (1 - ratio * ratio).clamp_min(0).sqrt()
 
 
-def stochastic_step(pred: Prediction, alpha: Coefficient, sigma: Coefficient, std: Coefficient, noise: Tensor) -> Tensor:
+def stochastic_step(
+    pred: Prediction, alpha: Coefficient, sigma: Coefficient, std: Coefficient, noise: Tensor
+) -> Tensor:
     """Sample the next state N(move(pred, alpha, sigma, std), std^2 I) with standard normal `noise`."""
     return move(pred, alpha, sigma, std) + std * noise
 
@@ -71,8 +73,8 @@ def sample(
 ) -> Tensor:
     """Clean latents (B, C, h, w) from standard normal `noise` of that shape.
 
-    The last `grad_steps` steps carry gradient, the others run under no_grad. `rng_noise(i)` gives the standard normal of
-    step i and is needed when eta > 0, for example `lambda i: rng.normal(f"sde-{i}", model.latent_shape)`.
+    The last `grad_steps` steps carry gradient, the others run under no_grad. `rng_noise(i)` gives the standard normal
+    of step i and is needed when eta > 0, for example `lambda i: rng.normal(f"sde-{i}", model.latent_shape)`.
     """
     if not 0 <= grad_steps <= steps:
         raise ValueError(f"sample got grad_steps {grad_steps} with {steps} steps; expected 0..{steps}")

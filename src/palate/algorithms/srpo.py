@@ -1,11 +1,12 @@
 """SRPO with Direct-Align.
 
-"Directly Aligning the Full Diffusion Trajectory with Fine-Grained Human Preference", 2025, arXiv 2509.06942, by Xiangwei
-Shen, Zhimin Li, Zhantao Yang, Shiyi Zhang, Yingfang Zhang, Donghao Li, Chunyu Wang, Qinglin Lu and Yansong Tang.
+"Directly Aligning the Full Diffusion Trajectory with Fine-Grained Human Preference", 2025, arXiv 2509.06942, by
+Xiangwei Shen, Zhimin Li, Zhantao Yang, Shiyi Zhang, Yingfang Zhang, Donghao Li, Chunyu Wang, Qinglin Lu and Yansong
+Tang.
 
-Idea: noise a clean latent with noise you keep, let the network explain only a small slice of it, remove the rest exactly;
-then the reward sees a sharp image at any noise level, one network call deep. Score that image with two prompts that differ
-in a control word, so that the reward model's own biases cancel.
+Idea: noise a clean latent with noise you keep, let the network explain only a small slice of it, remove the rest
+exactly; then the reward sees a sharp image at any noise level, one network call deep. Score that image with two prompts
+that differ in a control word, so that the reward model's own biases cancel.
 
     x_s    = alpha_s x0 + sigma_s eps                      eps known                                       (eq. 3)
     x_e    = alpha_e x0_theta + sigma_e eps_theta          one step with the network, from level s to e    `move`
@@ -13,18 +14,20 @@ in a control word, so that the reward model's own biases cancel.
     r      = (1 + k) R("pos. p") - R("neg. p")             the relative preference, SRP                    `relative`
     loss   = -lambda(t) r                                  averaged over n injections and both branches    (eq. 6)
 
-Denoise branch: sigma_e < sigma_s. Inversion branch: sigma_e > sigma_s and the words swapped. An error delta of the velocity
-comes out as x0hat = x0 - g delta, where g (`gain`) is positive in the first and negative in the second: the swap makes both
-push the network the same way, while what they reward in common (an absolute reward, hacking) cancels.
+Denoise branch: sigma_e < sigma_s. Inversion branch: sigma_e > sigma_s and the words swapped. An error delta of the
+velocity comes out as x0hat = x0 - g delta, where g (`gain`) is positive in the first and negative in the second: the
+swap makes both push the network the same way, while what they reward in common (an absolute reward, hacking) cancels.
 
 Deviations from the paper and from the released program:
-- eq. 5 divides by alpha_s; `recover` is the DDIM form, which divides by alpha_e. For a flow it is what the released program
-  computes, for a variance-preserving model it is exact as well. Its gain is larger by 1 / alpha_e for a flow.
-- The injected noise is fresh by default. The program re-uses the rollout's own noise (noise="rollout"), which biases x0hat.
-- The program's "discount" is the k above (k_denoise, k_inversion); the paper's lambda(t) is `discount`. No hinge by default.
-- Levels are drawn per sample, uniformly; levels="released" reproduces the program's index map instead, its truncation of the
-  time told to the network included. There, as in the program, all injections of a sample repeat the same draw: with
-  noise="rollout" its gradient accumulation G is n * len(branches), G = 1 is branches=("inversion",), G = 4 is n=2.
+- eq. 5 divides by alpha_s; `recover` is the DDIM form, which divides by alpha_e. For a flow it is what the released
+  program computes, for a variance-preserving model it is exact as well. Its gain is larger by 1 / alpha_e for a flow.
+- The injected noise is fresh by default. The program re-uses the rollout's own noise (noise="rollout"), which biases
+  x0hat.
+- The program's "discount" is the k above (k_denoise, k_inversion); the paper's lambda(t) is `discount`. No hinge by
+  default.
+- Levels are drawn per sample, uniformly; levels="released" reproduces the program's index map instead, its truncation
+  of the time told to the network included. There, as in the program, all injections of a sample repeat the same draw:
+  with noise="rollout" its gradient accumulation G is n * len(branches), G = 1 is branches=("inversion",), G = 4 is n=2.
 - `anchor` (Palate's, off by default) keeps the policy's prediction of x0 near the frozen reference's.
 """
 
@@ -323,5 +326,6 @@ def calls_per_update(settings: SRPOSettings, *, offline: bool = False) -> dict[s
 
 def _word_list(name: str, words: Sequence[str]) -> tuple[str, ...]:
     if isinstance(words, str) or not words or not all(isinstance(w, str) and w.strip() for w in words):
-        raise ValueError(f"{name} control words: got {words!r}; expected a list of one or more words, like ['3d', 'glossy']")
+        raise ValueError(f"{name} control words: got {words!r}; expected a list of one or more words, "
+                         "like ['3d', 'glossy']")
     return tuple(w.strip() for w in words)

@@ -42,9 +42,9 @@ def gaussian_ode(
 class GaussianModel:
     """`palate.core.Model` on N(mu, s^2 I); latents are images up to the affine map `decode_scale x + decode_offset`.
 
-    `means` gives prompts their own mu; every other prompt, and the empty prompt of guidance, has `mean`. Guidance w then is
-    exact too: it predicts N(mu_empty + w (mu_prompt - mu_empty), s^2 I). Decoded values are NOT clipped, so that gradients
-    keep their closed form.
+    `means` gives prompts their own mu; every other prompt, and the empty prompt of guidance, has `mean`. Guidance w
+    then is exact too: it predicts N(mu_empty + w (mu_prompt - mu_empty), s^2 I). Decoded values are NOT clipped, so
+    that gradients keep their closed form.
     """
 
     def __init__(

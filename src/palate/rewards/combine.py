@@ -70,8 +70,8 @@ def semantic_interpolated(
 def noised_relative(reward: Reward, std: float, *, weight: float = 1.0, seed: int = 0) -> Reward:
     """R(x) - weight R(x + std z), for a reward that reads no text: the noised image is the negative (paper, not code).
 
-    z is standard normal and a function of (seed, images), so that this is a function as well and a resumed run repeats it,
-    while no fixed pattern is there to be learnt. x + std z is not clipped.
+    z is standard normal and a function of (seed, images), so that this is a function as well and a resumed run repeats
+    it, while no fixed pattern is there to be learnt. x + std z is not clipped.
     """
 
     def noised_relative_reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -122,8 +122,9 @@ def checked(reward: Reward, name: str) -> Reward:
             raise ValueError(f"reward {name!r} returned {got} for {count} images; expected a float tensor of shape "
                              f"({count},), one number per image")
         if not bool(torch.isfinite(values).all()):
-            raise ValueError(f"reward {name!r} returned {int((~torch.isfinite(values)).sum())} values that are not finite "
-                             f"out of {count}; look at its inputs, or compute it in float32")
+            bad = int((~torch.isfinite(values)).sum())
+            raise ValueError(f"reward {name!r} returned {bad} values that are not finite out of {count}; "
+                             "look at its inputs, or compute it in float32")
         return values
 
     if hasattr(reward, "image_features") and hasattr(reward, "score"):
