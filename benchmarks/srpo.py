@@ -45,7 +45,7 @@ RUNS: dict[str, dict[str, tuple[str, list[str]]]] = {
 }
 
 
-def measure(name: str, overrides: list[str], seed: int, referee: Referee, cache: dict) -> dict:
+def measure(name: str, overrides: list[str], seed: int, referee: Referee, cache: dict, count: int) -> dict:
     """Train without guard, previews or checkpoints, then judge the result."""
     plan = recipe.read(name, [*overrides, f"trainer.seed={seed}", "trainer.guard.every=0", "trainer.preview_every=0",
                               "trainer.checkpoint_every=0"])
@@ -57,7 +57,7 @@ def measure(name: str, overrides: list[str], seed: int, referee: Referee, cache:
               progress=False)
     seconds = time.perf_counter() - began
 
-    prompts = recipe.read_prompts("emoji-eval")
+    prompts = recipe.spread(recipe.read_prompts("emoji-eval"), count)
     words, seeds = pairs(prompts, SEEDS_PER_PROMPT)
     if "base" not in cache:
         cache["base"] = quantise(generate(parts.model, prompts, SEEDS_PER_PROMPT, weights="reference"))
@@ -72,7 +72,8 @@ def measure(name: str, overrides: list[str], seed: int, referee: Referee, cache:
     for key in (f"style/{positive[0]}", "concept", "background"):
         short = "style" if key.startswith("style/") else key
         row[short], row[f"{short}_base"] = metrics[key]["value"], metrics[key]["base"]
-    row["diversity"] = metrics["diversity"]["value"] / metrics["diversity"]["base"]
+    for key in ("diversity", "diversity_same_style"):
+        row[key] = metrics[key]["value"] / metrics[key]["base"]
     with torch.no_grad():
         for reward in ("emoji", "emoji-heldout"):  # the relative preference, on the images of both models
             change = []
@@ -95,9 +96,9 @@ def measure(name: str, overrides: list[str], seed: int, referee: Referee, cache:
 
 def table(results: Path) -> str:
     """Mean over seeds, with the standard deviation behind it."""
-    lines = ["| run | seeds | style share | concept change | background change | diversity ratio | relative reward, optimised | "
+    lines = ["| run | seeds | style share | concept change | background change | diversity ratio | same style | relative reward, optimised | "
              "held out | absolute reward, held out | saturation / base in that style | seconds |",
-             "|---|---|---|---|---|---|---|---|---|---|---|"]
+             "|---|---|---|---|---|---|---|---|---|---|---|---|"]
     for group, runs in RUNS.items():
         for name in runs:
             rows = [json.loads(p.read_text()) for p in sorted(results.glob(f"{group}-{_slug(name)}-*.json"))]
@@ -112,7 +113,8 @@ def table(results: Path) -> str:
                 name, str(len(rows)), f"{base:.2f} -> " + cell([r["style"] for r in rows]),
                 cell([r["concept"] - r["concept_base"] for r in rows], "{:+.3f}"),
                 cell([r["background"] - r["background_base"] for r in rows], "{:+.3f}"),
-                cell([r["diversity"] for r in rows]), cell([r["relative emoji"] for r in rows], "{:+.3f}"),
+                cell([r["diversity"] for r in rows]), cell([r["diversity_same_style"] for r in rows]),
+                cell([r["relative emoji"] for r in rows], "{:+.3f}"),
                 cell([r["relative emoji-heldout"] for r in rows], "{:+.3f}"),
                 cell([r["absolute emoji-heldout"] for r in rows], "{:+.3f}"),
                 cell([r["cast"]["saturation_ratio"] for r in rows]), f"{np.mean([r['seconds'] for r in rows]):.0f}",
@@ -128,6 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=[*RUNS, "table"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--prompts", type=int, default=208, help="of the 208 evaluation prompts")
     parser.add_argument("--only", nargs="+", help="rows by name")
     parser.add_argument("--override", nargs="*", default=[], help="for every row, while tuning")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
@@ -142,7 +145,7 @@ def main() -> None:
             path = args.results / f"{args.what}-{_slug(name)}-{seed}.json"
             if path.exists() or (args.only and name not in args.only):
                 continue
-            row = measure(source, [*overrides, *args.override], seed, referee, cache)
+            row = measure(source, [*overrides, *args.override], seed, referee, cache, args.prompts)
             path.write_text(json.dumps(row, indent=1) + "\n")
             print(seed, name, json.dumps({k: round(v, 3) for k, v in row.items() if isinstance(v, float)}), flush=True)
     print(table(args.results))

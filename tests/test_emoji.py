@@ -13,7 +13,7 @@ from PIL import Image
 
 from palate.models.emoji import EmojiModel
 from palate.rewards.clip import preprocess
-from palate.rewards.emoji import COLOURS, Judge, background, load_reward, parse_prompt
+from palate.rewards.emoji import COLOURS, Judge, background, load_reward, parse_prompt, position
 from palate.sampling import sample
 from palate.vocabulary import Caption, known_words, vocabulary
 
@@ -132,6 +132,14 @@ def test_background_oracle_is_exact():
     images = rgb[:, :, None, None].expand(-1, 3, 64, 64).clone()
     images[:, :, 10:, 20:44] = 0.5
     assert background(images).tolist() == list(range(len(COLOURS)))
+
+
+def test_position_oracle_is_exact():
+    images = torch.full((3, 3, 64, 64), 0.2)
+    images[0, :, 24:40, 24:40] = 0.9
+    images[1, :, 8:16, 40:56] = 0.9
+    found = position(images)
+    assert torch.allclose(found[:2], torch.tensor([[0.0, 0.0], [0.5, -0.625]]), atol=1e-6) and found[2].isnan().all()
 
 
 def test_preprocess_equals_pil():

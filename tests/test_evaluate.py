@@ -335,3 +335,12 @@ def test_missing_and_broken_images_are_named(tmp_path):
             evaluate.read_samples(folder)
     with pytest.raises(ValueError, match="index.jsonl is missing"):
         evaluate.read_samples(tmp_path / "nowhere")
+
+
+def test_diversity_of_one_style_leaves_the_distance_between_styles_out():
+    features = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+    groups = ["a", "a", "a", "a", "b"]
+    assert float(evaluate.diversity(features, groups)[0]) == pytest.approx(4 / 6)  # four of six pairs are orthogonal
+    same = evaluate.diversity(features, groups, ["x", "x", "y", "y", "x"])
+    assert float(same[0]) == 0.0 and same[1].isnan()
+    assert float(evaluate.diversity(features, groups, ["x", "y", "x", "y", "x"])[0]) == 1.0

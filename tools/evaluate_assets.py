@@ -17,6 +17,7 @@ import torch
 from data import ASSETS, compose, held_out_pairs, load_sprites, save_grid
 from palate.evaluate import diversity, embedded_referee, evaluate_images, evaluate_model, generate, pairs
 from palate.models.emoji import EmojiModel
+from palate.rewards.emoji import position
 from palate.vocabulary import vocabulary
 
 
@@ -68,6 +69,11 @@ def main() -> None:
         figures[name] = {key: round(metric["value"], 4) for key, metric in found.items()
                          if key.split("/")[0] in ("concept", "background", "style_named", "style", "reward")}
         print(name, json.dumps(figures[name]), flush=True)
+    sides = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1)}
+    asked = [f"a small {concept} at the {side} on a blue background" for concept in vocabulary().concepts[::4] for side in sides]
+    centre = position(generate(model, asked, [0]))
+    right = [float(sign * place[axis] > 0.08) for place, (axis, sign) in zip(centre, list(sides.values()) * len(asked), strict=False)]
+    figures["position"] = round(sum(right) / len(right), 4)
     words = ["a cat", "a rose", "a car", "a 3d dog", "an apple on a blue background", "a rocket", "a fish", "a cake"]
     images = generate(model, words, range(16))
     groups, _ = pairs(words, range(16))

@@ -135,10 +135,9 @@ def evaluate(
     from palate import recipe as recipes
 
     plan = recipes.read(str(_recipe_file(run)))
-    source = prompts_file or plan.evaluate.file
-    prompts = None
-    if source:
-        prompts = recipes.spread(recipes.read_prompts(source), count or plan.evaluate.prompts)
+    source = prompts_file or plan.evaluate.file or plan.prompts.preview or plan.prompts.file
+    found = recipes.read_prompts(source) if source else plan.prompts.list
+    prompts = recipes.spread(found, count or plan.evaluate.prompts) if found else None
     model = _trained_model(run)
 
     from palate.evaluate import evaluate_run

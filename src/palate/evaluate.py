@@ -78,18 +78,23 @@ def embedded_referee() -> Referee:
 # --- the metrics, as functions of tensors ---------------------------------------------------------------------------
 
 
-def diversity(features: Tensor, groups: Sequence) -> Tensor:
+def diversity(features: Tensor, groups: Sequence, labels: Sequence | None = None) -> Tensor:
     """(P,) mean pairwise cosine distance 1 - cos between the features (N, D) inside each group (a group = a prompt).
 
-    0 = all alike, 1 = orthogonal. One value a group in order of first appearance; NaN for a group of one.
+    0 = all alike, 1 = orthogonal. One value a group in order of first appearance; NaN for a group without a pair. With
+    `labels` (a style an image) only pairs of equal label count: a model that was told to keep to one style loses the
+    distance between styles by design, and this leaves it out.
     """
     unit = F.normalize(features.double(), dim=1)
+    kinds = None if labels is None else torch.from_numpy(_labels(labels))
     values = []
     for rows in _members(groups):
-        n = len(rows)
-        total = unit[rows].sum(0).square().sum()  # sum over all pairs of cos, the n self-pairs included
-        values.append(1 - (total - unit[rows].square().sum()) / (n * (n - 1)) if n > 1 else total.new_tensor(math.nan))
-    return torch.stack(values).clamp_min(0)  # rounding may leave -1e-16
+        apart = (1 - unit[rows] @ unit[rows].T).clamp_min(0)  # rounding may leave -1e-16
+        counted = ~torch.eye(len(rows), dtype=torch.bool)
+        if kinds is not None:
+            counted &= kinds[rows][:, None] == kinds[rows]
+        values.append(apart[counted].mean())  # NaN without a pair
+    return torch.stack(values)
 
 
 def vendi(features: Tensor) -> float:
@@ -268,7 +273,8 @@ def evaluate_images(
     same prompts and noise; with it every metric also has its base value and paired difference, and drift is measured.
 
     Metrics: reward/<name>; concept, background (share right); style/<name> (share where the prompt leaves it open),
-    style_named (share right where it does not); diversity and vendi inside a prompt; closed-form image statistics.
+    style_named (share right where it does not); diversity and vendi inside a prompt, diversity_same_style of the
+    pairs of one style; closed-form image statistics.
     """
     if not len(images) == len(prompts) == len(seeds) or not len(images):
         raise ValueError(
@@ -283,8 +289,8 @@ def evaluate_images(
     before = None if base is None else _columns(base, prompts, **ask)
 
     metrics = {name: _metric(column, before and before.values[name], prompts) for name, column in now.values.items()}
-    spread = _inside_prompts(now.features, prompts)
-    spread_before = None if before is None else _inside_prompts(before.features, prompts)
+    spread = _inside_prompts(now, prompts)
+    spread_before = None if before is None else _inside_prompts(before, prompts)
     for name, column in spread.items():
         metrics[name] = _metric(column, spread_before and spread_before[name], None)
     summary: dict[str, Any] = {
@@ -302,9 +308,13 @@ def evaluate_images(
     return Evaluation(plain(summary), plain(rows))
 
 
-def _inside_prompts(features: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-    scores = [vendi(features[rows]) if len(rows) > 1 else math.nan for rows in _members(prompts)]
-    return {"diversity": diversity(features, prompts), "vendi": torch.tensor(scores, dtype=torch.float64)}
+def _inside_prompts(columns: _Columns, prompts: Sequence[str]) -> dict[str, Tensor]:
+    scores = [vendi(columns.features[rows]) if len(rows) > 1 else math.nan for rows in _members(prompts)]
+    return {
+        "diversity": diversity(columns.features, prompts),
+        "diversity_same_style": diversity(columns.features, prompts, columns.styles),
+        "vendi": torch.tensor(scores, dtype=torch.float64),
+    }
 
 
 def _metric(values: Tensor, base: Tensor | None, groups: Sequence[str] | None) -> dict[str, float]:
@@ -408,7 +418,7 @@ def quick_check(
 ) -> dict[str, float]:
     """Means for the training guard, of one image for each prompt, the noise a function of (seed, ids[i]). Keys: reward
     (the first of the referee's), heldout, concept, background, diversity, saturation, style/<name>; a question that no
-    prompt asks is left out (diversity needs a prompt that occurs twice)."""
+    prompt asks is left out. Diversity is that of one style, and needs a prompt that occurs twice."""
     if len(prompts) != len(ids):
         raise ValueError(f"got {len(prompts)} prompts and {len(ids)} ids; expected one id an image")
     referee = referee or embedded_referee()
@@ -427,7 +437,7 @@ def quick_check(
     values = columns.values
     result = {"reward": values[f"reward/{first}"], "heldout": values[f"reward/{referee.heldout}"]}
     result |= {name: values[name] for name in ("concept", "background", "saturation")}
-    result["diversity"] = diversity(columns.features, prompts)
+    result["diversity"] = diversity(columns.features, prompts, columns.styles)
     result |= {name: column for name, column in values.items() if name.startswith("style/")}
     means = {name: float(column.nanmean()) for name, column in result.items()}
     return {name: float(f"{mean:.6g}") for name, mean in means.items() if not math.isnan(mean)}
@@ -582,10 +592,11 @@ def words_in_force(run_folder: str | Path, recipe: dict[str, Any]) -> tuple[list
 
 
 def _with_optimised(
-    rewards: dict[str, Reward], recipe: dict[str, Any], words: tuple[list[str], list[str]]
+    rewards: dict[str, Reward], heldout: str, recipe: dict[str, Any], words: tuple[list[str], list[str]]
 ) -> tuple[dict[str, Reward], list[str]]:
     """The rewards with what the run optimised among them, and its names, the objective itself first: a weighted sum
-    for reward.weights, the mean relative reward over the pairs of control words when there are any."""
+    for reward.weights, the mean relative reward over the pairs of control words when there are any. The held-out reward
+    is asked for the same preference."""
     from palate.recipe import load_reward
     from palate.rewards.combine import semantic_relative, weighted
 
@@ -606,10 +617,13 @@ def _with_optimised(
     positive, negative = words
     if positive or negative:
         chosen = [(p, n) for p in positive or [""] for n in negative or [""]]
+
+        def relative(reward: Reward) -> Reward:
+            return weighted({f"{p}|{n}": (1 / len(chosen), semantic_relative(reward, p, n)) for p, n in chosen})
+
         label = f"{label}-relative"
-        rewards[label] = weighted(
-            {f"{p}|{n}": (1 / len(chosen), semantic_relative(objective, p, n)) for p, n in chosen}
-        )
+        rewards[label] = relative(objective)
+        rewards[f"{heldout}-relative"] = relative(rewards[heldout])
         optimised.insert(0, label)
     return rewards, optimised
 
@@ -633,7 +647,7 @@ def evaluate_run(
     prompts = list(prompts) if prompts is not None else _prompts(recipe)
     seeds = range(settings.get("seeds", 4)) if seeds is None else seeds
     words = words_in_force(run_folder, recipe)
-    rewards, optimised = _with_optimised(referee.rewards, recipe, words)
+    rewards, optimised = _with_optimised(referee.rewards, referee.heldout, recipe, words)
 
     how = recipe.get("sample") or {}
     steps = how.get("steps") or model.default_steps

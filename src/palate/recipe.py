@@ -89,7 +89,7 @@ class GuardSettings:
     prompts: Positive = 48
     heldout_drop: NonNegative = 0.10  # largest fall of the held-out reward, in its own units
     concept_drop: NonNegative = 0.05  # largest fall of the share of images that still show the prompt's concept
-    diversity_ratio: Share = 0.80  # smallest diversity, as a share of the base model's
+    diversity_ratio: Share = 0.80  # smallest diversity inside a prompt and style, as a share of the base model's
     best: str | None = None  # the best step: highest in this metric among checks inside every limit; None = the newest
     action: Literal["stop", "rollback", "warn"] = "stop"
     rollbacks: Count = 2  # then stop; each one halves the learning rate

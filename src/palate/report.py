@@ -337,7 +337,7 @@ def compare_grid(runs: Sequence[Path]) -> dict[str, Any]:
 
 NAMES = {
     "concept": "concept right", "background": "background right", "style_named": "named style right",
-    "diversity": "diversity inside a prompt", "vendi": "Vendi score inside a prompt",
+    "diversity": "diversity inside a prompt", "diversity_same_style": "diversity inside a prompt, same style", "vendi": "Vendi score inside a prompt",
     "high_frequency": "high-frequency energy",
     "jpeg_size": "JPEG size, bytes",
 }  # fmt: skip
@@ -360,7 +360,7 @@ def table(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
             else 2
             if is_reward
             else 3
-            if key in ("concept", "background", "diversity", "vendi")
+            if key in ("concept", "background", "diversity", "diversity_same_style", "vendi")
             else 4
         )
         rows.append((order, key, {"name": label, "tag": tag, **metric}))

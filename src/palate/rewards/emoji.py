@@ -1,4 +1,4 @@
-"""The embedded rewards, the judge and the exact oracle of the background colour.
+"""The embedded rewards, the judge and the exact oracles of the background colour and of the position.
 
 "emoji" is what runs optimise. "emoji-heldout" and the judge are other networks, trained apart, and never optimised.
 """
@@ -19,7 +19,7 @@ from palate.core import Reward
 from palate.rewards.clip import ClipReward, preprocess
 from palate.vocabulary import MAX_WORDS, known_words, parse_prompt, vocabulary
 
-__all__ = ["COLOURS", "Judge", "background", "load_reward", "parse_prompt"]
+__all__ = ["COLOURS", "Judge", "background", "load_reward", "parse_prompt", "position"]
 
 REWARDS = {"emoji": ("reward-emoji", CLIPModel), "emoji-heldout": ("reward-heldout", VisionTextDualEncoderModel)}
 COLOURS = list(vocabulary().colours)
@@ -76,3 +76,15 @@ def background(images: Tensor) -> Tensor:
     border = torch.cat([images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1]], dim=-1)
     known = torch.tensor(list(vocabulary().colours.values()), dtype=images.dtype, device=images.device) / 255
     return torch.cdist(border.median(-1).values, known).argmin(-1)
+
+
+def position(images: Tensor) -> Tensor:
+    """The exact oracle of where the drawing is: the centre of what differs from the background, (B, 2) as (x, y) in
+    [-1, 1] with (1, 1) the bottom right; NaN for an empty image."""
+    border = torch.cat([images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1]], dim=-1)
+    apart = (images - border.median(-1).values[..., None, None]).abs().amax(1) > 0.15
+    height, width = images.shape[-2:]
+    x = torch.linspace(-1 + 1 / width, 1 - 1 / width, width, device=images.device)
+    y = torch.linspace(-1 + 1 / height, 1 - 1 / height, height, device=images.device)
+    mass = apart.float().sum((1, 2))
+    return torch.stack([(apart * x).sum((1, 2)) / mass, (apart * y[:, None]).sum((1, 2)) / mass], dim=1)
