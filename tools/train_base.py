@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pool", type=int, default=48_000)
     parser.add_argument("--vae", type=Path, default=Path(".cache/autoencoder/vae"))
+    parser.add_argument("--init", type=Path, help="a model folder to start from, as src/palate/assets/emoji")
     parser.add_argument("--work", type=Path, default=Path(".cache/base"))
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -105,6 +106,9 @@ def main() -> None:
     tokenizer = build_tokenizer()
     pool = build_pool(vae, tokenizer, args.pool, args.seed, args.work / "pool.safetensors")
     networks = torch.nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(len(tokenizer))})
+    if args.init:
+        networks["unet"].load_state_dict(load_file(args.init / "unet/diffusion_pytorch_model.safetensors"))
+        networks["text_encoder"].load_state_dict(load_file(args.init / "text_encoder/model.safetensors"))
     ema = {name: p.detach().clone() for name, p in networks.named_parameters()}
     optimizer = torch.optim.AdamW(networks.parameters(), lr=LR, weight_decay=0.01)
     step, spent = 0, 0.0

@@ -408,7 +408,7 @@ def build(recipe: Recipe) -> Parts:
         images = load_images([path for path, _ in found], size=model.image_size)
         latents = encode_images(model, images)
     return Parts(
-        model, build_algorithm(recipe), reward, list(prompts), preview[: recipe.trainer.preview_prompts], latents
+        model, build_algorithm(recipe), reward, list(prompts), preview, latents
     )
 
 

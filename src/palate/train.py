@@ -36,7 +36,7 @@ from palate.progress import Progress
 from palate.recipe import GuardSettings, TrainerSettings, check_trainer, spread
 
 MAX_BAD_STEPS = 3  # updates in a row that are not finite, then the run stops
-GUARD_SEEDS = 4  # images per guard prompt, so that diversity can be measured
+GUARD_SEEDS = 2  # images per guard prompt: diversity needs two, concept accuracy many prompts
 Check = Callable[[Model, list[str], list[int]], dict[str, float]]
 
 
@@ -84,9 +84,10 @@ def train(
 ) -> Outcome:
     """Train `model` in place and write everything into `folder`. The first group of options is `TrainerSettings`.
 
-    preview: prompts of the previews (spread over `prompts` if None); sample_steps, sample_guidance: how they are drawn
-    (None = the model's default). latents (N, C, h, w): clean latents of N real images captioned by `prompts` (offline
-    training). check: what the guard measures (None = `palate.evaluate.quick_check`); guard None = off. identity: a hash that
+    preview: prompts of the previews and, all of them, of the guard (spread over `prompts` if None); sample_steps,
+    sample_guidance: how they are drawn (None = the model's default). latents (N, C, h, w): clean latents of N real images
+    captioned by `prompts` (offline training). check: what the guard measures (None = `palate.evaluate.quick_check`);
+    guard None = off. identity: a hash that
     a resumed run must share (None = hash of the settings). ValueError: what was given cannot work.
     """
     settings = check_trainer({
@@ -101,7 +102,8 @@ def train(
     if latents is not None and len(latents) != len(prompts):
         raise ValueError(f"got {len(latents)} latents and {len(prompts)} prompts; expected one prompt an image")
     run = _Run(model, algorithm, reward, prompts, Path(folder), settings)
-    run.preview_prompts = (list(preview) if preview else spread(prompts))[: settings.preview_prompts]
+    run.guard_prompts = list(preview) if preview else spread(prompts)
+    run.preview_prompts = run.guard_prompts[: settings.preview_prompts]
     run.sample_steps, run.sample_guidance, run.latents = sample_steps, sample_guidance, latents
     run.check, run.identity = check, identity or _hash({**dataclasses.asdict(settings), "steps": 0})
     run.visible = progress
@@ -167,6 +169,7 @@ class _Run:
         self.finished = ""
         self.guard: dict[str, Any] = {"base": None, "best_step": None, "best_value": None, "rollbacks": 0, "sums": {}, "steps": 0}
         self.words: list[dict[str, Any]] = []  # steering events to replay, after a resume
+        self.guard_prompts: list[str] = []
         self.preview_prompts: list[str] = []
         self.sample_steps: int | None = None
         self.sample_guidance: float | None = None
@@ -370,7 +373,7 @@ class _Run:
             for start in range(0, len(used), 64):
                 self.model.encode_prompts([self.prompts[i] for i in used[start : start + 64]])
             if s.preview_every or s.guard.every:
-                self.model.encode_prompts(self.preview_prompts)
+                self.model.encode_prompts(self.guard_prompts)
             noise = Random(s.seed, 0, [0, 1]).normal("preflight", self.model.latent_shape)
             check_reward(self.reward, self.model.decode(noise), [self.prompts[used[0]], self.prompts[used[-1]]])
         sizes = sum(p.numel() * p.element_size() for ps in self.parameters.values() for p in ps)
@@ -424,7 +427,7 @@ class _Run:
 
     def _measure(self) -> dict[str, float]:
         different = max(1, self.settings.guard.prompts // GUARD_SEEDS)
-        prompts = [p for p in spread(self.preview_prompts, different) for _ in range(GUARD_SEEDS)]
+        prompts = [p for p in spread(self.guard_prompts, different) for _ in range(GUARD_SEEDS)]
         if self.check is None:
             from palate.evaluate import embedded_referee, quick_check
 
