@@ -33,7 +33,7 @@ def sheet(run: Path, steps: list[str], path: Path, *, columns: int = 12, zoom: i
             tile = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).resize((side, side), Image.BICUBIC)
             canvas.paste(tile, (c * (side + 4), r * (side + 4)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.quantize(256).save(path, optimize=True)
+    canvas.save(path, optimize=True)
     print(path)
 
 
