@@ -48,7 +48,7 @@ def steering(run: Path, steps: int) -> None:
 
     half = steps // 2
     palate("train", "srpo-emoji", f"run.folder={run}", "--fresh", f"trainer.steps={half}", "trainer.preview_every=10",
-           "trainer.guard.every=5", "trainer.guard.action=warn", "trainer.preview_prompts=48")
+           "trainer.guard.every=5", "trainer.guard.action=warn")
     palate("steer", str(run), "--positive", "outline", "--negative", "3d")
     palate("resume", str(run), f"trainer.steps={steps}")
     rows = [row for row in read_metrics(run) if row.get("event") in ("evaluate", "guard")]
