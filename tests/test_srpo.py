@@ -606,3 +606,17 @@ def test_metrics_say_what_happened():
 def test_settings_that_cannot_work_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         SRPOSettings(**changes)
+
+
+@pytest.mark.parametrize("branch", ["denoise", "inversion"])
+def test_the_distance_metric_is_the_gain_times_the_error(branch):
+    """Data in one point: the network is exact, so a constant velocity error c leaves x0hat - x0 = -g c everywhere."""
+    model = GaussianModel(torch.full((1, 2, 2), 0.7, dtype=D), 1e-9)
+    with torch.no_grad():
+        model.parameters("policy")[0].fill_(0.25)
+    batch = Batch(["a", "b"], model.encode_prompts(["a", "b"]), torch.arange(2), model.mean.expand(2, -1, -1, -1))
+    s = SRPOSettings(branches=(branch,), window=(0.5, 0.6), step=0.05)  # a window of two steps: one landing level, .55
+    (loss,) = SRPO(s).step(model, lambda images, prompts: images.mean((1, 2, 3)), batch, Random(0, 1, [0, 1]))
+    start = 0.6 if branch == "denoise" else 0.5
+    expected = 0.25 * abs(start - 0.55) / (1 - 0.55)
+    assert float(loss.metrics[f"distance_{branch}"]) == pytest.approx(expected, rel=1e-6)
