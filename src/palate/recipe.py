@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import importlib
 import importlib.resources
 import json
 from collections.abc import Sequence
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 YAML_LIMIT = 256 * 1024  # bytes; a recipe is a page of text
 TEXT_LIMIT = 64 * 1024 * 1024  # bytes of a prompt file
 MODELS = ("emoji",)
-ALGORITHMS = ("srpo",)
+ALGORITHMS = {  # name -> module, class, dataclass of its settings
+    "srpo": ("palate.algorithms.srpo", "SRPO", "SRPOSettings"),
+}
 EMBEDDED_REWARDS = ("emoji", "emoji-heldout")
 SIMPLE_REWARDS = ("colourfulness", "brightness", "warmth", "saturation", "high_frequency", "jpeg_size")
 
@@ -287,11 +290,8 @@ def check_trainer(values: dict[str, Any]) -> TrainerSettings:
 
 def algorithm_settings(name: str) -> type:
     """The dataclass of an algorithm's hyperparameters."""
-    if name == "srpo":
-        from palate.algorithms.srpo import SRPOSettings
-
-        return SRPOSettings
-    raise KeyError(name)
+    module, _, settings = ALGORITHMS[name]
+    return getattr(importlib.import_module(module), settings)
 
 
 def _validate(tree: dict[str, Any], mistakes: list[str]) -> Recipe | None:
@@ -421,9 +421,8 @@ def build_model(settings: ModelSettings) -> Model:
 
 
 def build_algorithm(recipe: Recipe) -> Algorithm:
-    from palate.algorithms.srpo import SRPO
-
-    return SRPO(recipe.algorithm)
+    module, algorithm, _ = ALGORITHMS[recipe.algorithm_name]
+    return getattr(importlib.import_module(module), algorithm)(recipe.algorithm)
 
 
 def build_reward(settings: RewardSettings) -> Reward:
