@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
@@ -35,7 +34,8 @@ class EmojiModel:
     default_guidance = 3.0
 
     def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: PreTrainedTokenizerFast,
-                 vae: AutoencoderTiny, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None):
+                 vae: AutoencoderTiny, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
+                 names: Sequence[str] = ("policy",)):
         self.text_encoder = text_encoder.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.vae = vae.eval().requires_grad_(False)
@@ -43,13 +43,16 @@ class EmojiModel:
         self.latent_shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
         self.training = training
         self.weights = NamedWeights(unet.eval(), training=training, rank=lora_rank, alpha=lora_alpha,
-                                    targets=LORA_TARGETS)
+                                    targets=LORA_TARGETS, names=names)
         self._null = self._encode([""])
 
     @classmethod
     def load(cls, folder: Path | str | None = None, *, training: str = "lora", lora_rank: int = 16,
-             lora_alpha: float | None = None) -> EmojiModel:
-        """The embedded model, or one of the same layout from a diffusers folder. Weights are kept in float32."""
+             lora_alpha: float | None = None, names: Sequence[str] = ("policy",)) -> EmojiModel:
+        """The embedded model, or one of the same layout from a diffusers folder. Weights are kept in float32.
+
+        names: what can be trained, `NamedWeights`' names; all begin as the reference.
+        """
         folder = Path(str(files("palate") / "assets/emoji")) if folder is None else Path(folder)
         if not (folder / "unet").is_dir():
             raise ValueError(f"model.folder {folder} is not a diffusers folder (no unet in it); leave it out for the "
@@ -63,7 +66,7 @@ class EmojiModel:
             )
         except (OSError, SafetensorError) as error:
             raise ValueError(f"model.folder {folder} could not be read: {error}") from error
-        return cls(*parts, training=training, lora_rank=lora_rank, lora_alpha=lora_alpha)
+        return cls(*parts, training=training, lora_rank=lora_rank, lora_alpha=lora_alpha, names=names)
 
     def _encode(self, prompts: Sequence[str]) -> Tensor:
         lines = [" ".join(known_words(prompt)) for prompt in prompts]
@@ -96,38 +99,21 @@ class EmojiModel:
         return from_velocity(xt, velocity, alpha, sigma)
 
     def parameters(self, weights: str = "policy") -> list[nn.Parameter]:
-        return self.weights.parameters if weights == "policy" else []
+        return self.weights.parameters(weights)
 
     def fingerprint(self) -> str:
         """SHA-256 of the base weights, adapters not included."""
         return self._fingerprint
 
     def save_adapter(self, folder: Path | str) -> None:
-        """What was trained: a diffusers LoRA file, or with full training a diffusers unet folder."""
-        if self.training == "lora":
-            self.weights.network.save_lora_adapter(folder, adapter_name="policy")
-        else:
-            self.weights.network.save_pretrained(folder)
+        """What was trained: the policy's LoRA file (full training: its unet folder), other names in folders below."""
+        for name in self.weights.names:
+            self.weights.save(folder if name == "policy" else Path(folder) / name, name)
 
     def load_adapter(self, folder: Path | str) -> None:
-        """Read back what `save_adapter` wrote, into a model of the same training mode and rank."""
-        if self.training == "lora":
-            path = Path(folder) / "pytorch_lora_weights.safetensors"
-        else:
-            path = Path(folder) / "diffusion_pytorch_model.safetensors"
-        if not path.exists():
-            raise ValueError(f"no {path.name} in {folder}; expected the adapter folder of a {self.training} run")
-        network = self.weights.network
-        own = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        saved = load_file(path)
-        if self.training == "lora":
-            saved = {name.replace(".lora_A.", ".lora_A.policy.").replace(".lora_B.", ".lora_B.policy."): tensor
-                     for name, tensor in saved.items()}
-        if {n: p.shape for n, p in own.items()} != {n: t.shape for n, t in saved.items()}:
-            raise ValueError(f"the adapter in {folder} does not fit this model: another rank, target or architecture")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(saved[name])
+        """Read back what `save_adapter` wrote, into a model of the same training mode, rank and names."""
+        for name in self.weights.names:
+            self.weights.load(folder if name == "policy" else Path(folder) / name, name)
 
 
 def _digest(*modules: nn.Module) -> str:

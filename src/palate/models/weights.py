@@ -1,64 +1,148 @@
-"""Named weights: one diffusers network that can speak as "policy" (what is trained) or "reference" (what it was).
+"""Named weights: one diffusers network that can speak as what is trained ("policy", and any other name) or as what it was
+("reference").
 
-LoRA (peft through diffusers): the policy is an adapter, the reference is the network with the adapter off. Full training:
-the reference is a frozen copy.
+LoRA (peft through diffusers): one adapter a name on one frozen network, and the reference is that network with every
+adapter off. Full training: one copy of the network a name, beside a frozen one.
 """
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
+import torch
 from peft import LoraConfig
+from safetensors.torch import load_file
 from torch import nn
-
-ADAPTER = "policy"
+from torch.utils.checkpoint import checkpoint
 
 
 class NamedWeights:
-    """A network under the names "policy" and "reference".
+    """A network under the names of `names`, all equal at the start, and under "reference".
 
-    training: "lora" adds an adapter of `rank` to `targets`; "full" trains every parameter beside a frozen copy; "none"
-    has no policy of its own: both names are the same frozen network.
+    training: "lora" adds an adapter of `rank` to `targets` for each name; "full" trains every parameter of a copy for
+    each name; "none" trains nothing: all names are the same frozen network. `names` holds "policy".
     """
 
-    def __init__(self, network: nn.Module, *, training: str, rank: int, alpha: float | None, targets: Sequence[str]):
+    def __init__(
+        self, network: nn.Module, *, training: str, rank: int, alpha: float | None, targets: Sequence[str],
+        names: Sequence[str] = ("policy",),
+    ):
         if training not in ("lora", "full", "none"):
             raise ValueError(f"training got {training!r}; expected lora, full or none")
-        self.network, self.training = network, training
+        if isinstance(names, str) or len(set(names)) < len(names) or "policy" not in names or "reference" in names:
+            raise ValueError(f"names got {names!r}; expected different names, 'policy' one of them, 'reference' none")
+        self.training, self.names = training, tuple(names)
         network.requires_grad_(False)
-        self._reference = network
+        self.network = network  # the policy's; with LoRA everyone's
+        self.networks = dict.fromkeys((*self.names, "reference"), network)
+        self._speaking = "policy"
+        self._adapters: list[nn.Parameter] = []
         if training == "full":
-            self._reference = copy.deepcopy(network)
-            network.requires_grad_(True)
+            self.networks |= {name: copy.deepcopy(network) for name in self.networks if name != "policy"}
+            for name in self.names:
+                self.networks[name].requires_grad_(True)
         if training == "lora":
             if rank < 1:
                 raise ValueError(f"lora_rank got {rank}; expected at least 1")
             config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=list(targets))
-            network.add_adapter(config, adapter_name=ADAPTER)
+            for name in self.names:
+                with warnings.catch_warnings():  # peft warns at a second adapter
+                    warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                    network.add_adapter(copy.deepcopy(config), adapter_name=name)
+            self._adapters = [p for name in self.names for p in self._own(name).values()]
+            self._select("policy")
+            for p in self._adapters:
+                p.requires_grad_(True)
 
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """The policy's trainable parameters, in a fixed order."""
-        return [p for p in self.network.parameters() if p.requires_grad]
+    def parameters(self, name: str = "policy") -> list[nn.Parameter]:
+        """The trainable parameters of that name, in a fixed order; none for "reference"."""
+        return list(self._own(name).values())
 
     @contextmanager
     def speaking_as(self, weights: str) -> Iterator[nn.Module]:
         """The network that answers to the name.
 
-        Switching a LoRA adapter off also takes requires_grad from its parameters, and a backward that runs then skips
-        them in silence; so "policy" is restored on the way out, whatever happens inside.
+        Selecting a LoRA adapter, or none, also flips requires_grad in all of them, and a backward that runs then skips
+        the flipped ones in silence. So every flag stays as it was, inside as well, and the selection of before
+        ("policy") is restored on the way out, whatever happens inside.
         """
-        if weights not in ("policy", "reference"):
-            raise ValueError(f"weights got {weights!r}; expected policy or reference")
-        if weights == "policy" or self.training == "none":
+        self._known(weights)
+        before = self._speaking
+        if self.training != "lora" or weights == before:
+            yield self.networks[weights]
+            return
+        try:
+            self._select(weights)
             yield self.network
-        elif self.training == "full":
-            yield self._reference
+        finally:
+            self._select(before)
+
+    def checkpoint_activations(self) -> None:
+        """Recompute activations in the backward pass, block by block, under the weights that made them.
+
+        diffusers' own function would recompute under whichever adapter is selected when backward runs.
+        """
+        for network in self._distinct():
+            network.enable_gradient_checkpointing(self._checkpointed)
+
+    def save(self, folder: Path | str, name: str = "policy") -> None:
+        """What was trained under that name: a diffusers LoRA file, or with full training a diffusers network folder."""
+        if self.training == "lora":
+            self.network.save_lora_adapter(folder, adapter_name=name)
         else:
+            self.networks[name].save_pretrained(folder)
+
+    def load(self, folder: Path | str, name: str = "policy") -> None:
+        """Read back what `save` wrote, into weights of the same training mode and rank; ValueError if not."""
+        lora = self.training == "lora"
+        path = Path(folder) / f"{'pytorch_lora_weights' if lora else 'diffusion_pytorch_model'}.safetensors"
+        if not path.exists():
+            raise ValueError(f"no {path.name} in {folder}; expected the adapter folder of a {self.training} run")
+        own, saved = self._own(name), load_file(path)
+        if lora:
+            saved = {key.replace(".lora_A.", f".lora_A.{name}.").replace(".lora_B.", f".lora_B.{name}."): tensor
+                     for key, tensor in saved.items()}
+        if {n: p.shape for n, p in own.items()} != {n: t.shape for n, t in saved.items()}:
+            raise ValueError(f"the adapter in {folder} does not fit this model: another rank, target or architecture")
+        with torch.no_grad():
+            for key, parameter in own.items():
+                parameter.copy_(saved[key])
+
+    def _known(self, weights: str) -> None:
+        if weights not in self.networks:
+            raise ValueError(f"weights got {weights!r}; expected one of {', '.join(self.networks)}")
+
+    def _own(self, name: str) -> dict[str, nn.Parameter]:
+        self._known(name)
+        if name == "reference" or self.training == "none":
+            return {}
+        mark = (f".lora_A.{name}.", f".lora_B.{name}.") if self.training == "lora" else ("",)
+        return {key: p for key, p in self.networks[name].named_parameters() if any(m in key for m in mark)}
+
+    def _select(self, weights: str) -> None:
+        flags = [p.requires_grad for p in self._adapters]
+        if weights == "reference":
             self.network.disable_adapters()
-            try:
-                yield self.network
-            finally:
-                self.network.enable_adapters()
+        else:
+            self.network.enable_adapters()
+            self.network.set_adapter(weights)
+        self._speaking = weights
+        for p, flag in zip(self._adapters, flags, strict=True):
+            p.requires_grad_(flag)
+
+    def _checkpointed(self, function: Any, *args: Any) -> Any:
+        weights = self._speaking
+
+        def run(*args: Any) -> Any:
+            with self.speaking_as(weights):
+                return function(*args)
+
+        return checkpoint(run, *args, use_reentrant=False)
+
+    def _distinct(self) -> list[nn.Module]:
+        return list({id(network): network for network in self.networks.values()}.values())
