@@ -1,62 +1,206 @@
-"""CLIP-like rewards: cosine similarity of an image and a text embedding, differentiable in the image.
+"""CLIP-like rewards: CLIP score, PickScore, HPSv2 and HPSv2.1. Cosine similarity of an image and a text embedding.
 
-Any transformers CLIPModel serves, or a VisionTextDualEncoderModel: both have get_image_features and get_text_features.
+    CLIP score   max(0, 100 cos)           Hessel et al. 2021, arXiv 2104.08718; ViT-L/14 or H/14
+    PickScore    exp(logit_scale) cos      Kirstain et al. 2023, arXiv 2305.01569; ViT-H/14
+    HPSv2, v2.1  cos                       Wu et al. 2023, arXiv 2306.09341; ViT-H/14 in OpenCLIP's names
+
+All are differentiable in the image. Any transformers CLIPModel serves, or a VisionTextDualEncoderModel: both have
+get_image_features and get_text_features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+
+from palate.rewards.files import load_state, pretrained, read_tensors, weights_file
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images (Radford et al. 2021)
 STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # the vocabulary of every CLIP here
 
 
-def preprocess(images: Tensor, size: int) -> Tensor:
-    """Images (B, 3, H, W) in [0, 1] as CLIP's towers want them: short side `size`, centre crop, normalised.
-
-    Bicubic with antialiasing, as PIL does it; without antialiasing pixels differ by up to 170/255.
-    """
-    height, width = images.shape[-2:]
-    if (height, width) != (size, size):
-        scale = size / min(height, width)
-        shape = [max(size, round(height * scale)), max(size, round(width * scale))]
-        images = F.interpolate(images, shape, mode="bicubic", antialias=True, align_corners=False)
-        top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
-        images = images[..., top: top + size, left: left + size]
+def normalised_pixels(images: Tensor) -> Tensor:
     mean, std = (torch.tensor(c, dtype=images.dtype, device=images.device).view(1, 3, 1, 1) for c in (MEAN, STD))
     return (images - mean) / std
 
 
-class ClipReward:
-    """cosine(image, text), in [-1, 1], of a frozen two-tower model. Text features are cached per prompt.
+def preprocess(images: Tensor, size: int, *, fit: Literal["crop", "pad"] = "crop") -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] as CLIP's towers want them: (B, 3, size, size), normalised; float32 or wider.
 
-    `tokenize` turns prompts into the text tower's arguments (input_ids and, where needed, attention_mask).
+    "crop": the short side becomes `size`, the middle is kept. "pad": the long side does, the rest is black. Equal for
+    squares. Bicubic with antialiasing, as PIL does it; without antialiasing pixels differ by up to 170/255.
+    """
+    images = images.to(torch.promote_types(images.dtype, torch.float32))
+    height, width = images.shape[-2:]
+    if (height, width) != (size, size):
+        if fit == "crop":
+            short = min(height, width)
+            shape = [size * height // short, size * width // short]
+        else:
+            shape = [max(1, round(side * size / max(height, width))) for side in (height, width)]
+        images = F.interpolate(images, shape, mode="bicubic", antialias=True, align_corners=False)
+        rows, columns = size - shape[0], size - shape[1]  # below 0 for a crop
+        top, left = int(rows / 2), int(columns / 2)
+        images = F.pad(images, (left, columns - left, top, rows - top))
+    return normalised_pixels(images)
+
+
+class ClipReward:
+    """scale cosine(image, text), at least `floor`, of a frozen two-tower model. Text features are cached per prompt.
+
+    `tokenize` turns prompts into the text tower's arguments (input_ids and, where needed, attention_mask). The model
+    follows the images to their device; its dtype is the caller's choice, the result is float32 or wider.
     """
 
-    def __init__(self, model: nn.Module, tokenize: Any, *, image_size: int):
+    def __init__(self, model: nn.Module, tokenize: Callable[[Sequence[str]], Mapping[str, Tensor]], *, image_size: int,
+                 fit: Literal["crop", "pad"] = "crop", scale: float = 1.0, floor: float = -math.inf):
         self.model = model.eval().requires_grad_(False)
-        self.image_size = image_size
+        self.image_size, self.fit, self.scale, self.floor = image_size, fit, scale, floor
         self._tokenize = tokenize
         self._text = lru_cache(maxsize=100_000)(self._text_features)
 
     def image_features(self, images: Tensor) -> Tensor:
         """Unit vectors (B, D); differentiable."""
-        pixels = preprocess(images, self.image_size)
-        return F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+        weight = next(self.model.parameters())
+        if weight.device != images.device:
+            self.model.to(images.device)
+        pixels = preprocess(images, self.image_size, fit=self.fit)
+        output = self.model.get_image_features(pixel_values=pixels.to(weight.dtype)).pooler_output
+        return F.normalize(output.to(pixels.dtype), dim=-1)
 
     def score(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
-        return (features * torch.stack([self._text(prompt) for prompt in prompts]).to(features)).sum(-1)
+        cosine = (features * torch.stack([self._text(prompt).to(features) for prompt in prompts])).sum(-1)
+        return (self.scale * cosine).clamp_min(self.floor)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.score(self.image_features(images), prompts)
 
     @torch.no_grad()
     def _text_features(self, prompt: str) -> Tensor:
-        output = self.model.get_text_features(**self._tokenize([prompt])).pooler_output
-        return F.normalize(output, dim=-1)[0]
+        weight = next(self.model.parameters())
+        tokens = {name: ids.to(weight.device) for name, ids in self._tokenize([prompt]).items()}
+        output = self.model.get_text_features(**tokens).pooler_output
+        return F.normalize(output.to(torch.promote_types(output.dtype, torch.float32)), dim=-1)[0]
+
+
+# ------------------------------------------------------------------------------------------------------ loading
+
+
+def load_clip_score(source: str | None = None, *, dtype: torch.dtype = torch.float32) -> ClipReward:
+    """max(0, 100 cos). `source` is a transformers folder or hub id; openai/clip-vit-large-patch14 if left out."""
+    source = source or "openai/clip-vit-large-patch14"
+    how = "Give the folder of a transformers CLIPModel, or download one: hf download openai/clip-vit-large-patch14"
+    model = pretrained(CLIPModel, "clip-score", source, how=how, dtype=dtype)
+    return _reward(model, "clip-score", source, scale=100.0, floor=0.0)
+
+
+def load_pickscore(source: str | None = None, *, dtype: torch.dtype = torch.float32) -> ClipReward:
+    """exp(logit_scale) cos, about 100 cos. `source` is a transformers folder or hub id."""
+    source = source or "yuvalkirstain/PickScore_v1"
+    how = "Download it: hf download yuvalkirstain/PickScore_v1"
+    model = pretrained(CLIPModel, "pickscore", source, how=how, dtype=dtype)
+    return _reward(model, "pickscore", source, scale=float(model.logit_scale.detach().double().exp()))
+
+
+def load_hpsv2(source: str | None = None, *, dtype: torch.dtype = torch.float32,
+               fit: Literal["crop", "pad"] = "pad") -> ClipReward:
+    """cos of HPSv2 or HPSv2.1, whichever the file holds: OpenCLIP's or transformers' tensors of a ViT-H/14.
+
+    `source` is the .safetensors file, a folder with it (and perhaps a tokenizer), or a hub id. The official transform
+    pads; SRPO's program crops; squares do not care.
+    """
+    how = "Download HPS_v2.1_compressed.pt (hf download xswu/HPSv2 HPS_v2.1_compressed.pt), convert it, and give the file"
+    if source is None:
+        raise ValueError(f"reward.source.hpsv2: the weights are published as a pickle only. {how}")
+    path = weights_file("hpsv2", source, default="HPS_v2.1_compressed.safetensors", how=how)
+    state = read_tensors(path)
+    if "visual.conv1.weight" in state:
+        state = from_open_clip(state)
+    model = load_state(lambda: CLIPModel(vit_h_14()), state, reward="hpsv2", path=path, dtype=dtype)
+    folder = Path(source) if Path(source).is_dir() else path.parent
+    tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else CLIP_TOKENIZER
+    return _reward(model, "hpsv2", tokenizer, fit=fit)
+
+
+def vit_h_14() -> CLIPConfig:
+    """OpenCLIP's ViT-H-14 in transformers' terms."""
+    text = {"vocab_size": 49408, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+            "num_attention_heads": 16, "max_position_embeddings": 77, "hidden_act": "gelu", "bos_token_id": 49406,
+            "eos_token_id": 49407, "pad_token_id": 0, "projection_dim": 1024}
+    vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
+              "image_size": 224, "patch_size": 14, "hidden_act": "gelu", "projection_dim": 1024}
+    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=1024)
+
+
+_RENAMED = {
+    "logit_scale": "logit_scale",
+    "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "ln_final.": "text_model.final_layer_norm.",
+    "text_projection": "text_projection.weight",
+    "transformer.resblocks.": "text_model.encoder.layers.",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+    "visual.ln_pre.": "vision_model.pre_layrnorm.",  # transformers' spelling
+    "visual.ln_post.": "vision_model.post_layernorm.",
+    "visual.proj": "visual_projection.weight",
+    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
+}
+_IN_BLOCK = {".ln_1.": ".layer_norm1.", ".ln_2.": ".layer_norm2.", ".mlp.c_fc.": ".mlp.fc1.", ".mlp.c_proj.": ".mlp.fc2.",
+             ".attn.out_proj.": ".self_attn.out_proj."}
+
+
+def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """OpenCLIP's tensors under transformers' CLIPModel names: in_proj split in q, k, v; both projections transposed."""
+    converted: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if name == "attn_mask":  # a constant buffer of older files
+            continue
+        prefix = max((p for p in _RENAMED if name.startswith(p)), key=len, default=None)
+        if prefix is None:
+            raise ValueError(f"{name} is no tensor of an OpenCLIP ViT; expected visual.*, transformer.*, text_projection, ...")
+        new = _RENAMED[prefix] + name[len(prefix):]
+        if ".attn.in_proj_" in new:
+            stem, kind = new.split(".attn.in_proj_")
+            for part, piece in zip("qkv", tensor.chunk(3), strict=True):
+                converted[f"{stem}.self_attn.{part}_proj.{kind}"] = piece.contiguous()
+            continue
+        for old, now in _IN_BLOCK.items():
+            new = new.replace(old, now)
+        converted[new] = tensor.T.contiguous() if prefix in ("text_projection", "visual.proj") else tensor
+    return converted
+
+
+def tokenizer_of(reward: str, source: str, *, length: int) -> Callable[[Sequence[str]], dict[str, Tensor]]:
+    """Prompts -> input_ids and attention_mask (B, length); warns once, with the count, of a prompt that is cut."""
+    how = "A tokenizer is needed beside the weights: hf download " + CLIP_TOKENIZER
+    tokenizer = pretrained(AutoTokenizer, reward, source, how=how)
+    warned = False
+
+    def tokenize(prompts: Sequence[str]) -> dict[str, Tensor]:
+        nonlocal warned
+        longest = max(len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids)
+        if longest > length and not warned:
+            warned = True
+            warnings.warn(f"reward {reward}: a prompt of {longest} tokens is cut at {length}; its end is not seen", stacklevel=2)
+        return dict(tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt",
+                              return_token_type_ids=False))
+
+    return tokenize
+
+
+def _reward(model: CLIPModel, name: str, tokenizer: str, **options: Any) -> ClipReward:
+    length = model.config.text_config.max_position_embeddings
+    return ClipReward(model, tokenizer_of(name, tokenizer, length=length),
+                      image_size=model.config.vision_config.image_size, **options)

@@ -1,0 +1,105 @@
+"""Where a reward's weights come from: a local file or folder, or a repository of the hub. safetensors only.
+
+Every error names the recipe's key, reward.source.NAME, and what to do about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.initialization import no_init_weights
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+CONVERT = (
+    "python -c \"import sys, torch; from safetensors.torch import save_file; w = torch.load(sys.argv[1], 'cpu', "
+    "weights_only=True); w = w.get('state_dict', w); save_file({k: v.clone().contiguous() for k, v in w.items() "
+    "if torch.is_tensor(v)}, sys.argv[2])\""
+)
+
+
+def convert_command(path: Path) -> str:
+    """The shell command that turns a pickled checkpoint into safetensors, without running code from it."""
+    return f"{CONVERT} {path} {path.with_suffix('.safetensors')}"
+
+
+def weights_file(reward: str, source: str, *, default: str, how: str) -> Path:
+    """The one .safetensors file of `source`: the file itself, the one in a folder, or `default` in a hub repository.
+
+    `how` says where the weights are published; it ends every error.
+    """
+    key = f"reward.source.{reward}"
+    path = Path(source)
+    if path.is_dir():
+        found = sorted(path.glob("*.safetensors"))
+        if len(found) == 1 or (path / default).is_file():
+            return path / default if (path / default).is_file() else found[0]
+        if found:
+            raise ValueError(f"{key}: {path} holds {len(found)} .safetensors files; give one of them, or name it {default}")
+        pickled = sorted(p for p in path.iterdir() if p.suffix in PICKLES)
+        if not pickled:
+            raise ValueError(f"{key}: {path} holds no weights. {how}")
+        path = pickled[0]
+    if path.suffix in PICKLES:
+        raise ValueError(f"{key}: {path} is a pickle, which can run code when it is loaded; only .safetensors is read. "
+                         f"Convert it once with\n{convert_command(path)}")
+    if path.is_file():
+        return path
+    if path.is_absolute() or source.startswith(".") or source.count("/") != 1 or path.suffix == ".safetensors":
+        raise ValueError(f"{key}: {source} does not exist. {how}")
+    try:
+        return Path(hf_hub_download(source, default))
+    except GatedRepoError as error:
+        raise ValueError(f"{key}: {source} is gated; accept its terms on huggingface.co and run `hf auth login`") from error
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(f"{key}: {source} holds no reachable {default} ({_first_line(error)}). {how}") from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors ({_first_line(error)}); fetch or convert it again") from error
+
+
+def pretrained(kind: Any, reward: str, source: str, *, how: str, **options: Any) -> Any:
+    """kind.from_pretrained(source); `kind` is a transformers model or tokenizer class."""
+    key, folder = f"reward.source.{reward}", Path(source)
+    weights = issubclass(kind, nn.Module) if isinstance(kind, type) else False
+    if weights and folder.is_dir() and not any(folder.glob("*.safetensors")):
+        pickled = sorted(p for p in folder.iterdir() if p.suffix in PICKLES)
+        what = f"only a pickle; convert it once with\n{convert_command(pickled[0])}" if pickled else f"no weights. {how}"
+        raise ValueError(f"{key}: {folder} holds {what}")
+    if weights:
+        options["use_safetensors"] = True
+    try:
+        return kind.from_pretrained(source, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        hint = "accept its terms on huggingface.co and run `hf auth login`" if "gated" in str(error) else how
+        raise ValueError(f"{key}: {source} cannot be loaded as {kind.__name__} ({_first_line(error)}). {hint}") from error
+
+
+def load_state(build: Callable[[], nn.Module], state: Mapping[str, Tensor], *, reward: str, path: Path,
+               dtype: torch.dtype) -> nn.Module:
+    """The module, frozen, with every one of its tensors from `state`; a missing or left-over key is an error."""
+    with no_init_weights():  # every weight is overwritten below
+        module = build()
+    own = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    wrong = sorted(name for name in own.keys() | state.keys()
+                   if name not in own or name not in state or own[name] != state[name].shape)
+    if wrong:
+        raise ValueError(f"reward.source.{reward}: {path} holds another architecture: {len(wrong)} of {len(own)} tensors are "
+                         f"missing, left over or of another shape, {wrong[0]} for one")
+    module.load_state_dict(dict(state))
+    return module.to(dtype).eval().requires_grad_(False)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
