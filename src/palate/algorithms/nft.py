@@ -1,0 +1,195 @@
+"""DiffusionNFT, Negative-aware Fine-Tuning on the forward process.
+
+"DiffusionNFT: Online Diffusion Reinforcement with Forward Process", 2025, arXiv 2509.16117, by Kaiwen Zheng, Huayu
+Chen, Haotian Ye, Haoxiang Wang, Qinsheng Zhang, Kai Jiang, Hang Su, Stefano Ermon, Jun Zhu and Ming-Yu Liu.
+
+Idea: no likelihoods and no trajectories. Noise the policy's own clean samples as in pre-training; pull the network
+towards the good ones, and an implicit mirror image of it (about the old policy) towards the bad ones.
+
+    r            = 1/2 + 1/2 clip((R - mean R) / z, -1, 1)    optimality probability   `optimality`
+    x_t          = alpha x0 + sigma eps,  v = eps - x0        x0 drawn by v_old, any solver
+    v+           = (1 - beta) v_old + beta v_theta            implicit positive        `mirrored`
+    v-           = (1 + beta) v_old - beta v_theta            implicit negative
+    loss         = E[r |v+ - v|^2 + (1 - r) |v- - v|^2] + kl |v_theta - v_ref|^2
+    theta_old   <- eta_i theta_old + (1 - eta_i) theta        after every update       `old_decay`
+
+Where the loss is smallest, v_theta = v_old + (1 / beta) E[(2 r - 1)(v - v_old) | x_t], a guidance towards the good
+samples; equal rewards (r = 1/2) change nothing.
+
+Groups: the loop gives B prompts; `step` repeats each `group` times. Image k of sample id i has the id i * group + k.
+
+Deviations from the paper:
+- adaptive = True is its self-normalised x0 form of the square error, |x0+ - x0|^2 / stop_grad(mean |x0+ - x0|);
+  False is the loss above. `velocity` is eps - x0 for every schedule, so it works for variance-preserving models.
+- z is in units of the group's standard deviation of R, and the mean is the group's.
+- Times are uniform (then shifted), n for each image, where the program takes the sampler's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from palate.core import Batch, Cond, Loss, Model, Random, Reward
+from palate.path import Prediction, add_noise, from_velocity
+from palate.sampling import sample, shift_time
+
+
+@dataclass(frozen=True)
+class NFTSettings:
+    group: int = 24  # images per prompt
+    steps: int = 10  # of sampling while training
+    guidance: float = 1.0  # of sampling; the trained forward has none
+    shift: float = 3.0  # of the sampling grid and of the trained times
+    n: int = 4  # trained times per image
+    beta: float = 1.0  # how far the implicit policies are from the old one, for a given change: smaller = larger steps
+    z: float = 1.0  # Z_c, in standard deviations of the group's rewards
+    kl: float = 1e-4  # weight of |v_theta - v_ref|^2; 0 skips its network calls
+    adaptive: bool = True
+    old_rate: float = 0.001  # eta_i = min(old_rate * i, old_most); 0 = theta_old is the current policy
+    old_most: float = 0.5
+
+    def __post_init__(self) -> None:
+        for problem, wrong in (
+            ("group: at least 2, because its images are compared with each other", self.group < 2),
+            ("steps: at least 1", self.steps < 1),
+            ("shift: above 0", not self.shift > 0),
+            ("n: at least 1", self.n < 1),
+            ("beta: above 0", not self.beta > 0),
+            ("z: above 0", not self.z > 0),
+            ("kl: at least 0", not self.kl >= 0),
+            ("old_rate: at least 0", not self.old_rate >= 0),
+            ("old_most: at least 0 and below 1", not 0 <= self.old_most < 1),
+        ):
+            if wrong:
+                name = problem.split(":")[0]
+                raise ValueError(f"NFTSettings expected {problem}; got {name} = {getattr(self, name)!r}")
+
+
+class NFT:
+    """Its state is theta_old, the weights that draw the samples: a copy of the policy's trainable parameters."""
+
+    trains = ("policy",)
+
+    def __init__(self, settings: NFTSettings):
+        self.settings = settings
+        self.old: list[Tensor] | None = None  # None = still the policy
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"old": self.old}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.old = None if state["old"] is None else [tensor.clone() for tensor in state["old"]]
+
+    def step(self, model: Model, reward: Reward, batch: Batch, rng: Random) -> Iterator[Loss]:
+        """Draw a group for each prompt with theta_old, then one update over n times per image, and move theta_old."""
+        s = self.settings
+        parameters = model.parameters("policy")
+        if self.old is None:
+            self.old = [p.detach().clone() for p in parameters]
+        prompts = [prompt for prompt in batch.prompts for _ in range(s.group)]
+        rng = Random(rng.seed, rng.step, [i * s.group + k for i in rng.ids for k in range(s.group)])
+        noise = rng.normal("rollout", model.latent_shape)
+        noise = noise.to(parameters[0].device, torch.promote_types(parameters[0].dtype, torch.float32))
+        with torch.no_grad():
+            cond = model.encode_prompts(prompts)
+            with _speaking(parameters, self.old):
+                x0 = sample(model, cond, noise, s.steps, guidance=s.guidance, shift=s.shift)
+            rewards = reward(model.decode(x0), prompts).detach()
+        r = optimality(rewards, s.group, s.z)
+        for j in range(s.n):
+            t = shift_time(1 - rng.uniform(f"level-{j}"), s.shift).to(x0)  # in (0, 1]
+            eps = rng.normal(f"inject-{j}", model.latent_shape).to(x0)
+            value, metrics = self._loss(model, x0, eps, t, cond, r.to(x0))
+            yield Loss(value / s.n, metrics | {"reward": rewards.mean()}, "policy" if j == s.n - 1 else None)
+        decay = old_decay(rng.step, s.old_rate, s.old_most)
+        with torch.no_grad():
+            self.old = [p + decay * (old.to(p) - p) for old, p in zip(self.old, parameters, strict=True)]
+
+    def _loss(
+        self, model: Model, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond, r: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        s = self.settings
+        alpha, sigma = model.schedule(t)
+        xt = add_noise(x0, eps, alpha, sigma)
+        with torch.no_grad():  # before the policy's call: the graph must not see weights change
+            with _speaking(model.parameters("policy"), self.old):
+                v_old = velocity(model.predict(xt, t, cond))
+            v_ref = velocity(model.predict(xt, t, cond, weights="reference")) if s.kl else v_old
+        v_theta = velocity(model.predict(xt, t, cond))
+        errors = []
+        for v in mirrored(v_theta, v_old, s.beta):
+            if s.adaptive:
+                errors.append(self_normalised(from_velocity(xt, v, alpha, sigma).x0, x0))
+            else:
+                errors.append((v - (eps - x0)).square().flatten(1).mean(1))
+        value = (r * errors[0] + (1 - r) * errors[1]).mean()
+        metrics = {"positive": errors[0].mean(), "negative": errors[1].mean(),
+                   "from_old": (v_theta - v_old).square().mean()}
+        if s.kl:
+            metrics["kl"] = apart = (v_theta - v_ref).square().mean()
+            value = value + s.kl * apart
+        return value, {name: number.detach() for name, number in metrics.items()}
+
+
+# The equations
+
+
+def optimality(rewards: Tensor, group: int, z: float) -> Tensor:
+    """r = 1/2 + 1/2 clip((R - mean R) / (z std R), -1, 1), (B * group,) in [0, 1]; 1/2 in a group of equal rewards."""
+    grouped = rewards.view(-1, group)
+    centred = grouped - grouped.mean(1, keepdim=True)
+    scale = z * grouped.std(1, correction=0, keepdim=True) + 1e-8
+    return (0.5 + 0.5 * (centred / scale).clamp(-1, 1)).flatten()
+
+
+def velocity(pred: Prediction) -> Tensor:
+    """eps - x0."""
+    return pred.eps - pred.x0
+
+
+def mirrored(v_theta: Tensor, v_old: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """The implicit positive and negative velocities, v_old +- beta (v_theta - v_old)."""
+    change = beta * (v_theta - v_old)
+    return v_old + change, v_old - change
+
+
+def self_normalised(x0hat: Tensor, x0: Tensor) -> Tensor:
+    """mean |x0hat - x0|^2 / stop_grad(mean |x0hat - x0|), (B,): errors of every noise level weigh alike."""
+    error = (x0hat - x0).flatten(1)
+    return error.square().mean(1) / error.detach().abs().mean(1).clamp_min(1e-5)
+
+
+def old_decay(step: int, rate: float, most: float) -> float:
+    """eta_i = min(rate i, most)."""
+    return min(rate * step, most)
+
+
+@contextmanager
+def _speaking(parameters: list[Tensor], values: list[Tensor]) -> Iterator[None]:
+    """Inside, the policy speaks with `values`. Only for calls without gradient, and never across a yield of `step`."""
+    kept = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        try:
+            for p, value in zip(parameters, values, strict=True):
+                p.copy_(value)
+            yield
+        finally:
+            for p, value in zip(parameters, kept, strict=True):
+                p.copy_(value)
+
+
+def calls_per_update(settings: NFTSettings) -> dict[str, int]:
+    """Denoiser evaluations of one update per prompt of the batch, a guided call counted twice.
+
+    forward = group (steps g + n (3 with kl, else 2)),  backward = group n,  decode = reward = group,  g = 2 with
+    guidance, else 1.
+    """
+    s = settings
+    forward = s.steps * (1 if s.guidance == 1 else 2) + s.n * (3 if s.kl else 2)
+    return {"forward": s.group * forward, "backward": s.group * s.n, "decode": s.group, "reward": s.group}
