@@ -62,7 +62,7 @@ def test_help_is_quick_because_nothing_heavy_is_imported():
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert ended.returncode == 0, ended.stderr
-    for command in ("train", "resume", "steer", "sample", "evaluate", "compare", "report", "recipes", "checkpoints"):
+    for command in ("train", "resume", "steer", "sample", "evaluate", "compare", "report", "recipes", "checkpoints", "replay"):
         assert command in ended.stdout
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0  # 0.2 s measured on a quiet core
 

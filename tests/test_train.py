@@ -316,8 +316,8 @@ def test_three_in_a_row_stop_the_run_and_keep_the_last_good_weights(tmp_path):
     assert checkpoint.steps(tmp_path / "checkpoints") == [5]
     run(tmp_path.with_name("good"), steps=2)
     assert same(tensors(tmp_path, 5), tensors(tmp_path.with_name("good"), 2))
-    bundle = json.loads((tmp_path / "nonfinite.json").read_text())
-    assert bundle["step"] == 5 and len(bundle["prompts"]) == 3
+    bundle = checkpoint.load(tmp_path / "failures" / checkpoint.name(5))
+    assert bundle.step == 5 and len(bundle.state["prompts"]) == 3
 
 
 def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too(tmp_path):

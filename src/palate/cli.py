@@ -1,6 +1,7 @@
 """The `palate` command. Everything heavy is imported inside the commands, so that --help answers at once.
 
-Exit codes: 0 ok, 2 bad input, 3 losses not finite, 4 checkpoint or disk, 130 and 143 signals.
+Exit codes: 0 ok, 1 a replayed step that no longer fails, 2 bad input, 3 losses not finite, 4 checkpoint or disk,
+5 reward service, 130 and 143 signals.
 """
 
 from __future__ import annotations
@@ -208,6 +209,28 @@ def checkpoints(run: Run) -> None:
         raise checkpoint.CheckpointError(f"{damaged} of {len(found)} checkpoints are damaged; resuming passes them over")
 
 
+@app.command()
+def replay(
+    bundle: Annotated[Path, typer.Argument(help="What a run left when a step was not finite: runs/NAME/failures/step-NNNNNN.")],
+) -> None:
+    """Run a step again that was not finite, and say where the first such value arises."""
+    import torch
+
+    from palate import checkpoint, failure
+    from palate import recipe as recipes
+
+    saved = checkpoint.load(bundle)
+    if not saved.state.get("recipe"):
+        raise ValueError(f"{bundle} is of a run that Python started, without a recipe; use palate.failure.replay there")
+    plan = recipes.parse(saved.state["recipe"])
+    torch.manual_seed(plan.trainer.seed)
+    model, algorithm = recipes.build_model(plan.model), recipes.build_algorithm(plan)
+    found = failure.replay(bundle, model, algorithm, recipes.build_reward(plan.reward))
+    print(printable(found.text()))
+    if not found.reproduced:
+        raise typer.Exit(1)
+
+
 # ----------------------------------------------------------------------------------------------------- parts
 
 
@@ -273,7 +296,7 @@ def _remove_run(folder: Path) -> None:
     if folder.is_symlink() or not folder.is_dir():
         raise ValueError(f"run.folder: {folder} is not an ordinary folder")
     ours = {"recipe.yaml", "environment.json", "metrics.jsonl", "samples", "checkpoints", "adapter", "report.html",
-            "evaluation", "evaluation.json", "control.json", "steering.json", "nonfinite.json"}  # fmt: skip
+            "evaluation", "evaluation.json", "control.json", "steering.json", "failures"}  # fmt: skip
     foreign = sorted(p.name for p in folder.iterdir() if p.name not in ours and not p.name.startswith((".tmp-", "compare")))
     if foreign:
         raise ValueError(f"run.folder: {folder} also holds {foreign[0]}, which no run wrote; --fresh leaves it alone")
@@ -366,6 +389,8 @@ def _fail(error: BaseException) -> NoReturn:
     kind = {base.__module__ + "." + base.__name__ for base in type(error).__mro__}  # without importing torch for it
     if "palate.train.NonFinite" in kind:
         code = 3
+    elif "palate.rewards.remote.RemoteError" in kind:
+        code = 5
     elif "palate.checkpoint.CheckpointError" in kind or isinstance(error, OSError):
         code = 4
     elif isinstance(error, ValueError):

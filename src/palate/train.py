@@ -101,6 +101,9 @@ def train(
         raise ValueError("got no prompts; give at least one")
     if latents is not None and len(latents) != len(prompts):
         raise ValueError(f"got {len(latents)} latents and {len(prompts)} prompts; expected one prompt an image")
+    if latents is not None and not torch.isfinite(latents).all():
+        bad = int((~torch.isfinite(latents).flatten(1).all(1)).nonzero()[0])
+        raise ValueError(f"the latents of image {bad} ({prompts[bad]!r}) are not finite; expected numbers: encode it again")
     run = _Run(model, algorithm, reward, prompts, Path(folder), settings)
     run.guard_prompts = list(preview) if preview else spread(prompts)
     run.preview_prompts = run.guard_prompts[: settings.preview_prompts]
@@ -156,6 +159,28 @@ def restore_result(model: Model, folder: Path, *, warn: Callable[[str], None]) -
     return saved.step
 
 
+def repeat(model: Model, algorithm: Algorithm, reward: Reward, bundle: checkpoint.Checkpoint) -> tuple[dict[str, float], str]:
+    """Run the step of a failure bundle again, exactly as the loop did: (metrics, what was not finite or "").
+
+    Changes the weights of `model` and the state of `algorithm` to those that the step started from.
+    CheckpointError: the bundle is of other base weights, or of another shape.
+    """
+    state = bundle.state
+    settings = check_trainer({**state["settings"], "guard": GuardSettings(every=0), "threads": state["threads"], "ema_decay": 0.0})
+    run = _Run(model, algorithm, reward, state["prompts"], Path(), settings)
+    run._prepare()
+    if run.base != state["base_fingerprint"]:
+        raise checkpoint.CheckpointError("the bundle was made with other base weights; install the version it was made with")
+    run.lr_scale = state["lr_scale"]
+    run._load_tensors(bundle)
+    if state["algorithm"]:
+        algorithm.load_state_dict(checkpoint.join(state["algorithm"], bundle.tensors))
+    with torch.no_grad():
+        cond = model.encode_prompts(state["prompts"])
+    batch = Batch(state["prompts"], cond, torch.tensor(state["ids"]), bundle.tensors.get("batch/latents"))
+    return run._update(bundle.step, batch, check_gradient=False)
+
+
 class _Run:
     """One run's mutable state, and the loop."""
 
@@ -169,6 +194,7 @@ class _Run:
         self.finished = ""
         self.guard: dict[str, Any] = {"base": None, "best_step": None, "best_value": None, "rollbacks": 0, "sums": {}, "steps": 0}
         self.words: list[dict[str, Any]] = []  # steering events to replay, after a resume
+        self.updates = 0  # made by one step of the algorithm; 0 = not known yet
         self.guard_prompts: list[str] = []
         self.preview_prompts: list[str] = []
         self.sample_steps: int | None = None
@@ -181,19 +207,7 @@ class _Run:
 
     def go(self, stop: _Stop, *, resume: bool) -> Outcome:
         s = self.settings
-        if s.threads:
-            torch.set_num_threads(s.threads)
-        self.parameters = {name: list(self.model.parameters(name)) for name in self.algorithm.trains}
-        for name, parameters in self.parameters.items():
-            if not parameters:
-                raise ValueError(f"the model has no trainable {name} parameters; load it with training='lora' or 'full'")
-        self.optimizers = {
-            name: torch.optim.AdamW(parameters, lr=s.lr, betas=s.betas, weight_decay=s.weight_decay)
-            for name, parameters in self.parameters.items()
-        }
-        self.ema = {n: [p.detach().clone() for p in ps] for n, ps in self.parameters.items()} if s.ema_decay else {}
-        fingerprint = getattr(self.model, "fingerprint", None)
-        self.base = fingerprint() if fingerprint else ""
+        self._prepare()
         self._preflight()
         notes: list[str] = []
         self._resume(notes) if resume else self._begin()
@@ -218,16 +232,35 @@ class _Run:
             self._result()
             return Outcome(self.folder, self.step, self.finished, 0)
 
+    def _prepare(self) -> None:
+        """What is trained, its optimizers and averages, all as they are before the first step."""
+        s = self.settings
+        if s.threads:
+            torch.set_num_threads(s.threads)
+        self.parameters = {name: list(self.model.parameters(name)) for name in self.algorithm.trains}
+        for name, parameters in self.parameters.items():
+            if not parameters:
+                raise ValueError(f"the model has no trainable {name} parameters; load it with training='lora' or 'full'")
+        self.optimizers = {
+            name: torch.optim.AdamW(parameters, lr=s.lr, betas=s.betas, weight_decay=s.weight_decay)
+            for name, parameters in self.parameters.items()
+        }
+        self.ema = {n: [p.detach().clone() for p in ps] for n, ps in self.parameters.items()} if s.ema_decay else {}
+        fingerprint = getattr(self.model, "fingerprint", None)
+        self.base = fingerprint() if fingerprint else ""
+
     def _advance(self, *, check_gradient: bool) -> None:
         """One step and everything that belongs to its number; nothing of it is half done when a checkpoint is written."""
         s, began = self.settings, time.perf_counter()
         step = self.step + 1
         steering, waiting = self._steering(step)
         before = self._algorithm_state()
+        batch = self._batch(step)
         try:
             if steering:
                 self.algorithm.steer(steering["positive"], steering["negative"])
-            metrics, problem = self._update(step, check_gradient)
+            entry = self._entry()
+            metrics, problem = self._update(step, batch, check_gradient)
         except ValueError as error:
             if not waiting:
                 raise
@@ -235,7 +268,8 @@ class _Run:
             self.bar.note(f"step {step}: the new words are refused and the old ones kept: {error}")
             self.algorithm.load_state_dict(before)
             steering = waiting = None
-            metrics, problem = self._update(step, check_gradient)
+            entry = self._entry()
+            metrics, problem = self._update(step, batch, check_gradient)
         self.step = step
         if steering:
             self._write({"step": step, "event": "steer", **steering})
@@ -245,7 +279,7 @@ class _Run:
                 os.fsync(self.log.fileno())
                 waiting.unlink(missing_ok=True)
         if problem:
-            self._skip(problem)
+            self._skip(problem, batch, entry)
         else:
             self.bad_in_a_row = 0
             self._average()
@@ -263,22 +297,25 @@ class _Run:
         ):
             self._save()
 
-    def _update(self, step: int, check_gradient: bool) -> tuple[dict[str, float], str]:
-        """Run the algorithm's step: (metrics, "") or, if anything was not finite and no update was made, (.., why)."""
+    def _batch(self, step: int) -> Batch:
         s = self.settings
         first = (step - 1) * s.batch_size
-        ids = torch.arange(first, first + s.batch_size)
         chosen = prompt_order(len(self.prompts), s.seed, first, s.batch_size)
         prompts = [self.prompts[i] for i in chosen]
         with torch.no_grad():
             cond = self.model.encode_prompts(prompts)
-        batch = Batch(prompts, cond, ids, None if self.latents is None else self.latents[chosen])
+        ids = torch.arange(first, first + s.batch_size)
+        return Batch(prompts, cond, ids, None if self.latents is None else self.latents[chosen])
+
+    def _update(self, step: int, batch: Batch, check_gradient: bool) -> tuple[dict[str, float], str]:
+        """Run the algorithm's step: (metrics, "") or, if anything was not finite and no update was made, (.., why)."""
+        s = self.settings
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         found: dict[str, list[float]] = {}
         norms: dict[str, float] = {}
-        total, problem = 0.0, ""
-        for loss in self.algorithm.step(self.model, self.reward, batch, Random(s.seed, step, ids)):
+        total, problem, self.updates = 0.0, "", 0
+        for loss in self.algorithm.step(self.model, self.reward, batch, Random(s.seed, step, batch.ids)):
             for key, value in loss.metrics.items():
                 found.setdefault(key, []).append(float(value))
             if loss.value.ndim:
@@ -289,6 +326,7 @@ class _Run:
                 total += float(loss.value.detach())
                 self._backward(loss, check_gradient)
             if loss.update:
+                self.updates += 1
                 norms[loss.update], wrong = self._optimize(loss.update, step, problem, check_gradient)
                 problem = problem or wrong
         metrics = {"loss": total} | {key: sum(values) / len(values) for key, values in found.items()}
@@ -343,24 +381,57 @@ class _Run:
             return "model.predict loses the policy's gradient (run under no_grad, or another adapter left active)"
         return "a reward past its hinge, fully saturated pixels, or a step length of zero"
 
-    def _skip(self, problem: str) -> None:
+    def _entry(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a step starts from: tensors and the algorithm's state. A bundle holds it, if the step goes wrong.
+
+        A step that makes one update leaves the weights alone when that goes wrong, so only one that makes several, or a
+        number not known yet, has them copied now, with the optimizer.
+        """
+        tensors = {} if self.updates == 1 else {key: value.detach().clone() for key, value in self._moving().items()}
+        return tensors, self._algorithm_state()
+
+    def _skip(self, problem: str, batch: Batch, entry: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
         self.skipped += 1
         self.bad_in_a_row += 1
         self._write({"step": self.step, "event": "skip", "reason": problem, "in_a_row": self.bad_in_a_row})
-        self.bar.note(f"step {self.step}: {problem}; this update is skipped")
+        bundle = self._bundle(problem, batch, *entry)
+        self.bar.note(f"step {self.step}: {problem}; this update is skipped. To see where: palate replay {bundle}")
         if self.bad_in_a_row < MAX_BAD_STEPS:
             return
         self._save()
-        first = (self.step - 1) * self.settings.batch_size
-        chosen = prompt_order(len(self.prompts), self.settings.seed, first, self.settings.batch_size)
-        bundle = {"step": self.step, "seed": self.settings.seed, "first_id": first, "reason": problem}
-        bundle["prompts"] = [self.prompts[i] for i in chosen]
-        checkpoint.write_atomically(self.folder / "nonfinite.json", json.dumps(bundle, indent=1).encode())
         raise NonFinite(
             f"stopped at step {self.step}: {problem}, {self.bad_in_a_row} times in a row. The weights of the last good "
-            f"step are in {self.folder / 'checkpoints' / checkpoint.name(self.step)}, the batch in "
-            f"{self.folder / 'nonfinite.json'}. Lower trainer.lr or trainer.clip_norm, or look at the reward"
+            f"step are in {self.folder / 'checkpoints' / checkpoint.name(self.step)}. See where it arises with "
+            f"`palate replay {bundle}`; lower trainer.lr or trainer.clip_norm, or look at the reward"
         )
+
+    def _bundle(self, problem: str, batch: Batch, tensors: dict[str, Tensor], algorithm: dict[str, Any]) -> Path:
+        """Write what `repeat` needs to run the step again; the newest bundle replaces the one before."""
+        if not tensors:
+            tensors = {f"weights/{name}/{i:04d}": p for name, ps in self.parameters.items() for i, p in enumerate(ps)}
+        if batch.latents is not None:
+            tensors["batch/latents"] = batch.latents
+        recipe = self.folder / "recipe.yaml"
+        state = {
+            "reason": problem,
+            "trains": list(self.parameters),
+            "prompts": batch.prompts,
+            "ids": batch.ids.tolist(),
+            "algorithm": checkpoint.split(algorithm, "algorithm", tensors),
+            "settings": dataclasses.asdict(self.settings),
+            "lr_scale": self.lr_scale,
+            "recipe": recipe.read_text("utf-8") if recipe.is_file() else None,
+            "base_fingerprint": self.base,
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+        }
+        folder = self.folder / "failures"
+        try:
+            checkpoint.save(folder, self.step, tensors, state)
+            checkpoint.prune(folder, keep=1, also=set())
+        except checkpoint.CheckpointError as error:  # the run can go on without its bundle
+            self.bar.note(str(error))
+        return folder / checkpoint.name(self.step)
 
     # --------------------------------------------------------------------------------- before the first step
 
@@ -532,13 +603,18 @@ class _Run:
         state = getattr(self.algorithm, "state_dict", None)
         return state() if state else {}
 
-    def _save(self) -> None:
+    def _moving(self) -> dict[str, Tensor]:
+        """Everything that an update changes, by the names of a checkpoint: weights, averages, optimizer moments."""
         tensors: dict[str, Tensor] = {}
         for name, parameters in self.parameters.items():
             tensors |= {f"weights/{name}/{i:04d}": p for i, p in enumerate(parameters)}
             tensors |= {f"ema/{name}/{i:04d}": p for i, p in enumerate(self.ema.get(name, ()))}
             for i, moments in self.optimizers[name].state_dict()["state"].items():
                 tensors |= {f"optimizer/{name}/{i:04d}/{key}": value for key, value in moments.items()}
+        return tensors
+
+    def _save(self) -> None:
+        tensors = self._moving()
         state = {
             "trains": list(self.parameters),
             "samples": self.step * self.settings.batch_size,
