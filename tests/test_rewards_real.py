@@ -544,6 +544,9 @@ def test_clip_score_pickscore_and_hpsv2_load_from_folders(tiny, clip_folder, tmp
     save_file(tiny[0] | {"visual.extra": torch.zeros(1)}, tmp_path / "HPS_v2.1_compressed.safetensors")
     with pytest.raises(ValueError, match="visual.extra"):
         clip.load_hpsv2(str(tmp_path))
+    save_file(from_open_clip(tiny[0]) | {"vision_model.extra": torch.zeros(1)}, tmp_path / "HPS_v2.1_compressed.safetensors")
+    with pytest.raises(ValueError, match="1 of [0-9]+ tensors.*vision_model.extra"):
+        clip.load_hpsv2(str(tmp_path))
     save_file({n: t for n, t in tiny[0].items() if n != "visual.proj"}, tmp_path / "HPS_v2.1_compressed.safetensors")
     with pytest.raises(ValueError, match="reward.source.hpsv2.*another architecture.*visual_projection.weight"):
         clip.load_hpsv2(str(tmp_path))
