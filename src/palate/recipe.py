@@ -21,30 +21,38 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
+from palate.data import RecipeError, captioned_images, encode_images, load_images, read_prompts, read_text, spread
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from palate.core import Algorithm, Model, Reward
 
 YAML_LIMIT = 256 * 1024  # bytes; a recipe is a page of text
-TEXT_LIMIT = 64 * 1024 * 1024  # bytes of a prompt file
 MODELS = ("emoji",)
 ALGORITHMS = {  # name -> module, class, dataclass of its settings
     "srpo": ("palate.algorithms.srpo", "SRPO", "SRPOSettings"),
 }
 EMBEDDED_REWARDS = ("emoji", "emoji-heldout")
 SIMPLE_REWARDS = ("colourfulness", "brightness", "warmth", "saturation", "high_frequency", "jpeg_size")
+PUBLISHED_REWARDS = {  # name -> module, function that loads it from reward.source.NAME
+    "clip-score": ("palate.rewards.clip", "load_clip_score"),
+    "pickscore": ("palate.rewards.clip", "load_pickscore"),
+    "hpsv2": ("palate.rewards.clip", "load_hpsv2"),
+    "aesthetic": ("palate.rewards.aesthetic", "load_aesthetic"),
+    "image-reward": ("palate.rewards.image_reward", "load_image_reward"),
+    "hpsv3": ("palate.rewards.hpsv3", "load_hpsv3"),
+    "remote": ("palate.rewards.remote", "load_remote"),
+}
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PromptList = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+RewardName = Literal[(*EMBEDDED_REWARDS, *SIMPLE_REWARDS, *PUBLISHED_REWARDS)]
 _STRICT = ConfigDict(extra="forbid")
-
-
-class RecipeError(ValueError):
-    """Everything that is wrong with a recipe, a line each."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +73,18 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """One reward by name, or a weighted sum of several."""
+    """One reward by name, or a weighted sum of several. docs/rewards.md lists them."""
 
     __pydantic_config__ = _STRICT
-    name: Literal[(*EMBEDDED_REWARDS, *SIMPLE_REWARDS)] | None = None
-    weights: dict[Literal[(*EMBEDDED_REWARDS, *SIMPLE_REWARDS)], Annotated[float, Field(allow_inf_nan=False)]] | None = None
+    name: RewardName | None = None
+    weights: dict[RewardName, Finite] | None = None
+    source: dict[Literal[tuple(PUBLISHED_REWARDS)], Annotated[str, Field(min_length=1)]] = field(default_factory=dict)
+    # ^ of published weights: a file, a folder, a hub id; of "remote": a URL
+    dtype: Literal["float32", "bfloat16"] | None = None  # of published rewards; None = bfloat16 for hpsv3, else float32
+    scale: dict[RewardName, tuple[Finite, Annotated[float, Field(gt=0, allow_inf_nan=False)]]] = field(default_factory=dict)
+    # ^ (mean, std) on images you trust: (R - mean) / std is what is weighed
+    noised: dict[RewardName, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = field(default_factory=dict)
+    # ^ std of the noised image that serves as the negative of a reward that reads no prompt
 
 
 @dataclass(frozen=True)
@@ -180,7 +195,7 @@ def text_of(source: str) -> str:
         near = difflib.get_close_matches(source, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"published recipes: {', '.join(known)}"
         raise RecipeError(f"no recipe named {source!r} and no such file; {hint}")
-    return _read_text(path, limit=YAML_LIMIT)
+    return read_text(path, limit=YAML_LIMIT)
 
 
 def read(source: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -377,6 +392,12 @@ def _check_together(recipe: Recipe, mistakes: list[str]) -> None:
         mistakes.append(f"prompts: give exactly one of prompts.file, prompts.list, prompts.images; got {got}")
     if (reward.name is None) == (not reward.weights):
         mistakes.append("reward: give reward.name, or reward.weights with at least one name and its weight")
+    used = {reward.name} if reward.name else set(reward.weights or ())
+    for key in ("source", "scale", "noised"):
+        if idle := sorted(set(getattr(reward, key)) - used):
+            mistakes.append(f"reward.{key}.{idle[0]}: {idle[0]} is in neither reward.name nor reward.weights")
+    if "remote" in used and "remote" not in reward.source:
+        mistakes.append("reward.source.remote: give the server's URL, as http://127.0.0.1:8411/score")
 
 
 _SECTIONS = {
@@ -426,14 +447,27 @@ def build_algorithm(recipe: Recipe) -> Algorithm:
 
 
 def build_reward(settings: RewardSettings) -> Reward:
+    from palate.rewards.combine import noised_relative, normalised, weighted
+
+    def part(name: str) -> Reward:
+        reward = load_reward(name, settings.source.get(name), settings.dtype)
+        if name in settings.noised:
+            reward = noised_relative(reward, settings.noised[name])
+        return normalised(reward, *settings.scale[name]) if name in settings.scale else reward
+
     if settings.name is not None:
-        return load_reward(settings.name)
-    from palate.rewards.combine import weighted
-
-    return weighted({name: (weight, load_reward(name)) for name, weight in settings.weights.items()})
+        return part(settings.name)
+    return weighted({name: (weight, part(name)) for name, weight in settings.weights.items()})
 
 
-def load_reward(name: str) -> Reward:
+def load_reward(name: str, source: str | None = None, dtype: str | None = None) -> Reward:
+    """A reward by name; `source` and `dtype` are of published ones."""
+    if name in PUBLISHED_REWARDS:
+        import torch
+
+        module, function = PUBLISHED_REWARDS[name]
+        options = {} if dtype is None or name == "remote" else {"dtype": getattr(torch, dtype)}
+        return getattr(importlib.import_module(module), function)(source, **options)
     if name in SIMPLE_REWARDS:
         from palate.rewards import simple
 
@@ -441,110 +475,3 @@ def load_reward(name: str) -> Reward:
     from palate.rewards import emoji
 
     return emoji.load_reward(name)
-
-
-def read_prompts(source: str) -> list[str]:
-    """Prompts of a text file, one a line; blank lines and lines that begin with # do not count."""
-    path = Path(source)
-    packaged = importlib.resources.files("palate") / "assets" / "prompts" / f"{source.removesuffix('.txt')}.txt"
-    if not path.is_file() and path.name == source and packaged.is_file():
-        text = packaged.read_text("utf-8")
-    elif path.is_file():
-        text = _read_text(path, limit=TEXT_LIMIT)
-    else:
-        raise RecipeError(f"prompt file {source!r} does not exist; give a text file with one prompt a line")
-    lines = [line.strip() for line in text.splitlines()]
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    if not prompts:
-        raise RecipeError(f"prompt file {source!r} holds no prompt; write one a line")
-    return prompts
-
-
-def spread(prompts: Sequence[str], count: int = 256) -> list[str]:
-    """At most `count` different prompts, evenly spaced over the list."""
-    different = list(dict.fromkeys(prompts))
-    count = min(count, len(different))
-    return [different[i * len(different) // count] for i in range(count)]
-
-
-def captioned_images(folder: Path) -> list[tuple[Path, str]]:
-    """(image, caption) pairs of a folder, sorted by name.
-
-    Captions come from metadata.jsonl ({"file_name", "text"} a line), captions.txt (`name<TAB>caption` a line), or a
-    text file of the image's own stem.
-    """
-    if not folder.is_dir():
-        raise RecipeError(f"prompts.images: {folder} is not a folder")
-    images = sorted(p for p in folder.iterdir() if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".bmp"))
-    if not images:
-        raise RecipeError(f"prompts.images: {folder} holds no .png, .jpg, .webp or .bmp image")
-    captions = _captions(folder, images)
-    missing = [path.name for path in images if not captions.get(path.name)]
-    if missing:
-        raise RecipeError(
-            f"prompts.images: {len(missing)} of {len(images)} images have no caption, {missing[0]} for one; "
-            f"write {Path(missing[0]).stem}.txt, or a line in captions.txt (name<TAB>caption) or metadata.jsonl"
-        )
-    return [(path, captions[path.name]) for path in images]
-
-
-def _captions(folder: Path, images: list[Path]) -> dict[str, str]:
-    rows: dict[str, str] = {}
-    if (file := folder / "metadata.jsonl").is_file():
-        for number, line in enumerate(_read_text(file, limit=TEXT_LIMIT).splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                rows[str(row["file_name"])] = str(row["text"]).strip()
-            except (ValueError, KeyError, TypeError) as error:
-                raise RecipeError(f'{file}, line {number}: expected {{"file_name": ..., "text": ...}}') from error
-    elif (file := folder / "captions.txt").is_file():
-        for number, line in enumerate(_read_text(file, limit=TEXT_LIMIT).splitlines(), 1):
-            if not line.strip():
-                continue
-            image, tab, caption = line.partition("\t")
-            if not tab:
-                raise RecipeError(f"{file}, line {number}: expected the image's name, a tab, the caption")
-            rows[image.strip()] = caption.strip()
-    else:
-        for path in images:
-            if (own := path.with_suffix(".txt")).is_file():
-                rows[path.name] = " ".join(_read_text(own, limit=TEXT_LIMIT).split())
-    return rows
-
-
-def load_images(paths: Sequence[Path], *, size: int) -> Tensor:
-    """(N, 3, size, size) in [0, 1]; the short side is resized, the middle square cut out."""
-    import numpy as np
-    import torch
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    rows = []
-    for path in paths:
-        try:
-            with Image.open(path) as image:
-                square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise RecipeError(f"cannot read the image {path} ({error}); repair or remove it") from error
-        rows.append(torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255)
-    return torch.stack(rows)
-
-
-def encode_images(model: Model, images: Tensor) -> Tensor:
-    """Latents of all images, once, so that training never runs the encoder."""
-    import torch
-
-    with torch.no_grad():
-        return torch.cat([model.encode(chunk) for chunk in images.split(32)])
-
-
-def _read_text(path: Path, *, limit: int) -> str:
-    try:
-        if path.stat().st_size > limit:
-            raise RecipeError(f"{path} is larger than {limit // 1024} KiB")
-        return path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise RecipeError(f"cannot read {path}: {error.strerror}") from error
