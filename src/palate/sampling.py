@@ -66,7 +66,7 @@ def sample(
     *,
     guidance: float = 1.0,
     eta: float = 0.0,
-    shift: float = 1.0,
+    shift: float | None = None,
     grad_steps: int = 0,
     weights: str = "policy",
     rng_noise: Callable[[int], Tensor] | None = None,
@@ -74,7 +74,8 @@ def sample(
     """Clean latents (B, C, h, w) from standard normal `noise` of that shape.
 
     The last `grad_steps` steps carry gradient, the others run under no_grad. `rng_noise(i)` gives the standard normal
-    of step i and is needed when eta > 0, for example `lambda i: rng.normal(f"sde-{i}", model.latent_shape)`.
+    of step i and is needed when eta > 0, for example `lambda i: rng.normal(f"sde-{i}", model.latent_shape)`. shift:
+    equal steps so shifted; None = the grid the model was published with (its `time_grid`), equal steps if it has none.
     """
     if not 0 <= grad_steps <= steps:
         raise ValueError(f"sample got grad_steps {grad_steps} with {steps} steps; expected 0..{steps}")
@@ -83,7 +84,9 @@ def sample(
     if eta > 0 and rng_noise is None:
         raise ValueError("sample got eta > 0 without rng_noise; pass a function of the step index that returns noise")
     state_dtype = torch.promote_types(noise.dtype, torch.float32)  # levels and state never in half precision
-    times = time_grid(steps, shift=shift).to(noise.device, state_dtype)
+    published = getattr(model, "time_grid", None) if shift is None else None
+    times = published(steps) if published else time_grid(steps, shift=1.0 if shift is None else shift)
+    times = times.to(noise.device, state_dtype)
     want_grad = torch.is_grad_enabled()
     x = noise
     for i in range(steps):

@@ -1,0 +1,55 @@
+"""diffusers' AutoencoderKL in Palate's units: images in [0, 1], latents as the denoiser knows them (shifted and scaled)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+def latent_shape(config: Mapping[str, Any], image_size: int, *, family: str, patch: int = 1) -> tuple[int, int, int]:
+    """(C, h, w) of square images, from the VAE's configuration; ValueError if the denoiser's patches do not cover it."""
+    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    multiple = factor * patch
+    if image_size < multiple or image_size % multiple:
+        below = max(multiple, image_size // multiple * multiple)
+        raise ValueError(f"model.image_size got {image_size}; {family} needs a multiple of {multiple} (near: {below}, "
+                         f"{below + multiple})")
+    return config["latent_channels"], image_size // factor, image_size // factor
+
+
+class Autoencoder:
+    """Frozen, in the precision it was read in; latents and images outside are float32.
+
+    gradient_checkpointing: the decoder recomputes each residual block in the backward pass. At 1024 pixels it is the
+    largest part of what large models keep (11 GiB without), and whole up blocks would still hold three resnets.
+    """
+
+    def __init__(self, vae: AutoencoderKL, *, device: torch.device, gradient_checkpointing: bool = False):
+        config = vae.config
+        self.vae = vae.eval().requires_grad_(False).to(device)
+        self.device, self.dtype = device, next(vae.parameters()).dtype
+        std, mean = config.get("latents_std") or [1.0], config.get("latents_mean") or [0.0]
+        shift = config.get("shift_factor") or 0.0
+        self._scale = torch.tensor(std, device=device).view(1, -1, 1, 1) / config.scaling_factor
+        self._mean = torch.tensor(mean, device=device).view(1, -1, 1, 1) + shift
+        if gradient_checkpointing:
+            for module in vae.decoder.modules():
+                if isinstance(module, ResnetBlock2D):
+                    module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents (B, C, h, w) of images (B, 3, H, W) in [0, 1]: the mean of the encoder's Gaussian."""
+        encoded = self.vae.encode((images * 2 - 1).to(self.device, self.dtype)).latent_dist.mode()
+        return (encoded.float() - self._mean) / self._scale
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1]; differentiable. Values are clipped, so a saturated pixel has no gradient."""
+        inside = latents.to(self.device, torch.float32) * self._scale + self._mean
+        return self.vae.decode(inside.to(self.dtype)).sample.float().add(1).div(2).clamp(0, 1)

@@ -1,0 +1,137 @@
+"""FLUX.1: a rectified-flow transformer over 16-channel latents in 2 x 2 patches; T5 for the words, CLIP for their sum.
+
+dev is distilled from guided predictions: it is told a guidance strength and needs no second call. That number is
+`distilled_guidance` here; `guidance` keeps its usual meaning, the scale w of u + w (c - u), which FLUX can do without.
+schnell is distilled to few steps and is told nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from palate.models.parts import Parts, load_parts
+from palate.models.repository import open_repository
+from palate.models.schedules import flow_times
+from palate.path import Prediction, flow_schedule, from_velocity
+
+PARTS = {"transformer": "FluxTransformer2DModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
+         "text_encoder_2": "T5EncoderModel", "tokenizer": "CLIPTokenizer", "tokenizer_2": "T5TokenizerFast",
+         "scheduler": ""}
+LORA_TARGETS = (  # both streams' attention and feed-forward layers, the single stream's attention
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
+    "attn.to_add_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+)
+
+
+class Cond(NamedTuple):
+    text: Tensor  # (B, text_tokens, 4096), T5
+    pooled: Tensor  # (B, 768), CLIP
+
+
+class Flux:
+    """The `Model` protocol over FLUX.1 dev and schnell.
+
+    distilled_guidance: what dev is told. rollout_distilled_guidance: what it is told in calls without gradient, that is
+    in rollouts, previews and by the reference; None = the same. schnell reads neither.
+    """
+
+    schedule = staticmethod(flow_schedule)
+    default_guidance = 1.0
+
+    def __init__(self, parts: Parts, scheduler: FlowMatchEulerDiscreteScheduler, *, distilled_guidance: float = 3.5,
+                 rollout_distilled_guidance: float | None = None):
+        self.parts, self.scheduler = parts, scheduler
+        self.distilled = parts.weights.network.config.guidance_embeds
+        self.distilled_guidance, self.rollout_distilled_guidance = distilled_guidance, rollout_distilled_guidance
+        self.default_steps = 28 if self.distilled else 4
+        self.weights, self.training = parts.weights, parts.weights.training
+        self.latent_shape, self.image_size = parts.latent_shape, parts.image_size
+        self.encode, self.decode, self.parameters = parts.encode, parts.decode, parts.parameters
+        self.save_adapter, self.load_adapter = parts.save_adapter, parts.load_adapter
+        self.fingerprint, self.cache_prompts = parts.fingerprint, parts.cache_prompts
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
+        names: Sequence[str] = ("policy",), dtype: str = "bfloat16", device: str | None = None,
+        gradient_checkpointing: bool = True, image_size: int | None = None, file: str | None = None,
+        text_cache: str | Path | None = None, text_tokens: int = 512, distilled_guidance: float = 3.5,
+        rollout_distilled_guidance: float | None = None,
+    ) -> Flux:
+        """From a diffusers folder or hub id; docs/models.md describes the options that all families share."""
+        repository = open_repository(folder, family="flux", parts=PARTS, file=file)
+        channels = 4 * repository.config("vae")["latent_channels"]
+        if (got := repository.config("transformer")["in_channels"]) != channels:
+            raise ValueError(f"model.folder {folder}: its transformer takes {got} channels (Fill, Depth, Canny?); a "
+                             f"text-to-image model's takes {channels}")
+        clip_tokenizer = repository.tokenizer("tokenizer", CLIPTokenizer)
+        t5_tokenizer = repository.tokenizer("tokenizer_2", T5TokenizerFast)
+
+        def load_encoders(precision: torch.dtype, where: torch.device):
+            clip = repository.read("text_encoder", CLIPTextModel, precision).to(where)
+            t5 = repository.read("text_encoder_2", T5EncoderModel, precision).to(where)
+
+            def encode(prompt: str) -> dict[str, Tensor]:
+                options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+                short = clip_tokenizer(prompt, max_length=clip_tokenizer.model_max_length, **options).input_ids.to(where)
+                long = t5_tokenizer(prompt, max_length=text_tokens, **options).input_ids.to(where)
+                return {"text": t5(long).last_hidden_state[0], "pooled": clip(short).pooler_output[0]}
+
+            return encode
+
+        parts = load_parts(
+            repository, "flux", "transformer", FluxTransformer2DModel, targets=LORA_TARGETS, patch=2, default_size=1024,
+            load_encoders=load_encoders, count_tokens=lambda prompt: len(t5_tokenizer(prompt).input_ids),
+            limit=text_tokens, training=training, lora_rank=lora_rank, lora_alpha=lora_alpha, names=names, dtype=dtype,
+            device=device, gradient_checkpointing=gradient_checkpointing, image_size=image_size, file=file,
+            text_cache=text_cache)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(repository.config("scheduler"))
+        return cls(parts, scheduler, distilled_guidance=distilled_guidance,
+                   rollout_distilled_guidance=rollout_distilled_guidance)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Cond:
+        return Cond(**self.parts.text(prompts))
+
+    def predict(self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0, weights: str = "policy") -> Prediction:
+        output = self.parts.guided(self._output, weights, xt, t, cond, lambda: self.encode_prompts([""]), guidance)
+        return from_velocity(xt, output, *self.schedule(t))
+
+    def _output(self, transformer: nn.Module, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        told = None
+        if self.distilled:
+            rollout = self.rollout_distilled_guidance is not None and not torch.is_grad_enabled()
+            told = torch.full_like(t, self.rollout_distilled_guidance if rollout else self.distilled_guidance)
+        patches = transformer(
+            hidden_states=pack(xt), timestep=t, guidance=told, encoder_hidden_states=cond.text,
+            pooled_projections=cond.pooled, img_ids=positions(xt),
+            txt_ids=xt.new_zeros(cond.text.shape[1], 3)).sample
+        return unpack(patches, xt.shape)
+
+    def time_grid(self, steps: int) -> Tensor:
+        """The published times (steps + 1,): dev's shift grows with the image, schnell has none."""
+        return flow_times(self.scheduler, steps, patches=self.latent_shape[1] * self.latent_shape[2] // 4, even=True)
+
+
+def pack(latents: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, h w / 4, 4 C): a token holds the 2 x 2 latents of a patch, channel by channel."""
+    b, c, h, w = latents.shape
+    return latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+
+def unpack(patches: Tensor, shape: Sequence[int]) -> Tensor:
+    """The inverse of `pack`; shape is that of the latents."""
+    b, c, h, w = shape
+    return patches.view(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
+
+
+def positions(latents: Tensor) -> Tensor:
+    """(h w / 4, 3): each patch's (0, row, column), for the rotary embedding."""
+    rows, columns = (torch.arange(n // 2, device=latents.device, dtype=latents.dtype) for n in latents.shape[-2:])
+    return torch.cartesian_prod(rows.new_zeros(1), rows, columns)

@@ -1,0 +1,148 @@
+"""What the model families share: the loaded parts, who is stored in which precision, guidance, adapter files.
+
+Precision: the network is stored in `dtype`, what is trained in float32. A LoRA's own matrices then work in float32
+beside the frozen ones; full training keeps float32 weights and computes in `dtype` (autocast). Latents, levels and
+predictions are float32 throughout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from palate.models.autoencoder import Autoencoder, latent_shape
+from palate.models.repository import Repository
+from palate.models.text_cache import Encode, TextCache
+from palate.models.weights import NamedWeights
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Run = Callable[[nn.Module, Tensor, Tensor, Any], Tensor]  # network, xt, t, cond -> its output
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A loaded model. Its methods are those of `core.Model` that no family does in its own way."""
+
+    repository: Repository
+    weights: NamedWeights
+    vae: Autoencoder
+    text: TextCache
+    latent_shape: tuple[int, int, int]
+    image_size: int
+    dtype: torch.dtype
+    device: torch.device
+    file: str | None
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.vae.encode(images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents)
+
+    def parameters(self, weights: str = "policy") -> list[nn.Parameter]:
+        return self.weights.parameters(weights)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the files of the base weights, adapters not included."""
+        parts = [p for p in self.repository.index if p in self.repository and not p.startswith(("safety", "feature"))]
+        return self.repository.digest(parts, self.file)
+
+    def save_adapter(self, folder: Path | str) -> None:
+        """What was trained: the policy's LoRA file (full training: its network), other names in folders below."""
+        for name in self.weights.names:
+            self.weights.save(folder if name == "policy" else Path(folder) / name, name)
+
+    def load_adapter(self, folder: Path | str) -> None:
+        """Read back what `save_adapter` wrote, into a model of the same training mode, rank and names."""
+        for name in self.weights.names:
+            self.weights.load(folder if name == "policy" else Path(folder) / name, name)
+
+    def cache_prompts(self, prompts: Sequence[str]) -> None:
+        """Encode all prompts to disk, then free the text encoders. Warns once about prompts that are too long."""
+        self.text.fill(prompts)
+
+    def guided(self, run: Run, weights: str, xt: Tensor, t: Tensor, cond: Any, null: Callable[[], Any],
+               guidance: float) -> Tensor:
+        """u + w (c - u) of `run`'s outputs, in one batch of twice the size; c alone at w = 1. At least float32.
+
+        cond: a NamedTuple of tensors (B, ...). null: makes that of the empty prompt, (1, ...) or (B, ...) each. The
+        network gets xt and cond in its own precision, and t as it is.
+        """
+        full = self.weights.training == "full" and self.dtype != torch.float32
+        outside, inside = torch.promote_types(xt.dtype, torch.float32), torch.float32 if full else self.dtype
+        if guidance != 1.0:
+            xt, t = torch.cat([xt, xt]), torch.cat([t, t])
+            cond = type(cond)(*(torch.cat([n.expand_as(c), c]) for n, c in zip(null(), cond, strict=True)))
+        cond = type(cond)(*(c.to(inside) if c.is_floating_point() else c for c in cond))
+        with self.weights.speaking_as(weights) as network:
+            with torch.autocast(self.device.type, self.dtype, enabled=full):
+                output = run(network, xt.to(inside), t, cond).to(outside)
+        if guidance == 1.0:
+            return output
+        unconditional, conditional = output.chunk(2)
+        return unconditional + guidance * (conditional - unconditional)
+
+
+def load_parts(
+    repository: Repository, family: str, denoiser: str, kind: type, *, targets: Sequence[str],
+    load_encoders: Callable[[torch.dtype, torch.device], Encode], count_tokens: Callable[[str], int], limit: int,
+    training: str, lora_rank: int, lora_alpha: float | None, names: Sequence[str], dtype: str, device: str | None,
+    gradient_checkpointing: bool, image_size: int | None, file: str | None, text_cache: str | Path | None,
+    patch: int = 1, default_size: int | None = None,
+) -> Parts:
+    """Read VAE and denoiser; the text encoders wait until a prompt needs them. What can be wrong is checked first.
+
+    denoiser, kind: its folder and class; targets: default LoRA targets; patch: latents a patch's side; default_size: in
+    pixels, None = the size in the denoiser's configuration.
+    """
+    precision, where = _precision(dtype, training), _place(device)
+    vae_config = repository.config("vae")
+    if image_size is None:
+        factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
+        image_size = default_size or repository.config(denoiser)["sample_size"] * factor
+    shape = latent_shape(vae_config, image_size, family=family, patch=patch)
+    text_parts = [p for p in repository.index if p in repository and p.startswith(("text_encoder", "tokenizer"))]
+    key = hashlib.sha256(f"{family} {limit} {dtype} {repository.digest(text_parts)}".encode()).hexdigest()
+    text = TextCache(lambda: load_encoders(precision, where), key=key, count_tokens=count_tokens, limit=limit,
+                     device=where, folder=text_cache)
+    vae = Autoencoder(repository.read("vae", AutoencoderKL, precision), device=where,
+                      gradient_checkpointing=gradient_checkpointing)
+    network = repository.read(denoiser, kind, precision, file=file).to(where)
+    weights = NamedWeights(network, training=training, rank=lora_rank, alpha=lora_alpha, targets=targets, names=names)
+    for name in names:
+        if training == "full":
+            weights.networks[name].float()
+        for parameter in weights.parameters(name):
+            parameter.data = parameter.data.float()
+    if gradient_checkpointing:
+        weights.checkpoint_activations()
+    return Parts(repository, weights, vae, text, shape, image_size, precision, where, file)
+
+
+def _precision(name: str, training: str) -> torch.dtype:
+    if name not in DTYPES:
+        raise ValueError(f"model.dtype got {name!r}; expected one of {', '.join(DTYPES)}")
+    if name == "float16" and training != "none":
+        raise ValueError("model.dtype float16 is for sampling only: gradients of rewards underflow in it. Train in "
+                         "bfloat16, or in float32 where that is missing")
+    return DTYPES[name]
+
+
+def _place(name: str | None) -> torch.device:
+    """None = the accelerator if there is one, else the CPU."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"model.device got {name!r}; expected cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"model.device {name}: this torch sees no such device; leave it out, or set it to cpu")
+    return device

@@ -1,0 +1,107 @@
+"""PixArt-alpha and PixArt-Sigma: a transformer over 4-channel latents with cross-attention to T5.
+
+The network outputs eps and a variance, which is not used. alpha at 1024 pixels is also told the image's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import diffusers
+import torch
+from diffusers import DPMSolverMultistepScheduler
+from diffusers.loaders import PeftAdapterMixin
+from torch import Tensor, nn
+from transformers import T5EncoderModel, T5TokenizerFast
+
+from palate.models.parts import Parts, load_parts
+from palate.models.repository import open_repository
+from palate.models.schedules import training_step, vp_prediction, vp_times
+from palate.path import Prediction, vp_schedule
+
+PARTS = {"transformer": "PixArtTransformer2DModel", "vae": "AutoencoderKL", "text_encoder": "T5EncoderModel",
+         "tokenizer": "T5Tokenizer", "scheduler": ""}
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention
+
+
+class PixArtTransformer2DModel(diffusers.PixArtTransformer2DModel, PeftAdapterMixin):
+    """diffusers' own, which alone among the families' networks has no methods for adapters."""
+
+
+class Cond(NamedTuple):
+    text: Tensor  # (B, text_tokens, 4096)
+    mask: Tensor  # (B, text_tokens), 1 = a token, 0 = padding
+
+
+class PixArt:
+    """The `Model` protocol over PixArt-alpha and PixArt-Sigma."""
+
+    default_steps = 20
+    default_guidance = 4.5
+
+    def __init__(self, parts: Parts, scheduler: DPMSolverMultistepScheduler):
+        self.parts, self.scheduler = parts, scheduler
+        self.schedule = vp_schedule(scheduler.alphas_cumprod)
+        self.weights, self.training = parts.weights, parts.weights.training
+        self.latent_shape, self.image_size = parts.latent_shape, parts.image_size
+        self.encode, self.decode, self.parameters = parts.encode, parts.decode, parts.parameters
+        self.save_adapter, self.load_adapter = parts.save_adapter, parts.load_adapter
+        self.fingerprint, self.cache_prompts = parts.fingerprint, parts.cache_prompts
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
+        names: Sequence[str] = ("policy",), dtype: str = "bfloat16", device: str | None = None,
+        gradient_checkpointing: bool = True, image_size: int | None = None, text_cache: str | Path | None = None,
+        text_tokens: int | None = None,
+    ) -> PixArt:
+        """From a diffusers folder or hub id; docs/models.md describes the options that all families share.
+
+        text_tokens: None = 120 for alpha, 300 for Sigma, as they were trained.
+        """
+        repository = open_repository(folder, family="pixart", parts=PARTS)
+        if text_tokens is None:
+            text_tokens = 300 if repository.index.get("_class_name") == "PixArtSigmaPipeline" else 120
+        tokenizer = repository.tokenizer("tokenizer", T5TokenizerFast)
+
+        def load_encoders(precision: torch.dtype, where: torch.device):
+            t5 = repository.read("text_encoder", T5EncoderModel, precision).to(where)
+
+            def encode(prompt: str) -> dict[str, Tensor]:
+                tokens = tokenizer(prompt.lower().strip(), padding="max_length", max_length=text_tokens, truncation=True,
+                                   return_tensors="pt").to(where)
+                text = t5(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state[0]
+                return {"text": text, "mask": tokens.attention_mask[0]}
+
+            return encode
+
+        parts = load_parts(
+            repository, "pixart", "transformer", PixArtTransformer2DModel, targets=LORA_TARGETS,
+            patch=repository.config("transformer")["patch_size"], load_encoders=load_encoders,
+            count_tokens=lambda prompt: len(tokenizer(prompt).input_ids), limit=text_tokens, training=training,
+            lora_rank=lora_rank, lora_alpha=lora_alpha, names=names, dtype=dtype, device=device,
+            gradient_checkpointing=gradient_checkpointing, image_size=image_size, file=None, text_cache=text_cache)
+        # the published scheduler is this one at order 2; its first-order form is the DDIM step
+        return cls(parts, DPMSolverMultistepScheduler.from_config(repository.config("scheduler"), solver_order=1))
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Cond:
+        return Cond(**self.parts.text(prompts))
+
+    def predict(self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0, weights: str = "policy") -> Prediction:
+        output = self.parts.guided(self._output, weights, xt, t, cond, lambda: self.encode_prompts([""]), guidance)
+        return vp_prediction(self.scheduler.config.prediction_type, xt, output, *self.schedule(t))
+
+    def _output(self, transformer: nn.Module, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        step = training_step(t, self.scheduler.config.num_train_timesteps)
+        size = {"resolution": None, "aspect_ratio": None}
+        if transformer.use_additional_conditions:
+            size = {"resolution": xt.new_full((len(xt), 2), self.image_size), "aspect_ratio": xt.new_ones(len(xt), 1)}
+        output = transformer(xt, encoder_hidden_states=cond.text, encoder_attention_mask=cond.mask, timestep=step,
+                             added_cond_kwargs=size).sample
+        return output[:, : xt.shape[1]]
+
+    def time_grid(self, steps: int) -> Tensor:
+        """The published times (steps + 1,)."""
+        return vp_times(self.scheduler, steps)

@@ -1,0 +1,171 @@
+"""A diffusers repository, local folder or hub id, read part by part with diffusers' and transformers' own loaders.
+
+Opening one reads its small files only; everything that can be wrong with it is said there, before any weight loads.
+Weights come from safetensors alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from huggingface_hub import HfApi, errors, snapshot_download
+from safetensors import SafetensorError
+from torch import nn
+
+FAMILIES = {  # denoiser's class -> model.name, to say what a folder of another family is
+    "UNet2DConditionModel": "stable-diffusion or sdxl",
+    "SD3Transformer2DModel": "sd3",
+    "FluxTransformer2DModel": "flux",
+    "PixArtTransformer2DModel": "pixart",
+    "ZImageTransformer2DModel": "z-image",
+}
+SMALL = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja"]  # configurations and tokenizers
+
+
+@dataclass(frozen=True)
+class Repository:
+    """`source` is what from_pretrained takes; `root` holds at least the small files."""
+
+    source: str
+    root: Path
+    index: dict[str, Any]  # model_index.json
+
+    def __contains__(self, part: str) -> bool:
+        return self.kind(part) is not None
+
+    def kind(self, part: str) -> str | None:
+        """The class of a part, None if the repository lacks it."""
+        entry = self.index.get(part)
+        return entry[1] if isinstance(entry, list) else None
+
+    def config(self, part: str) -> dict[str, Any]:
+        file = self.root / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+        if not file.is_file():
+            raise ValueError(f"model.folder {self.source} has no {part}/{file.name}; the download is incomplete")
+        return json.loads(file.read_text("utf-8"))
+
+    def read(self, part: str, kind: type, dtype: torch.dtype, *, file: str | None = None) -> nn.Module:
+        """A network in `dtype`, in evaluation mode, frozen. `file`: its weights in place of the repository's own."""
+        try:
+            if file is not None:
+                network = kind.from_single_file(file, config=str(self.root), subfolder=part, torch_dtype=dtype)
+            else:
+                name = "torch_dtype" if issubclass(kind, ModelMixin) else "dtype"
+                network = kind.from_pretrained(self.source, subfolder=part, use_safetensors=True, **{name: dtype})
+        except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+            what = file or f"{self.source}, {part}"
+            raise ValueError(f"{what}: cannot be read as {kind.__name__}: {str(error).splitlines()[0]}") from error
+        if any(p.is_meta for p in network.parameters()):
+            raise ValueError(f"{file or self.source}: holds no weights for parts of {kind.__name__}; is it whole?")
+        return network.eval().requires_grad_(False)
+
+    def tokenizer(self, part: str, kind: type) -> Any:
+        try:
+            return kind.from_pretrained(self.source, subfolder=part)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"model.folder {self.source}: {part} cannot be read: {str(error).splitlines()[0]}") from error
+
+    def digest(self, parts: Iterable[str], *files: str | None) -> str:
+        """SHA-256 over the configurations and weights of `parts`, and over further `files`."""
+        names = sorted(p for part in parts for p in (self._weights(part) / part).glob("*") if p.is_file())
+        total = hashlib.sha256()
+        for path in [*names, *(Path(f) for f in files if f)]:
+            total.update(f"{path.parent.name}/{path.name}\n{_sha256(path)}\n".encode())
+        return total.hexdigest()
+
+    def _weights(self, part: str) -> Path:
+        """The folder with all of this part's files; from the hub's cache, where `read` has put them."""
+        if self.root == Path(self.source):
+            return self.root
+        return Path(snapshot_download(self.source, allow_patterns=[f"{part}/*.json", f"{part}/*.safetensors"]))
+
+
+def open_repository(folder: str | Path | None, *, family: str, parts: Mapping[str, str], file: str | None = None,
+                    optional: Iterable[str] = ()) -> Repository:
+    """The repository, if it has every one of `parts` (name -> class) with safetensors weights; ValueError if not."""
+    if folder is None:
+        raise ValueError(f"model.folder: {family} needs a diffusers folder or a hub id, like "
+                         "stabilityai/stable-diffusion-xl-base-1.0")
+    source, path = str(folder), Path(folder).expanduser()
+    if path.is_file():
+        raise ValueError(f"model.folder {source} is a file; give the diffusers folder or hub id that it belongs to as "
+                         f"model.folder, and the file as model.file")
+    local = path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
+    if local:
+        root, files = path, [p.relative_to(path).as_posix() for p in path.glob("*/*")]
+    else:
+        root, files = _from_hub(source)
+    if not (root / "model_index.json").is_file():
+        why = "does not exist" if not root.exists() else "has no model_index.json"
+        raise ValueError(f"model.folder {source} is not a diffusers folder: it {why}. Convert a checkpoint with "
+                         "diffusers' from_single_file(...).save_pretrained(folder), or give a hub id (owner/name)")
+    index = json.loads((root / "model_index.json").read_text("utf-8"))
+    repository = Repository(str(path) if local else source, root, index)
+    for part, kind in parts.items():
+        got = repository.kind(part)
+        if got is None and part in optional:
+            continue
+        if got is None:
+            other = next((FAMILIES[k] for k in map(repository.kind, index) if k in FAMILIES), None)
+            if other is not None and part in ("unet", "transformer"):
+                raise ValueError(f"model.folder {source} holds {index.get('_class_name')}, not a {family} model; set "
+                                 f"model.name to {other}")
+            raise ValueError(f"model.folder {source} has no {part}, which {family} needs; complete the download, or use "
+                             "a repository that has it")
+        if kind != got and part in ("unet", "transformer", "vae"):
+            raise ValueError(f"model.folder {source}: its {part} is a {got}, {family} needs a {kind}"
+                             + (f"; set model.name to {FAMILIES[got]}" if got in FAMILIES else ""))
+    weighty = [p for p in parts if p in repository and not p.startswith(("tokenizer", "scheduler"))]
+    if file is not None:
+        weighty = [p for p in weighty if p not in ("unet", "transformer")]
+        if not Path(file).is_file() or Path(file).suffix != ".safetensors":
+            raise ValueError(f"model.file {file}: expected a .safetensors file with the denoiser's weights")
+    if files is not None:
+        _check_weights(source, files, weighty)
+    return repository
+
+
+def _from_hub(source: str) -> tuple[Path, list[str] | None]:
+    """The hub's small files in the local cache, and the names of all files if the hub could be asked."""
+    try:
+        root = Path(snapshot_download(source, allow_patterns=SMALL))
+    except errors.GatedRepoError as error:
+        raise ValueError(f"model.folder {source} is gated: accept its licence at https://huggingface.co/{source}, then "
+                         "log in with `hf auth login` or set HF_TOKEN") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ValueError(f"model.folder {source}: no such folder, and the hub has no such repository (or it is private: "
+                         "log in with `hf auth login` or set HF_TOKEN)") from error
+    except (errors.HFValidationError, OSError) as error:
+        raise ValueError(f"model.folder {source}: no such folder, and the hub cannot be reached "
+                         f"({type(error).__name__}); download it first, `hf download {source}`") from error
+    try:
+        return root, HfApi().list_repo_files(source)
+    except OSError:
+        return root, None  # offline with everything in the cache: from_pretrained will say what is missing
+
+
+def _check_weights(source: str, files: list[str], parts: Iterable[str]) -> None:
+    for part in parts:
+        found = [name for name in files if name.startswith(f"{part}/")]
+        if any(name.endswith(".safetensors") for name in found):
+            continue
+        if any(name.endswith((".bin", ".pt", ".ckpt")) for name in found):
+            raise ValueError(f"model.folder {source}: the weights of {part} are pickles (.bin), which can run code when "
+                             "loaded. Convert them once, where you trust them: python -c \"from diffusers import "
+                             f"DiffusionPipeline as P; P.from_pretrained('{source}').save_pretrained('converted')\"")
+        raise ValueError(f"model.folder {source}: {part} holds no .safetensors weights; complete the download")
+
+
+def _sha256(path: Path) -> str:
+    real = path.resolve()
+    if real.parent.name == "blobs" and len(real.name) == 64:  # the hub's cache names large files by their SHA-256
+        return real.name
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,103 @@
+"""Text embeddings on disk, one safetensors file a prompt, so that the text encoders need not stay in memory.
+
+A file's name is a hash of everything that decides its content: the encoders' and tokenizers' files, the settings, the
+prompt. Prompts are encoded one at a time, so an embedding does not depend on its neighbours, to the last bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+Encode = Callable[[str], dict[str, Tensor]]  # one prompt -> its tensors, without a batch axis
+
+
+class TextCache:
+    """Embeddings of prompts. The encoders are loaded when one is missing and dropped once nothing is.
+
+    load: returns the function that encodes one prompt. key: hash of encoders, tokenizers and settings. count_tokens: of
+    a prompt, before any is cut off; limit: how many the encoder reads. "" (guidance's other half) is always kept.
+    """
+
+    def __init__(self, load: Callable[[], Encode], *, key: str, count_tokens: Callable[[str], int], limit: int,
+                 device: torch.device, folder: str | Path | None = None):
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self.folder = Path(folder).expanduser() if folder is not None else cache / "palate" / "text"
+        self._load, self._key, self._count, self._limit = load, key, count_tokens, limit
+        self.device = device
+        self._encode: Encode | None = None
+        self._warned = False
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the encoders are in memory."""
+        return self._encode is not None
+
+    def __call__(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The prompts' tensors, stacked (B, ...), on the device."""
+        found = {prompt: self._read(prompt) for prompt in dict.fromkeys(prompts)}
+        missing = [prompt for prompt, tensors in found.items() if tensors is None]
+        if missing:
+            self._warn_of_long(missing)
+            if self._encode is None:
+                self._encode = self._load()
+                missing += [""] if "" not in found and self._read("") is None else []
+            found |= {prompt: self._write(prompt) for prompt in missing}
+        elif self._encode is not None:
+            self.free()
+        names = found[prompts[0]]
+        return {name: torch.stack([found[prompt][name] for prompt in prompts]).to(self.device) for name in names}
+
+    def fill(self, prompts: Sequence[str]) -> None:
+        """Encode what is missing of `prompts` and "", then free the encoders. Warns once if prompts are too long."""
+        different = list(dict.fromkeys(["", *prompts]))
+        self._warn_of_long(different)
+        missing = [prompt for prompt in different if self._read(prompt) is None]
+        if missing:
+            self._encode = self._encode or self._load()
+        for prompt in missing:
+            self._write(prompt)
+        self.free()
+
+    def free(self) -> None:
+        self._encode = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _path(self, prompt: str) -> Path:
+        name = hashlib.sha256(json.dumps([self._key, prompt]).encode()).hexdigest()
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def _read(self, prompt: str) -> dict[str, Tensor] | None:
+        try:
+            return load_file(self._path(prompt))
+        except (FileNotFoundError, SafetensorError):  # not there, or cut short by a crash: encoded again
+            return None
+
+    @torch.no_grad()
+    def _write(self, prompt: str) -> dict[str, Tensor]:
+        tensors = {name: value.cpu().contiguous() for name, value in self._encode(prompt).items()}
+        path = self._path(prompt)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        save_file(tensors, part)
+        os.replace(part, path)
+        return tensors
+
+    def _warn_of_long(self, prompts: list[str]) -> None:
+        if self._warned:
+            return
+        long = sum(self._count(prompt) > self._limit for prompt in prompts)
+        if long:
+            self._warned = True
+            warnings.warn(f"{long} of {len(prompts)} prompts are longer than the {self._limit} tokens the text encoder "
+                          "reads; the rest of each is cut off", stacklevel=3)

@@ -1,0 +1,202 @@
+"""Tiny random pipelines of the real diffusers and transformers classes, tokenizers included, made in code.
+
+`saved(name)` writes one in the ordinary diffusers layout, so that tests load it as a user would.
+"""
+
+from __future__ import annotations
+
+import functools
+import string
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    PNDMScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3Model,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from palate.models.flux import Flux
+from palate.models.pixart import PixArt
+from palate.models.sd3 import StableDiffusion3
+from palate.models.sdxl import StableDiffusionXL
+from palate.models.stable_diffusion import StableDiffusion
+from palate.models.z_image import ZImage
+
+SIZE = 16  # pixels; latents are (4, 8, 8)
+LETTERS = string.ascii_lowercase + string.digits + ",."
+VP = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+class Family(NamedTuple):
+    model: type
+    pipeline: Callable[[], Any]
+    load: dict[str, Any]  # what a tiny one needs beside the folder
+    attention: int  # modules that the default LoRA targets match
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    tokens = ["<|startoftext|>", "<|endoftext|>", "!", *LETTERS, *(c + "</w>" for c in LETTERS)]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=40)
+
+
+def clip(projection: bool = False) -> CLIPTextModel:
+    config = CLIPTextConfig(vocab_size=3 + 2 * len(LETTERS), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                            num_attention_heads=2, max_position_embeddings=40, projection_dim=16, bos_token_id=0,
+                            eos_token_id=1, pad_token_id=1)
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
+
+
+def t5_tokenizer() -> T5TokenizerFast:
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), *((c, -3.0) for c in LETTERS)]
+    return T5TokenizerFast(vocab=pieces, extra_ids=0, additional_special_tokens=None, model_max_length=512)
+
+
+def t5() -> T5EncoderModel:
+    return T5EncoderModel(T5Config(vocab_size=4 + len(LETTERS), d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2))
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    tokens = ["<|endoftext|>", "Ġ", "Ċ", ":", *LETTERS]
+    tokenizer = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    return tokenizer
+
+
+def qwen() -> Qwen3Model:
+    return Qwen3Model(Qwen3Config(vocab_size=4 + len(LETTERS), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                                  num_attention_heads=2, num_key_value_heads=1, head_dim=8))
+
+
+def vae(**constants: float) -> AutoencoderKL:
+    return AutoencoderKL(block_out_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4,
+                         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+                         sample_size=SIZE, **constants)
+
+
+def unet(**more: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        **{"cross_attention_dim": 16, **more})
+
+
+def stable_diffusion(**scheduler: Any) -> diffusers.StableDiffusionPipeline:
+    settings = {**VP, "set_alpha_to_one": False, "steps_offset": 1, **scheduler}
+    kind = DDIMScheduler if scheduler else PNDMScheduler
+    settings |= {"clip_sample": False} if scheduler else {"skip_prk_steps": True}
+    return diffusers.StableDiffusionPipeline(
+        vae(scaling_factor=0.18215), clip(), clip_tokenizer(), unet(), kind(**settings), None, None,
+        requires_safety_checker=False)
+
+
+def sdxl() -> diffusers.StableDiffusionXLPipeline:
+    network = unet(cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=8,
+                   projection_class_embeddings_input_dim=6 * 8 + 16, use_linear_projection=True)
+    scheduler = EulerDiscreteScheduler(**VP, steps_offset=1, timestep_spacing="leading")
+    return diffusers.StableDiffusionXLPipeline(
+        vae(scaling_factor=0.13025), clip(), clip(projection=True), clip_tokenizer(), clip_tokenizer(), network, scheduler)
+
+
+def sd3(with_t5: bool = True) -> diffusers.StableDiffusion3Pipeline:
+    network = SD3Transformer2DModel(
+        sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, pos_embed_max_size=8,
+        qk_norm="rms_norm", dual_attention_layers=(0,))
+    return diffusers.StableDiffusion3Pipeline(
+        network, FlowMatchEulerDiscreteScheduler(shift=3.0), vae(scaling_factor=1.5305, shift_factor=0.0609),
+        clip(projection=True), clip_tokenizer(), clip(projection=True), clip_tokenizer(),
+        t5() if with_t5 else None, t5_tokenizer() if with_t5 else None)
+
+
+def flux(distilled: bool = True) -> diffusers.FluxPipeline:
+    network = FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(2, 2, 4), guidance_embeds=distilled)
+    dev = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
+    scheduler = FlowMatchEulerDiscreteScheduler(**(dev if distilled else {"shift": 1.0}))
+    return diffusers.FluxPipeline(scheduler, vae(scaling_factor=0.3611, shift_factor=0.1159), clip(), clip_tokenizer(),
+                                  t5(), t5_tokenizer(), network)
+
+
+def pixart(sigma: bool = False) -> diffusers.PixArtAlphaPipeline:
+    network = PixArtTransformer2DModel(
+        sample_size=8 if sigma else 128, num_layers=2, attention_head_dim=12, num_attention_heads=2, in_channels=4,
+        out_channels=8, cross_attention_dim=24, caption_channels=32, norm_num_groups=4)
+    scheduler = DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
+    kind = diffusers.PixArtSigmaPipeline if sigma else diffusers.PixArtAlphaPipeline
+    return kind(t5_tokenizer(), t5(), vae(scaling_factor=0.13025), network, scheduler)
+
+
+def z_image() -> diffusers.ZImagePipeline:
+    network = ZImageTransformer2DModel(
+        in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[4, 6, 6], axes_lens=[256, 32, 32])
+    for token in (network.x_pad_token, network.cap_pad_token):  # left uninitialised by their class
+        torch.nn.init.normal_(token)
+    return diffusers.ZImagePipeline(FlowMatchEulerDiscreteScheduler(shift=3.0),
+                                    vae(scaling_factor=0.3611, shift_factor=0.1159), qwen(), qwen_tokenizer(), network)
+
+
+V = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+FAMILIES = {
+    "stable-diffusion": Family(StableDiffusion, stable_diffusion, {}, 32),
+    "stable-diffusion-v": Family(StableDiffusion, lambda: stable_diffusion(**V), {}, 32),
+    "sdxl": Family(StableDiffusionXL, sdxl, {}, 32),
+    "sd3": Family(StableDiffusion3, sd3, {"text_tokens": 32}, 19),
+    "flux": Family(Flux, flux, {"text_tokens": 32, "image_size": SIZE}, 15),
+    "flux-schnell": Family(Flux, lambda: flux(distilled=False), {"text_tokens": 32, "image_size": SIZE}, 15),
+    "pixart-alpha": Family(PixArt, pixart, {"text_tokens": 32, "image_size": SIZE}, 16),
+    "pixart-sigma": Family(PixArt, lambda: pixart(sigma=True), {"text_tokens": 32}, 16),
+    "z-image": Family(ZImage, z_image, {"text_tokens": 48, "image_size": SIZE}, 16),
+}
+
+
+_HOME = tempfile.TemporaryDirectory(prefix="palate-tiny-")
+
+
+@functools.cache
+def saved(name: str) -> tuple[Path, Any]:
+    """The folder of the tiny pipeline of that name, written once, and the pipeline itself. Leave both as they are."""
+    torch.manual_seed(sum(map(ord, name)))
+    pipeline = FAMILIES[name].pipeline()
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    folder = Path(_HOME.name) / name
+    pipeline.save_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    return folder, pipeline
+
+
+def load(name: str, folder: Path | None = None, **options: Any) -> Any:
+    """Palate's model of that name, loaded as a user would; float32 on the CPU, with little text, unless told otherwise."""
+    family, folder = FAMILIES[name], folder or saved(name)[0]
+    text = Path(_HOME.name) / "text"
+    settings = {"dtype": "float32", "device": "cpu", "lora_rank": 4, "text_cache": text, **family.load}
+    torch.manual_seed(0)  # the LoRA's first weights
+    return family.model.load(folder, **{**settings, **options})
