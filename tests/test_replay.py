@@ -49,7 +49,8 @@ def test_prioritised_probabilities():
 
 @pytest.mark.parametrize("rewards", [[-3.0, -1.0, -2.0], [0.0, 0.0, -1.0]])
 def test_without_a_positive_reward_trajectories_are_drawn_uniformly(rewards):
-    torch.testing.assert_close(trajectory_probabilities(torch.tensor(rewards, dtype=D)), torch.full((3,), 1 / 3, dtype=D))
+    got = trajectory_probabilities(torch.tensor(rewards, dtype=D))
+    torch.testing.assert_close(got, torch.full((3,), 1 / 3, dtype=D))
     draw = filled(3, rewards=rewards).draw("prioritised", *uniforms(60), gamma=0.5)
     assert set(draw.prompts) == {"prompt 0", "prompt 1", "prompt 2"}
 
@@ -65,7 +66,7 @@ def test_prioritised_draws_follow_the_law():
 
 
 def test_importance_weights_recover_the_uniform_mean():
-    """The weighted mean of the draws is the mean over all states, of a reward below zero too; no weight passes the bound."""
+    """The weighted mean of draws is the mean over all states, of a reward below zero too; weights have their bound."""
     rewards, n = torch.tensor([0.5, 3.0, -2.0], dtype=D), 12_000
     draw = filled(3, rewards=rewards.tolist()).draw("importance", *uniforms(n), gamma=0.5)
     f = draw.states[:, 0, 0, 0].double() ** 2

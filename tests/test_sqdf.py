@@ -1,20 +1,27 @@
-"""algorithms/sqdf.py: the soft-optimal policy of a Gaussian chain in closed form, gradient routing, counts, resuming."""
+"""algorithms/sqdf.py: the soft-optimal policy of a Gaussian chain in closed form, gradients, counts, resuming."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from palate.algorithms.sqdf import (
-    SQDF, SQDFSettings, alpha_in_nats, calls_per_update, estimate, kl, levels, mean_predict_calls, soft_q_loss, transition,
+    SQDF, SQDFSettings, alpha_in_nats, calls_per_update, estimate, kl, levels, mean_predict_calls, soft_q_loss,
+    transition,
 )
 from palate.core import Batch, Random
+from palate.models.emoji import EmojiModel
 from palate.models.gaussian import GaussianModel, gaussian_ode, gaussian_prediction
+from palate.models.weights import NamedWeights
 from palate.path import Prediction, add_noise, flow_schedule, from_eps, vp_schedule
 from palate.sampling import transition_std
 from palate.train import train
@@ -112,8 +119,8 @@ class Shifts:
             if self.kind == "ode":
                 q = alpha**2 * STD**2 + sigma**2
                 return Prediction(MU + STD * (xt - alpha * MU) / q.sqrt(), xt)
-            column = (-1, 1, 1, 1)
-            return Prediction(torch.tensor(M, dtype=D)[k].view(column) * xt + torch.tensor(C, dtype=D)[k].view(column), xt)
+            m, c = (torch.tensor(v, dtype=D)[k].view(-1, 1, 1, 1) for v in (M, C))
+            return Prediction(m * xt + c, xt)
         pred = gaussian_prediction(xt, torch.tensor(MU, dtype=D), STD, alpha, sigma)
         if weights == "reference":
             return pred
@@ -130,7 +137,8 @@ def run(model, settings, *, steps=130, batch=24, reward=linear, lr=None, first=1
     prompts = ["x"] * batch
     for n in range(first, first + steps):
         ids = torch.arange(n * batch, (n + 1) * batch)
-        for loss in algorithm.step(model, reward, Batch(prompts, model.encode_prompts(prompts), ids), Random(0, n, ids)):
+        given = Batch(prompts, model.encode_prompts(prompts), ids)
+        for loss in algorithm.step(model, reward, given, Random(0, n, ids)):
             optimizer.zero_grad()
             loss.value.backward()
             optimizer.step()
@@ -168,11 +176,12 @@ def test_the_toy_chain(t, std, m, c, s):
 
 
 @pytest.mark.parametrize(("i", "tau", "std", "w"), [
-    (0, 981, 0.454463, 0.262709), (10, 781, 0.390750, 0.191828), (25, 481, 0.287685, 0.141139), (40, 181, 0.177068, 0.200288),
+    (0, 981, 0.454463, 0.262709), (10, 781, 0.390750, 0.191828), (25, 481, 0.287685, 0.141139),
+    (40, 181, 0.177068, 0.200288),
     (47, 41, 0.099887, 1.034817), (48, 21, 0.039480, 10.724235), (49, 1, 0.020648, 1.006388),
 ])
 def test_kl_of_stable_diffusion_steps(i, tau, std, w):
-    """DDIM's sigma, and KL = (w / 2) |eps_theta - eps_ref|^2 with w the growth of the SNR; the program's mean is 2/D of it."""
+    """DDIM's sigma, and KL = (w / 2) |eps_theta - eps_ref|^2, w the growth of the SNR; the program's is 2/D of it."""
     x, eps, other = torch.randn(3, 2, 4, 3, 3, dtype=D, generator=torch.Generator().manual_seed(i)).unbind(0)
     here = SD(torch.tensor([(tau + 1) / 1000], dtype=D))
     there = SD(torch.tensor([max(tau - 20, 0) / 1000 + 1 / 1000], dtype=D))
@@ -192,7 +201,8 @@ def test_kl_of_stable_diffusion_steps(i, tau, std, w):
 
 
 def test_alpha_conversion():
-    assert [alpha_in_nats(a, 16384) for a in (2, 1, 0.05, 0.005)] == pytest.approx([2.44e-4, 1.22e-4, 6.10e-6, 6.10e-7], rel=2e-3)
+    nats = [alpha_in_nats(a, 16384) for a in (2, 1, 0.05, 0.005)]
+    assert nats == pytest.approx([2.44e-4, 1.22e-4, 6.10e-6, 6.10e-7], rel=2e-3)
     q, mean_ref = torch.randn(2, 1, 3, 2, 2, dtype=D).unbind(0)
     std, released = torch.full((1, 1, 1, 1), 0.3, dtype=D), 1.7
     mean = (mean_ref + 12 * 0.3**2 * q / (2 * released)).requires_grad_()  # the argmin in the program's scale
@@ -203,7 +213,7 @@ def test_alpha_conversion():
 
 @pytest.mark.parametrize("schedule", [flow_schedule, SD], ids=["flow", "vp"])
 def test_a_step_keeps_the_marginals(schedule):
-    """From x_t = alpha x0 + sigma eps the next state is alpha' x0 + sigma' z: the variances of its two noises add up."""
+    """From x_t = alpha x0 + sigma eps the next state is alpha' x0 + sigma' z: variances of its two noises add up."""
     for t, t_next in ((1.0, 0.8), (0.6, 0.3), (0.05, 0.02)):
         (a, s), (an, sn) = (schedule(torch.tensor([v], dtype=D)) for v in (t, t_next))
         eps = torch.ones(1, 1, 1, 1, dtype=D)
@@ -216,7 +226,7 @@ def test_a_step_keeps_the_marginals(schedule):
 
 
 def test_the_flow_sampler_reaches_the_data():
-    """Mean and variance of the flow's chain on N(mu, s^2) meet the marginal at the last level as steps grow, at rate 1/T."""
+    """Mean and variance of the flow's chain on N(mu, s^2) meet the marginal of the last level at rate 1 / T."""
     errors = []
     for steps in (50, 500):
         times, mean, variance = levels(steps, shift=1.0, final_time=0.02), 0.0, 1.0
@@ -225,7 +235,8 @@ def test_the_flow_sampler_reaches_the_data():
             ends = []
             for x in (0.0, 1.0):
                 x = torch.full((1, 1, 1, 1), x, dtype=D)
-                ends.append(transition(gaussian_prediction(x, torch.tensor(MU, dtype=D), STD, *here), *here, *there, 1.0))
+                pred = gaussian_prediction(x, torch.tensor(MU, dtype=D), STD, *here)
+                ends.append(transition(pred, *here, *there, 1.0))
             slope = float(ends[1][0] - ends[0][0])
             mean, variance = slope * mean + float(ends[0][0]), slope**2 * variance + float(ends[0][1]) ** 2
         assert mean == pytest.approx(0.98 * MU, abs=1e-9)
@@ -279,11 +290,12 @@ def test_the_discounted_q_lies_between_its_bounds(t, low, exact, high):
 
 
 @pytest.mark.parametrize(("law", "gamma", "shift", "path"), [
-    ("none", 1.0, 0.2429330, 0.1973831), ("uniform", 0.9, 0.1648387, 0.0956394), ("prioritised", 0.9, 0.1648387, 0.0956394),
-    ("importance", 0.9, 0.1648387, 0.0956394), ("uniform", 0.5, 0.0382876, None),
+    ("none", 1.0, 0.2429330, 0.1973831), ("uniform", 0.9, 0.1648387, 0.0956394),
+    ("prioritised", 0.9, 0.1648387, 0.0956394), ("importance", 0.9, 0.1648387, 0.0956394),
+    ("uniform", 0.5, 0.0382876, None),
 ])
 def test_training_reaches_the_soft_optimal_policy_under_every_law_of_states(law, gamma, shift, path):
-    """Linear reward, exact Q: p*_t is the reference shifted by gamma^(t-1) k M_{t-1} std_t^2 / alpha, the same variance."""
+    """Linear reward, exact Q: p*_t is the reference shifted by gamma^(t-1) k M_{t-1} std_t^2 / alpha."""
     model = Shifts()
     run(model, SQDFSettings(**CHAIN, alpha_kl=0.8, gamma=gamma, estimator="consistency", buffer=law,
                             rollout_every=1 if law == "none" else 10))
@@ -301,7 +313,8 @@ def test_the_posterior_mean_is_wrong_only_by_the_last_level(estimator):
     model = Shifts()
     run(model, SQDFSettings(**CHAIN, alpha_kl=0.8, gamma=0.9, estimator=estimator, rollout_every=10))
     ratio = math.sqrt(0.999) * STD**2 / (0.999 * STD**2 + 0.001)
-    expected = [0.0] + [0.9 ** (t - 1) * 1.3 * M[t - 1] * (ratio if t > 1 else 1) * SIGMA[t] / 0.8 for t in range(1, T + 1)]
+    slope = [0.0] + [M[t - 1] * (ratio if t > 1 else 1) for t in range(1, T + 1)]
+    expected = [0.0] + [0.9 ** (t - 1) * 1.3 * slope[t] * SIGMA[t] / 0.8 for t in range(1, T + 1)]
     torch.testing.assert_close(model.p.detach(), torch.tensor(expected, dtype=D), atol=1e-9, rtol=0)
 
 
@@ -365,7 +378,8 @@ def test_the_limits_of_alpha():
     shifts = []
     for alpha in (0.8, 8.0):
         model = Shifts()
-        run(model, SQDFSettings(**CHAIN, alpha_kl=alpha, gamma=1.0, estimator="consistency", rollout_every=10), steps=60)
+        settings = SQDFSettings(**CHAIN, alpha_kl=alpha, gamma=1.0, estimator="consistency", rollout_every=10)
+        run(model, settings, steps=60)
         shifts.append(model.p.detach())
     torch.testing.assert_close(shifts[0], 10 * shifts[1], atol=1e-5, rtol=0)
 
@@ -386,7 +400,8 @@ def test_reparameterised_gradient():
     assert gradient.mean() == pytest.approx(1.4, abs=4 * 0.4 / math.sqrt(n))
     assert gradient.var() == pytest.approx(0.16, rel=0.05)
     stein = q.detach() * e / s
-    assert stein.mean() == pytest.approx(1.4, abs=4 * math.sqrt(13.4625 / n)) and stein.var() == pytest.approx(13.4625, rel=0.1)
+    assert stein.mean() == pytest.approx(1.4, abs=4 * math.sqrt(13.4625 / n))
+    assert stein.var() == pytest.approx(13.4625, rel=0.1)
 
 
 def gaussian(**settings):
@@ -397,8 +412,9 @@ def gaussian(**settings):
         p.requires_grad_(False)
     with torch.no_grad():
         model.networks["consistency"]["velocity"].normal_(0, 0.1)
-    return model, SQDFSettings(**{"rollout_steps": 6, "final_time": 0.05, "guidance": 1.0, "alpha_kl": 0.3, "gamma": 0.9,
-                                  "estimator": "consistency", "buffer": "none", **settings})
+    return model, SQDFSettings(**{
+        "rollout_steps": 6, "final_time": 0.05, "guidance": 1.0, "alpha_kl": 0.3, "gamma": 0.9,
+        "estimator": "consistency", "buffer": "none", **settings})
 
 
 def bent(images, prompts):
@@ -451,7 +467,7 @@ def test_the_consistency_model_speaks_except_in_the_last_step():
                 model.networks["consistency"]["velocity"].fill_(scale)
             (loss,) = losses(model, settings, range(8))
             assert float(loss.metrics["index"]) == 5 or changes
-            values.append(float(loss.value))
+            values.append(float(loss.value.detach()))
             loss.value.backward()
             assert all(p.grad is None for p in model.networks["consistency"].values())
         assert (values[0] != values[1]) == changes
@@ -494,7 +510,7 @@ def test_at_the_start_the_kl_and_its_gradient_are_zero():
 
 
 def test_negative_rewards_count():
-    """The KL and the reward of a sample below zero stay in the loss: adding a constant changes its value, not its gradient."""
+    """Samples below zero stay in the loss, KL included: a constant added to the reward leaves the gradient as it is."""
     model, settings = gaussian(gamma=1.0)
     plain = losses(model, settings, range(8))[0]
     lower = losses(model, settings, range(8), reward=lambda images, prompts: bent(images, prompts) - 100)[0]
@@ -614,3 +630,116 @@ def test_resuming_is_bit_identical(tmp_path, law):
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         rows.append([{k: v for k, v in json.loads(line).items() if not k.endswith("_seconds")} for line in lines])
     assert rows[0] == rows[1] and rows[0][-1]["buffer"] == 7
+
+
+# The consistency model
+
+
+def network():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return UNet2DConditionModel(
+            sample_size=4, in_channels=2, out_channels=2, layers_per_block=1, block_out_channels=(8, 16),
+            norm_num_groups=4, cross_attention_dim=8, attention_head_dim=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        ).eval()
+
+
+def say(weights, name):
+    generator = torch.Generator().manual_seed(1)
+    x, cond = torch.randn(2, 2, 4, 4, generator=generator), torch.randn(2, 3, 8, generator=generator)
+    with weights.speaking_as(name) as unet:
+        return unet(x, torch.tensor([300.0, 700.0]), cond).sample
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory):
+    """A LoRA of rank 3, alpha 6, in diffusers' form and as LCM-LoRAs are published, and the network with it merged."""
+    maker = NamedWeights(network(), training="lora", rank=3, alpha=6.0, targets=("to_q", "to_out.0", "conv1"))
+    for k, p in enumerate(maker.parameters()):
+        p.data = 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(k))
+    own, kohya = (tmp_path_factory.mktemp(name) for name in ("own", "kohya"))
+    maker.save(own)
+    lora = load_file(own / "pytorch_lora_weights.safetensors")
+    names = {".lora_A.weight": ".lora_down.weight", ".lora_B.weight": ".lora_up.weight"}
+    renamed = {}
+    for key, value in lora.items():
+        layer, part = key[: -len(".lora_A.weight")], names[key[-len(".lora_A.weight"):]]
+        renamed[f"lora_unet_{layer.replace('.', '_')}{part}"] = value
+        renamed[f"lora_unet_{layer.replace('.', '_')}.alpha"] = torch.tensor(6.0)
+    save_file(renamed, kohya / "pytorch_lora_weights.safetensors")
+    merged = network()
+    for key, down in lora.items():
+        if "lora_A" in key:
+            up = lora[key.replace("lora_A", "lora_B")]
+            weight = merged.get_submodule(key.removesuffix(".lora_A.weight")).weight
+            weight.data += 2.0 * (up.flatten(1) @ down.flatten(1)).view_as(weight)
+    return own, kohya, NamedWeights(merged, training="none", rank=1, alpha=None, targets=())
+
+
+@pytest.mark.parametrize("training", ["lora", "full", "none"])
+@pytest.mark.parametrize("form", [0, 1], ids=["diffusers", "kohya"])
+def test_a_lora_speaks_as_the_consistency_model(distilled, training, form):
+    weights = NamedWeights(network(), training=training, rank=2, alpha=None, targets=("to_q", "conv2"))
+    for k, p in enumerate(weights.parameters()):
+        p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(100 + k))
+    policy, reference = say(weights, "policy"), say(weights, "reference")
+    weights.add_frozen(distilled[form])
+    torch.testing.assert_close(say(weights, "consistency"), say(distilled[2], "policy"), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(say(weights, "policy"), policy)
+    torch.testing.assert_close(say(weights, "reference"), reference)
+    assert weights.parameters("consistency") == []
+    if training != "none":
+        out = say(weights, "policy")
+        frozen = say(weights, "consistency")
+        assert not frozen.requires_grad
+        out.square().mean().backward()
+        assert sum(float(p.grad.abs().sum()) for p in weights.parameters() if p.grad is not None) > 0
+        named = weights.networks["consistency"].named_parameters()
+        assert all(p.grad is None for key, p in named if ".consistency." in key)
+    with pytest.raises(ValueError, match="there already"):
+        weights.add_frozen(distilled[form])
+
+
+def test_a_lora_of_another_network_is_refused(distilled, tmp_path):
+    weights = NamedWeights(network(), training="lora", rank=2, alpha=None, targets=("to_q",))
+    with pytest.raises(ValueError, match="no pytorch_lora_weights.safetensors"):
+        weights.add_frozen(tmp_path)
+    lora = load_file(distilled[0] / "pytorch_lora_weights.safetensors")
+    wider = {key: torch.cat([value, value], -1) for key, value in lora.items()}
+    save_file(wider, tmp_path / "pytorch_lora_weights.safetensors")
+    with pytest.raises(ValueError, match="does not fit this network"):
+        weights.add_frozen(tmp_path)
+    assert say(weights, "policy").requires_grad
+
+
+def test_without_a_consistency_model_the_error_says_how_to_get_one(tmp_path):
+    with pytest.raises(ValueError, match="train_consistency.py.*tweedie"):
+        EmojiModel.load_consistency(object.__new__(EmojiModel), tmp_path / "none")
+
+
+def test_distillation_leaves_a_true_consistency_map_as_it_is():
+    """Its loss on the exact map of a Gaussian is the teacher's Euler error squared, of fourth order in the step."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+    tool = pytest.importorskip("train_consistency")
+
+    class Exact(GaussianModel):
+        def predict(self, xt, t, cond, *, guidance=1.0, weights="policy"):
+            if weights == "reference":
+                return super().predict(xt, t, cond, guidance=guidance, weights=weights)
+            end = flow_schedule(torch.zeros_like(t))
+            mean = self.mean + 2.0 * (cond - self.mean)  # of the guided model, guidance 2
+            return Prediction(gaussian_ode(xt, mean, self.std, *flow_schedule(t), *end), xt)
+
+    model = Exact(torch.zeros(1, 2, 2, dtype=D), 0.5, means={"a": torch.full((1, 2, 2), 0.4, dtype=D)})
+    x0, eps = torch.randn(2, 64, 1, 2, 2, dtype=D, generator=torch.Generator().manual_seed(0)).unbind(0)
+    cond, t = model.encode_prompts(["a"] * 64), torch.linspace(0.3, 0.9, 64, dtype=D)
+    found = []
+    for step in (0.02, 0.01):
+        tool.EULER = step
+        found.append(float(tool.distil(model, x0, eps, t, cond, 2.0, c=10.0)))  # quadratic this far below c
+    assert found[0] / found[1] == pytest.approx(16, rel=0.1)
+    truth = model.predict(x0, t, cond).x0
+    error = [float((tool.ode(model, x0, t, cond, 2.0, steps) - truth).abs().max()) for steps in (50, 100)]
+    assert error[0] / error[1] == pytest.approx(2, rel=0.1) and error[1] < 0.03

@@ -1,6 +1,6 @@
 """Replay of sampler trajectories: a FIFO with bounded memory, and the laws by which states are drawn from it.
 
-A trajectory is the T inputs of the sampler's steps, x_T ... x_1, with its prompt and the reward of the image it ended in.
+A trajectory is the T inputs of the sampler's steps, x_T ... x_1, with its prompt and the reward of its last image.
 Trajectory n has index i at noise level T - i. Three laws over (n, i):
 
     uniform       n uniform without replacement, i uniform
@@ -8,8 +8,8 @@ Trajectory n has index i at noise level T - i. Three laws over (n, i):
     importance    as prioritised, mixed with a share of the uniform law; each draw weighs 1 / (N T P(n, i)), so that
                   the mean over draws is the mean over the whole buffer
 
-When no reward is positive, P(n) is uniform. The newest trajectories stay in memory, older ones go to safetensors shards in
-a scratch folder; the state of the buffer, what is in shards included, goes into the checkpoint.
+When no reward is positive, P(n) is uniform. The newest trajectories stay in memory, older ones go to safetensors shards
+in a scratch folder; the state of the buffer, what is in shards included, goes into the checkpoint.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, *, memory: int = 1 << 30):
         if capacity < 1 or memory < 0:
-            raise ValueError(f"ReplayBuffer got capacity {capacity}, memory {memory}; expected at least 1 trajectory and "
-                             "0 bytes")
+            raise ValueError(f"ReplayBuffer got capacity {capacity}, memory {memory}; expected at least 1 trajectory "
+                             "and 0 bytes")
         self.capacity, self.memory = capacity, memory
         self.end = 0  # the id that the next trajectory gets
         self.prompts: deque[str] = deque()
@@ -95,11 +95,14 @@ class ReplayBuffer:
         return taken
 
     def draw(self, law: Law, rows: Tensor, steps: Tensor, *, gamma: float = 1.0) -> Draw:
-        """B = len(rows) states for uniform random numbers `rows` and `steps` (B,) in [0, 1). ValueError: too few rows."""
+        """B = len(rows) states for uniform random numbers `rows` and `steps` (B,) in [0, 1).
+
+        ValueError when there are too few trajectories.
+        """
         size, length = len(self), self._length() if len(self) else 0
         if not size or (law == "uniform" and size < len(rows)):
-            raise ValueError(f"the replay buffer holds {size} trajectories, fewer than the {len(rows)} to draw; expected "
-                             "algorithm.buffer_size >= trainer.batch_size and a finite reward for each")
+            raise ValueError(f"the replay buffer holds {size} trajectories, fewer than the {len(rows)} to draw; "
+                             "expected algorithm.buffer_size >= trainer.batch_size and a finite reward for each")
         if law == "uniform":
             chosen, index = without_replacement(rows, size), (steps * length).long()
             weight = torch.ones(len(rows), dtype=torch.float64)
@@ -193,7 +196,7 @@ def step_probabilities(length: int, gamma: float) -> Tensor:
 
 
 def inverse_cdf(probabilities: Tensor, u: Tensor) -> Tensor:
-    """The category (B,) that u (B,) in [0, 1) falls into, for rows (B, K) of probabilities. Never one of probability 0."""
+    """The category (B,) that u (B,) in [0, 1) falls into, probabilities (B, K); never one of probability 0."""
     cdf = probabilities.cumsum(1)
     found = torch.searchsorted(cdf, (u.to(cdf) * cdf[:, -1])[:, None], right=True)[:, 0]
     last = probabilities.shape[1] - 1 - (probabilities.flip(1) > 0).to(torch.uint8).argmax(1)  # rounding at the top end

@@ -3,29 +3,30 @@
 "Diffusion Fine-Tuning via Reparameterized Policy Gradient of the Soft Q-Function", ICLR 2026, arXiv 2512.04559.
 
 Idea: the sampler is a policy that chooses x_{t-1} given x_t. Its soft Q-function has a training-free, differentiable
-guess, the reward of a one-step estimate of the clean image; so one step of the policy at a time is pushed up that guess and
-held, by an exact KL, near the step of the pretrained model.
+guess, the reward of a one-step estimate of the clean image; so one step of the policy at a time is pushed up that guess
+and held, by an exact KL, near the step of the pretrained model.
 
-    p_theta(x_{t-1} | x_t) = N(mean_theta, std^2 I)       one stochastic sampler step, std > 0       `transition`
-    x_{t-1} = mean_theta + std e,  e ~ N(0, I)             the reparameterised action                 (eq. 12)
-    Q(x_t, x_{t-1}) = gamma^{t-1} r(x0hat(x_{t-1}))        discounted soft Q                          (eq. 9, 13-15)
-    KL = |mean_theta - mean_ref|^2 / (2 std^2)             in nats: a sum over dimensions             `kl`
-    loss = mean of -Q + alpha_kl KL                                                                   `soft_q_loss` (eq. 16)
+    p_theta(x_{t-1} | x_t) = N(mean_theta, std^2 I)      one stochastic sampler step, std > 0      `transition`
+    x_{t-1} = mean_theta + std e,  e ~ N(0, I)           the reparameterised action                (eq. 12)
+    Q(x_t, x_{t-1}) = gamma^{t-1} r(x0hat(x_{t-1}))      discounted soft Q                         (eq. 9, 13-15)
+    KL = |mean_theta - mean_ref|^2 / (2 std^2)           in nats: a sum over dimensions            `kl`
+    loss = mean of -Q + alpha_kl KL                                                       (eq. 16) `soft_q_loss`
 
-x0hat is an estimator of the FROZEN model: its posterior mean ("tweedie"), a consistency model ("consistency"), or n steps
-of its ODE ("rollout-n"). x_t is data: drawn from a replay buffer, or the end of a rollout that stops where the update
-happens. Q does not depend on theta, so the optimum of every state is the same under any law of states. t = T .. 1 counts
-the steps that are left; the sampler's index is i = T - t. At i = T-1 the action is the image and Q is exact.
+x0hat is an estimator of the FROZEN model: its posterior mean ("tweedie"), a consistency model ("consistency"), or n
+steps of its ODE ("rollout-n"). x_t is data: drawn from a replay buffer, or the end of a rollout that stops where the
+update happens. Q does not depend on theta, so the optimum of a state is the same under any law of states. t = T .. 1
+counts the steps that are left; the sampler's index is i = T - t. At i = T-1 the action is the image and Q is exact.
 
-Deviations from the paper and from the released program (the numbers are those of its faults in docs/algorithms/sqdf.md):
+Deviations from the paper and from the released program (numbers: its faults, listed in docs/algorithms/sqdf.md):
 - alpha_kl is per nat. The program's KL is a mean over the D dimensions without the 1/2: `alpha_in_nats` converts.
 - Any schedule. Levels run from t = 1 to `final_time` > 0, so that std > 0 in the last step too (SD's own table ends the
   same way); for a flow this is the stochastic sampler with the same marginals.
 - Negative rewards are not masked (5), the prioritised law has a fallback when no reward is positive (7) and optional
-  importance weights (6), the consistency model is called at the true time (9), rollout-n leaves the last step alone (10).
+  importance weights (6), the consistency model is called at the true time (9), rollout-n leaves the last step
+  alone (10).
 - "tweedie" is the posterior mean, guidance 1; `estimator_guidance` gives the program's guided variant.
-- One rollout may serve several updates (`rollout_every`); without a buffer the index is drawn first and the rollout ends
-  there.
+- One rollout may serve several updates (`rollout_every`); without a buffer the index is drawn first and the rollout
+  ends there.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class SQDFSettings:
     estimator: str = "consistency"  # tweedie | consistency | rollout-n, as rollout-2
     estimator_guidance: float = 1.0  # of tweedie and rollout-n
 
-    buffer: Literal["none", "uniform", "prioritised", "importance"] = "uniform"  # the law of states, see palate/replay.py
+    buffer: Literal["none", "uniform", "prioritised", "importance"] = "uniform"  # the law of states: replay.py
     buffer_size: int = 1024  # trajectories
     buffer_memory: int = 1024  # MiB held in memory; older trajectories go to disk
     rollout_every: int = 1  # updates a rollout serves
@@ -136,8 +137,8 @@ class SQDF:
         """Fresh trajectories into the buffer when they are due, then a draw from all of it."""
         s, buffer, count = self.settings, self.buffer, len(batch.prompts)
         if buffer.capacity < count and s.buffer == "uniform":
-            raise ValueError(f"algorithm.buffer_size = {buffer.capacity} is smaller than a batch of {count}; expected at "
-                             "least trainer.batch_size")
+            raise ValueError(f"algorithm.buffer_size = {buffer.capacity} is smaller than a batch of {count}; expected "
+                             "at least trainer.batch_size")
         if (rng.step - 1) % s.rollout_every == 0 or not len(buffer):
             states = self._walk(model, batch, rng, times, stop=torch.full((count,), s.rollout_steps))
             with torch.no_grad():
@@ -177,7 +178,8 @@ class SQDF:
         t, t_next = times[draw.index].to(xt), times[draw.index + 1].to(xt)
         between = (*model.schedule(t), *model.schedule(t_next))
         with torch.no_grad():  # before the policy's call: a switch of adapters after it would lose its gradient
-            mean_ref, _ = transition(model.predict(xt, t, cond, guidance=s.guidance, weights="reference"), *between, s.eta)
+            reference = model.predict(xt, t, cond, guidance=s.guidance, weights="reference")
+            mean_ref, _ = transition(reference, *between, s.eta)
         mean, std = transition(model.predict(xt, t, cond, guidance=s.guidance), *between, s.eta)
         action = mean + std * rng.normal("action", model.latent_shape).to(xt)
 
@@ -234,7 +236,8 @@ def soft_q_loss(reward: Tensor, divergence: Tensor, discount: Tensor, alpha_kl: 
 def alpha_in_nats(alpha: float, size: int) -> float:
     """alpha_kl that equals the released program's alpha for latents of `size` = C h w numbers.
 
-    Its KL is mean((mean - mean_ref)^2) / std^2 = (2 / size) KL, so alpha_kl = 2 alpha / size: 2 at 4 x 64 x 64 is 2.44e-4.
+    Its KL is mean((mean - mean_ref)^2) / std^2 = (2 / size) KL, so alpha_kl = 2 alpha / size: 2.44e-4 for its 2 at
+    4 x 64 x 64.
     """
     return 2 * alpha / size
 
@@ -259,7 +262,8 @@ def steps_of(estimator: str) -> int:
         return 1
     if found := _ROLLOUT.fullmatch(estimator):
         return int(found[1])
-    raise ValueError(f"estimator: got {estimator!r}; expected tweedie, consistency or rollout-n with n in 1..99, as rollout-2")
+    raise ValueError(f"estimator: got {estimator!r}; expected tweedie, consistency or rollout-n with n in 1..99, as "
+                     "rollout-2")
 
 
 def levels(steps: int, *, shift: float, final_time: float) -> Tensor:
@@ -275,8 +279,8 @@ def calls_per_update(settings: SQDFSettings, *, walked: int) -> dict[str, int]:
     """Calls for each sample of one update whose rollout walked so many steps.
 
     walked = T when trajectories are made for the buffer, 0 when the update only draws from it, and without a buffer the
-    drawn index i. predict = walked + policy + reference + estimator; all but `trained` of them run without a graph for the
-    parameters. A guided call evaluates twice the batch.
+    drawn index i. predict = walked + policy + reference + estimator; all but `trained` of them run without a graph for
+    the parameters. A guided call evaluates twice the batch.
     """
     collected = int(settings.buffer != "none" and walked > 0)
     predict = walked + 2 + steps_of(settings.estimator)

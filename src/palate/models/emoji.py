@@ -36,6 +36,7 @@ class EmojiModel:
     def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: PreTrainedTokenizerFast,
                  vae: AutoencoderTiny, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
                  names: Sequence[str] = ("policy",)):
+        self.folder: Path | None = None  # where the parts came from
         self.text_encoder = text_encoder.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.vae = vae.eval().requires_grad_(False)
@@ -66,7 +67,9 @@ class EmojiModel:
             )
         except (OSError, SafetensorError) as error:
             raise ValueError(f"model.folder {folder} could not be read: {error}") from error
-        return cls(*parts, training=training, lora_rank=lora_rank, lora_alpha=lora_alpha, names=names)
+        model = cls(*parts, training=training, lora_rank=lora_rank, lora_alpha=lora_alpha, names=names)
+        model.folder = folder
+        return model
 
     def _encode(self, prompts: Sequence[str]) -> Tensor:
         lines = [" ".join(known_words(prompt)) for prompt in prompts]
@@ -100,6 +103,17 @@ class EmojiModel:
 
     def parameters(self, weights: str = "policy") -> list[nn.Parameter]:
         return self.weights.parameters(weights)
+
+    def load_consistency(self, folder: Path | str | None = None) -> None:
+        """Give the model the frozen weights "consistency": their x0 is where the base's guided ODE ends, at guidance 1.
+
+        A LoRA over the base, from `folder` or from the package; tools/train_consistency.py distils one.
+        """
+        folder = Path(str(files("palate") / "assets/emoji-consistency")) if folder is None else Path(folder)
+        if not folder.is_dir():
+            raise ValueError(f"there is no consistency model in {folder}; distil one with tools/train_consistency.py "
+                             "and name its folder in model.consistency, or use another estimator (tweedie, rollout-2)")
+        self.weights.add_frozen(folder, "consistency")
 
     def fingerprint(self) -> str:
         """SHA-256 of the base weights, adapters not included."""

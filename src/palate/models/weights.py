@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
@@ -40,6 +41,7 @@ class NamedWeights:
         network.requires_grad_(False)
         self.network = network  # the policy's; with LoRA everyone's
         self.networks = dict.fromkeys((*self.names, "reference"), network)
+        self._frozen: set[str] = set()
         self._speaking = "policy"
         self._adapters: list[nn.Parameter] = []
         if training == "full":
@@ -60,8 +62,48 @@ class NamedWeights:
                 p.requires_grad_(True)
 
     def parameters(self, name: str = "policy") -> list[nn.Parameter]:
-        """The trainable parameters of that name, in a fixed order; none for "reference"."""
+        """The trainable parameters of that name, in a fixed order; none for "reference" and other frozen names."""
         return list(self._own(name).values())
+
+    def add_frozen(self, folder: Path | str, name: str = "consistency") -> None:
+        """One more name, which never trains: the reference with a LoRA, folder/pytorch_lora_weights.safetensors.
+
+        Of any rank, in diffusers' or in kohya's form (in which LCM-LoRAs are published). ValueError if it does not fit.
+        """
+        path = Path(folder) / "pytorch_lora_weights.safetensors"
+        if name in self.networks:
+            raise ValueError(f"weights {name!r} are there already; expected a new name")
+        if not path.is_file():
+            raise ValueError(f"no {path.name} in {folder}; expected the folder of a LoRA")
+        network = self.network if self.training == "lora" else copy.deepcopy(self.networks["reference"])
+        flags = [p.requires_grad for p in self._adapters]
+        lora: Any = load_file(path)
+        form: dict[str, Any] = {"prefix": "unet" if any(key.startswith("unet.") for key in lora) else None}
+        if any(key.startswith("lora_unet_") for key in lora):
+            lora, alphas = StableDiffusionXLLoraLoaderMixin.lora_state_dict(lora, unet_config=network.config)
+            form = {"prefix": "unet", "network_alphas": alphas}
+        else:
+            lora = str(path.parent)  # read again by diffusers, with the file's own record of rank and alpha
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+                warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
+                network.load_lora_adapter(lora, adapter_name=name, weight_name=path.name, local_files_only=True, **form)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise ValueError(f"the LoRA {path} does not fit this network: {str(error).splitlines()[0]}") from error
+        finally:
+            for p, flag in zip(self._adapters, flags, strict=True):
+                p.requires_grad_(flag)
+        if name not in getattr(network, "peft_config", {}):
+            raise ValueError(f"the LoRA {path} has no layer of this network; expected one of the same architecture")
+        self.networks[name] = network
+        self._frozen.add(name)
+        added = [p for key, p in network.named_parameters() if f".{name}." in key]
+        for p in added:
+            p.requires_grad_(False)
+        if self.training == "lora":
+            self._adapters += added
+            self._select(self._speaking)
 
     @contextmanager
     def speaking_as(self, weights: str) -> Iterator[nn.Module]:
@@ -89,6 +131,15 @@ class NamedWeights:
         """
         for network in self._distinct():
             network.enable_gradient_checkpointing(self._checkpointed)
+
+    def merged(self, name: str = "policy") -> nn.Module:
+        """A plain network of its own that says what the name says, its adapter added to the weights."""
+        network = copy.deepcopy(self.networks[name])
+        if self.training == "lora" and name != "reference":
+            network.fuse_lora(adapter_names=[name])
+        if self.training == "lora":
+            network.unload_lora()
+        return network.requires_grad_(False)
 
     def save(self, folder: Path | str, name: str = "policy") -> None:
         """What was trained under that name: a diffusers LoRA file, or with full training a diffusers network folder."""
@@ -119,7 +170,7 @@ class NamedWeights:
 
     def _own(self, name: str) -> dict[str, nn.Parameter]:
         self._known(name)
-        if name == "reference" or self.training == "none":
+        if name == "reference" or name in self._frozen or self.training == "none":
             return {}
         mark = (f".lora_A.{name}.", f".lora_B.{name}.") if self.training == "lora" else ("",)
         return {key: p for key, p in self.networks[name].named_parameters() if any(m in key for m in mark)}
