@@ -172,6 +172,22 @@ def test_the_second_minibatch_is_off_policy():
     assert max(float(loss.metrics["clipped"]) for loss in losses[3:]) > 0
 
 
+def test_minibatches_share_the_samples_out():
+    model, rows = model_of(), []
+    original = model.predict
+
+    def watched(xt, *args, **kwargs):
+        if torch.is_grad_enabled():
+            rows.append(xt)
+        return original(xt, *args, **kwargs)
+
+    model.predict = watched
+    run(settings_of(minibatches=2, steps=3), model=model, ids=range(5))
+    start = Random(0, 1, range(5)).normal("rollout", (1, 2, 2)).double()
+    assert [len(x) for x in rows] == [3, 3, 2, 2]
+    assert torch.equal(torch.cat([rows[0], rows[2]]), start[[0, 2, 4, 1, 3]])
+
+
 def test_advantages_use_a_prompts_own_history_once_it_is_long_enough():
     algorithm = DDPO(settings_of(history=4, enough=3))
     torch.testing.assert_close(algorithm.advantages(["a", "b"], torch.tensor([1.0, 3.0])), torch.tensor([-1.0, 1.0]))

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from palate import recipe
 from palate.algorithms.dpo import DPO, DPOSettings, calls_per_update, dpo_loss, improvement
 from palate.core import Batch, Random
 from palate.models.gaussian import GaussianModel
@@ -150,8 +156,32 @@ def test_calls():
     assert [model.forward, model.backward, model.decoded] == [2 * calls[k] for k in ("forward", "backward", "decode")]
 
 
+def test_pairs_of_a_recipe_arrive_preferred_first_without_the_ties(tmp_path, monkeypatch):
+    rows = [("a.png", "b.png", [0, 1]), ("b.png", "a.png", [1, 0]), ("a.png", "b.png", [1, 1])]
+    for name, grey in (("a.png", 50), ("b.png", 200)):
+        Image.fromarray(np.full((4, 4, 3), grey, np.uint8)).save(tmp_path / name)
+    listed = [{"prompt": f"cat {i}", "image_path": [a, b], "human_preference": votes}
+              for i, (a, b, votes) in enumerate(rows)]
+    (tmp_path / "train.json").write_text(json.dumps(listed))
+    model = SimpleNamespace(image_size=2, encode=lambda images: images)
+    monkeypatch.setattr(recipe, "build_model", lambda *args: model)
+    monkeypatch.setattr(recipe, "build_reward", lambda *args: linear)
+    text = f"algorithm: {{name: dpo}}\nreward: {{name: emoji}}\nprompts: {{pairs: {tmp_path / 'train.json'}}}"
+    parts = recipe.build(recipe.parse(text))
+    assert parts.prompts == ["cat 0", "cat 1"] and parts.latents.shape == (2, 2, 3, 2, 2)
+    torch.testing.assert_close(parts.latents.mean((2, 3, 4)) * 255, torch.tensor([[200.0, 50.0]] * 2))
+    (tmp_path / "train.json").write_text(json.dumps(listed[2:]))
+    with pytest.raises(recipe.RecipeError, match="holds no pair with a preference"):
+        recipe.build(recipe.parse(text))
+    for override, message in (("algorithm.name=refl", "prompts.pairs: refl does not read pairs"),
+                              ("prompts.file=emoji-train", "got prompts.file and prompts.pairs"),
+                              ("prompts={images: x}", "prompts.images: dpo reads pairs of images")):
+        with pytest.raises(recipe.RecipeError, match=message):
+            recipe.parse(text, [override])
+
+
 def test_wrong_input_is_named():
-    with pytest.raises(ValueError, match=r"expected \(B, 2, 1, 2, 2\).*pairs.jsonl"):
+    with pytest.raises(ValueError, match=r"expected \(B, 2, 1, 2, 2\).*prompts.pairs"):
         run(DPOSettings(), pairs=torch.zeros(2, 1, 2, 2))
     for wrong in ({"beta": 0}, {"steps": 0}, {"shift": 0}):
         with pytest.raises(ValueError, match="DPOSettings expected"):

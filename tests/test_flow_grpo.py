@@ -188,6 +188,21 @@ def test_a_group_shares_its_prompt_and_has_its_own_random_numbers():
     assert torch.equal(start, start[:, :1].expand_as(start)) and not torch.equal(start[0], start[1])
 
 
+def test_minibatches_share_every_group_out():
+    model, rows = model_of(), []
+    original = model.predict
+
+    def watched(xt, *args, **kwargs):
+        if torch.is_grad_enabled():
+            rows.append(xt)
+        return original(xt, *args, **kwargs)
+
+    model.predict = watched
+    run(settings_of(minibatches=2, steps=2), model=model, ids=(3, 4))
+    start = Random(0, 1, range(9, 15)).normal("rollout", (1, 2, 2)).double()  # ids 3 * 3 + k and 4 * 3 + k
+    assert torch.equal(torch.cat(rows), start[[0, 2, 4, 1, 3, 5]])
+
+
 def test_kl_and_its_gradient_in_closed_form():
     """A velocity shift b moves the mean of a step by the same vector k b everywhere: KL = k^2 |b|^2 / (2 std^2)."""
     mean, reference = torch.zeros(2, 1, 2, 2, dtype=D), torch.full((2, 1, 2, 2), 0.3, dtype=D)

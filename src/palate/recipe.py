@@ -21,7 +21,9 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from palate.data import RecipeError, captioned_images, encode_images, load_images, read_prompts, read_text, spread
+from palate.data import (
+    RecipeError, captioned_images, encode_images, load_images, preference_pairs, read_prompts, read_text, spread,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +34,12 @@ YAML_LIMIT = 256 * 1024  # bytes; a recipe is a page of text
 MODELS = ("emoji",)
 ALGORITHMS = {  # name -> module, class, dataclass of its settings
     "srpo": ("palate.algorithms.srpo", "SRPO", "SRPOSettings"),
+    "refl": ("palate.algorithms.refl", "ReFL", "ReFLSettings"),
+    "draft": ("palate.algorithms.draft", "DRaFT", "DRaFTSettings"),
+    "ddpo": ("palate.algorithms.ddpo", "DDPO", "DDPOSettings"),
+    "flow_grpo": ("palate.algorithms.flow_grpo", "FlowGRPO", "FlowGRPOSettings"),
+    "nft": ("palate.algorithms.nft", "NFT", "NFTSettings"),
+    "dpo": ("palate.algorithms.dpo", "DPO", "DPOSettings"),
 }
 EMBEDDED_REWARDS = ("emoji", "emoji-heldout")
 SIMPLE_REWARDS = ("colourfulness", "brightness", "warmth", "saturation", "high_frequency", "jpeg_size")
@@ -89,12 +97,13 @@ class RewardSettings:
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """Where prompts come from: a file (a path, or the name of one in the package), a list, or captioned images."""
+    """Where prompts come from: a file (a path, or a name in the package), a list, captioned images, or pairs."""
 
     __pydantic_config__ = _STRICT
     file: str | None = None
     list: PromptList | None = None
     images: str | None = None  # a folder of captioned images: offline training on them
+    pairs: str | None = None  # preference pairs for dpo: HPDv2's train.json or Pick-a-Pic's .parquet, ties left out
     preview: str | None = None  # a file as above; None = spread over the training prompts
 
 
@@ -333,6 +342,10 @@ def _validate(tree: dict[str, Any], mistakes: list[str]) -> Recipe | None:
     if recipe is None or algorithm is None:
         return None
     _check_together(recipe, mistakes)
+    if recipe.prompts.pairs is not None and name != "dpo":
+        mistakes.append(f"prompts.pairs: {name} does not read pairs, only dpo does; give prompts.file")
+    if recipe.prompts.images is not None and name == "dpo":
+        mistakes.append("prompts.images: dpo reads pairs of images; give prompts.pairs, or prompts.file to draw them")
     return dataclasses.replace(recipe, algorithm=algorithm, algorithm_name=name)
 
 
@@ -386,10 +399,10 @@ def _near(word: str, known: Sequence[str], prefix: str = "") -> str:
 
 def _check_together(recipe: Recipe, mistakes: list[str]) -> None:
     prompts, reward = recipe.prompts, recipe.reward
-    given = [key for key in ("file", "list", "images") if getattr(prompts, key) is not None]
+    given = [key for key in ("file", "list", "images", "pairs") if getattr(prompts, key) is not None]
     if len(given) != 1:
         got = "none" if not given else " and ".join(f"prompts.{key}" for key in given)
-        mistakes.append(f"prompts: give exactly one of prompts.file, prompts.list, prompts.images; got {got}")
+        mistakes.append(f"prompts: give exactly one of prompts.file, prompts.list, prompts.images, prompts.pairs; got {got}")
     if (reward.name is None) == (not reward.weights):
         mistakes.append("reward: give reward.name, or reward.weights with at least one name and its weight")
     used = {reward.name} if reward.name else set(reward.weights or ())
@@ -420,14 +433,22 @@ def build(recipe: Recipe) -> Parts:
     if recipe.prompts.images is not None:
         found = captioned_images(Path(recipe.prompts.images))
         captions = [caption for _, caption in found]
+    if recipe.prompts.pairs is not None:
+        pairs = [pair for pair in preference_pairs(recipe.prompts.pairs) if pair.preference != 0.5]
+        if not pairs:
+            raise RecipeError(f"prompts.pairs: {recipe.prompts.pairs} holds no pair with a preference")
+        captions = [pair.prompt for pair in pairs]
     prompts = captions or recipe.prompts.list or read_prompts(recipe.prompts.file)
     preview = read_prompts(recipe.prompts.preview) if recipe.prompts.preview else spread(prompts)
     model = build_model(recipe.model)
     reward = build_reward(recipe.reward)
     latents = None
-    if captions is not None:
+    if recipe.prompts.images is not None:
         images = load_images([path for path, _ in found], size=model.image_size)
         latents = encode_images(model, images)
+    if recipe.prompts.pairs is not None:  # (N, 2, C, h, w), the preferred image first
+        both = [image for p in pairs for image in ((p.first, p.second) if p.preference > 0.5 else (p.second, p.first))]
+        latents = encode_images(model, load_images(both, size=model.image_size)).unflatten(0, (-1, 2))
     return Parts(
         model, build_algorithm(recipe), reward, list(prompts), preview, latents
     )

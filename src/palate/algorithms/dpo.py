@@ -15,8 +15,8 @@ SDXL) stands for the paper's beta T omega. For a flow the error of eps is (1 - t
 is Flow-DPO (arXiv 2501.13918) with beta_t = beta (1 - t)^2.
 
 Pairs come in one of two ways:
-- `Batch.latents` (B, 2, C, h, w): [:, 0] the preferred, [:, 1] the rejected image's latent. A recipe gives a folder,
-  prompts.pairs, with pairs.jsonl: {"prompt": ..., "preferred": "a.png", "rejected": "b.png"} a line.
+- `Batch.latents` (B, 2, C, h, w): [:, 0] the preferred, [:, 1] the rejected image's latent. In a recipe: prompts.pairs,
+  a file in the layout of HPDv2 or Pick-a-Pic (`palate.data.preference_pairs`), encoded once before training.
 - Without them, two samples of the frozen reference are drawn for each prompt and the reward says which is preferred.
   They depend on nothing that is trained, so this is the offline method on a labelled data set made on the way. Equal
   rewards are no preference and weigh 0.
@@ -85,7 +85,7 @@ class DPO:
             if batch.latents.shape[1:] != (2, *model.latent_shape):
                 raise ValueError(f"DPO got latents of shape {tuple(batch.latents.shape)}; expected "
                                  f"(B, 2, {', '.join(map(str, model.latent_shape))}), the preferred and the rejected "
-                                 "image of each prompt: give prompts.pairs a folder with pairs.jsonl")
+                                 "image of each prompt: give prompts.pairs, or prompts.file to have pairs drawn")
             return batch.latents.to(**kind), torch.ones(len(batch.prompts), **kind), {}
         rng = Random(rng.seed, rng.step, [2 * i + k for i in rng.ids for k in range(2)])
         prompts = [prompt for prompt in batch.prompts for _ in range(2)]
