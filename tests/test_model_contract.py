@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny_families
 import torch
 
 from palate.models.emoji import EmojiModel
@@ -14,6 +15,9 @@ MODELS = {
     "emoji-lora": lambda: EmojiModel.load(training="lora", lora_rank=4),
     "emoji-full": lambda: EmojiModel.load(training="full"),
     "gaussian": lambda: GaussianModel(torch.full((2, 3, 4), 0.3), 0.6, decode_scale=0.1, decode_offset=0.5),
+    **{name: lambda name=name: tiny_families.load(name) for name in tiny_families.FAMILIES},
+    "sdxl-full": lambda: tiny_families.load("sdxl", training="full"),
+    "flux-full": lambda: tiny_families.load("flux", training="full"),
 }
 
 

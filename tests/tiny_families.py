@@ -56,7 +56,7 @@ class Family(NamedTuple):
     model: type
     pipeline: Callable[[], Any]
     load: dict[str, Any]  # what a tiny one needs beside the folder
-    attention: int  # modules that the default LoRA targets match
+    adapted: int  # modules that the default LoRA targets match
 
 
 def clip_tokenizer() -> CLIPTokenizer:
@@ -88,8 +88,9 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
 
 
 def qwen() -> Qwen3Model:
-    return Qwen3Model(Qwen3Config(vocab_size=4 + len(LETTERS), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                                  num_attention_heads=2, num_key_value_heads=1, head_dim=8))
+    return Qwen3Model(Qwen3Config(
+        vocab_size=4 + len(LETTERS), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8))
 
 
 def vae(**constants: float) -> AutoencoderKL:
@@ -119,7 +120,8 @@ def sdxl() -> diffusers.StableDiffusionXLPipeline:
                    projection_class_embeddings_input_dim=6 * 8 + 16, use_linear_projection=True)
     scheduler = EulerDiscreteScheduler(**VP, steps_offset=1, timestep_spacing="leading")
     return diffusers.StableDiffusionXLPipeline(
-        vae(scaling_factor=0.13025), clip(), clip(projection=True), clip_tokenizer(), clip_tokenizer(), network, scheduler)
+        vae(scaling_factor=0.13025), clip(), clip(projection=True), clip_tokenizer(), clip_tokenizer(), network,
+        scheduler)
 
 
 def sd3(with_t5: bool = True) -> diffusers.StableDiffusion3Pipeline:
@@ -194,7 +196,7 @@ def saved(name: str) -> tuple[Path, Any]:
 
 
 def load(name: str, folder: Path | None = None, **options: Any) -> Any:
-    """Palate's model of that name, loaded as a user would; float32 on the CPU, with little text, unless told otherwise."""
+    """Palate's model of that name, loaded as a user would; float32 on the CPU unless told otherwise."""
     family, folder = FAMILIES[name], folder or saved(name)[0]
     text = Path(_HOME.name) / "text"
     settings = {"dtype": "float32", "device": "cpu", "lora_rank": 4, "text_cache": text, **family.load}

@@ -368,7 +368,8 @@ def _draw(model, prompts, noise, *, steps, guidance, weights, batch_size) -> Ten
 
     steps = model.default_steps if steps is None else steps
     guidance = model.default_guidance if guidance is None else guidance
-    device = next((p.device for p in model.parameters("policy")), torch.device("cpu"))
+    own = next((p.device for p in model.parameters("policy")), torch.device("cpu"))
+    device = getattr(model, "device", own)  # a frozen model has no parameters to ask
     images = []
     for start in range(0, len(prompts), batch_size):
         cond = model.encode_prompts(list(prompts[start : start + batch_size]))

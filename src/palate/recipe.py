@@ -31,7 +31,17 @@ if TYPE_CHECKING:
     from palate.core import Algorithm, Model, Reward
 
 YAML_LIMIT = 256 * 1024  # bytes; a recipe is a page of text
-MODELS = ("emoji",)
+SHARED = ("dtype", "device", "gradient_checkpointing", "image_size", "text_cache")
+MODELS = {  # name -> module, class, keys of ModelSettings that it reads beside weights, lora_rank, lora_alpha, folder
+    "emoji": ("palate.models.emoji", "EmojiModel", ()),
+    "stable-diffusion": ("palate.models.stable_diffusion", "StableDiffusion", (*SHARED, "file")),
+    "sdxl": ("palate.models.sdxl", "StableDiffusionXL", (*SHARED, "file")),
+    "sd3": ("palate.models.sd3", "StableDiffusion3", (*SHARED, "file", "text_tokens")),
+    "flux": ("palate.models.flux", "Flux", (*SHARED, "file", "text_tokens", "distilled_guidance",
+                                            "rollout_distilled_guidance")),
+    "pixart": ("palate.models.pixart", "PixArt", (*SHARED, "text_tokens")),
+    "z-image": ("palate.models.z_image", "ZImage", (*SHARED, "file", "text_tokens")),
+}  # fmt: skip
 ALGORITHMS = {  # name -> module, class, dataclass of its settings
     "srpo": ("palate.algorithms.srpo", "SRPO", "SRPOSettings"),
     "refl": ("palate.algorithms.refl", "ReFL", "ReFLSettings"),
@@ -71,12 +81,24 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
+    """Keys that are None have the family's own default; docs/models.md describes them, MODELS says who reads which."""
+
     __pydantic_config__ = _STRICT
-    name: Literal["emoji"] = "emoji"
+    name: Literal[tuple(MODELS)] = "emoji"
     weights: Literal["lora", "full"] = "lora"
     lora_rank: Positive = 16
     lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # None = lora_rank
-    folder: str | None = None  # a diffusers folder; None = the weights in the package
+    folder: str | None = None  # a diffusers folder or hub id; None = the weights in the package (emoji)
+    file: str | None = None  # a .safetensors file whose denoiser takes the place of the folder's
+    dtype: Literal["float32", "bfloat16"] | None = None  # of frozen weights and of computation; bfloat16
+    device: str | None = None  # cpu, cuda, cuda:N; None = the accelerator if there is one
+    gradient_checkpointing: bool | None = None  # of denoiser and VAE decoder; on
+    image_size: Positive | None = None  # pixels a side; None = as the model was trained
+    text_tokens: Positive | None = None  # of the long text encoder; None = as the model was trained
+    text_cache: str | None = None  # folder of text embeddings; None = palate/text in the user's cache folder
+    distilled_guidance: NonNegative | None = None  # what FLUX.1-dev is told; 3.5
+    rollout_distilled_guidance: NonNegative | None = None  # and in calls without gradient; None = the same
+
 
 
 @dataclass(frozen=True)
@@ -242,6 +264,8 @@ def fingerprint(recipe: Recipe) -> str:
     tree = as_tree(recipe)
     for key in ("run", "evaluate", "sample"):
         del tree[key]
+    for key in ("device", "text_cache"):
+        del tree["model"][key]
     for key in ("steps", "checkpoint_every", "keep_checkpoints", "preview_every", "preview_prompts", "threads"):
         del tree["trainer"][key]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
@@ -398,7 +422,13 @@ def _near(word: str, known: Sequence[str], prefix: str = "") -> str:
 
 
 def _check_together(recipe: Recipe, mistakes: list[str]) -> None:
-    prompts, reward = recipe.prompts, recipe.reward
+    prompts, reward, model = recipe.prompts, recipe.reward, recipe.model
+    reads = MODELS[model.name][2]
+    for key in sorted({key for _, _, keys in MODELS.values() for key in keys} - set(reads)):
+        if getattr(model, key) is not None:
+            mistakes.append(f"model.{key}: {model.name} does not read it; its own keys: {', '.join(reads) or 'none'}")
+    if model.name != "emoji" and model.folder is None:
+        mistakes.append(f"model.folder: {model.name} needs a diffusers folder or a hub id")
     given = [key for key in ("file", "list", "images", "pairs") if getattr(prompts, key) is not None]
     if len(given) != 1:
         got = "none" if not given else " and ".join(f"prompts.{key}" for key in given)
@@ -441,6 +471,8 @@ def build(recipe: Recipe) -> Parts:
     prompts = captions or recipe.prompts.list or read_prompts(recipe.prompts.file)
     preview = read_prompts(recipe.prompts.preview) if recipe.prompts.preview else spread(prompts)
     model = build_model(recipe.model)
+    if hasattr(model, "cache_prompts"):
+        model.cache_prompts([*prompts, *preview])
     reward = build_reward(recipe.reward)
     latents = None
     if recipe.prompts.images is not None:
@@ -455,10 +487,10 @@ def build(recipe: Recipe) -> Parts:
 
 
 def build_model(settings: ModelSettings) -> Model:
-    from palate.models.emoji import EmojiModel
-
-    return EmojiModel.load(
-        settings.folder, training=settings.weights, lora_rank=settings.lora_rank, lora_alpha=settings.lora_alpha
+    module, kind, keys = MODELS[settings.name]
+    options = {key: getattr(settings, key) for key in keys if getattr(settings, key) is not None}
+    return getattr(importlib.import_module(module), kind).load(
+        settings.folder, training=settings.weights, lora_rank=settings.lora_rank, lora_alpha=settings.lora_alpha, **options
     )
 
 

@@ -367,7 +367,8 @@ class _Run:
     def _gradient_cause(self) -> str:
         """Ask the parts, one after the other, which of them loses the gradient."""
         prompts = [self.prompts[0]] * 2
-        latents = torch.zeros((2, *self.model.latent_shape), requires_grad=True)
+        device = self.parameters["policy"][0].device
+        latents = torch.zeros((2, *self.model.latent_shape), device=device, requires_grad=True)
         images = self.model.decode(latents)
         if not images.requires_grad:
             return "model.decode returns images without gradient (run under no_grad, or detached)"
@@ -376,7 +377,8 @@ class _Run:
             return "the reward is not differentiable (a black box such as jpeg_size); use a differentiable one"
         if not any(p.requires_grad for p in self.parameters["policy"]):
             return "no policy parameter requires a gradient (an adapter switched off or frozen)"
-        pred = self.model.predict(latents.detach(), torch.full((2,), 0.5), self.model.encode_prompts(prompts))
+        t = torch.full((2,), 0.5, device=device)
+        pred = self.model.predict(latents.detach(), t, self.model.encode_prompts(prompts))
         if not pred.x0.requires_grad:
             return "model.predict loses the policy's gradient (run under no_grad, or another adapter left active)"
         return "a reward past its hinge, fully saturated pixels, or a step length of zero"

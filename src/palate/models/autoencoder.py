@@ -1,4 +1,4 @@
-"""diffusers' AutoencoderKL in Palate's units: images in [0, 1], latents as the denoiser knows them (shifted and scaled)."""
+"""diffusers' AutoencoderKL in Palate's units: images in [0, 1], latents shifted and scaled for the denoiser."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
-def latent_shape(config: Mapping[str, Any], image_size: int, *, family: str, patch: int = 1) -> tuple[int, int, int]:
-    """(C, h, w) of square images, from the VAE's configuration; ValueError if the denoiser's patches do not cover it."""
+def latent_shape(
+    config: Mapping[str, Any], image_size: int, *, family: str, patch: int = 1
+) -> tuple[int, int, int]:
+    """(C, h, w) of square images, by the VAE's configuration; ValueError if the patches do not cover them."""
     factor = 2 ** (len(config["block_out_channels"]) - 1)
     multiple = factor * patch
     if image_size < multiple or image_size % multiple:

@@ -52,7 +52,7 @@ class Flux:
         self.distilled_guidance, self.rollout_distilled_guidance = distilled_guidance, rollout_distilled_guidance
         self.default_steps = 28 if self.distilled else 4
         self.weights, self.training = parts.weights, parts.weights.training
-        self.latent_shape, self.image_size = parts.latent_shape, parts.image_size
+        self.latent_shape, self.image_size, self.device = parts.latent_shape, parts.image_size, parts.device
         self.encode, self.decode, self.parameters = parts.encode, parts.decode, parts.parameters
         self.save_adapter, self.load_adapter = parts.save_adapter, parts.load_adapter
         self.fingerprint, self.cache_prompts = parts.fingerprint, parts.cache_prompts
@@ -80,9 +80,10 @@ class Flux:
 
             def encode(prompt: str) -> dict[str, Tensor]:
                 options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-                short = clip_tokenizer(prompt, max_length=clip_tokenizer.model_max_length, **options).input_ids.to(where)
-                long = t5_tokenizer(prompt, max_length=text_tokens, **options).input_ids.to(where)
-                return {"text": t5(long).last_hidden_state[0], "pooled": clip(short).pooler_output[0]}
+                short = clip_tokenizer(prompt, max_length=clip_tokenizer.model_max_length, **options).input_ids
+                long = t5_tokenizer(prompt, max_length=text_tokens, **options).input_ids
+                text, pooled = t5(long.to(where)).last_hidden_state[0], clip(short.to(where)).pooler_output[0]
+                return {"text": text, "pooled": pooled}
 
             return encode
 
@@ -99,7 +100,8 @@ class Flux:
     def encode_prompts(self, prompts: Sequence[str]) -> Cond:
         return Cond(**self.parts.text(prompts))
 
-    def predict(self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0, weights: str = "policy") -> Prediction:
+    def predict(self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0,
+                weights: str = "policy") -> Prediction:
         output = self.parts.guided(self._output, weights, xt, t, cond, lambda: self.encode_prompts([""]), guidance)
         return from_velocity(xt, output, *self.schedule(t))
 

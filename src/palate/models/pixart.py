@@ -45,7 +45,7 @@ class PixArt:
         self.parts, self.scheduler = parts, scheduler
         self.schedule = vp_schedule(scheduler.alphas_cumprod)
         self.weights, self.training = parts.weights, parts.weights.training
-        self.latent_shape, self.image_size = parts.latent_shape, parts.image_size
+        self.latent_shape, self.image_size, self.device = parts.latent_shape, parts.image_size, parts.device
         self.encode, self.decode, self.parameters = parts.encode, parts.decode, parts.parameters
         self.save_adapter, self.load_adapter = parts.save_adapter, parts.load_adapter
         self.fingerprint, self.cache_prompts = parts.fingerprint, parts.cache_prompts
@@ -70,8 +70,8 @@ class PixArt:
             t5 = repository.read("text_encoder", T5EncoderModel, precision).to(where)
 
             def encode(prompt: str) -> dict[str, Tensor]:
-                tokens = tokenizer(prompt.lower().strip(), padding="max_length", max_length=text_tokens, truncation=True,
-                                   return_tensors="pt").to(where)
+                tokens = tokenizer(prompt.lower().strip(), padding="max_length", max_length=text_tokens,
+                                   truncation=True, return_tensors="pt").to(where)
                 text = t5(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state[0]
                 return {"text": text, "mask": tokens.attention_mask[0]}
 
@@ -89,7 +89,8 @@ class PixArt:
     def encode_prompts(self, prompts: Sequence[str]) -> Cond:
         return Cond(**self.parts.text(prompts))
 
-    def predict(self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0, weights: str = "policy") -> Prediction:
+    def predict(self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0,
+                weights: str = "policy") -> Prediction:
         output = self.parts.guided(self._output, weights, xt, t, cond, lambda: self.encode_prompts([""]), guidance)
         return vp_prediction(self.scheduler.config.prediction_type, xt, output, *self.schedule(t))
 

@@ -70,7 +70,8 @@ class Repository:
         try:
             return kind.from_pretrained(self.source, subfolder=part)
         except (OSError, ValueError) as error:
-            raise ValueError(f"model.folder {self.source}: {part} cannot be read: {str(error).splitlines()[0]}") from error
+            why = str(error).splitlines()[0]
+            raise ValueError(f"model.folder {self.source}: {part} cannot be read: {why}") from error
 
     def digest(self, parts: Iterable[str], *files: str | None) -> str:
         """SHA-256 over the configurations and weights of `parts`, and over further `files`."""
@@ -117,8 +118,8 @@ def open_repository(folder: str | Path | None, *, family: str, parts: Mapping[st
             if other is not None and part in ("unet", "transformer"):
                 raise ValueError(f"model.folder {source} holds {index.get('_class_name')}, not a {family} model; set "
                                  f"model.name to {other}")
-            raise ValueError(f"model.folder {source} has no {part}, which {family} needs; complete the download, or use "
-                             "a repository that has it")
+            raise ValueError(f"model.folder {source} has no {part}, which {family} needs; complete the download, or "
+                             "use a repository that has it")
         if kind != got and part in ("unet", "transformer", "vae"):
             raise ValueError(f"model.folder {source}: its {part} is a {got}, {family} needs a {kind}"
                              + (f"; set model.name to {FAMILIES[got]}" if got in FAMILIES else ""))
@@ -140,8 +141,8 @@ def _from_hub(source: str) -> tuple[Path, list[str] | None]:
         raise ValueError(f"model.folder {source} is gated: accept its licence at https://huggingface.co/{source}, then "
                          "log in with `hf auth login` or set HF_TOKEN") from error
     except errors.RepositoryNotFoundError as error:
-        raise ValueError(f"model.folder {source}: no such folder, and the hub has no such repository (or it is private: "
-                         "log in with `hf auth login` or set HF_TOKEN)") from error
+        raise ValueError(f"model.folder {source}: no such folder, and the hub has no such repository. If it is "
+                         "private, log in with `hf auth login` or set HF_TOKEN") from error
     except (errors.HFValidationError, OSError) as error:
         raise ValueError(f"model.folder {source}: no such folder, and the hub cannot be reached "
                          f"({type(error).__name__}); download it first, `hf download {source}`") from error
@@ -157,8 +158,8 @@ def _check_weights(source: str, files: list[str], parts: Iterable[str]) -> None:
         if any(name.endswith(".safetensors") for name in found):
             continue
         if any(name.endswith((".bin", ".pt", ".ckpt")) for name in found):
-            raise ValueError(f"model.folder {source}: the weights of {part} are pickles (.bin), which can run code when "
-                             "loaded. Convert them once, where you trust them: python -c \"from diffusers import "
+            raise ValueError(f"model.folder {source}: the weights of {part} are pickles (.bin), which can run code "
+                             "when loaded. Convert them once, where you trust them: python -c \"from diffusers import "
                              f"DiffusionPipeline as P; P.from_pretrained('{source}').save_pretrained('converted')\"")
         raise ValueError(f"model.folder {source}: {part} holds no .safetensors weights; complete the download")
 

@@ -22,7 +22,8 @@ from palate.path import Prediction, flow_schedule, from_velocity
 
 PARTS = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModelWithProjection",
          "text_encoder_2": "CLIPTextModelWithProjection", "text_encoder_3": "T5EncoderModel",
-         "tokenizer": "CLIPTokenizer", "tokenizer_2": "CLIPTokenizer", "tokenizer_3": "T5TokenizerFast", "scheduler": ""}
+         "tokenizer": "CLIPTokenizer", "tokenizer_2": "CLIPTokenizer", "tokenizer_3": "T5TokenizerFast",
+         "scheduler": ""}
 OPTIONAL = ("text_encoder_3", "tokenizer_3")
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # attention
 
@@ -42,7 +43,7 @@ class StableDiffusion3:
     def __init__(self, parts: Parts, scheduler: FlowMatchEulerDiscreteScheduler):
         self.parts, self.scheduler = parts, scheduler
         self.weights, self.training = parts.weights, parts.weights.training
-        self.latent_shape, self.image_size = parts.latent_shape, parts.image_size
+        self.latent_shape, self.image_size, self.device = parts.latent_shape, parts.image_size, parts.device
         self.encode, self.decode, self.parameters = parts.encode, parts.decode, parts.parameters
         self.save_adapter, self.load_adapter = parts.save_adapter, parts.load_adapter
         self.fingerprint, self.cache_prompts = parts.fingerprint, parts.cache_prompts
@@ -101,7 +102,8 @@ class StableDiffusion3:
     def encode_prompts(self, prompts: Sequence[str]) -> Cond:
         return Cond(**self.parts.text(prompts))
 
-    def predict(self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0, weights: str = "policy") -> Prediction:
+    def predict(self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0,
+                weights: str = "policy") -> Prediction:
         output = self.parts.guided(self._output, weights, xt, t, cond, lambda: self.encode_prompts([""]), guidance)
         return from_velocity(xt, output, *self.schedule(t))
 

@@ -41,7 +41,7 @@ class StableDiffusionXL:
         self.schedule = vp_schedule(scheduler.alphas_cumprod)
         self.empty_prompt_is_zero = parts.repository.index.get("force_zeros_for_empty_prompt", True)
         self.weights, self.training = parts.weights, parts.weights.training
-        self.latent_shape, self.image_size = parts.latent_shape, parts.image_size
+        self.latent_shape, self.image_size, self.device = parts.latent_shape, parts.image_size, parts.device
         self.encode, self.decode, self.parameters = parts.encode, parts.decode, parts.parameters
         self.save_adapter, self.load_adapter = parts.save_adapter, parts.load_adapter
         self.fingerprint, self.cache_prompts = parts.fingerprint, parts.cache_prompts
@@ -85,7 +85,8 @@ class StableDiffusionXL:
     def encode_prompts(self, prompts: Sequence[str]) -> Cond:
         return Cond(**self.parts.text(prompts))
 
-    def predict(self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0, weights: str = "policy") -> Prediction:
+    def predict(self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0,
+                weights: str = "policy") -> Prediction:
         def null() -> Cond:
             return Cond(*map(torch.zeros_like, cond)) if self.empty_prompt_is_zero else self.encode_prompts([""])
 
@@ -94,7 +95,7 @@ class StableDiffusionXL:
 
     def _output(self, unet: nn.Module, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
         size = self.image_size
-        told = torch.tensor([[size, size, 0, 0, size, size]], device=xt.device, dtype=xt.dtype)  # original, crop, target
+        told = xt.new_tensor([[size, size, 0, 0, size, size]])  # original size, crop, target size
         step = training_step(t, self.scheduler.config.num_train_timesteps)
         added = {"text_embeds": cond.pooled, "time_ids": told.expand(len(xt), -1)}
         return unet(xt, step, encoder_hidden_states=cond.text, added_cond_kwargs=added).sample

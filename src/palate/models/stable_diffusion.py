@@ -38,7 +38,7 @@ class StableDiffusion:
         self.parts, self.scheduler = parts, scheduler
         self.schedule = vp_schedule(scheduler.alphas_cumprod)
         self.weights, self.training = parts.weights, parts.weights.training
-        self.latent_shape, self.image_size = parts.latent_shape, parts.image_size
+        self.latent_shape, self.image_size, self.device = parts.latent_shape, parts.image_size, parts.device
         self.encode, self.decode, self.parameters = parts.encode, parts.decode, parts.parameters
         self.save_adapter, self.load_adapter = parts.save_adapter, parts.load_adapter
         self.fingerprint, self.cache_prompts = parts.fingerprint, parts.cache_prompts
@@ -54,9 +54,9 @@ class StableDiffusion:
         repository = open_repository(folder, family="stable-diffusion", parts=PARTS, file=file)
         if "text_encoder_2" in repository:
             raise ValueError(f"model.folder {folder} has two text encoders; set model.name to sdxl")
-        channels, expected = (repository.config(p)[k] for p, k in (("unet", "in_channels"), ("vae", "latent_channels")))
-        if channels != expected:
-            raise ValueError(f"model.folder {folder}: its UNet takes {channels} channels (inpainting?); a text-to-image "
+        expected = repository.config("vae")["latent_channels"]
+        if (got := repository.config("unet")["in_channels"]) != expected:
+            raise ValueError(f"model.folder {folder}: its UNet takes {got} channels (inpainting?); a text-to-image "
                              f"model's takes {expected}")
         tokenizer = repository.tokenizer("tokenizer", CLIPTokenizer)
         scheduler = DDIMScheduler.from_config(repository.config("scheduler"))  # the published PNDM is not one-step
@@ -65,8 +65,8 @@ class StableDiffusion:
             encoder = repository.read("text_encoder", CLIPTextModel, precision).to(where)
 
             def encode(prompt: str) -> dict[str, Tensor]:
-                tokens = tokenizer(prompt, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
-                                   return_tensors="pt").to(where)
+                tokens = tokenizer(prompt, padding="max_length", max_length=tokenizer.model_max_length,
+                                   truncation=True, return_tensors="pt").to(where)
                 mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
                 return {"text": encoder(tokens.input_ids, attention_mask=mask).last_hidden_state[0]}
 
@@ -75,15 +75,16 @@ class StableDiffusion:
         parts = load_parts(
             repository, "stable-diffusion", "unet", UNet2DConditionModel, targets=LORA_TARGETS,
             load_encoders=load_encoders, count_tokens=lambda prompt: len(tokenizer(prompt).input_ids),
-            limit=tokenizer.model_max_length, training=training, lora_rank=lora_rank, lora_alpha=lora_alpha, names=names,
-            dtype=dtype, device=device, gradient_checkpointing=gradient_checkpointing, image_size=image_size, file=file,
-            text_cache=text_cache)
+            limit=tokenizer.model_max_length, training=training, lora_rank=lora_rank, lora_alpha=lora_alpha,
+            names=names, dtype=dtype, device=device, gradient_checkpointing=gradient_checkpointing,
+            image_size=image_size, file=file, text_cache=text_cache)
         return cls(parts, scheduler)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Cond:
         return Cond(**self.parts.text(prompts))
 
-    def predict(self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0, weights: str = "policy") -> Prediction:
+    def predict(self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0,
+                weights: str = "policy") -> Prediction:
         output = self.parts.guided(self._output, weights, xt, t, cond, lambda: self.encode_prompts([""]), guidance)
         return vp_prediction(self.scheduler.config.prediction_type, xt, output, *self.schedule(t))
 

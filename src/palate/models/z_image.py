@@ -39,7 +39,7 @@ class ZImage:
     def __init__(self, parts: Parts, scheduler: FlowMatchEulerDiscreteScheduler):
         self.parts, self.scheduler = parts, scheduler
         self.weights, self.training = parts.weights, parts.weights.training
-        self.latent_shape, self.image_size = parts.latent_shape, parts.image_size
+        self.latent_shape, self.image_size, self.device = parts.latent_shape, parts.image_size, parts.device
         self.encode, self.decode, self.parameters = parts.encode, parts.decode, parts.parameters
         self.save_adapter, self.load_adapter = parts.save_adapter, parts.load_adapter
         self.fingerprint, self.cache_prompts = parts.fingerprint, parts.cache_prompts
@@ -82,7 +82,8 @@ class ZImage:
     def encode_prompts(self, prompts: Sequence[str]) -> Cond:
         return Cond(**self.parts.text(prompts))
 
-    def predict(self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0, weights: str = "policy") -> Prediction:
+    def predict(self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0,
+                weights: str = "policy") -> Prediction:
         output = self.parts.guided(self._output, weights, xt, t, cond, lambda: self.encode_prompts([""]), guidance)
         return from_velocity(xt, -output, *self.schedule(t))
 
