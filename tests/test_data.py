@@ -11,9 +11,7 @@ import torch
 from PIL import Image
 
 from palate import recipe
-from palate.data import (
-    Pair, RecipeError, geneval, load_images, preference_pairs, prompt_rows, read_prompts, read_rows,
-)
+from palate.data import Pair, RecipeError, geneval, load_images, preference_pairs, prompt_rows, read_prompts, read_rows
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -27,15 +25,17 @@ def png(colour):
 
 PROMPTS = ["a red fox", 'a sign, "open", in rain', "zwei Füchse"]
 WRITE = {
-    "p.txt": "# comment\na red fox\n\n  a sign, \"open\", in rain \nzwei Füchse\n",
+    "p.txt": '# comment\na red fox\n\n  a sign, "open", in rain \nzwei Füchse\n',
     "p.jsonl": "".join(json.dumps({"prompt": p, "id": i}) + "\n\n" for i, p in enumerate(PROMPTS)),
     "anime.json": json.dumps(PROMPTS),  # HPDv2's benchmark
     "test.json": json.dumps([{"prompt": p, "image_path": ["a.jpg"], "rank": [1]} for p in PROMPTS]),  # HPDv2's ranking
     "PartiPrompts.tsv": "Prompt\tCategory\tChallenge\tNote\na red fox\tAnimals\tBasic\t\n"
-                        "\"a sign, \"\"open\"\", in rain\"\tWorld\tWriting\t\nzwei Füchse\tAnimals\tQuantity\t\n",
-    "drawbench.csv": "\ufeffPrompts,Category\na red fox,Colors\n\"a sign, \"\"open\"\", in rain\",Text\nzwei Füchse,Counting\n",
-    "evaluation_metadata.jsonl": "".join(json.dumps(
-        {"tag": "counting", "include": [{"class": "fox", "count": 2, "color": "red"}], "prompt": p}) + "\n" for p in PROMPTS),
+    '"a sign, ""open"", in rain"\tWorld\tWriting\t\nzwei Füchse\tAnimals\tQuantity\t\n',
+    "drawbench.csv": '\ufeffPrompts,Category\na red fox,Colors\n"a sign, ""open"", in rain",Text\nzwei Füchse,Count\n',
+    "evaluation_metadata.jsonl": "".join(
+        json.dumps({"tag": "counting", "include": [{"class": "fox", "count": 2, "color": "red"}], "prompt": p}) + "\n"
+        for p in PROMPTS
+    ),
 }
 
 
@@ -51,36 +51,66 @@ def test_every_layout_gives_the_same_prompts(tmp_path, name):
 
 def test_what_stands_beside_a_prompt_is_kept(tmp_path):
     (tmp_path / "PartiPrompts.tsv").write_text(WRITE["PartiPrompts.tsv"], "utf-8")
-    assert [row["Challenge"] for row, _ in prompt_rows(str(tmp_path / "PartiPrompts.tsv"))] == ["Basic", "Writing", "Quantity"]
+    assert [row["Challenge"] for row, _ in prompt_rows(str(tmp_path / "PartiPrompts.tsv"))] == [
+        "Basic",
+        "Writing",
+        "Quantity",
+    ]
     (tmp_path / "g.jsonl").write_text(WRITE["evaluation_metadata.jsonl"], "utf-8")
     rows = geneval(str(tmp_path / "g.jsonl"))
-    assert rows[2] == {"tag": "counting", "include": [{"class": "fox", "count": 2, "color": "red"}], "prompt": "zwei Füchse"}
+    assert rows[2] == {
+        "tag": "counting",
+        "include": [{"class": "fox", "count": 2, "color": "red"}],
+        "prompt": "zwei Füchse",
+    }
 
 
 def test_pick_a_pic_pairs(tmp_path):
-    rows = {"caption": ["a", "b", "c", "d"], "jpg_0": [png("red")] * 4, "jpg_1": [png("blue")] * 4,
-            "label_0": [1.0, 0.0, 0.5, 1.0], "label_1": [0.0, 1.0, 0.5, 0.0], "has_label": [True, True, True, False]}
+    rows = {
+        "caption": ["a", "b", "c", "d"],
+        "jpg_0": [png("red")] * 4,
+        "jpg_1": [png("blue")] * 4,
+        "label_0": [1.0, 0.0, 0.5, 1.0],
+        "label_1": [0.0, 1.0, 0.5, 0.0],
+        "has_label": [True, True, True, False],
+    }
     parquet.write_table(pyarrow.table(rows), tmp_path / "train.parquet", row_group_size=2)
     pairs = list(preference_pairs(str(tmp_path / "train.parquet")))
     assert [(p.prompt, p.preference) for p in pairs] == [("a", 1.0), ("b", 0.0), ("c", 0.5)]
     images = load_images([pairs[0].first, pairs[0].second], size=4)
-    assert torch.equal(images[0].amax((1, 2)), torch.tensor([1.0, 0, 0])) and torch.equal(images[1].amax((1, 2)), torch.tensor([0, 0, 1.0]))
+    assert torch.equal(images[0].amax((1, 2)), torch.tensor([1.0, 0, 0])) and torch.equal(
+        images[1].amax((1, 2)), torch.tensor([0, 0, 1.0])
+    )
 
 
 def test_hpdv2_pairs(tmp_path):
-    (tmp_path / "train.json").write_text(json.dumps([
-        {"prompt": "a", "image_path": ["0.jpg", "1.jpg"], "human_preference": [0, 1]},
-        {"prompt": "b", "image_path": ["2.jpg", "3.jpg"], "human_preference": [3, 1]}]))
+    (tmp_path / "train.json").write_text(
+        json.dumps(
+            [
+                {"prompt": "a", "image_path": ["0.jpg", "1.jpg"], "human_preference": [0, 1]},
+                {"prompt": "b", "image_path": ["2.jpg", "3.jpg"], "human_preference": [3, 1]},
+            ]
+        )
+    )
     assert list(preference_pairs(str(tmp_path / "train.json"))) == [
-        Pair("a", tmp_path / "0.jpg", tmp_path / "1.jpg", 0.0), Pair("b", tmp_path / "2.jpg", tmp_path / "3.jpg", 0.75)]
+        Pair("a", tmp_path / "0.jpg", tmp_path / "1.jpg", 0.0),
+        Pair("b", tmp_path / "2.jpg", tmp_path / "3.jpg", 0.75),
+    ]
 
 
 BAD = [
-    ("a.jsonl", '{"prompt": "x"}\n{broken', "line 2: not JSON"), ("a.jsonl", "3\n", "row 1: expected a prompt or a mapping"),
-    ("a.jsonl", '{"question": "x"}', "row 1: no prompt in it.*got question"), ("a.json", '{"prompt": "x"}', "expected a list"),
-    ("a.json", "[" * 100000, "not JSON"), ("a.json", "[1]", "row 1"), ("a.csv", "Category\nx\n", "no prompt in it"),
-    ("a.jsonl", '{"prompt": 3}', "prompt is int; expected text"), ("a.jsonl", '{"prompt": " "}', "holds no prompt"),
-    ("a.csv", "", "holds no prompt"), ("a.parquet", "PAR1 no", "not a readable parquet"), ("a.tsv", b"\xff\xfe\x00", "not UTF-8"),
+    ("a.jsonl", '{"prompt": "x"}\n{broken', "line 2: not JSON"),
+    ("a.jsonl", "3\n", "row 1: expected a prompt or a mapping"),
+    ("a.jsonl", '{"question": "x"}', "row 1: no prompt in it.*got question"),
+    ("a.json", '{"prompt": "x"}', "expected a list"),
+    ("a.json", "[" * 100000, "not JSON"),
+    ("a.json", "[1]", "row 1"),
+    ("a.csv", "Category\nx\n", "no prompt in it"),
+    ("a.jsonl", '{"prompt": 3}', "prompt is int; expected text"),
+    ("a.jsonl", '{"prompt": " "}', "holds no prompt"),
+    ("a.csv", "", "holds no prompt"),
+    ("a.parquet", "PAR1 no", "not a readable parquet"),
+    ("a.tsv", b"\xff\xfe\x00", "not UTF-8"),
 ]
 
 
@@ -92,12 +122,15 @@ def test_bad_prompt_files_name_the_row(tmp_path, name, text, message):
     assert len(str(error.value)) < 400 and len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize(("row", "message"), [
-    ({"prompt": "a", "image_path": ["../x.jpg", "b.jpg"], "human_preference": [1, 0]}, "leaves the folder"),
-    ({"prompt": "a", "image_path": ["x.jpg"], "human_preference": [1, 0]}, "row 1: expected two images"),
-    ({"prompt": "a", "image_path": ["x.jpg", "y.jpg"], "human_preference": [2, -1]}, "row 1: a preference"),
-    ({"prompt": "a"}, "neither Pick-a-Pic.*got prompt"),
-])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "image_path": ["../x.jpg", "b.jpg"], "human_preference": [1, 0]}, "leaves the folder"),
+        ({"prompt": "a", "image_path": ["x.jpg"], "human_preference": [1, 0]}, "row 1: expected two images"),
+        ({"prompt": "a", "image_path": ["x.jpg", "y.jpg"], "human_preference": [2, -1]}, "row 1: a preference"),
+        ({"prompt": "a"}, "neither Pick-a-Pic.*got prompt"),
+    ],
+)
 def test_bad_pairs_name_the_row(tmp_path, row, message):
     (tmp_path / "train.json").write_text(json.dumps([row]))
     with pytest.raises(RecipeError, match=message):
@@ -135,8 +168,16 @@ def test_published_rewards_are_named_in_recipes(monkeypatch):
 
     monkeypatch.setattr("palate.rewards.clip.load_pickscore", load)
     monkeypatch.setattr("palate.rewards.aesthetic.load_aesthetic", load)
-    made = recipe.parse(GOOD, ["reward={weights: {pickscore: 2.0, aesthetic: 1.0, warmth: -1.0}}", "reward.source.pickscore=/w/pick",
-                               "reward.dtype=bfloat16", "reward.scale.pickscore=[0.25, 0.5]", "reward.noised.aesthetic=0.1"])
+    made = recipe.parse(
+        GOOD,
+        [
+            "reward={weights: {pickscore: 2.0, aesthetic: 1.0, warmth: -1.0}}",
+            "reward.source.pickscore=/w/pick",
+            "reward.dtype=bfloat16",
+            "reward.scale.pickscore=[0.25, 0.5]",
+            "reward.noised.aesthetic=0.1",
+        ],
+    )
     assert recipe.parse(recipe.dump(made)) == made
     reward = recipe.build_reward(made.reward)
     assert seen == [("/w/pick", {"dtype": torch.bfloat16}), (None, {"dtype": torch.bfloat16})]
@@ -147,15 +188,21 @@ def test_published_rewards_are_named_in_recipes(monkeypatch):
     assert seen == [(None, {})]
 
 
-@pytest.mark.parametrize(("overrides", "message"), [
-    (["reward.name=pickscor"], "did you mean pickscore"),
-    (["reward.name=pickscore", "reward.source.hpsv2=/w"], r"reward.source.hpsv2: hpsv2 is in neither reward.name nor"),
-    (["reward.name=pickscore", "reward.source.warmth=/w"], "reward.source.warmth"),
-    (["reward.name=pickscore", "reward.scale.pickscore=[0.1, 0]"], "reward.scale.pickscore.1: .*greater than 0"),
-    (["reward.name=aesthetic", "reward.noised.aesthetic=-1"], "reward.noised.aesthetic: .*greater than 0"),
-    (["reward.name=pickscore", "reward.dtype=float16"], "reward.dtype"),
-    (["reward.name=remote"], "reward.source.remote: give the server's URL"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["reward.name=pickscor"], "did you mean pickscore"),
+        (
+            ["reward.name=pickscore", "reward.source.hpsv2=/w"],
+            r"reward.source.hpsv2: hpsv2 is in neither reward.name nor",
+        ),
+        (["reward.name=pickscore", "reward.source.warmth=/w"], "reward.source.warmth"),
+        (["reward.name=pickscore", "reward.scale.pickscore=[0.1, 0]"], "reward.scale.pickscore.1: .*greater than 0"),
+        (["reward.name=aesthetic", "reward.noised.aesthetic=-1"], "reward.noised.aesthetic: .*greater than 0"),
+        (["reward.name=pickscore", "reward.dtype=float16"], "reward.dtype"),
+        (["reward.name=remote"], "reward.source.remote: give the server's URL"),
+    ],
+)
 def test_bad_reward_settings_name_the_key(overrides, message):
     with pytest.raises(RecipeError, match=message):
         recipe.parse(GOOD, overrides)

@@ -90,25 +90,41 @@ def png(array_size):
 
 def bomb(side=60_000):
     """A PNG header that claims side x side pixels."""
+
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
-    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"x")) + chunk(b"IEND", b"")).decode()
+    return base64.b64encode(
+        b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"x")) + chunk(b"IEND", b"")
+    ).decode()
 
 
 BODY = {"id": "1", "prompts": ["a"], "images": [png((4, 4))]}
 GOOD = {"Authorization": f"Bearer {SECRET}", "Content-Type": "application/json"}
 REFUSED = {
-    "no token": ({"Authorization": None}, BODY, 401), "another token": ({"Authorization": "Bearer " + "x" * 27}, BODY, 401),
-    "token of another kind": ({"Authorization": SECRET}, BODY, 401), "not ascii": ({"Authorization": "Bearer \xe9"}, BODY, 401),
-    "another origin": ({"Origin": "https://evil.example"}, BODY, 403), "no origin": ({"Origin": "null"}, BODY, 403),
-    "rebound name": ({"Host": "evil.example"}, BODY, 403), "a form": ({"Content-Type": "text/plain"}, BODY, 415),
-    "too large": ({}, BODY | {"prompts": ["a" * 50_000]}, 413), "too many": ({}, BODY | {"prompts": ["a"] * 5, "images": [png((4, 4))] * 5}, 413),
-    "too wide": ({}, BODY | {"images": [png((65, 4))]}, 413), "a bomb": ({}, BODY | {"images": [bomb()]}, (400, 413)),
-    "none": ({}, BODY | {"prompts": [], "images": []}, 413), "unequal": ({}, BODY | {"prompts": ["a", "b"]}, 400),
-    "numbers": ({}, BODY | {"prompts": [3]}, 400), "a list": ({}, [1], 400), "not JSON": ({}, None, 400),
-    "not base64": ({}, BODY | {"images": ["%%%"]}, 400), "not a PNG": ({}, BODY | {"images": [base64.b64encode(b"GIF89a").decode()]}, 400),
-    "a long id": ({}, BODY | {"id": "x" * 999}, 400), "nested": ({}, "[" * 20_000, 400), "not finite": ({}, BODY | {"prompts": ["nan"]}, 500),
+    "no token": ({"Authorization": None}, BODY, 401),
+    "another token": ({"Authorization": "Bearer " + "x" * 27}, BODY, 401),
+    "token of another kind": ({"Authorization": SECRET}, BODY, 401),
+    "not ascii": ({"Authorization": "Bearer \xe9"}, BODY, 401),
+    "another origin": ({"Origin": "https://evil.example"}, BODY, 403),
+    "no origin": ({"Origin": "null"}, BODY, 403),
+    "rebound name": ({"Host": "evil.example"}, BODY, 403),
+    "a form": ({"Content-Type": "text/plain"}, BODY, 415),
+    "too large": ({}, BODY | {"prompts": ["a" * 50_000]}, 413),
+    "too many": ({}, BODY | {"prompts": ["a"] * 5, "images": [png((4, 4))] * 5}, 413),
+    "too wide": ({}, BODY | {"images": [png((65, 4))]}, 413),
+    "a bomb": ({}, BODY | {"images": [bomb()]}, (400, 413)),
+    "none": ({}, BODY | {"prompts": [], "images": []}, 413),
+    "unequal": ({}, BODY | {"prompts": ["a", "b"]}, 400),
+    "numbers": ({}, BODY | {"prompts": [3]}, 400),
+    "a list": ({}, [1], 400),
+    "not JSON": ({}, None, 400),
+    "not base64": ({}, BODY | {"images": ["%%%"]}, 400),
+    "not a PNG": ({}, BODY | {"images": [base64.b64encode(b"GIF89a").decode()]}, 400),
+    "a long id": ({}, BODY | {"id": "x" * 999}, 400),
+    "nested": ({}, "[" * 20_000, 400),
+    "not finite": ({}, BODY | {"prompts": ["nan"]}, 500),
 }
 
 
@@ -139,8 +155,12 @@ def test_more_than_the_limit_at_a_time_are_sent_away_and_come_back(served):
         return client(served[0], **options)(images(1, 3, 4, 4, seed=seed), ["slow"])
 
     outcomes = []
-    threads = [threading.Thread(target=lambda s=s: outcomes.append(call(served[0], {}, BODY | {"prompts": ["slow"], "id": str(s)})[0]))
-               for s in range(5)]
+    threads = [
+        threading.Thread(
+            target=lambda s=s: outcomes.append(call(served[0], {}, BODY | {"prompts": ["slow"], "id": str(s)})[0])
+        )
+        for s in range(5)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -208,13 +228,26 @@ def test_passing_failures_are_retried_with_the_same_id(evil):
     assert len(Evil.seen) == 4 and len(set(Evil.seen)) == 1
 
 
-@pytest.mark.parametrize(("status", "content", "words"), [
-    (401, '{"error": "the bearer token is missing"}', f"bearer token is missing.*{TOKEN}"), (404, "nothing", "usually /score"),
-    (413, "large", "batch_size"), (500, "", "HTTP 500"), (302, "", "HTTP 302"), (200, "not json", "bad answer"),
-    (200, answer([0.1, 0.2]), "bad answer"), (200, answer([]), "bad answer"), (200, answer(["0.1"]), "bad answer"),
-    (200, answer([True]), "bad answer"), (200, answer([float("nan")]), "1 finite numbers"), (200, answer([float("inf")]), "bad answer"),
-    (200, '{"id": "other", "scores": [0.1]}', "bad answer"), (200, "[" * 5000, "bad answer"), (200, " " * (1 << 21), "larger than"),
-])
+@pytest.mark.parametrize(
+    ("status", "content", "words"),
+    [
+        (401, '{"error": "the bearer token is missing"}', f"bearer token is missing.*{TOKEN}"),
+        (404, "nothing", "usually /score"),
+        (413, "large", "batch_size"),
+        (500, "", "HTTP 500"),
+        (302, "", "HTTP 302"),
+        (200, "not json", "bad answer"),
+        (200, answer([0.1, 0.2]), "bad answer"),
+        (200, answer([]), "bad answer"),
+        (200, answer(["0.1"]), "bad answer"),
+        (200, answer([True]), "bad answer"),
+        (200, answer([float("nan")]), "1 finite numbers"),
+        (200, answer([float("inf")]), "bad answer"),
+        (200, '{"id": "other", "scores": [0.1]}', "bad answer"),
+        (200, "[" * 5000, "bad answer"),
+        (200, " " * (1 << 21), "larger than"),
+    ],
+)
 def test_answers_that_no_retry_mends_stop_at_once(evil, status, content, words):
     Evil.script = [(status, content)] * 3
     with pytest.raises(RemoteError, match=words) as error:
@@ -236,10 +269,17 @@ def test_one_bad_piece_drops_the_whole_batch(evil):
         client(evil, piece=1, concurrency=1)(images(2, 3, 4, 4), ["a", "b"])
 
 
-@pytest.mark.parametrize(("url", "token", "words"), [
-    ("ftp://127.0.0.1/x", SECRET, "expected a URL"), ("nonsense", SECRET, "expected a URL"), ("http://me:pw@127.0.0.1/", SECRET, "without a password"),
-    ("http://reward.example/score", SECRET, "in the clear"), ("http://127.0.0.1:1/score", "", TOKEN), (None, SECRET, "expected a URL"),
-])
+@pytest.mark.parametrize(
+    ("url", "token", "words"),
+    [
+        ("ftp://127.0.0.1/x", SECRET, "expected a URL"),
+        ("nonsense", SECRET, "expected a URL"),
+        ("http://me:pw@127.0.0.1/", SECRET, "without a password"),
+        ("http://reward.example/score", SECRET, "in the clear"),
+        ("http://127.0.0.1:1/score", "", TOKEN),
+        (None, SECRET, "expected a URL"),
+    ],
+)
 def test_unsafe_clients_are_not_made(monkeypatch, url, token, words):
     monkeypatch.setenv(TOKEN, token)
     with pytest.raises(ValueError, match=words):
@@ -257,4 +297,8 @@ def test_a_dead_service_is_exit_code_5(monkeypatch, capfd):
     with pytest.raises(SystemExit) as ended:
         cli.main()
     error = capfd.readouterr().err
-    assert ended.value.code == 5 and error.startswith("palate: reward service http://127.0.0.1:9/score") and len(error.splitlines()) <= 2
+    assert (
+        ended.value.code == 5
+        and error.startswith("palate: reward service http://127.0.0.1:9/score")
+        and len(error.splitlines()) <= 2
+    )

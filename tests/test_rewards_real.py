@@ -1,4 +1,4 @@
-"""The published rewards: their conversions against plain re-statements, their preprocessing against PIL, their gradients.
+"""The published rewards: conversions against plain re-statements, preprocessing against PIL, gradients.
 
 No weights are downloaded: tiny random networks of the real classes, and the real architectures on the meta device.
 """
@@ -19,8 +19,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 from transformers import (
-    BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel, CLIPConfig, CLIPModel, CLIPVisionModelWithProjection,
-    PreTrainedTokenizerFast, Qwen2VLConfig,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionModelWithProjection,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -41,8 +48,11 @@ def draw(*shape, seed=0, dtype=torch.float32):
 
 def random_state(shapes, seed=0, scale=0.2):
     generator = torch.Generator().manual_seed(seed)
-    return {name: scale * torch.randn(shape, generator=generator) + (1.0 if re.search(r"(ln|norm|LayerNorm)\w*\.weight$", name) else 0)
-            for name, shape in shapes.items()}
+    return {
+        name: scale * torch.randn(shape, generator=generator)
+        + (1.0 if re.search(r"(ln|norm|LayerNorm)\w*\.weight$", name) else 0)
+        for name, shape in shapes.items()
+    }
 
 
 def tokenizer_folder(folder, extra=()):
@@ -50,9 +60,17 @@ def tokenizer_folder(folder, extra=()):
     vocabulary = {word: i for i, word in enumerate([*WORDS, *extra])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="[UNK]",
-                                   additional_special_tokens=list(extra))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        unk_token="[UNK]",
+        additional_special_tokens=list(extra),
+    )
     fast.save_pretrained(folder)
     return fast
 
@@ -73,11 +91,27 @@ WIDTH, HEADS, LAYERS, PATCH, SIDE, TEXT, LENGTH, JOINT = 32, 4, 2, 4, 16, 24, 8,
 
 
 def tiny_clip_config():
-    text = {"vocab_size": len(WORDS), "hidden_size": TEXT, "intermediate_size": 4 * TEXT, "num_hidden_layers": LAYERS,
-            "num_attention_heads": HEADS, "max_position_embeddings": LENGTH, "hidden_act": "gelu", "bos_token_id": 0,
-            "eos_token_id": 1, "pad_token_id": 1}
-    vision = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
-              "image_size": SIDE, "patch_size": PATCH, "hidden_act": "gelu"}
+    text = {
+        "vocab_size": len(WORDS),
+        "hidden_size": TEXT,
+        "intermediate_size": 4 * TEXT,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "max_position_embeddings": LENGTH,
+        "hidden_act": "gelu",
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    vision = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 4 * WIDTH,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "image_size": SIDE,
+        "patch_size": PATCH,
+        "hidden_act": "gelu",
+    }
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=JOINT)
 
 
@@ -87,18 +121,33 @@ def open_clip_shapes(vision, text, layers, patch, side, vocabulary, length, join
         for i in range(count):
             block = f"{prefix}transformer.resblocks.{i}."
             shapes |= {block + n + k: (width,) for n in ("ln_1", "ln_2") for k in (".weight", ".bias")}
-            shapes |= {block + "attn.in_proj_weight": (3 * width, width), block + "attn.in_proj_bias": (3 * width,),
-                       block + "attn.out_proj.weight": (width, width), block + "attn.out_proj.bias": (width,),
-                       block + "mlp.c_fc.weight": (4 * width, width), block + "mlp.c_fc.bias": (4 * width,),
-                       block + "mlp.c_proj.weight": (width, 4 * width), block + "mlp.c_proj.bias": (width,)}
+            shapes |= {
+                block + "attn.in_proj_weight": (3 * width, width),
+                block + "attn.in_proj_bias": (3 * width,),
+                block + "attn.out_proj.weight": (width, width),
+                block + "attn.out_proj.bias": (width,),
+                block + "mlp.c_fc.weight": (4 * width, width),
+                block + "mlp.c_fc.bias": (4 * width,),
+                block + "mlp.c_proj.weight": (width, 4 * width),
+                block + "mlp.c_proj.bias": (width,),
+            }
         return shapes
 
-    return {"positional_embedding": (length, text), "text_projection": (text, joint), "logit_scale": (),
-            "visual.class_embedding": (vision,), "visual.positional_embedding": ((side // patch) ** 2 + 1, vision),
-            "visual.proj": (vision, joint), "visual.conv1.weight": (vision, 3, patch, patch),
-            **{f"visual.{n}.{k}": (vision,) for n in ("ln_pre", "ln_post") for k in ("weight", "bias")},
-            **tower("visual.", vision, layers[0]), **tower("", text, layers[1]),
-            "token_embedding.weight": (vocabulary, text), "ln_final.weight": (text,), "ln_final.bias": (text,)}
+    return {
+        "positional_embedding": (length, text),
+        "text_projection": (text, joint),
+        "logit_scale": (),
+        "visual.class_embedding": (vision,),
+        "visual.positional_embedding": ((side // patch) ** 2 + 1, vision),
+        "visual.proj": (vision, joint),
+        "visual.conv1.weight": (vision, 3, patch, patch),
+        **{f"visual.{n}.{k}": (vision,) for n in ("ln_pre", "ln_post") for k in ("weight", "bias")},
+        **tower("visual.", vision, layers[0]),
+        **tower("", text, layers[1]),
+        "token_embedding.weight": (vocabulary, text),
+        "ln_final.weight": (text,),
+        "ln_final.bias": (text,),
+    }
 
 
 TINY = open_clip_shapes(WIDTH, TEXT, (LAYERS, LAYERS), PATCH, SIDE, len(WORDS), LENGTH, JOINT)
@@ -108,17 +157,25 @@ def blocks(x, state, prefix, heads, mask=None):
     """Pre-norm residual attention blocks on (B, N, D), with the packed q, k, v of nn.MultiheadAttention."""
     i = 0
     while f"{prefix}{i}.ln_1.weight" in state:
-        w = {name.removeprefix(f"{prefix}{i}."): value for name, value in state.items() if name.startswith(f"{prefix}{i}.")}
+        w = {
+            name.removeprefix(f"{prefix}{i}."): value
+            for name, value in state.items()
+            if name.startswith(f"{prefix}{i}.")
+        }
         width = x.shape[-1]
         h = F.layer_norm(x, (width,), w["ln_1.weight"], w["ln_1.bias"])
-        q, k, v = (F.linear(h, m, b).unflatten(-1, (heads, -1)).transpose(1, 2)
-                   for m, b in zip(w["attn.in_proj_weight"].split(width), w["attn.in_proj_bias"].split(width)))
+        q, k, v = (
+            F.linear(h, m, b).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for m, b in zip(w["attn.in_proj_weight"].split(width), w["attn.in_proj_bias"].split(width))
+        )
         scores = q @ k.transpose(-1, -2) / (width // heads) ** 0.5
         scores = scores if mask is None else scores + mask
         h = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
         x = x + F.linear(h, w["attn.out_proj.weight"], w["attn.out_proj.bias"])
         h = F.layer_norm(x, (width,), w["ln_2.weight"], w["ln_2.bias"])
-        x = x + F.linear(F.gelu(F.linear(h, w["mlp.c_fc.weight"], w["mlp.c_fc.bias"])), w["mlp.c_proj.weight"], w["mlp.c_proj.bias"])
+        x = x + F.linear(
+            F.gelu(F.linear(h, w["mlp.c_fc.weight"], w["mlp.c_fc.bias"])), w["mlp.c_proj.weight"], w["mlp.c_proj.bias"]
+        )
         i += 1
     return x
 
@@ -128,7 +185,10 @@ def open_clip_image(state, pixels):
     x = torch.cat([state["visual.class_embedding"].expand(len(x), 1, -1), x], 1) + state["visual.positional_embedding"]
     x = F.layer_norm(x, (WIDTH,), state["visual.ln_pre.weight"], state["visual.ln_pre.bias"])
     x = blocks(x, state, "visual.transformer.resblocks.", HEADS)[:, 0]
-    return F.normalize(F.layer_norm(x, (WIDTH,), state["visual.ln_post.weight"], state["visual.ln_post.bias"]) @ state["visual.proj"], dim=-1)
+    return F.normalize(
+        F.layer_norm(x, (WIDTH,), state["visual.ln_post.weight"], state["visual.ln_post.bias"]) @ state["visual.proj"],
+        dim=-1,
+    )
 
 
 def open_clip_text(state, ids):
@@ -200,7 +260,10 @@ def test_preprocessing_is_pils(size):
     assert float(((crop - reference) * std * 255).abs().max()) <= 2  # PIL rounds to whole grey levels, twice
     height, width = (max(1, round(side * 224 / max(size))) for side in size)
     canvas = Image.new("RGB", (224, 224))
-    canvas.paste(Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC), ((224 - width) // 2, (224 - height) // 2))
+    canvas.paste(
+        Image.fromarray(array).resize((width, height), Image.Resampling.BICUBIC),
+        ((224 - width) // 2, (224 - height) // 2),
+    )
     pad = preprocess(as_tensor(array), 224, fit="pad")
     assert float(((pad - clip.normalised_pixels(as_tensor(canvas))) * std * 255).abs().max()) <= 2
     if size[0] == size[1]:
@@ -219,33 +282,70 @@ def test_gradient_of_preprocessing_and_of_the_reward(tiny, fit):
 
 # ------------------------------------------------------------------------- ImageReward's BLIP, stated plainly
 
-BLIP_VISION = BlipVisionConfig(hidden_size=16, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=16,
-                               patch_size=8, layer_norm_eps=1e-6)
-BLIP_TEXT = BlipTextConfig(vocab_size=len(WORDS), hidden_size=12, encoder_hidden_size=16, intermediate_size=48, num_hidden_layers=2,
-                           num_attention_heads=3, max_position_embeddings=40, is_decoder=True)
+BLIP_VISION = BlipVisionConfig(
+    hidden_size=16,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=16,
+    patch_size=8,
+    layer_norm_eps=1e-6,
+)
+BLIP_TEXT = BlipTextConfig(
+    vocab_size=len(WORDS),
+    hidden_size=12,
+    encoder_hidden_size=16,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=3,
+    max_position_embeddings=40,
+    is_decoder=True,
+)
 
 
 def image_reward_shapes(vision, layers, patch, side, text, text_layers, inner, vocabulary, length, head):
-    shapes = {"blip.visual_encoder.cls_token": (1, 1, vision), "blip.visual_encoder.pos_embed": (1, (side // patch) ** 2 + 1, vision),
-              "blip.visual_encoder.patch_embed.proj.weight": (vision, 3, patch, patch), "blip.visual_encoder.patch_embed.proj.bias": (vision,),
-              "blip.visual_encoder.norm.weight": (vision,), "blip.visual_encoder.norm.bias": (vision,)}
+    shapes = {
+        "blip.visual_encoder.cls_token": (1, 1, vision),
+        "blip.visual_encoder.pos_embed": (1, (side // patch) ** 2 + 1, vision),
+        "blip.visual_encoder.patch_embed.proj.weight": (vision, 3, patch, patch),
+        "blip.visual_encoder.patch_embed.proj.bias": (vision,),
+        "blip.visual_encoder.norm.weight": (vision,),
+        "blip.visual_encoder.norm.bias": (vision,),
+    }
     for i in range(layers):
-        for name, shape in {"norm1": (vision,), "norm2": (vision,), "attn.qkv": (3 * vision, vision), "attn.proj": (vision, vision),
-                            "mlp.fc1": (4 * vision, vision), "mlp.fc2": (vision, 4 * vision)}.items():
+        for name, shape in {
+            "norm1": (vision,),
+            "norm2": (vision,),
+            "attn.qkv": (3 * vision, vision),
+            "attn.proj": (vision, vision),
+            "mlp.fc1": (4 * vision, vision),
+            "mlp.fc2": (vision, 4 * vision),
+        }.items():
             stem = f"blip.visual_encoder.blocks.{i}.{name}"
             shapes |= {stem + ".weight": shape, stem + ".bias": shape[:1]}
     stem = "blip.text_encoder."
-    shapes |= {stem + "embeddings.word_embeddings.weight": (vocabulary, text), stem + "embeddings.position_embeddings.weight": (length, text),
-               stem + "embeddings.LayerNorm.weight": (text,), stem + "embeddings.LayerNorm.bias": (text,),
-               stem + "embeddings.position_ids": (1, length)}
+    shapes |= {
+        stem + "embeddings.word_embeddings.weight": (vocabulary, text),
+        stem + "embeddings.position_embeddings.weight": (length, text),
+        stem + "embeddings.LayerNorm.weight": (text,),
+        stem + "embeddings.LayerNorm.bias": (text,),
+        stem + "embeddings.position_ids": (1, length),
+    }
     for i in range(text_layers):
         parts = {"intermediate.dense": (inner, text), "output.dense": (text, inner), "output.LayerNorm": (text,)}
         for attention, source in (("attention", text), ("crossattention", vision)):
-            parts |= {f"{attention}.self.query": (text, text), f"{attention}.self.key": (text, source),
-                      f"{attention}.self.value": (text, source), f"{attention}.output.dense": (text, text),
-                      f"{attention}.output.LayerNorm": (text,)}
+            parts |= {
+                f"{attention}.self.query": (text, text),
+                f"{attention}.self.key": (text, source),
+                f"{attention}.self.value": (text, source),
+                f"{attention}.output.dense": (text, text),
+                f"{attention}.output.LayerNorm": (text,),
+            }
         for name, shape in parts.items():
-            shapes |= {f"{stem}encoder.layer.{i}.{name}.weight": shape, f"{stem}encoder.layer.{i}.{name}.bias": shape[:1]}
+            shapes |= {
+                f"{stem}encoder.layer.{i}.{name}.weight": shape,
+                f"{stem}encoder.layer.{i}.{name}.bias": shape[:1],
+            }
     for n, (a, b) in zip((0, 2, 4, 6, 7), zip(head, head[1:])):
         shapes |= {f"mlp.layers.{n}.weight": (b, a), f"mlp.layers.{n}.bias": (b,)}
     return shapes | {"blip.vision_proj.weight": (4, vision)}
@@ -255,8 +355,10 @@ TINY_BLIP = image_reward_shapes(16, 2, 8, 16, 12, 2, 48, len(WORDS), 40, (12, 10
 
 
 def attention(q_in, kv_in, w, stem, heads, mask=None):
-    q, k, v = (F.linear(x, w[f"{stem}.{n}.weight"], w[f"{stem}.{n}.bias"]).unflatten(-1, (heads, -1)).transpose(1, 2)
-               for n, x in (("query", q_in), ("key", kv_in), ("value", kv_in)))
+    q, k, v = (
+        F.linear(x, w[f"{stem}.{n}.weight"], w[f"{stem}.{n}.bias"]).unflatten(-1, (heads, -1)).transpose(1, 2)
+        for n, x in (("query", q_in), ("key", kv_in), ("value", kv_in))
+    )
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
     scores = scores if mask is None else scores.masked_fill(~mask[:, None, None, :], -math.inf)
     return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
@@ -264,15 +366,24 @@ def attention(q_in, kv_in, w, stem, heads, mask=None):
 
 def plain_image_reward(state, pixels, ids, mask):
     """BLIP as its paper draws it: a pre-norm ViT; a post-norm BERT with cross-attention after each self-attention."""
+
     def layer(x, stem, norm=None):
         x = F.linear(x, state[stem + ".weight"], state[stem + ".bias"])
-        return x if norm is None else F.layer_norm(x + norm[1], x.shape[-1:], state[norm[0] + ".weight"], state[norm[0] + ".bias"], 1e-12)
+        return (
+            x
+            if norm is None
+            else F.layer_norm(x + norm[1], x.shape[-1:], state[norm[0] + ".weight"], state[norm[0] + ".bias"], 1e-12)
+        )
 
     def norm(x, stem):
         return F.layer_norm(x, x.shape[-1:], state[stem + ".weight"], state[stem + ".bias"], 1e-6)
 
     eye = "blip.visual_encoder."
-    x = F.conv2d(pixels, state[eye + "patch_embed.proj.weight"], state[eye + "patch_embed.proj.bias"], stride=8).flatten(2).transpose(1, 2)
+    x = (
+        F.conv2d(pixels, state[eye + "patch_embed.proj.weight"], state[eye + "patch_embed.proj.bias"], stride=8)
+        .flatten(2)
+        .transpose(1, 2)
+    )
     x = torch.cat([state[eye + "cls_token"].expand(len(x), -1, -1), x], 1) + state[eye + "pos_embed"]
     for i in range(2):
         block = f"{eye}blocks.{i}."
@@ -282,8 +393,13 @@ def plain_image_reward(state, pixels, ids, mask):
         x = x + layer(F.gelu(layer(norm(x, block + "norm2"), block + "mlp.fc1")), block + "mlp.fc2")
     seen = norm(x, eye + "norm")
     text = "blip.text_encoder."
-    x = state[text + "embeddings.word_embeddings.weight"][ids] + state[text + "embeddings.position_embeddings.weight"][: ids.shape[1]]
-    x = F.layer_norm(x, x.shape[-1:], state[text + "embeddings.LayerNorm.weight"], state[text + "embeddings.LayerNorm.bias"], 1e-12)
+    x = (
+        state[text + "embeddings.word_embeddings.weight"][ids]
+        + state[text + "embeddings.position_embeddings.weight"][: ids.shape[1]]
+    )
+    x = F.layer_norm(
+        x, x.shape[-1:], state[text + "embeddings.LayerNorm.weight"], state[text + "embeddings.LayerNorm.bias"], 1e-12
+    )
     for i in range(2):
         block = f"{text}encoder.layer.{i}."
         for name, source, cover in (("attention", None, mask.bool()), ("crossattention", seen, None)):
@@ -345,7 +461,9 @@ def aesthetic_head(width, inner=(10, 8, 6, 4)):
     """The published module: linear layers with dropout between, no activations."""
     sizes = [width, *inner, 1]
     layers = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])]
-    return nn.Sequential(layers[0], nn.Dropout(0.2), layers[1], nn.Dropout(0.2), layers[2], nn.Dropout(0.1), layers[3], layers[4]).eval()
+    return nn.Sequential(
+        layers[0], nn.Dropout(0.2), layers[1], nn.Dropout(0.2), layers[2], nn.Dropout(0.1), layers[3], layers[4]
+    ).eval()
 
 
 def test_aesthetic_head_is_one_affine_map_on_unit_embeddings(tiny):
@@ -353,7 +471,9 @@ def test_aesthetic_head_is_one_affine_map_on_unit_embeddings(tiny):
     head = aesthetic_head(JOINT)
     tower = CLIPVisionModelWithProjection(tiny_clip_config().vision_config)
     tower = CLIPVisionModelWithProjection(type(tower.config)(**{**tower.config.to_dict(), "projection_dim": JOINT}))
-    reward = aesthetic.AestheticReward(tower, *aesthetic.affine_head({f"layers.{n}": t for n, t in head.state_dict().items()}))
+    reward = aesthetic.AestheticReward(
+        tower, *aesthetic.affine_head({f"layers.{n}": t for n, t in head.state_dict().items()})
+    )
     images = draw(3, 3, 20, 24).requires_grad_()
     features = tower(pixel_values=preprocess(images, SIDE)).image_embeds
     expected = head(features / features.norm(dim=-1, keepdim=True))[:, 0]
@@ -362,8 +482,17 @@ def test_aesthetic_head_is_one_affine_map_on_unit_embeddings(tiny):
     close(*(torch.autograd.grad(value.sum(), images)[0] for value in (got, expected)))
     published = aesthetic_head(768, (1024, 128, 64, 16))
     assert {n: tuple(t.shape) for n, t in published.state_dict().items()} == {
-        "0.weight": (1024, 768), "0.bias": (1024,), "2.weight": (128, 1024), "2.bias": (128,), "4.weight": (64, 128), "4.bias": (64,),
-        "6.weight": (16, 64), "6.bias": (16,), "7.weight": (1, 16), "7.bias": (1,)}
+        "0.weight": (1024, 768),
+        "0.bias": (1024,),
+        "2.weight": (128, 1024),
+        "2.bias": (128,),
+        "4.weight": (64, 128),
+        "4.bias": (64,),
+        "6.weight": (16, 64),
+        "6.bias": (16,),
+        "7.weight": (1, 16),
+        "7.bias": (1,),
+    }
 
 
 # ------------------------------------------------------------------------- HPSv3
@@ -372,12 +501,27 @@ HPS3_WORDS = ["<|vision_start|>", "<|image_pad|>", "<|Reward|>"]
 
 
 def tiny_qwen():
-    text = {"vocab_size": len(WORDS) + 3, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
-            "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    text = {
+        "vocab_size": len(WORDS) + 3,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
     vision = {"depth": 2, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2, "patch_size": 14}
-    return Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=len(WORDS) + 1, vision_start_token_id=len(WORDS),
-                         video_token_id=len(WORDS) + 5, vision_end_token_id=len(WORDS) + 6)
+    return Qwen2VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=len(WORDS) + 1,
+        vision_start_token_id=len(WORDS),
+        video_token_id=len(WORDS) + 5,
+        vision_end_token_id=len(WORDS) + 6,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -386,7 +530,13 @@ def qwen():
     model, head = Qwen2VLModel(tiny_qwen()), hpsv3.head_of(16)
 
     def ids(prompt, count):
-        return [len(WORDS), *[len(WORDS) + 1] * count, *tokenize([prompt])["input_ids"][0][: len(prompt.split()) + 1].tolist(), len(WORDS) + 2, 3]
+        return [
+            len(WORDS),
+            *[len(WORDS) + 1] * count,
+            *tokenize([prompt])["input_ids"][0][: len(prompt.split()) + 1].tolist(),
+            len(WORDS) + 2,
+            3,
+        ]
 
     return hpsv3.HPSv3Reward(model, head, ids, len(WORDS) + 2, pixels=16 * 28 * 28)
 
@@ -415,23 +565,48 @@ def test_hpsv3_equals_the_whole_model_and_does_not_see_its_neighbours(qwen):
     model, head = qwen.parts["model"], qwen.parts["head"]
     for i, prompt in enumerate(prompts):  # one at a time, by the class's own forward
         ids = torch.tensor([qwen._ids(prompt, 16)])
-        rows, (h, w) = hpsv3.patches(clip.normalised_pixels(images[i: i + 1]))
-        hidden = model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=rows, image_grid_thw=torch.tensor([[1, h, w]]),
-                       mm_token_type_ids=(ids == len(WORDS) + 1).int()).last_hidden_state
+        rows, (h, w) = hpsv3.patches(clip.normalised_pixels(images[i : i + 1]))
+        hidden = model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=rows,
+            image_grid_thw=torch.tensor([[1, h, w]]),
+            mm_token_type_ids=(ids == len(WORDS) + 1).int(),
+        ).last_hidden_state
         expected = head(hidden[:, (ids[0] == len(WORDS) + 2).int().argmax()])[0, 0]
         close(got[i].detach(), expected.detach())
-        close(torch.autograd.grad(got[i], images, retain_graph=True)[0][i], torch.autograd.grad(expected, images)[0][i], 2e-5)
+        close(
+            torch.autograd.grad(got[i], images, retain_graph=True)[0][i],
+            torch.autograd.grad(expected, images)[0][i],
+            2e-5,
+        )
 
 
 def test_hpsv3_real_size_and_published_names():
     with torch.device("meta"):
-        model = Qwen2VLModel(Qwen2VLConfig(text_config={
-            "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-            "num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}}))
+        model = Qwen2VLModel(
+            Qwen2VLConfig(
+                text_config={
+                    "vocab_size": 152064,
+                    "hidden_size": 3584,
+                    "intermediate_size": 18944,
+                    "num_hidden_layers": 28,
+                    "num_attention_heads": 28,
+                    "num_key_value_heads": 4,
+                    "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
+                }
+            )
+        )
     assert sum(p.numel() for p in model.parameters()) == 8_291_375_616 - 152064 * 3584  # Qwen2-VL-7B without lm_head
     names = set(model.state_dict())
-    for layout in (lambda n: "model." + n, lambda n: n if n.startswith("visual.") else n.replace("language_model.", "model.")):
-        old = {layout(n): torch.empty(0) for n in names} | {"lm_head.weight": torch.empty(0), "rm_head.0.weight": torch.empty(0)}
+    for layout in (
+        lambda n: "model." + n,
+        lambda n: n if n.startswith("visual.") else n.replace("language_model.", "model."),
+    ):
+        old = {layout(n): torch.empty(0) for n in names} | {
+            "lm_head.weight": torch.empty(0),
+            "rm_head.0.weight": torch.empty(0),
+        }
         got, head = hpsv3.split_checkpoint(old)
         assert set(got) == names and set(head) == {"0.weight"}
 
@@ -446,9 +621,13 @@ def every(tiny, blip, qwen):
     tower = CLIPVisionModelWithProjection(type(tiny_clip_config().vision_config)(**vision))
     model = CLIPModel(tiny_clip_config())
     model.load_state_dict(from_open_clip(tiny[0]))
-    return {"hpsv2": tiny[1], "clip-score": ClipReward(model, tokenize, image_size=SIDE, scale=100.0, floor=0.0),
-            "image-reward": blip[2], "hpsv3": qwen,
-            "aesthetic": aesthetic.AestheticReward(tower, draw(JOINT), torch.tensor(5.0))}
+    return {
+        "hpsv2": tiny[1],
+        "clip-score": ClipReward(model, tokenize, image_size=SIDE, scale=100.0, floor=0.0),
+        "image-reward": blip[2],
+        "hpsv3": qwen,
+        "aesthetic": aesthetic.AestheticReward(tower, draw(JOINT), torch.tensor(5.0)),
+    }
 
 
 @pytest.mark.parametrize("name", ["hpsv2", "image-reward", "aesthetic", "hpsv3"])
@@ -467,12 +646,13 @@ def test_a_value_does_not_depend_on_the_batch(every, name):
     images, prompts = draw(3, 3, 40, 56, seed=3), ["a fox", "a red fox", "a blue whale"]
     with torch.no_grad():
         together = every[name](images, prompts)
-        alone = torch.cat([every[name](images[i: i + 1], prompts[i: i + 1]) for i in range(3)])
+        alone = torch.cat([every[name](images[i : i + 1], prompts[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(together, alone, atol=2e-6 * float(together.abs().max()), rtol=0)
 
 
-@pytest.mark.parametrize(("name", "load"), [
-    ("hpsv2", lambda: CLIPModel(tiny_clip_config())), ("image-reward", None), ("aesthetic", None)])
+@pytest.mark.parametrize(
+    ("name", "load"), [("hpsv2", lambda: CLIPModel(tiny_clip_config())), ("image-reward", None), ("aesthetic", None)]
+)
 def test_bf16_follows_fp32(every, name, load, tiny, blip):
     images, prompts = draw(2, 3, 32, 32, seed=4).requires_grad_(), PROMPTS
     if name == "hpsv2":
@@ -544,7 +724,9 @@ def test_clip_score_pickscore_and_hpsv2_load_from_folders(tiny, clip_folder, tmp
     save_file(tiny[0] | {"visual.extra": torch.zeros(1)}, tmp_path / "HPS_v2.1_compressed.safetensors")
     with pytest.raises(ValueError, match="visual.extra"):
         clip.load_hpsv2(str(tmp_path))
-    save_file(from_open_clip(tiny[0]) | {"vision_model.extra": torch.zeros(1)}, tmp_path / "HPS_v2.1_compressed.safetensors")
+    save_file(
+        from_open_clip(tiny[0]) | {"vision_model.extra": torch.zeros(1)}, tmp_path / "HPS_v2.1_compressed.safetensors"
+    )
     with pytest.raises(ValueError, match="1 of [0-9]+ tensors.*vision_model.extra"):
         clip.load_hpsv2(str(tmp_path))
     save_file({n: t for n, t in tiny[0].items() if n != "visual.proj"}, tmp_path / "HPS_v2.1_compressed.safetensors")
@@ -563,7 +745,9 @@ def test_long_prompts_warn_once_with_the_count(clip_folder):
 
 def test_the_convert_command_turns_a_pickle_into_safetensors(tmp_path, monkeypatch):
     shared = torch.arange(4.0)
-    torch.save({"state_dict": {"a": shared, "b": shared, "c": shared.view(2, 2).T}, "epoch": 3}, tmp_path / "HPS_v2.1.pt")
+    torch.save(
+        {"state_dict": {"a": shared, "b": shared, "c": shared.view(2, 2).T}, "epoch": 3}, tmp_path / "HPS_v2.1.pt"
+    )
     with pytest.raises(ValueError, match="pickle") as refused:
         weights_file("hpsv2", str(tmp_path), default="x.safetensors", how="")
     command = str(refused.value).splitlines()[1]
@@ -576,9 +760,17 @@ def test_the_convert_command_turns_a_pickle_into_safetensors(tmp_path, monkeypat
     assert weights_file("hpsv2", str(target), default="x", how="") == tmp_path / "HPS_v2.1.safetensors"
 
 
-@pytest.mark.parametrize(("load", "key"), [
-    (clip.load_hpsv2, "hpsv2"), (aesthetic.load_aesthetic, "aesthetic"), (image_reward.load_image_reward, "image-reward"),
-    (hpsv3.load_hpsv3, "hpsv3"), (clip.load_pickscore, "pickscore"), (clip.load_clip_score, "clip-score")])
+@pytest.mark.parametrize(
+    ("load", "key"),
+    [
+        (clip.load_hpsv2, "hpsv2"),
+        (aesthetic.load_aesthetic, "aesthetic"),
+        (image_reward.load_image_reward, "image-reward"),
+        (hpsv3.load_hpsv3, "hpsv3"),
+        (clip.load_pickscore, "pickscore"),
+        (clip.load_clip_score, "clip-score"),
+    ],
+)
 @pytest.mark.parametrize("what", ["missing", "empty", "pickle", "damaged", "none"])
 def test_missing_weights_say_how_to_get_them(load, key, what, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -167,6 +167,51 @@ def report(run: Run) -> None:
 
 
 @app.command()
+def export(
+    run: Run,
+    form: Annotated[str, typer.Option("--format", help="diffusers, kohya or comfyui.")] = "diffusers",
+    out: Annotated[Optional[Path], typer.Option(help="The folder to write to; RUN/export/FORMAT if left out.")] = None,
+) -> None:
+    """Write the LoRA of a run in the form that another program loads."""
+    from palate.export import WEIGHTS, export_lora
+
+    print(f"LoRA: {printable(str(export_lora(run, form, out) / WEIGHTS))}")
+
+
+@app.command("plan")
+def plan_recipe(
+    recipe: Annotated[str, typer.Argument(help="A published recipe or the path of a YAML file.")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(help="section.key=value, as trainer.batch_size=2")] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that share the batch.")] = 1,
+    device: Annotated[str, typer.Option(help="As rtx-4090, l40s, a100-40, a100-80, h100, h200, b200.")] = "h100",
+    utilisation: Annotated[float, typer.Option(help="The share of the peak that is reached.")] = 0.35,
+) -> None:
+    """What a recipe costs: FLOPs, memory and time of an update, without loading weights."""
+    from palate import plan as planner
+    from palate import recipe as recipes
+
+    read = recipes.read(recipe, overrides or ())
+    print(planner.table(read, planner.plan(read, gpus=gpus), device=device, utilisation=utilisation))
+
+
+@app.command()
+def doctor(
+    reward: Annotated[Optional[str], typer.Option(help="Also load this reward and try it.")] = None,
+    source: Annotated[Optional[str], typer.Option(help="Where its weights are, as reward.source in a recipe.")] = None,
+) -> None:
+    """Look at versions, devices, disk and weights, and say what to mend."""
+    from palate import doctor as doctors
+
+    found = list(doctors.findings())
+    if reward is not None:
+        found += doctors.check_reward(reward, source)
+    for state, text in found:
+        print(f"{state:5}{printable(text)}")
+    if any(state == "bad" for state, _ in found):
+        raise typer.Exit(2)
+
+
+@app.command()
 def recipes(
     show: Annotated[Optional[str], typer.Argument(help="Print this recipe instead of the list.")] = None,
     words: Annotated[bool, typer.Option("--words", help="List the words that the embedded model knows.")] = False,
@@ -295,7 +340,7 @@ def _remove_run(folder: Path) -> None:
         return
     if folder.is_symlink() or not folder.is_dir():
         raise ValueError(f"run.folder: {folder} is not an ordinary folder")
-    ours = {"recipe.yaml", "environment.json", "metrics.jsonl", "samples", "checkpoints", "adapter", "report.html",
+    ours = {"recipe.yaml", "environment.json", "metrics.jsonl", "samples", "checkpoints", "adapter", "export", "report.html",
             "evaluation", "evaluation.json", "control.json", "steering.json", "failures"}  # fmt: skip
     foreign = sorted(p.name for p in folder.iterdir() if p.name not in ours and not p.name.startswith((".tmp-", "compare")))
     if foreign:

@@ -1,6 +1,6 @@
 """What a recipe reads from disk: prompts, captioned images, preference pairs. Local files only.
 
-Prompts come from .txt (one a line), .jsonl, .json, .csv, .tsv or .parquet. The public sets are read as they are published:
+Prompts come from .txt (one a line), .jsonl, .json, .csv, .tsv or .parquet. The public sets are read as published:
 
     HPDv2 benchmark   anime.json, photo.json, ...        a list of prompts
     HPDv2 pairs       train.json                         prompt, image_path [a, b], human_preference [1, 0]
@@ -47,7 +47,7 @@ class Pair(NamedTuple):
 
 
 def read_prompts(source: str) -> list[str]:
-    """Prompts of a file (a path, or the name of a .txt in the package). In .txt, blank lines and # lines do not count."""
+    """Prompts of a file: a path, or the name of a .txt in the package. Blank lines and # lines of .txt do not count."""
     path = Path(source)
     packaged = importlib.resources.files("palate") / "assets" / "prompts" / f"{source.removesuffix('.txt')}.txt"
     if not path.is_file() and path.name == source and packaged.is_file():
@@ -64,13 +64,15 @@ def read_prompts(source: str) -> list[str]:
 
 
 def prompt_rows(source: str) -> list[tuple[dict[str, Any], str]]:
-    """(row, prompt) of a table: the row keeps what else is published beside the prompt (Category, tag, include, ...)."""
+    """(row, prompt) of a table: the row keeps what else is published beside the prompt (Category, tag, ...)."""
     path, found = Path(source), []
     for number, row in enumerate(read_rows(path), 1):
         column = _prompt_column(row)
         if column is None:
-            raise RecipeError(f"{path}, row {number}: no prompt in it; expected a column named {', '.join(PROMPT_COLUMNS)}, "
-                              f"got {', '.join(map(str, row)) or 'nothing'}"[:300])
+            raise RecipeError(
+                f"{path}, row {number}: no prompt in it; expected a column named {', '.join(PROMPT_COLUMNS)}, "
+                f"got {', '.join(map(str, row)) or 'nothing'}"[:300]
+            )
         prompt = row[column]
         if not isinstance(prompt, str):
             raise RecipeError(f"{path}, row {number}: {column} is {type(prompt).__name__}; expected text")
@@ -84,10 +86,18 @@ def geneval(source: str) -> list[dict[str, Any]]:
     rows = []
     for number, (row, prompt) in enumerate(prompt_rows(source), 1):
         wanted = row.get("include")
-        if not isinstance(row.get("tag"), str) or not isinstance(wanted, list) or not all(
-            isinstance(item, dict) and isinstance(item.get("class"), str) and isinstance(item.get("count"), int) for item in wanted
+        if (
+            not isinstance(row.get("tag"), str)
+            or not isinstance(wanted, list)
+            or not all(
+                isinstance(item, dict) and isinstance(item.get("class"), str) and isinstance(item.get("count"), int)
+                for item in wanted
+            )
         ):
-            raise RecipeError(f'{source}, row {number}: expected GenEval metadata, {{"tag", "include": [{{"class", "count"}}], "prompt"}}')
+            raise RecipeError(
+                f"{source}, row {number}: expected GenEval metadata, "
+                '{"tag", "include": [{"class", "count"}], "prompt"}'
+            )
         rows.append({**row, "prompt": prompt})
     return rows
 
@@ -121,8 +131,10 @@ def preference_pairs(source: str) -> Iterator[Pair]:
             votes = [float(vote) for vote in row["human_preference"]]
             yield Pair(row["prompt"], first, second, _share(path, number, votes[0] / sum(votes) if sum(votes) else 0.5))
         else:
-            raise RecipeError(f"{path}, row {number}: neither Pick-a-Pic (caption, jpg_0, jpg_1, label_0) nor HPDv2 "
-                              f"(prompt, image_path, human_preference); got {', '.join(map(str, row))}"[:300])
+            raise RecipeError(
+                f"{path}, row {number}: neither Pick-a-Pic (caption, jpg_0, jpg_1, label_0) nor HPDv2 "
+                f"(prompt, image_path, human_preference); got {', '.join(map(str, row))}"[:300]
+            )
 
 
 def _share(path: Path, number: int, value: Any) -> float:
@@ -271,8 +283,9 @@ def _json(path: Path) -> list[Any]:
 def _csv(path: Path) -> Iterator[dict[str, Any]]:
     text = read_text(path, limit=TEXT_LIMIT).removeprefix("\ufeff")
     try:
-        yield from csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",",
-                                  restkey="more")
+        yield from csv.DictReader(
+            io.StringIO(text, newline=""), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", restkey="more"
+        )
     except csv.Error as error:
         raise RecipeError(f"{path}: not a table ({error})") from error
 
@@ -282,7 +295,9 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise RecipeError(f"{path}: reading .parquet needs pyarrow; install it with pip install 'palate[data]'") from error
+        raise RecipeError(
+            f"{path}: reading .parquet needs pyarrow; install it with pip install 'palate[data]'"
+        ) from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for group in range(file.num_row_groups):

@@ -1,7 +1,7 @@
 """LAION aesthetic predictor v2: how much people liked an image, about 1 to 10. Reads no prompt.
 
-Christoph Schuhmann, "improved-aesthetic-predictor", 2022: an MLP 768-1024-128-64-16-1 on the unit image embedding of CLIP
-ViT-L/14. It has no activations, so in evaluation it is one affine map, and that is how it is kept here.
+Christoph Schuhmann, "improved-aesthetic-predictor", 2022: an MLP 768-1024-128-64-16-1 on the unit image embedding of
+CLIP ViT-L/14. It has no activations, so in evaluation it is one affine map, and that is how it is kept here.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from transformers import CLIPVisionModelWithProjection
 from palate.rewards.clip import preprocess
 from palate.rewards.files import pretrained, read_tensors, weights_file
 
-HOW = ("Download sac+logos+ava1-l14-linearMSE.pth from github.com/christophschuhmann/improved-aesthetic-predictor, convert "
-       "it, and give the file")
+HOW = (
+    "Download sac+logos+ava1-l14-linearMSE.pth from github.com/christophschuhmann/improved-aesthetic-predictor, "
+    "convert it, and give the file"
+)
 
 
 class AestheticReward:
@@ -41,7 +43,10 @@ def affine_head(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     numbers = sorted({int(name.split(".")[1]) for name in state if name.startswith("layers.")})
     if not numbers or set(state) != {f"layers.{n}.{part}" for n in numbers for part in ("weight", "bias")}:
         raise ValueError(f"expected layers.N.weight and layers.N.bias of a linear head, got {sorted(state)[:3]}")
-    weight, bias = torch.eye(state[f"layers.{numbers[0]}.weight"].shape[1], dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    weight, bias = (
+        torch.eye(state[f"layers.{numbers[0]}.weight"].shape[1], dtype=torch.float64),
+        torch.zeros((), dtype=torch.float64),
+    )
     for n in numbers:
         layer = state[f"layers.{n}.weight"].double()
         weight, bias = layer @ weight, layer @ bias.expand(layer.shape[1]) + state[f"layers.{n}.bias"].double()
@@ -59,9 +64,16 @@ def load_aesthetic(source: str | None = None, *, dtype: torch.dtype = torch.floa
     except ValueError as error:
         raise ValueError(f"reward.source.aesthetic: {path}: {error}") from error
     local = path.parent / "clip-vit-large-patch14"
-    tower = pretrained(CLIPVisionModelWithProjection, "aesthetic", str(local) if local.is_dir() else "openai/clip-vit-large-patch14",
-                       how="Download the tower: hf download openai/clip-vit-large-patch14", dtype=dtype)
+    tower = pretrained(
+        CLIPVisionModelWithProjection,
+        "aesthetic",
+        str(local) if local.is_dir() else "openai/clip-vit-large-patch14",
+        how="Download the tower: hf download openai/clip-vit-large-patch14",
+        dtype=dtype,
+    )
     if tower.config.projection_dim != len(weight):
-        raise ValueError(f"reward.source.aesthetic: the head reads {len(weight)} numbers, the tower gives {tower.config.projection_dim}; "
-                         "it belongs to CLIP ViT-L/14")
+        raise ValueError(
+            f"reward.source.aesthetic: the head reads {len(weight)} numbers, not {tower.config.projection_dim}; "
+            "it belongs to CLIP ViT-L/14"
+        )
     return AestheticReward(tower, weight.float(), bias.float())

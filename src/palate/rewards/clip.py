@@ -62,8 +62,16 @@ class ClipReward:
     follows the images to their device; its dtype is the caller's choice, the result is float32 or wider.
     """
 
-    def __init__(self, model: nn.Module, tokenize: Callable[[Sequence[str]], Mapping[str, Tensor]], *, image_size: int,
-                 fit: Literal["crop", "pad"] = "crop", scale: float = 1.0, floor: float = -math.inf):
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenize: Callable[[Sequence[str]], Mapping[str, Tensor]],
+        *,
+        image_size: int,
+        fit: Literal["crop", "pad"] = "crop",
+        scale: float = 1.0,
+        floor: float = -math.inf,
+    ):
         self.model = model.eval().requires_grad_(False)
         self.image_size, self.fit, self.scale, self.floor = image_size, fit, scale, floor
         self._tokenize = tokenize
@@ -112,14 +120,17 @@ def load_pickscore(source: str | None = None, *, dtype: torch.dtype = torch.floa
     return _reward(model, "pickscore", source, scale=float(model.logit_scale.detach().double().exp()))
 
 
-def load_hpsv2(source: str | None = None, *, dtype: torch.dtype = torch.float32,
-               fit: Literal["crop", "pad"] = "pad") -> ClipReward:
+def load_hpsv2(
+    source: str | None = None, *, dtype: torch.dtype = torch.float32, fit: Literal["crop", "pad"] = "pad"
+) -> ClipReward:
     """cos of HPSv2 or HPSv2.1, whichever the file holds: OpenCLIP's or transformers' tensors of a ViT-H/14.
 
     `source` is the .safetensors file, a folder with it (and perhaps a tokenizer), or a hub id. The official transform
     pads; SRPO's program crops; squares do not care.
     """
-    how = "Download HPS_v2.1_compressed.pt (hf download xswu/HPSv2 HPS_v2.1_compressed.pt), convert it, and give the file"
+    how = (
+        "Download HPS_v2.1_compressed.pt (hf download xswu/HPSv2 HPS_v2.1_compressed.pt), convert it, and give the file"
+    )
     if source is None:
         raise ValueError(f"reward.source.hpsv2: the weights are published as a pickle only. {how}")
     path = weights_file("hpsv2", source, default="HPS_v2.1_compressed.safetensors", how=how)
@@ -134,11 +145,29 @@ def load_hpsv2(source: str | None = None, *, dtype: torch.dtype = torch.float32,
 
 def vit_h_14() -> CLIPConfig:
     """OpenCLIP's ViT-H-14 in transformers' terms."""
-    text = {"vocab_size": 49408, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-            "num_attention_heads": 16, "max_position_embeddings": 77, "hidden_act": "gelu", "bos_token_id": 49406,
-            "eos_token_id": 49407, "pad_token_id": 0, "projection_dim": 1024}
-    vision = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
-              "image_size": 224, "patch_size": 14, "hidden_act": "gelu", "projection_dim": 1024}
+    text = {
+        "vocab_size": 49408,
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "max_position_embeddings": 77,
+        "hidden_act": "gelu",
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
+        "pad_token_id": 0,
+        "projection_dim": 1024,
+    }
+    vision = {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "image_size": 224,
+        "patch_size": 14,
+        "hidden_act": "gelu",
+        "projection_dim": 1024,
+    }
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=1024)
 
 
@@ -157,8 +186,13 @@ _RENAMED = {
     "visual.proj": "visual_projection.weight",
     "visual.transformer.resblocks.": "vision_model.encoder.layers.",
 }
-_IN_BLOCK = {".ln_1.": ".layer_norm1.", ".ln_2.": ".layer_norm2.", ".mlp.c_fc.": ".mlp.fc1.", ".mlp.c_proj.": ".mlp.fc2.",
-             ".attn.out_proj.": ".self_attn.out_proj."}
+_IN_BLOCK = {
+    ".ln_1.": ".layer_norm1.",
+    ".ln_2.": ".layer_norm2.",
+    ".mlp.c_fc.": ".mlp.fc1.",
+    ".mlp.c_proj.": ".mlp.fc2.",
+    ".attn.out_proj.": ".self_attn.out_proj.",
+}
 
 
 def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -169,8 +203,10 @@ def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         prefix = max((p for p in _RENAMED if name.startswith(p)), key=len, default=None)
         if prefix is None:
-            raise ValueError(f"{name} is no tensor of an OpenCLIP ViT; expected visual.*, transformer.*, text_projection, ...")
-        new = _RENAMED[prefix] + name[len(prefix):]
+            raise ValueError(
+                f"{name} is no tensor of an OpenCLIP ViT; expected visual.*, transformer.*, text_projection, ..."
+            )
+        new = _RENAMED[prefix] + name[len(prefix) :]
         if ".attn.in_proj_" in new:
             stem, kind = new.split(".attn.in_proj_")
             for part, piece in zip("qkv", tensor.chunk(3), strict=True):
@@ -193,14 +229,25 @@ def tokenizer_of(reward: str, source: str, *, length: int) -> Callable[[Sequence
         longest = max(len(ids) for ids in tokenizer(list(prompts), verbose=False).input_ids)
         if longest > length and not warned:
             warned = True
-            warnings.warn(f"reward {reward}: a prompt of {longest} tokens is cut at {length}; its end is not seen", stacklevel=2)
-        return dict(tokenizer(list(prompts), padding="max_length", truncation=True, max_length=length, return_tensors="pt",
-                              return_token_type_ids=False))
+            warnings.warn(
+                f"reward {reward}: a prompt of {longest} tokens is cut at {length}; its end is not seen", stacklevel=2
+            )
+        return dict(
+            tokenizer(
+                list(prompts),
+                padding="max_length",
+                truncation=True,
+                max_length=length,
+                return_tensors="pt",
+                return_token_type_ids=False,
+            )
+        )
 
     return tokenize
 
 
 def _reward(model: CLIPModel, name: str, tokenizer: str, **options: Any) -> ClipReward:
     length = model.config.text_config.max_position_embeddings
-    return ClipReward(model, tokenizer_of(name, tokenizer, length=length),
-                      image_size=model.config.vision_config.image_size, **options)
+    return ClipReward(
+        model, tokenizer_of(name, tokenizer, length=length), image_size=model.config.vision_config.image_size, **options
+    )

@@ -21,7 +21,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 CONVERT = (
     "python -c \"import sys, torch; from safetensors.torch import save_file; w = torch.load(sys.argv[1], 'cpu', "
     "weights_only=True); w = w.get('state_dict', w); save_file({k: v.clone().contiguous() for k, v in w.items() "
-    "if torch.is_tensor(v)}, sys.argv[2])\""
+    'if torch.is_tensor(v)}, sys.argv[2])"'
 )
 
 
@@ -42,14 +42,18 @@ def weights_file(reward: str, source: str, *, default: str, how: str) -> Path:
         if len(found) == 1 or (path / default).is_file():
             return path / default if (path / default).is_file() else found[0]
         if found:
-            raise ValueError(f"{key}: {path} holds {len(found)} .safetensors files; give one of them, or name it {default}")
+            raise ValueError(
+                f"{key}: {path} holds {len(found)} .safetensors files; give one of them, or name it {default}"
+            )
         pickled = sorted(p for p in path.iterdir() if p.suffix in PICKLES)
         if not pickled:
             raise ValueError(f"{key}: {path} holds no weights. {how}")
         path = pickled[0]
     if path.suffix in PICKLES:
-        raise ValueError(f"{key}: {path} is a pickle, which can run code when it is loaded; only .safetensors is read. "
-                         f"Convert it once with\n{convert_command(path)}")
+        raise ValueError(
+            f"{key}: {path} is a pickle, which can run code when it is loaded; only .safetensors is read. "
+            f"Convert it once with\n{convert_command(path)}"
+        )
     if path.is_file():
         return path
     if path.is_absolute() or source.startswith(".") or source.count("/") != 1 or path.suffix == ".safetensors":
@@ -57,7 +61,9 @@ def weights_file(reward: str, source: str, *, default: str, how: str) -> Path:
     try:
         return Path(hf_hub_download(source, default))
     except GatedRepoError as error:
-        raise ValueError(f"{key}: {source} is gated; accept its terms on huggingface.co and run `hf auth login`") from error
+        raise ValueError(
+            f"{key}: {source} is gated; accept its terms on huggingface.co and run `hf auth login`"
+        ) from error
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(f"{key}: {source} holds no reachable {default} ({_first_line(error)}). {how}") from error
 
@@ -66,7 +72,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read as safetensors ({_first_line(error)}); fetch or convert it again") from error
+        raise ValueError(
+            f"{path} cannot be read as safetensors ({_first_line(error)}); fetch or convert it again"
+        ) from error
 
 
 def pretrained(kind: Any, reward: str, source: str, *, how: str, **options: Any) -> Any:
@@ -75,7 +83,9 @@ def pretrained(kind: Any, reward: str, source: str, *, how: str, **options: Any)
     weights = issubclass(kind, nn.Module) if isinstance(kind, type) else False
     if weights and folder.is_dir() and not any(folder.glob("*.safetensors")):
         pickled = sorted(p for p in folder.iterdir() if p.suffix in PICKLES)
-        what = f"only a pickle; convert it once with\n{convert_command(pickled[0])}" if pickled else f"no weights. {how}"
+        what = (
+            f"only a pickle; convert it once with\n{convert_command(pickled[0])}" if pickled else f"no weights. {how}"
+        )
         raise ValueError(f"{key}: {folder} holds {what}")
     if weights:
         options["use_safetensors"] = True
@@ -83,20 +93,28 @@ def pretrained(kind: Any, reward: str, source: str, *, how: str, **options: Any)
         return kind.from_pretrained(source, **options)
     except (OSError, ValueError, SafetensorError) as error:
         hint = "accept its terms on huggingface.co and run `hf auth login`" if "gated" in str(error) else how
-        raise ValueError(f"{key}: {source} cannot be loaded as {kind.__name__} ({_first_line(error)}). {hint}") from error
+        raise ValueError(
+            f"{key}: {source} cannot be loaded as {kind.__name__} ({_first_line(error)}). {hint}"
+        ) from error
 
 
-def load_state(build: Callable[[], nn.Module], state: Mapping[str, Tensor], *, reward: str, path: Path,
-               dtype: torch.dtype) -> nn.Module:
+def load_state(
+    build: Callable[[], nn.Module], state: Mapping[str, Tensor], *, reward: str, path: Path, dtype: torch.dtype
+) -> nn.Module:
     """The module, frozen, with every one of its tensors from `state`; a missing or left-over key is an error."""
     with no_init_weights():  # every weight is overwritten below
         module = build()
     own = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    wrong = sorted(name for name in own.keys() | state.keys()
-                   if name not in own or name not in state or own[name] != state[name].shape)
+    wrong = sorted(
+        name
+        for name in own.keys() | state.keys()
+        if name not in own or name not in state or own[name] != state[name].shape
+    )
     if wrong:
-        raise ValueError(f"reward.source.{reward}: {path} holds another architecture: {len(wrong)} of {len(own)} tensors are "
-                         f"missing, left over or of another shape, {wrong[0]} for one")
+        raise ValueError(
+            f"reward.source.{reward}: {path} holds another architecture: {len(wrong)} of {len(own)} tensors are "
+            f"missing, left over or of another shape, {wrong[0]} for one"
+        )
     module.load_state_dict(dict(state))
     return module.to(dtype).eval().requires_grad_(False)
 

@@ -1,7 +1,7 @@
 """HPSv3: Ma et al. 2025, arXiv 2508.03789. Qwen2-VL-7B reads image and prompt; a head on one special token scores.
 
 Head 3584-1024-16-2 with ReLU on the hidden state of <|Reward|>; the first of its two outputs is the score. The
-image goes in as a differentiable tensor: resized so that both sides are multiples of 28 and the area is that of 448 x 448,
+image goes in as a differentiable tensor: resized so that both sides are multiples of 28 and the area that of 448 x 448,
 cut into 14 x 14 patches, each frame doubled in time, patches in the order that the 2 x 2 merge expects.
 """
 
@@ -24,9 +24,11 @@ from palate.rewards.files import load_state, pretrained, read_tensors, weights_f
 
 REWARD_TOKEN = "<|Reward|>"
 PIXELS = 256 * 28 * 28  # of the resized image, as in training
-HOW = ("Give a folder with HPSv3.safetensors (hf download MizzenAI/HPSv3), config.json and the tokenizer of "
-       "Qwen/Qwen2-VL-7B-Instruct, and prompt.txt: the chat text of HPSv3's own repository with {prompt}, {image} and "
-       "<|Reward|> in their places")
+HOW = (
+    "Give a folder with HPSv3.safetensors (hf download MizzenAI/HPSv3), config.json and the tokenizer of "
+    "Qwen/Qwen2-VL-7B-Instruct, and prompt.txt: the chat text of HPSv3's own repository with {prompt}, {image} and "
+    "<|Reward|> in their places"
+)
 
 
 def resized_shape(height: int, width: int, *, unit: int = 28, pixels: int = PIXELS) -> tuple[int, int]:
@@ -59,12 +61,19 @@ def patches(images: Tensor, *, size: int = 14, merge: int = 2, frames: int = 2) 
 class HPSv3Reward:
     """The score (B,), about -10 to 15. The vision tower runs once however many prompts are compared.
 
-    `tokenize(prompt, image_tokens)` gives the ids of the whole chat text, with `image_tokens` image placeholders and one
-    reward token in it.
+    `tokenize(prompt, image_tokens)` gives the ids of the whole chat text, with `image_tokens` image placeholders and
+    one reward token in it.
     """
 
-    def __init__(self, model: Qwen2VLModel, head: nn.Module, tokenize: Callable[[str, int], Sequence[int]], reward_id: int,
-                 *, pixels: int = PIXELS):
+    def __init__(
+        self,
+        model: Qwen2VLModel,
+        head: nn.Module,
+        tokenize: Callable[[str, int], Sequence[int]],
+        reward_id: int,
+        *,
+        pixels: int = PIXELS,
+    ):
         self.parts = nn.ModuleDict({"model": model, "head": head}).eval().requires_grad_(False)
         self.reward_id, self.pixels = reward_id, pixels
         self._ids = lru_cache(maxsize=100_000)(lambda prompt, count: tuple(tokenize(prompt, count)))
@@ -76,11 +85,17 @@ class HPSv3Reward:
             self.parts.to(images.device)
         vision = model.config.vision_config
         images = images.to(torch.promote_types(images.dtype, torch.float32))
-        shape = resized_shape(*images.shape[-2:], unit=vision.patch_size * vision.spatial_merge_size, pixels=self.pixels)
+        shape = resized_shape(
+            *images.shape[-2:], unit=vision.patch_size * vision.spatial_merge_size, pixels=self.pixels
+        )
         if shape != tuple(images.shape[-2:]):
             images = F.interpolate(images, shape, mode="bicubic", antialias=True, align_corners=False)
-        rows, (h, w) = patches(normalised_pixels(images), size=vision.patch_size, merge=vision.spatial_merge_size,
-                               frames=vision.temporal_patch_size)
+        rows, (h, w) = patches(
+            normalised_pixels(images),
+            size=vision.patch_size,
+            merge=vision.spatial_merge_size,
+            frames=vision.temporal_patch_size,
+        )
         grid = torch.tensor([[1, h, w]] * len(images), device=images.device)
         return torch.stack(list(model.get_image_features(rows, grid).pooler_output)), (h, w)
 
@@ -96,8 +111,9 @@ class HPSv3Reward:
         embedded = embedded.masked_scatter(placed[..., None], seen.to(embedded.dtype))
         grid = torch.tensor([[1, h, w]] * len(texts), device=seen.device)
         positions, _ = model.get_rope_index(ids, placed.int(), image_grid_thw=grid, attention_mask=mask)
-        hidden = model.language_model(inputs_embeds=embedded, attention_mask=mask, position_ids=positions,
-                                      use_cache=False).last_hidden_state
+        hidden = model.language_model(
+            inputs_embeds=embedded, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
         at = ((ids == self.reward_id) & mask.bool()).int().argmax(1)
         last = hidden[torch.arange(len(hidden), device=hidden.device), at]
         return self.parts["head"](last.to(next(self.parts["head"].parameters()).dtype))[:, 0]
@@ -108,7 +124,9 @@ class HPSv3Reward:
 
 def head_of(width: int) -> nn.Sequential:
     """width-1024-16-2; the empty place is a dropout in training."""
-    return nn.Sequential(nn.Linear(width, 1024), nn.ReLU(), nn.Identity(), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2))
+    return nn.Sequential(
+        nn.Linear(width, 1024), nn.ReLU(), nn.Identity(), nn.Linear(1024, 16), nn.ReLU(), nn.Linear(16, 2)
+    )
 
 
 def split_checkpoint(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

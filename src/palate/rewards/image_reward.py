@@ -1,7 +1,7 @@
 """ImageReward: Xu et al. 2023, arXiv 2304.05977. A BLIP that reads the prompt with the image before its eyes.
 
-BLIP ViT-L/16 at 224, BERT-base with cross-attention to it, then on [CLS] an MLP 768-1024-128-64-16-1 without activations
-(one affine map), and (x - 0.16717) / 1.03334: about normal on the authors' data. Differentiable in the image.
+BLIP ViT-L/16 at 224, BERT-base with cross-attention to it, then on [CLS] an MLP 768-1024-128-64-16-1 without
+activations (one affine map), and (x - 0.16717) / 1.03334: about normal on the authors' data.
 """
 
 from __future__ import annotations
@@ -26,8 +26,14 @@ HOW = "Download ImageReward.pt (hf download zai-org/ImageReward ImageReward.pt),
 class ImageReward:
     """(weight . CLS + bias - MEAN) / STD, (B,). The image tower runs once however many prompts are compared."""
 
-    def __init__(self, vision: BlipVisionModel, text: BlipTextModel, weight: Tensor, bias: Tensor,
-                 tokenize: Callable[[Sequence[str]], Mapping[str, Tensor]]):
+    def __init__(
+        self,
+        vision: BlipVisionModel,
+        text: BlipTextModel,
+        weight: Tensor,
+        bias: Tensor,
+        tokenize: Callable[[Sequence[str]], Mapping[str, Tensor]],
+    ):
         self.towers = nn.ModuleDict({"vision": vision, "text": text}).eval().requires_grad_(False)
         self.weight, self.bias = weight, bias
         self._tokens = lru_cache(maxsize=100_000)(lambda prompt: tokenize([prompt]))
@@ -42,10 +48,17 @@ class ImageReward:
 
     def score(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
         tokens = [self._tokens(prompt) for prompt in prompts]
-        ids, mask = (torch.cat([t[name] for t in tokens]).to(features.device) for name in ("input_ids", "attention_mask"))
+        ids, mask = (
+            torch.cat([t[name] for t in tokens]).to(features.device) for name in ("input_ids", "attention_mask")
+        )
         seen = torch.ones(features.shape[:2], dtype=torch.long, device=features.device)
-        output = self.towers["text"](input_ids=ids, attention_mask=mask, encoder_hidden_states=features,
-                                     encoder_attention_mask=seen, is_decoder=False).last_hidden_state[:, 0]
+        output = self.towers["text"](
+            input_ids=ids,
+            attention_mask=mask,
+            encoder_hidden_states=features,
+            encoder_attention_mask=seen,
+            is_decoder=False,
+        ).last_hidden_state[:, 0]
         output = output.to(torch.promote_types(output.dtype, torch.float32))
         return (output @ self.weight.to(output) + self.bias.to(output) - MEAN) / STD
 
@@ -55,10 +68,25 @@ class ImageReward:
 
 def blip_large() -> tuple[BlipVisionConfig, BlipTextConfig]:
     """ViT-L/16 at 224 and BERT-base with cross-attention, as BLIP builds them."""
-    vision = BlipVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-                              image_size=224, patch_size=16, layer_norm_eps=1e-6)
-    text = BlipTextConfig(vocab_size=30524, hidden_size=768, encoder_hidden_size=1024, intermediate_size=3072,
-                          num_hidden_layers=12, num_attention_heads=12, max_position_embeddings=512, is_decoder=True)
+    vision = BlipVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=224,
+        patch_size=16,
+        layer_norm_eps=1e-6,
+    )
+    text = BlipTextConfig(
+        vocab_size=30524,
+        hidden_size=768,
+        encoder_hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        max_position_embeddings=512,
+        is_decoder=True,
+    )
     return vision, text
 
 
@@ -69,8 +97,12 @@ _VISION = {
     "norm.": "post_layernorm.",
     "blocks.": "encoder.layers.",
 }
-_IN_BLOCK = {".attn.qkv.": ".self_attn.qkv.", ".attn.proj.": ".self_attn.projection.", ".norm1.": ".layer_norm1.",
-             ".norm2.": ".layer_norm2."}
+_IN_BLOCK = {
+    ".attn.qkv.": ".self_attn.qkv.",
+    ".attn.proj.": ".self_attn.projection.",
+    ".norm1.": ".layer_norm1.",
+    ".norm2.": ".layer_norm2.",
+}
 
 
 def split_checkpoint(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
@@ -84,7 +116,7 @@ def split_checkpoint(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
         if name.startswith("visual_encoder."):
             old = name.removeprefix("visual_encoder.")
             prefix = next((p for p in _VISION if old.startswith(p)), "")
-            new = _VISION.get(prefix, "") + old[len(prefix):]
+            new = _VISION.get(prefix, "") + old[len(prefix) :]
             for part, now in _IN_BLOCK.items():
                 new = new.replace(part, now)
             vision[new] = tensor
@@ -96,7 +128,7 @@ def split_checkpoint(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
 
 
 def load_image_reward(source: str | None = None, *, dtype: torch.dtype = torch.float32) -> ImageReward:
-    """`source` is the converted ImageReward.safetensors, or a folder with it and perhaps the bert-base-uncased tokenizer."""
+    """`source`: the converted ImageReward.safetensors, or a folder with it and perhaps BERT's uncased tokenizer."""
     if source is None:
         raise ValueError(f"reward.source.image-reward: the weights are published as a pickle only. {HOW}")
     path = weights_file("image-reward", source, default="ImageReward.safetensors", how=HOW)
@@ -111,4 +143,6 @@ def load_image_reward(source: str | None = None, *, dtype: torch.dtype = torch.f
         raise ValueError(f"reward.source.image-reward: {path}: {error}") from error
     folder = Path(source) if Path(source).is_dir() else path.parent
     tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else "bert-base-uncased"
-    return ImageReward(vision, text, weight.float(), bias.float(), tokenizer_of("image-reward", tokenizer, length=LENGTH))
+    return ImageReward(
+        vision, text, weight.float(), bias.float(), tokenizer_of("image-reward", tokenizer, length=LENGTH)
+    )

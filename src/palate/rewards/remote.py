@@ -2,9 +2,9 @@
 
     POST /score   {"id": text, "prompts": [text], "images": [base64 of a PNG]}   ->   {"id": text, "scores": [number]}
 
-There is no gradient through it, so it serves methods that need none. Images travel as 8-bit PNG inside JSON, never as a pickle.
-A bearer token is always asked for; plain http is for the same machine only; a retry repeats the same id, and the
-server answers an id it has seen from memory. A bad answer stops the step: half a batch is never returned.
+There is no gradient through it, so it serves methods that need none. Images travel as 8-bit PNG inside JSON, never as a
+pickle. A bearer token is always asked for; plain http is for the same machine only; a retry repeats the same id, and
+the server answers an id it has seen from memory. A bad answer stops the step: half a batch is never returned.
 """
 
 import base64
@@ -45,19 +45,34 @@ class RemoteError(RuntimeError):
 class RemoteReward:
     """(images, prompts) -> (B,) float32 by POST to `url`. No gradient.
 
-    A batch is sent in pieces of at most `piece` images, at most `concurrency` at a time. `timeout` is in seconds and holds
-    for a whole try; between tries the wait doubles from `wait`, up to 30 s.
+    A batch is sent in pieces of at most `piece` images, at most `concurrency` at a time. `timeout` is in seconds and
+    holds for a whole try; between tries the wait doubles from `wait`, up to 30 s.
     """
 
-    def __init__(self, url: str, token: str, *, timeout: float = 120.0, retries: int = 4, wait: float = 0.5, piece: int = 16,
-                 concurrency: int = 2):
+    def __init__(
+        self,
+        url: str,
+        token: str,
+        *,
+        timeout: float = 120.0,
+        retries: int = 4,
+        wait: float = 0.5,
+        piece: int = 16,
+        concurrency: int = 2,
+    ):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
-            raise ValueError(f"reward.source.remote: got {url!r}; expected a URL like http://127.0.0.1:8411/score, without a password")
+            raise ValueError(
+                f"reward.source.remote: got {url!r}; expected a URL, as http://127.0.0.1:8411/score, without a password"
+            )
         if parts.scheme == "http" and parts.hostname not in LOOPBACK:
-            raise ValueError(f"reward.source.remote: {url} would send the token in the clear; use https, or an ssh tunnel to 127.0.0.1")
+            raise ValueError(
+                f"reward.source.remote: {url} would send the token in the clear; use https, or tunnel to 127.0.0.1"
+            )
         if not token:
-            raise ValueError(f"reward remote: no token; set the environment variable {TOKEN} to the one the server was started with")
+            raise ValueError(
+                f"reward remote: no token; set the environment variable {TOKEN} to the one the server was started with"
+            )
         self.url, self._parts, self._token = url, parts, token
         self.timeout, self.retries, self.wait, self.piece, self.concurrency = timeout, retries, wait, piece, concurrency
 
@@ -65,7 +80,9 @@ class RemoteReward:
         pixels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         starts = range(0, len(pixels), self.piece)
         with ThreadPoolExecutor(self.concurrency) as pool:
-            pieces = list(pool.map(lambda i: self._scores(pixels[i: i + self.piece], list(prompts[i: i + self.piece])), starts))
+            pieces = list(
+                pool.map(lambda i: self._scores(pixels[i : i + self.piece], list(prompts[i : i + self.piece])), starts)
+            )
         return torch.tensor([score for piece in pieces for score in piece], dtype=torch.float32, device=images.device)
 
     def _scores(self, pixels: np.ndarray, prompts: list[str]) -> list[float]:
@@ -85,19 +102,25 @@ class RemoteReward:
                     raise RemoteError(f"reward service {self.url}: {problem}. {_REMEDY.get(status, 'Look at its log')}")
             if attempt < self.retries:
                 time.sleep(min(30.0, self.wait * 2**attempt) * (0.5 + random.random()))
-        raise RemoteError(f"reward service {self.url}: {problem}, {self.retries + 1} times. Is it running? Continue with "
-                          "`palate resume` when it is")
+        raise RemoteError(
+            f"reward service {self.url}: {problem}, {self.retries + 1} times. Is it running? Continue with "
+            "`palate resume` when it is"
+        )
 
     def _post(self, body: bytes) -> tuple[int, bytes]:
         """Status and body. Redirects are not followed, so the token goes nowhere else."""
         kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
         connection = kind(self._parts.hostname, self._parts.port, timeout=self.timeout)
-        watchdog = threading.Timer(self.timeout, _hang_up, [connection])  # a socket's own time-out starts anew at each byte
+        watchdog = threading.Timer(
+            self.timeout, _hang_up, [connection]
+        )  # a socket's own time-out starts anew at each byte
         try:
             connection.connect()
             watchdog.start()
             path = (self._parts.path or "/") + (f"?{self._parts.query}" if self._parts.query else "")
-            connection.request("POST", path, body, {"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"})
+            connection.request(
+                "POST", path, body, {"Authorization": f"Bearer {self._token}", "Content-Type": "application/json"}
+            )
             response = connection.getresponse()
             answer = response.read(ANSWER_LIMIT + 1)
             if len(answer) > ANSWER_LIMIT:
@@ -111,13 +134,19 @@ class RemoteReward:
         try:
             tree = json.loads(answer)
             scores = tree["scores"]
-            good = tree["id"] == name and isinstance(scores, list) and len(scores) == count and all(
-                isinstance(s, (int, float)) and not isinstance(s, bool) and math.isfinite(s) for s in scores)
+            good = (
+                tree["id"] == name
+                and isinstance(scores, list)
+                and len(scores) == count
+                and all(isinstance(s, (int, float)) and not isinstance(s, bool) and math.isfinite(s) for s in scores)
+            )
         except (ValueError, KeyError, TypeError, RecursionError):
             good = False
         if not good:
-            raise RemoteError(f'reward service {self.url}: a bad answer; expected {{"id": the request\'s, "scores": [{count} finite '
-                              f"numbers]}}, got {answer[:80]!r}. Nothing of this batch is used")
+            raise RemoteError(
+                f'reward service {self.url}: a bad answer; expected {{"id": the request\'s, "scores": [{count} finite '
+                f"numbers]}}, got {answer[:80]!r}. Nothing of this batch is used"
+            )
         return scores
 
 
@@ -165,8 +194,17 @@ class _Refused(Exception):
         self.status = status
 
 
-def make_app(reward: Reward, token: str, *, hosts: Sequence[str] = LOOPBACK, max_bytes: int = 64 << 20, max_images: int = 64,
-             max_side: int = 2048, waiting: int = 8, remembered: int = 1024) -> Any:
+def make_app(
+    reward: Reward,
+    token: str,
+    *,
+    hosts: Sequence[str] = LOOPBACK,
+    max_bytes: int = 64 << 20,
+    max_images: int = 64,
+    max_side: int = 2048,
+    waiting: int = 8,
+    remembered: int = 1024,
+) -> Any:
     """The ASGI application of one reward (fastapi, from `pip install 'palate[server]'`).
 
     It refuses calls without the token (401), under a host name not in `hosts` or from a web page of another origin
@@ -177,8 +215,10 @@ def make_app(reward: Reward, token: str, *, hosts: Sequence[str] = LOOPBACK, max
     from fastapi.responses import JSONResponse
 
     if len(token) < 16:
-        raise ValueError(f"the token of a reward server needs at least 16 characters, got {len(token)}; "
-                         "make one with python -c 'import secrets; print(secrets.token_urlsafe())'")
+        raise ValueError(
+            f"the token of a reward server needs at least 16 characters, got {len(token)}; "
+            "make one with python -c 'import secrets; print(secrets.token_urlsafe())'"
+        )
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     answers: OrderedDict[tuple[str, bytes], list[float]] = OrderedDict()
     one_at_a_time = threading.Lock()
@@ -193,7 +233,9 @@ def make_app(reward: Reward, token: str, *, hosts: Sequence[str] = LOOPBACK, max
                 groups.setdefault(image.size, []).append(i)
             scores = [math.nan] * len(images)
             for rows in groups.values():
-                batch = torch.stack([torch.from_numpy(np.array(images[i])).permute(2, 0, 1).float() / 255 for i in rows])
+                batch = torch.stack(
+                    [torch.from_numpy(np.array(images[i])).permute(2, 0, 1).float() / 255 for i in rows]
+                )
                 with torch.no_grad():
                     values = reward(batch, [prompts[i] for i in rows]).tolist()
                 for i, value in zip(rows, values, strict=True):
@@ -244,7 +286,9 @@ def _admit(headers: Any, token: str, hosts: Sequence[str], max_bytes: int) -> No
     if name not in hosts:
         raise _Refused(403, "this host name is not allowed")
     origin = headers.get("origin")
-    if origin is not None and (urlsplit(origin).netloc != headers.get("host") or headers.get("sec-fetch-site") == "cross-site"):
+    if origin is not None and (
+        urlsplit(origin).netloc != headers.get("host") or headers.get("sec-fetch-site") == "cross-site"
+    ):
         raise _Refused(403, "calls from another origin are not allowed")
     given = headers.get("authorization", "")
     if not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
@@ -262,7 +306,9 @@ def _parsed(body: bytes, max_images: int, max_side: int) -> tuple[str, list[str]
         name, prompts, images = tree["id"], tree["prompts"], tree["images"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _Refused(400, 'expected {"id", "prompts", "images"}') from error
-    texts = isinstance(prompts, list) and isinstance(images, list) and all(isinstance(t, str) for t in [*prompts, *images])
+    texts = (
+        isinstance(prompts, list) and isinstance(images, list) and all(isinstance(t, str) for t in [*prompts, *images])
+    )
     if not texts or len(prompts) != len(images) or not isinstance(name, str) or len(name) > 128:
         raise _Refused(400, "expected as many prompts as images, all of them text, and a short id")
     if not 1 <= len(images) <= max_images:

@@ -1,0 +1,174 @@
+"""The planner against published figures, the algorithms' own formulas, and the counter's reading of a real update."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from palate import plan as planner
+from palate import recipe
+from palate.algorithms.srpo import calls_per_update
+from palate.core import Batch, Random
+from palate.doctor import FLOORS, check_reward, findings
+from palate.plan import GIB, Unit, count, levers, measure, plan, table
+
+BASE = """
+run: {{folder: runs/x}}
+model: {{name: {name}, weights: lora{folder}}}
+algorithm: {{name: srpo, positive: ["3d"], negative: [flat], rollout_steps: 4}}
+reward: {{name: {reward}}}
+prompts: {{list: [a dog]}}
+trainer: {{batch_size: 2}}
+"""
+
+
+def recipe_of(name, *overrides):
+    emoji = name == "emoji"
+    return recipe.parse(
+        BASE.format(name=name, folder="" if emoji else ", folder: owner/base", reward="emoji" if emoji else "hpsv2"),
+        overrides,
+    )
+
+
+# parameters, forward TFLOP of the denoiser and of its VAE's decoder, as measured on the published networks
+FIGURES = {"stable-diffusion": (860e6, 0.803, 2.5), "flux": (11.9e9, 74.4, 10.5)}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_published_networks_have_their_size_and_cost(name):
+    parameters, tflop, decode = FIGURES[name]
+    units = measure(recipe_of(name, "model.lora_rank=1"))
+    denoiser = units["denoiser"]
+    assert denoiser.parameters - denoiser.trained == pytest.approx(parameters, rel=0.005)
+    assert denoiser.forward / 1e12 == pytest.approx(tflop, rel=0.01)
+    assert units["decoder"].forward / 1e12 == pytest.approx(decode, rel=0.02)
+    assert units["decoder"].backward / units["decoder"].forward == pytest.approx(1.03, abs=0.03)
+    assert (
+        units["reward"].forward / 1e12 == pytest.approx(0.335, rel=0.01) and units["reward"].parameters == 986_109_441
+    )
+    assert units["reward"].backward / units["reward"].forward == pytest.approx(1.03, abs=0.05)
+    for unit in (denoiser, units["decoder"]):
+        assert 0 < unit.kept_checkpointed < unit.kept and unit.block > 0
+    if name == "flux":  # at 1024 pixels, rank 1: what block checkpointing leaves, and the decoder without any
+        assert denoiser.kept_checkpointed / GIB == pytest.approx(1.5, rel=0.05)
+        assert units["decoder"].kept / GIB == pytest.approx(11.1, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["algorithm.n=2"], ["algorithm.branches=[denoise]"], ["algorithm.anchor=1.0"], ["trainer.batch_size=3"]],
+)
+def test_counted_calls_are_the_algorithms_formula(overrides):
+    made = recipe_of("emoji", *overrides)
+    calls, formula, batch = count(made, updates=2), calls_per_update(made.algorithm), made.trainer.batch_size
+    assert calls["denoiser"] == batch * formula["predict"]
+    assert calls["decoder"] == calls["decoder backward"] == batch * formula["decode"]
+    assert calls["reward"] == calls["reward backward"] == batch * formula["image_towers"]
+    assert calls["denoiser backward"] == batch * formula["backward"]
+
+
+def test_guidance_doubles_and_a_reward_without_towers_runs_twice():
+    guided = count(recipe_of("emoji", "algorithm.rollout_guidance=3.0"), updates=1)
+    assert guided["denoiser"] == 2 * (2 * 4 + 2) and guided["denoiser backward"] == 2 * 2
+    plain = count(recipe_of("emoji", "reward.name=warmth"), updates=1)
+    assert plain["reward"] == 2 * 2 * 2
+
+
+@pytest.mark.parametrize("overrides", [[], ["algorithm.n=2", "algorithm.rollout_guidance=3.0"]])
+def test_flops_of_a_real_update_are_the_plans(overrides):
+    made = recipe_of("emoji", *overrides)
+    expected = plan(made).flops
+    model, reward, algorithm = recipe.build_model(made), recipe.build_reward(made.reward), recipe.build_algorithm(made)
+    prompts = ["a dog", "an apple"]
+    batch, rng = Batch(prompts, model.encode_prompts(prompts), torch.arange(2)), Random(0, 1, range(2))
+    reward(torch.rand(2, 3, 64, 64), [f"{word}. {p}" for word in ("3d", "flat") for p in prompts][:2])
+    reward(torch.rand(2, 3, 64, 64), [f"flat. {p}" for p in prompts])  # text features are cached from here on
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        for loss in algorithm.step(model, reward, batch, rng):
+            loss.value.backward()
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+
+
+def test_kept_bytes_are_what_autograd_keeps():
+    rows, width = 32, 8
+    net = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width)).requires_grad_(False)
+    net[0].requires_grad_(True)
+    x = torch.randn(rows, width, requires_grad=True)
+    unit = planner._unit(net, lambda: net(x), lambda run: planner._wrap([net], run))
+    assert unit.parameters == 2 * (width * width + width) and unit.trained == width * width + width
+    assert unit.forward == 2 * 2 * rows * width * width and unit.backward == (2 + 1) * 2 * rows * width * width
+    assert unit.kept == 2 * rows * width * 4  # x for the weight's gradient, and what GELU saw
+    assert unit.kept_checkpointed == rows * width * 4 and unit.block == rows * width * 4
+    with torch.device("meta"):
+        q, k, v = (torch.empty(1, 2, n, width, requires_grad=True) for n in (5, 7, 7))
+    with planner._fused_attention(), planner._kept(set()) as kept, FlopCounterMode(display=False) as counter:
+        output = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        assert counter.get_total_flops() == 2 * 2 * 2 * 5 * 7 * width
+        output.sum().backward()
+    assert counter.get_total_flops() == (1 + 2) * 2 * 2 * 2 * 5 * 7 * width
+    assert kept.total == 4 * 2 * width * (5 + 7 + 7 + 5) + 4 * 2 * 5
+
+
+UNITS = {
+    "denoiser": Unit(10 * 10**9 + 10**7, 1e13, 1.2e13, 8 * GIB, GIB, GIB / 2, 10**7, 20 * GIB),
+    "decoder": Unit(5 * 10**7, 1e12, 1e12, 4 * GIB, GIB, GIB / 4, 0, 0.1 * GIB),
+    "encoder": Unit(3 * 10**7, 1e12, 0.0, 0.0, 0.0, 0.0, 0, 0.1 * GIB),
+    "reward": Unit(10**9, 1e11, 1e11, GIB, GIB, 0.0, 0, 4 * GIB),
+}
+
+
+def test_sums_times_and_levers():
+    made = recipe_of("flux", "trainer.ema_decay=0.9")
+    whole = plan(made, units=UNITS)
+    calls = count(made)
+    checked = calls["denoiser"] * 1e13 + calls["denoiser backward"] * (1.2e13 + 1e13) + calls["decoder"] * 1e12
+    checked += calls["decoder backward"] * 2e12 + (calls["reward"] + calls["reward backward"]) * 1e11
+    assert whole.flops == pytest.approx(checked) and whole.passes == pytest.approx(checked / 1e13)
+    assert whole.seconds(100, 0.5) == pytest.approx(checked / 5e13)
+    assert plan(made, units=UNITS, gpus=2).seconds(100, 0.5) == pytest.approx(checked / 1e14)
+    assert whole.memory["Adam's two moments (float32)"] == 8e7 and whole.memory["moving average"] == 4e7
+    assert whole.memory["denoiser, frozen"] == 2e10 and whole.memory["kept: denoiser"] == 2 * GIB
+    slack = plan(recipe_of("flux", "model.gradient_checkpointing=false"), units=UNITS)
+    assert slack.memory["kept: denoiser"] == 16 * GIB and slack.flops < whole.flops
+    full = plan(
+        recipe_of("flux", "model.weights=full"),
+        units={**UNITS, "denoiser": UNITS["denoiser"]._replace(trained=10**10)},
+        gpus=4,
+    )
+    assert full.memory["Adam's two moments (float32)"] == 2e10 and full.memory["frozen reference"] > 2e10
+    small = dict(levers(made, whole))
+    assert small["trainer.batch_size=1"] < whole.bytes and small["reward.dtype=bfloat16"] == pytest.approx(
+        whole.bytes - 2.5 * GIB + 0, rel=0.05
+    )
+    text = table(made, whole, device="rtx-3090")
+    assert (
+        "does not fit into 24 GiB" in text
+        and "trainer.batch_size=1" in text
+        and "published architecture of flux is assumed" in text
+    )
+    assert "does not fit" not in table(made, whole, device="h200")
+    for options, words in (({"device": "tpu"}, "--device: got 'tpu'"), ({"utilisation": 0.0}, "--utilisation")):
+        with pytest.raises(ValueError, match=words):
+            table(made, whole, **options)
+
+
+def test_doctor_names_floors_and_tries_a_reward(monkeypatch):
+    found = list(findings())
+    assert all(any(text.startswith(f"{name} ") and state == "ok" for state, text in found) for name in FLOORS)
+    assert any("embedded model" in text for _, text in found)
+    versions = {"torch": "2.9.1", "peft": None, "pyiqa": "0.1"}
+    original = planner.importlib.import_module("palate.doctor")._version
+    monkeypatch.setattr("palate.doctor._version", lambda name: versions.get(name, original(name)))
+    bad = [text for state, text in findings() if state == "bad"]
+    assert len(bad) == 3 and "needs >= 2.10" in bad[0] and "peft missing" in bad[1] and "non-commercial" in bad[2]
+    assert [state for state, _ in check_reward("warmth", None)] == ["ok", "ok", "ok", "note"]
+
+
+@pytest.mark.parametrize("name", sorted(recipe.published()))
+def test_every_published_recipe_can_be_counted(name):
+    made = recipe.read(name)
+    calls = count(made, updates=1)
+    assert calls["denoiser"] >= calls.get("denoiser backward", 0.0) > 0
