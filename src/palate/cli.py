@@ -1,22 +1,25 @@
 """The `palate` command. Everything heavy is imported inside the commands, so that --help answers at once.
 
 Exit codes: 0 ok, 1 a replayed step that no longer fails, 2 bad input, 3 losses not finite, 4 checkpoint or disk,
-5 reward service, 130 and 143 signals.
+5 reward service, 6 out of memory, 7 another rank is lost, 130 and 143 signals.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
 import typer
 
 from palate.progress import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from palate.core import Model
     from palate.recipe import Recipe
 
@@ -29,6 +32,7 @@ app = typer.Typer(
 MAX_LINES = 12  # of an error message
 
 Run = Annotated[Path, typer.Argument(help="The folder of a run, as runs/NAME.")]
+Ranks = Annotated[int, typer.Option("--nproc", min=1, help="Ranks on this machine, one for each GPU; see docs/distributed.md.")]
 Words = Annotated[Optional[str], typer.Option(help='Words separated by commas, as "3d, glossy".')]
 
 
@@ -37,20 +41,15 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A published recipe (see `palate recipes`) or the path of a YAML file.")],
     overrides: Annotated[Optional[list[str]], typer.Argument(help="section.key=value, as trainer.steps=40")] = None,
     fresh: Annotated[bool, typer.Option(help="Replace a run that is already in run.folder.")] = False,
+    nproc: Ranks = 1,
 ) -> None:
     """Train as a recipe says."""
     from palate import recipe as recipes
 
     plan = recipes.read(recipe, overrides or ())
-    folder = Path(plan.run.folder)
-    if fresh:
-        _remove_run(folder)
-    elif (folder / "metrics.jsonl").exists():
-        raise ValueError(
-            f"{folder} already holds a run: continue it with `palate resume {folder}`, choose another run.folder, "
-            "or replace it with --fresh"
-        )
-    _go(plan, resume=False)
+    with _ranks(nproc, plan) as on_first:
+        on_first(lambda: _make_room(Path(plan.run.folder), fresh))
+        _go(plan, on_first, resume=False)
 
 
 @app.command()
@@ -59,6 +58,7 @@ def resume(
     overrides: Annotated[
         Optional[list[str]], typer.Argument(help="Only the length, previews and checkpoints may change: trainer.steps=200")
     ] = None,
+    nproc: Ranks = 1,
 ) -> None:
     """Continue a run from its newest good checkpoint, as if it had never stopped."""
     from palate import checkpoint
@@ -74,7 +74,8 @@ def resume(
         )
     if not checkpoint.steps(run / "checkpoints"):
         raise checkpoint.CheckpointError(f"{run / 'checkpoints'} holds no checkpoint; start the run again with --fresh")
-    _go(plan, resume=True)
+    with _ranks(nproc, plan) as on_first:
+        _go(plan, on_first, resume=True)
 
 
 @app.command()
@@ -279,7 +280,33 @@ def replay(
 # ----------------------------------------------------------------------------------------------------- parts
 
 
-def _go(plan: Recipe, *, resume: bool) -> None:
+@contextlib.contextmanager
+def _ranks(nproc: int, plan: Recipe) -> Iterator[Callable[[Callable[[], Any]], Any]]:
+    """Inside, this process is one of its run's ranks; gives what lets rank 0 alone do something. Launches them if need be."""
+    if "RANK" in os.environ:  # started by torchrun, by srun or by the lines below
+        from palate.distributed import join
+
+        with join(timeout_seconds=plan.run.rank_timeout_seconds) as ranks:
+            yield ranks.on_first
+    elif nproc > 1:
+        from palate.launch import launch
+
+        raise typer.Exit(launch([sys.executable, "-m", "palate", *sys.argv[1:]], nproc))
+    else:
+        yield lambda act: act()
+
+
+def _make_room(folder: Path, fresh: bool) -> None:
+    if fresh:
+        _remove_run(folder)
+    elif (folder / "metrics.jsonl").exists():
+        raise ValueError(
+            f"{folder} already holds a run: continue it with `palate resume {folder}`, choose another run.folder, "
+            "or replace it with --fresh"
+        )
+
+
+def _go(plan: Recipe, on_first: Callable[[Callable[[], Any]], Any], *, resume: bool) -> None:
     import torch
 
     from palate import recipe as recipes
@@ -287,10 +314,10 @@ def _go(plan: Recipe, *, resume: bool) -> None:
     from palate.train import train
 
     folder = Path(plan.run.folder)
-    check_space(folder, need=1 << 20)
+    on_first(lambda: check_space(folder, need=1 << 20))
     torch.manual_seed(plan.trainer.seed)  # the LoRA's first weights; nothing later draws from this generator
     parts = recipes.build(plan)
-    write_atomically(folder / "recipe.yaml", recipes.dump(plan).encode())
+    on_first(lambda: write_atomically(folder / "recipe.yaml", recipes.dump(plan).encode()))
     outcome = train(
         parts.model,
         parts.algorithm,
@@ -306,9 +333,9 @@ def _go(plan: Recipe, *, resume: bool) -> None:
         resume=resume,
     )
     if outcome.exit_code:
-        print(f"continue with: palate resume {printable(str(folder))}")
+        on_first(lambda: print(f"continue with: palate resume {printable(str(folder))}"))
         raise typer.Exit(outcome.exit_code)
-    print(f"{outcome.reason} at step {outcome.step}: {printable(str(folder))}")
+    on_first(lambda: print(f"{outcome.reason} at step {outcome.step}: {printable(str(folder))}"))
 
 
 def _base_model() -> Model:
@@ -432,8 +459,14 @@ def _fail(error: BaseException) -> NoReturn:
         _say(usage() or "no command; see palate --help")
         sys.exit(2)
     kind = {base.__module__ + "." + base.__name__ for base in type(error).__mro__}  # without importing torch for it
+    if "palate.distributed.Told" in kind:  # another rank has said it
+        sys.exit(error.code)
     if "palate.train.NonFinite" in kind:
         code = 3
+    elif "palate.train.OutOfMemory" in kind:
+        code = 6
+    elif "palate.distributed.PeerLost" in kind:
+        code = 7
     elif "palate.rewards.remote.RemoteError" in kind:
         code = 5
     elif "palate.checkpoint.CheckpointError" in kind or isinstance(error, OSError):
@@ -450,10 +483,11 @@ def _say(message: str) -> None:
     lines = [printable(line) for line in message.splitlines() if line.strip()] or ["unknown error"]
     if len(lines) > MAX_LINES:
         lines = [*lines[:MAX_LINES], f"... and {len(lines) - MAX_LINES} more"]
+    rank = f"rank {os.environ['RANK']}: " if os.environ.get("RANK", "0") != "0" else ""
     width = max(200, shutil.get_terminal_size((200, 24)).columns * 3)
     for number, line in enumerate(lines):
         cut = line if len(line) <= width * 2 else line[: width * 2] + "..."
-        print(("palate: " if number == 0 else "        ") + cut, file=sys.stderr)
+        print((f"palate: {rank}" if number == 0 else "        ") + cut, file=sys.stderr)
     sys.stderr.flush()
 
 

@@ -76,6 +76,8 @@ class _Watched:
         self._inner, self._note = inner, note
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # what copy.deepcopy asks of an object that has nothing inside yet
+            raise AttributeError(name)
         return getattr(self._inner, name)
 
 
@@ -108,9 +110,10 @@ class _WatchedReward(_Watched):
         return self._seen(self._inner(images, prompts), prompts)
 
     def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
         if name == "score":  # of a two-tower reward
-            return lambda features, prompts: self._seen(self._inner.score(features, prompts), prompts)
-        return getattr(self._inner, name)
+            return lambda features, prompts: self._seen(found(features, prompts), prompts)
+        return found
 
     def _seen(self, values: Tensor, prompts: Sequence[str]) -> Tensor:
         _look_rows(values, "the reward", prompts, self._note)

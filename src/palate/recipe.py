@@ -77,6 +77,7 @@ _STRICT = ConfigDict(extra="forbid")
 class RunSettings:
     __pydantic_config__ = _STRICT
     folder: Annotated[str, Field(min_length=1)] = "runs/unnamed"
+    rank_timeout_seconds: Positive = 600  # of several ranks: how long one waits for another that is alive but silent
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ class TrainerSettings:
     steps: Positive = 40
     batch_size: Positive = 16
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-5
+    lrs: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None  # of single names, as assistant
     weight_decay: NonNegative = 1e-4
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     clip_norm: NonNegative = 1.0  # 0 = off
@@ -161,6 +163,8 @@ class TrainerSettings:
     preview_every: Count = 0  # 0 = never; otherwise before, every so many steps, and after
     preview_prompts: Positive = 16
     threads: Count = 0  # 0 = torch's own choice
+    micro_batches: Positive = 1  # parts that a rank's share of the batch goes through in, one after the other: less memory
+    sharding: Literal["none", "full", "hybrid"] = "none"  # weights = full on several ranks: FSDP2; hybrid = inside a machine
     guard: GuardSettings = field(default_factory=GuardSettings)
 
 
@@ -266,7 +270,8 @@ def fingerprint(recipe: Recipe) -> str:
         del tree[key]
     for key in ("device", "text_cache"):
         del tree["model"][key]
-    for key in ("steps", "checkpoint_every", "keep_checkpoints", "preview_every", "preview_prompts", "threads"):
+    for key in ("steps", "checkpoint_every", "keep_checkpoints", "preview_every", "preview_prompts", "threads", "micro_batches",
+                "sharding"):
         del tree["trainer"][key]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 

@@ -9,6 +9,7 @@ Step n is the n-th update (1, 2, ...); checkpoint and samples `step-NNNNNN` hold
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from palate import checkpoint
+from palate import checkpoint, distributed
 from palate.core import Algorithm, Batch, Loss, Model, Random, Reward
 from palate.progress import Progress
 from palate.recipe import GuardSettings, TrainerSettings, check_trainer, spread
@@ -42,6 +43,10 @@ Check = Callable[[Model, list[str], list[int]], dict[str, float]]
 
 class NonFinite(RuntimeError):
     """Losses or gradients were not finite several times in a row; the weights of the last good step are saved."""
+
+
+class OutOfMemory(RuntimeError):
+    """A step did not fit. The weights are those of the step before; the message lists what would make it fit."""
 
 
 class Outcome(NamedTuple):
@@ -61,6 +66,7 @@ def train(
     steps: int = 40,
     batch_size: int = 16,
     lr: float = 1e-5,
+    lrs: dict[str, float] | None = None,
     weight_decay: float = 1e-4,
     betas: tuple[float, float] = (0.9, 0.999),
     clip_norm: float = 1.0,
@@ -72,6 +78,8 @@ def train(
     preview_every: int = 0,
     preview_prompts: int = 16,
     threads: int = 0,
+    micro_batches: int = 1,
+    sharding: str = "none",
     guard: GuardSettings | None = None,
     preview: Sequence[str] | None = None,
     sample_steps: int | None = None,
@@ -88,13 +96,15 @@ def train(
     sample_guidance: how they are drawn (None = the model's default). latents (N, C, h, w): clean latents of N real images
     captioned by `prompts` (offline training). check: what the guard measures (None = `palate.evaluate.quick_check`);
     guard None = off. identity: a hash that
-    a resumed run must share (None = hash of the settings). ValueError: what was given cannot work.
+    a resumed run must share (None = hash of the settings). Inside `palate.distributed.join` every rank calls this with the
+    same arguments, and `batch_size` is what all of them work on together. ValueError: what was given cannot work.
     """
     settings = check_trainer({
-        "steps": steps, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "betas": betas,
+        "steps": steps, "batch_size": batch_size, "lr": lr, "lrs": lrs, "weight_decay": weight_decay, "betas": betas,
         "clip_norm": clip_norm, "warmup": warmup, "ema_decay": ema_decay, "seed": seed,
         "checkpoint_every": checkpoint_every, "keep_checkpoints": keep_checkpoints, "preview_every": preview_every,
-        "preview_prompts": preview_prompts, "threads": threads, "guard": guard or GuardSettings(every=0),
+        "preview_prompts": preview_prompts, "threads": threads, "micro_batches": micro_batches, "sharding": sharding,
+        "guard": guard or GuardSettings(every=0),
     })  # fmt: skip
     prompts = list(prompts)
     if not prompts:
@@ -104,12 +114,16 @@ def train(
     if latents is not None and not torch.isfinite(latents).all():
         bad = int((~torch.isfinite(latents).flatten(1).all(1)).nonzero()[0])
         raise ValueError(f"the latents of image {bad} ({prompts[bad]!r}) are not finite; expected numbers: encode it again")
+    if unknown := sorted(set(lrs or ()) - set(algorithm.trains)):
+        raise ValueError(f"trainer.lrs.{unknown[0]}: the algorithm trains {', '.join(algorithm.trains)}")
+    if hasattr(algorithm, "sampler") and (sample_steps is not None or sample_guidance is not None):
+        raise ValueError("sample.steps, sample.guidance: a generator draws as it was trained; leave them out")
     run = _Run(model, algorithm, reward, prompts, Path(folder), settings)
     run.guard_prompts = list(preview) if preview else spread(prompts)
     run.preview_prompts = run.guard_prompts[: settings.preview_prompts]
     run.sample_steps, run.sample_guidance, run.latents = sample_steps, sample_guidance, latents
-    run.check, run.identity = check, identity or _hash({**dataclasses.asdict(settings), "steps": 0})
-    run.visible = progress
+    run.check, run.identity = check, identity or _hash({**dataclasses.asdict(settings), "steps": 0, "micro_batches": 0, "sharding": 0})
+    run.visible = progress and run.ranks.first
     with _signals() as stop:
         return run.go(stop, resume=resume)
 
@@ -166,19 +180,19 @@ def repeat(model: Model, algorithm: Algorithm, reward: Reward, bundle: checkpoin
     CheckpointError: the bundle is of other base weights, or of another shape.
     """
     state = bundle.state
-    settings = check_trainer({**state["settings"], "guard": GuardSettings(every=0), "threads": state["threads"], "ema_decay": 0.0})
+    settings = check_trainer({
+        **state["settings"], "guard": GuardSettings(every=0), "threads": state["threads"], "ema_decay": 0.0,
+        "micro_batches": state["shares"], "sharding": "none",
+    })  # fmt: skip
     run = _Run(model, algorithm, reward, state["prompts"], Path(), settings)
     run._prepare()
     if run.base != state["base_fingerprint"]:
         raise checkpoint.CheckpointError("the bundle was made with other base weights; install the version it was made with")
     run.lr_scale = state["lr_scale"]
     run._load_tensors(bundle)
-    if state["algorithm"]:
-        algorithm.load_state_dict(checkpoint.join(state["algorithm"], bundle.tensors))
-    with torch.no_grad():
-        cond = model.encode_prompts(state["prompts"])
-    batch = Batch(state["prompts"], cond, torch.tensor(state["ids"]), bundle.tensors.get("batch/latents"))
-    return run._update(bundle.step, batch, check_gradient=False)
+    run._load_algorithms(bundle)
+    shares = run._shares(state["prompts"], torch.tensor(state["ids"]), bundle.tensors.get("batch/latents"))
+    return run._update(bundle.step, shares, check_gradient=False)
 
 
 class _Run:
@@ -188,12 +202,14 @@ class _Run:
         self, model: Model, algorithm: Algorithm, reward: Reward, prompts: list[str], folder: Path, settings: TrainerSettings
     ):
         self.model, self.algorithm, self.reward, self.prompts = model, algorithm, reward, prompts
-        self.folder, self.settings = folder, settings
+        self.folder, self.settings, self.ranks = folder, settings, distributed.ranks()
         self.step = self.skipped = self.bad_in_a_row = 0
         self.lr_scale = 1.0
         self.finished = ""
         self.guard: dict[str, Any] = {"base": None, "best_step": None, "best_value": None, "rollbacks": 0, "sums": {}, "steps": 0}
         self.words: list[dict[str, Any]] = []  # steering events to replay, after a resume
+        self.said: set[str] = set()
+        self.sampler = getattr(algorithm, "sampler", None)  # evaluate.Sampler; None = the model is sampled as usual
         self.updates = 0  # made by one step of the algorithm; 0 = not known yet
         self.guard_prompts: list[str] = []
         self.preview_prompts: list[str] = []
@@ -210,8 +226,8 @@ class _Run:
         self._prepare()
         self._preflight()
         notes: list[str] = []
-        self._resume(notes) if resume else self._begin()
-        log = self.folder / "metrics.jsonl"
+        self._resume(notes) if resume else self.ranks.on_first(self._begin)
+        log = self.folder / "metrics.jsonl" if self.ranks.first else os.devnull
         with open(log, "a", encoding="utf-8") as self.log, Progress(s.steps, done=self.step, visible=self.visible) as self.bar:
             for text in notes:
                 self.bar.note(text)
@@ -219,15 +235,18 @@ class _Run:
                 self.bar.note(f"this run has ended at step {self.step} ({self.finished}); nothing to do")
                 return Outcome(self.folder, self.step, self.finished, 0)
             self.finished = ""
+            self._advise()
             if self.step == 0:
                 self._first_look()
             first = not resume
             while self.step < s.steps and not self.finished:
-                self._advance(check_gradient=first and self.step == 0)
-                if stop.number:
+                with _memory_advice(s, self.parameters):
+                    self._advance(check_gradient=first and self.step == 0)
+                number = max(self.ranks.exchange(signal.SIGTERM if distributed.orphaned() else stop.number))
+                if number:
                     self._save()
-                    self.bar.note(f"stopped by signal {stop.number} after step {self.step}; a checkpoint is saved")
-                    return Outcome(self.folder, self.step, "signal", 128 + stop.number)
+                    self.bar.note(f"stopped by signal {number} after step {self.step}; a checkpoint is saved")
+                    return Outcome(self.folder, self.step, "signal", 128 + number)
             self.finished = self.finished or "finished"
             self._result()
             return Outcome(self.folder, self.step, self.finished, 0)
@@ -237,49 +256,69 @@ class _Run:
         s = self.settings
         if s.threads:
             torch.set_num_threads(s.threads)
+        shares = self.ranks.size * s.micro_batches
+        if s.batch_size % shares:
+            raise ValueError(
+                f"trainer.batch_size = {s.batch_size} cannot be cut into {shares} equal shares "
+                f"({self.ranks.size} ranks x {s.micro_batches} micro_batches); expected a multiple"
+            )
+        self.algorithms = [self.algorithm, *(copy.deepcopy(self.algorithm) for _ in range(s.micro_batches - 1))]
+        fingerprint = getattr(self.model, "fingerprint", None)
+        self.base = fingerprint() if fingerprint else ""
+        self.sharded = self._shard() if s.sharding != "none" else []
         self.parameters = {name: list(self.model.parameters(name)) for name in self.algorithm.trains}
         for name, parameters in self.parameters.items():
             if not parameters:
                 raise ValueError(f"the model has no trainable {name} parameters; load it with training='lora' or 'full'")
         self.optimizers = {
-            name: torch.optim.AdamW(parameters, lr=s.lr, betas=s.betas, weight_decay=s.weight_decay)
+            name: torch.optim.AdamW(parameters, lr=self._rate(name), betas=s.betas, weight_decay=s.weight_decay)
             for name, parameters in self.parameters.items()
         }
         self.ema = {n: [p.detach().clone() for p in ps] for n, ps in self.parameters.items()} if s.ema_decay else {}
-        fingerprint = getattr(self.model, "fingerprint", None)
-        self.base = fingerprint() if fingerprint else ""
+        if self.ranks.size > 1 and len(set(self.ranks.exchange(self.base + _digest(self.parameters)))) > 1:
+            raise ValueError("the ranks begin with different weights; expected the same model and seed on all of them")
+
+    def _shard(self) -> list[torch.nn.Module]:
+        """Cut the model's networks over the ranks (full training only); returns them."""
+        weights = getattr(self.model, "weights", None)
+        if getattr(weights, "training", None) != "full":
+            raise ValueError("trainer.sharding is for model.weights = full; with lora set it to none: ranks hold copies")
+        if self.ranks.size == 1:
+            raise ValueError("trainer.sharding needs more than one rank; add --nproc, or start it with torchrun")
+        return distributed.shard(weights.networks.values(), distributed.mesh(self.settings.sharding))
 
     def _advance(self, *, check_gradient: bool) -> None:
         """One step and everything that belongs to its number; nothing of it is half done when a checkpoint is written."""
         s, began = self.settings, time.perf_counter()
         step = self.step + 1
         steering, waiting = self._steering(step)
-        before = self._algorithm_state()
-        batch = self._batch(step)
+        before = [_state(algorithm) for algorithm in self.algorithms]
+        shares = self._shares(*self._batch(step))
         try:
             if steering:
-                self.algorithm.steer(steering["positive"], steering["negative"])
+                self._steer(steering)
             entry = self._entry()
-            metrics, problem = self._update(step, batch, check_gradient)
+            metrics, problem = self._update(step, shares, check_gradient)
         except ValueError as error:
             if not waiting:
                 raise
-            waiting.unlink(missing_ok=True)  # words that the model or the reward does not know must not end the run
+            self._unlink(waiting)  # words that the model or the reward does not know must not end the run
             self.bar.note(f"step {step}: the new words are refused and the old ones kept: {error}")
-            self.algorithm.load_state_dict(before)
+            for algorithm, state in zip(self.algorithms, before, strict=True):
+                algorithm.load_state_dict(state)
             steering = waiting = None
             entry = self._entry()
-            metrics, problem = self._update(step, batch, check_gradient)
+            metrics, problem = self._update(step, shares, check_gradient)
         self.step = step
         if steering:
             self._write({"step": step, "event": "steer", **steering})
             self.bar.note(f"step {step}: words now {_words(steering)}")
             self._forget_best()
             if waiting:
-                os.fsync(self.log.fileno())
-                waiting.unlink(missing_ok=True)
+                self._sync_log()
+                self._unlink(waiting)
         if problem:
-            self._skip(problem, batch, entry)
+            self._skip(problem, entry)
         else:
             self.bad_in_a_row = 0
             self._average()
@@ -287,6 +326,7 @@ class _Run:
             self._write({**row, "step_seconds": round(time.perf_counter() - began, 4)})
             self._count_for_guard(metrics)
             self.bar.show(step, {**metrics, "step_seconds": time.perf_counter() - began})
+            self._advise()
         if s.guard.every and step % s.guard.every == 0:
             self._guard()
         last = step == s.steps or bool(self.finished)
@@ -297,41 +337,115 @@ class _Run:
         ):
             self._save()
 
-    def _batch(self, step: int) -> Batch:
+    def _batch(self, step: int) -> tuple[list[str], Tensor, Tensor | None]:
+        """Prompts, sample ids and clean latents of a step, of all ranks together."""
         s = self.settings
         first = (step - 1) * s.batch_size
         chosen = prompt_order(len(self.prompts), s.seed, first, s.batch_size)
-        prompts = [self.prompts[i] for i in chosen]
-        with torch.no_grad():
-            cond = self.model.encode_prompts(prompts)
-        ids = torch.arange(first, first + s.batch_size)
-        return Batch(prompts, cond, ids, None if self.latents is None else self.latents[chosen])
+        latents = None if self.latents is None else self.latents[chosen]
+        return [self.prompts[i] for i in chosen], torch.arange(first, first + s.batch_size), latents
 
-    def _update(self, step: int, batch: Batch, check_gradient: bool) -> tuple[dict[str, float], str]:
-        """Run the algorithm's step: (metrics, "") or, if anything was not finite and no update was made, (.., why)."""
+    def _shares(self, prompts: list[str], ids: Tensor, latents: Tensor | None) -> list[Batch]:
+        """This rank's part of a step, a batch for each of its micro-batches."""
+        size = len(ids) // (self.ranks.size * self.settings.micro_batches)
+        shares = []
+        for k in range(self.settings.micro_batches):
+            start = (self.ranks.rank * self.settings.micro_batches + k) * size
+            rows = slice(start, start + size)
+            with torch.no_grad():
+                cond = self.model.encode_prompts(prompts[rows])
+            shares.append(Batch(prompts[rows], cond, ids[rows], None if latents is None else latents[rows]))
+        return shares
+
+    def _update(self, step: int, shares: list[Batch], check_gradient: bool) -> tuple[dict[str, float], str]:
+        """Run the algorithm's step: (metrics, "") or, if anything was not finite and no update was made, (.., why).
+
+        Every share has its own run of the algorithm; all of them go on to their next update, then that update is made.
+        """
         s = self.settings
-        for optimizer in self.optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
-        found: dict[str, list[float]] = {}
+        self._forget_gradients(*self.parameters)
+        streams = [
+            algorithm.step(self.model, self.reward, batch, Random(s.seed, step, batch.ids))
+            for algorithm, batch in zip(self.algorithms, shares, strict=True)
+        ]
+        tallies = [_Tally() for _ in streams]
         norms: dict[str, float] = {}
-        total, problem, self.updates = 0.0, "", 0
-        for loss in self.algorithm.step(self.model, self.reward, batch, Random(s.seed, step, batch.ids)):
-            for key, value in loss.metrics.items():
-                found.setdefault(key, []).append(float(value))
+        problem, self.updates = "", 0
+        while True:
+            name, problem = self._to_next_update(streams, tallies, problem, check_gradient)
+            if name is None:
+                break
+            self.updates += 1
+            norms[name], problem = self._optimize(name, step, problem, check_gradient)
+        metrics = _mean(self.ranks.exchange(_mean([tally.means() for tally in tallies])))
+        metrics |= {"grad_norm" if name == "policy" else f"grad_norm_{name}": norm for name, norm in norms.items()}
+        for name in self.parameters:
+            rate = learning_rate(step, self._rate(name) * self.lr_scale, s.warmup)
+            metrics["lr" if name == "policy" else f"lr_{name}"] = rate
+        return metrics, problem
+
+    def _rate(self, name: str) -> float:
+        """The settings' learning rate of the named weights."""
+        return (self.settings.lrs or {}).get(name, self.settings.lr)
+
+    def _advise(self) -> None:
+        """What the algorithm wants the user to know; each sentence is said once."""
+        advise = getattr(self.algorithm, "advise", None)
+        for text in advise({name: self._rate(name) for name in self.parameters}) if advise else ():
+            if text not in self.said:
+                self.said.add(text)
+                self.bar.note(f"step {self.step}: {text}")
+
+    def _to_next_update(
+        self, streams: list[Iterator[Loss]], tallies: list[_Tally], problem: str, check_gradient: bool
+    ) -> tuple[str | None, str]:
+        """Backward through every share's losses up to its next update; which weights that is of, None at the end.
+
+        Leaves in p.grad the sum over this rank's shares, each of them added up by itself first, as if it were a rank.
+        """
+        everything = [p for parameters in self.parameters.values() for p in parameters]
+        sums: list[Tensor | None] = [None] * len(everything)
+        names, error = set(), None
+        try:
+            for stream, tally in zip(streams, tallies, strict=True):
+                name, problem = self._share_to_next_update(stream, tally, problem, check_gradient)
+                names.add(name)
+                if len(streams) == 1:
+                    break
+                for i, p in enumerate(everything):
+                    if p.grad is not None:
+                        sums[i] = p.grad if sums[i] is None else sums[i].add_(p.grad)
+                        p.grad = None
+        except ValueError as caught:
+            error = caught
+        self.ranks.agree(error)
+        if len(streams) > 1:
+            for p, total in zip(everything, sums, strict=True):
+                p.grad = total
+        said = self.ranks.exchange([sorted(names, key=str), problem])
+        if len({name for theirs, _ in said for name in theirs}) > 1:
+            raise ValueError(f"the shares of a batch ask for different updates: {said}; the algorithm must not depend on them")
+        return said[0][0][0], next((wrong for _, wrong in said if wrong), "")
+
+    def _share_to_next_update(
+        self, stream: Iterator[Loss], tally: _Tally, problem: str, check_gradient: bool
+    ) -> tuple[str | None, str]:
+        for loss in stream:
             if loss.value.ndim:
                 raise ValueError(f"the loss has shape {tuple(loss.value.shape)}; expected a scalar")
+            tally.metric(loss)
             if not problem and not torch.isfinite(loss.value):
                 problem = f"the loss is {float(loss.value.detach())}"
+            if self.sharded:  # their backward reduces over the ranks, so all ranks run it or none
+                problem = next((wrong for wrong in self.ranks.exchange(problem) if wrong), "")
+                for network in self.sharded:
+                    network.set_requires_gradient_sync(loss.update is not None)
             if not problem:
-                total += float(loss.value.detach())
+                tally.loss += float(loss.value.detach())
                 self._backward(loss, check_gradient)
             if loss.update:
-                self.updates += 1
-                norms[loss.update], wrong = self._optimize(loss.update, step, problem, check_gradient)
-                problem = problem or wrong
-        metrics = {"loss": total} | {key: sum(values) / len(values) for key, values in found.items()}
-        metrics |= {"grad_norm" if name == "policy" else f"grad_norm_{name}": norm for name, norm in norms.items()}
-        return metrics | {"lr": learning_rate(step, s.lr * self.lr_scale, s.warmup)}, problem
+                return loss.update, problem
+        return None, problem
 
     def _backward(self, loss: Loss, check_gradient: bool) -> None:
         if loss.value.requires_grad:
@@ -344,9 +458,9 @@ class _Run:
     def _optimize(self, name: str, step: int, problem: str, check_gradient: bool) -> tuple[float, str]:
         """Clip and update the named weights unless something is not finite: (gradient norm, what is wrong or "")."""
         s, parameters = self.settings, self.parameters[name]
+        self._average_gradients(parameters)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        # distributed training averages these gradients over the ranks here, once, before the norm is taken
-        norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        norm = distributed.global_norm(gradients)
         if not problem and not math.isfinite(norm):
             problem = f"the norm of the {name} gradient is {norm}"
         if not problem and check_gradient and norm == 0.0:
@@ -355,14 +469,33 @@ class _Run:
                 f"Likely cause: {self._gradient_cause()}"
             )
         if not problem:
-            if s.clip_norm:
-                torch.nn.utils.clip_grads_with_norm_(parameters, s.clip_norm, torch.tensor(norm))
+            if s.clip_norm and norm > s.clip_norm:
+                for gradient in gradients:
+                    gradient.mul_(s.clip_norm / norm)
             optimizer = self.optimizers[name]
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, s.lr * self.lr_scale, s.warmup)
+                group["lr"] = learning_rate(step, self._rate(name) * self.lr_scale, s.warmup)
             optimizer.step()
-        self.optimizers[name].zero_grad(set_to_none=True)
+        self._forget_gradients(name)
         return norm, problem
+
+    def _average_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
+        """From this rank's sum over shares to the mean over all shares, once, before the norm is taken."""
+        if self.settings.micro_batches > 1:
+            for p in parameters:
+                if p.grad is not None:
+                    p.grad /= self.settings.micro_batches
+        if self.ranks.size == 1 or self.sharded:  # sharded networks have reduced theirs in backward
+            return
+        held = self.ranks.exchange("".join("01"[p.grad is not None] for p in parameters))
+        for p, marks in zip(parameters, zip(*held, strict=True), strict=True):
+            if p.grad is None and "1" in marks:
+                p.grad = torch.zeros_like(p)
+        self.ranks.average([p.grad for p in parameters if p.grad is not None])
+
+    def _forget_gradients(self, *names: str) -> None:
+        for name in names:
+            self.optimizers[name].zero_grad(set_to_none=True)
 
     def _gradient_cause(self) -> str:
         """Ask the parts, one after the other, which of them loses the gradient."""
@@ -383,20 +516,20 @@ class _Run:
             return "model.predict loses the policy's gradient (run under no_grad, or another adapter left active)"
         return "a reward past its hinge, fully saturated pixels, or a step length of zero"
 
-    def _entry(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a step starts from: tensors and the algorithm's state. A bundle holds it, if the step goes wrong.
+    def _entry(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        """What a step starts from: tensors and the algorithm's states. A bundle holds it, if the step goes wrong.
 
         A step that makes one update leaves the weights alone when that goes wrong, so only one that makes several, or a
         number not known yet, has them copied now, with the optimizer.
         """
         tensors = {} if self.updates == 1 else {key: value.detach().clone() for key, value in self._moving().items()}
-        return tensors, self._algorithm_state()
+        return tensors, [_state(algorithm) for algorithm in self.algorithms]
 
-    def _skip(self, problem: str, batch: Batch, entry: tuple[dict[str, Tensor], dict[str, Any]]) -> None:
+    def _skip(self, problem: str, entry: tuple[dict[str, Tensor], list[dict[str, Any]]]) -> None:
         self.skipped += 1
         self.bad_in_a_row += 1
         self._write({"step": self.step, "event": "skip", "reason": problem, "in_a_row": self.bad_in_a_row})
-        bundle = self._bundle(problem, batch, *entry)
+        bundle = self._bundle(problem, *entry)
         self.bar.note(f"step {self.step}: {problem}; this update is skipped. To see where: palate replay {bundle}")
         if self.bad_in_a_row < MAX_BAD_STEPS:
             return
@@ -407,19 +540,21 @@ class _Run:
             f"`palate replay {bundle}`; lower trainer.lr or trainer.clip_norm, or look at the reward"
         )
 
-    def _bundle(self, problem: str, batch: Batch, tensors: dict[str, Tensor], algorithm: dict[str, Any]) -> Path:
+    def _bundle(self, problem: str, tensors: dict[str, Tensor], algorithms: list[dict[str, Any]]) -> Path:
         """Write what `repeat` needs to run the step again; the newest bundle replaces the one before."""
         if not tensors:
             tensors = {f"weights/{name}/{i:04d}": p for name, ps in self.parameters.items() for i, p in enumerate(ps)}
-        if batch.latents is not None:
-            tensors["batch/latents"] = batch.latents
+        tensors = {key: distributed.full(value) for key, value in tensors.items()}
+        prompts, ids, latents = self._batch(self.step)
+        if latents is not None:
+            tensors["batch/latents"] = latents
         recipe = self.folder / "recipe.yaml"
         state = {
             "reason": problem,
             "trains": list(self.parameters),
-            "prompts": batch.prompts,
-            "ids": batch.ids.tolist(),
-            "algorithm": checkpoint.split(algorithm, "algorithm", tensors),
+            "prompts": prompts,
+            "ids": ids.tolist(),
+            **self._gather_algorithms(algorithms, tensors),
             "settings": dataclasses.asdict(self.settings),
             "lr_scale": self.lr_scale,
             "recipe": recipe.read_text("utf-8") if recipe.is_file() else None,
@@ -428,11 +563,15 @@ class _Run:
             "threads": torch.get_num_threads(),
         }
         folder = self.folder / "failures"
-        try:
-            checkpoint.save(folder, self.step, tensors, state)
-            checkpoint.prune(folder, keep=1, also=set())
-        except checkpoint.CheckpointError as error:  # the run can go on without its bundle
-            self.bar.note(str(error))
+
+        def write() -> None:
+            try:
+                checkpoint.save(folder, self.step, tensors, state)
+                checkpoint.prune(folder, keep=1, also=set())
+            except checkpoint.CheckpointError as error:  # the run can go on without its bundle
+                self.bar.note(str(error))
+
+        self.ranks.on_first(write)
         return folder / checkpoint.name(self.step)
 
     # --------------------------------------------------------------------------------- before the first step
@@ -451,7 +590,8 @@ class _Run:
             check_reward(self.reward, self.model.decode(noise), [self.prompts[used[0]], self.prompts[used[-1]]])
         sizes = sum(p.numel() * p.element_size() for ps in self.parameters.values() for p in ps)
         one = sizes * (4 if s.ema_decay else 3)  # weights, two moments, the average
-        checkpoint.check_space(self.folder / "checkpoints", need=one * (s.keep_checkpoints + 2))
+        need = one * (s.keep_checkpoints + 2)
+        self.ranks.on_first(lambda: checkpoint.check_space(self.folder / "checkpoints", need=need))
 
     def _begin(self) -> None:
         if checkpoint.steps(self.folder / "checkpoints") or (self.folder / "metrics.jsonl").exists():
@@ -474,8 +614,17 @@ class _Run:
 
     # ----------------------------------------------------------------------------------------------- steering
 
+    def _steer(self, words: dict[str, Any]) -> None:
+        for algorithm in self.algorithms:
+            algorithm.steer(words["positive"], words["negative"])
+
     def _steering(self, step: int) -> tuple[dict[str, Any] | None, Path | None]:
         """(words to take up at this step or None, the control file they came from or None for a replay)."""
+        words, control = self._words_on_first(step) if self.ranks.first else (None, None)
+        words, control = self.ranks.exchange([words, control and str(control)])[0]
+        return words, Path(control) if control else None
+
+    def _words_on_first(self, step: int) -> tuple[dict[str, Any] | None, Path | None]:
         while self.words and self.words[0]["step"] < step:
             self.words.pop(0)
         if self.words and self.words[0]["step"] == step:
@@ -488,6 +637,8 @@ class _Run:
                 raise ValueError("expected the keys positive and negative")
             if not all(v is None or isinstance(v, list) and all(isinstance(w, str) for w in v) for v in words.values()):
                 raise ValueError("expected lists of words, or null")
+            if not hasattr(self.algorithm, "steer"):
+                raise ValueError("this algorithm has no control words")
             return words, control
         except FileNotFoundError:
             return None, None
@@ -505,15 +656,22 @@ class _Run:
             from palate.evaluate import embedded_referee, quick_check
 
             referee = embedded_referee()
-            self.check = lambda model, words, ids: quick_check(model, words, ids, seed=self.settings.seed, referee=referee)
+            self.check = lambda model, words, ids: quick_check(
+                model, words, ids, seed=self.settings.seed, referee=referee
+            )
         with self._averaged(), torch.no_grad():
-            return {key: float(value) for key, value in self.check(self.model, prompts, list(range(len(prompts)))).items()}
+            values = self.check(self.model, prompts, list(range(len(prompts))))
+        return self.ranks.exchange({key: float(value) for key, value in values.items()})[0]  # one verdict for all ranks
 
     def _count_for_guard(self, metrics: dict[str, float]) -> None:
         if self.settings.guard.every:
             for key, value in metrics.items():
                 self.guard["sums"][key] = self.guard["sums"].get(key, 0.0) + value
             self.guard["steps"] += 1
+
+    def _unlink(self, path: Path) -> None:
+        if self.ranks.first:
+            path.unlink(missing_ok=True)
 
     def _forget_best(self) -> None:
         """New words make rewards incomparable: the next check inside the limits becomes the best."""
@@ -584,26 +742,64 @@ class _Run:
     def _preview(self) -> None:
         from palate.evaluate import generate, pairs, write_samples
 
-        steps = self.sample_steps or self.model.default_steps
-        guidance = self.model.default_guidance if self.sample_guidance is None else self.sample_guidance
+        if self.sampler:
+            steps, guidance = self.sampler.steps, 1.0
+        else:
+            steps = self.sample_steps or self.model.default_steps
+            guidance = self.model.default_guidance if self.sample_guidance is None else self.sample_guidance
         with self._averaged():
             images = generate(self.model, self.preview_prompts, [0], steps=steps, guidance=guidance)
         words, seeds = pairs(self.preview_prompts, [0])
-        target = self.folder / "samples" / checkpoint.name(self.step)
-        with _new_folder(target) as temporary:
-            write_samples(temporary, images, words, seeds, guidance=guidance, steps=steps)
+
+        def write() -> None:
+            with _new_folder(self.folder / "samples" / checkpoint.name(self.step)) as temporary:
+                write_samples(temporary, images, words, seeds, guidance=guidance, steps=steps)
+
+        self.ranks.on_first(write)
 
     def _result(self) -> None:
         if self.settings.preview_every:
             self._preview()
-        if hasattr(self.model, "save_adapter"):
-            with self._averaged(), _new_folder(self.folder / "adapter") as temporary:
-                self.model.save_adapter(temporary)
+        with self._averaged():
+            if self.sharded:
+                networks = {name: self.model.weights.networks[name] for name in self.parameters}
+                whole = {name: distributed.whole(network) for name, network in networks.items()}
+                self.ranks.on_first(lambda: self._save_networks(networks, whole))
+            elif hasattr(self.model, "save_adapter"):
+                self.ranks.on_first(self._save_adapter)
         self._save()
 
-    def _algorithm_state(self) -> dict[str, Any]:
-        state = getattr(self.algorithm, "state_dict", None)
-        return state() if state else {}
+    def _save_networks(self, networks: dict[str, torch.nn.Module], whole: dict[str, dict[str, Tensor]]) -> None:
+        with _new_folder(self.folder / "adapter") as temporary:
+            for name, network in networks.items():
+                distributed.save_network(network, whole[name], temporary if name == "policy" else temporary / name)
+
+    def _save_adapter(self) -> None:
+        with _new_folder(self.folder / "adapter") as temporary:
+            self.model.save_adapter(temporary)
+
+    def _sync_log(self) -> None:
+        if self.ranks.first:
+            os.fsync(self.log.fileno())
+
+    def _gather_algorithms(self, states: list[dict[str, Any]], tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """The algorithm's part of a saved state: "algorithm" where all shares agree, else one for each in "algorithms".
+
+        Its tensors are added to `tensors`, on rank 0 those of all ranks.
+        """
+        total = self.ranks.size * len(states)
+        first: dict[str, Tensor] = {}
+        plain = checkpoint.split(states[0], "algorithm", first)
+        first = {key: distributed.full(value) for key, value in first.items()}
+        if total == 1 or len(set(sum(self.ranks.exchange([_state_digest(state) for state in states]), []))) == 1:
+            tensors |= first
+            return {"shares": total, "algorithm": plain}
+        own: dict[str, Tensor] = {}
+        start = self.ranks.rank * len(states)
+        trees = [checkpoint.split(state, f"algorithm/{start + k}", own) for k, state in enumerate(states)]
+        for theirs in self.ranks.collect(own):
+            tensors |= theirs
+        return {"shares": total, "algorithm": {}, "algorithms": sum(self.ranks.exchange(trees), [])}
 
     def _moving(self) -> dict[str, Tensor]:
         """Everything that an update changes, by the names of a checkpoint: weights, averages, optimizer moments."""
@@ -616,7 +812,8 @@ class _Run:
         return tensors
 
     def _save(self) -> None:
-        tensors = self._moving()
+        tensors = {key: distributed.full(value) for key, value in self._moving().items()}
+        algorithms = self._gather_algorithms([_state(algorithm) for algorithm in self.algorithms], tensors)
         state = {
             "trains": list(self.parameters),
             "samples": self.step * self.settings.batch_size,
@@ -625,23 +822,29 @@ class _Run:
             "lr_scale": self.lr_scale,
             "finished": self.finished,
             "guard": self.guard,
-            "algorithm": checkpoint.split(self._algorithm_state(), "algorithm", tensors),
+            **algorithms,
             "identity": self.identity,
             "base_fingerprint": self.base,
             "versions": versions(),
             "threads": torch.get_num_threads(),
         }
-        os.fsync(self.log.fileno())
         folder = self.folder / "checkpoints"
-        checkpoint.save(folder, self.step, tensors, state)
         best = {self.guard["best_step"]} if self.guard["best_step"] is not None else set()
-        checkpoint.prune(folder, keep=self.settings.keep_checkpoints, also=best)
+
+        def write() -> None:
+            self._sync_log()
+            checkpoint.save(folder, self.step, tensors, state)
+            checkpoint.prune(folder, keep=self.settings.keep_checkpoints, also=best)
+
+        self.ranks.on_first(write)
 
     # ------------------------------------------------------------------------------------------------- resuming
 
     def _resume(self, notes: list[str]) -> None:
         saved = checkpoint.load_newest(self.folder / "checkpoints", warn=notes.append)
         state = saved.state
+        if len(found := set(self.ranks.exchange(saved.step))) > 1:
+            raise checkpoint.CheckpointError(f"the ranks see different checkpoints ({sorted(found)}); they need one shared folder")
         if state["base_fingerprint"] != self.base:
             raise checkpoint.CheckpointError(
                 f"{self.folder} was trained from other base weights ({state['base_fingerprint'][:12]}, "
@@ -657,11 +860,22 @@ class _Run:
         if changed := {k: v for k, v in state["versions"].items() if versions().get(k) != v}:
             notes.append(f"made with {_words(changed)}, now {_words(versions())}: not bit-identical for certain")
         self._load_tensors(saved)
-        if state["algorithm"]:
-            self.algorithm.load_state_dict(checkpoint.join(state["algorithm"], saved.tensors))
+        self._load_algorithms(saved)
         self.step, self.skipped, self.bad_in_a_row = saved.step, state["skipped"], state["bad_in_a_row"]
         self.lr_scale, self.finished, self.guard = state["lr_scale"], state["finished"], state["guard"]
-        self.words = rewind(self.folder, self.step)
+        self.words = self.ranks.on_first(lambda: rewind(self.folder, self.step)) or []
+
+    def _load_algorithms(self, saved: checkpoint.Checkpoint) -> None:
+        each, mine = saved.state.get("algorithms"), len(self.algorithms)
+        if each and len(each) != self.ranks.size * mine:
+            raise ValueError(
+                f"this run's algorithm keeps a state for each of its {len(each)} shares (ranks x trainer.micro_batches), and "
+                f"now there are {self.ranks.size} x {mine}; continue with as many shares"
+            )
+        for k, algorithm in enumerate(self.algorithms):
+            tree = each[self.ranks.rank * mine + k] if each else saved.state["algorithm"]
+            if tree:
+                algorithm.load_state_dict(checkpoint.join(tree, saved.tensors))
 
     def _load_tensors(self, saved: checkpoint.Checkpoint) -> None:
         if saved.state["trains"] != list(self.parameters):
@@ -677,9 +891,11 @@ class _Run:
                     index, part = key[len(prefix) :].split("/")
                     moments.setdefault(int(index), {})[part] = value
             for i, parts in moments.items():
-                for part, value in parts.items():
+                for part, value in list(parts.items()):
                     if part != "step" and (i >= len(parameters) or value.shape != parameters[i].shape):
                         raise checkpoint.CheckpointError(f"optimizer/{name}/{i:04d}/{part} has shape {tuple(value.shape)}")
+                    if part != "step":
+                        parts[part] = distributed.like(value, parameters[i])
             groups = self.optimizers[name].state_dict()["param_groups"]
             self.optimizers[name].load_state_dict({"state": moments, "param_groups": groups})
 
@@ -778,7 +994,82 @@ def _copy_into(targets: Sequence[Tensor], tensors: dict[str, Tensor], prefix: st
 @torch.no_grad()
 def _assign(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for target, value in zip(targets, values, strict=True):
-        target.copy_(value)
+        target.copy_(distributed.like(value, target))
+
+
+class _Tally:
+    """The loss and the metrics of one share's step."""
+
+    def __init__(self) -> None:
+        self.loss = 0.0
+        self.found: dict[str, list[float]] = {}
+
+    def metric(self, loss: Loss) -> None:
+        for key, value in loss.metrics.items():
+            self.found.setdefault(key, []).append(float(value))
+
+    def means(self) -> dict[str, float]:
+        return {"loss": self.loss} | {key: sum(values) / len(values) for key, values in self.found.items()}
+
+
+def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the shares that have it."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    values = {key: [row[key] for row in rows if key in row] for key in keys}
+    return {key: sum(found) / len(found) for key, found in values.items()}
+
+
+def _state(algorithm: Algorithm) -> dict[str, Any]:
+    state = getattr(algorithm, "state_dict", None)
+    return state() if state else {}
+
+
+def _state_digest(state: dict[str, Any]) -> str:
+    tensors: dict[str, Tensor] = {}
+    plain = checkpoint.split(state, "algorithm", tensors)
+    return _hash([plain, _digest({"": [distributed.full(tensor) for tensor in tensors.values()]})])
+
+
+def _digest(named: dict[str, list[Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensors in named.items():
+        digest.update(name.encode())
+        for tensor in tensors:
+            local = tensor.detach().full_tensor() if hasattr(tensor, "full_tensor") else tensor.detach()
+            digest.update(local.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _memory_advice(s: TrainerSettings, parameters: dict[str, list[torch.nn.Parameter]]) -> Iterator[None]:
+    """Turns an out-of-memory error inside into one that says which settings need less."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        signs = ("out of memory", "can't allocate memory", "not enough memory")
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(sign in str(error) for sign in signs):
+            raise
+        raise OutOfMemory(memory_levers(s, parameters, str(error) or "the machine has no more")) from error
+
+
+def memory_levers(s: TrainerSettings, parameters: dict[str, list[torch.nn.Parameter]], error: str) -> str:
+    """A message for a step that did not fit: what was asked for, and each setting that needs less, with its GiB."""
+    trained = sum(p.numel() * p.element_size() for ps in parameters.values() for p in ps) / 2**30
+    finer = next((m for m in range(s.micro_batches + 1, s.batch_size + 1) if s.batch_size % m == 0), None)
+    lines = [f"out of memory: {error.splitlines()[0][:200]}. No update was made. What needs less:"]
+    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    if finer:
+        share = "" if peak is None else f", of the {max(peak - 4 * trained, 0):.1f} GiB that images and activations took"
+        lines.append(f"trainer.micro_batches={finer}: {s.micro_batches / finer:.0%} of a step's activations at a time{share}")
+    else:
+        lines.append("a smaller image, fewer differentiated steps, or gradient checkpointing: one image at a time is reached")
+    lines.append(f"model.weights=lora, or a smaller model.lora_rank: training holds {4 * trained:.2f} GiB now "
+                 "(weights, gradients, two moments)")
+    if s.ema_decay:
+        lines.append(f"trainer.ema_decay=0: {trained:.2f} GiB")
+    lines.append("--nproc N: each rank works on 1/N of the batch; with model.weights=full and trainer.sharding=full each "
+                 f"holds 1/N of the {4 * trained:.2f} GiB")
+    return "\n".join(lines)
 
 
 def _hash(value: Any) -> str:
@@ -811,6 +1102,7 @@ def _new_folder(target: Path) -> Iterator[Path]:
 
 class _Stop:
     number = 0
+    since = 0.0  # time.monotonic() of the first signal
 
 
 @contextlib.contextmanager
@@ -823,9 +1115,11 @@ def _signals() -> Iterator[_Stop]:
 
     def note(number: int, _frame: object) -> None:
         if stop.number:
+            if "RANK" in os.environ and time.monotonic() - stop.since < 1:
+                return  # of one signal, one copy comes from the launcher and one from what signals whole process groups
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        stop.number = number
+        stop.number, stop.since = number, time.monotonic()
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -1,0 +1,338 @@
+"""Two ranks are one process that accumulates two micro-batches, bit for bit: every algorithm, copies or shards.
+
+Run as a program, this file is one of the ranks: all scenarios of a launch share one pair of gloo processes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_train import rows, run, tensors
+from tiny_flow import PROMPTS, TinyFlow, reward, srpo
+
+import palate
+from palate import checkpoint, distributed, failure
+from palate import launch as launcher
+from palate.algorithms.ddpo import DDPO, DDPOSettings
+from palate.algorithms.distar import Distar, DistarSettings, Generator
+from palate.algorithms.dpo import DPO, DPOSettings
+from palate.algorithms.draft import DRaFT, DRaFTSettings
+from palate.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings
+from palate.algorithms.nft import NFT, NFTSettings
+from palate.algorithms.refl import ReFL, ReFLSettings
+from palate.algorithms.sqdf import SQDF, SQDFSettings
+from palate.recipe import GuardSettings
+from palate.train import NonFinite
+
+STEPS = 4
+MAKE = {
+    "srpo": srpo,
+    "refl": lambda: ReFL(ReFLSettings(T=3, T1=1, T2=2, guidance=1.0)),
+    "draft": lambda: DRaFT(DRaFTSettings(steps=2, guidance=1.0)),
+    "ddpo": lambda: DDPO(DDPOSettings(steps=3, guidance=1.0, minibatches=2)),
+    "flow_grpo": lambda: FlowGRPO(FlowGRPOSettings(group=2, steps=3, guidance=1.0)),
+    "nft": lambda: NFT(NFTSettings(group=2, steps=2, n=2)),
+    "dpo": lambda: DPO(DPOSettings(steps=2, guidance=1.0, beta=10.0)),
+    "sqdf": lambda: SQDF(SQDFSettings(rollout_steps=3, final_time=0.02, guidance=1.0, estimator="tweedie", buffer_size=6)),
+    "distar": lambda: Distar(DistarSettings(generator=Generator(t_init=0.7))),
+}
+
+
+class Networks(TinyFlow):
+    """The stand-in with an assistant network, and with what the loop needs to shard it."""
+
+    def __init__(self, dtype=torch.float32, assistant=False):
+        super().__init__()
+        self.net.to(dtype), self.reference.to(dtype)
+        networks = {"policy": self.net, "reference": self.reference}
+        if assistant:
+            networks["assistant"] = copy.deepcopy(self.net)
+        self.weights = SimpleNamespace(training="full", networks=networks)
+
+    def predict(self, xt, t, cond, *, guidance=1.0, weights="policy"):
+        net, self.net = self.net, self.weights.networks[weights]
+        try:
+            return super().predict(xt, t, cond, guidance=guidance)
+        finally:
+            self.net = net
+
+    def parameters(self, weights="policy"):
+        return list(self.weights.networks[weights].parameters())
+
+    def save_adapter(self, folder):
+        if not any(hasattr(p, "full_tensor") for p in self.parameters()):
+            super().save_adapter(folder)
+
+
+def go(folder, name="srpo", *, dtype=torch.float32, **options):
+    options = {"steps": STEPS, "batch_size": 8, "clip_norm": 1e-5, "checkpoint_every": 0, "threads": 1, "ema_decay": 0.5,
+               "algorithm": MAKE[name]()} | options  # fmt: skip
+    rate = options.pop("reward", reward)
+    if "TRACE" in os.environ:
+        print(round(time.time() - float(os.environ["TRACE"]), 2), round(time.process_time(), 2), folder, flush=True)
+    return run(Path(folder), model=Networks(dtype, assistant=name == "distar"), reward=rate, **options)
+
+
+# ------------------------------------------------------------------------------------- what the ranks do
+
+OUTSIDE = -1
+
+
+def of_rank(rank: int) -> bool:
+    return int(os.environ.get("RANK", OUTSIDE)) == rank
+
+
+class Noticed:
+    """SRPO during whose given step rank 1 does something."""
+
+    def __init__(self, step, act, rank=1):
+        self.inner, self.at, self.act, self.rank = srpo(), step, act, rank
+        self.trains, self.steer = self.inner.trains, self.inner.steer
+        self.state_dict, self.load_state_dict = self.inner.state_dict, self.inner.load_state_dict
+
+    def step(self, model, reward, batch, rng):
+        if rng.step == self.at and of_rank(self.rank):
+            self.act()
+        yield from self.inner.step(model, reward, batch, rng)
+
+
+class SickSample:
+    """The reward, but not a number for one prompt, in the first half of the run."""
+
+    def __call__(self, images, prompts):
+        bad = torch.tensor([math.nan if prompt.endswith("an old tree") else 1.0 for prompt in prompts])
+        return reward(images, prompts) * (bad if images.requires_grad else 1.0)
+
+
+def refuse(images, prompts):
+    if images.requires_grad and of_rank(1):
+        raise ValueError("rank 1 does not know these words")
+    return reward(images, prompts)
+
+
+def together(folder: Path) -> None:
+    said = {}
+    for name in MAKE:
+        go(folder / name, name)
+    for name in ("srpo", "distar"):
+        go(folder / f"{name}-full", name, sharding="full")
+    go(folder / "srpo-hybrid", sharding="hybrid")
+    go(folder / "fused", dtype=torch.float64)
+    go(folder / "fused-full", dtype=torch.float64, sharding="full")
+    for name in ("one-two", "one-full"):  # begun by one process, in float64
+        go(folder / name, dtype=torch.float64, resume=True, sharding="full" if name == "one-full" else "none")
+    go(folder / "two-one", dtype=torch.float64, steps=2)
+    go(folder / "full-one", dtype=torch.float64, steps=2, sharding="full")
+    go(folder / "sqdf-one", "sqdf", steps=2)
+
+    _, outcome = go(folder / "stopped", algorithm=Noticed(2, lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    said["stopped"] = [outcome.step, outcome.exit_code]
+    first = Noticed(2, lambda: palate.steer(folder / "steered", ["icy"]), rank=0)
+    go(folder / "steered", algorithm=first, guard=GuardSettings(every=2, action="rollback"), preview_every=2,
+       check=lambda model, prompts, ids: {"heldout": 1.0 - distributed.ranks().rank})  # fmt: skip
+    for name, sharding in (("sick", "none"), ("sick-full", "full")):
+        try:
+            go(folder / name, reward=SickSample(), sharding=sharding)
+        except NonFinite as error:
+            said[name] = str(error).split(":")[0]
+    try:
+        go(folder / "refused", reward=refuse)
+    except ValueError as error:
+        said["refused"] = [type(error).__name__, str(error), getattr(error, "code", 2)]
+    (folder / f"said-{distributed.ranks().rank}.json").write_text(json.dumps(said))
+
+
+def killed(folder: Path) -> None:
+    def die():
+        (folder / "died").write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    go(folder / "run", algorithm=Noticed(3, die), checkpoint_every=1)
+
+
+def hung(folder: Path) -> None:
+    go(folder / "run", algorithm=Noticed(3, lambda: time.sleep(120)), checkpoint_every=1)
+
+
+def start(folder: Path, what: str) -> int:
+    folder.mkdir(parents=True, exist_ok=True)
+    return launcher.launch([sys.executable, __file__, what, str(folder)], 2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before, path = torch.get_num_threads(), os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    yield
+    torch.set_num_threads(before)
+    os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    for name in ("one-two", "one-full"):
+        go(folder / name, dtype=torch.float64, steps=2)
+    assert start(folder, "together") == 0
+    return folder
+
+
+def identical(a: Path, b: Path, step: int = STEPS) -> None:
+    first, second = tensors(a, step), tensors(b, step)
+    assert set(first) == set(second)
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+    assert rows(a) == rows(b)
+
+
+def furthest(a: Path, b: Path, step: int = STEPS) -> float:
+    first, second = tensors(a, step), tensors(b, step)
+    assert set(first) == set(second)
+    return max(float((first[key] - second[key]).abs().max()) for key in first)
+
+
+# ---------------------------------------------------------------------------------------------- equalities
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_two_ranks_are_one_that_accumulates_two_micro_batches(pair, tmp_path, name):
+    go(tmp_path, name, micro_batches=2)
+    identical(tmp_path, pair / name)
+    states = [checkpoint.load(f / "checkpoints" / checkpoint.name(STEPS)).state for f in (tmp_path, pair / name)]
+    assert states[0] == states[1]
+    assert all(row["grad_norm"] > 1e-5 for row in rows(tmp_path) if row["event"] == "step")  # so the norm was clipped
+
+
+@pytest.mark.parametrize(("name", "folder"), [("srpo", "srpo-full"), ("distar", "distar-full"), ("srpo", "srpo-hybrid")])
+def test_sharded_networks_are_bit_identical_too(pair, tmp_path, name, folder):
+    go(tmp_path, name, micro_batches=2)
+    identical(tmp_path, pair / folder)
+    from safetensors.torch import load_file
+
+    exported = load_file(str(pair / folder / "adapter" / "diffusion_pytorch_model.safetensors"))
+    averages = tensors(pair / folder, STEPS)
+    for i, (name, _) in enumerate(TinyFlow().net.named_parameters()):
+        assert torch.equal(exported[name], averages[f"ema/policy/{i:04d}"])
+
+
+@pytest.mark.parametrize("folder", ["fused", "fused-full"])
+def test_two_ranks_are_the_whole_batch_in_one_go(pair, tmp_path, folder):
+    """srpo's loss is a mean over samples, whose numbers follow from their ids: only the order of additions differs."""
+    go(tmp_path, dtype=torch.float64)
+    assert furthest(tmp_path, pair / folder) <= 1e-12
+
+
+@pytest.mark.parametrize("folder", ["one-two", "one-full", "two-one", "full-one"])
+def test_a_run_goes_on_with_another_number_of_ranks(pair, tmp_path, folder):
+    whole, run_folder = tmp_path / "whole", pair / folder
+    go(whole, dtype=torch.float64)
+    if folder.endswith("-one"):
+        go(run_folder, dtype=torch.float64, resume=True)
+    assert furthest(whole, run_folder) <= 1e-10
+
+
+def test_each_share_keeps_its_own_replay_buffer(pair, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(pair / "sqdf-one", folder)
+    with pytest.raises(ValueError, match="a state for each of its 2 shares"):
+        go(folder, "sqdf", resume=True)
+    go(folder, "sqdf", resume=True, micro_batches=2)
+    identical(folder, pair / "sqdf")
+
+
+# ----------------------------------------------------------------------------------------------- decisions
+
+
+def test_a_signal_to_one_rank_stops_all_of_them_after_the_same_step(pair, tmp_path):
+    said = [json.loads((pair / f"said-{rank}.json").read_text()) for rank in (0, 1)]
+    assert said[0]["stopped"] == said[1]["stopped"] == [2, 143]
+    assert checkpoint.steps(pair / "stopped" / "checkpoints") == [2]
+    go(pair / "stopped", resume=True, micro_batches=2)
+    identical(pair / "stopped", pair / "srpo")
+
+
+def test_new_words_and_the_guards_verdict_hold_on_all_ranks(pair, tmp_path):
+    """Rank 1 measured 1 less than rank 0; had it listened to itself, the ranks would have parted."""
+    steered = [row for row in rows(pair / "steered") if row["event"] == "steer"]
+    assert [(row["step"], row["positive"]) for row in steered] == [(3, ["icy"])]
+    assert {row["verdict"] for row in rows(pair / "steered") if row["event"] == "guard"} == {"base", "ok"}
+    assert {path.name for path in (pair / "steered" / "samples").iterdir()} == {f"step-00000{i}" for i in (0, 2, 4)}
+    assert not list(pair.rglob(".tmp-*"))
+
+
+@pytest.mark.parametrize("name", ["sick", "sick-full"])
+def test_a_value_on_one_rank_that_is_not_finite_stops_the_update_on_all(pair, tmp_path, name):
+    skipped = [row["step"] for row in rows(pair / name) if row["event"] == "skip"]
+    alone = tmp_path / "alone"
+    said = [json.loads((pair / f"said-{rank}.json").read_text()).get(name) for rank in (0, 1)]
+    try:
+        go(alone, reward=SickSample(), micro_batches=2)
+    except NonFinite as error:
+        assert said == [str(error).split(":")[0]] * 2
+    assert skipped and [row["step"] for row in rows(alone) if row["event"] == "skip"] == skipped
+    last = checkpoint.steps(alone / "checkpoints")[-1]
+    identical(alone, pair / name, last)
+    again = failure.replay(pair / name / "failures" / checkpoint.name(skipped[-1]), Networks(), srpo(), SickSample())
+    assert again.reproduced and "an old tree" in again.trace[0]
+
+
+def test_an_error_of_one_rank_ends_all_with_its_exit_code(pair):
+    said = [json.loads((pair / f"said-{rank}.json").read_text())["refused"] for rank in (0, 1)]
+    assert said[0] == ["Told", "rank 1: rank 1 does not know these words", 2]
+    assert said[1] == ["ValueError", "rank 1 does not know these words", 2]
+
+
+def test_a_killed_rank_ends_the_job_and_the_run_goes_on_bit_identical(tmp_path):
+    code = start(tmp_path, "killed")
+    assert code == 128 + signal.SIGKILL
+    assert time.time() - float((tmp_path / "died").read_text()) <= 10
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [1, 2]
+    go(tmp_path / "run", resume=True, micro_batches=2)
+    go(tmp_path / "whole", micro_batches=2)
+    identical(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.soak
+def test_a_rank_that_hangs_ends_the_job_after_the_time_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIMEOUT", "10")
+    began = time.time()
+    assert start(tmp_path, "hung") == launcher.LOST
+    last = max(path.stat().st_mtime for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert time.time() - last <= 10 + 5 + 2 and time.time() - began > 10
+
+
+# --------------------------------------------------------------------------------------- what is refused
+
+
+def test_what_cannot_work_is_refused_with_its_remedy(tmp_path):
+    with pytest.raises(ValueError, match=r"batch_size = 8 cannot be cut into 3 equal shares \(1 ranks x 3 micro_batches\)"):
+        go(tmp_path / "a", micro_batches=3)
+    with pytest.raises(ValueError, match="sharding needs more than one rank.*--nproc"):
+        go(tmp_path / "b", sharding="full")
+    with pytest.raises(ValueError, match="sharding is for model.weights = full"):
+        run(tmp_path / "c", sharding="full")
+    assert not any((tmp_path / name / "metrics.jsonl").exists() for name in "abc")
+
+
+def test_the_launcher_reports_the_first_real_failure_and_ends_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(launcher, "GRACE_SECONDS", 2.0)
+    code = "import os, sys, time; r = os.environ['RANK']; time.sleep(60 * (r == '2')); sys.exit({'0': 7, '1': 3}[r])"
+    began = time.monotonic()
+    assert launcher.launch([sys.executable, "-S", "-c", code], 3) == 3
+    assert time.monotonic() - began < 30
+    assert launcher.launch([sys.executable, "-S", "-c", "import os; assert os.environ['WORLD_SIZE'] == '2'"], 2) == 0
+
+
+if __name__ == "__main__":
+    with distributed.join(timeout_seconds=float(os.environ.get("TIMEOUT", "60"))):
+        globals()[sys.argv[1]](Path(sys.argv[2]))
