@@ -110,8 +110,21 @@ def test_first_in_first_out(memory):
             n = int(prompt.split()[1])
             torch.testing.assert_close(draw.states[k], torch.full((2, 2, 2), n + int(draw.index[k]) / 100))
             assert int(draw.age[k]) == count - 1 - n
+        assert not set(buffer._held) & set(buffer._mapped) and len(buffer._held) + len(buffer._mapped) == len(buffer)
         if buffer._scratch:  # shards whose trajectories are forgotten are deleted
             assert sum(1 for _ in Path(buffer._scratch.name).iterdir()) == len(buffer._shards) <= 5
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of mapped files")
+def test_what_is_spilled_lies_in_mapped_files():
+    """Nothing of it is held, also when the state is taken: every spilled tensor points into its shard."""
+    buffer = filled(12, 9, memory=500)
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if buffer._scratch.name in line]
+    ranges = [[int(end, 16) for end in line[0].split("-")] for line in lines]
+    state = dict(zip(buffer.ids, buffer.state_dict()["trajectories"], strict=True))
+    assert len(buffer._mapped) >= 5 and len(buffer._held) + len(buffer._mapped) == 9
+    for k in buffer._mapped:
+        assert any(low <= state[k].data_ptr() < high for low, high in ranges)
 
 
 def test_inclusion_probability():

@@ -14,6 +14,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from palate import recipe
 from palate.algorithms.sqdf import (
     SQDF, SQDFSettings, alpha_in_nats, calls_per_update, estimate, kl, levels, mean_predict_calls, soft_q_loss,
     transition,
@@ -23,6 +24,7 @@ from palate.models.emoji import EmojiModel
 from palate.models.gaussian import GaussianModel, gaussian_ode, gaussian_prediction
 from palate.models.weights import NamedWeights
 from palate.path import Prediction, add_noise, flow_schedule, from_eps, vp_schedule
+from palate.recipe import RecipeError
 from palate.sampling import transition_std
 from palate.train import train
 from tiny_flow import PROMPTS, TinyFlow
@@ -503,6 +505,43 @@ def test_without_a_kl_the_last_step_is_draft_1():
     torch.testing.assert_close(by_hand, gradient(model, loss))
 
 
+def test_the_buffer_holds_the_inputs_of_the_steps():
+    """Index i is what step i starts from: the noise at 0, and each next one the step's outcome."""
+    model, settings = gaussian(buffer="uniform")
+    algorithm = SQDF(settings)
+    losses(model, settings, range(3), 1, algorithm)
+    rng, cond = Random(0, 1, range(3)), model.encode_prompts(["x"] * 3)
+    kept = torch.stack(algorithm.buffer.state_dict()["trajectories"], 1)  # (T, 3, ...)
+    torch.testing.assert_close(kept[0], rng.normal("start", (2, 2, 2)).double())
+    times = levels(6, shift=1.0, final_time=0.05)
+    for i in range(6):
+        t, t_next = times[i].expand(3), times[i + 1].expand(3)
+        mean, std = transition(model.predict(kept[i], t, cond), *flow_schedule(t), *flow_schedule(t_next), 1.0)
+        x = (mean + std * rng.normal(f"walk-{i}", (2, 2, 2))).detach()
+        if i < 5:
+            torch.testing.assert_close(kept[i + 1], x)
+    torch.testing.assert_close(torch.tensor(list(algorithm.buffer.rewards), dtype=D), bent(x, None))
+
+
+def test_without_a_buffer_each_sample_stops_where_its_update_happens():
+    """The states are those of the full walk with the same noise, each at the index drawn for it."""
+    model, settings = gaussian(buffer="uniform")
+    algorithm = SQDF(settings)
+    losses(model, settings, range(8), 1, algorithm)
+    kept, seen, predict = torch.stack(algorithm.buffer.state_dict()["trajectories"], 1), [], model.predict
+
+    def spy(xt, t, cond, **options):
+        if options.get("weights") == "reference":
+            seen.append(xt)
+        return predict(xt, t, cond, **options)
+
+    model.predict = spy
+    losses(model, dataclasses.replace(settings, buffer="none"), range(8))
+    index = Random(0, 1, range(8)).integers("index", 0, 5)
+    torch.testing.assert_close(seen[0], kept[index, torch.arange(8)])
+    assert len(set(index.tolist())) > 2
+
+
 def test_at_the_start_the_kl_and_its_gradient_are_zero():
     model, settings = gaussian(alpha_kl=1e6)
     (loss,) = losses(model, settings, range(8), reward=lambda images, prompts: 0 * images.flatten(1).sum(1))
@@ -743,3 +782,28 @@ def test_distillation_leaves_a_true_consistency_map_as_it_is():
     truth = model.predict(x0, t, cond).x0
     error = [float((tool.ode(model, x0, t, cond, 2.0, steps) - truth).abs().max()) for steps in (50, 100)]
     assert error[0] / error[1] == pytest.approx(2, rel=0.1) and error[1] < 0.03
+
+
+@pytest.mark.parametrize(("name", "family"), [("sqdf-sd15", "stable-diffusion"), ("sqdf-sdxl", "sdxl")])
+def test_the_published_recipes_run_on_tiny_networks_of_the_same_classes(tmp_path, name, family):
+    """A LoRA stands in for the LCM-LoRA; the recipe finds it, and it speaks in the loss."""
+    import tiny_families
+
+    teacher = tiny_families.load(family, training="lora")
+    for p in teacher.parameters("policy"):
+        p.data += 0.1
+    teacher.weights.save(tmp_path)
+    model, plan = tiny_families.load(family, training="lora"), recipe.read(name, [f"model.consistency={tmp_path}"])
+    with pytest.raises(ValueError, match="consistency"):
+        model.predict(torch.zeros(1, *model.latent_shape), torch.full((1,), 0.5), model.encode_prompts(["a"]),
+                      weights="consistency")
+    recipe.load_consistency(plan, model)
+    settings = dataclasses.replace(plan.algorithm, rollout_steps=2, final_time=0.3, guidance=2.0)
+    ids, prompts = torch.arange(2), ["a", "b"]
+    batch = Batch(prompts, model.encode_prompts(prompts), ids)
+    (loss,) = SQDF(settings).step(model, lambda images, texts: images.mean((1, 2, 3)), batch, Random(0, 1, ids))
+    loss.value.backward()
+    assert sum(float(p.grad.abs().sum()) for p in model.parameters() if p.grad is not None) > 0
+    bare = recipe.read(name, ["model.consistency=null"])
+    with pytest.raises(RecipeError, match="model.consistency: name the folder of an LCM-LoRA"):
+        recipe.load_consistency(bare, object())

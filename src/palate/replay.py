@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 Law = Literal["uniform", "prioritised", "importance"]
@@ -39,16 +38,11 @@ class Draw(NamedTuple):
     age: Tensor  # (B,) trajectories inserted since
 
 
-class _Shard(NamedTuple):
-    first: int
-    end: int
-    path: Path
-
-
 class ReplayBuffer:
     """The newest `capacity` trajectories. At most `memory` bytes of them are held, the others lie in shards on disk.
 
-    While a checkpoint is written all of them are read once, which needs memory for the whole buffer.
+    Shards are memory-mapped: a draw reads the states it needs, and `state_dict` nothing. Only writing a checkpoint reads
+    everything, which needs memory for the whole buffer once.
     """
 
     def __init__(self, capacity: int, *, memory: int = 1 << 30):
@@ -60,7 +54,8 @@ class ReplayBuffer:
         self.prompts: deque[str] = deque()
         self.rewards: deque[float] = deque()
         self._held: dict[int, Tensor] = {}
-        self._shards: deque[_Shard] = deque()
+        self._mapped: dict[int, Tensor] = {}
+        self._shards: deque[tuple[int, Path]] = deque()  # the id after its last one, the file
         self._scratch: tempfile.TemporaryDirectory | None = None
 
     def __len__(self) -> int:
@@ -121,7 +116,7 @@ class ReplayBuffer:
         else:
             raise ValueError(f"law got {law!r}; expected uniform, prioritised or importance")
         first = self.end - size
-        states = torch.stack([self._state(first + int(n), int(i)) for n, i in zip(chosen, index, strict=True)])
+        states = torch.stack([self._trajectory(first + int(n))[int(i)] for n, i in zip(chosen, index, strict=True)])
         return Draw(states, index, weight, [self.prompts[int(n)] for n in chosen], size - 1 - chosen)
 
     def state_dict(self) -> dict[str, Any]:
@@ -133,7 +128,8 @@ class ReplayBuffer:
             raise ValueError(f"the checkpoint holds {len(state['trajectories'])} trajectories, buffer_size is "
                              f"{self.capacity}; continue with the settings the run was started with")
         self.end = state["end"] - len(state["trajectories"])
-        self.prompts, self.rewards, self._held, self._shards = deque(), deque(), {}, deque()
+        self.prompts, self.rewards, self._held, self._mapped, self._shards = deque(), deque(), {}, {}, deque()
+        self._scratch = None  # what the old shards map stays readable until nobody holds it
         for x, prompt, reward in zip(state["trajectories"], state["prompts"], state["rewards"], strict=True):
             self.insert(x[None], [prompt], [reward])
 
@@ -141,28 +137,16 @@ class ReplayBuffer:
         return len(self._trajectory(self.end - 1))
 
     def _trajectory(self, k: int) -> Tensor:
-        if k in self._held:
-            return self._held[k]
-        with safe_open(self._shard_of(k).path, framework="pt") as file:
-            return file.get_tensor(str(k))
-
-    def _state(self, k: int, index: int) -> Tensor:
-        """One state; from a shard, only its own bytes are read."""
-        if k in self._held:
-            return self._held[k][index]
-        with safe_open(self._shard_of(k).path, framework="pt") as file:
-            return file.get_slice(str(k))[index]
-
-    def _shard_of(self, k: int) -> _Shard:
-        return next(shard for shard in self._shards if shard.first <= k < shard.end)
+        return self._held[k] if k in self._held else self._mapped[k]
 
     def _forget(self) -> None:
         while len(self) > self.capacity:
-            self._held.pop(self.end - len(self), None)
+            self._held.pop(self.ids.start, None)
+            self._mapped.pop(self.ids.start, None)
             self.prompts.popleft()
             self.rewards.popleft()
-        while self._shards and self._shards[0].end <= self.ids.start:
-            self._shards.popleft().path.unlink()
+        while self._shards and self._shards[0][0] <= self.ids.start:
+            self._shards.popleft()[1].unlink()
 
     def _spill(self) -> None:
         """Past the limit, the oldest half of what is held (more if need be) becomes one shard."""
@@ -179,7 +163,8 @@ class ReplayBuffer:
             self._scratch = tempfile.TemporaryDirectory(prefix="palate-replay-")
         path = Path(self._scratch.name) / f"{doomed[0]:08d}.safetensors"
         save_file({str(k): self._held.pop(k) for k in doomed}, str(path))
-        self._shards.append(_Shard(doomed[0], doomed[-1] + 1, path))
+        self._shards.append((doomed[-1] + 1, path))
+        self._mapped |= {int(k): x for k, x in load_file(path).items()}
 
 
 def trajectory_probabilities(rewards: Tensor) -> Tensor:

@@ -119,8 +119,7 @@ class SQDF:
             index = rng.integers("index", 0, s.rollout_steps - 1)
             states = self._walk(model, batch, rng, times, stop=index)
             prompts, cond = batch.prompts, batch.cond
-            draw = Draw(states[index, torch.arange(len(index))], index, torch.ones(len(index)), prompts,
-                        torch.zeros(len(index)))
+            draw = Draw(states[-1], index, torch.ones(len(index)), prompts, torch.zeros(len(index)))
         else:
             draw = self._replay(model, reward, batch, rng, times)
             prompts = draw.prompts
