@@ -1,7 +1,7 @@
 """The `palate` command. Everything heavy is imported inside the commands, so that --help answers at once.
 
 Exit codes: 0 ok, 1 a replayed step that no longer fails, 2 bad input, 3 losses not finite, 4 checkpoint or disk,
-5 reward service, 6 out of memory, 7 another rank is lost, 130 and 143 signals.
+5 reward service or oracle, 6 out of memory, 7 another rank is lost, 130 and 143 signals.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ def train(
     from palate import recipe as recipes
 
     plan = recipes.read(recipe, overrides or ())
+    if plan.optimize is not None:
+        raise ValueError("optimize: this recipe asks an oracle; use `palate optimize`")
     with _ranks(nproc, plan) as on_first:
         on_first(lambda: _make_room(Path(plan.run.folder), fresh))
         _go(plan, on_first, resume=False)
@@ -76,6 +78,29 @@ def resume(
         raise checkpoint.CheckpointError(f"{run / 'checkpoints'} holds no checkpoint; start the run again with --fresh")
     with _ranks(nproc, plan) as on_first:
         _go(plan, on_first, resume=True)
+
+
+@app.command()
+def optimize(
+    recipe: Annotated[str, typer.Argument(help="A recipe with an optimize section, as optimize-emoji.")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(help="section.key=value, as optimize.budget=500")] = None,
+    fresh: Annotated[bool, typer.Option(help="Replace what is already in run.folder, the answers included.")] = False,
+) -> None:
+    """Train towards an oracle that can only be asked; the same command continues what was interrupted."""
+    from palate import recipe as recipes
+
+    plan = recipes.read(recipe, overrides or ())
+    if plan.optimize is None:
+        raise ValueError("optimize: this recipe has no such section; use `palate train`, or give optimize.oracle.name")
+    if fresh:
+        _remove_run(Path(plan.run.folder))
+    from palate.optimize import from_recipe
+
+    outcome = from_recipe(plan, say=lambda text: print(printable(text), flush=True))
+    if outcome.exit_code:
+        print("continue with the same command")
+        raise typer.Exit(outcome.exit_code)
+    print(f"finished after {outcome.step} questions: {printable(plan.run.folder)}")
 
 
 @app.command()
@@ -368,8 +393,10 @@ def _remove_run(folder: Path) -> None:
     if folder.is_symlink() or not folder.is_dir():
         raise ValueError(f"run.folder: {folder} is not an ordinary folder")
     ours = {"recipe.yaml", "environment.json", "metrics.jsonl", "samples", "checkpoints", "adapter", "export", "report.html",
-            "evaluation", "evaluation.json", "control.json", "steering.json", "failures"}  # fmt: skip
-    foreign = sorted(p.name for p in folder.iterdir() if p.name not in ours and not p.name.startswith((".tmp-", "compare")))
+            "evaluation", "evaluation.json", "control.json", "steering.json", "failures", "queries",
+            "queries.jsonl", "rounds.jsonl"}  # fmt: skip
+    parts = (".tmp-", "compare", "round-")
+    foreign = sorted(p.name for p in folder.iterdir() if p.name not in ours and not p.name.startswith(parts))
     if foreign:
         raise ValueError(f"run.folder: {folder} also holds {foreign[0]}, which no run wrote; --fresh leaves it alone")
     shutil.rmtree(folder)
@@ -467,7 +494,7 @@ def _fail(error: BaseException) -> NoReturn:
         code = 6
     elif "palate.distributed.PeerLost" in kind:
         code = 7
-    elif "palate.rewards.remote.RemoteError" in kind:
+    elif kind & {"palate.rewards.remote.RemoteError", "palate.optimize.OracleError"}:
         code = 5
     elif "palate.checkpoint.CheckpointError" in kind or isinstance(error, OSError):
         code = 4

@@ -44,6 +44,7 @@ MODELS = {  # name -> module, class, keys of ModelSettings that it reads beside 
 }  # fmt: skip
 ALGORITHMS = {  # name -> module, class, dataclass of its settings
     "srpo": ("palate.algorithms.srpo", "SRPO", "SRPOSettings"),
+    "sqdf": ("palate.algorithms.sqdf", "SQDF", "SQDFSettings"),
     "refl": ("palate.algorithms.refl", "ReFL", "ReFLSettings"),
     "draft": ("palate.algorithms.draft", "DRaFT", "DRaFTSettings"),
     "ddpo": ("palate.algorithms.ddpo", "DDPO", "DDPOSettings"),
@@ -52,6 +53,7 @@ ALGORITHMS = {  # name -> module, class, dataclass of its settings
     "dpo": ("palate.algorithms.dpo", "DPO", "DPOSettings"),
 }
 EMBEDDED_REWARDS = ("emoji", "emoji-heldout")
+ORACLES = ("jpeg-size", "hidden-judge", "colour-position")
 SIMPLE_REWARDS = ("colourfulness", "brightness", "warmth", "saturation", "high_frequency", "jpeg_size")
 PUBLISHED_REWARDS = {  # name -> module, function that loads it from reward.source.NAME
     "clip-score": ("palate.rewards.clip", "load_clip_score"),
@@ -90,6 +92,7 @@ class ModelSettings:
     lora_rank: Positive = 16
     lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # None = lora_rank
     folder: str | None = None  # a diffusers folder or hub id; None = the weights in the package (emoji)
+    consistency: str | None = None  # folder of a consistency LoRA (LCM-LoRA); None = the one in the package (emoji)
     file: str | None = None  # a .safetensors file whose denoiser takes the place of the folder's
     dtype: Literal["float32", "bfloat16"] | None = None  # of frozen weights and of computation; bfloat16
     device: str | None = None  # cpu, cuda, cuda:N; None = the accelerator if there is one
@@ -186,6 +189,36 @@ class EvaluateSettings:
 
 
 @dataclass(frozen=True)
+class OracleSettings:
+    """Who is asked: give exactly one of name, function, command, url."""
+
+    __pydantic_config__ = _STRICT
+    name: Literal[ORACLES] | None = None  # built in
+    function: str | None = None  # module:function, (images, prompts) -> numbers; its code runs
+    command: Annotated[list[str], Field(min_length=1)] | None = None  # program and arguments, no shell
+    url: Annotated[str, Field(pattern="^https?://")] | None = None
+    noise: NonNegative = 0.0  # standard deviation, added to a built-in oracle's answer
+    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0  # seconds a batch
+    retries: Count = 2  # of the same images; each counts as a question
+    batch: Positive = 16  # images a call
+
+
+@dataclass(frozen=True)
+class OptimizeSettings:
+    """`palate optimize`: questions to an oracle, and the surrogate that the algorithm climbs in place of reward."""
+
+    __pydantic_config__ = _STRICT
+    oracle: OracleSettings = field(default_factory=OracleSettings)
+    budget: Positive = 2000  # questions in all, failed ones included
+    rounds: Positive = 4  # each asks twice as often as the one before, then makes trainer.steps updates
+    surrogate: Literal["bootstrap", "ucb"] = "bootstrap"
+    heads: Positive = 4  # of the bootstrap; the surrogate is the largest
+    exploration: NonNegative = 1.0  # of ucb: standard deviations of its posterior
+    features: Literal["emoji", "clip-score", "pickscore", "hpsv2"] = "emoji"  # whose image tower the heads stand on
+    features_source: str | None = None  # of a published one, as reward.source
+
+
+@dataclass(frozen=True)
 class Recipe:
     __pydantic_config__ = _STRICT
     run: RunSettings = field(default_factory=RunSettings)
@@ -196,6 +229,7 @@ class Recipe:
     trainer: TrainerSettings = field(default_factory=TrainerSettings)
     sample: SampleSettings = field(default_factory=SampleSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+    optimize: OptimizeSettings | None = None  # of `palate optimize` only
     algorithm_name: str = "srpo"
 
 
@@ -438,7 +472,9 @@ def _check_together(recipe: Recipe, mistakes: list[str]) -> None:
     if len(given) != 1:
         got = "none" if not given else " and ".join(f"prompts.{key}" for key in given)
         mistakes.append(f"prompts: give exactly one of prompts.file, prompts.list, prompts.images, prompts.pairs; got {got}")
-    if (reward.name is None) == (not reward.weights):
+    if recipe.optimize is not None:
+        _check_oracle(recipe, mistakes)
+    elif (reward.name is None) == (not reward.weights):
         mistakes.append("reward: give reward.name, or reward.weights with at least one name and its weight")
     used = {reward.name} if reward.name else set(reward.weights or ())
     for key in ("source", "scale", "noised"):
@@ -446,6 +482,20 @@ def _check_together(recipe: Recipe, mistakes: list[str]) -> None:
             mistakes.append(f"reward.{key}.{idle[0]}: {idle[0]} is in neither reward.name nor reward.weights")
     if "remote" in used and "remote" not in reward.source:
         mistakes.append("reward.source.remote: give the server's URL, as http://127.0.0.1:8411/score")
+
+
+def _check_oracle(recipe: Recipe, mistakes: list[str]) -> None:
+    oracle = recipe.optimize.oracle
+    given = [key for key in ("name", "function", "command", "url") if getattr(oracle, key) is not None]
+    if len(given) != 1:
+        got = "none" if not given else " and ".join(f"optimize.oracle.{key}" for key in given)
+        mistakes.append(f"optimize.oracle: give exactly one of optimize.oracle.name, .function, .command, .url; got {got}")
+    if oracle.noise and oracle.name is None:
+        mistakes.append("optimize.oracle.noise: only a built-in oracle (optimize.oracle.name) takes noise")
+    if recipe.reward.name or recipe.reward.weights:
+        mistakes.append("reward: leave it out with optimize, where the surrogate of the oracle is the reward")
+    if recipe.prompts.images is not None:
+        mistakes.append("prompts.images: optimize draws its own images; give prompts.file or prompts.list")
 
 
 _SECTIONS = {
@@ -456,6 +506,7 @@ _SECTIONS = {
     "trainer": TrainerSettings,
     "sample": SampleSettings,
     "evaluate": EvaluateSettings,
+    "optimize": OptimizeSettings,
 }
 
 
@@ -478,6 +529,7 @@ def build(recipe: Recipe) -> Parts:
     model = build_model(recipe.model)
     if hasattr(model, "cache_prompts"):
         model.cache_prompts([*prompts, *preview])
+    load_consistency(recipe, model)
     reward = build_reward(recipe.reward)
     latents = None
     if recipe.prompts.images is not None:
@@ -497,6 +549,19 @@ def build_model(settings: ModelSettings) -> Model:
     return getattr(importlib.import_module(module), kind).load(
         settings.folder, training=settings.weights, lora_rank=settings.lora_rank, lora_alpha=settings.lora_alpha, **options
     )
+
+
+def load_consistency(recipe: Recipe, model: Model) -> None:
+    """Give the model its consistency weights, if the algorithm asks for them."""
+    if getattr(recipe.algorithm, "estimator", None) == "consistency":
+        folder = recipe.model.consistency
+        if hasattr(model, "load_consistency"):
+            model.load_consistency(folder)
+        elif folder is None:
+            raise RecipeError("model.consistency: name the folder of an LCM-LoRA (pytorch_lora_weights.safetensors) "
+                              f"for {recipe.model.name}, or use another algorithm.estimator: tweedie, rollout-2")
+        else:
+            model.weights.add_frozen(folder, "consistency")
 
 
 def build_algorithm(recipe: Recipe) -> Algorithm:
