@@ -202,6 +202,19 @@ def test_a_single_file_takes_the_place_of_the_denoiser(tmp_path):
     assert tuned.fingerprint() != base.fingerprint() == load("flux").fingerprint()
 
 
+def test_a_folder_is_known_by_its_content_and_the_hub_by_its_commit(tmp_path):
+    folder = tmp_path / "snapshots" / "c0ffee"
+    (folder / "vae").mkdir(parents=True)
+    (folder / "vae" / "model.safetensors").write_bytes(b"1")
+    local, hub = Repository(str(folder), folder, {}), Repository("a/b", folder, {})
+    before = local.version(["vae"])
+    assert hub.version(["vae"]) == "c0ffee" and before == local.digest(["vae"]) == hub.digest(["vae"])
+    (folder / "vae" / "model.fp16.safetensors").write_bytes(b"2")  # another precision, which is not read
+    assert local.version(["vae"]) == before
+    (folder / "vae" / "model.safetensors").write_bytes(b"3")
+    assert local.version(["vae"]) != before
+
+
 @pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "z-image"])
 def test_text_is_read_once_and_the_encoders_are_freed(name, tmp_path, monkeypatch):
     networks, read = [], Repository.read

@@ -31,6 +31,7 @@ class Parts:
     """A loaded model. Its methods are those of `core.Model` that no family does in its own way."""
 
     repository: Repository
+    denoiser: str  # the name of its part
     weights: NamedWeights
     vae: Autoencoder
     text: TextCache
@@ -50,9 +51,8 @@ class Parts:
         return self.weights.parameters(weights)
 
     def fingerprint(self) -> str:
-        """SHA-256 of the files of the base weights, adapters not included."""
-        parts = [p for p in self.repository.index if p in self.repository and not p.startswith(("safety", "feature"))]
-        return self.repository.digest(parts, self.file)
+        """SHA-256 of the files of the denoiser and the VAE; adapters and text encoders are not included."""
+        return self.repository.digest([self.denoiser, "vae"], self.file)
 
     def save_adapter(self, folder: Path | str) -> None:
         """What was trained: the policy's LoRA file (full training: its network), other names in folders below."""
@@ -109,7 +109,7 @@ def load_parts(
         image_size = default_size or repository.config(denoiser)["sample_size"] * factor
     shape = latent_shape(vae_config, image_size, family=family, patch=patch)
     text_parts = [p for p in repository.index if p in repository and p.startswith(("text_encoder", "tokenizer"))]
-    key = hashlib.sha256(f"{family} {limit} {dtype} {repository.digest(text_parts)}".encode()).hexdigest()
+    key = hashlib.sha256(f"{family} {limit} {dtype} {repository.version(text_parts)}".encode()).hexdigest()
     text = TextCache(lambda: load_encoders(precision, where), key=key, count_tokens=count_tokens, limit=limit,
                      device=where, folder=text_cache)
     vae = Autoencoder(repository.read("vae", AutoencoderKL, precision), device=where,
@@ -123,7 +123,7 @@ def load_parts(
             parameter.data = parameter.data.float()
     if gradient_checkpointing:
         weights.checkpoint_activations()
-    return Parts(repository, weights, vae, text, shape, image_size, precision, where, file)
+    return Parts(repository, denoiser, weights, vae, text, shape, image_size, precision, where, file)
 
 
 def _precision(name: str, training: str) -> torch.dtype:

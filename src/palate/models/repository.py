@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ FAMILIES = {  # denoiser's class -> model.name, to say what a folder of another 
     "PixArtTransformer2DModel": "pixart",
     "ZImageTransformer2DModel": "z-image",
 }
+WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors")  # no variants such as fp16
 SMALL = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja"]  # configurations and tokenizers
 
 
@@ -73,19 +75,18 @@ class Repository:
             why = str(error).splitlines()[0]
             raise ValueError(f"model.folder {self.source}: {part} cannot be read: {why}") from error
 
+    def version(self, parts: Iterable[str]) -> str:
+        """What changes when these parts do, whether or not they are here yet: on the hub the commit, else `digest`."""
+        return self.digest(parts) if self.root == Path(self.source) else self.root.name
+
     def digest(self, parts: Iterable[str], *files: str | None) -> str:
-        """SHA-256 over the configurations and weights of `parts`, and over further `files`."""
-        names = sorted(p for part in parts for p in (self._weights(part) / part).glob("*") if p.is_file())
+        """SHA-256 over the files of `parts` that from_pretrained reads, and over further `files`."""
+        found = [p for part in parts for p in sorted((self.root / part).glob("*")) if p.is_file()]
+        read = [p for p in found if p.suffix != ".safetensors" or WEIGHTS.fullmatch(p.name)]
         total = hashlib.sha256()
-        for path in [*names, *(Path(f) for f in files if f)]:
+        for path in [*read, *(Path(f) for f in files if f)]:
             total.update(f"{path.parent.name}/{path.name}\n{_sha256(path)}\n".encode())
         return total.hexdigest()
-
-    def _weights(self, part: str) -> Path:
-        """The folder with all of this part's files; from the hub's cache, where `read` has put them."""
-        if self.root == Path(self.source):
-            return self.root
-        return Path(snapshot_download(self.source, allow_patterns=[f"{part}/*.json", f"{part}/*.safetensors"]))
 
 
 def open_repository(folder: str | Path | None, *, family: str, parts: Mapping[str, str], file: str | None = None,
