@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from palate.algorithms.flow_grpo import (
-    FlowGRPO, FlowGRPOSettings, calls_per_update, clipped_loss, group_advantages, kl, random_steps, rollout,
-    trained_steps,
+    FlowGRPO, FlowGRPOSettings, calls_per_update, clipped_loss, group_advantages, kl, random_steps, ratio,
+    rollout, trained_steps,
 )
 from palate.core import Batch, Random
 from palate.models.gaussian import GaussianModel
@@ -105,6 +105,30 @@ def test_ratio_is_exactly_one_on_policy():
     assert [loss.update for loss in losses] == [None, None, "policy"] * 3
     _, losses = run(settings_of(minibatches=2, density="joint"), ids=(0, 1), lr=0.5)
     assert all(abs(float(loss.metrics["ratio"]) - 1) > 1e-6 for loss in losses[3:])
+
+
+def test_the_density_per_element_is_the_joint_ones_root():
+    old, now = torch.tensor([1.0], dtype=D), torch.tensor([1.4], dtype=D)
+    assert float(ratio(now, old, 4)) == pytest.approx(math.exp(0.1))
+    assert float(ratio(now, old, 1)) == pytest.approx(math.exp(0.4))
+    (joint,), _ = run(settings_of(density="joint"))
+    (each,), _ = run(settings_of())
+    torch.testing.assert_close(each, joint / 4, atol=1e-14, rtol=1e-12)
+
+
+def test_outside_the_window_sampling_is_deterministic():
+    settings, model = settings_of(steps=4, window=1, window_every=1), model_of()
+    cond = model.encode_prompts(["cat", "cat"])
+    with torch.no_grad():
+        x0, path = rollout(model, cond, Random(0, 2, [0, 1]), None, settings)  # step 2 of training: step 1 of sampling
+        x, times = path[0].x_next, time_grid(4)
+        assert len(path) == 1 and float(path[0].t[0]) == 0.75
+        for i in (2, 3):
+            x = move(model.predict(x, times[i].expand(2), cond), *flow_schedule(times[i + 1].expand(2)))
+        start = Random(0, 2, [0, 1]).normal("rollout", (1, 2, 2)).double()
+        before = move(model.predict(start, times[0].expand(2), cond), *flow_schedule(times[1].expand(2)))
+    torch.testing.assert_close(x0, x, atol=1e-12, rtol=0)
+    torch.testing.assert_close(path[0].x, before, atol=1e-12, rtol=0)
 
 
 def reparameterised(settings, step):

@@ -1,0 +1,315 @@
+"""What the comparisons share: the methods, one objective for all, a count of denoiser forwards, a measure.
+
+    python benchmarks/methods.py tune [--seed 100] [--budget 6000]    # the same small search for every method
+
+The objective of every method is the same preference, (1 + k) R("style. prompt") - R("negative. prompt") with k = 1;
+SRPO reads it as its control words, the others as their reward. No method keeps a weight average, so that the weights
+which are trained are those which are judged. `tune` tries three learning rates for each method, one seed that no table
+uses, the budget of one run each, and writes the best into RESULTS/tuned.json, which the comparisons then read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from palate import recipe
+from palate.core import Batch, Loss, Random, Reward
+from palate.evaluate import Referee, diversity, embedded_referee, generate, matches, pairs, quantise
+from palate.path import Prediction
+from palate.report import ticks
+from palate.rewards.combine import semantic_relative
+from palate.rewards.simple import saturation
+from palate.train import train
+
+STYLE, NEGATIVE, K = "3d", "flat", 1.0
+METHODS = {  # name -> recipe, what is swept as its strength in frontier.py
+    "SRPO": ("srpo-emoji", ("algorithm.anchor", (0.0, 0.3, 3.0))),
+    "SQDF": ("sqdf-emoji", ("algorithm.alpha_kl", (3e-4, 1e-3, 3e-3))),
+    "ReFL": ("refl-emoji", ("trainer.lr", ())),  # () = its learning rate over 3, as it is, times 3
+    "DRaFT-LV": ("draft-emoji", ("trainer.lr", ())),
+    "DDPO": ("ddpo-emoji", ("trainer.lr", ())),
+    "Flow-GRPO": ("grpo-emoji", ("algorithm.beta", (0.0, 0.04, 0.4))),
+    "DanceGRPO": ("dance-grpo-emoji", ("trainer.lr", ())),
+    "MixGRPO": ("mix-grpo-emoji", ("trainer.lr", ())),
+    "DiffusionNFT": ("nft-emoji", ("algorithm.kl", (0.0, 1e-4, 1e-1))),
+    "Diffusion-DPO": ("dpo-emoji", ("algorithm.beta", (500.0, 2000.0, 8000.0))),
+}
+RATES = (0.33, 1.0, 3.0)  # times the recipe's learning rate
+WORDS = {"srpo": [f'algorithm.positive=["{STYLE}"]', f'algorithm.negative=["{NEGATIVE}"]',
+                  f"algorithm.k_denoise=[{K}, {K}]"]}  # these read control words, not a reward made of them
+QUICK = {"ddpo": ["algorithm.steps=3"], "flow_grpo": ["algorithm.steps=4", "algorithm.group=2"],
+         "nft": ["algorithm.steps=3", "algorithm.group=2"], "dpo": ["algorithm.steps=3"]}  # --quick, by family
+PLAIN = ["trainer.ema_decay=0", "trainer.guard.every=0", "trainer.preview_every=0", "trainer.checkpoint_every=0"]
+
+
+def available() -> list[str]:
+    """The methods whose recipe this version has."""
+    return [name for name, (source, _) in METHODS.items() if source in recipe.published()]
+
+
+class Counted:
+    """A model that counts denoiser evaluations, batch rows x network calls: a guided predict runs the network twice."""
+
+    def __init__(self, model: Any):
+        self.model, self.counting = model, True
+        self.forwards = self.differentiated = 0
+
+    def predict(
+        self, xt: Tensor, t: Tensor, cond: Any, *, guidance: float = 1.0, weights: str = "policy"
+    ) -> Prediction:
+        if self.counting:
+            rows = len(xt) * (1 if guidance == 1 else 2)
+            self.forwards += rows
+            self.differentiated += rows * torch.is_grad_enabled()
+        return self.model.predict(xt, t, cond, guidance=guidance, weights=weights)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
+class Watched:
+    """An algorithm, with a function of the step that is called after each of its updates."""
+
+    def __init__(self, algorithm: Any, before: Callable[[], None], after: Callable[[int], None]):
+        self.algorithm, self.before, self.after, self.trains = algorithm, before, after, algorithm.trains
+
+    def step(self, model: Any, reward: Reward, batch: Batch, rng: Random) -> Iterator[Loss]:
+        self.before()
+        yield from self.algorithm.step(model, reward, batch, rng)
+        self.after(rng.step)
+
+
+class Referees(NamedTuple):
+    """Who judges, on what. `base` are the base model's measurements from the same noise, filled at the first check."""
+
+    referee: Referee
+    prompts: list[str]
+    seeds: tuple[int, ...]
+    base: dict[str, Any]
+
+
+def referees(count: int, seeds: Sequence[int]) -> Referees:
+    return Referees(embedded_referee(), recipe.spread(recipe.read_prompts("emoji-eval"), count), tuple(seeds), {})
+
+
+def objective(reward: Reward) -> Reward:
+    return semantic_relative(reward, STYLE, NEGATIVE, K)
+
+
+@torch.no_grad()
+def measure(model: Any, who: Referees, weights: str = "policy") -> dict[str, list[float]]:
+    """One value a prompt (means over seeds): optimised and held-out objective, style share, concept, diversity inside
+    the prompt and style (with two seeds), drift (judge's cosine distance from the base's image), saturation."""
+    referee, (words, _) = who.referee, pairs(who.prompts, who.seeds)
+    images = quantise(generate(model, who.prompts, who.seeds, weights=weights))
+    found: dict[str, list[Tensor]] = {}
+    for start in range(0, len(images), 64):
+        batch, text = images[start : start + 64], words[start : start + 64]
+        seen = referee.judge.style(batch)
+        captions = [referee.parse(prompt) for prompt in text]
+        for name, value in {
+            "reward": objective(referee.rewards["emoji"])(batch, text),
+            "heldout": objective(referee.rewards[referee.heldout])(batch, text),
+            "style": (seen == referee.judge.styles.index(STYLE)).double(),
+            "concept": matches(referee.judge.concept(batch), referee.judge.concepts, [c.concept for c in captions]),
+            "saturation": saturation(batch),
+            "kind": seen,
+            "features": referee.judge.features(batch),
+        }.items():
+            found.setdefault(name, []).append(value.double())
+    columns = {name: torch.cat(parts) for name, parts in found.items()}
+    features, kinds = columns.pop("features"), columns.pop("kind")
+    if "features" not in who.base:
+        who.base["features"] = features  # the first measurement is that of the base
+    columns["drift"] = 1 - torch.nn.functional.cosine_similarity(features, who.base["features"], dim=1)
+    rows = {name: column.view(len(who.prompts), -1).mean(1) for name, column in columns.items()}
+    if len(who.seeds) > 1:
+        rows["diversity"] = diversity(features, words, kinds.tolist())
+    return {name: [round(float(x), 6) for x in values] for name, values in rows.items()}
+
+
+class Check(NamedTuple):
+    """Where a run stood after some updates."""
+
+    updates: int
+    forwards: int
+    differentiated: int
+    seconds: float  # of training, on this machine
+    values: dict[str, list[float]]  # `measure`
+
+    def mean(self, name: str) -> float:
+        return float(np.nanmean(self.values[name]))
+
+
+class _Enough(Exception):
+    """The run has what it needs."""
+
+
+def watch(
+    method: str, seed: int, who: Referees, *, budget: int, checks: int, overrides: Sequence[str] = (),
+    done: Callable[[Check], bool] = lambda check: False,
+) -> list[Check]:
+    """Train the method from the base model for `budget` denoiser forwards and measure it `checks` times on the way, and
+    once before; stops early when `done`. Forwards of the measuring do not count."""
+    source = METHODS[method][0]
+    family = recipe.read(source).algorithm_name
+    plan = recipe.read(source, [*WORDS.get(family, []), *PLAIN, *overrides, f"trainer.seed={seed}"])
+    torch.manual_seed(seed)  # LoRA's first weights
+    parts = recipe.build(plan)
+    model, reward = Counted(parts.model), parts.reward if family in WORDS else objective(parts.reward)
+    found: list[Check] = []
+    clock = {"trained": 0.0, "began": 0.0}
+
+    def check(updates: int) -> None:
+        model.counting = False
+        if "values" not in who.base:
+            who.base["values"] = measure(model, who, weights="reference")
+        values = measure(model, who) if updates else who.base["values"]
+        model.counting = True
+        found.append(Check(updates, model.forwards, model.differentiated, round(clock["trained"], 2), values))
+
+    def before() -> None:
+        clock["began"] = time.perf_counter()
+
+    def after(step: int) -> None:
+        clock["trained"] += time.perf_counter() - clock["began"]
+        if model.forwards >= budget * len(found) / checks:
+            check(step)
+            if model.forwards >= budget or done(found[-1]):
+                raise _Enough
+
+    check(0)
+    settings = {**vars(plan.trainer), "steps": 10**6}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            train(model, Watched(parts.algorithm, before, after), reward, parts.prompts, folder=folder, progress=False,
+                  **settings)
+        except _Enough:
+            pass
+    return found
+
+
+def stored(path: Path, make: Callable[[], Any]) -> Any:
+    """The JSON in the file, made and written first if there is none."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = json.dumps(make())
+        path.write_text(made + "\n")
+    return json.loads(path.read_text())
+
+
+def tuned(results: Path) -> dict[str, float]:
+    """Learning rate of each method that has been tuned."""
+    path = results / "tuned.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def small(method: str) -> list[str]:
+    """Overrides of --quick: the least that still runs the method."""
+    return ["trainer.batch_size=2", *QUICK.get(recipe.read(METHODS[method][0]).algorithm_name, [])]
+
+
+def rate(method: str, results: Path) -> float:
+    return tuned(results).get(method) or recipe.read(METHODS[method][0]).trainer.lr
+
+
+def slug(*parts: object) -> str:
+    return "-".join("".join(c if c.isalnum() or c == "." else "_" for c in str(part)) for part in parts)
+
+
+def scatter(
+    title: str, x_name: str, y_name: str, series: dict[str, list[tuple[float, float]]],
+    lines: dict[str, list[tuple[float, float]]],
+) -> str:
+    """An SVG of points and of lines, a colour and a mark for each name."""
+    width, height, left, right, top, bottom = 760, 440, 70, 170, 44, 56
+    colours = ("#c2410c", "#1b9e77", "#7570b3", "#e6ab02", "#377eb8", "#666", "#a6761d", "#e7298a", "#66a61e", "#111")
+    every = [p for points in [*series.values(), *lines.values()] for p in points if all(map(math.isfinite, p))]
+    spans = []
+    for axis in (0, 1):
+        low, high = min(p[axis] for p in every), max(p[axis] for p in every)
+        pad = max((high - low) * 0.06, 1e-6)
+        spans.append((low - pad, high + pad))
+
+    def place(point: tuple[float, float]) -> tuple[float, float]:
+        (x0, x1), (y0, y1) = spans
+        return (round(left + (width - left - right) * (point[0] - x0) / (x1 - x0), 1),
+                round(height - bottom - (height - top - bottom) * (point[1] - y0) / (y1 - y0), 1))
+
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+           f'font-size="12" fill="#444"><rect width="{width}" height="{height}" fill="#fff"/>'
+           f'<text x="{left}" y="22" font-size="14">{title}</text>'
+           f'<text x="{(left + width - right) / 2}" y="{height - 12}" text-anchor="middle">{x_name}</text>'
+           f'<text transform="translate(16 {height / 2}) rotate(-90)" text-anchor="middle">{y_name}</text>']
+    for value in ticks(*spans[0]):
+        x, _ = place((value, spans[1][0]))
+        out.append(f'<line x1="{x}" x2="{x}" y1="{top}" y2="{height - bottom}" stroke="#e4e4e4"/>'
+                   f'<text x="{x}" y="{height - bottom + 16}" text-anchor="middle">{value:g}</text>')
+    for value in ticks(*spans[1]):
+        _, y = place((spans[0][0], value))
+        out.append(f'<line x1="{left}" x2="{width - right}" y1="{y}" y2="{y}" stroke="#e4e4e4"/>'
+                   f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{value:g}</text>')
+    for i, name in enumerate(series):
+        colour = colours[i % len(colours)]
+        path = " ".join(f"{x},{y}" for x, y in (place(p) for p in lines.get(name, []) if all(map(math.isfinite, p))))
+        if path:
+            out.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" points="{path}"/>')
+        for x, y in (place(p) for p in series[name] if all(map(math.isfinite, p))):
+            shape = (f'<circle cx="{x}" cy="{y}" r="3.4"' if i % 2 == 0 else
+                     f'<rect x="{x - 3}" y="{y - 3}" width="6" height="6"')
+            out.append(f'{shape} fill="{colour}" fill-opacity=".75"/>')
+        y = top + 8 + 18 * i
+        out.append(f'<rect x="{width - right + 16}" y="{y - 9}" width="10" height="10" fill="{colour}"/>'
+                   f'<text x="{width - right + 32}" y="{y}">{name}</text>')
+    return "".join([*out, "</svg>\n"])
+
+
+def tune(results: Path, methods: Sequence[str], seed: int, budget: int, prompts: int) -> dict[str, float]:
+    """The learning rate with the highest held-out objective after `budget` forwards among those that kept concept
+    accuracy within .05 of the base; if none did, the one that kept most of it."""
+    who, chosen = referees(prompts, (0,)), {}
+    for method in methods:
+        rows = []
+        for factor in RATES:
+            lr = recipe.read(METHODS[method][0]).trainer.lr * factor
+
+            def run(method: str = method, lr: float = lr) -> dict[str, float]:
+                found = watch(method, seed, who, budget=budget, checks=1, overrides=[f"trainer.lr={lr}"])
+                return {name: found[-1].mean(name) for name in ("reward", "heldout", "style", "concept")} | {
+                    "concept_base": found[0].mean("concept"), "lr": lr}
+
+            rows.append(stored(results / f"{slug('tune', method, factor, seed, budget)}.json", run))
+            print(method, json.dumps(rows[-1]), flush=True)
+        kept = [row for row in rows if row["concept"] >= row["concept_base"] - 0.05]
+        best = max(kept, key=lambda r: r["heldout"]) if kept else max(rows, key=lambda r: r["concept"])
+        chosen[method] = best["lr"]
+    return chosen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["tune"])
+    parser.add_argument("--methods", nargs="+", default=available(), choices=available())
+    parser.add_argument("--seed", type=int, default=100, help="of the search; the tables use others")
+    parser.add_argument("--budget", type=int, default=6000, help="denoiser forwards of a run")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    chosen = tuned(args.results) | tune(args.results, args.methods, args.seed, args.budget, args.prompts)
+    (args.results / "tuned.json").write_text(json.dumps(chosen, indent=1) + "\n")
+    print(f"{len(RATES)} learning rates x 1 seed x {args.budget} forwards a method: {json.dumps(chosen)}")
+
+
+if __name__ == "__main__":
+    main()

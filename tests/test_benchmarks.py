@@ -1,0 +1,104 @@
+"""benchmarks/: the mathematics of the frontier, the counter, and (soak) the quick form of both comparisons."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from palate.models.gaussian import GaussianModel
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(FOLDER))
+
+import frontier  # noqa: E402
+import methods  # noqa: E402
+import time_to_preference as time_to  # noqa: E402
+
+
+def test_envelope_is_the_best_of_what_reaches_as_far():
+    x, y = np.array([0.0, 1.0, 2.0]), np.array([3.0, 1.0, 2.0])
+    got = frontier.envelope(x, y, np.array([-1.0, 0.0, 0.5, 1.5, 2.0, 2.5]))
+    np.testing.assert_array_equal(got, [3.0, 3.0, 2.0, 2.0, 2.0, np.nan])
+
+
+def test_area_is_a_share_of_the_box():
+    both = np.array([0.0, 1.0])
+    assert frontier.area(both, np.array([5.0, 5.0]), 0, 1, 1.0, 5.0) == pytest.approx(1.0)
+    assert frontier.area(both, np.array([5.0, 3.0]), 0, 1, 1.0, 5.0) == pytest.approx((1 + 60 * 0.5) / 61)
+    half = frontier.area(np.array([0.0, 0.5]), np.array([5.0, 5.0]), 0, 1, 1.0, 5.0)  # reaches half of the range
+    assert half == pytest.approx(31 / 61)
+    many = frontier.area(np.stack([both, both / 2]), np.full((2, 2), 5.0), 0, 1, 1.0, 5.0)
+    np.testing.assert_allclose(many, [1.0, 31 / 61])
+
+
+def test_share_above():
+    high, low = (np.array([0.0, 1.0]), np.array([2.0, 2.0])), (np.array([0.0, 1.0]), np.array([1.0, 1.0]))
+    assert frontier.share_above(high, low, 0, 1) == 1.0 and frontier.share_above(low, high, 0, 1) == 0.0
+    short = (np.array([0.0, 0.5]), np.array([2.0, 2.0]))
+    assert frontier.share_above(short, low, 0, 1) == pytest.approx(31 / 61)
+    assert frontier.share_above(short, low, 0, 2) == pytest.approx(16 / 31)  # what neither reaches does not count
+
+
+def test_summary_of_known_points():
+    """Two methods on a line: one keeps the held-out value, the other pays for its reward; intervals hold the value."""
+    def point(reward, heldout):
+        spread = np.array([-0.1, 0.0, 0.1])
+        return {"reward": (reward + spread).tolist(), "heldout": (heldout + spread).tolist(),
+                "concept": [1.0, float("nan"), 0.0], "diversity": [heldout] * 3, "drift": [reward] * 3}
+
+    clouds = {"SQDF": [point(0, 0), point(1, 0)], "ReFL": [point(0, 0), point(1, -1)]}
+    result, text = frontier.summary(clouds)
+    kept, paid = (result["methods"][m]["area_heldout"] for m in clouds)
+    assert kept[0] == pytest.approx(1.0) and paid[0] == pytest.approx(1 / 61, abs=1e-6)
+    assert kept[1] <= kept[0] <= kept[2] + 1e-9
+    assert result["methods"]["ReFL"]["concept"] == 0.5 and result["SQDF above ReFL"] == 1.0
+    assert "| SQDF | 2 |" in text and "over 100% of the range" in text
+    better = {**point(1, 1), "diversity": [0.9] * 3}  # at diversity .9 to 1 only the base is left, where they are equal
+    start, spent = {**point(0, 0), "diversity": [1.0] * 3}, {**point(1, 0), "diversity": [0.2] * 3}
+    result, _ = frontier.summary({"SQDF": [start, spent], "ReFL": [start, better]})
+    assert result["SQDF above ReFL"] == pytest.approx(8 / 61)
+
+
+def test_counted_counts_rows_times_network_calls():
+    model = methods.Counted(GaussianModel(torch.zeros(1, 2, 2), 1.0))
+    x, t = torch.zeros(3, 1, 2, 2), torch.full((3,), 0.5)
+    with torch.no_grad():
+        model.predict(x, t, x)
+        model.predict(x, t, x, guidance=3.0)
+    model.predict(x, t, x, guidance=1.0)
+    assert (model.forwards, model.differentiated) == (3 + 6 + 3, 3)
+    model.counting = False
+    model.predict(x, t, x)
+    assert model.forwards == 12 and model.latent_shape == (1, 2, 2)
+
+
+def test_ratio_and_table():
+    def row(method, seed, forwards, reached):
+        check = {"forwards": forwards, "style": 0.9 * reached, "concept": 0.7, "reward": 0.1 * reached, "heldout": 0.1}
+        return {"method": method, "seed": seed, "budget": 900, "reached": reached, "forwards": forwards, "updates": 10,
+                "seconds": 1.0, "differentiated": 5, "checks": [{**check, "forwards": 0, "reward": 0.05}, check]}
+
+    fast = [row("SRPO", s, 100 + s, True) for s in range(3)]
+    slow = [row("Flow-GRPO", s, 500 if s == 0 else 900, s == 0) for s in range(3)]
+    value, low, high, bound = time_to.ratio(slow, fast)
+    assert value == pytest.approx(2300 / 303) and low <= value <= high and bound
+    assert not time_to.ratio([row("Flow-GRPO", 0, 500, True)], fast)[3]
+    text = time_to.table([*fast, *slow])
+    assert "| SRPO | 3 of 3 | 101 ± 1 |" in text and "| Flow-GRPO | 1 of 3 | 500 ± 0 |" in text
+    assert "Flow-GRPO over SRPO: at least 7.6" in text
+    assert "| +0.100 (3 of 3) |" in text and "| +0.033 (1 of 3) |" in text
+    assert "never (> 900)" in time_to.table([row("ReFL", 0, 900, False)])
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("script", ["time_to_preference.py", "frontier.py"])
+def test_quick(script):
+    command = [sys.executable, str(FOLDER / script), "--quick"]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert made.returncode == 0, made.stderr[-2000:]
+    assert all(f"| {method} |" in made.stdout for method in methods.available())
