@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,12 +28,14 @@ from palate.export import (
     WEIGHTS,
     Lora,
     export_lora,
+    export_merged,
     flux_layers,
     read_adapter,
     to_comfyui,
     to_diffusers,
     to_kohya,
 )
+from palate.models.weights import NamedWeights
 
 RANK, ALPHA = 3, 7.0  # alpha != rank on purpose
 
@@ -343,3 +346,19 @@ def test_what_cannot_be_exported_says_why(run, tmp_path):
     (copy / "recipe.yaml").write_text(RECIPE.format(folder=copy, name=name, weights="full"))
     with pytest.raises(ValueError, match="trained the full model"):
         export_lora(copy, "diffusers")
+
+
+def test_merged_weights_need_no_lora(tmp_path):
+    make, targets, _ = FAMILIES["stable-diffusion"]
+    weights = NamedWeights(make(), training="lora", rank=RANK, alpha=ALPHA, targets=targets)
+    generator = torch.Generator().manual_seed(2)
+    for p in weights.parameters():
+        p.data = 0.3 * torch.randn(p.shape, generator=generator)
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=tmp_path, name="stable-diffusion", weights="lora"))
+    folder = export_merged(tmp_path, SimpleNamespace(weights=weights))
+    plain = UNet2DConditionModel.from_pretrained(folder / "unet")
+    assert not any("lora" in name for name in plain.state_dict())
+    torch.testing.assert_close(output(plain), output(weights.network), atol=2e-5, rtol=1e-4)
+    assert "Merged LoRA of owner/base" in (folder / "README.md").read_text()
+    with pytest.raises(ValueError, match="is not empty"):
+        export_merged(tmp_path, SimpleNamespace(weights=weights))

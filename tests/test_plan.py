@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from palate import cli, recipe
 from palate import plan as planner
-from palate import recipe
 from palate.algorithms.srpo import calls_per_update
 from palate.core import Batch, Random
-from palate.doctor import FLOORS, check_reward, findings
+from palate.doctor import FLOORS, Finding, check_reward, findings
 from palate.plan import GIB, Unit, count, levers, measure, plan, table
 
 BASE = """
@@ -172,3 +174,27 @@ def test_every_published_recipe_can_be_counted(name):
     made = recipe.read(name)
     calls = count(made, updates=1)
     assert calls["denoiser"] >= calls.get("denoiser backward", 0.0) > 0
+
+
+def test_the_commands_answer_in_text_and_refuse_in_a_line(monkeypatch, capfd, tmp_path):
+    def palate(*arguments):
+        monkeypatch.setattr(sys, "argv", ["palate", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code or 0, *capfd.readouterr()
+
+    monkeypatch.setattr(planner, "measure", lambda recipe: UNITS)
+    monkeypatch.setattr("palate.doctor.findings", lambda: iter([Finding("ok", "all is well"), Finding("note", "no GPU")]))
+    code, out, _ = palate("plan", "srpo-emoji", "trainer.batch_size=4", "--device", "h200", "--gpus", "2")
+    assert code == 0 and "batch 4, 2 x h200" in out and "GiB on each GPU" in out
+    assert palate("doctor")[:2] == (0, "ok   all is well\nnote no GPU\n")
+    monkeypatch.setattr("palate.doctor.findings", lambda: iter([Finding("bad", "torch 1.0; needs >= 2.10")]))
+    assert palate("doctor")[0] == 2
+    for arguments, words in (
+        (("plan", "srpo-emoji", "--device", "abacus"), "--device: got 'abacus'; expected one of rtx-3090"),
+        (("plan", "srpo-emojy"), "did you mean srpo-emoji"),
+        (("export", str(tmp_path)), "is not a run"),
+        (("doctor", "--reward", "hpsv2"), "published as a pickle only"),
+    ):
+        code, _, error = palate(*arguments)
+        assert code == 2 and words in error and len(error.splitlines()) <= 3

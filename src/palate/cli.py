@@ -195,12 +195,17 @@ def report(run: Run) -> None:
 @app.command()
 def export(
     run: Run,
-    form: Annotated[str, typer.Option("--format", help="diffusers, kohya or comfyui.")] = "diffusers",
+    form: Annotated[str, typer.Option("--format", help="diffusers, kohya, comfyui, merged.")] = "diffusers",
     out: Annotated[Optional[Path], typer.Option(help="The folder to write to; RUN/export/FORMAT if left out.")] = None,
 ) -> None:
     """Write the LoRA of a run in the form that another program loads."""
     from palate.export import WEIGHTS, export_lora
 
+    if form == "merged":
+        from palate.export import export_merged
+
+        print(f"network: {printable(str(export_merged(run, _trained_model(run), out)))}")
+        return
     print(f"LoRA: {printable(str(export_lora(run, form, out) / WEIGHTS))}")
 
 
