@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from palate.core import Model
+    from palate.evaluate import Sampler
     from palate.recipe import Recipe
 
 app = typer.Typer(
@@ -142,9 +143,12 @@ def sample(
 
     from palate.evaluate import generate, pairs, write_samples
 
-    steps = steps or loaded.default_steps
-    guidance = loaded.default_guidance if guidance is None else guidance
-    images = generate(loaded, prompts, numbers, steps=steps, guidance=guidance)
+    sampler = None if plain else _sampler(Path(source))
+    if sampler and (steps is not None or guidance is not None):
+        raise ValueError("--steps, --guidance: this run trains a generator, which draws as it was trained; leave them out")
+    steps = sampler.steps if sampler else steps or loaded.default_steps
+    guidance = 1.0 if sampler else loaded.default_guidance if guidance is None else guidance
+    images = generate(loaded, prompts, numbers, steps=steps, guidance=guidance, sampler=sampler)
     words, rows = pairs(prompts, numbers)
     write_samples(out, images, words, rows, guidance=guidance, steps=steps)
     _grid(images, len(numbers)).save(out / "grid.png")
@@ -169,7 +173,8 @@ def evaluate(
 
     from palate.evaluate import evaluate_run
 
-    result = evaluate_run(run, prompts=prompts, seeds=tuple(range(seeds or plan.evaluate.seeds)), model=model)
+    result = evaluate_run(run, prompts=prompts, seeds=tuple(range(seeds or plan.evaluate.seeds)), model=model,
+                          sampler=_sampler(run))
     _print_evaluation(result)
 
 
@@ -300,7 +305,7 @@ def replay(
         raise ValueError(f"{bundle} is of a run that Python started, without a recipe; use palate.failure.replay there")
     plan = recipes.parse(saved.state["recipe"])
     torch.manual_seed(plan.trainer.seed)
-    model, algorithm = recipes.build_model(plan.model), recipes.build_algorithm(plan)
+    model, algorithm = recipes.build_model(plan), recipes.build_algorithm(plan)
     found = failure.replay(bundle, model, algorithm, recipes.build_reward(plan.reward))
     print(printable(found.text()))
     if not found.reproduced:
@@ -379,9 +384,16 @@ def _trained_model(run: Path) -> Model:
     from palate.train import restore_result
 
     plan = recipes.read(str(_recipe_file(run)))
-    model = recipes.build_model(plan.model)
+    model = recipes.build_model(plan)
     restore_result(model, run, warn=lambda text: print(printable(text), file=sys.stderr))
     return model
+
+
+def _sampler(run: Path) -> Sampler | None:
+    """How the run's result is drawn, when that is not by the model's own sampler."""
+    from palate import recipe as recipes
+
+    return getattr(recipes.build_algorithm(recipes.read(str(_recipe_file(run)))), "sampler", None)
 
 
 def _recipe_file(run: Path) -> Path:

@@ -23,7 +23,7 @@ import yaml
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from palate.core import Model, Random, Reward
+from palate.core import Cond, Model, Random, Reward
 from palate.rewards import simple
 
 CLOSED_FORM = {
@@ -45,6 +45,14 @@ class Judge(Protocol):
     def features(self, images: Tensor) -> Tensor: ...  # (B, D)
     def concept(self, images: Tensor) -> Tensor: ...  # (B,) index into concepts
     def style(self, images: Tensor) -> Tensor: ...  # (B,) index into styles
+
+
+class Sampler(Protocol):
+    """How an algorithm draws from its policy: `steps` evaluations without guidance, each with a noise of its own."""
+
+    steps: int
+
+    def __call__(self, model: Model, cond: Cond, noises: Sequence[Tensor], *, weights: str = "policy") -> Tensor: ...
 
 
 class Caption(Protocol):
@@ -354,16 +362,24 @@ def generate(
     guidance: float | None = None,
     weights: str = "policy",
     batch_size: int = 32,
+    sampler: Sampler | None = None,
 ) -> Tensor:
     """Images (len(prompts) * len(seeds), 3, H, W) on the CPU, in the order of `pairs`. The noise is a function of
-    (seed, index of the prompt) alone: every model and batch size starts from the same. None = the model's default."""
+    (seed, index of the prompt) alone: every model and batch size starts from the same. None = the model's default;
+    a `sampler` takes the place of steps and guidance."""
     words, _ = pairs(prompts, seeds)
-    shape = model.latent_shape
-    noise = [Random(int(s), 0, [i]).normal("evaluate", shape) for i in range(len(prompts)) for s in seeds]
-    return _draw(model, words, torch.cat(noise), steps=steps, guidance=guidance, weights=weights, batch_size=batch_size)
+    rows = [Random(int(s), 0, [i]) for i in range(len(prompts)) for s in seeds]
+    noises = _noises(rows, "evaluate", model.latent_shape, sampler)
+    return _draw(model, words, noises, steps=steps, guidance=guidance, weights=weights, batch_size=batch_size, sampler=sampler)
 
 
-def _draw(model, prompts, noise, *, steps, guidance, weights, batch_size) -> Tensor:
+def _noises(rows: Sequence[Random], purpose: str, shape: Sequence[int], sampler: Sampler | None) -> list[Tensor]:
+    """What sampling starts from, and for a sampler that needs more than one noise the others."""
+    purposes = [purpose, *(f"{purpose}-{k}" for k in range(1, sampler.steps if sampler else 1))]
+    return [torch.cat([row.normal(name, shape) for row in rows]) for name in purposes]
+
+
+def _draw(model, prompts, noises, *, steps, guidance, weights, batch_size, sampler) -> Tensor:
     from palate.sampling import sample
 
     steps = model.default_steps if steps is None else steps
@@ -373,8 +389,11 @@ def _draw(model, prompts, noise, *, steps, guidance, weights, batch_size) -> Ten
     images = []
     for start in range(0, len(prompts), batch_size):
         cond = model.encode_prompts(list(prompts[start : start + batch_size]))
-        part = noise[start : start + batch_size].to(device)
-        latents = sample(model, cond, part, steps, guidance=guidance, weights=weights)
+        parts = [noise[start : start + batch_size].to(device) for noise in noises]
+        if sampler is None:
+            latents = sample(model, cond, parts[0], steps, guidance=guidance, weights=weights)
+        else:
+            latents = sampler(model, cond, parts, weights=weights)
         images.append(model.decode(latents).float().cpu())
     return torch.cat(images)
 
@@ -415,7 +434,8 @@ def _referee_images(images, prompts, seeds, *, referee: Referee, base) -> Evalua
 
 @torch.no_grad()
 def quick_check(
-    model: Model, prompts: Sequence[str], ids: Sequence[int], *, seed: int, referee: Referee | None = None
+    model: Model, prompts: Sequence[str], ids: Sequence[int], *, seed: int, referee: Referee | None = None,
+    sampler: Sampler | None = None,
 ) -> dict[str, float]:
     """Means for the training guard, of one image for each prompt, the noise a function of (seed, ids[i]). Keys: reward
     (the first of the referee's), heldout, concept, background, diversity, saturation, style/<name>; a question that no
@@ -423,8 +443,8 @@ def quick_check(
     if len(prompts) != len(ids):
         raise ValueError(f"got {len(prompts)} prompts and {len(ids)} ids; expected one id an image")
     referee = referee or embedded_referee()
-    noise = Random(seed, 0, ids).normal("quick_check", model.latent_shape)
-    images = _draw(model, prompts, noise, steps=None, guidance=None, weights="policy", batch_size=64)
+    noises = _noises([Random(seed, 0, ids)], "quick_check", model.latent_shape, sampler)
+    images = _draw(model, prompts, noises, steps=None, guidance=None, weights="policy", batch_size=64, sampler=sampler)
     first = next(iter(referee.rewards))
     columns = _columns(
         images,
@@ -636,6 +656,7 @@ def evaluate_run(
     seeds: Sequence[int] | None = None,
     model: Model | None = None,
     referee: Referee | None = None,
+    sampler: Sampler | None = None,
 ) -> dict[str, Any]:
     """Base model against the run's result on prompts x seeds from the same noise: every reward with the optimised one
     marked, a verdict, the images. Writes evaluation/{base,result}/ and evaluation.json into the run folder and returns
@@ -643,7 +664,8 @@ def evaluate_run(
     run_folder = Path(run_folder)
     recipe = read_recipe(run_folder)
     settings = recipe.get("evaluate") or {}
-    model = model or _trained_model(run_folder)
+    if model is None:
+        model, sampler = _trained_model(run_folder)
     referee = referee or embedded_referee()
     prompts = list(prompts) if prompts is not None else _prompts(recipe)
     seeds = range(settings.get("seeds", 4)) if seeds is None else seeds
@@ -656,8 +678,9 @@ def evaluate_run(
     columns = pairs(prompts, seeds)
     folders = {"base": run_folder / "evaluation" / "base", "result": run_folder / "evaluation" / "result"}
     for side, weights in (("base", "reference"), ("result", "policy")):
-        images = generate(model, prompts, seeds, steps=steps, guidance=guidance, weights=weights)
-        write_samples(folders[side], images, *columns, guidance=guidance, steps=steps)
+        own = sampler if side == "result" else None  # a generator is judged beside its teacher, drawn in many steps
+        images = generate(model, prompts, seeds, steps=steps, guidance=guidance, weights=weights, sampler=own)
+        write_samples(folders[side], images, *columns, guidance=1.0 if own else guidance, steps=own.steps if own else steps)
     result = evaluate_samples(folders["result"], base_folder=folders["base"], referee=referee._replace(rewards=rewards))
     result |= {
         "optimised": optimised,
@@ -697,16 +720,17 @@ def read_recipe(run_folder: Path) -> dict[str, Any]:
     return recipe
 
 
-def _trained_model(run_folder: Path) -> Model:
-    """The recipe's model with the run's adapter."""
+def _trained_model(run_folder: Path) -> tuple[Model, Sampler | None]:
+    """The recipe's model with the run's adapter, and how the algorithm draws from it."""
     from palate import recipe
 
     adapter = run_folder / "adapter"
     if not adapter.is_dir():
         raise ValueError(f"{adapter} is missing: the run has not finished; palate resume {run_folder}")
-    model = recipe.build_model(recipe.parse((run_folder / "recipe.yaml").read_text(encoding="utf-8")).model)
+    plan = recipe.parse((run_folder / "recipe.yaml").read_text(encoding="utf-8"))
+    model = recipe.build_model(plan)
     model.load_adapter(adapter)
-    return model
+    return model, getattr(recipe.build_algorithm(plan), "sampler", None)
 
 
 def _write(path: Path, text: str) -> None:

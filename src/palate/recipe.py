@@ -51,6 +51,7 @@ ALGORITHMS = {  # name -> module, class, dataclass of its settings
     "flow_grpo": ("palate.algorithms.flow_grpo", "FlowGRPO", "FlowGRPOSettings"),
     "nft": ("palate.algorithms.nft", "NFT", "NFTSettings"),
     "dpo": ("palate.algorithms.dpo", "DPO", "DPOSettings"),
+    "distar": ("palate.algorithms.distar", "Distar", "DistarSettings"),
 }
 EMBEDDED_REWARDS = ("emoji", "emoji-heldout")
 ORACLES = ("jpeg-size", "hidden-judge", "colour-position")
@@ -91,6 +92,7 @@ class ModelSettings:
     weights: Literal["lora", "full"] = "lora"
     lora_rank: Positive = 16
     lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # None = lora_rank
+    start: str | None = None  # the adapter folder of an earlier run, whose policy this one begins with
     folder: str | None = None  # a diffusers folder or hub id; None = the weights in the package (emoji)
     consistency: str | None = None  # folder of a consistency LoRA (LCM-LoRA); None = the one in the package (emoji)
     file: str | None = None  # a .safetensors file whose denoiser takes the place of the folder's
@@ -409,6 +411,9 @@ def _validate(tree: dict[str, Any], mistakes: list[str]) -> Recipe | None:
         mistakes.append(f"prompts.pairs: {name} does not read pairs, only dpo does; give prompts.file")
     if recipe.prompts.images is not None and name == "dpo":
         mistakes.append("prompts.images: dpo reads pairs of images; give prompts.pairs, or prompts.file to draw them")
+    trained = trained_names(name)
+    for key in sorted(set(recipe.trainer.lrs or ()) - set(trained)):
+        mistakes.append(f"trainer.lrs.{key}: {name} trains {', '.join(trained)}{_near(key, trained, 'trainer.lrs.')}")
     return dataclasses.replace(recipe, algorithm=algorithm, algorithm_name=name)
 
 
@@ -450,8 +455,9 @@ def _at(kind: type, where: list[str]) -> type:
     for part in where:
         if kind is Recipe:
             kind = _SECTIONS.get(part, Recipe)
-        elif kind is TrainerSettings and part == "guard":
-            kind = GuardSettings
+        else:  # a section inside a section has a dataclass as its default: trainer.guard
+            made = next((f.default_factory for f in dataclasses.fields(kind) if f.name == part), None)
+            kind = made if dataclasses.is_dataclass(made) else kind
     return kind
 
 
@@ -526,7 +532,7 @@ def build(recipe: Recipe) -> Parts:
         captions = [pair.prompt for pair in pairs]
     prompts = captions or recipe.prompts.list or read_prompts(recipe.prompts.file)
     preview = read_prompts(recipe.prompts.preview) if recipe.prompts.preview else spread(prompts)
-    model = build_model(recipe.model)
+    model = build_model(recipe)
     if hasattr(model, "cache_prompts"):
         model.cache_prompts([*prompts, *preview])
     load_consistency(recipe, model)
@@ -543,12 +549,24 @@ def build(recipe: Recipe) -> Parts:
     )
 
 
-def build_model(settings: ModelSettings) -> Model:
+def build_model(recipe: Recipe) -> Model:
+    """The model, with the named weights that the recipe's algorithm trains."""
+    settings = recipe.model
     module, kind, keys = MODELS[settings.name]
     options = {key: getattr(settings, key) for key in keys if getattr(settings, key) is not None}
-    return getattr(importlib.import_module(module), kind).load(
-        settings.folder, training=settings.weights, lora_rank=settings.lora_rank, lora_alpha=settings.lora_alpha, **options
+    model = getattr(importlib.import_module(module), kind).load(
+        settings.folder, training=settings.weights, lora_rank=settings.lora_rank, lora_alpha=settings.lora_alpha,
+        names=trained_names(recipe.algorithm_name), **options,
     )
+    if settings.start is not None:
+        model.weights.load(settings.start, "policy")
+    return model
+
+
+def trained_names(algorithm: str) -> tuple[str, ...]:
+    """The named weights that an algorithm trains."""
+    module, kind, _ = ALGORITHMS[algorithm]
+    return getattr(importlib.import_module(module), kind).trains
 
 
 def load_consistency(recipe: Recipe, model: Model) -> None:

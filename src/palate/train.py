@@ -118,6 +118,11 @@ def train(
         raise ValueError(f"trainer.lrs.{unknown[0]}: the algorithm trains {', '.join(algorithm.trains)}")
     if hasattr(algorithm, "sampler") and (sample_steps is not None or sample_guidance is not None):
         raise ValueError("sample.steps, sample.guidance: a generator draws as it was trained; leave them out")
+    if unknown := sorted(set(lrs or ()) - set(algorithm.trains)):
+        raise ValueError(f"trainer.lrs.{unknown[0]}: the algorithm trains {', '.join(algorithm.trains)}")
+    if hasattr(algorithm, "sampler") and (sample_steps is not None or sample_guidance is not None):
+        raise ValueError("sample.steps, sample.guidance: the algorithm trains a generator, which draws as it was trained; "
+                         "leave them out")
     run = _Run(model, algorithm, reward, prompts, Path(folder), settings)
     run.guard_prompts = list(preview) if preview else spread(prompts)
     run.preview_prompts = run.guard_prompts[: settings.preview_prompts]
@@ -748,7 +753,9 @@ class _Run:
             steps = self.sample_steps or self.model.default_steps
             guidance = self.model.default_guidance if self.sample_guidance is None else self.sample_guidance
         with self._averaged():
-            images = generate(self.model, self.preview_prompts, [0], steps=steps, guidance=guidance)
+            images = generate(
+                self.model, self.preview_prompts, [0], steps=steps, guidance=guidance, sampler=self.sampler
+            )
         words, seeds = pairs(self.preview_prompts, [0])
 
         def write() -> None:
