@@ -118,11 +118,6 @@ def train(
         raise ValueError(f"trainer.lrs.{unknown[0]}: the algorithm trains {', '.join(algorithm.trains)}")
     if hasattr(algorithm, "sampler") and (sample_steps is not None or sample_guidance is not None):
         raise ValueError("sample.steps, sample.guidance: a generator draws as it was trained; leave them out")
-    if unknown := sorted(set(lrs or ()) - set(algorithm.trains)):
-        raise ValueError(f"trainer.lrs.{unknown[0]}: the algorithm trains {', '.join(algorithm.trains)}")
-    if hasattr(algorithm, "sampler") and (sample_steps is not None or sample_guidance is not None):
-        raise ValueError("sample.steps, sample.guidance: the algorithm trains a generator, which draws as it was trained; "
-                         "leave them out")
     run = _Run(model, algorithm, reward, prompts, Path(folder), settings)
     run.guard_prompts = list(preview) if preview else spread(prompts)
     run.preview_prompts = run.guard_prompts[: settings.preview_prompts]
@@ -662,7 +657,7 @@ class _Run:
 
             referee = embedded_referee()
             self.check = lambda model, words, ids: quick_check(
-                model, words, ids, seed=self.settings.seed, referee=referee
+                model, words, ids, seed=self.settings.seed, referee=referee, sampler=self.sampler
             )
         with self._averaged(), torch.no_grad():
             values = self.check(self.model, prompts, list(range(len(prompts))))
