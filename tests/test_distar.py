@@ -534,7 +534,9 @@ class Eps:
         return from_eps(xt, 0.1 * xt + cond, *self.schedule(t))
 
 
-@pytest.mark.parametrize("preset, label", [(SDXL, 399), (SD15, 625)])
+@pytest.mark.parametrize("preset, label", [
+    (SDXL, 399), (SD15, 625), (Generator(t_init=0.4, input_scale=0.7), 399),
+])
 def test_one_step_equals_the_lcm_scheduler(preset, label):
     """Its boundary scalings at these labels are negligible."""
     scheduler = LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
@@ -574,7 +576,8 @@ class Watched(GaussianModel):
         self.calls, self.decodes = [], 0
 
     def predict(self, xt, t, cond, *, guidance=1.0, weights="policy"):
-        self.calls.append((weights, torch.is_grad_enabled(), xt.requires_grad, guidance))
+        trainable = any(p.requires_grad for p in self.parameters(weights))
+        self.calls.append((weights, torch.is_grad_enabled(), xt.requires_grad, guidance, trainable))
         return super().predict(xt, t, cond, guidance=guidance, weights=weights)
 
     def decode(self, latents):
@@ -678,6 +681,7 @@ def test_which_calls_carry_gradient():
         ("policy", False, False), ("assistant", True, False),  # the assistant's phase: images without gradient
         ("policy", True, False), ("assistant", True, True), ("reference", True, True)]
     assert all(call[3] == 1.0 for call in model.calls)
+    assert [call[4] for call in model.calls] == [True, True, True, False, False]  # the assistant is frozen in the second
     model = network()
     run(model, divergence="kl", alpha_cfg=1.0, cfg="out")
     assert [call[:2] for call in model.calls[3:]] == [("assistant", False), ("reference", False), ("reference", False)]
@@ -702,7 +706,8 @@ def test_an_assistant_equal_to_the_reference_leaves_only_the_reward():
     expected = torch.autograd.grad(-2 * bright(model.decode(x0), None).mean(), model.parameters("policy"))
     for a, b in zip(grads, expected, strict=True):
         torch.testing.assert_close(a, b)
-    _, metrics = first_push(network(means={"cat": torch.full((3, 2, 2), 0.7, dtype=D)}), alpha_cfg=2.0, reward_scale=0.0)
+    prompted = network(means={"cat": torch.full((3, 2, 2), 0.7, dtype=D)})
+    _, metrics = first_push(prompted, alpha_cfg=2.0, reward_scale=0.0)
     assert float(metrics["gap"]) > 0.01  # guidance inside: the target is not the reference
 
 
@@ -717,8 +722,14 @@ def test_the_reward_waits_for_distillation_and_its_force_is_capped():
     pull, push = torch.tensor([[3.0, 4.0], [0.3, 0.4]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     assert capped_share(pull, push, 0.5).flatten().tolist() == pytest.approx([0.1, 1.0])
     assert capped_share(pull, push, None).flatten().tolist() == [1.0, 1.0]
-    metrics = run(model, reward_scale=1e3, reward_cap=0.5)[-1].metrics
-    assert 0 < float(metrics["reward_share"]) < 0.01
+    gradients = []
+    for scale in (1e3, 1e5):  # past the cap the size of the reward's force does not matter
+        for p in model.parameters("policy"):
+            p.grad = None
+        metrics = run(model, reward_scale=scale, reward_cap=0.5)[-1].metrics
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters("policy")]))
+    torch.testing.assert_close(*gradients)
+    assert 0 < float(metrics["reward_share"]) < 1e-3
     assert float(metrics["force_reward"] * metrics["reward_share"]) == pytest.approx(
         0.5 * float(metrics["force_divergence"]), rel=0.5)
 
@@ -753,7 +764,8 @@ def test_the_lag_is_the_assistants_error_over_the_divergence(moved, lag):
 
 def test_bad_input_is_told():
     for wrong, match in (
-        ({"c": 0.0}, "expected c: above 0"), ({"c": -1.0}, "got c = -1.0"), ({"t_generator": (0.5, 0.5)}, "t_generator"),
+        ({"c": 0.0}, "expected c: above 0"), ({"c": -1.0}, "got c = -1.0"),
+        ({"t_generator": (0.5, 0.5)}, "t_generator"), ({"t_assistant": (0.0, 0.5)}, "t_assistant"),
         ({"assistant_steps": 0}, "assistant_steps: at least 1"), ({"divergence": "fisher"}, "'distar' or 'kl'"),
         ({"divergence": "kl", "gradient": "total"}, "one gradient"), ({"reward_cap": 0.0}, "reward_cap"),
         ({"reward_scale": -1.0}, "reward_scale = -1.0"), ({"alpha_cfg": -1.0}, "alpha_cfg = -1.0"),
@@ -779,11 +791,12 @@ def test_bad_input_is_told():
 def trained(folder, steps, *, resume=False, **changes):
     model = network(torch.float32, trains=("mean", "velocity"))
     settings = DistarSettings(generator=Generator(t_init=0.6), c=0.1, reward_scale=0.2, assistant_steps=2)
-    options = {"batch_size": 4, "lr": 1e-3, "lrs": {"assistant": 4e-3}, "weight_decay": 0.0, "clip_norm": 0.0, **changes}
-    train(model, Distar(settings), bright, ["cat", "dog", "cow"], folder=folder, steps=steps, resume=resume, progress=False,
-          **options)
+    options = {"batch_size": 4, "lr": 1e-3, "lrs": {"assistant": 4e-3}, "weight_decay": 0.0, "clip_norm": 0.0}
+    train(model, Distar(settings), bright, ["cat", "dog", "cow"], folder=folder, steps=steps, resume=resume,
+          progress=False, **{**options, **changes})
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return model, [{k: v for k, v in row.items() if not k.endswith("_seconds")} for row in rows if row["event"] == "step"]
+    steps = [row for row in rows if row["event"] == "step"]
+    return model, [{k: v for k, v in row.items() if not k.endswith("_seconds")} for row in steps]
 
 
 def test_resume_continues_both_optimizers_and_the_running_means_bit_for_bit(tmp_path):
@@ -797,7 +810,7 @@ def test_resume_continues_both_optimizers_and_the_running_means_bit_for_bit(tmp_
 
 
 def test_every_name_has_its_own_learning_rate(tmp_path):
-    """Adam's first step is the learning rate in every element, its second at most sqrt(2) times that (betas 0, .999)."""
+    """Adam's first step is the learning rate in every element, its second at most sqrt(2) times that."""
     model, rows = trained(tmp_path, 1, betas=(0.0, 0.999))
     assert (rows[0]["lr"], rows[0]["lr_assistant"]) == (1e-3, 4e-3)
     for name, low, high in (("policy", 0.99e-3, 1.01e-3), ("assistant", 4e-3, (1 + 2**0.5) * 4.04e-3)):
@@ -815,7 +828,8 @@ def test_recipes_name_their_mistakes():
     for override, match in (
         ("trainer.lrs.asistant=1e-4", "did you mean trainer.lrs.assistant?"), ("algorithm.c=0", "expected c: above 0"),
         ("algorithm.generator.t_int=0.5", "did you mean algorithm.generator.t_init?"),
-        ("algorithm.generator.t_init=2", "t_init: above 0 and at most 1"), ("trainer.lrs.assistant=-1", "greater than 0"),
+        ("algorithm.generator.t_init=2", "t_init: above 0 and at most 1"),
+        ("trainer.lrs.assistant=-1", "greater than 0"),
     ):
         with pytest.raises(recipe.RecipeError, match=re.escape(match)):
             recipe.read("distar-emoji", [override])
@@ -834,7 +848,8 @@ def test_previews_and_evaluation_draw_as_the_generator_does(tmp_path):
     torch.testing.assert_close(images, generator(model, model.encode_prompts(["cat"] * 4), noises).detach())
     trained(tmp_path, 2, preview_every=1, preview_prompts=2)
     for step in (0, 1, 2):
-        index = [json.loads(line) for line in (tmp_path / f"samples/step-{step:06d}/index.jsonl").read_text().splitlines()]
+        lines = (tmp_path / f"samples/step-{step:06d}/index.jsonl").read_text().splitlines()
+        index = [json.loads(line) for line in lines]
         assert {(row["steps"], row["guidance"]) for row in index} == {(1, 1.0)} and len(index) == 2
 
 

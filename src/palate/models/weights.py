@@ -1,5 +1,5 @@
-"""Named weights: one diffusers network that can speak as what is trained ("policy", and any other name) or as what it was
-("reference").
+"""Named weights: one diffusers network that can speak as what is trained ("policy", and any other name) or as what it
+was ("reference").
 
 LoRA (peft through diffusers): one adapter a name on one frozen network, and the reference is that network with every
 adapter off. Full training: one copy of the network a name, beside a frozen one.
