@@ -79,9 +79,8 @@ def test_guidance_doubles_and_a_reward_without_towers_runs_twice():
     assert plain["reward"] == 2 * 2 * 2
 
 
-@pytest.mark.parametrize("overrides", [[], ["algorithm.n=2", "algorithm.rollout_guidance=3.0"]])
-def test_flops_of_a_real_update_are_the_plans(overrides):
-    made = recipe_of("emoji", *overrides)
+def test_flops_of_a_real_update_are_the_plans():
+    made = recipe_of("emoji", "algorithm.n=2", "algorithm.rollout_guidance=3.0")
     expected = plan(made).flops
     model, reward, algorithm = recipe.build_model(made), recipe.build_reward(made.reward), recipe.build_algorithm(made)
     prompts = ["a dog", "an apple"]
@@ -184,9 +183,11 @@ def test_the_commands_answer_in_text_and_refuse_in_a_line(monkeypatch, capfd, tm
         return ended.value.code or 0, *capfd.readouterr()
 
     monkeypatch.setattr(planner, "measure", lambda recipe: UNITS)
-    monkeypatch.setattr("palate.doctor.findings", lambda: iter([Finding("ok", "all is well"), Finding("note", "no GPU")]))
+    well = [Finding("ok", "all is well"), Finding("note", "no GPU")]
+    monkeypatch.setattr("palate.doctor.findings", lambda: iter(well))
     code, out, _ = palate("plan", "srpo-emoji", "trainer.batch_size=4", "--device", "h200", "--gpus", "2")
     assert code == 0 and "batch 4, 2 x h200" in out and "GiB on each GPU" in out
+    assert [planner._duration(seconds) for seconds in (0.5, 90, 600, 9000)] == ["0.5 s", "90 s", "10 min", "2.5 h"]
     assert palate("doctor")[:2] == (0, "ok   all is well\nnote no GPU\n")
     monkeypatch.setattr("palate.doctor.findings", lambda: iter([Finding("bad", "torch 1.0; needs >= 2.10")]))
     assert palate("doctor")[0] == 2

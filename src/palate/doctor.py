@@ -117,7 +117,7 @@ def _devices() -> Iterator[Finding]:
 def _disk() -> Iterator[Finding]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    for what, path in (("here", Path.cwd()), ("the hub's cache", Path(HF_HUB_CACHE))):
+    for what, path in (("here", Path.cwd()), ("in the hub's cache", Path(HF_HUB_CACHE))):
         there = next(p for p in (path, *path.parents) if p.exists())
         free = shutil.disk_usage(there).free / 2**30
         yield Finding("ok" if free > 5 else "note", f"{free:.1f} GiB of disk free {what} ({path})")

@@ -653,7 +653,7 @@ def table(recipe: Recipe, made: Plan, *, device: str = "h100", utilisation: floa
         "",
         f"an update: {made.flops / 1e12:.3f} TFLOP = {made.passes:.1f} denoiser forwards; "
         f"{made.seconds(tflops, utilisation):.3g} s at {utilisation:.0%} of {tflops} TFLOP/s",
-        f"{recipe.trainer.steps} updates: {made.seconds(tflops, utilisation) * recipe.trainer.steps / 3600:.3g} h "
+        f"{recipe.trainer.steps} updates: {_duration(made.seconds(tflops, utilisation) * recipe.trainer.steps)} "
         "(previews, evaluation and text encoding not counted)",
         "",
         "GiB on each GPU",
@@ -676,3 +676,8 @@ def table(recipe: Recipe, made: Plan, *, device: str = "h100", utilisation: floa
         if recipe.model.weights == "full":
             lines.append("  more GPUs (--gpus): trained weights, gradients and moments are shared out")
     return "\n".join([*lines, *([""] if made.notes else []), *(f"note: {note}" for note in made.notes)])
+
+
+def _duration(seconds: float) -> str:
+    unit, name = next(((n, name) for n, name in ((3600, "h"), (60, "min")) if seconds >= 2 * n), (1, "s"))
+    return f"{seconds / unit:.3g} {name}"
