@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from palate.evaluate import read_samples
+from palate.runs import read_samples
 from palate.report import Line, Mark, chart, read_metrics
 
 IMAGES = Path("docs/images")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from palate import evaluate
+from palate import evaluate, runs
 from palate.evaluate import Referee
 from palate.path import Prediction, flow_schedule
 
@@ -36,7 +36,13 @@ COLOURS = ["black", "blue"]
 def parse(prompt):
     words = prompt.split()
     pick = lambda names: next((word for word in words if word in names), None)  # noqa: E731
-    return SimpleNamespace(concept=pick(FakeJudge.concepts), style=pick(FakeJudge.styles), background=pick(COLOURS))
+    named = {
+        "concept": FakeJudge.concepts,
+        "style": FakeJudge.styles,
+        "background": COLOURS,
+        "position": ["left", "bottom"],
+    }
+    return SimpleNamespace(**{kind: pick(names) for kind, names in named.items()})
 
 
 def background(images):
@@ -109,7 +115,7 @@ def test_drift_of_identical_images_is_nothing_and_of_known_changes_is_known():
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     features = images.flatten(1)
     same = evaluate.drift(images, images, features, features)
-    assert same.pop("feature_distance") == pytest.approx(0, abs=1e-9)
+    assert same.pop("feature_distance") == pytest.approx(0, abs=1e-9) and same.pop("colour_cast") == 0
     assert all(value == 1.0 for value in same.values())
     half = evaluate.drift(
         images * torch.tensor([0.5, 1, 1]).view(3, 1, 1), images, torch.eye(4), torch.eye(4).roll(1, 0)
@@ -183,7 +189,9 @@ def test_evaluation_by_hand():
     assert metrics["reward/emoji-heldout"]["change"] == pytest.approx((0 + 0 - 0.9) / 3, abs=1e-6)
     assert result.rows[1]["feature_distance"] == 0.0 and "background" not in result.rows[2]
     assert list(json.loads(evaluate.to_json(result.to_dict()))) == [
+        "by_prompt",
         "drift",
+        "failed",
         "images",
         "metrics",
         "prompts",
@@ -192,13 +200,88 @@ def test_evaluation_by_hand():
     ]
 
 
-def test_a_bad_reward_is_named():
+def test_a_reward_of_the_wrong_shape_is_named():
     images = torch.rand(2, 3, 8, 8)
-    for value, words in ((torch.zeros(2, 1), "shape"), (torch.tensor([0.0, math.nan]), "finite")):
-        with pytest.raises(ValueError, match=f"'bad' .*{words}"):
-            evaluate.evaluate_images(
-                images, ["a", "b"], [0, 0], rewards={"bad": lambda i, p, v=value: v}, judge=FakeJudge()
-            )
+    with pytest.raises(ValueError, match="'bad' returned shape"):
+        evaluate.evaluate_images(
+            images, ["a", "b"], [0, 0], rewards={"bad": lambda i, p: torch.zeros(2, 1)}, judge=FakeJudge()
+        )
+
+
+def picky(images, prompts):
+    """Refuses the word "dog", cannot say a number for dark images."""
+    if "dog" in prompts:
+        raise ValueError("I do not know dogs")
+    return torch.where(images.mean((1, 2, 3)) > 0.2, images.mean((1, 2, 3)), math.nan)
+
+
+def test_images_that_a_reward_fails_on_are_named_and_left_out_on_both_sides():
+    images = torch.stack([flat_image(g, g, g) for g in (0.5, 0.6, 0.1, 0.8)])
+    base = torch.stack([flat_image(g, g, g) for g in (0.3, 0.3, 0.3, 0.1)])
+    prompts = ["apple", "dog", "apple blue", "a"]
+    rewards = {"picky": picky, "sure": lambda i, p: i.mean((1, 2, 3))}
+    ask = {"rewards": rewards, "judge": FakeJudge(), "parse": parse}
+    result = evaluate.evaluate_images(images, prompts, [0, 1, 2, 3], base=base, **ask).to_dict()
+    found = {(f["metric"], f["side"], f["prompt"], f["seed"]): f["why"] for f in result["failed"]}
+    assert found == {
+        ("reward/picky", "base", "dog", 1): "I do not know dogs",
+        ("reward/picky", "result", "dog", 1): "I do not know dogs",
+        ("reward/picky", "result", "apple blue", 2): "the value nan is not finite",
+        ("reward/picky", "base", "a", 3): "the value nan is not finite",
+    }
+    metric = result["metrics"]["reward/picky"]  # of the first image alone
+    assert (metric["base"], metric["value"], metric["change"]) == pytest.approx((0.3, 0.5, 0.2))
+    assert result["metrics"]["reward/sure"]["value"] == pytest.approx(0.5)
+    assert "reward/picky" not in result["rows"][3] and "reward/picky" in result["rows"][0]
+    said = evaluate.verdict(result["metrics"], ["sure"], "picky", result["failed"])["warnings"]
+    assert any("reward/picky failed on 4 images" in text and "'dog', seed 1" in text for text in said)
+    with pytest.raises(
+        ValueError, match="'picky' failed on every image, in image 0 of the base because I do not know dogs"
+    ):
+        evaluate.evaluate_images(images, ["dog"] * 4, [0, 1, 2, 3], base=base, **ask)
+
+    def dead(images, prompts):
+        raise RuntimeError("the service is down")  # not about one image: it ends the evaluation
+
+    with pytest.raises(RuntimeError, match="service"):
+        evaluate.evaluate_images(images, prompts, [0] * 4, rewards={"dead": dead}, judge=FakeJudge())
+    with pytest.raises(ValueError, match="reward 'emoji' failed for prompt 'dog': I do not know dogs"):
+        strict = referee()._replace(rewards={"emoji": picky, "emoji-heldout": picky})
+        evaluate.quick_check(FakeModel(), ["apple", "dog"], [0, 1], seed=0, referee=strict)
+
+
+def test_what_the_prompt_names_is_checked_part_by_part_and_as_a_whole():
+    centres = torch.tensor([[-0.3, 0.4], [0.3, 0.4], [-0.3, -0.1], [math.nan, math.nan]])
+    assert evaluate.placed(centres, ["left"] * 4).tolist() == [1, 0, 1, 0]
+    assert evaluate.placed(centres, ["right", "right", "top", "bottom"]).tolist() == [0, 1, 1, 0]
+    assert evaluate.placed(centres, [None, "bottom", "top", None]).isnan().tolist() == [True, False, False, True]
+    images = torch.stack([flat_image(0.9, 0.9, 0.9), flat_image(0.1, 0.9, 0.9), flat_image(0.9, 0.1, 0.1)])
+    r = referee()._replace(position=lambda images: torch.tensor([[-0.3, 0.0], [0.2, 0.3], [0.1, 0.1]]))
+    prompts = ["3d dog left blue", "dog bottom", "nothing said"]
+    metrics = evaluate.referee_images(images, prompts, [0, 0, 0], referee=r).summary["metrics"]
+    right = {name: metrics[name]["value"] for name in ("concept", "background", "style_named", "position", "correct")}
+    assert right == {"concept": 0.5, "background": 1.0, "style_named": 1.0, "position": 1.0, "correct": 0.5}
+
+
+def test_copies_are_pictures_that_another_prompt_has_too():
+    one, other = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images = torch.stack([one, one, other, (one + 0.01).clamp(0, 1), other.flip(-1)])
+    assert evaluate.copies(images, ["a", "a", "b", "c", "c"]).tolist() == [1, 1, 0, 1, 0]
+    assert evaluate.copies(images[:2], ["a", "a"]).isnan().all()  # nothing to be a copy of
+    grey = torch.full((2, 3, 8, 8), 0.5)
+    grey[1] += torch.tensor([0.0499, 0.0499, 0.0499]).view(3, 1, 1)  # the difference is the distance
+    assert evaluate.copies(grey, "ab").tolist() == [1, 1]
+    grey[1] += 0.0002
+    assert evaluate.copies(grey, "ab").tolist() == [0, 0]
+
+
+def test_a_colour_cast_is_the_coloured_part_of_the_mean_shift():
+    images = torch.full((2, 3, 8, 8), 0.4)
+    features = torch.eye(2)
+    lighter = evaluate.drift(images + 0.2, images, features, features)
+    assert lighter["colour_cast"] == pytest.approx(0, abs=1e-7)
+    magenta = evaluate.drift(images + torch.tensor([0.3, 0.0, 0.3]).view(3, 1, 1), images, features, features)
+    assert magenta["colour_cast"] == pytest.approx((0.1**2 + 0.2**2 + 0.1**2) ** 0.5, abs=1e-6)
 
 
 def test_noise_belongs_to_prompt_and_seed_whatever_the_batch_or_the_weights():
@@ -238,16 +321,96 @@ def test_quick_check_agrees_with_the_full_evaluation():
 def test_evaluate_run_measures_the_result_against_the_base_and_repeats_to_the_byte(tmp_path):
     (tmp_path / "recipe.yaml").write_text("reward: {name: emoji}\n")
     ask = {"prompts": ["dog", "apple blue"], "seeds": [0, 1], "referee": referee()}
-    result = evaluate.evaluate_run(tmp_path, model=FakeModel(0.2), **ask)
+    result = runs.evaluate_run(tmp_path, model=FakeModel(0.2), **ask)
     first = (tmp_path / "evaluation.json").read_bytes()
     assert result["metrics"]["reward/emoji"]["change"] == pytest.approx(0.2, abs=0.003)  # 8-bit PNG
     assert result["optimised"] == ["emoji"] and result["verdict"]["text"].startswith("Optimised reward up")
-    evaluate.evaluate_run(tmp_path, model=FakeModel(0.2), **ask)
+    runs.evaluate_run(tmp_path, model=FakeModel(0.2), **ask)
     assert (tmp_path / "evaluation.json").read_bytes() == first
-    again = evaluate.evaluate_samples(
+    again = runs.evaluate_samples(
         tmp_path / "evaluation/result", base_folder=tmp_path / "evaluation/base", referee=referee()
     )
     assert again["metrics"] == result["metrics"]  # the stored images are the judged images
+
+
+def run_folder(
+    path, text="reward: {name: emoji}\nevaluate: {prompts: 2, seeds: 2}\nprompts: {list: [dog, apple blue, apple]}\n"
+):
+    path.mkdir(parents=True)
+    (path / "recipe.yaml").write_text(text)
+    return path
+
+
+LIFTS = {"a": 0.2, "b": 0.3}
+
+
+def load(folder):
+    return FakeModel(LIFTS[folder.name]), None
+
+
+def test_several_runs_are_paired_on_the_same_prompts_and_noise(tmp_path):
+    a, b = run_folder(tmp_path / "a"), run_folder(tmp_path / "b")
+    found = runs.evaluate_runs([a, b], referee=referee(), load=load)
+    assert found["first"] == "a" and list(found["runs"]) == ["a", "b"] and list(found["between"]) == ["b"]
+    gain = found["between"]["b"]["reward/emoji"]
+    assert (
+        gain["change"] == pytest.approx(0.1, abs=0.003) and gain["change_low"] <= gain["change"] <= gain["change_high"]
+    )
+    assert gain["change_high"] - gain["change_low"] < 0.004  # what the noise does to both cancels
+    values = [found["runs"][n]["metrics"]["reward/emoji"]["value"] for n in "ab"]
+    assert [gain["base"], gain["value"]] == pytest.approx(values, rel=3e-6)  # files hold six digits
+    vendi = {n: [entry["vendi"] for entry in found["runs"][n]["by_prompt"]] for n in "ab"}
+    expected = (sum(vendi["b"]) - sum(vendi["a"])) / 2
+    assert found["between"]["b"]["vendi"]["change"] == pytest.approx(expected, rel=1e-4)
+    text = (a / "evaluation.json").read_bytes()
+    again = runs.evaluate_runs([a, b], referee=referee(), load=load)
+    assert evaluate.to_json(again) == evaluate.to_json(found) and (a / "evaluation.json").read_bytes() == text
+    stored = runs.evaluate_runs([a, b], referee=referee(), stored=True)  # the images that lie there, no model
+    assert evaluate.to_json(stored) == evaluate.to_json(found)
+
+
+def test_relative_rewards_of_other_words_are_other_questions(tmp_path):
+    folders = [run_folder(tmp_path / n, "reward: {name: emoji}\nprompts: {list: [dog, apple]}\n"
+                          f"algorithm: {{positive: [{w}]}}\n") for n, w in (("a", "3d"), ("b", "flat"))]  # fmt: skip
+    between = runs.evaluate_runs(folders, referee=referee(), load=load)["between"]["b"]
+    assert "reward/emoji" in between and not any(key.endswith("-relative") for key in between)
+
+
+def test_what_one_run_optimised_is_asked_of_all(tmp_path):
+    a = run_folder(tmp_path / "a", "reward: {name: warmth}\nprompts: {list: [dog, apple]}\n")
+    b = run_folder(tmp_path / "b", "reward: {name: emoji, scale: {emoji: [0.5, 0.1]}}\nprompts: {list: [dog, apple]}\n")
+    found = runs.evaluate_runs([a, b], referee=referee(), load=load)
+    assert found["runs"]["a"]["optimised"] == ["warmth"] and "reward/warmth" in found["between"]["b"]
+
+
+def test_runs_on_other_prompts_or_seeds_are_refused_before_anything_is_drawn(tmp_path):
+    def never(folder):
+        raise AssertionError("drawn")
+
+    a, b = (
+        run_folder(tmp_path / "a"),
+        run_folder(tmp_path / "b", "reward: {name: emoji}\nprompts: {list: [dog, apple]}\n"),
+    )
+    with pytest.raises(
+        ValueError, match="a and b cannot be paired: prompt of row 2 is 'apple blue' in the first, 'dog' in"
+    ):
+        runs.evaluate_runs([a, b], referee=referee(), load=never)
+    with pytest.raises(ValueError, match="given twice"):
+        runs.evaluate_runs([a, tmp_path / "b" / ".." / "a"], referee=referee(), load=never)
+    with pytest.raises(ValueError, match="no stored images of the base; run palate evaluate"):
+        runs.evaluate_runs([a], referee=referee(), stored=True)
+    runs.evaluate_runs([a], referee=referee(), load=load)
+    runs.evaluate_runs([b], referee=referee(), load=load, seeds=[0, 5], prompts=["dog", "apple blue"])
+    with pytest.raises(ValueError, match="a and b cannot be paired: .* of row [01] is"):
+        runs.evaluate_runs([a, b], referee=referee(), stored=True)
+    (a / "evaluation/result/0001.png").unlink()
+    with pytest.raises(ValueError, match="0001.png is missing"):
+        runs.evaluate_runs([a], referee=referee(), stored=True)
+
+
+def test_runs_of_one_name_are_told_apart_by_their_path(tmp_path):
+    assert runs.run_names([tmp_path / "x/a", tmp_path / "b"]) == ["a", "b"]
+    assert runs.run_names([tmp_path / "x/a", tmp_path / "y/a"]) == [str(tmp_path / "x/a"), str(tmp_path / "y/a")]
 
 
 def test_the_verdict_warns_of_over_optimisation():
@@ -284,11 +447,11 @@ def test_the_verdict_warns_of_over_optimisation():
 
 def test_words_in_force_follow_the_steering(tmp_path):
     recipe = {"algorithm": {"positive": ["3d"], "negative": ["flat"]}}
-    assert evaluate.words_in_force(tmp_path, recipe) == (["3d"], ["flat"])
+    assert runs.words_in_force(tmp_path, recipe) == (["3d"], ["flat"])
     (tmp_path / "metrics.jsonl").write_text(
         '{"event": "step", "step": 1}\n{"event": "steer", "step": 2, "positive": ["outline"], "negative": null}\n'
     )
-    assert evaluate.words_in_force(tmp_path, recipe) == (["outline"], ["flat"])
+    assert runs.words_in_force(tmp_path, recipe) == (["outline"], ["flat"])
 
 
 # --- sample folders ---
@@ -297,13 +460,13 @@ def test_words_in_force_follow_the_steering(tmp_path):
 def samples(folder, prompts=("dog", "apple"), seeds=(0, 1)):
     words, numbers = evaluate.pairs(prompts, seeds)
     images = torch.rand(len(words), 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    evaluate.write_samples(folder, images, words, numbers, guidance=3.0, steps=8)
+    runs.write_samples(folder, images, words, numbers, guidance=3.0, steps=8)
     return folder
 
 
 def test_samples_come_back_as_written(tmp_path):
     folder = samples(tmp_path / "a", prompts=("dog\x00<b>", "{{ 1 }}\u202e"))
-    images, rows = evaluate.read_samples(folder)
+    images, rows = runs.read_samples(folder)
     expected = evaluate.quantise(torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(images, expected)
     assert [row["prompt"] for row in rows[1:3]] == ["dog\x00<b>", "{{ 1 }}\u202e"]
@@ -314,9 +477,9 @@ def test_runs_with_other_prompts_or_seeds_are_not_paired(tmp_path):
     cases = {"prompt of row 2 is 'apple'.*'dog blue'": ("dog", "dog blue"), "4 and 2 images.*'apple' seed 0": ("dog",)}
     for words, prompts in cases.items():
         with pytest.raises(ValueError, match=words):
-            evaluate.evaluate_samples(a, base_folder=samples(tmp_path / prompts[-1], prompts), referee=referee())
+            runs.evaluate_samples(a, base_folder=samples(tmp_path / prompts[-1], prompts), referee=referee())
     with pytest.raises(ValueError, match="seed of row 1 is 1 in the first, 7 in the second"):
-        evaluate.evaluate_samples(a, base_folder=samples(tmp_path / "s", seeds=(0, 7)), referee=referee())
+        runs.evaluate_samples(a, base_folder=samples(tmp_path / "s", seeds=(0, 7)), referee=referee())
 
 
 def test_missing_and_broken_images_are_named(tmp_path):
@@ -325,16 +488,16 @@ def test_missing_and_broken_images_are_named(tmp_path):
     for content in (b"", b"not a picture", png[: len(png) // 2]):
         (folder / "0002.png").write_bytes(content)
         with pytest.raises(ValueError, match="0002.png cannot be read"):
-            evaluate.read_samples(folder)
+            runs.read_samples(folder)
     (folder / "0002.png").unlink()
     with pytest.raises(ValueError, match="0002.png is missing"):
-        evaluate.read_samples(folder)
+        runs.read_samples(folder)
     for line in ("{", '{"file": "../x.png", "prompt": "a", "seed": 0}', '{"prompt": "a", "seed": 0}', "[1]"):
         (folder / "index.jsonl").write_text(line + "\n")
         with pytest.raises(ValueError, match="index.jsonl line 1"):
-            evaluate.read_samples(folder)
+            runs.read_samples(folder)
     with pytest.raises(ValueError, match="index.jsonl is missing"):
-        evaluate.read_samples(tmp_path / "nowhere")
+        runs.read_samples(tmp_path / "nowhere")
 
 
 def test_diversity_of_one_style_leaves_the_distance_between_styles_out():

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from palate import evaluate, report
+from palate import runs as folders
 from palate.report import Line, Mark
 
 HOSTILE = (
@@ -63,7 +64,7 @@ def fake_run(
     words, numbers = evaluate.pairs(prompts, seeds)
     for k in range(steps):
         images = pixels([sketch(i, lift * k / (steps - 1)) for i in range(len(words))])
-        evaluate.write_samples(folder / f"samples/step-{10 * k:06d}", images, words, numbers, guidance=3.0, steps=8)
+        folders.write_samples(folder / f"samples/step-{10 * k:06d}", images, words, numbers, guidance=3.0, steps=8)
     rows = []
     for step in range(41):
         if step:
@@ -106,12 +107,13 @@ def fake_run(
     many = evaluate.pairs(prompts, range(4))
     for side, share in (("base", 0.0), ("result", lift)):
         images = pixels([sketch(i, share) for i in range(len(many[0]))])
-        evaluate.write_samples(folder / "evaluation" / side, images, *many, guidance=3.0, steps=8)
-    result = evaluate.evaluate_samples(
+        folders.write_samples(folder / "evaluation" / side, images, *many, guidance=3.0, steps=8)
+    result = folders.evaluate_samples(
         folder / "evaluation/result", base_folder=folder / "evaluation/base", referee=referee()
     )
     result |= {"optimised": ["emoji-relative", "emoji"], "heldout": "emoji-heldout"}
-    result["verdict"] = evaluate.verdict(result["metrics"], result["optimised"], "emoji-heldout")
+    result["words"] = {"positive": ["3d"], "negative": ["flat", "outline"]}
+    result["verdict"] = evaluate.verdict(result["metrics"], result["optimised"], "emoji-heldout", result["failed"])
     (folder / "evaluation.json").write_text(evaluate.to_json(result))
     return folder
 
@@ -228,6 +230,95 @@ def test_comparison_needs_the_same_prompts_and_seeds(runs, tmp_path):
         report.write_report(runs[0], compare=(fake_run(tmp_path / "c", prompts=("a cat", "a dog")),))
     with pytest.raises(ValueError, match="cannot be paired: seed of row 0"):
         report.write_report(runs[0], compare=(fake_run(tmp_path / "d", seeds=(5,)),))
+
+
+def evaluated(*paths):
+    found = {path.name: json.loads((path / "evaluation.json").read_text()) for path in paths}
+    first = paths[0].name
+    between = {path.name: folders.between(found[first], found[path.name]) for path in paths[1:]}
+    return {"first": first, "runs": found, "between": between}
+
+
+def test_the_evaluation_of_several_runs_is_one_page(runs):
+    found = evaluated(*runs)
+    path = report.write_evaluation(runs, found)
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert (
+        path == runs[0] / "evaluation.html" and report.write_evaluation(runs, found).read_text(encoding="utf-8") == text
+    )
+    assert json.loads((runs[0] / "evaluations.json").read_text()) == found
+    for name, evaluation in found["runs"].items():
+        assert evaluation["verdict"]["text"] in page.text and name in page.text
+        change = evaluation["metrics"]["reward/emoji-heldout"]["change"]
+        assert (
+            report._signed(change) in re.search(r'<th scope="row"><bdi>emoji-heldout</bdi>.*?</tr>', text, re.S).group()
+        )
+    for part in (
+        "Run against run",
+        "colour cast",
+        "duplicate images",
+        "feature distance",
+        "Vendi score",
+        "Worst",
+        "Best",
+    ):
+        assert part in page.text
+    assert page.tags.count("img") == 2 * 16  # four worst and four best pairs a run
+    assert not {"script", "link", "iframe", "form"} & set(page.tags) and page.handlers == []
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    one = report.write_evaluation(runs[:1], evaluated(runs[0]), runs[0] / "other" / "one.html")
+    assert "Run against run" not in one.read_text(encoding="utf-8") and not one.with_suffix(".json").exists()
+
+
+def test_prompts_are_sorted_by_change_in_the_style_sheet_alone(runs):
+    evaluations = list(evaluated(*runs)["runs"].values())
+    table = report.prompt_table(evaluations)
+    heads = ["optimised", "held out", "object right"]
+    assert table["heads"] == [(i, name) for i in (0, 1) for name in heads]
+    of = lambda p, key, e=evaluations[1]: [r[key] - r["base"][key] for r in e["rows"] if r["prompt"] == p and key in r]  # noqa: E731
+    for row in table["rows"]:
+        values = of(row["prompt"], "reward/emoji-heldout")
+        assert row["changes"][4] == pytest.approx(sum(values) / len(values))
+    changes = [row["changes"][4] for row in table["rows"]]
+    assert [changes[i] for i in sorted(range(4), key=lambda i: table["rows"][i]["up"][4])] == sorted(changes)
+    assert [changes[i] for i in sorted(range(4), key=lambda i: table["rows"][i]["down"][4])] == sorted(
+        changes, reverse=True
+    )
+    assert report._places([0.2, None, -1.0, 0.2]) == [1, 3, 0, 2] and report._places([0.2, None, -1.0], True) == [
+        0,
+        2,
+        1,
+    ]
+    text = report.write_evaluation(runs, evaluated(*runs)).read_text(encoding="utf-8")
+    assert (
+        "#down4:checked ~ .list .row { order: var(--down4); }" in text
+        and f"--down4:{table['rows'][0]['down'][4]};" in text
+    )
+    assert text.count('type="radio"') == 1 + 2 * 6 and 'label for="up5"' in text
+
+
+def test_other_words_get_rows_of_their_own(runs):
+    found = evaluated(*runs)
+    names = lambda: [row["name"] for table in report.metric_tables(found["runs"]) for row in table["rows"]]  # noqa: E731
+    assert names().count("emoji-relative") == 1
+    found["runs"]["b"]["words"] = {"positive": ["outline"], "negative": []}
+    assert {"emoji-relative (+3d −flat, outline)", "emoji-relative (+outline)"} <= set(names())
+    rows = {row["name"]: row for table in report.metric_tables(found["runs"]) for row in table["rows"]}
+    assert rows["emoji-relative (+outline)"]["cells"][0] is None and rows["emoji"]["cells"][1]["tag"] == "optimised"
+
+
+def test_hostile_words_are_inert_on_the_page_of_an_evaluation(tmp_path):
+    folder = fake_run(tmp_path / "a", prompts=(HOSTILE, "a dog"))
+    found = evaluated(folder)
+    why = {"metric": f"reward/{HOSTILE}", "prompt": HOSTILE, "seed": 0, "side": "base", "why": HOSTILE}
+    found["runs"]["a"] |= {"failed": [why], "words": {"positive": [HOSTILE], "negative": []}, "optimised": [HOSTILE]}
+    found["runs"]["a"]["metrics"][f"reward/{HOSTILE}"] = found["runs"]["a"]["metrics"]["reward/emoji"]
+    text = report.write_evaluation([folder], found).read_text(encoding="utf-8")
+    page = Page(text)
+    assert "script" not in page.tags and page.handlers == [] and all(s.startswith("data:") for s in page.sources)
+    assert "<script>alert(1)</script>" in page.text and "{{ 7*7 }}" in page.text and "Left out" in page.text
+    assert not {"\x00", "\x1b", "\u202e"} & set(text)
 
 
 def test_a_run_that_has_only_begun_is_reported_and_a_broken_one_is_refused(tmp_path):

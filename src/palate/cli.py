@@ -139,11 +139,11 @@ def sample(
         raise ValueError("give either a run folder or --model, as --model emoji")
     source = model if model is not None else str(run)
     plain = source == "emoji" and not Path(source).is_dir()
-    loaded = _base_model() if plain else _trained_model(Path(source))
+    loaded, sampler = (_base_model(), None) if plain else _trained_model(Path(source))
 
-    from palate.evaluate import generate, pairs, write_samples
+    from palate.evaluate import generate, pairs
+    from palate.runs import write_samples
 
-    sampler = None if plain else _sampler(Path(source))
     if sampler and (steps is not None or guidance is not None):
         raise ValueError("--steps, --guidance: this run trains a generator, which draws as it was trained; leave them out")
     steps = sampler.steps if sampler else steps or loaded.default_steps
@@ -157,32 +157,59 @@ def sample(
 
 @app.command()
 def evaluate(
-    run: Run,
+    runs: Annotated[list[Path], typer.Argument(help="One or more runs; several are paired by prompt and seed.")],
     prompts_file: Annotated[Optional[str], typer.Option(help="One prompt a line; the recipe's if left out.")] = None,
     count: Annotated[Optional[int], typer.Option(min=1, help="Prompts to use at most.")] = None,
     seeds: Annotated[Optional[int], typer.Option(min=1, help="Images a prompt.")] = None,
+    stored: Annotated[bool, typer.Option("--stored", help="Judge the images of the last evaluation.")] = False,
+    out: Annotated[Optional[Path], typer.Option(help="The page; evaluation.html in the first run if left out.")] = None,
 ) -> None:
-    """Base model against the run's result: same prompts, same seeds, every reward, concepts, diversity, drift."""
-    from palate import recipe as recipes
+    """Base model against each run's result: same prompts, same seeds, rewards, concepts, diversity, drift; one page."""
+    from palate.data import read_prompts
 
-    plan = recipes.read(str(_recipe_file(run)))
-    source = prompts_file or plan.evaluate.file or plan.prompts.preview or plan.prompts.file
-    found = recipes.read_prompts(source) if source else plan.prompts.list
-    prompts = recipes.spread(found, count or plan.evaluate.prompts) if found else None
-    model = _trained_model(run)
+    if stored and (prompts_file or count or seeds):
+        raise ValueError("--stored judges the images that are there; leave out --prompts-file, --count and --seeds")
+    for run in runs:
+        _recipe_file(run)
+    prompts = read_prompts(prompts_file) if prompts_file else None
 
-    from palate.evaluate import evaluate_run
+    from palate.report import write_evaluation
+    from palate.runs import evaluate_runs
 
-    result = evaluate_run(run, prompts=prompts, seeds=tuple(range(seeds or plan.evaluate.seeds)), model=model,
-                          sampler=_sampler(run))
-    _print_evaluation(result)
+    numbers = None if seeds is None else range(seeds)
+    found = evaluate_runs(runs, prompts=prompts, count=count, seeds=numbers, stored=stored, load=_trained_model)
+    for name, evaluation in found["runs"].items():
+        _print_evaluation(name, evaluation)
+    print(f"report: {printable(str(write_evaluation(runs, found, out)))}")
 
 
 @app.command()
-def compare(run_a: Run, run_b: Run) -> None:
-    """Two runs side by side on the same prompts and seeds."""
+def compare(
+    run_a: Annotated[Optional[Path], typer.Argument(help="The folder of a run, as runs/NAME.")] = None,
+    run_b: Annotated[Optional[Path], typer.Argument(help="Another, on the same prompts and seeds.")] = None,
+    blind: Annotated[bool, typer.Option("--blind", help="A page to choose on, without names; the key apart.")] = False,
+    count: Annotated[int, typer.Option(min=1, help="With --blind: pairs to show at most.")] = 40,
+    seed: Annotated[Optional[int], typer.Option(help="With --blind: fixes order and sides, else secret.")] = None,
+    out: Annotated[Optional[Path], typer.Option(help="With --blind: the page, else RUN_A/compare-blind.html.")] = None,
+    score: Annotated[Optional[list[Path]], typer.Option(help="Choices made on the page (JSONL); repeatable.")] = None,
+    key: Annotated[Optional[Path], typer.Option(help="With --score: the page's key, where it is not found.")] = None,
+) -> None:
+    """Two runs side by side on the same prompts and seeds; or a blind study of them, and its result."""
+    from palate import blind as study
+
+    if score:
+        result = study.score(study.read_choices(score), study.find_key(score, key, run_a))
+        print(printable(study.text_of(result)))
+        return
+    if run_a is None or run_b is None:
+        raise ValueError("give two runs, as palate compare runs/a runs/b; or --score with the choices of a blind study")
     for run in (run_a, run_b):
         _recipe_file(run)
+    if blind:
+        page, secret = study.write_study(run_a, run_b, page=out, count=count, seed=seed)
+        print(f"page: {printable(str(page))}")
+        print(f"key:  {printable(str(secret))} (keep it; whoever chooses must not see it)")
+        return
     from palate.report import write_report
 
     print(f"side by side: {printable(str(write_report(run_a, compare=(run_b,))))}")
@@ -209,7 +236,7 @@ def export(
     if form == "merged":
         from palate.export import export_merged
 
-        print(f"network: {printable(str(export_merged(run, _trained_model(run), out)))}")
+        print(f"network: {printable(str(export_merged(run, _trained_model(run)[0], out)))}")
         return
     print(f"LoRA: {printable(str(export_lora(run, form, out) / WEIGHTS))}")
 
@@ -379,21 +406,10 @@ def _base_model() -> Model:
     return EmojiModel.load(training="none")
 
 
-def _trained_model(run: Path) -> Model:
-    from palate import recipe as recipes
-    from palate.train import restore_result
+def _trained_model(run: Path) -> tuple[Model, Sampler | None]:
+    from palate.runs import trained_model
 
-    plan = recipes.read(str(_recipe_file(run)))
-    model = recipes.build_model(plan)
-    restore_result(model, run, warn=lambda text: print(printable(text), file=sys.stderr))
-    return model
-
-
-def _sampler(run: Path) -> Sampler | None:
-    """How the run's result is drawn, when that is not by the model's own sampler."""
-    from palate import recipe as recipes
-
-    return getattr(recipes.build_algorithm(recipes.read(str(_recipe_file(run)))), "sampler", None)
+    return trained_model(_recipe_file(run).parent, warn=lambda text: print(printable(text), file=sys.stderr))
 
 
 def _recipe_file(run: Path) -> Path:
@@ -410,7 +426,8 @@ def _remove_run(folder: Path) -> None:
     if folder.is_symlink() or not folder.is_dir():
         raise ValueError(f"run.folder: {folder} is not an ordinary folder")
     ours = {"recipe.yaml", "environment.json", "metrics.jsonl", "samples", "checkpoints", "adapter", "export", "report.html",
-            "evaluation", "evaluation.json", "control.json", "steering.json", "failures", "queries",
+            "evaluation", "evaluation.json", "evaluation.html", "evaluations.json", "control.json",
+            "steering.json", "failures", "queries",
             "queries.jsonl", "rounds.jsonl"}  # fmt: skip
     parts = (".tmp-", "compare", "round-")
     foreign = sorted(p.name for p in folder.iterdir() if p.name not in ours and not p.name.startswith(parts))
@@ -455,11 +472,11 @@ def _grid(images, columns: int):
     return grid
 
 
-def _print_evaluation(result: dict) -> None:
+def _print_evaluation(name: str, result: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("", "before", "after", "change", title="base model against the result, same prompts and seeds")
+    table = Table("", "before", "after", "change", title=f"{printable(name)}: base model against the result")
     for name, metric in result["metrics"].items():
         if metric.get("value") is None or metric.get("base") is None:
             continue

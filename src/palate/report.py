@@ -1,7 +1,8 @@
-"""A run as one self-contained HTML file: pictures before, during and after; curves; the optimised reward beside others.
+"""Runs as one self-contained HTML file: pictures before, during and after; curves; the optimised reward beside others.
 
-No script, no font, no file is loaded: images are data URIs, charts inline SVG. All text passes Jinja2's escaping, so a
-prompt is shown, never obeyed. A run without evaluation.json is reported without its table.
+`write_report` shows one run, or several side by side; `write_evaluation` what was measured on them. No script, no
+font, no file is loaded: images are data URIs, charts inline SVG, tables sort by style sheet. All text passes Jinja2's
+escaping, so a prompt is shown, never obeyed. A run without evaluation.json is reported without its table.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from palate.evaluate import check_same, read_index, read_recipe
+from palate.evaluate import to_json
+from palate.runs import check_same, read_index, read_recipe, run_names
 
 COLUMNS, ROWS, PAIRS = 6, 12, 4  # previews across, pictures down, worst and best pairs shown
 LARGEST = 256  # pixels; larger pictures are embedded at this size
@@ -336,11 +338,21 @@ def compare_grid(runs: Sequence[Path]) -> dict[str, Any]:
 
 
 NAMES = {
-    "concept": "concept right", "background": "background right", "style_named": "named style right",
-    "diversity": "diversity inside a prompt", "diversity_same_style": "diversity inside a prompt, same style", "vendi": "Vendi score inside a prompt",
+    "concept": "object right",
+    "background": "background colour right",
+    "position": "position right",
+    "style_named": "named style right",
+    "correct": "all that was named right",
+    "diversity": "diversity inside a prompt",
+    "diversity_same_style": "diversity inside a prompt, same style",
+    "vendi": "Vendi score inside a prompt",
+    "copy": "same picture for another prompt",
     "high_frequency": "high-frequency energy",
     "jpeg_size": "JPEG size, bytes",
-}  # fmt: skip
+}
+NAMED = ("concept", "style_named", "background", "position", "correct")  # what a prompt can ask for
+SPREAD = ("diversity", "diversity_same_style", "vendi", "copy")
+MAIN = NAMED + SPREAD
 
 
 def table(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
@@ -359,17 +371,18 @@ def table(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
             if tag
             else 2
             if is_reward
-            else 3
-            if key in ("concept", "background", "diversity", "diversity_same_style", "vendi")
+            else 3 + MAIN.index(key) / len(MAIN)
+            if key in MAIN
             else 4
         )
-        rows.append((order, key, {"name": label, "tag": tag, **metric}))
+        rows.append((order, key, {"name": label, "key": key, "tag": tag, **metric}))
     return [row for _, _, row in sorted(rows, key=lambda item: item[:2])]
 
 
 DRIFT = {
     "feature_distance": ("feature distance", "cosine, 0 = unchanged"),
     "saturation_ratio": ("saturation", "1 = unchanged"),
+    "colour_cast": ("colour cast", "shift of the mean colour, 0 = none"),
     "red_ratio": ("mean red", "1 = unchanged"), "green_ratio": ("mean green", "1 = unchanged"),
     "blue_ratio": ("mean blue", "1 = unchanged"),
     "high_frequency_ratio": ("high frequencies", "1 = unchanged"),
@@ -470,18 +483,27 @@ def write_report(run_folder: str | Path, *, compare: Sequence[str | Path] = ()) 
     shared = None
     if compare:
         shared = {"grid": compare_grid(runs), "table": _compare_table(runs, [page["evaluation"] for page in pages])}
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_finalize
-    )
-    environment.filters |= {"number": _number, "signed": _signed}
-    template = environment.from_string((files("palate") / "report_template.html").read_text(encoding="utf-8"))
     title = " · ".join(page["name"] for page in pages)
-    text = template.render(title=title, pages=pages, shared=shared, run=pages[0])
+    text = render("report_template.html", title=title, pages=pages, shared=shared, run=pages[0])
     path = runs[0] / ("compare.html" if compare else "report.html")
+    _write(path, text)
+    return path
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from a template of the package: everything is escaped, control characters are made visible."""
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_finalize,
+        loader=FunctionLoader(lambda name: (files("palate") / name).read_text(encoding="utf-8")),
+    )  # fmt: skip
+    environment.filters |= {"number": _number, "signed": _signed}
+    return environment.get_template(template).render(**values)
+
+
+def _write(path: Path, text: str) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
-    return path
 
 
 def _finalize(value: Any) -> Any:
@@ -524,3 +546,157 @@ def _compare_table(runs: Sequence[Path], evaluations: Sequence[dict | None]) -> 
     return [
         {"name": name, "base": found[0][name].get("base"), "values": [rows[name] for rows in found]} for name in names
     ]
+
+
+# --- the page of an evaluation --------------------------------------------------------------------------------------
+
+GROUPS = {
+    "Rewards": lambda key: key.startswith("reward/"),
+    "What the prompt names": lambda key: key in NAMED,
+    "Style, where the prompt leaves it open": lambda key: key.startswith("style/"),
+    "Diversity": lambda key: key in SPREAD,
+    "The pictures themselves": lambda key: True,
+}
+
+
+def write_evaluation(run_folders: Sequence[str | Path], found: dict[str, Any], path: str | Path | None = None) -> Path:
+    """One page of what `runs.evaluate_runs` found, with the pictures that lie in the run folders; returns its path
+    (None = evaluation.html in the first run). Of several runs the numbers are written too: beside a given path as
+    .json, else evaluations.json in the first run. ValueError names a picture that cannot be read."""
+    runs = [Path(folder) for folder in run_folders]
+    evaluations = list(found["runs"].values())
+    text = render(
+        "evaluation_template.html",
+        title=" · ".join(found["runs"]),
+        runs=[_judged(run, name, found["runs"][name]) for run, name in zip(runs, run_names(runs), strict=True)],
+        prompts=evaluations[0]["prompts"],
+        seeds=evaluations[0]["seeds"],
+        tables=metric_tables(found["runs"]),
+        between=_between(found),
+        drift=_drift(evaluations),
+        rows=prompt_table(evaluations),
+        command="palate evaluate " + " ".join(shlex.quote(str(run)) for run in runs) + " --stored",
+    )
+    page = runs[0] / "evaluation.html" if path is None else Path(path)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    _write(page, text)
+    if len(runs) > 1:
+        _write(runs[0] / "evaluations.json" if path is None else page.with_suffix(".json"), to_json(found))
+    return page
+
+
+def _judged(run: Path, name: str, evaluation: dict[str, Any]) -> dict[str, Any]:
+    how = read_index(run / "evaluation" / "result")[0]
+    words = evaluation.get("words") or {}
+    facts = [
+        ("Optimised", ", ".join(evaluation.get("optimised") or ["nothing"])),
+        ("Held out", evaluation.get("heldout")),
+        ("Words", _words(words) if words.get("positive") or words.get("negative") else None),
+        ("Sampling", f"{how.get('steps')} steps, guidance {how.get('guidance')}"),
+    ]
+    return {
+        "name": name,
+        "summary": [(key, value) for key, value in facts if value],
+        "verdict": evaluation["verdict"],
+        "failed": evaluation["failed"],
+        "extremes": extremes(run, evaluation),
+    }
+
+
+def metric_tables(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """[{"name", "rows"}], a row a metric with one cell a run (None where it was not measured), in the order of `table`.
+    Relative rewards are told apart by their control words where the runs' words differ."""
+    several = len({json.dumps(evaluation.get("words"), sort_keys=True) for evaluation in evaluations.values()}) > 1
+    rows: dict[str, dict[str, Any]] = {}
+    for i, evaluation in enumerate(evaluations.values()):
+        keys = {key.removeprefix("reward/"): key for key in evaluation["metrics"] if key.startswith("reward/")}
+        for row in table(evaluation):
+            key = row["key"]
+            label = row["name"]
+            if several and key.endswith("-relative") and row["name"] in keys:
+                label = f"{label} ({_words(evaluation['words'])})"
+            entry = rows.setdefault(label, {"name": label, "key": key, "cells": [None] * len(evaluations)})
+            entry["cells"][i] = row
+    left = list(rows.values())
+    tables = []
+    for name, belongs in GROUPS.items():
+        chosen = [row for row in left if belongs(row["key"])]
+        left = [row for row in left if row not in chosen]
+        if chosen:
+            tables.append({"name": name, "rows": chosen})
+    return tables
+
+
+def _between(found: dict[str, Any]) -> dict[str, Any] | None:
+    """Every further run against the first, where there are several."""
+    if not found["between"]:
+        return None
+    first = found["runs"][found["first"]]
+    rows = [
+        {"name": row["name"], "cells": [changes.get(row["key"]) for changes in found["between"].values()]}
+        for row in table(first)
+    ]
+    return {
+        "first": found["first"],
+        "others": list(found["between"]),
+        "rows": [row for row in rows if any(row["cells"])],
+    }
+
+
+def _drift(evaluations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of the drift panel, a value a run; copies as a share."""
+    rows = [
+        {"name": name, "what": what, "cells": [evaluation["drift"].get(key) for evaluation in evaluations]}
+        for key, (name, what) in DRIFT.items()
+    ]
+    copied = [evaluation["metrics"].get("copy") for evaluation in evaluations]
+    if any(copied):
+        before = ", ".join(_number(metric["base"]) if metric else "–" for metric in copied)
+        what = f"share of images that another prompt has too; base {before}"
+        rows.append({"name": "duplicate images", "what": what, "cells": [m and m["value"] for m in copied]})
+    return rows
+
+
+def prompt_table(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A row a prompt: the mean change over its seeds of the first optimised reward, the held-out reward and the object,
+    run by run. {"heads": [(run index, name)], "rows": [{"prompt", "changes", "up", "down"}]}, up and down being the
+    row's place when sorted by each column; what was not measured comes last in both."""
+    heads, columns = [], []
+    prompts = list(dict.fromkeys(row["prompt"] for row in evaluations[0]["rows"]))
+    for i, evaluation in enumerate(evaluations):
+        optimised = [(f"reward/{name}", "optimised") for name in (evaluation.get("optimised") or [])[:1]]
+        for key, name in [*optimised, (f"reward/{evaluation['heldout']}", "held out"), ("concept", "object right")]:
+            changes: dict[str, list[float]] = {}
+            for row in evaluation["rows"]:
+                now, before = row.get(key), row.get("base", {}).get(key)
+                if now is not None and before is not None:
+                    changes.setdefault(row["prompt"], []).append(now - before)
+            if changes:
+                heads.append((i, name))
+                columns.append([sum(c) / len(c) if (c := changes.get(p)) else None for p in prompts])
+    return {
+        "heads": heads,
+        "rows": [
+            {"prompt": prompt, "changes": changes, "up": up, "down": down}
+            for prompt, changes, up, down in zip(
+                prompts,
+                zip(*columns),
+                zip(*map(_places, columns)),
+                zip(*(_places(c, True) for c in columns)),
+                strict=True,
+            )
+        ],
+    }
+
+
+def _places(values: Sequence[float | None], falling: bool = False) -> list[int]:
+    """Each value's place from 0 when sorted; equal values keep their order, None comes last."""
+
+    def size(i: int) -> tuple[bool, float]:
+        value = values[i]
+        return value is None, 0.0 if value is None else -value if falling else value
+
+    places = [0] * len(values)
+    for place, i in enumerate(sorted(range(len(values)), key=size)):
+        places[i] = place
+    return places

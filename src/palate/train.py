@@ -740,7 +740,8 @@ class _Run:
                 _assign(self.parameters[name], values)
 
     def _preview(self) -> None:
-        from palate.evaluate import generate, pairs, write_samples
+        from palate.evaluate import generate, pairs
+        from palate.runs import write_samples
 
         if self.sampler:
             steps, guidance = self.sampler.steps, 1.0

@@ -1,0 +1,401 @@
+"""Sample folders and run folders: what lies on disk, judged by `palate.evaluate` and written beside it.
+
+A sample folder holds 0000.png ... and index.jsonl, a row an image. `palate evaluate` leaves two of them in a run,
+evaluation/base and evaluation/result, with evaluation.json: the same prompts and noise before and after.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from palate.core import Model, Reward
+from palate.evaluate import (
+    Referee,
+    Sampler,
+    embedded_referee,
+    generate,
+    measured,
+    pairs,
+    plain,
+    referee_images,
+    to_json,
+    verdict,
+)
+
+# --- sample folders -------------------------------------------------------------------------------------------------
+
+
+def write_samples(
+    folder: str | Path, images: Tensor, prompts: Sequence[str], seeds: Sequence[int], *, guidance: float, steps: int
+) -> None:
+    """PNGs 0000.png ... and index.jsonl, one row an image: {"file", "prompt", "seed", "guidance", "steps"}."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = (images.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    rows = []
+    for i, (array, prompt, seed) in enumerate(zip(pixels, prompts, seeds, strict=True)):
+        Image.fromarray(array).save(folder / f"{i:04d}.png")
+        rows.append({"file": f"{i:04d}.png", "prompt": prompt, "seed": int(seed), "guidance": guidance, "steps": steps})
+    _write(folder / "index.jsonl", "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
+
+
+def read_index(folder: str | Path) -> list[dict[str, Any]]:
+    """The rows of folder/index.jsonl, checked. Raises ValueError naming the file, line and remedy."""
+    index = Path(folder) / "index.jsonl"
+    if not index.is_file():
+        raise ValueError(f"{index} is missing; expected a sample folder such as runs/NAME/samples/step-000000")
+    rows = []
+    for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            file, prompt, seed = row["file"], row["prompt"], row["seed"]
+            good = isinstance(file, str) and isinstance(prompt, str) and isinstance(seed, int)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f'{index} line {number}: expected {{"file", "prompt", "seed", ...}}; got {line[:80]!r}'
+            ) from error
+        if not good or file != Path(file).name or file in ("", ".", ".."):
+            raise ValueError(
+                f"{index} line {number}: file must be a plain name, prompt a string, seed an integer; got {line[:80]!r}"
+            )
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{index} is empty; expected one row an image")
+    return rows
+
+
+def read_samples(folder: str | Path) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Images (N, 3, H, W) in [0, 1] and the rows of index.jsonl. A missing or broken image: a ValueError names it."""
+    folder = Path(folder)
+    rows = read_index(folder)
+    images = []
+    for row in rows:
+        path = folder / row["file"]
+        try:
+            with Image.open(path) as image:
+                array = np.asarray(image.convert("RGB"))
+        except FileNotFoundError as error:
+            raise ValueError(f"image {path} is missing, though index.jsonl lists it; sample again") from error
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"image {path} cannot be read ({error}); sample again or remove its row from index.jsonl"
+            ) from error
+        if images and array.shape != images[0].shape:
+            raise ValueError(
+                f"image {path} is {array.shape[1]}x{array.shape[0]}; "
+                f"expected {images[0].shape[1]}x{images[0].shape[0]} as the first"
+            )
+        images.append(array)
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255, rows
+
+
+def check_same(rows: Sequence[dict], others: Sequence[dict], name: str, other_name: str) -> None:
+    """Raise ValueError unless both hold the same (prompt, seed) in the same order; the message says which differ."""
+    for i, (row, other) in enumerate(zip(rows, others, strict=False)):
+        for key in ("prompt", "seed"):
+            if row[key] != other[key]:
+                raise ValueError(
+                    f"{name} and {other_name} cannot be paired: {key} of row {i} is {row[key]!r} in the "
+                    f"first, {other[key]!r} in the second; sample both with the same prompts and seeds"
+                )
+    if len(rows) != len(others):
+        extra = list(islice((rows if len(rows) > len(others) else others), min(len(rows), len(others)), None))[0]
+        raise ValueError(
+            f"{name} and {other_name} cannot be paired: {len(rows)} and {len(others)} images; the first without a "
+            f"partner is prompt {extra['prompt']!r} seed {extra['seed']}; sample both with the same prompts and seeds"
+        )
+
+
+def evaluate_samples(
+    samples_folder: str | Path, *, base_folder: str | Path | None = None, referee: Referee | None = None
+) -> dict[str, Any]:
+    """Judge the PNGs of a folder, in pairs with `base_folder` when given. Returns the summary and the rows."""
+    images, rows = read_samples(samples_folder)
+    base = None
+    if base_folder is not None:
+        base, base_rows = read_samples(base_folder)
+        check_same(rows, base_rows, str(samples_folder), str(base_folder))
+    prompts, seeds = [row["prompt"] for row in rows], [row["seed"] for row in rows]
+    referee = referee or embedded_referee()
+    result = referee_images(images, prompts, seeds, referee=referee, base=base).to_dict()
+    for row, source in zip(result["rows"], rows, strict=True):
+        row["file"] = source["file"]
+    for failure in result["failed"]:
+        failure["file"] = rows[failure["image"]]["file"]
+    return result
+
+
+# --- run folders ----------------------------------------------------------------------------------------------------
+
+
+def words_in_force(run_folder: str | Path, recipe: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The (positive, negative) control words at the end of the run: the recipe's, changed by the steering events."""
+    settings = recipe.get("algorithm") or {}
+    words = {side: list(settings.get(side) or ()) for side in ("positive", "negative")}
+    log = Path(run_folder) / "metrics.jsonl"
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
+        row = json.loads(line)
+        if row.get("event") == "steer":
+            words |= {side: list(row[side]) for side in words if row.get(side) is not None}
+    return words["positive"], words["negative"]
+
+
+def _shares(recipe: dict[str, Any]) -> dict[str, float]:
+    """The named rewards that the run optimised, each with its weight."""
+    settings = recipe.get("reward") or {}
+    return settings.get("weights") or ({settings["name"]: 1.0} if settings.get("name") else {})
+
+
+def _with_named(rewards: dict[str, Reward], recipe: dict[str, Any]) -> dict[str, Reward]:
+    """The rewards and those that the recipe names."""
+    from palate.recipe import load_reward
+
+    settings = recipe.get("reward") or {}
+    source, dtype = settings.get("source") or {}, settings.get("dtype")
+    return rewards | {n: load_reward(n, source.get(n), dtype) for n in _shares(recipe) if n not in rewards}
+
+
+def _with_optimised(
+    rewards: dict[str, Reward], heldout: str, recipe: dict[str, Any], words: tuple[list[str], list[str]]
+) -> tuple[dict[str, Reward], list[str]]:
+    """The rewards with what the run optimised among them, and its names, the objective itself first: a weighted sum
+    for reward.weights, the mean relative reward over the pairs of control words when there are any. The held-out reward
+    is asked for the same preference."""
+    from palate.rewards.combine import noised_relative, normalised, semantic_relative, weighted
+
+    settings = recipe.get("reward") or {}
+    shares = _shares(recipe)
+    rewards = _with_named(rewards, recipe)
+    optimised = list(shares)
+    if not optimised:
+        return rewards, []
+
+    def part(name: str) -> Reward:
+        reward = rewards[name]
+        if std := (settings.get("noised") or {}).get(name):
+            reward = noised_relative(reward, std)
+        scale = (settings.get("scale") or {}).get(name)
+        return normalised(reward, *scale) if scale else reward
+
+    objective, label = part(optimised[0]), optimised[0]
+    if len(shares) > 1:
+        objective, label = weighted({name: (share, part(name)) for name, share in shares.items()}), "weighted"
+        rewards[label] = objective
+        optimised.insert(0, label)
+    positive, negative = words
+    if positive or negative:
+        chosen = [(p, n) for p in positive or [""] for n in negative or [""]]
+
+        def relative(reward: Reward) -> Reward:
+            return weighted({f"{p}|{n}": (1 / len(chosen), semantic_relative(reward, p, n)) for p, n in chosen})
+
+        label = f"{label}-relative"
+        rewards[label] = relative(objective)
+        rewards[f"{heldout}-relative"] = relative(rewards[heldout])
+        optimised.insert(0, label)
+    return rewards, optimised
+
+
+def evaluate_run(
+    run_folder: str | Path,
+    *,
+    prompts: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    model: Model | None = None,
+    referee: Referee | None = None,
+    sampler: Sampler | None = None,
+    stored: bool = False,
+) -> dict[str, Any]:
+    """Base model against the run's result on prompts x seeds from the same noise: every reward with the optimised one
+    marked, a verdict, the images. Writes evaluation/{base,result}/ and evaluation.json into the run folder and returns
+    the latter. None = what the recipe's evaluate section says. `stored`: judge the images that lie there already."""
+    run_folder = Path(run_folder)
+    recipe = read_recipe(run_folder)
+    referee = referee or embedded_referee()
+    words = words_in_force(run_folder, recipe)
+    rewards, optimised = _with_optimised(referee.rewards, referee.heldout, recipe, words)
+    folders = {side: run_folder / "evaluation" / side for side in ("base", "result")}
+    if stored:
+        _check_stored(run_folder)
+    else:
+        prompts = _prompts(recipe) if prompts is None else list(prompts)
+        seeds = _seeds(recipe) if seeds is None else list(seeds)
+        if model is None:
+            model, sampler = trained_model(run_folder)
+        how = recipe.get("sample") or {}
+        steps = how.get("steps") or model.default_steps
+        guidance = model.default_guidance if how.get("guidance") is None else how["guidance"]
+        columns = pairs(prompts, seeds)
+        for side, weights in (("base", "reference"), ("result", "policy")):
+            own = sampler if side == "result" else None  # a generator is judged beside its teacher, drawn in many steps
+            images = generate(model, prompts, seeds, steps=steps, guidance=guidance, weights=weights, sampler=own)
+            write_samples(
+                folders[side], images, *columns, guidance=1.0 if own else guidance, steps=own.steps if own else steps
+            )
+    result = evaluate_samples(folders["result"], base_folder=folders["base"], referee=referee._replace(rewards=rewards))
+    result |= {
+        "optimised": optimised,
+        "heldout": referee.heldout,
+        "words": {"positive": words[0], "negative": words[1]},
+        "verdict": verdict(result["metrics"], optimised, referee.heldout, result["failed"]),
+    }
+    _write(run_folder / "evaluation.json", to_json(result))
+    return result
+
+
+def evaluate_runs(
+    run_folders: Sequence[str | Path],
+    *,
+    prompts: Sequence[str] | None = None,
+    count: int | None = None,
+    seeds: Sequence[int] | None = None,
+    stored: bool = False,
+    referee: Referee | None = None,
+    load: Callable[[Path], tuple[Model, Sampler | None]] | None = None,
+) -> dict[str, Any]:
+    """`evaluate_run` for each, on the same prompts and seeds and by the same rewards: those that any of the runs
+    optimised are asked of all. Returns {"first": name, "runs": {name: evaluation}, "between": {name: {metric: ...}}},
+    the last as `between` gives it against the first run.
+
+    prompts, count (at most so many), seeds: None = each recipe's own, which must then agree. ValueError before any
+    image is drawn where they do not. `load`: folder -> model, sampler; None = `trained_model`.
+    """
+    folders = [Path(folder) for folder in run_folders]
+    names = run_names(folders)
+    recipes = [read_recipe(folder) for folder in folders]
+    asked = []
+    for folder, recipe in zip(folders, recipes, strict=True):
+        if stored:
+            _check_stored(folder)
+            asked.append(read_index(folder / "evaluation" / "result"))
+        else:
+            words = _prompts(recipe, prompts, count)
+            drawn = pairs(words, _seeds(recipe) if seeds is None else seeds)
+            asked.append([{"prompt": p, "seed": s} for p, s in zip(*drawn, strict=True)])
+        check_same(asked[0], asked[-1], names[0], names[len(asked) - 1])
+    referee = referee or embedded_referee()
+    for recipe in recipes:
+        referee = referee._replace(rewards=_with_named(referee.rewards, recipe))
+    found = {}
+    for name, folder, recipe in zip(names, folders, recipes, strict=True):
+        model, sampler = (None, None) if stored else (load or trained_model)(folder)
+        drawn = {} if stored else {"prompts": _prompts(recipe, prompts, count), "seeds": seeds}
+        found[name] = evaluate_run(folder, model=model, sampler=sampler, referee=referee, stored=stored, **drawn)
+    first = names[0]
+    return {"first": first, "runs": found, "between": {name: between(found[first], found[name]) for name in names[1:]}}
+
+
+def run_names(folders: Sequence[Path]) -> list[str]:
+    """A name for each run: its folder's, or its path where two are alike. ValueError when one occurs twice."""
+    whole = [str(folder.resolve()) for folder in folders]
+    for i, path in enumerate(whole):
+        if path in whole[:i]:
+            raise ValueError(f"run {folders[i]} is given twice; name each run once")
+    short = [folder.resolve().name for folder in folders]
+    return [path if short.count(name) > 1 else name for path, name in zip(whole, short, strict=True)]
+
+
+def between(first: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """How the results of two evaluations differ, metric by metric: {"value" of the other, "base" = value of the first,
+    "change" other - first, each with its interval}, in pairs of the same prompt and seed. Means of relative rewards are
+    left out where the control words differ: they are other questions."""
+    check_same(first["rows"], other["rows"], "the first run", "the other")
+    prompts = [row["prompt"] for row in first["rows"]]
+    found = {}
+    for key in first["metrics"]:
+        if key not in other["metrics"] or key.endswith("-relative") and first.get("words") != other.get("words"):
+            continue
+        of_prompts = key in first["by_prompt"][0]
+        values = [_column(evaluation, key, of_prompts) for evaluation in (other, first)]
+        gap = values[0].isnan() | values[1].isnan()
+        if not bool(gap.all()):
+            found[key] = measured(
+                *(value.masked_fill(gap, math.nan) for value in values), None if of_prompts else prompts
+            )
+    return plain(found)
+
+
+def _column(evaluation: dict[str, Any], key: str, of_prompts: bool) -> Tensor:
+    """One metric's values by image, or by prompt; NaN where there is none."""
+    if key.startswith("style/"):  # a share of the images whose prompt leaves the style open
+        values = [None if "style_named" in row else float(row["style"] == key[6:]) for row in evaluation["rows"]]
+    else:
+        values = [row.get(key) for row in evaluation["by_prompt" if of_prompts else "rows"]]
+    return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
+
+
+def _check_stored(run_folder: Path) -> None:
+    for side in ("base", "result"):
+        if not (run_folder / "evaluation" / side / "index.jsonl").is_file():
+            raise ValueError(
+                f"{run_folder} has no stored images of the {side}; run palate evaluate on it without --stored"
+            )
+
+
+def _seeds(recipe: dict[str, Any]) -> list[int]:
+    return list(range((recipe.get("evaluate") or {}).get("seeds", 4)))
+
+
+def _prompts(recipe: dict[str, Any], prompts: Sequence[str] | None = None, count: int | None = None) -> list[str]:
+    """Prompts spread over those given, else over the recipe's: evaluate.file, the preview's, the training prompts."""
+    from palate.data import read_prompts, spread
+
+    settings, training = recipe.get("evaluate") or {}, recipe.get("prompts") or {}
+    if prompts is None:
+        file = settings.get("file") or training.get("preview") or training.get("file")
+        prompts = read_prompts(file) if file else training.get("list")
+    if not prompts:
+        raise ValueError(
+            "the recipe names no prompts to evaluate on; set evaluate.file to a text file, one prompt a line"
+        )
+    return spread(prompts, count or settings.get("prompts", 64))
+
+
+def read_recipe(run_folder: Path) -> dict[str, Any]:
+    """The run's recipe as plain values. Raises ValueError when the folder is not a run."""
+    path = run_folder / "recipe.yaml"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; expected a run folder such as runs/NAME")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} holds {type(recipe).__name__}; expected a mapping")
+    return recipe
+
+
+def trained_model(
+    run_folder: str | Path, *, warn: Callable[[str], None] = warnings.warn
+) -> tuple[Model, Sampler | None]:
+    """The recipe's model with the weights of the run's newest good checkpoint, and how the algorithm draws from it
+    (None = as the model does). `warn` hears of damaged checkpoints that were passed over."""
+    from palate import recipe as recipes
+    from palate.train import restore_result
+
+    run_folder = Path(run_folder)
+    read_recipe(run_folder)
+    plan = recipes.read(str(run_folder / "recipe.yaml"))
+    model = recipes.build_model(plan)
+    restore_result(model, run_folder, warn=warn)
+    return model, getattr(recipes.build_algorithm(plan), "sampler", None)
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
