@@ -70,11 +70,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="stop after so many, whatever the time")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-4)
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rank", type=int, default=10)
     parser.add_argument("--guidance", type=float, default=EmojiModel.default_guidance)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--base", type=Path, help="a model folder; the embedded base if left out")
-    parser.add_argument("--samples", type=int, default=64, help="to measure the error on")
+    parser.add_argument("--samples", type=int, default=32, help="to measure the error on")
     parser.add_argument("--work", type=Path, default=Path(".cache/consistency"))
     args = parser.parse_args()
 
@@ -110,7 +110,7 @@ def main() -> None:
             group["lr"] = args.lr * min(1.0, step / 50)
         optimizer.step()
         average(target, student, DECAY)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         if step % 100 == 0:
             print(f"step {step}: loss {np.mean(losses[-100:]):.4f}, {time.time() - began:.0f} s", flush=True)
 
