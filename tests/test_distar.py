@@ -681,10 +681,26 @@ def test_which_calls_carry_gradient():
         ("policy", False, False), ("assistant", True, False),  # the assistant's phase: images without gradient
         ("policy", True, False), ("assistant", True, True), ("reference", True, True)]
     assert all(call[3] == 1.0 for call in model.calls)
-    assert [call[4] for call in model.calls] == [True, True, True, False, False]  # the assistant is frozen in the second
+    assert [call[4] for call in model.calls] == [True, True, True, False, False]  # the assistant frozen at last
     model = network()
     run(model, divergence="kl", alpha_cfg=1.0, cfg="out")
     assert [call[:2] for call in model.calls[3:]] == [("assistant", False), ("reference", False), ("reference", False)]
+
+
+def test_a_generator_of_several_steps_is_trained_at_a_random_one():
+    """The depth is drawn for each phase; the average number of calls is the formula's."""
+    generator, counts = Generator(t_init=0.9, steps=3), []
+    for step in range(1, 41):
+        model = network()
+        run(model, step=step, generator=generator)
+        rng = Random(0, step, (0, 1))
+        depths = [rng.shared_integer(f"{phase}-depth", 1, 3) for phase in ("assistant-0", "generator")]
+        assert [call[:2] for call in model.calls] == [
+            *[("policy", False)] * depths[0], ("assistant", True),
+            *[("policy", False)] * (depths[1] - 1), ("policy", True), ("assistant", True), ("reference", True)]
+        counts.append(len(model.calls))
+    expected = calls_per_update(DistarSettings(generator=generator))["predict"]
+    assert expected == 7 and sum(counts) / len(counts) == pytest.approx(expected, abs=0.6)  # 3.3 standard errors
 
 
 def first_push(model, **changes):
