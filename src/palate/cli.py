@@ -116,7 +116,7 @@ def steer(run: Run, positive: Words = None, negative: Words = None) -> None:
 @app.command()
 def sample(
     run: Annotated[Optional[Path], typer.Argument(help="A run to sample from; or use --model.")] = None,
-    model: Annotated[Optional[str], typer.Option(help="A model by name (emoji), or the folder of a run.")] = None,
+    model: Annotated[Optional[str], typer.Option(help="A model by name (emoji), a run, or an exported generator.")] = None,
     prompt: Annotated[Optional[list[str]], typer.Option(help="May be given several times.")] = None,
     prompts_file: Annotated[Optional[str], typer.Option(help="One prompt a line.")] = None,
     seeds: Annotated[str, typer.Option(help="As 0-15 or 1,5,9.")] = "0-3",
@@ -139,13 +139,20 @@ def sample(
         raise ValueError("give either a run folder or --model, as --model emoji")
     source = model if model is not None else str(run)
     plain = source == "emoji" and not Path(source).is_dir()
-    loaded, sampler = (_base_model(), None) if plain else _trained_model(Path(source))
+    if plain:
+        loaded, sampler = _base_model(), None
+    elif one_step := _one_step_folder(source):
+        from palate.export import load_one_step
+
+        loaded, sampler = load_one_step(one_step)
+    else:
+        loaded, sampler = _trained_model(Path(source))
 
     from palate.evaluate import generate, pairs
     from palate.runs import write_samples
 
     if sampler and (steps is not None or guidance is not None):
-        raise ValueError("--steps, --guidance: this run trains a generator, which draws as it was trained; leave them out")
+        raise ValueError("--steps, --guidance: a generator draws as it was trained; leave them out")
     steps = sampler.steps if sampler else steps or loaded.default_steps
     guidance = 1.0 if sampler else loaded.default_guidance if guidance is None else guidance
     images = generate(loaded, prompts, numbers, steps=steps, guidance=guidance, sampler=sampler)
@@ -227,12 +234,21 @@ def report(run: Run) -> None:
 @app.command()
 def export(
     run: Run,
-    form: Annotated[str, typer.Option("--format", help="diffusers, kohya, comfyui, merged.")] = "diffusers",
+    form: Annotated[str, typer.Option("--format", help="diffusers, kohya, comfyui, merged; one-step (DI*).")] = "diffusers",
     out: Annotated[Optional[Path], typer.Option(help="The folder to write to; RUN/export/FORMAT if left out.")] = None,
 ) -> None:
-    """Write the LoRA of a run in the form that another program loads."""
-    from palate.export import WEIGHTS, export_lora
+    """Write the LoRA of a run in the form that another program loads, or a generator as a whole diffusers pipeline."""
+    from palate.export import WEIGHTS, export_lora, export_one_step
 
+    if form == "one-step":
+        from palate import recipe as recipes
+
+        plan = recipes.read(str(_recipe_file(run)))
+        if plan.algorithm_name != "distar":
+            raise ValueError(f"--format one-step: {plan.algorithm_name} makes no generator; use the run of a distar recipe")
+        target = export_one_step(_trained_model(run)[0], plan.algorithm, out or run / "export" / form)
+        print(f"pipeline: {printable(str(target))}; its README.md has the call")
+        return
     if form == "merged":
         from palate.export import export_merged
 
@@ -398,6 +414,14 @@ def _go(plan: Recipe, on_first: Callable[[Callable[[], Any]], Any], *, resume: b
         on_first(lambda: print(f"continue with: palate resume {printable(str(folder))}"))
         raise typer.Exit(outcome.exit_code)
     on_first(lambda: print(f"{outcome.reason} at step {outcome.step}: {printable(str(folder))}"))
+
+
+def _one_step_folder(source: str) -> Path | None:
+    """The folder of an exported generator: a path, or the name of one in the package."""
+    import importlib.resources
+
+    packaged = Path(str(importlib.resources.files("palate"))) / "assets" / source
+    return next((folder for folder in (Path(source), packaged) if (folder / "generator.json").is_file()), None)
 
 
 def _base_model() -> Model:
