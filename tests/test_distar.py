@@ -14,6 +14,7 @@ import re
 import pytest
 import torch
 from diffusers import LCMScheduler
+from PIL import Image
 
 from palate import recipe
 from palate.algorithms.distar import (
@@ -862,11 +863,31 @@ def test_previews_and_evaluation_draw_as_the_generator_does(tmp_path):
     rows = [Random(s, 0, [i]) for i in range(2) for s in (3, 4)]
     noises = [torch.cat([row.normal(purpose, (3, 2, 2)) for row in rows]) for purpose in ("evaluate", "evaluate-1")]
     torch.testing.assert_close(images, generator(model, model.encode_prompts(["cat"] * 4), noises).detach())
-    trained(tmp_path, 2, preview_every=1, preview_prompts=2)
+    result, _ = trained(tmp_path, 2, preview_every=1, preview_prompts=2)
+    shown = generate(result, ["cat", "dog"], [0], sampler=Generator(t_init=0.6)).clamp(0, 1)
+    for i in (0, 1):
+        file = Image.open(tmp_path / f"samples/step-000002/{i:04d}.png")
+        torch.testing.assert_close(to_tensor(file), shown[i], atol=0.51 / 255, rtol=0)
     for step in (0, 1, 2):
         lines = (tmp_path / f"samples/step-{step:06d}/index.jsonl").read_text().splitlines()
         index = [json.loads(line) for line in lines]
         assert {(row["steps"], row["guidance"]) for row in index} == {(1, 1.0)} and len(index) == 2
+
+
+def to_tensor(image):
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1) / 255
+
+
+def test_the_guard_draws_as_the_generator_does(tmp_path, monkeypatch):
+    import palate.evaluate
+
+    asked = []
+    monkeypatch.setattr(palate.evaluate, "embedded_referee", lambda: None)
+    monkeypatch.setattr(palate.evaluate, "quick_check",
+                        lambda model, words, ids, **how: asked.append(how["sampler"]) or {"concept": 1.0})
+    trained(tmp_path, 1, guard=recipe.GuardSettings(every=1, action="warn"))
+    assert asked == [Generator(t_init=0.6)] * 2
 
 
 def test_control_words_are_refused_and_the_run_goes_on(tmp_path, monkeypatch):

@@ -505,8 +505,9 @@ def _noises(rows: Sequence[Random], purpose: str, shape: Sequence[int], sampler:
 def _draw(model, prompts, noises, *, steps, guidance, weights, batch_size, sampler) -> Tensor:
     from palate.sampling import sample
 
-    steps = model.default_steps if steps is None else steps
-    guidance = model.default_guidance if guidance is None else guidance
+    if sampler is None:
+        steps = model.default_steps if steps is None else steps
+        guidance = model.default_guidance if guidance is None else guidance
     own = next((p.device for p in model.parameters("policy")), torch.device("cpu"))
     device = getattr(model, "device", own)  # a frozen model has no parameters to ask
     images = []
