@@ -446,7 +446,7 @@ def test_gradient_is_that_of_one_step_with_the_state_as_data():
         for sign in (1, -1):
             with torch.no_grad():
                 p += sign * 1e-5 * direction
-            ends.append(float(losses(model, settings, range(16), 2, algorithm)[0].value))
+            ends.append(float(losses(model, settings, range(16), 2, algorithm)[0].value.detach()))
             with torch.no_grad():
                 p -= sign * 1e-5 * direction
         assert float((g * direction).sum()) == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-6)
