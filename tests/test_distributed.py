@@ -44,7 +44,7 @@ MAKE = {
     "flow_grpo": lambda: FlowGRPO(FlowGRPOSettings(group=2, steps=3, guidance=1.0)),
     "nft": lambda: NFT(NFTSettings(group=2, steps=2, n=2)),
     "dpo": lambda: DPO(DPOSettings(steps=2, guidance=1.0, beta=10.0)),
-    "sqdf": lambda: SQDF(SQDFSettings(rollout_steps=3, final_time=0.02, guidance=1.0, estimator="tweedie", buffer_size=6)),
+    "sqdf": lambda: SQDF(SQDFSettings(rollout_steps=3, final_time=0.02, guidance=1.0, estimator="tweedie", buffer_size=16)),
     "distar": lambda: Distar(DistarSettings(generator=Generator(t_init=0.7))),
 }
 

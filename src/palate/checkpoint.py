@@ -67,7 +67,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
         _sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(_disk_message(folder, need, error)) from error
+        raise CheckpointError(disk_message(folder, need, error)) from error
     return final
 
 
@@ -133,9 +133,9 @@ def check_space(folder: Path, *, need: int) -> None:
         probe.unlink()
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise CheckpointError(_disk_message(folder, need, error)) from error
+        raise CheckpointError(disk_message(folder, need, error)) from error
     if free < need:
-        raise CheckpointError(_disk_message(folder, need, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+        raise CheckpointError(disk_message(folder, need, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
 
 
 def split(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
@@ -232,7 +232,7 @@ def _remove_unfinished(folder: Path) -> None:
         shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
 
 
-def _disk_message(folder: Path, need: int, error: Exception) -> str:
+def disk_message(folder: Path, need: int, error: Exception) -> str:
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     return (

@@ -349,6 +349,7 @@ def replay(
     plan = recipes.parse(saved.state["recipe"])
     torch.manual_seed(plan.trainer.seed)
     model, algorithm = recipes.build_model(plan), recipes.build_algorithm(plan)
+    recipes.load_consistency(plan, model)
     found = failure.replay(bundle, model, algorithm, recipes.build_reward(plan.reward))
     print(printable(found.text()))
     if not found.reproduced:

@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import importlib.resources
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from palate.core import Algorithm, Model, Reward
 
 YAML_LIMIT = 256 * 1024  # bytes; a recipe is a page of text
+YAML_DEPTH = 100
 SHARED = ("dtype", "device", "gradient_checkpointing", "image_size", "text_cache")
 MODELS = {  # name -> module, class, keys of ModelSettings that it reads beside weights, lora_rank, lora_alpha, folder
     "emoji": ("palate.models.emoji", "EmojiModel", ()),
@@ -65,6 +67,9 @@ PUBLISHED_REWARDS = {  # name -> module, function that loads it from reward.sour
     "hpsv3": ("palate.rewards.hpsv3", "load_hpsv3"),
     "remote": ("palate.rewards.remote", "load_remote"),
 }
+
+HARMLESS = ("steps", "checkpoint_every", "keep_checkpoints", "preview_every", "preview_prompts", "threads", "micro_batches",
+            "sharding")  # of trainer: may change when a run is resumed  # fmt: skip
 
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -104,7 +109,6 @@ class ModelSettings:
     text_cache: str | None = None  # folder of text embeddings; None = palate/text in the user's cache folder
     distilled_guidance: NonNegative | None = None  # what FLUX.1-dev is told; 3.5
     rollout_distilled_guidance: NonNegative | None = None  # and in calls without gradient; None = the same
-
 
 
 @dataclass(frozen=True)
@@ -306,13 +310,17 @@ def fingerprint(recipe: Recipe) -> str:
         del tree[key]
     for key in ("device", "text_cache"):
         del tree["model"][key]
-    for key in ("steps", "checkpoint_every", "keep_checkpoints", "preview_every", "preview_prompts", "threads", "micro_batches",
-                "sharding"):
+    for key in HARMLESS:
         del tree["trainer"][key]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _yaml(text: str, what: str) -> Any:
+    depth = 0
+    for bracket in re.findall(r"[\[\]{}]", text):  # the scanner's time is quadratic in the depth
+        depth += 1 if bracket in "[{" else -1
+        if depth > YAML_DEPTH:
+            raise RecipeError(f"the {what} is YAML nested deeper than {YAML_DEPTH} levels; a recipe has three")
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
             raise RecipeError(f"the {what} uses YAML aliases (*name), which can grow without limit; write the values out")
@@ -495,7 +503,7 @@ def _check_oracle(recipe: Recipe, mistakes: list[str]) -> None:
     given = [key for key in ("name", "function", "command", "url") if getattr(oracle, key) is not None]
     if len(given) != 1:
         got = "none" if not given else " and ".join(f"optimize.oracle.{key}" for key in given)
-        mistakes.append(f"optimize.oracle: give exactly one of optimize.oracle.name, .function, .command, .url; got {got}")
+        mistakes.append(f"optimize.oracle: give exactly one of its keys name, function, command, url; got {got}")
     if oracle.noise and oracle.name is None:
         mistakes.append("optimize.oracle.noise: only a built-in oracle (optimize.oracle.name) takes noise")
     if recipe.reward.name or recipe.reward.weights:
@@ -533,10 +541,10 @@ def build(recipe: Recipe) -> Parts:
     prompts = captions or recipe.prompts.list or read_prompts(recipe.prompts.file)
     preview = read_prompts(recipe.prompts.preview) if recipe.prompts.preview else spread(prompts)
     model = build_model(recipe)
-    if hasattr(model, "cache_prompts"):
-        model.cache_prompts([*prompts, *preview])
     load_consistency(recipe, model)
     reward = build_reward(recipe.reward)
+    if hasattr(model, "cache_prompts"):
+        model.cache_prompts([*prompts, *preview])
     latents = None
     if recipe.prompts.images is not None:
         images = load_images([path for path, _ in found], size=model.image_size)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import errno
 import hashlib
 import importlib.metadata
 import json
@@ -34,7 +35,7 @@ from torch import Tensor, nn
 from palate import checkpoint, distributed
 from palate.core import Algorithm, Batch, Loss, Model, Random, Reward
 from palate.progress import Progress
-from palate.recipe import GuardSettings, TrainerSettings, check_trainer, spread
+from palate.recipe import HARMLESS, GuardSettings, TrainerSettings, check_trainer, spread
 
 MAX_BAD_STEPS = 3  # updates in a row that are not finite, then the run stops
 GUARD_SEEDS = 2  # images per guard prompt: diversity needs two, concept accuracy many prompts
@@ -122,7 +123,7 @@ def train(
     run.guard_prompts = list(preview) if preview else spread(prompts)
     run.preview_prompts = run.guard_prompts[: settings.preview_prompts]
     run.sample_steps, run.sample_guidance, run.latents = sample_steps, sample_guidance, latents
-    run.check, run.identity = check, identity or _hash({**dataclasses.asdict(settings), "steps": 0, "micro_batches": 0, "sharding": 0})
+    run.check, run.identity = check, identity or _hash({**dataclasses.asdict(settings), **dict.fromkeys(HARMLESS)})
     run.visible = progress and run.ranks.first
     with _signals() as stop:
         return run.go(stop, resume=resume)
@@ -228,7 +229,7 @@ class _Run:
         notes: list[str] = []
         self._resume(notes) if resume else self.ranks.on_first(self._begin)
         log = self.folder / "metrics.jsonl" if self.ranks.first else os.devnull
-        with open(log, "a", encoding="utf-8") as self.log, Progress(s.steps, done=self.step, visible=self.visible) as self.bar:
+        with open(log, "ab", buffering=0) as self.log, Progress(s.steps, done=self.step, visible=self.visible) as self.bar:
             for text in notes:
                 self.bar.note(text)
             if self.finished and not (self.finished == "finished" and self.step < s.steps):
@@ -719,8 +720,12 @@ class _Run:
     # -------------------------------------------------------------------------------------------- what is written
 
     def _write(self, row: dict[str, Any]) -> None:
-        self.log.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
-        self.log.flush()
+        line = json.dumps({key: _plain(value) for key, value in row.items()}).encode() + b"\n"
+        try:
+            if self.log.write(line) < len(line):  # the rest of the line did not fit; a reader ignores a cut one
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise checkpoint.CheckpointError(checkpoint.disk_message(self.folder, len(line), error)) from error
 
     def _average(self) -> None:
         for name, averages in self.ema.items():
@@ -937,8 +942,12 @@ def rewind(folder: Path, step: int) -> list[dict[str, Any]]:
     log, waiting = folder / "metrics.jsonl", folder / "steering.json"
     rows = read_metrics(log)
     events = {row["step"]: row for row in rows if row.get("event") == "steer" and row["step"] > step}
-    with contextlib.suppress(FileNotFoundError):
+    try:
         events = {row["step"]: row for row in json.loads(waiting.read_bytes()) if row["step"] > step} | events
+    except FileNotFoundError:
+        pass
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{waiting}: not the steering events of a run ({error}); delete it to continue without them") from error
     replay = [events[number] for number in sorted(events)]
     checkpoint.write_atomically(waiting, json.dumps(replay).encode())
     kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
