@@ -65,6 +65,9 @@ def test_sides_and_order_are_drawn_from_the_seed(two, tmp_path):
     assert (tmp_path / "x.html").read_bytes() == (tmp_path / "y.html").read_bytes()
     few = json.loads(blind.write_study(*two, page=tmp_path / "few.html", seed=1, count=2)[1].read_text())
     assert few["pairs"] == keys[0]["pairs"][:2]
+    assert {pair["left"] for key in keys[:3] for pair in key["pairs"]} == {"a", "b"}
+    orders = [[pair["files"]["a"] for pair in key["pairs"]] for key in (keys[0], keys[2])]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) and orders[0] != sorted(orders[0])
     left = sum(blind._draw(seed, "side", i)[0] % 2 for seed in range(20) for i in range(50))
     assert abs(left - 500) < 4 * 250**0.5  # fair: four standard deviations of 1,000 flips
 

@@ -240,6 +240,10 @@ def test_images_that_a_reward_fails_on_are_named_and_left_out_on_both_sides():
     ):
         evaluate.evaluate_images(images, ["dog"] * 4, [0, 1, 2, 3], base=base, **ask)
 
+    many = torch.stack([flat_image(0.5, 0.5, 0.5)] * 70 + [flat_image(0.1, 0.1, 0.1)])  # more than one batch
+    late = evaluate.evaluate_images(many, ["a"] * 71, range(71), rewards={"picky": picky}, judge=FakeJudge())
+    assert [(f["image"], f["seed"]) for f in late.summary["failed"]] == [(70, 70)]
+
     def dead(images, prompts):
         raise RuntimeError("the service is down")  # not about one image: it ends the evaluation
 
@@ -255,6 +259,7 @@ def test_what_the_prompt_names_is_checked_part_by_part_and_as_a_whole():
     assert evaluate.placed(centres, ["left"] * 4).tolist() == [1, 0, 1, 0]
     assert evaluate.placed(centres, ["right", "right", "top", "bottom"]).tolist() == [0, 1, 1, 0]
     assert evaluate.placed(centres, [None, "bottom", "top", None]).isnan().tolist() == [True, False, False, True]
+    assert evaluate.placed(torch.tensor([[0.3, -0.1], [-0.3, 0.1]]), ["top", "bottom"]).tolist() == [1, 1]
     images = torch.stack([flat_image(0.9, 0.9, 0.9), flat_image(0.1, 0.9, 0.9), flat_image(0.9, 0.1, 0.1)])
     r = referee()._replace(position=lambda images: torch.tensor([[-0.3, 0.0], [0.2, 0.3], [0.1, 0.1]]))
     prompts = ["3d dog left blue", "dog bottom", "nothing said"]
