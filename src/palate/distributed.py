@@ -1,9 +1,9 @@
 """Several ranks that train as one: torch.distributed and nothing above it, gloo on CPUs and nccl on GPUs.
 
-A step's batch is cut into shares of consecutive sample ids, and rank r of W works on the r-th of W equal slices. Gradients
-are averaged once per update, so the update is that of one process that accumulates the shares: bit for bit on two ranks,
-and up to the order of additions on more. Decisions (a loss that is not finite, a signal, new words, the guard's verdict)
-are exchanged, so that all ranks take the same one; rank 0 alone writes files.
+A step's batch is cut into shares of consecutive sample ids, and rank r of W works on the r-th of W equal slices.
+Gradients are averaged once per update, so the update is that of one process that accumulates the shares: bit for bit on
+two ranks, and up to the order of additions on more. Decisions (a loss that is not finite, a signal, new words, the
+guard's verdict) are exchanged, so that all ranks take the same one; rank 0 alone writes files.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class PeerLost(RuntimeError):
 
 
 class Told(ValueError):
-    """Raised on the ranks where nothing is wrong when another rank stops the run and says why. `code`: the exit code."""
+    """Raised where nothing is wrong, when another rank stops the run and says why. `code`: the exit code."""
 
     def __init__(self, message: str, code: int):
         super().__init__(message)
@@ -159,15 +159,15 @@ def mesh(sharding: str) -> DeviceMesh:
         return init_device_mesh(device, (size,), mesh_dim_names=("shard",))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if size % local:
-        raise ValueError(f"trainer.sharding: hybrid needs as many ranks on each machine; got {size} ranks, {local} on this one")
+        raise ValueError(f"trainer.sharding: hybrid needs as many ranks on each machine; got {size}, {local} of them here")
     return init_device_mesh(device, (size // local, local), mesh_dim_names=("replicate", "shard"))
 
 
 def shard(networks: Iterable[nn.Module], over: DeviceMesh) -> list[nn.Module]:
     """Cut each network's parameters over the mesh, block by block; returns the different networks.
 
-    Parameters become DTensors, whole again only inside forward and backward of their block. Half-precision gradients are
-    reduced in float32.
+    Parameters become DTensors, whole again only inside forward and backward of their block. Half-precision gradients
+    are reduced in float32.
     """
     different = list({id(network): network for network in networks}.values())
     for network in different:
@@ -194,8 +194,10 @@ def like(value: Tensor, target: Tensor) -> Tensor:
 
 
 def global_norm(gradients: Sequence[Tensor]) -> float:
-    """The 2-norm of all of them together. Summed in float64 and rounded to their own precision (at least float32), so that
-    it does not depend on how they are cut."""
+    """The 2-norm of all of them together.
+
+    Summed in float64 and rounded to their own precision (at least float32), so it does not depend on how they are cut.
+    """
     if not gradients:
         return 0.0
     pieces = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
@@ -224,4 +226,5 @@ def _peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # dist.DistError and what gloo and nccl raise are RuntimeErrors
-        raise PeerLost(f"another rank is lost ({str(error).splitlines()[0][:120]}); continue with palate resume") from error
+        reason = str(error).splitlines()[0][:120]
+        raise PeerLost(f"another rank is lost ({reason}); continue with palate resume") from error

@@ -101,7 +101,8 @@ class _WatchedModel(_Watched):
         images = self._inner.decode(latents)
         _look(images, "model.decode", self._note)
         if images.requires_grad:
-            images.register_hook(lambda gradient: _look(gradient, "the gradient of the reward for the images", self._note))
+            what = "the gradient of the reward for the images"
+            images.register_hook(lambda gradient: _look(gradient, what, self._note))
         return images
 
 

@@ -425,7 +425,7 @@ class _Run:
                 p.grad = total
         said = self.ranks.exchange([sorted(names, key=str), problem])
         if len({name for theirs, _ in said for name in theirs}) > 1:
-            raise ValueError(f"the shares of a batch ask for different updates: {said}; the algorithm must not depend on them")
+            raise ValueError(f"the shares of a batch ask for different updates: {said}; an algorithm must not do that")
         return said[0][0][0], next((wrong for _, wrong in said if wrong), "")
 
     def _share_to_next_update(
@@ -852,7 +852,7 @@ class _Run:
         saved = checkpoint.load_newest(self.folder / "checkpoints", warn=notes.append)
         state = saved.state
         if len(found := set(self.ranks.exchange(saved.step))) > 1:
-            raise checkpoint.CheckpointError(f"the ranks see different checkpoints ({sorted(found)}); they need one shared folder")
+            raise checkpoint.CheckpointError(f"the ranks see different checkpoints ({sorted(found)}); share one folder")
         if state["base_fingerprint"] != self.base:
             raise checkpoint.CheckpointError(
                 f"{self.folder} was trained from other base weights ({state['base_fingerprint'][:12]}, "
