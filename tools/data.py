@@ -20,7 +20,7 @@ ASSETS = Path(__file__).parent.parent / "src/palate/assets"
 SIZE = 64
 STYLE_PRIOR = {"3d": 0.14, "flat": 0.56, "cartoon": 0.15, "outline": 0.15}  # of captions without a style: default taste
 SMALL, LARGE = (0.48, 0.62), (0.78, 0.92)  # sprite side / image side
-UNNAMED = (0.5, 0.9)
+UNNAMED = (0.62, 0.92)
 
 
 class Samples(NamedTuple):

@@ -110,7 +110,7 @@ def main() -> None:
         networks["unet"].load_state_dict(load_file(args.init / "unet/diffusion_pytorch_model.safetensors"))
         networks["text_encoder"].load_state_dict(load_file(args.init / "text_encoder/model.safetensors"))
     ema = {name: p.detach().clone() for name, p in networks.named_parameters()}
-    optimizer = torch.optim.AdamW(networks.parameters(), lr=LR, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(networks.parameters(), lr=LR, weight_decay=0.01, fused=True)
     step, spent = 0, 0.0
     if (args.work / "state.pt").exists():
         state = torch.load(args.work / "state.pt", weights_only=True)

@@ -7,6 +7,8 @@ heldout  a VisionTextDualEncoderModel (Swin and BERT): never optimised, another 
 judge    a ResNetForImageClassification: names concept and style
 
 Contrastive loss (InfoNCE) with two hard negatives an image: its caption with a wrong style, and with a wrong background.
+With --negatives (tools/build_negatives.py) a fifth of each batch are pairs as well: a caption, a real image that fulfils it,
+and a sample that was made for it; the real one has to score higher.
 Captions that are true of another image of the batch are no negatives of it. Images are blurred, noised and passed
 through the autoencoder at random, so that a score does not hang on pixels that no sampler makes.
 """
@@ -18,6 +20,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -150,6 +153,39 @@ def contrastive(model, samples: Samples, pixels: Tensor, tokenizer, rng: np.rand
                   "background": (own > logits[target, 2 * count + target]).float().mean()}
 
 
+class Rivals(NamedTuple):
+    """Samples that a reward must not like, beside real images of what their captions ask for."""
+
+    images: Tensor  # (N, 3, 64, 64) uint8
+    captions: list[str]
+    fulfilling: list[Tensor]  # for each, rows of the pool that show its caption
+
+    @classmethod
+    def load(cls, path: Path, pool: dict[str, Tensor], first: int) -> Rivals:
+        images, captions = load_file(path)["images"], json.loads(path.with_suffix(".json").read_text())
+        real = Samples(pool["images"], [], pool["concept"], pool["style"], pool["colour"])
+        rows = [first + row.nonzero()[:, 0] for row in true_of([parse_prompt(c) for c in captions], real).T[:, first:]]
+        usable = [k for k, found in enumerate(rows) if len(found)]
+        return cls(images[usable], [captions[k] for k in usable], [rows[k] for k in usable])
+
+    def draw(self, pool: dict[str, Tensor], count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, list[str]]:
+        """(real, sampled) images in [0, 1] and their captions; both weathered alike."""
+        chosen = rng.integers(len(self.captions), size=count)
+        real = pool["images"][[int(rng.choice(self.fulfilling[k])) for k in chosen]].float() / 255
+        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+        sampled = weather(self.images[chosen].float() / 255, generator, None)
+        return real, sampled, [self.captions[k] for k in chosen]
+
+
+def rivalry(model, real: Tensor, sampled: Tensor, captions: list[str], tokenizer) -> tuple[Tensor, dict]:
+    """Cross-entropy of telling the real image from the sampled one, by their scores against the caption."""
+    pixels = (torch.cat([real, sampled]) - MEAN) / STD
+    image, text = features(model, pixels, tokenize(tokenizer, captions))
+    scores = (image.unflatten(0, (2, -1)) * text).sum(-1).T
+    loss = F.cross_entropy(model.logit_scale.clamp(max=math.log(50)).exp() * scores, torch.zeros(len(captions), dtype=torch.long))
+    return loss, {"rival": (scores[:, 0] > scores[:, 1]).float().mean()}
+
+
 def classify(model, samples: Samples, pixels: Tensor) -> tuple[Tensor, dict]:
     logits = model(pixels).logits
     concepts = len(vocabulary().concepts)
@@ -167,6 +203,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--vae", type=Path, default=Path(".cache/autoencoder/vae"))
+    parser.add_argument("--negatives", type=Path, help="of build_negatives.py; for the reward emoji")
+    parser.add_argument("--init", type=Path, help="a reward folder to start from")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -174,7 +212,10 @@ def main() -> None:
     pool, captions = build_pool(args.pool, args.vae, Path(".cache/rewards/pool.safetensors"))
     held_out = 1000  # of the pool, for the figures at the end
     order = np.random.default_rng((args.seed, 2))
+    rivals = Rivals.load(args.negatives, pool, held_out) if args.negatives else None
     model = build(args.which, len(tokenizer)).train()
+    if args.init:
+        model.load_state_dict(load_file(args.init / "model.safetensors"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.02)
     start, log = time.time(), []
 
@@ -190,6 +231,9 @@ def main() -> None:
         samples = draw(pool, captions, order.integers(held_out, len(captions), args.batch))
         with torch.autocast("cpu", torch.bfloat16):
             loss, metrics = evaluate(samples, step)
+            if rivals:
+                against, told = rivalry(model, *rivals.draw(pool, args.batch // 4, order), tokenizer)
+                loss, metrics = loss + against, metrics | told
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
