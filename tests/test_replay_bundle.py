@@ -111,7 +111,8 @@ def test_the_gradient_of_a_parameter_is_named(tmp_path):
     class Root(Quadratic):
         def step(self, model, reward, batch, rng):
             p = model.parameters()[0]
-            yield Loss(((p - p.detach()).abs() + 0.0).sqrt().sum() + sum((q**2).sum() for q in model.parameters()), {}, "policy")
+            value = ((p - p.detach()).abs() + 0.0).sqrt().sum() + sum((q**2).sum() for q in model.parameters())
+            yield Loss(value, {}, "policy")
 
     with pytest.raises(RuntimeError, match="palate replay"):
         run(tmp_path, algorithm=Root())
@@ -137,6 +138,28 @@ def test_a_step_of_several_updates_starts_again_before_the_first(tmp_path):
     assert checkpoint.steps(tmp_path / "failures") == [3]  # the newest one only
     again = failure.replay(tmp_path / "failures" / checkpoint.name(3), TinyFlow(), Twice(), reward)
     assert again.metrics["size"] == sizes[3] == Twice.seen[-1][1] and again.trace == ["loss 2 of the step, nan"]
+
+
+def test_the_algorithm_starts_from_its_own_state(tmp_path):
+    """One that goes wrong in its third step, by its own count: the bundle tells a new one that two are behind it."""
+
+    class Counting(Quadratic):
+        count = 0
+
+        def state_dict(self):
+            return {"count": self.count}
+
+        def load_state_dict(self, state):
+            self.count = state["count"]
+
+        def step(self, model, reward, batch, rng):
+            self.count += 1
+            for loss in super().step(model, reward, batch, rng):
+                yield loss._replace(value=loss.value * (math.nan if self.count == BAD else 1.0))
+
+    run(tmp_path, algorithm=Counting(), steps=4)
+    again = failure.replay(tmp_path / "failures" / checkpoint.name(BAD), TinyFlow(), Counting(), reward)
+    assert again.reproduced and again.trace == ["loss 1 of the step, nan"]
 
 
 def test_a_step_that_no_longer_fails_says_so(tmp_path):
