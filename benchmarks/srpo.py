@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from palate import recipe
-from palate.evaluate import Referee, drift, embedded_referee, evaluate_images, generate, pairs, quantise
+from palate.evaluate import Referee, diversity, drift, embedded_referee, evaluate_images, generate, pairs, quantise
 from palate.rewards.combine import score_pair, with_control
 from palate.train import train
 
@@ -89,6 +89,9 @@ def measure(name: str, overrides: list[str], seed: int, referee: Referee, cache:
     if style not in cache:
         asked = [prompt.replace("a ", f"a {positive[0]} ", 1) for prompt in prompts]
         cache[style] = quantise(generate(parts.model, asked, SEEDS_PER_PROMPT, weights="reference"))
+    groups = [prompt for prompt in prompts for _ in SEEDS_PER_PROMPT]
+    inside = [float(diversity(referee.judge.features(side), groups).nanmean()) for side in (images, cache[style])]
+    row["diversity_of_style"] = inside[0] / inside[1]
     cast = drift(images, cache[style], referee.judge.features(images), referee.judge.features(cache[style]))
     row["cast"] = {key: cast[key] for key in ("saturation_ratio", "red_ratio", "green_ratio", "blue_ratio")}
     return row
@@ -96,9 +99,9 @@ def measure(name: str, overrides: list[str], seed: int, referee: Referee, cache:
 
 def table(results: Path) -> str:
     """Mean over seeds, with the standard deviation behind it."""
-    lines = ["| run | seeds | style share | concept change | background change | diversity ratio | same style | relative reward, optimised | "
+    lines = ["| run | seeds | style share | concept change | background change | diversity / base | same style | / base in that style | relative reward, optimised | "
              "held out | absolute reward, held out | saturation / base in that style | seconds |",
-             "|---|---|---|---|---|---|---|---|---|---|---|---|"]
+             "|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
     for group, runs in RUNS.items():
         for name in runs:
             rows = [json.loads(p.read_text()) for p in sorted(results.glob(f"{group}-{_slug(name)}-*.json"))]
@@ -114,6 +117,7 @@ def table(results: Path) -> str:
                 cell([r["concept"] - r["concept_base"] for r in rows], "{:+.3f}"),
                 cell([r["background"] - r["background_base"] for r in rows], "{:+.3f}"),
                 cell([r["diversity"] for r in rows]), cell([r["diversity_same_style"] for r in rows]),
+                cell([r["diversity_of_style"] for r in rows]),
                 cell([r["relative emoji"] for r in rows], "{:+.3f}"),
                 cell([r["relative emoji-heldout"] for r in rows], "{:+.3f}"),
                 cell([r["absolute emoji-heldout"] for r in rows], "{:+.3f}"),
