@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -44,7 +45,8 @@ MAKE = {
     "flow_grpo": lambda: FlowGRPO(FlowGRPOSettings(group=2, steps=3, guidance=1.0)),
     "nft": lambda: NFT(NFTSettings(group=2, steps=2, n=2)),
     "dpo": lambda: DPO(DPOSettings(steps=2, guidance=1.0, beta=10.0)),
-    "sqdf": lambda: SQDF(SQDFSettings(rollout_steps=3, final_time=0.02, guidance=1.0, estimator="tweedie", buffer_size=16)),
+    "sqdf": lambda: SQDF(SQDFSettings(rollout_steps=3, final_time=0.02, guidance=1.0, estimator="tweedie",
+                                      buffer_size=16)),
     "distar": lambda: Distar(DistarSettings(generator=Generator(t_init=0.7))),
 }
 
@@ -76,7 +78,8 @@ class Networks(TinyFlow):
 
 
 def go(folder, name="srpo", *, dtype=torch.float32, **options):
-    options = {"steps": STEPS, "batch_size": 8, "clip_norm": 1e-5, "checkpoint_every": 0, "threads": 1, "ema_decay": 0.5,
+    options = {"steps": STEPS, "batch_size": 8, "clip_norm": 1e-5, "checkpoint_every": 0, "threads": 1,
+               "ema_decay": 0.5,
                "algorithm": MAKE[name]()} | options  # fmt: skip
     rate = options.pop("reward", reward)
     if "TRACE" in os.environ:
@@ -213,7 +216,8 @@ def test_two_ranks_are_one_that_accumulates_two_micro_batches(pair, tmp_path, na
     assert all(row["grad_norm"] > 1e-5 for row in rows(tmp_path) if row["event"] == "step")  # so the norm was clipped
 
 
-@pytest.mark.parametrize(("name", "folder"), [("srpo", "srpo-full"), ("distar", "distar-full"), ("srpo", "srpo-hybrid")])
+@pytest.mark.parametrize(("name", "folder"),
+                         [("srpo", "srpo-full"), ("distar", "distar-full"), ("srpo", "srpo-hybrid")])
 def test_sharded_networks_are_bit_identical_too(pair, tmp_path, name, folder):
     go(tmp_path, name, micro_batches=2)
     identical(tmp_path, pair / folder)
@@ -315,7 +319,8 @@ def test_a_rank_that_hangs_ends_the_job_after_the_time_out(tmp_path, monkeypatch
 
 
 def test_what_cannot_work_is_refused_with_its_remedy(tmp_path):
-    with pytest.raises(ValueError, match=r"batch_size = 8 cannot be cut into 3 equal shares \(1 ranks x 3 micro_batches\)"):
+    with pytest.raises(ValueError,
+                       match=r"batch_size = 8 cannot be cut into 3 equal shares \(1 ranks x 3 micro_batches\)"):
         go(tmp_path / "a", micro_batches=3)
     with pytest.raises(ValueError, match="sharding needs more than one rank.*--nproc"):
         go(tmp_path / "b", sharding="full")
@@ -333,6 +338,16 @@ def test_the_launcher_reports_the_first_real_failure_and_ends_the_others(tmp_pat
     assert launcher.launch([sys.executable, "-S", "-c", "import os; assert os.environ['WORLD_SIZE'] == '2'"], 2) == 0
 
 
+def test_a_rank_ends_without_the_tear_down_that_gloos_threads_abort():
+    code = "import atexit; atexit.register(print, 'torn down'); from palate.cli import main; main()"
+    command = [sys.executable, "-c", code, "train", "no-such-recipe"]
+    alone = subprocess.run(command, capture_output=True, text=True)
+    rank = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "RANK": "0"})
+    assert (alone.returncode, rank.returncode) == (2, 2) and "no-such-recipe" in rank.stderr
+    assert "torn down" in alone.stdout and "torn down" not in rank.stdout
+
+
 if __name__ == "__main__":
     with distributed.join(timeout_seconds=float(os.environ.get("TIMEOUT", "60"))):
         globals()[sys.argv[1]](Path(sys.argv[2]))
+    distributed.leave(0)

@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -33,13 +33,16 @@ app = typer.Typer(
 MAX_LINES = 12  # of an error message
 
 Run = Annotated[Path, typer.Argument(help="The folder of a run, as runs/NAME.")]
-Ranks = Annotated[int, typer.Option("--nproc", min=1, help="Ranks on this machine, one for each GPU; see docs/distributed.md.")]
+Ranks = Annotated[int,
+                  typer.Option("--nproc", min=1,
+                               help="Ranks on this machine, one for each GPU; see docs/distributed.md.")]
 Words = Annotated[Optional[str], typer.Option(help='Words separated by commas, as "3d, glossy".')]
 
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A published recipe (see `palate recipes`) or the path of a YAML file.")],
+    recipe: Annotated[str,
+                      typer.Argument(help="A published recipe (see `palate recipes`) or the path of a YAML file.")],
     overrides: Annotated[Optional[list[str]], typer.Argument(help="section.key=value, as trainer.steps=40")] = None,
     fresh: Annotated[bool, typer.Option(help="Replace a run that is already in run.folder.")] = False,
     nproc: Ranks = 1,
@@ -59,7 +62,8 @@ def train(
 def resume(
     run: Run,
     overrides: Annotated[
-        Optional[list[str]], typer.Argument(help="Only the length, previews and checkpoints may change: trainer.steps=200")
+        Optional[list[str]],
+        typer.Argument(help="Only the length, previews and checkpoints may change: trainer.steps=200")
     ] = None,
     nproc: Ranks = 1,
 ) -> None:
@@ -116,11 +120,13 @@ def steer(run: Run, positive: Words = None, negative: Words = None) -> None:
 @app.command()
 def sample(
     run: Annotated[Optional[Path], typer.Argument(help="A run to sample from; or use --model.")] = None,
-    model: Annotated[Optional[str], typer.Option(help="A model by name (emoji), a run, or an exported generator.")] = None,
+    model: Annotated[Optional[str],
+                     typer.Option(help="A model by name (emoji), a run, or an exported generator.")] = None,
     prompt: Annotated[Optional[list[str]], typer.Option(help="May be given several times.")] = None,
     prompts_file: Annotated[Optional[str], typer.Option(help="One prompt a line.")] = None,
     seeds: Annotated[str, typer.Option(help="As 0-15 or 1,5,9.")] = "0-3",
-    steps: Annotated[Optional[int], typer.Option(min=1, help="Sampling steps; the model's own default if left out.")] = None,
+    steps: Annotated[Optional[int],
+                     typer.Option(min=1, help="Sampling steps; the model's own default if left out.")] = None,
     guidance: Annotated[Optional[float], typer.Option(min=0.0, help="Classifier-free scale, 1 = off.")] = None,
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("samples"),
 ) -> None:
@@ -234,7 +240,8 @@ def report(run: Run) -> None:
 @app.command()
 def export(
     run: Run,
-    form: Annotated[str, typer.Option("--format", help="diffusers, kohya, comfyui, merged; one-step (DI*).")] = "diffusers",
+    form: Annotated[str,
+                    typer.Option("--format", help="diffusers, kohya, comfyui, merged; one-step (DI*).")] = "diffusers",
     out: Annotated[Optional[Path], typer.Option(help="The folder to write to; RUN/export/FORMAT if left out.")] = None,
 ) -> None:
     """Write the LoRA of a run in the form that another program loads, or a generator as a whole diffusers pipeline."""
@@ -245,7 +252,8 @@ def export(
 
         plan = recipes.read(str(_recipe_file(run)))
         if plan.algorithm_name != "distar":
-            raise ValueError(f"--format one-step: {plan.algorithm_name} makes no generator; use the run of a distar recipe")
+            raise ValueError(
+                f"--format one-step: {plan.algorithm_name} makes no generator; use the run of a distar recipe")
         target = export_one_step(_trained_model(run)[0], plan.algorithm, out or run / "export" / form)
         print(f"pipeline: {printable(str(target))}; its README.md has the call")
         return
@@ -330,12 +338,15 @@ def checkpoints(run: Run) -> None:
         size = sum(part.stat().st_size for part in path.iterdir()) / 2**20
         print(f"{path.name}  {size:8.1f} MiB  {printable(problem) if problem else 'ok'}")
     if damaged:
-        raise checkpoint.CheckpointError(f"{damaged} of {len(found)} checkpoints are damaged; resuming passes them over")
+        raise checkpoint.CheckpointError(
+            f"{damaged} of {len(found)} checkpoints are damaged; resuming passes them over")
 
 
 @app.command()
 def replay(
-    bundle: Annotated[Path, typer.Argument(help="What a run left when a step was not finite: runs/NAME/failures/step-NNNNNN.")],
+    bundle: Annotated[Path,
+                      typer.Argument(
+                          help="What a run left when a step was not finite: runs/NAME/failures/step-NNNNNN.")],
 ) -> None:
     """Run a step again that was not finite, and say where the first such value arises."""
     import torch
@@ -361,7 +372,7 @@ def replay(
 
 @contextlib.contextmanager
 def _ranks(nproc: int, plan: Recipe) -> Iterator[Callable[[Callable[[], Any]], Any]]:
-    """Inside, this process is one of its run's ranks; gives what lets rank 0 alone do something. Launches them if need be."""
+    """Inside, this process is one of its run's ranks; gives what lets rank 0 alone act. Launches them if need be."""
     if "RANK" in os.environ:  # started by torchrun, by srun or by the lines below
         from palate.distributed import join
 
@@ -450,7 +461,8 @@ def _remove_run(folder: Path) -> None:
         return
     if folder.is_symlink() or not folder.is_dir():
         raise ValueError(f"run.folder: {folder} is not an ordinary folder")
-    ours = {"recipe.yaml", "environment.json", "metrics.jsonl", "samples", "checkpoints", "adapter", "export", "report.html",
+    ours = {"recipe.yaml", "environment.json", "metrics.jsonl", "samples", "checkpoints", "adapter", "export",
+            "report.html",
             "evaluation", "evaluation.json", "evaluation.html", "evaluations.json", "control.json",
             "steering.json", "failures", "queries",
             "queries.jsonl", "rounds.jsonl"}  # fmt: skip
@@ -532,21 +544,26 @@ def main() -> None:
     except BaseException as error:  # every kind gets its exit code; what is not ours goes on
         if debug and not isinstance(error, (SystemExit, typer.Exit)):
             raise
-        _fail(error)
+        code = _failed(error)
+    if "RANK" in os.environ:
+        from palate.distributed import leave
+
+        leave(code if isinstance(code, int) else 0)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _fail(error: BaseException) -> NoReturn:
+def _failed(error: BaseException) -> int:
+    """Say what was wrong; the exit code."""
     if isinstance(error, typer.Exit):
-        sys.exit(error.exit_code)
+        return error.exit_code
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
-        sys.exit(130)
+        return 130
     if usage := getattr(error, "format_message", None):  # a mistake in the options, from typer
         _say(usage() or "no command; see palate --help")
-        sys.exit(2)
+        return 2
     kind = {base.__module__ + "." + base.__name__ for base in type(error).__mro__}  # without importing torch for it
     if "palate.distributed.Told" in kind:  # another rank has said it
-        sys.exit(error.code)
+        return error.code
     if "palate.train.NonFinite" in kind:
         code = 3
     elif "palate.train.OutOfMemory" in kind:
@@ -562,7 +579,7 @@ def _fail(error: BaseException) -> NoReturn:
     else:
         raise error
     _say(str(error))
-    sys.exit(code)
+    return code
 
 
 def _say(message: str) -> None:

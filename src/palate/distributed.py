@@ -12,9 +12,10 @@ import contextlib
 import datetime
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -143,6 +144,17 @@ def join(*, timeout_seconds: float = 600) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+def leave(code: int) -> NoReturn:
+    """End this rank's process at once, without Python's tear-down.
+
+    Sharded networks and meshes keep gloo's threads beyond `join`, and such a thread that meets the tear-down of Python
+    aborts the process ("terminate called without an active exception"): of 25 finished runs on two ranks, 4 ended so.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def orphaned() -> bool:
     """Whether the process that launched this rank is gone."""
     launcher = os.environ.get("PALATE_LAUNCHER")
@@ -159,7 +171,8 @@ def mesh(sharding: str) -> DeviceMesh:
         return init_device_mesh(device, (size,), mesh_dim_names=("shard",))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if size % local:
-        raise ValueError(f"trainer.sharding: hybrid needs as many ranks on each machine; got {size}, {local} of them here")
+        raise ValueError(
+            f"trainer.sharding: hybrid needs as many ranks on each machine; got {size}, {local} of them here")
     return init_device_mesh(device, (size // local, local), mesh_dim_names=("replicate", "shard"))
 
 
