@@ -6,44 +6,15 @@ import math
 
 import pytest
 import torch
+from counted import C, D, linear, model_of
 
 from palate.algorithms.flow_grpo import (
     FlowGRPO, FlowGRPOSettings, calls_per_update, clipped_loss, group_advantages, kl, random_steps, ratio,
     rollout, trained_steps,
 )
 from palate.core import Batch, Random
-from palate.models.gaussian import GaussianModel
 from palate.path import flow_schedule, move
 from palate.sampling import log_prob, sample, stochastic_step, time_grid, transition_std
-
-D = torch.float64
-C = torch.randn(1, 2, 2, dtype=D, generator=torch.Generator().manual_seed(7))
-
-
-def linear(images, prompts):
-    return (images * C).sum((1, 2, 3)).detach()  # a black box: no gradient may be needed
-
-
-class Counted(GaussianModel):
-    """Counts network evaluations by row; a guided call is two."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.forward = self.backward = self.decoded = 0
-
-    def predict(self, xt, t, cond, *, guidance=1.0, weights="policy"):
-        rows = len(xt) * (1 if guidance == 1 else 2)
-        self.forward += rows
-        self.backward += rows * torch.is_grad_enabled()
-        return super().predict(xt, t, cond, guidance=guidance, weights=weights)
-
-    def decode(self, latents):
-        self.decoded += len(latents)
-        return super().decode(latents)
-
-
-def model_of(trains=("velocity",)):
-    return Counted(torch.full((1, 2, 2), 0.2, dtype=D), 0.6, trains=trains)
 
 
 def settings_of(**changes):
