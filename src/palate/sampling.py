@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +57,19 @@ def log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
                          "t = 0 out")
     per_element = -0.5 * ((x - mean) / std) ** 2 - torch.log(std) - 0.5 * math.log(2 * math.pi)
     return per_element.flatten(1).sum(1)
+
+
+class Transition(NamedTuple):
+    """One random step of B samples, as it was drawn."""
+
+    x: Tensor  # (B, C, h, w)
+    x_next: Tensor  # (B, C, h, w)
+    t: Tensor  # (B,)
+    t_next: Tensor  # (B,)
+    log_prob: Tensor  # (B,) under the policy that drew it
+
+    def rows(self, chosen: Tensor) -> Transition:
+        return Transition(*(value[chosen] for value in self))
 
 
 def sample(

@@ -25,14 +25,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from palate.core import Batch, Cond, Loss, Model, Random, Reward
 from palate.path import move
-from palate.sampling import log_prob, stochastic_step, time_grid, transition_std
+from palate.sampling import Transition, log_prob, stochastic_step, time_grid, transition_std
 
 
 @dataclass(frozen=True)
@@ -63,19 +63,6 @@ class DDPOSettings:
             if wrong:
                 name = problem.split(":")[0]
                 raise ValueError(f"DDPOSettings expected {problem}; got {name} = {getattr(self, name)!r}")
-
-
-class Transition(NamedTuple):
-    """One random step of a sample, as it was drawn."""
-
-    x: Tensor  # (B, C, h, w)
-    x_next: Tensor  # (B, C, h, w)
-    t: Tensor  # (B,)
-    t_next: Tensor  # (B,)
-    log_prob: Tensor  # (B,) under the policy that drew it
-
-    def rows(self, chosen: Tensor) -> Transition:
-        return Transition(*(value[chosen] for value in self))
 
 
 class DDPO:

@@ -33,14 +33,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from palate.core import Batch, Cond, Loss, Model, Random, Reward
 from palate.path import move
-from palate.sampling import log_prob, stochastic_step, time_grid, transition_std
+from palate.sampling import Transition, log_prob, stochastic_step, time_grid, transition_std
 
 
 @dataclass(frozen=True)
@@ -81,19 +81,6 @@ class FlowGRPOSettings:
             if wrong:
                 name = problem.split(":")[0]
                 raise ValueError(f"FlowGRPOSettings expected {problem}; got {name} = {getattr(self, name)!r}")
-
-
-class Transition(NamedTuple):
-    """One random step of the samples, as it was drawn."""
-
-    x: Tensor  # (N, C, h, w)
-    x_next: Tensor  # (N, C, h, w)
-    t: Tensor  # (N,)
-    t_next: Tensor  # (N,)
-    log_prob: Tensor  # (N,) under the policy that drew it
-
-    def rows(self, chosen: Tensor) -> Transition:
-        return Transition(*(value[chosen] for value in self))
 
 
 class FlowGRPO:
