@@ -34,7 +34,7 @@ soak: $(STAMP)
 
 lint: $(STAMP)
 	@$(BIN)/python -m compileall -q src tests tools
-	@awk 'length > 140 { print FILENAME ":" FNR ": longer than 140 characters"; bad = 1 } END { exit bad }' \
+	@awk 'length > 120 { print FILENAME ":" FNR ": longer than 120 characters"; bad = 1 } END { exit bad }' \
 	  $$(find src tests tools -name '*.py')
 
 clean:

@@ -51,18 +51,22 @@ def tiny(tmp_path, monkeypatch):
 
 
 def short(error: str) -> bool:
-    return 1 <= len(error.splitlines()) <= cli.MAX_LINES + 1 and error.startswith("palate: ") and "Traceback" not in error
+    return 1 <= len(error.splitlines()) <= cli.MAX_LINES + 1 and error.startswith(
+        "palate: ") and "Traceback" not in error
 
 
 def test_help_is_quick_because_nothing_heavy_is_imported():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    code = "import sys; sys.argv = ['palate', '--help']\nfrom palate.cli import main\ntry: main()\nexcept SystemExit: pass\n"
-    code += "heavy = {'torch', 'numpy', 'diffusers', 'transformers', 'pydantic'} & set(sys.modules); sys.exit(str(heavy) if heavy else 0)"
+    code = "import sys; sys.argv = ['palate', '--help']\nfrom palate.cli import main\n"
+    code += "try: main()\nexcept SystemExit: pass\n"
+    code += "heavy = {'torch', 'numpy', 'diffusers', 'transformers', 'pydantic'} & set(sys.modules)\n"
+    code += "sys.exit(str(heavy) if heavy else 0)"
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert ended.returncode == 0, ended.stderr
-    for command in ("train", "resume", "steer", "sample", "evaluate", "compare", "report", "recipes", "checkpoints", "replay"):
+    for command in ("train", "resume", "steer", "sample", "evaluate", "compare", "report", "recipes", "checkpoints",
+                    "replay"):
         assert command in ended.stdout
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0  # 0.2 s measured on a quiet core
 
@@ -78,15 +82,18 @@ def test_train_sample_checkpoints_and_resume(tiny, palate):
     assert code == 2 and short(err) and "palate resume" in err and "--fresh" in err
     assert palate("train", "tiny.yaml", "--fresh")[0] == 0
 
-    code, out, _ = palate("sample", "runs/tiny", "--prompt", "a red fox", "--prompt", "a tree", "--seeds", "0-1,5", "--out", "drawn")
+    code, out, _ = palate("sample", "runs/tiny", "--prompt", "a red fox", "--prompt", "a tree", "--seeds", "0-1,5",
+                          "--out", "drawn")
     assert code == 0 and "6 images" in out
     assert Image.open("drawn/grid.png").size == (24, 16)
     index = [json.loads(line) for line in (tiny / "drawn" / "index.jsonl").read_text().splitlines()]
-    assert [(row["prompt"], row["seed"]) for row in index] == [(p, s) for p in ("a red fox", "a tree") for s in (0, 1, 5)]
+    assert [(row["prompt"], row["seed"]) for row in index] == [(p, s) for p in ("a red fox", "a tree")
+                                                               for s in (0, 1, 5)]
     palate("sample", "--model", "emoji", "--prompt", "a red fox", "--seeds", "0", "--out", "base")
     assert (tiny / "base" / "0000.png").read_bytes() == (run / "samples" / "step-000000" / "0000.png").read_bytes()
     drawn = (tiny / "drawn" / "0000.png").read_bytes()
-    assert drawn == (run / "samples" / "step-000004" / "0000.png").read_bytes() != (tiny / "base" / "0000.png").read_bytes()
+    assert drawn == (run / "samples" / "step-000004" / "0000.png").read_bytes() != (
+        tiny / "base" / "0000.png").read_bytes()
 
     code, out, _ = palate("checkpoints", "runs/tiny")
     assert code == 0 and out.count(" ok") == 2
@@ -108,14 +115,17 @@ def test_steer(tiny, palate):
 
 
 @pytest.mark.parametrize("arguments", [
-    ["train", "no-such-recipe"], ["train", "tiny.yaml", "trainer.stepz=3"], ["train", "tiny.yaml", "trainer.steps=x", "--fresh"],
+    ["train", "no-such-recipe"], ["train", "tiny.yaml", "trainer.stepz=3"],
+    ["train", "tiny.yaml", "trainer.steps=x", "--fresh"],
     ["train"], ["trian"], ["train", "tiny.yaml", "--nope"], ["train", "tiny.yaml", "prompts={file: none.txt}"],
     ["train", "tiny.yaml", "prompts={images: .}"], ["train", "tiny.yaml", "prompts.list=[an unknownword]"],
     ["train", "."], ["resume", "nowhere"], ["resume", "."], ["sample"], ["sample", "--model", "emoji"],
     ["sample", "--model", "emoji", "--prompt", " "], ["sample", "--model", "emoji", "--prompt", "a", "--seeds", "x"],
     ["sample", "--model", "emoji", "--prompt", "a", "--seeds", "3-1"], ["sample", "--model", "nope", "--prompt", "a"],
-    ["sample", "--model", "emoji", "--prompt", "a", "--seeds", "0-99999999"], ["sample", ".", "--model", "emoji", "--prompt", "a"],
-    ["sample", "--model", "emoji", "--prompts-file", "empty.txt"], ["sample", "--model", "emoji", "--prompt", "a", "--steps", "0"],
+    ["sample", "--model", "emoji", "--prompt", "a", "--seeds", "0-99999999"],
+    ["sample", ".", "--model", "emoji", "--prompt", "a"],
+    ["sample", "--model", "emoji", "--prompts-file", "empty.txt"],
+    ["sample", "--model", "emoji", "--prompt", "a", "--steps", "0"],
     ["sample", "--model", "emoji", "--prompt", "a", "--steps", "x"], ["evaluate", "nowhere"], ["report", "."],
     ["compare", ".", "."], ["compare", "."], ["recipes", "nope"],
 ])  # fmt: skip
@@ -182,8 +192,10 @@ def test_recipes_are_listed_and_shown(palate):
 
 
 @pytest.mark.parametrize(("hostile", "plain"), [
-    ("\x1b[31mred\x1b[0m", "red"), ("\x1b]0;title\x07text", "text"), ("\x1b]8;;http://x\x1b\\link", "link"), ("a\rb\x08c\x00", "abc"),
-    ("\x9b2Jx", "2Jx"), ("\u202eevil", "evil"), ("\x1bcreset", "reset"), ("a dog, größer", "a dog, größer"), ("\x1b", ""),
+    ("\x1b[31mred\x1b[0m", "red"), ("\x1b]0;title\x07text", "text"), ("\x1b]8;;http://x\x1b\\link", "link"),
+    ("a\rb\x08c\x00", "abc"),
+    ("\x9b2Jx", "2Jx"), ("\u202eevil", "evil"), ("\x1bcreset", "reset"), ("a dog, größer", "a dog, größer"),
+    ("\x1b", ""),
 ])  # fmt: skip
 def test_text_from_outside_cannot_drive_the_terminal(hostile, plain):
     assert printable(hostile) == plain

@@ -41,13 +41,16 @@ def drawn(model):
 
 
 def test_words_are_resolved():
-    assert known_words("3D, a GLOSSY puppy in a grey background!") == ["3d", "a", "3d", "dog", "on", "a", "gray", "background"]
-    assert parse_prompt("a small outlined fox at the left on blue") == Caption("fox", "outline", "blue", "small", "left")
+    assert known_words("3D, a GLOSSY puppy in a grey background!") == ["3d", "a", "3d", "dog", "on", "a", "gray",
+        "background"]
+    assert parse_prompt("a small outlined fox at the left on blue") == Caption("fox", "outline", "blue", "small",
+        "left")
     assert parse_prompt("flat. a 3d dog").style == "3d"
     assert parse_prompt("dogs").concept == "dog"
 
 
-@pytest.mark.parametrize(("prompt", "near"), [("a doog", "dog"), ("octopuz on blue", "octopus"), ("a balon", "balloon")])
+@pytest.mark.parametrize(("prompt", "near"),
+                         [("a doog", "dog"), ("octopuz on blue", "octopus"), ("a balon", "balloon")])
 def test_unknown_words_name_near_ones(model, prompt, near):
     with pytest.raises(ValueError, match=near) as error:
         model.encode_prompts([prompt])

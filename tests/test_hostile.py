@@ -44,7 +44,8 @@ CANARY = "canary-3f9a1c"  # a secret; and the name of the file that hostile code
 
 WATCH: list[tuple[str, str]] | None = None
 RUNS = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect")
-WRITES = {"os.mkdir": 0, "os.rename": 1, "os.remove": 0, "os.rmdir": 0, "os.symlink": 1, "os.link": 1, "shutil.rmtree": 0}
+WRITES = {"os.mkdir": 0, "os.rename": 1, "os.remove": 0, "os.rmdir": 0, "os.symlink": 1, "os.link": 1,
+          "shutil.rmtree": 0}
 
 
 def _hook(event: str, arguments: tuple) -> None:
@@ -52,7 +53,8 @@ def _hook(event: str, arguments: tuple) -> None:
         return
     if event in RUNS:
         WATCH.append((event, str(arguments)[:200]))
-    elif event == "open" and isinstance(arguments[0], (str, bytes, Path)) and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR):
+    elif event == "open" and isinstance(arguments[0], (str, bytes, Path)) and (arguments[2]
+        or 0) & (os.O_WRONLY | os.O_RDWR):
         WATCH.append(("write", os.fsdecode(arguments[0])))
     elif event in WRITES:
         WATCH.append(("write", str(arguments[WRITES[event]])))
@@ -112,14 +114,16 @@ def test_the_watch_sees_what_it_should(tmp_path):
 
 # ------------------------------------------------------------------------- pickles in the place of weights
 
-EXTENSIONS = ("safetensors", "bin", "pt", "pth", "ckpt", "pkl", "pickle", "npy", "npz", "h5", "msgpack", "json", "yaml", "txt",
+EXTENSIONS = ("safetensors", "bin", "pt", "pth", "ckpt", "pkl", "pickle", "npy", "npz", "h5", "msgpack", "json",
+              "yaml", "txt",
               "png", "jsonl")  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["pickle", "torch"])
 @pytest.mark.parametrize("extension", EXTENSIONS)
 def test_a_pickle_under_any_extension_is_never_loaded(tmp_path, extension, kind):
-    """As the weights of a reward, a recipe, a prompt file, a picture and a metrics file: refused by each, run by none."""
+    """As the weights of a reward, a recipe, a prompt file, a picture and a metrics file: refused by each, run by
+    none."""
     folder = tmp_path / "in"
     folder.mkdir()
     file = folder / f"x.{extension}"
@@ -153,7 +157,8 @@ def manifest(path: Path, **changes) -> None:
 
 
 @pytest.mark.parametrize("changes", [
-    {"step": "../../x"}, {"step": -1}, {"step": None}, {"step": [1]}, {"files": {"../../../etc/passwd": "0"}}, {"files": 3},
+    {"step": "../../x"}, {"step": -1}, {"step": None}, {"step": [1]}, {"files": {"../../../etc/passwd": "0"}},
+    {"files": 3},
     {"files": {checkpoint.STATE: "0", "/etc/passwd": "0"}}, {"schema": "1"}, {"schema": 99},
 ])  # fmt: skip
 def test_a_manifest_cannot_point_out_of_its_folder(tmp_path, changes):
@@ -219,7 +224,8 @@ def tarred() -> bytes:
 
 BOMBS = {
     "huge.png": lambda: png(60_000, 60_000), "wide.png": lambda: png(2**31 - 1, 1), "flat.png": lambda: png(0, 0),
-    "text.png": lambda: png(4, 4, text_bomb()), "cut.png": lambda: png(4000, 4000), "zip.png": zipped, "tar.png": tarred,
+    "text.png": lambda: png(4, 4, text_bomb()), "cut.png": lambda: png(4000, 4000), "zip.png": zipped,
+    "tar.png": tarred,
     "gzip.png": lambda: gzip.compress(b"\0" * (20 << 20)), "svg.png": lambda: b'<svg onload="alert(1)"/>',
     "empty.png": lambda: b"",
 }  # fmt: skip
@@ -252,7 +258,8 @@ def test_a_prompt_file_without_end_is_refused_by_its_size(tmp_path):
         read_prompts(str(tmp_path / "big.txt"))
 
 
-@pytest.mark.parametrize("name", ["../../outside.png", "/etc/passwd", "..\\x.png", "a/../../x.png", "\0.png", "~/.ssh/id_rsa"])
+@pytest.mark.parametrize("name",
+                         ["../../outside.png", "/etc/passwd", "..\\x.png", "a/../../x.png", "\0.png", "~/.ssh/id_rsa"])
 def test_names_in_caption_files_are_names_only(tmp_path, name):
     """A row about a file elsewhere neither reads nor writes it: only pictures of the folder itself count."""
     folder = tmp_path / "in"
@@ -294,25 +301,36 @@ def test_yaml_is_data(tmp_path, value):
 
 RAN = "document.documentElement.setAttribute('data-ran', '1')"
 HTML = [
-    f"<script>{RAN}</script>", f'"><script>{RAN}</script>', f"'><script>{RAN}</script>", f"<img src=x onerror=\"{RAN}\">",
-    f"<svg onload=\"{RAN}\">", f"<body onload={RAN!r}>", f"<iframe srcdoc='<script>parent.{RAN}</script>'>", "javascript:" + RAN,
+    f"<script>{RAN}</script>", f'"><script>{RAN}</script>', f"'><script>{RAN}</script>",
+    f"<img src=x onerror=\"{RAN}\">",
+    f"<svg onload=\"{RAN}\">", f"<body onload={RAN!r}>", f"<iframe srcdoc='<script>parent.{RAN}</script>'>",
+    "javascript:" + RAN,
     f"<a href=\"javascript:{RAN}\" autofocus onfocus=\"{RAN}\">x</a>", f"<details open ontoggle=\"{RAN}\">",
-    f"<input autofocus onfocus=\"{RAN}\">", f"<video><source onerror=\"{RAN}\">", f"<math><mtext></mtext><script>{RAN}</script></math>",
+    f"<input autofocus onfocus=\"{RAN}\">", f"<video><source onerror=\"{RAN}\">",
+    f"<math><mtext></mtext><script>{RAN}</script></math>",
     f"</title><script>{RAN}</script>", f"</style><script>{RAN}</script>", f"</textarea><script>{RAN}</script>",
-    f"--><script>{RAN}</script>", f"]]><script>{RAN}</script>", f"<scr<script>ipt>{RAN}</script>", f"<SCRIPT>{RAN}</SCRIPT>",
-    f"<script/x>{RAN}</script>", f"<script\n>{RAN}</script\n>", f"<object data=\"data:text/html,<script>{RAN}</script>\">",
+    f"--><script>{RAN}</script>", f"]]><script>{RAN}</script>", f"<scr<script>ipt>{RAN}</script>",
+    f"<SCRIPT>{RAN}</SCRIPT>",
+    f"<script/x>{RAN}</script>", f"<script\n>{RAN}</script\n>",
+    f"<object data=\"data:text/html,<script>{RAN}</script>\">",
     f"<embed src=\"data:text/html,<script>{RAN}</script>\">", f"<link rel=stylesheet href=\"javascript:{RAN}\">",
-    "<meta http-equiv=refresh content=\"0;url=data:text/html,<script>alert(1)</script>\">", f"<base href=\"javascript:{RAN}//\">",
+    "<meta http-equiv=refresh content=\"0;url=data:text/html,<script>alert(1)</script>\">",
+    f"<base href=\"javascript:{RAN}//\">",
     f"<form action=\"javascript:{RAN}\"><button autofocus>x</button></form>", f"<marquee onstart=\"{RAN}\">x</marquee>",
     f"<style>@import 'javascript:{RAN}'</style>", f"<img src=`x`onerror={RAN!r}>", f"\" onmouseover=\"{RAN}\" x=\"",
-    f"' autofocus onfocus='{RAN}' x='", f"&lt;script&gt;{RAN}&lt;/script&gt;", f"&#60;script&#62;{RAN}&#60;/script&#62;",
+    f"' autofocus onfocus='{RAN}' x='", f"&lt;script&gt;{RAN}&lt;/script&gt;",
+    f"&#60;script&#62;{RAN}&#60;/script&#62;",
     f"\\u003cscript\\u003e{RAN}\\u003c/script\\u003e", f"%3Cscript%3E{RAN}%3C/script%3E", f"<!--<script>-->{RAN}",
 ]  # fmt: skip
 OTHER = [
-    "{{ 7*7 }}", "{% for x in ().__class__.__base__.__subclasses__() %}{{ x }}{% endfor %}", "{{ self.__init__.__globals__ }}",
-    "{{ cycler.__init__.__globals__.os.system('touch x') }}", "${7*7} #{7*7} <%= 7*7 %>", "{0.__class__} {prompt} {control} %s %n",
-    "\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\", "\u202eevil\u2066x\u2069", "a\0b",
-    "../../../../etc/passwd", "C:\\Windows\\x", "$(touch x) `touch x` ; touch x | touch x && touch x", "-rf --fresh", "\r\noverwritten",
+    "{{ 7*7 }}", "{% for x in ().__class__.__base__.__subclasses__() %}{{ x }}{% endfor %}",
+    "{{ self.__init__.__globals__ }}",
+    "{{ cycler.__init__.__globals__.os.system('touch x') }}", "${7*7} #{7*7} <%= 7*7 %>",
+    "{0.__class__} {prompt} {control} %s %n",
+    "\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\", "\u202eevil\u2066x\u2069",
+    "a\0b",
+    "../../../../etc/passwd", "C:\\Windows\\x", "$(touch x) `touch x` ; touch x | touch x && touch x", "-rf --fresh",
+    "\r\noverwritten",
     "x" * 10_000_000,
 ]  # fmt: skip
 
@@ -330,7 +348,8 @@ def test_prompts_and_control_words_reach_no_file_name_and_no_terminal(tmp_path, 
         run(tmp_path / "run", prompts=prompts, steps=2, batch_size=8, preview_every=2, preview=prompts[-20:-1],
             preview_prompts=99, checkpoint_every=0, progress=True)  # fmt: skip
     names = {path.name for path in (tmp_path / "run").rglob("*")}
-    known = {"samples", "checkpoints", "adapter", "metrics.jsonl", "environment.json", "index.jsonl", "tiny.safetensors",
+    known = {"samples", "checkpoints", "adapter", "metrics.jsonl", "environment.json", "index.jsonl",
+             "tiny.safetensors",
              "step-000000", "step-000002", checkpoint.TENSORS, checkpoint.STATE, checkpoint.MANIFEST}  # fmt: skip
     assert all(name in known or (name.endswith(".png") and name[:-4].isdigit()) for name in names)
     index = (tmp_path / "run" / "samples" / "step-000002" / "index.jsonl").read_text().splitlines()
@@ -343,7 +362,8 @@ def test_prompts_and_control_words_reach_no_file_name_and_no_terminal(tmp_path, 
 
 def test_hostile_texts_in_errors_are_short_and_plain(tiny, palate):  # noqa: F811
     for text in (*OTHER[5:-1], "y" * 100_000):
-        for arguments in (("train", text), ("train", "tiny.yaml", f"algorithm.positve={text}"), ("sample", text, "--prompt", "a")):
+        for arguments in (("train", text), ("train", "tiny.yaml", f"algorithm.positve={text}"),
+                          ("sample", text, "--prompt", "a")):
             if "\0" in text and arguments[0] == "sample" or text.startswith("-"):
                 continue
             code, out, err = palate(*arguments)
@@ -370,7 +390,8 @@ class Tags(HTMLParser):
 def rendered(page: Path) -> Tags:
     """The page's tree after headless Chromium has run whatever it would run."""
     command = [shutil.which("chromium"), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-               "--no-first-run", f"--user-data-dir={page.parent / 'browser'}", "--virtual-time-budget=2000", "--dump-dom",
+               "--no-first-run", f"--user-data-dir={page.parent / 'browser'}", "--virtual-time-budget=2000",
+               "--dump-dom",
                page.as_uri()]  # fmt: skip
     return Tags(subprocess.run(command, capture_output=True, text=True, timeout=300).stdout)
 
@@ -408,8 +429,10 @@ def test_a_secret_in_the_environment_is_in_no_output(tiny, palate, monkeypatch):
         monkeypatch.setenv(name, secret)
     said = []
     for arguments in (("train", "tiny.yaml"), ("resume", "runs/tiny", "trainer.steps=6"), ("checkpoints", "runs/tiny"),
-                      ("sample", "runs/tiny", "--prompt", "a red fox", "--seeds", "0", "--out", "drawn"), ("report", "runs/tiny"),
-                      ("train", "$PALATE_SECRET"), ("train", "tiny.yaml", "run.folder=${HF_TOKEN}", "trainer.stepz=1")):  # fmt: skip
+                      ("sample", "runs/tiny", "--prompt", "a red fox", "--seeds", "0", "--out", "drawn"),
+                      ("report", "runs/tiny"),
+                      ("train", "$PALATE_SECRET"),
+                      ("train", "tiny.yaml", "run.folder=${HF_TOKEN}", "trainer.stepz=1")):  # fmt: skip
         said += palate(*arguments)[1:]
 
     def sick(images, prompts):

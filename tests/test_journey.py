@@ -1,4 +1,4 @@
-"""A newcomer's way through the command line, on the embedded model: train, steer, resume, evaluate, report, sample, compare."""
+"""A newcomer's way through the command line, on the embedded model."""
 
 from __future__ import annotations
 
@@ -68,12 +68,14 @@ def test_evaluate_report_sample_and_compare(runs, palate, tmp_path, capsys):
         palate("evaluate", str(run), "--count", "3", "--seeds", "2")
     assert "heldout" in capsys.readouterr().out
     first = json.loads((whole / "evaluation.json").read_text())
-    assert first["metrics"] == json.loads((halves / "evaluation.json").read_text())["metrics"]  # equal weights, equal words
+    # equal weights, equal words
+    assert first["metrics"] == json.loads((halves / "evaluation.json").read_text())["metrics"]
     assert first["images"] == 6 and "emoji-relative" in first["optimised"]
     assert "reward/emoji-heldout-relative" in first["metrics"]
     palate("report", str(whole))
     page = (whole / "report.html").read_text()
     assert "data:image/png;base64" in page and "<script" not in page and "http-equiv" in page
     palate("compare", str(whole), str(halves))
-    palate("sample", str(whole), "--prompt", "a puppy on a blue background", "--seeds", "0-1", "--out", str(tmp_path / "out"))
+    palate("sample", str(whole), "--prompt", "a puppy on a blue background", "--seeds", "0-1", "--out",
+           str(tmp_path / "out"))
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0000.png", "0001.png", "grid.png", "index.jsonl"]

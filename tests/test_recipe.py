@@ -85,7 +85,8 @@ HOSTILE = [
     ("override of bad YAML", GOOD, ["trainer.steps=[1"], ["value of trainer.steps", "not valid YAML"]),
     ("override with an object", GOOD, ["trainer.steps=!!python/object:os.x {}"], ["not valid YAML"]),
     ("too large", "# " + "x" * recipe.YAML_LIMIT + "\n" + GOOD, [], ["larger than 256 KiB"]),
-    ("a bomb", "\n".join([f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 1}]" for i in range(30)]), [], ["aliases"]),
+    ("a bomb", "\n".join([f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 1}]" for i in range(30)]), [],
+     ["aliases"]),
     ("a key twice", GOOD + "trainer: {lr: 1.0, steps: 2, lr: 2.0}", [], ["lr", "given twice", "line 6"]),
     ("deep nesting", "a: " + "[" * 5000, [], ["YAML"]),
 ]
@@ -101,7 +102,8 @@ def test_bad_input_is_named_in_a_few_lines(text, overrides, words):
 
 
 def test_all_mistakes_come_at_once():
-    overrides = ["trainer.stepz=1", "trainer.lr=-1", "modle.name=x", "reward.name=no", "algorithm.n=zero", "trainer.guard.action=x", "a"]
+    overrides = ["trainer.stepz=1", "trainer.lr=-1", "modle.name=x", "reward.name=no", "algorithm.n=zero",
+                 "trainer.guard.action=x", "a"]
     with pytest.raises(RecipeError) as caught:
         recipe.parse(GOOD, overrides)
     lines = str(caught.value).splitlines()
@@ -111,7 +113,8 @@ def test_all_mistakes_come_at_once():
 
 
 def test_overrides_are_yaml_values_and_later_ones_win():
-    made = recipe.parse(GOOD, ["trainer.steps=3", "trainer.steps=7", "algorithm.positive=[a, b]", "trainer.guard.every=0",
+    made = recipe.parse(GOOD,
+                        ["trainer.steps=3", "trainer.steps=7", "algorithm.positive=[a, b]", "trainer.guard.every=0",
                                "trainer.lr=1.0e-3", "sample.guidance=2.5"])  # fmt: skip
     assert (made.trainer.steps, made.trainer.lr, made.trainer.guard.every) == (7, 1e-3, 0)
     assert made.algorithm.positive == ("a", "b") and made.sample.guidance == 2.5
@@ -129,8 +132,10 @@ def test_the_released_recipe_has_the_released_numbers():
     """specs of the authors' HPSv2.1 script: 19 updates of 32 prompts, AdamW 5e-6, weight decay 1e-4, clip 0.1, ..."""
     made = recipe.read("srpo-emoji-released")
     t, a = made.trainer, made.algorithm
-    assert (t.steps, t.batch_size, t.lr, t.weight_decay, t.clip_norm, t.betas) == (19, 32, 5e-6, 1e-4, 0.1, (0.9, 0.999))
-    assert (a.rollout_steps, a.shift, a.rollout_guidance, a.guidance, a.noise, a.levels) == (25, 3.0, 1.0, 3.5, "rollout", "released")
+    assert (t.steps, t.batch_size, t.lr, t.weight_decay, t.clip_norm, t.betas) == (19, 32, 5e-6, 1e-4, 0.1,
+        (0.9, 0.999))
+    assert (a.rollout_steps, a.shift, a.rollout_guidance, a.guidance, a.noise, a.levels) == (25, 3.0, 1.0, 3.5,
+        "rollout", "released")
     assert (a.timestep_length, a.groundtruth_ratio, a.train_timestep, a.vis_sampling_step) == (1000, 0.9, (5, 25), 50)
     assert (a.k_denoise, a.k_inversion, a.hinge) == ((0.1, 0.25), (0.3, 0.01), 0.7)
 
@@ -139,7 +144,8 @@ def test_only_what_decides_the_numbers_decides_the_fingerprint():
     plain = recipe.fingerprint(recipe.parse(GOOD))
     for harmless in ("run.folder=other", "trainer.steps=999", "trainer.preview_every=3", "trainer.checkpoint_every=1"):
         assert recipe.fingerprint(recipe.parse(GOOD, [harmless])) == plain
-    for decisive in ("trainer.lr=0.5", "trainer.seed=1", "algorithm.positive=[x]", "prompts.list=[b]", "trainer.guard.every=3"):
+    for decisive in ("trainer.lr=0.5", "trainer.seed=1", "algorithm.positive=[x]", "prompts.list=[b]",
+                     "trainer.guard.every=3"):
         assert recipe.fingerprint(recipe.parse(GOOD, [decisive])) != plain
 
 

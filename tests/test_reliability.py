@@ -1,4 +1,7 @@
-"""Nothing is lost: kills, signals, full disks, lack of memory and malformed files. docs/reliability.md lists the figures."""
+"""Nothing is lost: kills, signals, full disks, lack of memory and malformed files.
+
+docs/reliability.md lists the figures.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +76,7 @@ def kill() -> None:
 
 
 def survives_kills(folder: Path, name: str, points: int, inside_saves: int, steps: int = 5) -> None:
-    """SIGKILL at random points of a run, some of them inside a save: resumed, each ends as the run that was not killed."""
+    """SIGKILL at random points of a run, some inside a save: resumed, each ends as the unkilled run."""
     options = {"steps": steps, "checkpoint_every": 2, "keep_checkpoints": 2}
     with pytest.MonkeyPatch.context() as patch:
         clock = Clock(patch)
@@ -224,7 +227,8 @@ def test_a_step_that_does_not_fit_changes_nothing_and_says_what_needs_less(tmp_p
 
     with pytest.raises(OutOfMemory) as caught:
         go(tmp_path / "run", reward=hungry, checkpoint_every=1)
-    for lever in ("trainer.micro_batches=2", "model.lora_rank", "GiB", "trainer.ema_decay=0", "--nproc", "sharding=full"):
+    for lever in ("trainer.micro_batches=2", "model.lora_rank", "GiB", "trainer.ema_decay=0", "--nproc",
+                  "sharding=full"):
         assert lever in str(caught.value)
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [1, 2]
     go(tmp_path / "run", resume=True, micro_batches=1)
@@ -237,7 +241,8 @@ def test_levers_name_what_they_save():
     text = memory_levers(TrainerSettings(batch_size=6, micro_batches=2, ema_decay=0.9), weights, "no more")
     assert "trainer.micro_batches=3: 67% of a step's activations" in text
     assert "holds 4.00 GiB" in text and "trainer.ema_decay=0: 1.00 GiB" in text
-    assert "one image at a time is reached" in memory_levers(TrainerSettings(batch_size=2, micro_batches=2), weights, "no")
+    assert "one image at a time is reached" in memory_levers(TrainerSettings(batch_size=2, micro_batches=2), weights,
+                                                             "no")
 
 
 def test_out_of_memory_is_exit_6(tiny, palate, monkeypatch):  # noqa: F811
@@ -274,13 +279,15 @@ def test_a_step_leaves_no_open_file(tmp_path):
 # -------------------------------------------------------------------------------------------- malformed input
 
 FILES = [  # a file of a run, what is written into it, the command, its exit code
-    ("recipe.yaml", b"", ("resume",), 2), ("recipe.yaml", b"\x80\x04", ("resume",), 2), ("recipe.yaml", b"[1]", ("report",), 2),
+    ("recipe.yaml", b"", ("resume",), 2), ("recipe.yaml", b"\x80\x04", ("resume",), 2),
+    ("recipe.yaml", b"[1]", ("report",), 2),
     ("recipe.yaml", b"run: {folder: 3}", ("resume",), 2), ("recipe.yaml", None, ("resume",), 2),
     ("metrics.jsonl", b"{}\n{}\n", ("resume", "trainer.steps=5"), 2),
     ("metrics.jsonl", b"3\n" * 3, ("resume", "trainer.steps=5"), 2),
     ("metrics.jsonl", b"\xff\xfe\n", ("resume", "trainer.steps=5"), 2),
     ("metrics.jsonl", b'{"step": "1"}\n{"step": 2}\n', ("resume", "trainer.steps=5"), 2),
-    ("steering.json", b"{", ("resume", "trainer.steps=5"), 2), ("steering.json", b"3", ("resume", "trainer.steps=5"), 2),
+    ("steering.json", b"{", ("resume", "trainer.steps=5"), 2),
+    ("steering.json", b"3", ("resume", "trainer.steps=5"), 2),
     ("steering.json", b'[{"a": 1}]', ("resume", "trainer.steps=5"), 2),
     ("checkpoints/step-000004/state.json", b"{}", ("checkpoints",), 4),
     ("checkpoints/step-000004/manifest.json", b"{}", ("checkpoints",), 4),
@@ -291,7 +298,7 @@ FILES = [  # a file of a run, what is written into it, the command, its exit cod
 
 
 @pytest.mark.parametrize(("file", "content", "command", "expected"), FILES, ids=range(len(FILES)))
-def test_a_malformed_file_of_a_run_is_named_in_a_few_lines(tiny, palate, file, content, command, expected):  # noqa: F811
+def test_a_malformed_file_of_a_run_is_named_in_a_few_lines(tiny, palate, file, content, command, expected):
     assert palate("train", "tiny.yaml", "trainer.preview_every=0")[0] == 0
     path = tiny / "runs/tiny" / file
     path.parent.mkdir(exist_ok=True, parents=True)
@@ -302,7 +309,8 @@ def test_a_malformed_file_of_a_run_is_named_in_a_few_lines(tiny, palate, file, c
 
 
 def test_at_least_120_malformed_inputs_are_tested():
-    commands = next(mark for mark in test_cli.test_bad_input_is_exit_2_and_a_few_lines.pytestmark if mark.name == "parametrize")
+    commands = next(mark for mark in test_cli.test_bad_input_is_exit_2_and_a_few_lines.pytestmark
+                    if mark.name == "parametrize")
     assert len(test_recipe.HOSTILE) + len(commands.args[1]) + len(FILES) + len(rest()) >= 120
 
 

@@ -198,7 +198,8 @@ def test_the_command_names_the_place_and_its_exit_code_says_whether_it_fails(tin
     assert palate("train", "tiny.yaml")[0] == 3
     bundle = "runs/tiny/failures/step-000003"
     code, out, err = palate("replay", bundle)
-    assert (code, err) == (0, "") and "first value that is not finite: the reward of 'warm. a " in out and "is nan" in out
+    assert (code, err) == (0, "")
+    assert "first value that is not finite: the reward of 'warm. a " in out and "is nan" in out
     monkeypatch.setattr(recipes, "build_reward", lambda settings: reward)
     code, out, _ = palate("replay", bundle)
     assert code == 1 and "no longer fails" in out

@@ -276,7 +276,7 @@ def test_prompts_are_sorted_by_change_in_the_style_sheet_alone(runs):
     table = report.prompt_table(evaluations)
     heads = ["optimised", "held out", "object right"]
     assert table["heads"] == [(i, name) for i in (0, 1) for name in heads]
-    of = lambda p, key, e=evaluations[1]: [r[key] - r["base"][key] for r in e["rows"] if r["prompt"] == p and key in r]  # noqa: E731
+    of = lambda p, key, e=evaluations[1]: [r[key] - r["base"][key] for r in e["rows"] if r["prompt"] == p and key in r]
     for row in table["rows"]:
         values = of(row["prompt"], "reward/emoji-heldout")
         assert row["changes"][4] == pytest.approx(sum(values) / len(values))
@@ -300,7 +300,7 @@ def test_prompts_are_sorted_by_change_in_the_style_sheet_alone(runs):
 
 def test_other_words_get_rows_of_their_own(runs):
     found = evaluated(*runs)
-    names = lambda: [row["name"] for table in report.metric_tables(found["runs"]) for row in table["rows"]]  # noqa: E731
+    names = lambda: [row["name"] for table in report.metric_tables(found["runs"]) for row in table["rows"]]
     assert names().count("emoji-relative") == 1
     found["runs"]["b"]["words"] = {"positive": ["outline"], "negative": []}
     assert {"emoji-relative (+3d −flat, outline)", "emoji-relative (+outline)"} <= set(names())

@@ -30,12 +30,14 @@ def run(folder: Path, *, algorithm=None, model=None, reward=reward, **options):
     options = {"steps": STEPS, "batch_size": 3, "lr": 1e-2, "seed": 5, "checkpoint_every": 1, "keep_checkpoints": 99,
                "progress": False, **options}  # fmt: skip
     model = model or TinyFlow()
-    outcome = palate.train(model, algorithm or srpo(), reward, options.pop("prompts", PROMPTS), folder=folder, **options)
+    outcome = palate.train(model, algorithm or srpo(), reward, options.pop("prompts", PROMPTS), folder=folder,
+                           **options)
     return model, outcome
 
 
 def rows(folder: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if not k.endswith("_seconds")} for row in read_metrics(folder / "metrics.jsonl")]
+    return [{k: v for k, v in row.items() if not k.endswith("_seconds")}
+            for row in read_metrics(folder / "metrics.jsonl")]
 
 
 def tensors(folder: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
@@ -193,7 +195,8 @@ def test_killed_in_the_middle_of_saves_it_ends_bit_identical(tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_step_saves_and_resumes_exactly(tmp_path, number, code):
-    before = signal.signal(number, signal.default_int_handler)  # a job in the background may have been told to ignore it
+    # a job in the background may have been told to ignore it
+    before = signal.signal(number, signal.default_int_handler)
     class Signalled(Steering):
         def step(self, model, reward, batch, rng):
             if rng.step == 3:
@@ -358,7 +361,8 @@ def test_a_loss_without_gradient_is_refused_with_its_likely_cause(tmp_path):
 
 
 @pytest.mark.parametrize(("bad", "message"), [
-    (lambda images, prompts: reward(images, prompts)[:, None], r"shape \(2, 1\) for 2 images; expected a tensor of shape \(2,\)"),
+    (lambda images, prompts: reward(images, prompts)[:, None],
+     r"shape \(2, 1\) for 2 images; expected a tensor of shape \(2,\)"),
     (lambda images, prompts: float(images.mean()), "returned float"),
     (lambda images, prompts: reward(images, prompts) * math.nan, "expected finite numbers"),
 ])  # fmt: skip
@@ -406,7 +410,8 @@ def test_words_that_are_refused_do_not_end_the_run(tmp_path):
     assert not (tmp_path / "a" / "control.json").exists()
 
 
-@pytest.mark.parametrize("junk", [b"", b"{", b"[]", b'{"positive": 3}', b"\xff\xfe", b'{"positive": 3, "negative": null}'])
+@pytest.mark.parametrize("junk",
+                         [b"", b"{", b"[]", b'{"positive": 3}', b"\xff\xfe", b'{"positive": 3, "negative": null}'])
 def test_a_broken_control_file_is_ignored(tmp_path, junk):
     class Junk(Steering):
         def step(self, model, reward, batch, rng):
@@ -450,13 +455,15 @@ def test_the_guard_stops_and_the_result_is_the_best_step(tmp_path):
     assert outcome.step == 6 and outcome.exit_code == 0 and "heldout fell from 1 to 0.85" in outcome.reason
     run(tmp_path.with_name("four"), steps=4)
     assert same(tensors(tmp_path, 6), tensors(tmp_path.with_name("four"), 4))
-    events = [(row["step"], row["verdict"] == "ok", row.get("best_step")) for row in rows(tmp_path) if row["event"] == "guard"]
+    events = [(row["step"], row["verdict"] == "ok", row.get("best_step")) for row in rows(tmp_path)
+              if row["event"] == "guard"]
     assert events == [(0, False, None), (2, True, 2), (4, True, 4), (6, False, 4)]
 
 
 def test_the_guard_keeps_the_highest_of_the_named_metric(tmp_path):
     checks = Checks(1.0, 3.0, 2.0, 2.5, -9.0)
-    _, outcome = run(tmp_path, guard=GuardSettings(every=2, best="heldout"), check=checks, checkpoint_every=1, keep_checkpoints=2)
+    _, outcome = run(tmp_path, guard=GuardSettings(every=2, best="heldout"), check=checks, checkpoint_every=1,
+                     keep_checkpoints=2)
     assert "guard" in outcome.reason
     assert checkpoint.steps(tmp_path / "checkpoints") == [2, 7, 8]
     assert same({k: v for k, v in tensors(tmp_path).items()}, tensors(tmp_path, 2))
@@ -492,7 +499,8 @@ def test_limits_are_absolute_falls_and_a_ratio():
 def test_the_run_folder_holds_what_is_promised(uninterrupted):
     names = {path.name for path in uninterrupted.iterdir()}
     assert {"metrics.jsonl", "environment.json", "samples", "checkpoints", "adapter"} <= names
-    assert sorted(p.name for p in (uninterrupted / "samples").iterdir()) == ["step-000000", "step-000004", "step-000008"]
+    assert sorted(p.name for p in (uninterrupted / "samples").iterdir()) == ["step-000000", "step-000004",
+        "step-000008"]
     index = [(p / "index.jsonl").read_text() for p in sorted((uninterrupted / "samples").iterdir())]
     assert index[0] == index[1] == index[2] and len(index[0].splitlines()) == len(PROMPTS)
     first = json.loads(index[0].splitlines()[0])

@@ -62,7 +62,8 @@ class TinyFlow:
     def save_adapter(self, folder) -> None:
         from safetensors.torch import save_file
 
-        save_file({str(i): p.detach().clone() for i, p in enumerate(self.parameters())}, str(folder / "tiny.safetensors"))
+        save_file({str(i): p.detach().clone() for i, p in enumerate(self.parameters())},
+                  str(folder / "tiny.safetensors"))
 
 
 def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -72,5 +73,6 @@ def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 def srpo(**settings) -> SRPO:
     return SRPO(SRPOSettings(**{
-        "positive": ("warm",), "negative": ("cold", "dull"), "rollout_steps": 2, "window": (0.3, 0.9), "step": 0.2, **settings
+        "positive": ("warm",), "negative": ("cold", "dull"), "rollout_steps": 2, "window": (0.3, 0.9), "step": 0.2,
+        **settings
     }))  # fmt: skip

@@ -121,7 +121,8 @@ def main() -> None:
             atlas.paste(fit(picture.convert("RGBA")), (SIZE * column, SIZE * row))
         found[concept] = synonyms(concept, emoji, cldr)
 
-    known = set(CONCEPTS) | set(PACKAGES) | set(COLOURS) | set(GLUE) | {"small", "large", "left", "right", "top", "bottom"}
+    known = set(CONCEPTS) | set(PACKAGES) | set(COLOURS) | set(GLUE) | {"small", "large", "left", "right", "top",
+        "bottom"}
     chosen = {word: target for target, words in SYNONYMS.items() for word in words}
     counts: dict[str, int] = {}
     for words in found.values():

@@ -1,10 +1,12 @@
-"""Samples that a reward must not like: the base model's own, and those of policies that over-optimised the present reward.
+"""Samples that a reward must not like: the base model's own, and those of policies that over-optimised the present
+reward.
 
     python tools/build_negatives.py [--steps 30] [--samples 192] [--seed 5]
 
-For every ordered pair of styles a policy is trained hard (relative reward alone, high learning rate) towards one and away
-from the other, and sampled half-way and at its end; the base model is sampled with style words. Each image is kept with the
-caption it was to fulfil, in .cache/rewards/negatives.safetensors and .json; `train_rewards.py emoji` trains against them.
+For every ordered pair of styles a policy is trained hard (relative reward alone, high learning rate) towards one and
+away from the other, and sampled half-way and at its end; the base model is sampled with style words. Each image is
+kept with the caption it was to fulfil, in .cache/rewards/negatives.safetensors and .json; `train_rewards.py emoji`
+trains against them.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=30, help="updates of each over-optimised policy")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--samples", type=int, default=192, help="images of each policy, and four times so many of the base")
+    parser.add_argument("--samples", type=int, default=192,
+                        help="images of each policy, and four times so many of the base")
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(".cache/rewards/negatives.safetensors"))
     args = parser.parse_args()

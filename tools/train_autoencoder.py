@@ -2,8 +2,9 @@
 
     python tools/train_autoencoder.py [--minutes 8] [--seed 0]
 
-Loss: L1 + L1 of image gradients, noise on the latents (so that the decoder is smooth where a diffusion model lands), and
-a pull of every latent channel to mean 0, variance 1 (so that the scaling factor is 1). Resumes from its own state file.
+Loss: L1 + L1 of image gradients, noise on the latents (so that the decoder is smooth where a diffusion model lands),
+and a pull of every latent channel to mean 0, variance 1 (so that the scaling factor is 1). Resumes from its own state
+file.
 """
 
 from __future__ import annotations

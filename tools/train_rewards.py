@@ -6,11 +6,11 @@ emoji    a transformers CLIPModel (ViT and causal text tower): the reward that r
 heldout  a VisionTextDualEncoderModel (Swin and BERT): never optimised, another architecture, data order and seed
 judge    a ResNetForImageClassification: names concept and style
 
-Contrastive loss (InfoNCE) with two hard negatives an image: its caption with a wrong style, and with a wrong background.
-With --negatives (tools/build_negatives.py) a fifth of each batch are pairs as well: a caption, a real image that fulfils it,
-and a sample that was made for it; the real one has to score higher.
-Captions that are true of another image of the batch are no negatives of it. Images are blurred, noised and passed
-through the autoencoder at random, so that a score does not hang on pixels that no sampler makes.
+Contrastive loss (InfoNCE) with two hard negatives an image: its caption with a wrong style, and with a wrong
+background. With --negatives (tools/build_negatives.py) a fifth of each batch are pairs as well: a caption, a real
+image that fulfils it, and a sample that was made for it; the real one has to score higher. Captions that are true of
+another image of the batch are no negatives of it. Images are blurred, noised and passed through the autoencoder at
+random, so that a score does not hang on pixels that no sampler makes.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ def hard_negatives(caption: str, rng: np.random.Generator) -> list[str]:
     wrong_colour = str(rng.choice([c for c in vocab.colours if c != seen.background]))
     first = caption.replace(seen.style, wrong_style) if seen.style else f"{wrong_style}. {caption}"
     second = (caption.replace(f"on a {seen.background}", f"on a {wrong_colour}").replace(
-        f"on {seen.background}", f"on {wrong_colour}") if seen.background else f"{caption} on a {wrong_colour} background")
+        f"on {seen.background}", f"on {wrong_colour}") if seen.background
+        else f"{caption} on a {wrong_colour} background")
     return [first, second]
 
 
@@ -182,7 +183,8 @@ def rivalry(model, real: Tensor, sampled: Tensor, captions: list[str], tokenizer
     pixels = (torch.cat([real, sampled]) - MEAN) / STD
     image, text = features(model, pixels, tokenize(tokenizer, captions))
     scores = (image.unflatten(0, (2, -1)) * text).sum(-1).T
-    loss = F.cross_entropy(model.logit_scale.clamp(max=math.log(50)).exp() * scores, torch.zeros(len(captions), dtype=torch.long))
+    loss = F.cross_entropy(model.logit_scale.clamp(max=math.log(50)).exp() * scores,
+                           torch.zeros(len(captions), dtype=torch.long))
     return loss, {"rival": (scores[:, 0] > scores[:, 1]).float().mean()}
 
 

@@ -30,7 +30,8 @@ __all__ = [*_HOME, "__version__", "train"]
 
 def __getattr__(name: str) -> Any:
     if name == "train":
-        return import_module("palate.train")  # a module that can be called: palate.train(...) is palate.train.train(...)
+        # a module that can be called: palate.train(...) is palate.train.train(...)
+        return import_module("palate.train")
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'palate' has no attribute {name!r}")

@@ -49,7 +49,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-    """Write folder/step-NNNNNN durably. Raises CheckpointError; whatever was there before is untouched until the end."""
+    """Write folder/step-NNNNNN durably. Raises CheckpointError; what was there is untouched until the end."""
     final, temporary = folder / name(step), folder / f".tmp-{name(step)}"
     plain = {key: value.detach().to("cpu").clone().contiguous() for key, value in tensors.items()}
     need = sum(value.numel() * value.element_size() for value in plain.values())
@@ -178,7 +178,8 @@ def _manifest(path: Path) -> dict[str, Any]:
     try:
         raw = file.read_bytes()
         manifest = json.loads(raw)
-        whole = isinstance(manifest, dict) and _canonical(manifest) == raw and set(manifest["files"]) == {STATE, TENSORS}
+        whole = isinstance(manifest, dict) and _canonical(manifest) == raw
+        whole = whole and set(manifest["files"]) == {STATE, TENSORS}
         known = whole and manifest["schema"] == SCHEMA
         placed = whole and path.name == name(int(manifest["step"]))
     except FileNotFoundError as error:

@@ -68,7 +68,8 @@ PUBLISHED_REWARDS = {  # name -> module, function that loads it from reward.sour
     "remote": ("palate.rewards.remote", "load_remote"),
 }
 
-HARMLESS = ("steps", "checkpoint_every", "keep_checkpoints", "preview_every", "preview_prompts", "threads", "micro_batches",
+HARMLESS = ("steps", "checkpoint_every", "keep_checkpoints", "preview_every", "preview_prompts", "threads",
+            "micro_batches",
             "sharding")  # of trainer: may change when a run is resumed  # fmt: skip
 
 Count = Annotated[int, Field(ge=0)]
@@ -121,7 +122,8 @@ class RewardSettings:
     source: dict[Literal[tuple(PUBLISHED_REWARDS)], Annotated[str, Field(min_length=1)]] = field(default_factory=dict)
     # ^ of published weights: a file, a folder, a hub id; of "remote": a URL
     dtype: Literal["float32", "bfloat16"] | None = None  # of published rewards; None = bfloat16 for hpsv3, else float32
-    scale: dict[RewardName, tuple[Finite, Annotated[float, Field(gt=0, allow_inf_nan=False)]]] = field(default_factory=dict)
+    scale: dict[RewardName,
+                tuple[Finite, Annotated[float, Field(gt=0, allow_inf_nan=False)]]] = field(default_factory=dict)
     # ^ (mean, std) on images you trust: (R - mean) / std is what is weighed
     noised: dict[RewardName, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = field(default_factory=dict)
     # ^ std of the noised image that serves as the negative of a reward that reads no prompt
@@ -172,8 +174,10 @@ class TrainerSettings:
     preview_every: Count = 0  # 0 = never; otherwise before, every so many steps, and after
     preview_prompts: Positive = 16
     threads: Count = 0  # 0 = torch's own choice
-    micro_batches: Positive = 1  # parts that a rank's share of the batch goes through in, one after the other: less memory
-    sharding: Literal["none", "full", "hybrid"] = "none"  # weights = full on several ranks: FSDP2; hybrid = inside a machine
+    # parts that a rank's share of the batch goes through in, one after the other: less memory
+    micro_batches: Positive = 1
+    # weights = full on several ranks: FSDP2; hybrid = inside a machine
+    sharding: Literal["none", "full", "hybrid"] = "none"
     guard: GuardSettings = field(default_factory=GuardSettings)
 
 
@@ -323,7 +327,8 @@ def _yaml(text: str, what: str) -> Any:
             raise RecipeError(f"the {what} is YAML nested deeper than {YAML_DEPTH} levels; a recipe has three")
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-            raise RecipeError(f"the {what} uses YAML aliases (*name), which can grow without limit; write the values out")
+            raise RecipeError(
+                f"the {what} uses YAML aliases (*name), which can grow without limit; write the values out")
         if twice := _repeated_key(yaml.compose(text, Loader=yaml.SafeLoader)):
             raise RecipeError(f"{twice.value}: given twice (line {twice.start_mark.line + 1} of the {what}); keep one")
         return yaml.safe_load(text)
@@ -444,7 +449,8 @@ def _sentence(kind: type, problem: dict[str, Any], prefix: str) -> str:
     key = prefix + ".".join(where)
     if problem["type"] == "unexpected_keyword_argument":
         valid = [f.name for f in dataclasses.fields(_at(kind, where[:-1])) if f.name != "algorithm_name"]
-        hint = _near(where[-1], valid, prefix + "".join(f"{part}." for part in where[:-1])) or f"; valid keys: {', '.join(valid)}"
+        hint = _near(where[-1], valid,
+                     prefix + "".join(f"{part}." for part in where[:-1])) or f"; valid keys: {', '.join(valid)}"
         return f"{key}: unknown key{hint}"
     key = key.rstrip(".") or "recipe"
     if problem["type"] == "value_error":  # the settings' own check, which says what it got
@@ -485,7 +491,8 @@ def _check_together(recipe: Recipe, mistakes: list[str]) -> None:
     given = [key for key in ("file", "list", "images", "pairs") if getattr(prompts, key) is not None]
     if len(given) != 1:
         got = "none" if not given else " and ".join(f"prompts.{key}" for key in given)
-        mistakes.append(f"prompts: give exactly one of prompts.file, prompts.list, prompts.images, prompts.pairs; got {got}")
+        mistakes.append(
+            f"prompts: give exactly one of prompts.file, prompts.list, prompts.images, prompts.pairs; got {got}")
     if recipe.optimize is not None:
         _check_oracle(recipe, mistakes)
     elif (reward.name is None) == (not reward.weights):

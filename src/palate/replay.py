@@ -41,8 +41,8 @@ class Draw(NamedTuple):
 class ReplayBuffer:
     """The newest `capacity` trajectories. At most `memory` bytes of them are held, the others lie in shards on disk.
 
-    Shards are memory-mapped: a draw reads the states it needs, and `state_dict` nothing. Only writing a checkpoint reads
-    everything, which needs memory for the whole buffer once.
+    Shards are memory-mapped: a draw reads the states it needs, and `state_dict` nothing. Only writing a checkpoint
+    reads everything, which needs memory for the whole buffer once.
     """
 
     def __init__(self, capacity: int, *, memory: int = 1 << 30):

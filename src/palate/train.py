@@ -1,7 +1,8 @@
-"""The only training loop; it owns every side effect: backward, clipping, updates, averages, logs, checkpoints, previews.
+"""The only training loop; it owns every side effect: backward, clipping, updates, averages, logs, checkpoints.
 
-An algorithm yields losses and touches nothing else. Every random number is a function of (seed, sample id, step, purpose),
-so a run continued from a checkpoint equals the uninterrupted one bit for bit, and previews or checks never disturb it.
+An algorithm yields losses and touches nothing else. Every random number is a function of (seed, sample id, step,
+purpose), so a run continued from a checkpoint equals the uninterrupted one bit for bit, and previews or checks never
+disturb it.
 
 Step n is the n-th update (1, 2, ...); checkpoint and samples `step-NNNNNN` hold the weights after n updates.
 """
@@ -94,11 +95,11 @@ def train(
     """Train `model` in place and write everything into `folder`. The first group of options is `TrainerSettings`.
 
     preview: prompts of the previews and, all of them, of the guard (spread over `prompts` if None); sample_steps,
-    sample_guidance: how they are drawn (None = the model's default). latents (N, C, h, w): clean latents of N real images
-    captioned by `prompts` (offline training). check: what the guard measures (None = `palate.evaluate.quick_check`);
-    guard None = off. identity: a hash that
-    a resumed run must share (None = hash of the settings). Inside `palate.distributed.join` every rank calls this with the
-    same arguments, and `batch_size` is what all of them work on together. ValueError: what was given cannot work.
+    sample_guidance: how they are drawn (None = the model's default). latents (N, C, h, w): clean latents of N real
+    images captioned by `prompts` (offline training). check: what the guard measures (None =
+    `palate.evaluate.quick_check`); guard None = off. identity: a hash that a resumed run must share (None = hash of
+    the settings). Inside `palate.distributed.join` every rank calls this with the same arguments, and `batch_size` is
+    what all of them work on together. ValueError: what was given cannot work.
     """
     settings = check_trainer({
         "steps": steps, "batch_size": batch_size, "lr": lr, "lrs": lrs, "weight_decay": weight_decay, "betas": betas,
@@ -114,7 +115,8 @@ def train(
         raise ValueError(f"got {len(latents)} latents and {len(prompts)} prompts; expected one prompt an image")
     if latents is not None and not torch.isfinite(latents).all():
         bad = int((~torch.isfinite(latents).flatten(1).all(1)).nonzero()[0])
-        raise ValueError(f"the latents of image {bad} ({prompts[bad]!r}) are not finite; expected numbers: encode it again")
+        raise ValueError(
+            f"the latents of image {bad} ({prompts[bad]!r}) are not finite; expected numbers: encode it again")
     if unknown := sorted(set(lrs or ()) - set(algorithm.trains)):
         raise ValueError(f"trainer.lrs.{unknown[0]}: the algorithm trains {', '.join(algorithm.trains)}")
     if hasattr(algorithm, "sampler") and (sample_steps is not None or sample_guidance is not None):
@@ -132,7 +134,7 @@ def train(
 def steer(
     folder: str | Path, positive: Sequence[str] | None = None, negative: Sequence[str] | None = None
 ) -> None:
-    """Change the control words of the run in `folder` from its next step on; None keeps a list. Takes effect if it runs."""
+    """Change the control words of the run in `folder`, from its next step on; None keeps a list."""
     folder = Path(folder)
     words = {"positive": positive, "negative": negative}
     if positive is None and negative is None:
@@ -149,7 +151,7 @@ def steer(
 
 
 def prompt_order(count: int, seed: int, first: int, size: int) -> list[int]:
-    """Which of `count` prompts the samples first .. first + size - 1 use: each once an epoch, shuffled anew every epoch."""
+    """Which of `count` prompts the samples first .. first + size - 1 use: each once an epoch, shuffled anew."""
     order: dict[int, np.ndarray] = {}
     chosen = []
     for i in range(first, first + size):
@@ -174,7 +176,8 @@ def restore_result(model: Model, folder: Path, *, warn: Callable[[str], None]) -
     return saved.step
 
 
-def repeat(model: Model, algorithm: Algorithm, reward: Reward, bundle: checkpoint.Checkpoint) -> tuple[dict[str, float], str]:
+def repeat(model: Model, algorithm: Algorithm, reward: Reward,
+           bundle: checkpoint.Checkpoint) -> tuple[dict[str, float], str]:
     """Run the step of a failure bundle again, exactly as the loop did: (metrics, what was not finite or "").
 
     Changes the weights of `model` and the state of `algorithm` to those that the step started from.
@@ -188,7 +191,8 @@ def repeat(model: Model, algorithm: Algorithm, reward: Reward, bundle: checkpoin
     run = _Run(model, algorithm, reward, state["prompts"], Path(), settings)
     run._prepare()
     if run.base != state["base_fingerprint"]:
-        raise checkpoint.CheckpointError("the bundle was made with other base weights; install the version it was made with")
+        raise checkpoint.CheckpointError(
+            "the bundle was made with other base weights; install the version it was made with")
     run.lr_scale = state["lr_scale"]
     run._load_tensors(bundle)
     run._load_algorithms(bundle)
@@ -200,14 +204,16 @@ class _Run:
     """One run's mutable state, and the loop."""
 
     def __init__(
-        self, model: Model, algorithm: Algorithm, reward: Reward, prompts: list[str], folder: Path, settings: TrainerSettings
+        self, model: Model, algorithm: Algorithm, reward: Reward, prompts: list[str], folder: Path,
+        settings: TrainerSettings
     ):
         self.model, self.algorithm, self.reward, self.prompts = model, algorithm, reward, prompts
         self.folder, self.settings, self.ranks = folder, settings, distributed.ranks()
         self.step = self.skipped = self.bad_in_a_row = 0
         self.lr_scale = 1.0
         self.finished = ""
-        self.guard: dict[str, Any] = {"base": None, "best_step": None, "best_value": None, "rollbacks": 0, "sums": {}, "steps": 0}
+        self.guard: dict[str, Any] = {"base": None, "best_step": None, "best_value": None, "rollbacks": 0, "sums": {},
+                                      "steps": 0}
         self.words: list[dict[str, Any]] = []  # steering events to replay, after a resume
         self.said: set[str] = set()
         self.sampler = getattr(algorithm, "sampler", None)  # evaluate.Sampler; None = the model is sampled as usual
@@ -229,7 +235,8 @@ class _Run:
         notes: list[str] = []
         self._resume(notes) if resume else self.ranks.on_first(self._begin)
         log = self.folder / "metrics.jsonl" if self.ranks.first else os.devnull
-        with open(log, "ab", buffering=0) as self.log, Progress(s.steps, done=self.step, visible=self.visible) as self.bar:
+        with open(log, "ab", buffering=0) as self.log, Progress(s.steps, done=self.step,
+                                                                visible=self.visible) as self.bar:
             for text in notes:
                 self.bar.note(text)
             if self.finished and not (self.finished == "finished" and self.step < s.steps):
@@ -270,7 +277,8 @@ class _Run:
         self.parameters = {name: list(self.model.parameters(name)) for name in self.algorithm.trains}
         for name, parameters in self.parameters.items():
             if not parameters:
-                raise ValueError(f"the model has no trainable {name} parameters; load it with training='lora' or 'full'")
+                raise ValueError(
+                    f"the model has no trainable {name} parameters; load it with training='lora' or 'full'")
         self.optimizers = {
             name: torch.optim.AdamW(parameters, lr=self._rate(name), betas=s.betas, weight_decay=s.weight_decay)
             for name, parameters in self.parameters.items()
@@ -283,13 +291,14 @@ class _Run:
         """Cut the model's networks over the ranks (full training only); returns them."""
         weights = getattr(self.model, "weights", None)
         if getattr(weights, "training", None) != "full":
-            raise ValueError("trainer.sharding is for model.weights = full; with lora set it to none: ranks hold copies")
+            raise ValueError(
+                "trainer.sharding is for model.weights = full; with lora set it to none: ranks hold copies")
         if self.ranks.size == 1:
             raise ValueError("trainer.sharding needs more than one rank; add --nproc, or start it with torchrun")
         return distributed.shard(weights.networks.values(), distributed.mesh(self.settings.sharding))
 
     def _advance(self, *, check_gradient: bool) -> None:
-        """One step and everything that belongs to its number; nothing of it is half done when a checkpoint is written."""
+        """One step and everything that belongs to its number: nothing of it is half done in a checkpoint."""
         s, began = self.settings, time.perf_counter()
         step = self.step + 1
         steering, waiting = self._steering(step)
@@ -578,7 +587,7 @@ class _Run:
     # --------------------------------------------------------------------------------- before the first step
 
     def _preflight(self) -> None:
-        """Find now what would end the run later: unknown words, a reward of the wrong shape, a full or read-only disk."""
+        """Find now what would end the run later: unknown words, a reward of the wrong shape, a full disk."""
         s = self.settings
         total = s.steps * s.batch_size
         used = sorted(set(prompt_order(len(self.prompts), s.seed, 0, min(total, len(self.prompts)))))
@@ -600,7 +609,8 @@ class _Run:
                 f"{self.folder} already holds a run: continue it with `palate resume {self.folder}`, choose another "
                 "run.folder, or replace it with --fresh"
             )
-        checkpoint.write_atomically(self.folder / "environment.json", json.dumps(environment(self.base), indent=1).encode())
+        checkpoint.write_atomically(self.folder / "environment.json",
+                                    json.dumps(environment(self.base), indent=1).encode())
         (self.folder / "control.json").unlink(missing_ok=True)
 
     def _first_look(self) -> None:
@@ -877,7 +887,8 @@ class _Run:
         each, mine = saved.state.get("algorithms"), len(self.algorithms)
         if each and len(each) != self.ranks.size * mine:
             raise ValueError(
-                f"this run's algorithm keeps a state for each of its {len(each)} shares (ranks x trainer.micro_batches), and "
+                f"this run's algorithm keeps a state for each of its {len(each)} shares (ranks x "
+                "trainer.micro_batches), and "
                 f"now there are {self.ranks.size} x {mine}; continue with as many shares"
             )
         for k, algorithm in enumerate(self.algorithms):
@@ -887,7 +898,8 @@ class _Run:
 
     def _load_tensors(self, saved: checkpoint.Checkpoint) -> None:
         if saved.state["trains"] != list(self.parameters):
-            raise checkpoint.CheckpointError(f"the checkpoint trains {saved.state['trains']}, this run {list(self.parameters)}")
+            raise checkpoint.CheckpointError(
+                f"the checkpoint trains {saved.state['trains']}, this run {list(self.parameters)}")
         for name, parameters in self.parameters.items():
             _copy_into(parameters, saved.tensors, f"weights/{name}")
             if self.ema:
@@ -901,7 +913,8 @@ class _Run:
             for i, parts in moments.items():
                 for part, value in list(parts.items()):
                     if part != "step" and (i >= len(parameters) or value.shape != parameters[i].shape):
-                        raise checkpoint.CheckpointError(f"optimizer/{name}/{i:04d}/{part} has shape {tuple(value.shape)}")
+                        raise checkpoint.CheckpointError(
+                            f"optimizer/{name}/{i:04d}/{part} has shape {tuple(value.shape)}")
                     if part != "step":
                         parts[part] = distributed.like(value, parameters[i])
             groups = self.optimizers[name].state_dict()["param_groups"]
@@ -919,7 +932,8 @@ def broken_limits(now: dict[str, float], base: dict[str, float], guard: GuardSet
             broken.append(f"{key} fell from {base[key]:.4g} to {now[key]:.4g}, more than {limit:g}")
     if "diversity" in now and "diversity" in base and not now["diversity"] >= guard.diversity_ratio * base["diversity"]:
         broken.append(
-            f"diversity fell from {base['diversity']:.4g} to {now['diversity']:.4g}, below {guard.diversity_ratio:g} of it"
+            f"diversity fell from {base['diversity']:.4g} to {now['diversity']:.4g}, "
+            f"below {guard.diversity_ratio:g} of it"
         )
     return broken
 
@@ -929,9 +943,11 @@ def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> None
     values = reward(images, prompts)
     if not isinstance(values, Tensor) or values.shape != (len(images),):
         got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"the reward returned {got} for {len(images)} images; expected a tensor of shape ({len(images)},)")
+        raise ValueError(
+            f"the reward returned {got} for {len(images)} images; expected a tensor of shape ({len(images)},)")
     if not torch.isfinite(values).all():
-        raise ValueError(f"the reward returned {[round(float(v), 4) for v in values]} for images of noise; expected finite numbers")
+        raise ValueError(
+            f"the reward returned {[round(float(v), 4) for v in values]} for images of noise; expected finite numbers")
 
 
 def rewind(folder: Path, step: int) -> list[dict[str, Any]]:
@@ -947,7 +963,8 @@ def rewind(folder: Path, step: int) -> list[dict[str, Any]]:
     except FileNotFoundError:
         pass
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{waiting}: not the steering events of a run ({error}); delete it to continue without them") from error
+        raise ValueError(
+            f"{waiting}: not the steering events of a run ({error}); delete it to continue without them") from error
     replay = [events[number] for number in sorted(events)]
     checkpoint.write_atomically(waiting, json.dumps(replay).encode())
     kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
@@ -993,12 +1010,14 @@ def _copy_into(targets: Sequence[Tensor], tensors: dict[str, Tensor], prefix: st
     expected = [f"{prefix}/{i:04d}" for i in range(len(targets))]
     got = sorted(key for key in tensors if key.startswith(f"{prefix}/"))
     if got != expected:
-        raise checkpoint.CheckpointError(f"the checkpoint holds {len(got)} tensors of {prefix}, the model {len(expected)}")
+        raise checkpoint.CheckpointError(
+            f"the checkpoint holds {len(got)} tensors of {prefix}, the model {len(expected)}")
     for key, target in zip(expected, targets, strict=True):
         value = tensors[key]
         if value.shape != target.shape or value.dtype != target.dtype:
             raise checkpoint.CheckpointError(
-                f"{key} is {value.dtype} {tuple(value.shape)} in the checkpoint, {target.dtype} {tuple(target.shape)} here"
+                f"{key} is {value.dtype} {tuple(value.shape)} in the checkpoint, "
+                f"{target.dtype} {tuple(target.shape)} here"
             )
     _assign(targets, [tensors[key] for key in expected])
 
@@ -1059,7 +1078,8 @@ def _memory_advice(s: TrainerSettings, parameters: dict[str, list[torch.nn.Param
         yield
     except (MemoryError, RuntimeError) as error:
         signs = ("out of memory", "can't allocate memory", "not enough memory")
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not any(sign in str(error) for sign in signs):
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in signs)
+        if not known:
             raise
         raise OutOfMemory(memory_levers(s, parameters, str(error) or "the machine has no more")) from error
 
@@ -1071,15 +1091,19 @@ def memory_levers(s: TrainerSettings, parameters: dict[str, list[torch.nn.Parame
     lines = [f"out of memory: {error.splitlines()[0][:200]}. No update was made. What needs less:"]
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
     if finer:
-        share = "" if peak is None else f", of the {max(peak - 4 * trained, 0):.1f} GiB that images and activations took"
-        lines.append(f"trainer.micro_batches={finer}: {s.micro_batches / finer:.0%} of a step's activations at a time{share}")
+        taken = 0 if peak is None else max(peak - 4 * trained, 0)
+        share = "" if peak is None else f", of the {taken:.1f} GiB that images and activations took"
+        lines.append(
+            f"trainer.micro_batches={finer}: {s.micro_batches / finer:.0%} of a step's activations at a time{share}")
     else:
-        lines.append("a smaller image, fewer differentiated steps, or gradient checkpointing: one image at a time is reached")
+        lines.append(
+            "a smaller image, fewer differentiated steps, or gradient checkpointing: one image at a time is reached")
     lines.append(f"model.weights=lora, or a smaller model.lora_rank: training holds {4 * trained:.2f} GiB now "
                  "(weights, gradients, two moments)")
     if s.ema_decay:
         lines.append(f"trainer.ema_decay=0: {trained:.2f} GiB")
-    lines.append("--nproc N: each rank works on 1/N of the batch; with model.weights=full and trainer.sharding=full each "
+    lines.append(
+        "--nproc N: each rank works on 1/N of the batch; with model.weights=full and trainer.sharding=full each "
                  f"holds 1/N of the {4 * trained:.2f} GiB")
     return "\n".join(lines)
 
