@@ -24,13 +24,12 @@ import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from palate.core import Batch, Random
-from palate.models.autoencoder import latent_shape
+from palate.models.autoencoder import latent_shape, recompute_pieces
 from palate.models.gaussian import GaussianModel
 from palate.path import Prediction
 from palate.recipe import MODELS, Recipe, build_algorithm, trained_names
@@ -299,10 +298,9 @@ def measure(recipe: Recipe) -> dict[str, Unit]:
             torch.empty(1, *shape, dtype=dtype, requires_grad=True),
             torch.empty(1, 3, size, size, dtype=dtype),
         )
-    resnets = [m for m in vae.decoder.modules() if isinstance(m, ResnetBlock2D)]
     units = {
         "denoiser": _unit(network, run, network.enable_gradient_checkpointing),
-        "decoder": _unit(vae.decoder, lambda: vae.decode(latents).sample, lambda run: _wrap(resnets, run)),
+        "decoder": _unit(vae.decoder, lambda: vae.decode(latents).sample, partial(recompute_pieces, vae.decoder)),
         "encoder": _unit(vae.encoder, lambda: vae.encode(image).latent_dist.mode(), None),
     }
     return units | _rewards(recipe, size)
@@ -514,11 +512,6 @@ def _kept(own: set[int]) -> Iterator[_Kept]:
     counted = _Kept(own)
     with torch.autograd.graph.saved_tensors_hooks(counted.note, lambda tensor: tensor):
         yield counted
-
-
-def _wrap(modules: Sequence[nn.Module], run: Callable[..., Any]) -> None:
-    for module in modules:
-        module.forward = lambda *args, inner=module.forward, **named: run(partial(inner, **named), *args)
 
 
 class _Attention(torch.autograd.Function):
