@@ -1,6 +1,6 @@
 """What each method pays for its reward: optimised reward against held-out reward, concepts, diversity and drift.
 
-    python benchmarks/frontier.py [--seeds 0] [--methods SRPO ReFL ...] [--budget 6000]
+    python benchmarks/frontier.py [--seeds 0] [--methods SRPO ReFL ...] [--budget 6000] [--jobs 2]
     python benchmarks/frontier.py --quick                 # the mechanics, in a few minutes; its numbers mean nothing
 
 Each method is run at three strengths (what `methods.METHODS` names for it: its regulariser, or its learning rate if it
@@ -21,7 +21,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from methods import METHODS, RATES, Referees, available, rate, referees, scatter, slug, small, stored, watch
+from methods import (METHODS, RATES, Row, available, common_options, measured, rate, referees, scatter, slug, small,
+                     watch)
 
 PANELS = {"heldout": "held-out objective", "concept": "concept accuracy",
           "diversity": "diversity inside prompt and style", "drift": "distance from the base's images"}
@@ -65,23 +66,30 @@ def strengths(method: str, results: Path, quick: bool) -> list[tuple[str, list[s
     return chosen[:1] if quick else chosen
 
 
-def cloud(method: str, who: Referees, args: argparse.Namespace) -> list[dict]:
-    """Every measurement of every run of a method, the base's first: per-prompt values."""
-    points: list[dict] = []
+def run(method: str, seed: int, prompts: int, budget: int, checks: int, overrides: list[str]) -> list[dict]:
+    found = watch(method, seed, referees(prompts, (0, 1)), budget=budget, checks=checks, overrides=overrides)
+    return [{"updates": c.updates, "forwards": c.forwards, **c.values} for c in found]
+
+
+def clouds_of(args: argparse.Namespace) -> dict[str, list[dict]]:
+    """Every measurement of every run of each method, the base's first: per-prompt values."""
+    labels, rows = [], []
     for seed in args.seeds:
-        for label, overrides in strengths(method, args.results, args.quick):
+        for method in args.methods:
+            for label, overrides in strengths(method, args.results, args.quick):
+                overrides = [*overrides, *args.override, *(small(method) if args.quick else [])]
+                labels.append((method, label, seed))
+                rows.append(Row(args.results / f"{slug('frontier', method, label, seed, args.budget)}.json", run,
+                                (method, seed, args.prompts, args.budget, args.checks, overrides)))
 
-            def run(seed: int = seed, overrides: list[str] = overrides) -> list[dict]:
-                found = watch(method, seed, who, budget=args.budget, checks=args.checks,
-                              overrides=[*overrides, *args.override, *(small(method) if args.quick else [])])
-                return [{"updates": c.updates, "forwards": c.forwards, **c.values} for c in found]
+    def show(points: list[dict]) -> dict[str, float]:
+        return {name: round(float(np.nanmean(points[-1][name])), 3) for name in ("reward", *PANELS)}
 
-            path = args.results / f"{slug('frontier', method, label, seed, args.budget)}.json"
-            found = stored(path, run)
-            points += [{**point, "label": label, "seed": seed} for point in (found if not points else found[1:])]
-            shown = {name: round(float(np.nanmean(points[-1][name])), 3) for name in ("reward", *PANELS)}
-            print(method, label, seed, json.dumps(shown), flush=True)
-    return points
+    clouds: dict[str, list[dict]] = {}
+    for (method, label, seed), found in zip(labels, measured(rows, args.jobs, show), strict=True):
+        known = clouds.setdefault(method, [])
+        known += [{**point, "label": label, "seed": seed} for point in (found[1:] if known else found)]
+    return clouds
 
 
 def values(points: list[dict], name: str, weights: np.ndarray) -> np.ndarray:
@@ -153,14 +161,13 @@ def main() -> None:
     parser.add_argument("--checks", type=int, default=3, help="measurements in a run, evenly spread over the budget")
     parser.add_argument("--prompts", type=int, default=48, help="two images each")
     parser.add_argument("--override", nargs="*", default=[], help="for every method")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    common_options(parser)
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     if args.quick:
         args.seeds, args.budget, args.checks, args.prompts = args.seeds[:1], 60, 1, 6
         args.results = Path(tempfile.mkdtemp(prefix="palate-quick-"))
-    who = referees(args.prompts, (0, 1))
-    clouds = {method: cloud(method, who, args) for method in args.methods}
+    clouds = clouds_of(args)
     result, text = summary(clouds)
     (args.results / "frontier.json").write_text(json.dumps(result, indent=1) + "\n")
     print(text)

@@ -1,11 +1,14 @@
 """What the comparisons share: the methods, one objective for all, a count of denoiser forwards, a measure.
 
-    python benchmarks/methods.py tune [--seed 100] [--budget 6000]    # the same small search for every method
+    python benchmarks/methods.py tune [--seed 100] [--budget 6000] [--jobs 2]   # the same small search for all
 
 The objective of every method is the same preference, (1 + k) R("style. prompt") - R("negative. prompt") with k = 1;
 SRPO reads it as its control words, the others as their reward. No method keeps a weight average, so that the weights
 which are trained are those which are judged. `tune` tries three learning rates for each method, one seed that no table
 uses, the budget of one run each, and writes the best into RESULTS/tuned.json, which the comparisons then read.
+
+A run is a row of a table, a JSON file in RESULTS that is not made again. --jobs 2 makes two rows at once, each in a
+process of its own with one thread, which is how two cores do most; so a row's numbers do not depend on --jobs.
 """
 
 from __future__ import annotations
@@ -13,9 +16,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,8 +106,10 @@ class Referees(NamedTuple):
     base: dict[str, Any]
 
 
-def referees(count: int, seeds: Sequence[int]) -> Referees:
-    return Referees(embedded_referee(), recipe.spread(recipe.read_prompts("emoji-eval"), count), tuple(seeds), {})
+@cache
+def referees(count: int, seeds: tuple[int, ...]) -> Referees:
+    """Loaded once a process, with the base model's measurements."""
+    return Referees(embedded_referee(), recipe.spread(recipe.read_prompts("emoji-eval"), count), seeds, {})
 
 
 def objective(reward: Reward) -> Reward:
@@ -200,13 +209,49 @@ def watch(
     return found
 
 
-def stored(path: Path, make: Callable[[], Any]) -> Any:
-    """The JSON in the file, made and written first if there is none."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        made = json.dumps(make())
-        path.write_text(made + "\n")
-    return json.loads(path.read_text())
+class Row(NamedTuple):
+    """What belongs into the file: make(*arguments), a function of a module, of values that can be sent to a process."""
+
+    path: Path
+    make: Callable[..., Any]
+    arguments: tuple = ()
+
+
+def stored(row: Row) -> Any:
+    """The JSON in the file, made and written first, whole or not at all, if there is none."""
+    if not row.path.exists():
+        row.path.parent.mkdir(parents=True, exist_ok=True)
+        made = json.dumps(row.make(*row.arguments), indent=1)
+        part = row.path.with_name(f"{row.path.name}.{os.getpid()}.part")
+        part.write_text(made + "\n")
+        os.replace(part, row.path)
+    return json.loads(row.path.read_text())
+
+
+def measured(rows: Sequence[Row], jobs: int, show: Callable[[Any], Any] = lambda made: made) -> list[Any]:
+    """The JSON of every row, in order, `jobs` of them at once in processes of one thread. A row that fails does not
+    stop the others; the first error is raised when they are done."""
+    missing = [row for row in rows if not row.path.exists()]
+    began, errors = time.perf_counter(), []
+
+    def tell(done: int, row: Row, text: str) -> None:
+        minutes = (time.perf_counter() - began) / 60
+        print(f"[{done} of {len(missing)}, {minutes:.1f} min] {row.path.stem}: {text}", flush=True)
+
+    if missing:
+        os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes when they import torch
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(jobs, len(missing)), context, torch.set_num_threads, (1,)) as pool:
+            futures = {pool.submit(stored, row): row for row in missing}
+            for done, future in enumerate(as_completed(futures), 1):
+                error = future.exception()
+                if error is not None:
+                    errors.append(error)
+                said = f"failed, {type(error).__name__}: {error}" if error else json.dumps(show(future.result()))
+                tell(done, futures[future], said)
+    if errors:
+        raise errors[0]
+    return [stored(row) for row in rows]
 
 
 def tuned(results: Path) -> dict[str, float]:
@@ -275,26 +320,30 @@ def scatter(
     return "".join([*out, "</svg>\n"])
 
 
-def tune(results: Path, methods: Sequence[str], seed: int, budget: int, prompts: int) -> dict[str, float]:
+def try_rate(method: str, lr: float, seed: int, budget: int, prompts: int) -> dict[str, float]:
+    found = watch(method, seed, referees(prompts, (0,)), budget=budget, checks=1, overrides=[f"trainer.lr={lr}"])
+    return {name: found[-1].mean(name) for name in ("reward", "heldout", "style", "concept")} | {
+        "concept_base": found[0].mean("concept"), "lr": lr, "seconds": found[-1].seconds}
+
+
+def tune(results: Path, methods: Sequence[str], seed: int, budget: int, prompts: int, jobs: int) -> dict[str, float]:
     """The learning rate with the highest held-out objective after `budget` forwards among those that kept concept
     accuracy within .05 of the base; if none did, the one that kept most of it."""
-    who, chosen = referees(prompts, (0,)), {}
-    for method in methods:
-        rows = []
-        for factor in RATES:
-            lr = recipe.read(METHODS[method][0]).trainer.lr * factor
-
-            def run(method: str = method, lr: float = lr) -> dict[str, float]:
-                found = watch(method, seed, who, budget=budget, checks=1, overrides=[f"trainer.lr={lr}"])
-                return {name: found[-1].mean(name) for name in ("reward", "heldout", "style", "concept")} | {
-                    "concept_base": found[0].mean("concept"), "lr": lr}
-
-            rows.append(stored(results / f"{slug('tune', method, factor, seed, budget)}.json", run))
-            print(method, json.dumps(rows[-1]), flush=True)
-        kept = [row for row in rows if row["concept"] >= row["concept_base"] - 0.05]
-        best = max(kept, key=lambda r: r["heldout"]) if kept else max(rows, key=lambda r: r["concept"])
+    rows = [Row(results / f"{slug('tune', method, factor, seed, budget)}.json", try_rate,
+                (method, recipe.read(METHODS[method][0]).trainer.lr * factor, seed, budget, prompts))
+            for method in methods for factor in RATES]
+    found, chosen = measured(rows, jobs), {}
+    for i, method in enumerate(methods):
+        own = found[i * len(RATES): (i + 1) * len(RATES)]
+        kept = [row for row in own if row["concept"] >= row["concept_base"] - 0.05]
+        best = max(kept, key=lambda r: r["heldout"]) if kept else max(own, key=lambda r: r["concept"])
         chosen[method] = best["lr"]
     return chosen
+
+
+def common_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--jobs", type=int, default=2, help="rows at once, a process of one thread each")
 
 
 def main() -> None:
@@ -304,9 +353,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=100, help="of the search; the tables use others")
     parser.add_argument("--budget", type=int, default=6000, help="denoiser forwards of a run")
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    common_options(parser)
     args = parser.parse_args()
-    chosen = tuned(args.results) | tune(args.results, args.methods, args.seed, args.budget, args.prompts)
+    chosen = tuned(args.results) | tune(args.results, args.methods, args.seed, args.budget, args.prompts, args.jobs)
     (args.results / "tuned.json").write_text(json.dumps(chosen, indent=1) + "\n")
     print(f"{len(RATES)} learning rates x 1 seed x {args.budget} forwards a method: {json.dumps(chosen)}")
 

@@ -3,13 +3,16 @@
     python benchmarks/sqdf.py sweep     --seeds 0 1 2  # alpha_kl, beside DRaFT-1 and ReFL at three learning rates
     python benchmarks/sqdf.py ablations --seeds 0 1 2  # gamma, estimator (--consistency FOLDER adds one), buffer
     python benchmarks/sqdf.py blackbox  --seeds 0 1 2  # 2,000 questions: SQDF, random search, weighted samples
-    python benchmarks/sqdf.py table                    # print what has been measured
+    python benchmarks/sqdf.py table                    # print what has been measured, and draw it
+    ... --jobs 2                                       # rows at once, a process of one thread each
+    ... --budget 3000, --updates 20                    # shorter rows: forwards of a run; updates a round of blackbox
     ... --quick                                        # the mechanics, in minutes; its numbers mean nothing
 
 Sweep and ablations train on the objective of methods.py with the same budget of denoiser forwards each, and judge the
-same prompts and noise as the base. `table` also reads how much diversity and concept accuracy SQDF, DRaFT-1 and ReFL
-keep at equal held-out reward, as far as all of them reach (linear between measured points). A result that is already in
---results is not measured again.
+same prompts and noise as the base. `table` compares what SQDF, DRaFT-1 and ReFL keep at equal held-out reward, as far
+as all of them reach: at four levels (linear between measured points), and as the area under each method's frontier,
+seed by seed, where a frontier at g is the best diversity, or concept accuracy, of any point with held-out reward of at
+least g. A result that is already in --results is not measured again.
 """
 
 from __future__ import annotations
@@ -18,11 +21,14 @@ import argparse
 import json
 import tempfile
 import time
+from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import torch
-from methods import RATES, Referees, rate, referees, scatter, slug, stored, watch
+from frontier import area, share_above
+from methods import RATES, Row, common_options, measured, rate, referees, scatter, slug, small, watch
 
 from palate import recipe
 from palate.evaluate import generate, matches, pairs, quantise
@@ -46,9 +52,10 @@ def runs(group: str, args: argparse.Namespace) -> dict[str, tuple[str, list[str]
         estimators = [("tweedie, guided", ["algorithm.estimator=tweedie", "algorithm.estimator_guidance=3"]),
                       ("tweedie, posterior mean", ["algorithm.estimator=tweedie", "algorithm.estimator_guidance=1"]),
                       ("rollout-2", ["algorithm.estimator=rollout-2", "algorithm.estimator_guidance=3"])]
-        if args.consistency:
+        if args.consistency or (files("palate") / "assets/emoji-consistency").is_dir():
+            folder = f"model.consistency={args.consistency or 'null'}"
             estimators.append(("consistency", ["algorithm.estimator=consistency", "algorithm.estimator_guidance=1",
-                                               f"model.consistency={args.consistency}"]))
+                                               folder]))
         rows |= {name: ("SQDF", overrides) for name, overrides in estimators}
         rows["buffer none"] = ("SQDF", ["algorithm.buffer=none", "algorithm.rollout_every=1"])
         for law in ("uniform", "prioritised", "importance"):
@@ -56,19 +63,17 @@ def runs(group: str, args: argparse.Namespace) -> dict[str, tuple[str, list[str]
     return dict(list(rows.items())[:: max(1, len(rows) // 2)]) if args.quick else rows
 
 
-def train_and_judge(group: str, args: argparse.Namespace) -> None:
-    who = referees(args.prompts, (0, 1))
-    for seed in args.seeds:
-        for name, (method, overrides) in runs(group, args).items():
+def train_and_judge(method: str, seed: int, prompts: int, budget: int, checks: int, overrides: list[str]) -> list[dict]:
+    found = watch(method, seed, referees(prompts, (0, 1)), budget=budget, checks=checks, overrides=overrides)
+    return [{"updates": c.updates, "forwards": c.forwards, "seconds": c.seconds} | {key: c.mean(key) for key in NAMES}
+            for c in found]
 
-            def run(seed: int = seed, method: str = method, overrides: list[str] = overrides) -> list[dict]:
-                found = watch(method, seed, who, budget=args.budget, checks=args.checks,
-                              overrides=[*overrides, *args.override])
-                return [{"updates": c.updates, "forwards": c.forwards, "seconds": c.seconds}
-                        | {key: c.mean(key) for key in NAMES} for c in found]
 
-            found = stored(args.results / f"{slug('sqdf', group, name, seed, args.budget)}.json", run)
-            print(seed, name, json.dumps({key: round(found[-1][key], 3) for key in NAMES}), flush=True)
+def trained_rows(group: str, args: argparse.Namespace) -> list[Row]:
+    return [Row(args.results / f"{slug('sqdf', group, name, seed, args.budget)}.json", train_and_judge,
+                (method, seed, args.prompts, args.budget, args.checks,
+                 [*overrides, *args.override, *(small(method) if args.quick else [])]))
+            for seed in args.seeds for name, (method, overrides) in runs(group, args).items()]
 
 
 def at_reward(points: list[dict], reward: float, key: str) -> float:
@@ -82,46 +87,35 @@ def at_reward(points: list[dict], reward: float, key: str) -> float:
 
 def tables(args: argparse.Namespace) -> str:
     """Mean over seeds and, behind it, the standard deviation; the frontier as an SVG beside the results."""
-    parts, clouds = [], {}
+    parts, clouds = [], {}  # method -> seed -> its runs, each a list of points
     for group in ("sweep", "ablations"):
-        lines = [f"| {group} | seeds | updates | held-out | style | concept | diversity | drift | saturation |",
-                 "|---|---|---|---|---|---|---|---|---|"]
+        lines = [f"| {group} | seeds | updates | optimised | held-out | style | concept | diversity | drift "
+                 "| saturation |",
+                 "|---|---|---|---|---|---|---|---|---|---|"]
         for name in runs(group, args):
-            files = [args.results / f"{slug('sqdf', group, name, seed, args.budget)}.json" for seed in args.seeds]
-            found = [json.loads(file.read_text()) for file in files if file.exists()]
+            paths = {seed: args.results / f"{slug('sqdf', group, name, seed, args.budget)}.json" for seed in args.seeds}
+            found = {seed: json.loads(file.read_text()) for seed, file in paths.items() if file.exists()}
             if not found:
                 continue
-            clouds.setdefault(name.split(" ")[0], []).extend(found if group == "sweep" else [])
-            ends = [points[-1] for points in found]
+            for seed, points in found.items() if group == "sweep" else ():
+                clouds.setdefault(name.split(" ")[0], {}).setdefault(seed, []).append(points)
+            ends = [points[-1] for points in found.values()]
             cells = [f"{np.mean([e[k] for e in ends]):.3f} ± {np.std([e[k] for e in ends]):.3f}"
-                     for k in ("heldout", "style", "concept", "diversity", "drift", "saturation")]
+                     for k in ("reward", "heldout", "style", "concept", "diversity", "drift", "saturation")]
             lines.append(f"| {name} | {len(found)} | {ends[0]['updates']} | " + " | ".join(cells) + " |")
         parts.append("\n".join(lines))
-    clouds = {name: found for name, found in clouds.items() if found}
-    if clouds:
-        base = next(iter(clouds.values()))[0][0]
-        reached = min(max(p["heldout"] for points in found for p in points) for found in clouds.values())
-        lines = ["| at held-out reward | " + " | ".join(f"{n}: diversity, concept" for n in clouds) + " |",
-                 "|---" * (len(clouds) + 1) + "|", f"| {base['heldout']:.3f} (base) | "
-                 + " | ".join(f"{base['diversity']:.3f}, {base['concept']:.3f}" for _ in clouds) + " |"]
-        for share in (0.25, 0.5, 0.75, 1.0):
-            level, cells = base["heldout"] + share * (reached - base["heldout"]), []
-            for found in clouds.values():  # the best run of the method that reaches the level
-                best = [max((at_reward(points, level, key) for points in found), default=np.nan,
-                            key=lambda v: -np.inf if np.isnan(v) else v) for key in ("diversity", "concept")]
-                cells.append("{:.3f}, {:.3f}".format(*best))
-            lines.append(f"| {level:.3f} | " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines))
-        series = {name: [(p["heldout"], p["diversity"]) for points in found for p in points]
+    if len(clouds) > 1:
+        parts += [levels(clouds), frontier_table(clouds)]
+        series = {name: [(p["heldout"], p["diversity"]) for points in every(found) for p in points]
                   for name, found in clouds.items()}
-        (args.results / "sqdf-frontier.svg").write_text(scatter(
-            "SQDF over alpha_kl, DRaFT-1 and ReFL over learning rates", "held-out objective",
-            "diversity inside prompt and style", series, {}))
+        path = args.results / "sqdf-frontier.svg"
+        path.write_text(scatter("SQDF over alpha_kl, DRaFT-1 and ReFL over learning rates", "held-out objective",
+                                "diversity inside prompt and style", series, {}))
     lines = ["| oracle | seeds | base | random search | reward-weighted | SQDF | concept before, after | minutes |",
              "|---|---|---|---|---|---|---|---|"]
     for oracle in ORACLES:
-        files = sorted(args.results.glob(f"{slug('sqdf', 'blackbox', oracle)}-*-{args.queries}.json"))
-        if found := [json.loads(file.read_text()) for file in files]:
+        paths = sorted(args.results.glob(f"{slug('sqdf', 'blackbox', oracle)}-*-{args.queries}-{args.updates}.json"))
+        if found := [json.loads(file.read_text()) for file in paths]:
             cells = [f"{np.mean([f[k] for f in found]):.3f} ± {np.std([f[k] for f in found]):.3f}"
                      for k in ("base", "search", "weighted", "sqdf")]
             concept = ", ".join(f"{np.mean([f[k] for f in found]):.3f}" for k in ("concept_base", "concept"))
@@ -130,14 +124,75 @@ def tables(args: argparse.Namespace) -> str:
     return "\n\n".join([*parts, "\n".join(lines)])
 
 
+def every(found: dict[int, list]) -> list[list[dict]]:
+    return [points for own in found.values() for points in own]
+
+
+def levels(clouds: dict[str, dict[int, list]]) -> str:
+    """Diversity and concept accuracy of the best run of each method where it first reaches a held-out reward."""
+    base = every(next(iter(clouds.values())))[0][0]
+    reached = min(max(p["heldout"] for points in every(found) for p in points) for found in clouds.values())
+    lines = ["| at held-out reward | " + " | ".join(f"{n}: diversity, concept" for n in clouds) + " |",
+             "|---" * (len(clouds) + 1) + "|", f"| {base['heldout']:.3f} (base) | "
+             + " | ".join(f"{base['diversity']:.3f}, {base['concept']:.3f}" for _ in clouds) + " |"]
+    for share in (0.25, 0.5, 0.75, 1.0):
+        level, cells = base["heldout"] + share * (reached - base["heldout"]), []
+        for found in clouds.values():  # the best run of the method that reaches the level
+            best = [max((at_reward(points, level, key) for points in every(found)), default=np.nan,
+                        key=lambda v: -np.inf if np.isnan(v) else v) for key in ("diversity", "concept")]
+            cells.append("{:.3f}, {:.3f}".format(*best))
+        lines.append(f"| {level:.3f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def frontier_table(clouds: dict[str, dict[int, list]]) -> str:
+    """Areas under the frontiers over the held-out rewards that every method reaches, as shares of the box of all values
+    seen, mean and standard deviation over seeds; and over which share of them SQDF's frontier is at least as high."""
+    lines = ["| method | seeds | highest held-out | area, diversity | area, concept "
+             "| SQDF at or above: diversity, concept |",
+             "|---|---|---|---|---|---|"]
+    columns = {name: {seed: {key: np.array([p[key] for points in own for p in points])
+                             for key in ("heldout", "diversity", "concept")} for seed, own in found.items()}
+               for name, found in clouds.items()}
+    flat = [own for found in columns.values() for own in found.values()]
+    spans = {key: (min(c[key].min() for c in flat), max(c[key].max() for c in flat))
+             for key in ("diversity", "concept")}
+    for name, found in columns.items():
+        rows: dict[str, list[float]] = {}
+        for seed, own in found.items():
+            rivals = [other[seed] for other in columns.values() if seed in other]
+            low, high = own["heldout"][0], min(rival["heldout"].max() for rival in rivals)
+            rows.setdefault("highest", []).append(float(own["heldout"].max()))
+            for key, span in spans.items():
+                rows.setdefault(key, []).append(float(area(own["heldout"], own[key], low, high, *span)))
+                ours = columns.get("SQDF", {}).get(seed)
+                if ours is not None and name != "SQDF":
+                    rows.setdefault(f"above {key}", []).append(share_above(
+                        (ours["heldout"], ours[key]), (own["heldout"], own[key]), low, high))
+        cells = [f"{np.mean(rows[k]):.3f} ± {np.std(rows[k]):.3f}" for k in ("highest", "diversity", "concept")]
+        above = [f"{np.mean(rows[k]):.0%}" for k in ("above diversity", "above concept") if k in rows]
+        lines.append(f"| {name} | {len(found)} | " + " | ".join(cells) + f" | {', '.join(above)} |")
+    return "\n".join(lines)
+
+
+@lru_cache(maxsize=1)
 @torch.no_grad()
-def black_box(oracle: str, seed: int, who: Referees, args: argparse.Namespace) -> dict[str, float]:
+def search_images(seed: int, prompts: tuple[str, ...], each: int):
+    """What random search draws: `each` images of the base model a prompt, the same for every oracle."""
+    model = recipe.build_model(recipe.read("optimize-emoji"))
+    seeds = list(range(1000 * (seed + 1), 1000 * (seed + 1) + each))
+    return quantise(generate(model, prompts, seeds, weights="reference")), pairs(prompts, seeds)[0]
+
+
+@torch.no_grad()
+def black_box(oracle: str, seed: int, prompts: int, queries: int, overrides: list[str]) -> dict[str, float]:
     """Noiseless score on evaluation prompts of: the base; the best of the base's images by the noisy oracle, the same
     number of questions spread over those prompts; the same images weighted by exp(score / std); SQDF's result."""
+    who = referees(prompts, (0, 1))
     with tempfile.TemporaryDirectory() as folder:
-        overrides = [f"run.folder={folder}/run", f"trainer.seed={seed}", f"optimize.oracle.name={oracle}",
-                     f"optimize.budget={args.queries}", *args.override]
-        plan = recipe.read("optimize-emoji", overrides)
+        plan = recipe.read("optimize-emoji", [f"run.folder={folder}/run", f"trainer.seed={seed}",
+                                              f"optimize.oracle.name={oracle}", f"optimize.budget={queries}",
+                                              *overrides])
         began = time.perf_counter()
         with torch.enable_grad():
             from_recipe(plan)
@@ -157,10 +212,8 @@ def black_box(oracle: str, seed: int, who: Referees, args: argparse.Namespace) -
                          [c.concept for c in captions[k : k + 64]]) for k in range(0, len(images), 64)]
         return float(torch.cat(parts).mean())
 
-    each = max(1, args.queries // len(who.prompts))
-    seeds = list(range(1000, 1000 + each))
-    words, _ = pairs(who.prompts, seeds)
-    drawn = quantise(generate(model, who.prompts, seeds, weights="reference"))
+    each = max(1, queries // len(who.prompts))
+    drawn, words = search_images(seed, tuple(who.prompts), each)
     seen, true = (scores(ask, drawn, words).reshape(len(who.prompts), each) for ask in (asked, exact))
     weight = np.exp((seen - seen.max(1, keepdims=True)) / max(float(seen.std()), 1e-9))
     words, _ = pairs(who.prompts, (0, 1))
@@ -173,6 +226,14 @@ def black_box(oracle: str, seed: int, who: Referees, args: argparse.Namespace) -
     }
 
 
+def black_box_rows(args: argparse.Namespace) -> list[Row]:
+    overrides = [f"trainer.steps={args.updates}", *args.override]
+    name = ("sqdf", "blackbox")
+    return [Row(args.results / f"{slug(*name, oracle, seed, args.queries, args.updates)}.json", black_box,
+                (oracle, seed, args.prompts, args.queries, overrides))
+            for seed in args.seeds for oracle in args.oracles]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=["sweep", "ablations", "blackbox", "table"])
@@ -180,28 +241,26 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=6000, help="denoiser forwards of a run")
     parser.add_argument("--checks", type=int, default=4)
     parser.add_argument("--queries", type=int, default=2000)
-    parser.add_argument("--prompts", type=int, default=104, help="of the 208 evaluation prompts")
+    parser.add_argument("--updates", type=int, default=40, help="of each of the four rounds of blackbox")
+    parser.add_argument("--prompts", type=int, default=64, help="of the 208 evaluation prompts, two images each")
     parser.add_argument("--oracles", nargs="+", default=list(ORACLES), choices=ORACLES)
-    parser.add_argument("--consistency", type=Path, help="folder of a consistency model, for its row of the ablations")
+    parser.add_argument("--consistency", type=Path, help="folder of a consistency model, else the one in the package")
     parser.add_argument("--override", nargs="*", default=[], help="for every row, while tuning")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    common_options(parser)
     parser.add_argument("--quick", action="store_true", help="a few tiny runs; results go to a scratch folder")
     args = parser.parse_args()
     if args.quick:
-        args.results = Path(tempfile.gettempdir()) / "palate-sqdf-quick"
+        args.results = Path(tempfile.mkdtemp(prefix="palate-quick-"))
         args.seeds, args.budget, args.checks, args.prompts, args.queries = [0], 60, 1, 4, 12
-        args.override += ["trainer.batch_size=2", "algorithm.buffer_size=8"] if args.what != "sweep" else []
         if args.what == "blackbox":
-            args.oracles = args.oracles[:1]
-            args.override += ["trainer.steps=1", "optimize.rounds=2", "algorithm.rollout_steps=3"]
+            args.oracles, args.updates = args.oracles[:1], 1
+            args.override += ["trainer.batch_size=2", "algorithm.buffer_size=8", "optimize.rounds=2",
+                              "algorithm.rollout_steps=3"]
     if args.what in ("sweep", "ablations"):
-        train_and_judge(args.what, args)
+        measured(trained_rows(args.what, args), args.jobs,
+                 lambda found: {key: round(found[-1][key], 3) for key in NAMES})
     if args.what == "blackbox":
-        who = referees(args.prompts, (0, 1))
-        for seed in args.seeds:
-            for oracle in args.oracles:
-                path = args.results / f"{slug('sqdf', 'blackbox', oracle, seed, args.queries)}.json"
-                print(seed, oracle, stored(path, lambda o=oracle, s=seed: black_box(o, s, who, args)), flush=True)
+        measured(black_box_rows(args), args.jobs)
     print(tables(args))
 
 

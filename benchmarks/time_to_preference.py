@@ -1,6 +1,6 @@
 """How much network each method needs until the pictures show what was asked for.
 
-    python benchmarks/time_to_preference.py [--seeds 0 1 2] [--methods SRPO Flow-GRPO ...] [--budget 6000]
+    python benchmarks/time_to_preference.py [--seeds 0 1 2] [--methods SRPO Flow-GRPO ...] [--budget 6000] [--jobs 2]
     python benchmarks/time_to_preference.py --quick       # the mechanics, in a few minutes; its numbers mean nothing
 
 Denoiser forwards (batch rows x network evaluations, counted at model.predict) until, on fixed prompts that name no
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from figures import STYLE as CSS
-from methods import STYLE, Check, Referees, available, rate, referees, slug, small, stored, watch
+from methods import STYLE, Check, Row, available, common_options, measured, rate, referees, slug, small, watch
 
 from palate.report import Line, chart
 
@@ -32,8 +32,9 @@ def reached(check: Check, base_concept: float) -> bool:
     return check.mean("style") >= TARGET and check.mean("concept") >= base_concept - CONCEPT_LOSS
 
 
-def run(method: str, seed: int, who: Referees, budget: int, checks: int, overrides: list[str]) -> dict:
+def run(method: str, seed: int, prompts: int, budget: int, checks: int, overrides: list[str]) -> dict:
     """What the table and the plot need of one run."""
+    who = referees(prompts, (0,))
     found = watch(method, seed, who, budget=budget, checks=checks, overrides=overrides,
                   done=lambda check: reached(check, float(np.mean(who.base["values"]["concept"]))))
     base, last = found[0], found[-1]
@@ -110,20 +111,20 @@ def main() -> None:
     parser.add_argument("--checks", type=int, default=8, help="measurements in a run, evenly spread over the budget")
     parser.add_argument("--prompts", type=int, default=64, help="one image each")
     parser.add_argument("--override", nargs="*", default=[], help="for every method")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    common_options(parser)
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args()
     if args.quick:
         args.seeds, args.budget, args.checks, args.prompts = args.seeds[:1], 60, 1, 8
         args.results = Path(tempfile.mkdtemp(prefix="palate-quick-"))
-    who, rows = referees(args.prompts, (0,)), []
+    wanted = []
     for seed in args.seeds:
         for method in args.methods:
             overrides = [f"trainer.lr={rate(method, args.results)}", *args.override]
             overrides += small(method) if args.quick else []
-            path = args.results / f"{slug('time', method, seed, args.budget)}.json"
-            rows.append(stored(path, lambda m=method, s=seed, o=overrides: run(m, s, who, args.budget, args.checks, o)))
-            print(json.dumps({k: v for k, v in rows[-1].items() if k != "checks"}), flush=True)
+            wanted.append(Row(args.results / f"{slug('time', method, seed, args.budget)}.json", run,
+                              (method, seed, args.prompts, args.budget, args.checks, overrides)))
+    rows = measured(wanted, args.jobs, lambda row: {k: v for k, v in row.items() if k != "checks"})
     print(table(rows))
     plot(rows, args.results / "time_to_preference.svg")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ sys.path.insert(0, str(FOLDER))
 
 import frontier  # noqa: E402
 import methods  # noqa: E402
+import sqdf  # noqa: E402
 import time_to_preference as time_to  # noqa: E402
 
 
@@ -75,6 +78,33 @@ def test_counted_counts_rows_times_network_calls():
     model.counting = False
     model.predict(x, t, x)
     assert model.forwards == 12 and model.latent_shape == (1, 2, 2)
+
+
+def test_rows_are_made_once_and_one_that_fails_stops_no_other(tmp_path, capfd):
+    """In processes of one thread; what lies on disk is read, never made again."""
+    rows = [methods.Row(tmp_path / "known.json", math.sqrt, (4.0,)),
+            methods.Row(tmp_path / "bad.json", math.sqrt, (-1.0,)),
+            methods.Row(tmp_path / "threads.json", torch.get_num_threads)]
+    (tmp_path / "known.json").write_text("5")
+    with pytest.raises(ValueError):
+        methods.measured(rows, jobs=2)
+    assert json.loads((tmp_path / "threads.json").read_text()) == 1 and not rows[1].path.exists()
+    assert "[2 of 2, " in capfd.readouterr().out
+    assert methods.measured([rows[0], rows[2]], jobs=2) == [5, 1]
+
+
+def test_areas_and_shares_at_equal_reward():
+    """SQDF keeps all diversity up to held-out reward 1; ReFL loses it on the way and goes further."""
+    def points(*pairs):
+        return [{"heldout": h, "diversity": d, "concept": d} for h, d in pairs]
+
+    clouds = {"SQDF": {0: [points((0, 1), (1, 1))]}, "ReFL": {0: [points((0, 1), (1, 0), (2, 0))]}}
+    rows = sqdf.frontier_table(clouds).splitlines()[2:]
+    assert rows[0].startswith("| SQDF | 1 | 1.000 ± 0.000 | 1.000 ± 0.000 | 1.000 ")
+    assert rows[1].startswith("| ReFL | 1 | 2.000 ± 0.000 | 0.016 ± 0.000 |") and rows[1].endswith("| 100%, 100% |")
+    assert sqdf.at_reward(clouds["ReFL"][0][0], 0.5, "diversity") == 0.5
+    level = sqdf.levels(clouds).splitlines()
+    assert level[2].startswith("| 0.000 (base) |") and level[4] == "| 0.500 | 1.000, 1.000 | 0.500, 0.500 |"
 
 
 def test_ratio_and_table():
