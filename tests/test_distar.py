@@ -688,6 +688,18 @@ def test_which_calls_carry_gradient():
     assert [call[:2] for call in model.calls[3:]] == [("assistant", False), ("reference", False), ("reference", False)]
 
 
+def test_the_assistant_learns_alone_at_first():
+    """It is what a generator that was trained before needs: its images are not the reference's."""
+    settings = DistarSettings(generator=Generator(t_init=0.6), c=0.1, assistant_steps=2, assistant_first=3)
+    for step, names in ((1, ["assistant"] * 2), (3, ["assistant"] * 2), (4, ["assistant"] * 2 + ["policy"])):
+        model = network()
+        assert [loss.update for loss in run(model, settings, step=step)] == names
+        expected = calls_per_update(settings, assistant_alone=step <= 3)
+        assert (len(model.calls), model.decodes) == (expected["predict"], expected["decode"])
+    with pytest.raises(ValueError, match="assistant_first: at least 0"):
+        DistarSettings(assistant_first=-1)
+
+
 def test_a_generator_of_several_steps_is_trained_at_a_random_one():
     """The depth is drawn for each phase; the average number of calls is the formula's."""
     generator, counts = Generator(t_init=0.9, steps=3), []

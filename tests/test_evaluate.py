@@ -111,6 +111,25 @@ def test_diversity_is_the_mean_pairwise_cosine_distance_inside_each_prompt():
     assert evaluate.diversity(brute, [0] * 9).item() == pytest.approx(expected.item(), abs=1e-6)
 
 
+def test_frechet_distance_of_known_gaussians():
+    """Samples whitened to have exactly the mean and covariance that were meant; the closed forms of commuting
+    covariances, of a shift, and of a turned plane (2 x 2: tr (C D)^1/2 = sqrt(tr C D + 2 sqrt(det C D)))."""
+    raw = torch.randn(400, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    raw = raw - raw.mean(0)
+    white = raw @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(raw.T))).T
+    scale = torch.tensor([3.0, 0.5], dtype=torch.float64)
+    assert evaluate.frechet_distance(white, white) == pytest.approx(0, abs=1e-12)
+    assert evaluate.frechet_distance(white, white + torch.tensor([3.0, 4.0])) == pytest.approx(25, abs=1e-9)
+    assert evaluate.frechet_distance(white * scale, torch.zeros(400, 2)) == pytest.approx(9.25, abs=1e-9)
+    assert evaluate.frechet_distance(white * scale, white) == pytest.approx((3 - 1) ** 2 + (0.5 - 1) ** 2, abs=1e-9)
+    angle = torch.tensor(0.7, dtype=torch.float64)
+    turn = torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])
+    c, d = torch.diag(scale**2), turn @ torch.diag(scale**2) @ turn.T
+    cross = ((c @ d).trace() + 2 * (c @ d).det().sqrt()).sqrt()
+    expected = float(c.trace() + d.trace() - 2 * cross)
+    assert evaluate.frechet_distance(white * scale, (white * scale) @ turn.T) == pytest.approx(expected, abs=1e-9)
+
+
 def test_drift_of_identical_images_is_nothing_and_of_known_changes_is_known():
     images = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     features = images.flatten(1)

@@ -117,6 +117,19 @@ def vendi(features: Tensor) -> float:
     return float(torch.exp(-(values * values.log()).sum()))
 
 
+def frechet_distance(features: Tensor, others: Tensor) -> float:
+    """|m - n|^2 + tr(C + D - 2 (C D)^(1/2)) of the means m, n and covariances C, D of two sets of feature rows (N, F),
+    (M, F): the squared 2-Wasserstein distance of the Gaussians that fit them (what FID is with Inception's features).
+
+    Both sets' sampling noise adds to it, so compare numbers of equal N only, best beside that of two sets of one model.
+    """
+    (m, c), (n, d) = ((x.double().mean(0), torch.cov(x.double().T)) for x in (features, others))
+    values, vectors = torch.linalg.eigh(c)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ d @ root).clamp_min(0).sqrt().sum()  # tr (C D)^(1/2)
+    return float(((m - n).square().sum() + c.trace() + d.trace() - 2 * cross).clamp_min(0))
+
+
 def drift(images: Tensor, base_images: Tensor, features: Tensor, base_features: Tensor) -> dict[str, float]:
     """How far the images went from the base model's for the same noise: mean paired cosine distance of features, the
     colour cast (length of the mean colour's change, less its grey part), and the ratios (1 = unchanged) of mean

@@ -116,11 +116,12 @@ class DistarSettings:
     t_generator: tuple[float, float] = (0.02, 0.98)
 
     reward_scale: float = 1.0  # alpha_rew; 0 = distillation alone (SIM)
-    distil_steps: int = 0  # updates before the reward is switched on
+    distil_steps: int = 0  # steps before the reward is switched on
     reward_cap: float | None = None  # largest |dL_rew/dx0| as a multiple of |dL_div/dx0|, per sample
     alpha_cfg: float = 0.0  # guidance of the reference is 1 + alpha_cfg
     cfg: Literal["in", "out"] = "in"
 
+    assistant_first: int = 0  # steps in which only the assistant learns; for a generator that is not the reference
     assistant_steps: int = 1  # K_TA: updates of the assistant before each one of the generator
     t_assistant: tuple[float, float] = (0.02, 0.98)
     assistant_error: Literal["eps", "velocity", "x0"] = "eps"  # lambda(t): what its squared error is taken in
@@ -143,7 +144,7 @@ class DistarSettings:
             ("reward_scale and alpha_cfg: at least 0", not (self.reward_scale >= 0 and self.alpha_cfg >= 0)),
             ("reward_cap: above 0, or null for none", self.reward_cap is not None and not self.reward_cap > 0),
             ("assistant_steps: at least 1", self.assistant_steps < 1),
-            ("distil_steps: at least 0", self.distil_steps < 0),
+            ("distil_steps and assistant_first: at least 0", min(self.distil_steps, self.assistant_first) < 0),
         ):
             if wrong:
                 names = problem.split(":")[0].split(" and ")
@@ -191,10 +192,13 @@ class Distar:
         return told
 
     def step(self, model: Model, reward: Reward, batch: Batch, rng: Random) -> Iterator[Loss]:
-        """`assistant_steps` losses that update the assistant, then one that updates the generator."""
+        """`assistant_steps` losses that update the assistant, then one that updates the generator (none in the first
+        `assistant_first` steps: a generator that draws what the assistant does not know is pushed at random)."""
         for i in range(self.settings.assistant_steps):
             value = self._assistant_phase(model, batch, rng, f"assistant-{i}")
             yield Loss(value, {"loss_assistant": value.detach()}, "assistant")
+        if rng.step <= self.settings.assistant_first:
+            return
         value, metrics = self._generator_phase(model, reward, batch, rng)
         yield Loss(value, metrics, "policy")
 
@@ -391,13 +395,19 @@ def uniform(ends: tuple[float, float], u: Tensor) -> Tensor:
 # Cost
 
 
-def calls_per_update(settings: DistarSettings, *, distilling: bool = False) -> dict[str, float]:
+def calls_per_update(
+    settings: DistarSettings, *, distilling: bool = False, assistant_alone: bool = False
+) -> dict[str, float]:
     """Calls of one update at any batch size, on average over the depth of a generator of K steps:
 
     predict = (assistant_steps + 1) (K + 1) / 2 for images, + assistant_steps, + 2 for y, + 1 with alpha_cfg;
     decode = reward = 1, or 0 without a reward or while distilling; updates of the assistant = assistant_steps.
+    assistant_alone: in the first `assistant_first` steps, assistant_steps ((K + 1) / 2 + 1) and nothing else.
     """
     s = settings
+    if assistant_alone:
+        alone = s.assistant_steps * ((s.generator.steps + 1) / 2 + 1)
+        return {"predict": alone, "decode": 0, "reward": 0, "assistant": s.assistant_steps, "policy": 0}
     images = (s.assistant_steps + 1) * (s.generator.steps + 1) / 2
     rewards = 0 if distilling or not s.reward_scale else 1
     return {"predict": images + s.assistant_steps + 2 + (1 if s.alpha_cfg else 0), "decode": rewards, "reward": rewards,

@@ -1,0 +1,288 @@
+"""One-step generators on the embedded model: one against its teacher, and DI* beside DI++ and SIM.
+
+    python benchmarks/distar.py teacher FOLDER              # of `palate export RUN --format one-step`; or emoji-1step
+    python benchmarks/distar.py family START --seeds 0 1 2  # START is what model.start takes: emoji-1step, RUN/adapter
+    python benchmarks/distar.py table                       # print what has been measured, and draw it
+    ... --jobs 2                                            # rows at once, a process of one thread each
+    ... --updates 60                                        # shorter rows of the family
+    ... --quick                                             # the mechanics, in minutes; its numbers mean nothing
+
+teacher: the generator in one evaluation against the base model in 8 steps with guidance (16 evaluations), from the same
+noise: 512 prompts without a style word (the 208 of emoji-eval and their like, none of them trained on) and 512 with one
+(emoji-styled), judged by what was not optimised; the Frechet distance of the judge's features to the teacher's images,
+beside that of a second set of the teacher's; and seconds an image, both in one process of one thread, in turn.
+
+family: the same generator trained on with each objective, at equal updates of generator and assistant; measured on the
+way. In the first --alone steps only the assistant learns, since it begins as the reference. SIM has no reward: what it
+keeps is what the divergence alone keeps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from methods import PLAIN, Counted, Row, Watched, common_options, measured, scatter, slug
+
+from palate import recipe
+from palate.evaluate import (diversity, embedded_referee, frechet_distance, generate, matches, pairs, quantise,
+                             referee_images)
+from palate.sampling import sample
+from palate.train import train
+from palate.vocabulary import vocabulary
+
+FAMILY = {
+    "DI*": ["algorithm.divergence=distar"],
+    "DI++ (kl)": ["algorithm.divergence=kl"],
+    "SIM (no reward)": ["algorithm.divergence=distar", "algorithm.reward_scale=0"],
+}
+JUDGED = ("concept", "style_named", "background", "correct", "reward/emoji-heldout", "reward/emoji")
+BARS = {"concept": -0.05, "style_named": -0.05, "reward/emoji-heldout": 0.0}  # least change against the teacher
+KEYS = ("reward", "heldout", "concept", "background", "diversity", "frechet")
+
+
+def eval_like(count: int) -> list[str]:
+    """emoji-eval, then more of "a CONCEPT on a COLOUR background" that no prompt list holds, spread over the rest."""
+    known = set(recipe.read_prompts("emoji-eval")) | set(recipe.read_prompts("emoji-train"))
+    vocab = vocabulary()
+    more = [f"a {concept} on a {colour} background" for colour in vocab.colours for concept in vocab.concepts]
+    free = [prompt for prompt in more if prompt not in known]
+    ours = recipe.read_prompts("emoji-eval")[:count]
+    return ours + recipe.spread(free, count - len(ours)) if count > len(ours) else ours
+
+
+def features(judge, images: torch.Tensor) -> torch.Tensor:
+    return torch.cat([judge.features(part) for part in images.split(64)])
+
+
+# ------------------------------------------------------------------------------------------------------- teacher
+
+
+@torch.no_grad()
+def against_teacher(folder: str, count: int, repeats: int) -> dict:
+    from palate.cli import _one_step_folder
+    from palate.export import load_one_step
+    from palate.models.emoji import EmojiModel
+
+    found = _one_step_folder(folder)
+    if found is None:
+        raise ValueError(f"{folder} holds no generator.json; expected what palate export --format one-step writes")
+    (student, sampler), teacher = load_one_step(found), EmojiModel.load(training="none")
+    referee, result = embedded_referee(), {}
+    referee.rewards.pop("jpeg_size")
+    for name, prompts in (("plain", eval_like(count)), ("styled", recipe.read_prompts("emoji-styled")[:count])):
+        theirs, again = (quantise(generate(teacher, prompts, (seed,))) for seed in (0, 1))
+        ours = quantise(generate(student, prompts, (0,), sampler=sampler))
+        judged = referee_images(ours, *pairs(prompts, (0,)), referee=referee, base=theirs).summary
+        rows = {key: judged["metrics"][key] for key in JUDGED if key in judged["metrics"]}
+        of = [features(referee.judge, images) for images in (ours, theirs, again)]
+        result[name] = {"prompts": len(prompts), **rows, "frechet": frechet_distance(of[0], of[1]),
+                        "frechet_of_the_teacher": frechet_distance(of[2], of[1])}
+    few = recipe.spread(eval_like(count), 64)
+    for side, model, how in (("teacher", teacher, None), ("generator", student, sampler)):
+        images = quantise(generate(model, few, (0, 1, 2, 3), sampler=how))
+        spread = diversity(features(referee.judge, images), pairs(few, (0, 1, 2, 3))[0])
+        result[f"diversity_{side}"] = float(spread.nanmean())
+    return result | {"seconds": clock(teacher, student, sampler, repeats)}
+
+
+def clock(teacher, student, sampler, repeats: int) -> dict[str, float]:
+    """Median seconds an image of both, from a prompt to pixels and of the denoiser alone, in batches of 1 and 16."""
+    found = {}
+    for batch in (1, 16):
+        words = eval_like(16)[:batch]
+        noise, cond = torch.randn(batch, *teacher.latent_shape), teacher.encode_prompts(words)
+
+        def many(decode: bool, noise=noise, words=words, cond=cond) -> None:
+            own = teacher.encode_prompts(words) if decode else cond
+            x = sample(teacher, own, noise, teacher.default_steps, guidance=teacher.default_guidance)
+            teacher.decode(x) if decode else None
+
+        def one(decode: bool, noise=noise, words=words, cond=cond) -> None:
+            x = sampler(student, student.encode_prompts(words) if decode else cond, [noise])
+            student.decode(x) if decode else None
+
+        for name, decode in (("network", False), ("image", True)):
+            times: dict[str, list[float]] = {"teacher": [], "generator": []}
+            for turn in range(repeats + 1):
+                for side, draw in (("teacher", many), ("generator", one)):
+                    began = time.perf_counter()
+                    draw(decode)
+                    if turn:  # the first is a warm-up
+                        times[side].append((time.perf_counter() - began) / batch)
+            medians = {side: statistics.median(values) for side, values in times.items()}
+            found |= {f"{side}, {name}, batch {batch}": value for side, value in medians.items()}
+            found[f"ratio, {name}, batch {batch}"] = medians["teacher"] / medians["generator"]
+    return found
+
+
+def teacher_table(results: Path) -> str:
+    parts = []
+    for path in sorted(results.glob("distar-teacher-*.json")):
+        found = json.loads(path.read_text())
+        lines = [f"| {path.stem.removeprefix('distar-teacher-')} | teacher, 16 evaluations | generator, 1 evaluation "
+                 "| change (95 %) | bar |", "|---|---|---|---|---|"]
+        for name in ("plain", "styled"):
+            own = found[name]
+            for key in (key for key in JUDGED if key in own):
+                m = own[key]
+                least = BARS.get(key)
+                bar = "" if least is None else f"change >= {least:+.2f}: {'met' if m['change'] >= least else 'not met'}"
+                if key == "background":
+                    bar = f">= .97: {'met' if m['value'] >= 0.97 else 'not met'}"
+                lines.append(f"| {key}, {own['prompts']} prompts ({name}) | {m['base']:.3f} | {m['value']:.3f} "
+                             f"| {m['change']:+.3f} ({m['change_low']:+.3f} to {m['change_high']:+.3f}) | {bar} |")
+            lines.append(f"| Frechet distance to the teacher's images ({name}) | {own['frechet_of_the_teacher']:.4f} "
+                         f"(other noise) | {own['frechet']:.4f} | | reported |")
+        before, after = found["diversity_teacher"], found["diversity_generator"]
+        lines.append(f"| diversity inside a prompt | {before:.3f} | {after:.3f} | x {after / before:.2f} | |")
+        seconds = found["seconds"]
+        for what, batch in (("image", 1), ("image", 16), ("network", 1), ("network", 16)):
+            ratio = seconds[f"ratio, {what}, batch {batch}"]
+            times = [1000 * seconds[f"{side}, {what}, batch {batch}"] for side in ("teacher", "generator")]
+            name = "prompt to pixels" if what == "image" else "denoiser alone"
+            lines.append(f"| ms an image, {name}, batch {batch} | {times[0]:.1f} | {times[1]:.1f} "
+                         f"| x {ratio:.1f} faster | >= 10: {'met' if ratio >= 10 else 'not met'} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+# -------------------------------------------------------------------------------------------------------- family
+
+
+@cache
+def teacher_features(prompts: tuple[str, ...], seeds: tuple[int, ...]) -> torch.Tensor:
+    from palate.models.emoji import EmojiModel
+
+    return features(embedded_referee().judge, quantise(generate(EmojiModel.load(training="none"), prompts, seeds)))
+
+
+@torch.no_grad()
+def judge(model, sampler, prompts: tuple[str, ...], seeds: tuple[int, ...]) -> dict[str, float]:
+    referee, (words, _) = embedded_referee(), pairs(prompts, seeds)
+    images = quantise(generate(model, prompts, seeds, sampler=sampler))
+    seen, captions = features(referee.judge, images), [referee.parse(word) for word in words]
+    columns: dict[str, list[torch.Tensor]] = {}
+    for start in range(0, len(images), 64):
+        part, text, asked = (x[start : start + 64] for x in (images, words, captions))
+        for name, value in {
+            "reward": referee.rewards["emoji"](part, text), "heldout": referee.rewards[referee.heldout](part, text),
+            "concept": matches(referee.judge.concept(part), referee.judge.concepts, [c.concept for c in asked]),
+            "background": matches(referee.background(part), referee.colours, [c.background for c in asked]),
+        }.items():
+            columns.setdefault(name, []).append(value.double())
+    means = {name: float(torch.cat(parts).nanmean()) for name, parts in columns.items()}
+    return means | {"diversity": float(diversity(seen, words).nanmean()),
+                    "frechet": frechet_distance(seen, teacher_features(prompts, seeds))}
+
+
+class _Enough(Exception):
+    """All updates are made."""
+
+
+def train_on(start: str, seed: int, alone: int, updates: int, checks: int, prompts: int, overrides: list[str]) -> dict:
+    """`updates` of the generator after `alone` steps of the assistant; measured before, and `checks` times after."""
+    plan = recipe.read("distar-emoji", [
+        f"model.start={start}", "algorithm.distil_steps=0", f"algorithm.assistant_first={alone}", *PLAIN, *overrides,
+        f"trainer.seed={seed}"])
+    torch.manual_seed(seed)
+    parts = recipe.build(plan)
+    model, points = Counted(parts.model), []
+    words, seeds = tuple(recipe.spread(recipe.read_prompts("emoji-eval"), prompts)), (0, 1, 2, 3)
+    clock = {"trained": 0.0, "began": 0.0}
+
+    def check(made: int) -> None:
+        model.counting = False
+        points.append({"updates": made, "forwards": model.forwards, "seconds": round(clock["trained"], 1),
+                       **judge(model, plan.algorithm.generator, words, seeds)})
+        model.counting = True
+
+    def before() -> None:
+        clock["began"] = time.perf_counter()
+
+    def after(step: int) -> None:
+        clock["trained"] += time.perf_counter() - clock["began"]
+        made = step - alone
+        if made >= updates * len(points) / checks:
+            check(made)
+        if made >= updates:
+            raise _Enough
+
+    check(0)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            train(model, Watched(parts.algorithm, before, after), parts.reward, parts.prompts, folder=folder,
+                  progress=False, **{**vars(plan.trainer), "steps": alone + updates + 1})
+        except _Enough:
+            pass
+    return {"start": start, "alone": alone, "points": points}
+
+
+def family_rows(args: argparse.Namespace) -> list[Row]:
+    return [Row(args.results / f"{slug('distar', 'family', name, seed, args.updates)}.json", train_on,
+                (args.source, seed, args.alone, args.updates, args.checks, args.prompts, [*overrides, *args.override]))
+            for seed in args.seeds for name, overrides in FAMILY.items()]
+
+
+def family_table(args: argparse.Namespace) -> str:
+    """Ends of the runs, mean and standard deviation over seeds; all points as an SVG beside the results."""
+    lines = [f"| after {args.updates} updates | seeds | reward | held-out reward | concept | background | diversity "
+             "| Frechet distance | seconds |", "|---|---|---|---|---|---|---|---|---|"]
+    series: dict[str, list[tuple[float, float]]] = {}
+    for name in FAMILY:
+        paths = [args.results / f"{slug('distar', 'family', name, seed, args.updates)}.json" for seed in args.seeds]
+        found = [json.loads(path.read_text())["points"] for path in paths if path.exists()]
+        if not found:
+            continue
+        if not series:
+            lines.append("| start | | " + " | ".join(f"{found[0][0][key]:.3f}" for key in KEYS) + " | |")
+        series[name] = [(point["reward"], point["diversity"]) for points in found for point in points]
+        ends = [points[-1] for points in found]
+        cells = [f"{np.mean([e[key] for e in ends]):.3f} ± {np.std([e[key] for e in ends]):.3f}" for key in KEYS]
+        lines.append(f"| {name} | {len(found)} | " + " | ".join(cells)
+                     + f" | {np.mean([e['seconds'] for e in ends]):.0f} |")
+    if series:
+        path = args.results / "distar-family.svg"
+        path.write_text(scatter("Diversity over reward, on the way", "reward", "diversity inside a prompt", series, {}))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["teacher", "family", "table"])
+    parser.add_argument("source", nargs="?", help="teacher: the generator's folder; family: model.start")
+    parser.add_argument("--count", type=int, default=512, help="teacher: prompts of each kind")
+    parser.add_argument("--repeats", type=int, default=15, help="teacher: of each timing")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--updates", type=int, default=200, help="family: of the generator")
+    parser.add_argument("--alone", type=int, default=50, help="family: steps of the assistant alone, at first")
+    parser.add_argument("--checks", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=104, help="family: evaluation prompts, four images each")
+    parser.add_argument("--override", nargs="*", default=[], help="for every row, while tuning")
+    common_options(parser)
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    if args.quick:
+        args.results = Path(tempfile.mkdtemp(prefix="palate-quick-"))
+        args.count, args.repeats, args.prompts = 6, 1, 4
+        args.seeds, args.updates, args.alone, args.checks = [0], 1, 1, 1
+        args.override.append("trainer.batch_size=2")
+    if args.what != "table" and args.source is None:
+        parser.error(f"{args.what}: name the generator")
+    if args.what == "teacher":
+        measured([Row(args.results / f"{slug('distar', 'teacher', args.source.strip('/'))}.json", against_teacher,
+                      (args.source, args.count, args.repeats))], 1, lambda found: found["seconds"])
+    if args.what == "family":
+        measured(family_rows(args), args.jobs, lambda found: found["points"][-1])
+    print("\n\n".join(part for part in (teacher_table(args.results), family_table(args)) if part))
+
+
+if __name__ == "__main__":
+    main()
