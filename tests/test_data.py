@@ -77,6 +77,7 @@ def test_pick_a_pic_pairs(tmp_path):
     parquet.write_table(pyarrow.table(rows), tmp_path / "train.parquet", row_group_size=2)
     pairs = list(preference_pairs(str(tmp_path / "train.parquet")))
     assert [(p.prompt, p.preference) for p in pairs] == [("a", 1.0), ("b", 0.0), ("c", 0.5)]
+    assert load_images([pairs[0].first], size=(4, 6)).shape == (1, 3, 4, 6)
     images = load_images([pairs[0].first, pairs[0].second], size=4)
     assert torch.equal(images[0].amax((1, 2)), torch.tensor([1.0, 0, 0])) and torch.equal(
         images[1].amax((1, 2)), torch.tensor([0, 0, 1.0])

@@ -35,9 +35,10 @@ def noise_for(model, count: int = 2) -> torch.Tensor:
     return torch.randn((count, *model.latent_shape), generator=torch.Generator().manual_seed(7))
 
 
-def diffusers_sample(name, pipeline, noise, guidance):
+def diffusers_sample(name, pipeline, noise, guidance, size=(SIZE, SIZE)):
     """The pipeline's own latents for our noise; guidance in our convention, w of u + w (c - u)."""
-    call = {"num_inference_steps": STEPS, "output_type": "latent", "height": SIZE, "width": SIZE, "prompt": [*PROMPTS]}
+    call = {"num_inference_steps": STEPS, "output_type": "latent", "prompt": [*PROMPTS],
+            "height": size[0], "width": size[1]}
     if name.startswith("flux"):
         patches = pipeline(**call, latents=pack(noise), guidance_scale=2.5, true_cfg_scale=guidance,
                            negative_prompt=[""] * 2 if guidance != 1.0 else None, max_sequence_length=32).images
@@ -67,6 +68,33 @@ def test_samples_equal_the_pipelines(name):
             ours = sample(model, model.encode_prompts(PROMPTS), noise, STEPS, guidance=guidance)
         assert torch.allclose(ours, theirs, atol=1e-4, rtol=1e-4), (guidance, float((ours - theirs).abs().max()))
         assert theirs.std() > 0.1
+
+
+OBLONG = [16, 24]  # height, width
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion", "sdxl", "sd3", "flux", "pixart-alpha", "z-image"])
+def test_oblong_samples_equal_the_pipelines(name):
+    """Positions, SDXL's and PixArt's told sizes and FLUX's shift follow height and width, each in its place."""
+    _, pipeline = saved(name)
+    options = {"distilled_guidance": 2.5} if name == "flux" else {}
+    model = load(name, image_size=OBLONG, training="none", **options)
+    noise = noise_for(model)
+    assert noise.shape[-2:] == (8, 12)
+    theirs = diffusers_sample(name, pipeline, noise, 3.0, OBLONG)
+    with torch.no_grad():
+        ours = sample(model, model.encode_prompts(PROMPTS), noise, STEPS, guidance=3.0)
+        assert model.decode(ours).shape == (2, 3, *OBLONG)
+    assert torch.allclose(ours, theirs, atol=1e-4, rtol=1e-4), float((ours - theirs).abs().max())
+
+
+def test_a_recipe_gives_a_side_or_height_and_width():
+    plan = recipe.read("srpo-flux", ["model.image_size=[768, 1024]"])
+    assert plan.model.image_size == (768, 1024) and recipe.parse(recipe.dump(plan)) == plan
+    assert recipe.read("srpo-flux").model.image_size == 720
+    for wrong in ("0", "[64]", "[64, -3]", "wide", "true"):
+        with pytest.raises(recipe.RecipeError, match="model.image_size: expected pixels a side, or .height, width., got"):
+            recipe.read("srpo-flux", [f"model.image_size={wrong}"])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -334,6 +362,7 @@ def edit_index(folder: Path, **changes) -> None:
 
 OPTIONS = {
     "size": ({"image_size": 50}, "image_size got 50; flux needs a multiple of 4 .near: 48, 52."),
+    "width": ({"image_size": [48, 50]}, "image_size got 50; flux needs a multiple of 4 .near: 48, 52."),
     "float16": ({"dtype": "float16"}, "float16 is for sampling only"),
     "dtype": ({"dtype": "half"}, "expected one of float32, bfloat16, float16"),
     "device": ({"device": "tpu9"}, "expected cpu, cuda or cuda:N"),
@@ -372,7 +401,7 @@ def test_wrong_folders(broken, tmp_path, nothing_loads):
 
 def test_a_large_picture_beyond_the_positions_is_refused(nothing_loads):
     with pytest.raises(ValueError, match="positions end at 32 pixels"):
-        load("sd3", image_size=36)
+        load("sd3", image_size=[16, 36])
 
 
 HUB = SimpleNamespace(headers={}, request=None)

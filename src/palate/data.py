@@ -200,21 +200,23 @@ def _captions(folder: Path, images: list[Path]) -> dict[str, str]:
     return rows
 
 
-def load_images(paths: Sequence[Path | bytes], *, size: int) -> Tensor:
-    """(N, 3, size, size) in [0, 1] of files or encoded bytes; the short side is resized, the middle square cut out."""
+def load_images(paths: Sequence[Path | bytes], *, size: int | tuple[int, int]) -> Tensor:
+    """(N, 3, H, W) in [0, 1] of files or encoded bytes, scaled to cover `size` (a side, or height and width) and cut
+    around the middle."""
     import numpy as np
     import torch
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    height, width = (size, size) if isinstance(size, int) else size
     rows = []
     for path in paths:
         try:
             with Image.open(io.BytesIO(path) if isinstance(path, bytes) else path) as image:
-                square = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+                fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
         except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             what = f"{len(path)} bytes of a table" if isinstance(path, bytes) else path
             raise RecipeError(f"cannot read the image {what} ({error}); repair or remove it") from error
-        rows.append(torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255)
+        rows.append(torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255)
     return torch.stack(rows)
 
 

@@ -285,6 +285,8 @@ def export_one_step(model: Any, settings: Any, folder: Path | str) -> Path:
     record = {"t_init": generator.t_init, "input_scale": scale, "steps": 1}
     write_atomically(folder / "generator.json", json.dumps(record).encode())
     size, pipeline, dtype = model.latent_shape, index["_class_name"], network.dtype
+    if isinstance(sides := getattr(model, "image_size", None), tuple):
+        call += f", height={sides[0]}, width={sides[1]}"
     drawn = "torch.randn" if scale == 1.0 else f"{scale:.9g} * torch.randn"
     write_atomically(folder / "README.md", f"""# One-step generator, trained with Palate
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from palate.core import Batch, Random
-from palate.models.autoencoder import latent_shape, recompute_pieces
+from palate.models.autoencoder import latent_shape, recompute_pieces, sides
 from palate.models.gaussian import GaussianModel
 from palate.path import Prediction
 from palate.recipe import MODELS, Recipe, build_algorithm, trained_names
@@ -288,7 +288,7 @@ def measure(recipe: Recipe) -> dict[str, Unit]:
         return _measure_emoji(recipe)
     published = PUBLISHED[recipe.model.name]
     vae_config = _local(recipe, "vae") or published.vae
-    size = recipe.model.image_size or published.image_size
+    size = sides(recipe.model.image_size or published.image_size)
     shape = latent_shape(vae_config, size, family=recipe.model.name, patch=published.patch)
     dtype = torch.float32 if recipe.model.dtype == "float32" else torch.bfloat16
     network, run = _denoiser(recipe, published, shape, size, dtype)
@@ -296,18 +296,18 @@ def measure(recipe: Recipe) -> dict[str, Unit]:
         vae = AutoencoderKL(**vae_config).to(dtype).requires_grad_(False).eval()
         latents, image = (
             torch.empty(1, *shape, dtype=dtype, requires_grad=True),
-            torch.empty(1, 3, size, size, dtype=dtype),
+            torch.empty(1, 3, *size, dtype=dtype),
         )
     units = {
         "denoiser": _unit(network, run, network.enable_gradient_checkpointing),
         "decoder": _unit(vae.decoder, lambda: vae.decode(latents).sample, partial(recompute_pieces, vae.decoder)),
         "encoder": _unit(vae.encoder, lambda: vae.encode(image).latent_dist.mode(), None),
     }
-    return units | _rewards(recipe, size)
+    return units | _rewards(recipe)
 
 
 def _denoiser(
-    recipe: Recipe, published: Published, shape: tuple[int, int, int], size: int, dtype: torch.dtype
+    recipe: Recipe, published: Published, shape: tuple[int, int, int], size: tuple[int, int], dtype: torch.dtype
 ) -> tuple[nn.Module, Callable[[], Tensor]]:
     module = importlib.import_module(MODELS[recipe.model.name][0])
     family = getattr(module, MODELS[recipe.model.name][1])
@@ -347,7 +347,7 @@ def _denoiser(
     return network, lambda: family._output(told, network, xt, t, cond)
 
 
-def _rewards(recipe: Recipe, size: int) -> dict[str, Unit]:
+def _rewards(recipe: Recipe) -> dict[str, Unit]:
     """All rewards of the recipe together, as one part."""
     names = [recipe.reward.name] if recipe.reward.name else list(recipe.reward.weights or ())
     dtype = torch.bfloat16 if recipe.reward.dtype == "bfloat16" else torch.float32

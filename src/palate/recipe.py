@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from palate.data import (
@@ -82,6 +82,16 @@ RewardName = Literal[(*EMBEDDED_REWARDS, *SIMPLE_REWARDS, *PUBLISHED_REWARDS)]
 _STRICT = ConfigDict(extra="forbid")
 
 
+def _image_size(value: Any) -> int | tuple[int, int]:
+    given = value if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
+    if any(type(side) is not int or side < 1 for side in given):
+        raise ValueError(f"expected pixels a side, or [height, width], got {value!r}")
+    return tuple(given) if len(given) == 2 else value
+
+
+ImageSize = Annotated[Any, PlainValidator(_image_size)]
+
+
 @dataclass(frozen=True)
 class RunSettings:
     __pydantic_config__ = _STRICT
@@ -105,7 +115,7 @@ class ModelSettings:
     dtype: Literal["float32", "bfloat16"] | None = None  # of frozen weights and of computation; bfloat16
     device: str | None = None  # cpu, cuda, cuda:N; None = the accelerator if there is one
     gradient_checkpointing: bool | None = None  # of denoiser and VAE decoder; on
-    image_size: Positive | None = None  # pixels a side; None = as the model was trained
+    image_size: ImageSize | None = None  # pixels a side, or [height, width]; None = as the model was trained
     text_tokens: Positive | None = None  # of the long text encoder; None = as the model was trained
     text_cache: str | None = None  # folder of text embeddings; None = palate/text in the user's cache folder
     distilled_guidance: NonNegative | None = None  # what FLUX.1-dev is told; 3.5

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,17 +14,30 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
+ImageSize = int | Sequence[int]  # pixels a side, or height and width
+
+
+def sides(image_size: ImageSize) -> tuple[int, int]:
+    """Height and width in pixels."""
+    if isinstance(image_size, int):
+        return image_size, image_size
+    height, width = image_size
+    return height, width
+
+
 def latent_shape(
-    config: Mapping[str, Any], image_size: int, *, family: str, patch: int = 1
+    config: Mapping[str, Any], image_size: ImageSize, *, family: str, patch: int = 1
 ) -> tuple[int, int, int]:
-    """(C, h, w) of square images, by the VAE's configuration; ValueError if the patches do not cover them."""
+    """(C, h, w), by the VAE's configuration; ValueError if the patches do not cover the image."""
     factor = 2 ** (len(config["block_out_channels"]) - 1)
     multiple = factor * patch
-    if image_size < multiple or image_size % multiple:
-        below = max(multiple, image_size // multiple * multiple)
-        raise ValueError(f"model.image_size got {image_size}; {family} needs a multiple of {multiple} (near: {below}, "
-                         f"{below + multiple})")
-    return config["latent_channels"], image_size // factor, image_size // factor
+    for side in sides(image_size):
+        if side < multiple or side % multiple:
+            below = max(multiple, side // multiple * multiple)
+            raise ValueError(f"model.image_size got {side}; {family} needs a multiple of {multiple} (near: {below}, "
+                             f"{below + multiple})")
+    height, width = sides(image_size)
+    return config["latent_channels"], height // factor, width // factor
 
 
 def recompute_pieces(decoder: nn.Module, run: Callable[..., Any]) -> None:

@@ -16,6 +16,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from palate.models.autoencoder import ImageSize
 from palate.models.parts import Parts, load_parts
 from palate.models.repository import open_repository
 from palate.models.schedules import flow_times
@@ -61,7 +62,7 @@ class Flux:
     def load(
         cls, folder: str | Path, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
         names: Sequence[str] = ("policy",), dtype: str = "bfloat16", device: str | None = None,
-        gradient_checkpointing: bool = True, image_size: int | None = None, file: str | None = None,
+        gradient_checkpointing: bool = True, image_size: ImageSize | None = None, file: str | None = None,
         text_cache: str | Path | None = None, text_tokens: int = 512, distilled_guidance: float = 3.5,
         rollout_distilled_guidance: float | None = None,
     ) -> Flux:

@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from palate.models.autoencoder import Autoencoder, latent_shape
+from palate.models.autoencoder import Autoencoder, ImageSize, latent_shape, sides
 from palate.models.repository import Repository
 from palate.models.text_cache import Encode, TextCache
 from palate.models.weights import NamedWeights
@@ -36,7 +36,7 @@ class Parts:
     vae: Autoencoder
     text: TextCache
     latent_shape: tuple[int, int, int]
-    image_size: int
+    image_size: tuple[int, int]  # height, width
     dtype: torch.dtype
     device: torch.device
     file: str | None
@@ -94,7 +94,7 @@ def load_parts(
     repository: Repository, family: str, denoiser: str, kind: type, *, targets: Sequence[str],
     load_encoders: Callable[[torch.dtype, torch.device], Encode], count_tokens: Callable[[str], int], limit: int,
     training: str, lora_rank: int, lora_alpha: float | None, names: Sequence[str], dtype: str, device: str | None,
-    gradient_checkpointing: bool, image_size: int | None, file: str | None, text_cache: str | Path | None,
+    gradient_checkpointing: bool, image_size: ImageSize | None, file: str | None, text_cache: str | Path | None,
     patch: int = 1, default_size: int | None = None,
 ) -> Parts:
     """Read VAE and denoiser; the text encoders wait until a prompt needs them. What can be wrong is checked first.
@@ -123,7 +123,7 @@ def load_parts(
             parameter.data = parameter.data.float()
     if gradient_checkpointing:
         weights.checkpoint_activations()
-    return Parts(repository, denoiser, weights, vae, text, shape, image_size, precision, where, file)
+    return Parts(repository, denoiser, weights, vae, text, shape, sides(image_size), precision, where, file)
 
 
 def _precision(name: str, training: str) -> torch.dtype:

@@ -16,6 +16,7 @@ from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 from transformers import T5EncoderModel, T5TokenizerFast
 
+from palate.models.autoencoder import ImageSize
 from palate.models.parts import Parts, load_parts
 from palate.models.repository import open_repository
 from palate.models.schedules import training_step, vp_prediction, vp_times
@@ -54,7 +55,7 @@ class PixArt:
     def load(
         cls, folder: str | Path, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
         names: Sequence[str] = ("policy",), dtype: str = "bfloat16", device: str | None = None,
-        gradient_checkpointing: bool = True, image_size: int | None = None, text_cache: str | Path | None = None,
+        gradient_checkpointing: bool = True, image_size: ImageSize | None = None, text_cache: str | Path | None = None,
         text_tokens: int | None = None,
     ) -> PixArt:
         """From a diffusers folder or hub id; docs/models.md describes the options that all families share.
@@ -98,7 +99,9 @@ class PixArt:
         step = training_step(t, self.scheduler.config.num_train_timesteps)
         size = {"resolution": None, "aspect_ratio": None}
         if transformer.use_additional_conditions:
-            size = {"resolution": xt.new_full((len(xt), 2), self.image_size), "aspect_ratio": xt.new_ones(len(xt), 1)}
+            height, width = self.image_size
+            size = {"resolution": xt.new_tensor([[height, width]]).expand(len(xt), -1),
+                    "aspect_ratio": xt.new_full((len(xt), 1), height / width)}
         output = transformer(xt, encoder_hidden_states=cond.text, encoder_attention_mask=cond.mask, timestep=step,
                              added_cond_kwargs=size).sample
         return output[:, : xt.shape[1]]

@@ -15,6 +15,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from palate.models.autoencoder import ImageSize, sides
 from palate.models.parts import Parts, load_parts
 from palate.models.repository import open_repository
 from palate.models.schedules import flow_times
@@ -52,7 +53,7 @@ class StableDiffusion3:
     def load(
         cls, folder: str | Path, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
         names: Sequence[str] = ("policy",), dtype: str = "bfloat16", device: str | None = None,
-        gradient_checkpointing: bool = True, image_size: int | None = None, file: str | None = None,
+        gradient_checkpointing: bool = True, image_size: ImageSize | None = None, file: str | None = None,
         text_cache: str | Path | None = None, text_tokens: int = 256,
     ) -> StableDiffusion3:
         """From a diffusers folder or hub id; docs/models.md describes the options that all families share."""
@@ -61,7 +62,7 @@ class StableDiffusion3:
         largest = config["pos_embed_max_size"] * config["patch_size"]
         if image_size is not None:
             largest *= 2 ** (len(repository.config("vae")["block_out_channels"]) - 1)
-            if image_size > largest:
+            if max(sides(image_size)) > largest:
                 raise ValueError(f"model.image_size got {image_size}; this network's positions end at {largest} pixels")
         clip_tokenizers = [repository.tokenizer(name, CLIPTokenizer) for name in ("tokenizer", "tokenizer_2")]
         with_t5 = "text_encoder_3" in repository

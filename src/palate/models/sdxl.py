@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionMode
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from palate.models.autoencoder import ImageSize
 from palate.models.parts import Parts, load_parts
 from palate.models.repository import open_repository
 from palate.models.schedules import training_step, vp_prediction, vp_times
@@ -50,7 +51,7 @@ class StableDiffusionXL:
     def load(
         cls, folder: str | Path, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
         names: Sequence[str] = ("policy",), dtype: str = "bfloat16", device: str | None = None,
-        gradient_checkpointing: bool = True, image_size: int | None = None, file: str | None = None,
+        gradient_checkpointing: bool = True, image_size: ImageSize | None = None, file: str | None = None,
         text_cache: str | Path | None = None,
     ) -> StableDiffusionXL:
         """From a diffusers folder or hub id; docs/models.md describes the options, which all families share."""
@@ -94,8 +95,8 @@ class StableDiffusionXL:
         return vp_prediction(self.scheduler.config.prediction_type, xt, output, *self.schedule(t))
 
     def _output(self, unet: nn.Module, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        size = self.image_size
-        told = xt.new_tensor([[size, size, 0, 0, size, size]])  # original size, crop, target size
+        height, width = self.image_size
+        told = xt.new_tensor([[height, width, 0, 0, height, width]])  # original size, crop, target size
         step = training_step(t, self.scheduler.config.num_train_timesteps)
         added = {"text_embeds": cond.pooled, "time_ids": told.expand(len(xt), -1)}
         return unet(xt, step, encoder_hidden_states=cond.text, added_cond_kwargs=added).sample

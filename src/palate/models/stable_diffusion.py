@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from palate.models.autoencoder import ImageSize
 from palate.models.parts import Parts, load_parts
 from palate.models.repository import open_repository
 from palate.models.schedules import training_step, vp_prediction, vp_times
@@ -47,7 +48,7 @@ class StableDiffusion:
     def load(
         cls, folder: str | Path, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
         names: Sequence[str] = ("policy",), dtype: str = "bfloat16", device: str | None = None,
-        gradient_checkpointing: bool = True, image_size: int | None = None, file: str | None = None,
+        gradient_checkpointing: bool = True, image_size: ImageSize | None = None, file: str | None = None,
         text_cache: str | Path | None = None,
     ) -> StableDiffusion:
         """From a diffusers folder or hub id; docs/models.md describes the options, which all families share."""

@@ -14,6 +14,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
+from palate.models.autoencoder import ImageSize
 from palate.models.parts import Parts, load_parts
 from palate.models.repository import open_repository
 from palate.models.schedules import flow_times
@@ -48,7 +49,7 @@ class ZImage:
     def load(
         cls, folder: str | Path, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
         names: Sequence[str] = ("policy",), dtype: str = "bfloat16", device: str | None = None,
-        gradient_checkpointing: bool = True, image_size: int | None = None, file: str | None = None,
+        gradient_checkpointing: bool = True, image_size: ImageSize | None = None, file: str | None = None,
         text_cache: str | Path | None = None, text_tokens: int = 512,
     ) -> ZImage:
         """From a diffusers folder or hub id; docs/models.md describes the options that all families share."""
