@@ -35,7 +35,7 @@ YAML_LIMIT = 256 * 1024  # bytes; a recipe is a page of text
 YAML_DEPTH = 100
 SHARED = ("dtype", "device", "gradient_checkpointing", "image_size", "text_cache")
 MODELS = {  # name -> module, class, keys of ModelSettings that it reads beside weights, lora_rank, lora_alpha, folder
-    "emoji": ("palate.models.emoji", "EmojiModel", ()),
+    "emoji": ("palate.models.emoji", "EmojiModel", ("lora_targets",)),
     "stable-diffusion": ("palate.models.stable_diffusion", "StableDiffusion", (*SHARED, "file")),
     "sdxl": ("palate.models.sdxl", "StableDiffusionXL", (*SHARED, "file")),
     "sd3": ("palate.models.sd3", "StableDiffusion3", (*SHARED, "file", "text_tokens")),
@@ -108,7 +108,8 @@ class ModelSettings:
     weights: Literal["lora", "full"] = "lora"
     lora_rank: Positive = 16
     lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # None = lora_rank
-    start: str | None = None  # the adapter folder of an earlier run, whose policy this one begins with
+    lora_targets: Annotated[list[str], Field(min_length=1)] | None = None  # ends of layer names; None = the family's
+    start: str | None = None  # an earlier run's adapter folder, whose policy this one begins with; or emoji-1step
     folder: str | None = None  # a diffusers folder or hub id; None = the weights in the package (emoji)
     consistency: str | None = None  # folder of a consistency LoRA (LCM-LoRA); None = the one in the package (emoji)
     file: str | None = None  # a .safetensors file whose denoiser takes the place of the folder's
@@ -584,7 +585,9 @@ def build_model(recipe: Recipe) -> Model:
         names=trained_names(recipe.algorithm_name), **options,
     )
     if settings.start is not None:
-        model.weights.load(settings.start, "policy")
+        packaged = importlib.resources.files("palate") / "assets" / settings.start
+        there = Path(settings.start).is_dir() or not packaged.is_dir()
+        model.weights.load(settings.start if there else Path(str(packaged)), "policy")
     return model
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
+from palate.models import delta
 from palate.models.weights import NamedWeights
 from palate.path import Prediction, flow_schedule, from_velocity
 from palate.vocabulary import known_words
@@ -35,7 +36,7 @@ class EmojiModel:
 
     def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: PreTrainedTokenizerFast,
                  vae: AutoencoderTiny, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
-                 names: Sequence[str] = ("policy",)):
+                 lora_targets: Sequence[str] | None = None, names: Sequence[str] = ("policy",)):
         self.folder: Path | None = None  # where the parts came from
         self.text_encoder = text_encoder.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -44,30 +45,39 @@ class EmojiModel:
         self.latent_shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
         self.training = training
         self.weights = NamedWeights(unet.eval(), training=training, rank=lora_rank, alpha=lora_alpha,
-                                    targets=LORA_TARGETS, names=names)
+                                    targets=lora_targets or LORA_TARGETS, names=names)
         self._null = self._encode([""])
 
     @classmethod
     def load(cls, folder: Path | str | None = None, *, training: str = "lora", lora_rank: int = 16,
-             lora_alpha: float | None = None, names: Sequence[str] = ("policy",)) -> EmojiModel:
+             lora_alpha: float | None = None, lora_targets: Sequence[str] | None = None,
+             names: Sequence[str] = ("policy",)) -> EmojiModel:
         """The embedded model, or one of the same layout from a diffusers folder. Weights are kept in float32.
 
+        A folder may hold the UNet as its difference from the embedded one, and leave out other parts that are the same.
         names: what can be trained, `NamedWeights`' names; all begin as the reference.
         """
-        folder = Path(str(files("palate") / "assets/emoji")) if folder is None else Path(folder)
-        if not (folder / "unet").is_dir():
+        embedded = Path(str(files("palate") / "assets/emoji"))
+        folder = embedded if folder is None else Path(folder)
+        packed = (folder / delta.FILE).is_file()
+        if not packed and not (folder / "unet").is_dir():
             raise ValueError(f"model.folder {folder} is not a diffusers folder (no unet in it); leave it out for the "
                              "embedded model")
         try:
+            own = {part: folder / part if (folder / part).is_dir() else embedded / part
+                   for part in ("unet", "text_encoder", "tokenizer", "vae")}
             parts = (
-                UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32),
-                CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32),
-                PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"),
-                AutoencoderTiny.from_pretrained(folder / "vae", torch_dtype=torch.float32),
+                UNet2DConditionModel.from_pretrained(own["unet"], torch_dtype=torch.float32),
+                CLIPTextModel.from_pretrained(own["text_encoder"], dtype=torch.float32),
+                PreTrainedTokenizerFast.from_pretrained(own["tokenizer"]),
+                AutoencoderTiny.from_pretrained(own["vae"], torch_dtype=torch.float32),
             )
         except (OSError, SafetensorError) as error:
             raise ValueError(f"model.folder {folder} could not be read: {error}") from error
-        model = cls(*parts, training=training, lora_rank=lora_rank, lora_alpha=lora_alpha, names=names)
+        if packed:
+            parts[0].load_state_dict(delta.load(folder, parts[0].state_dict()))
+        model = cls(*parts, training=training, lora_rank=lora_rank, lora_alpha=lora_alpha, lora_targets=lora_targets,
+                    names=names)
         model.folder = folder
         return model
 

@@ -21,6 +21,8 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from palate.models import delta
+
 
 class NamedWeights:
     """A network under the names of `names`, all equal at the start, and under "reference".
@@ -51,6 +53,12 @@ class NamedWeights:
         if training == "lora":
             if rank < 1:
                 raise ValueError(f"lora_rank got {rank}; expected at least 1")
+            layers = [layer for layer, part in network.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+            unknown = [end for end in targets if not any(f".{layer}".endswith(f".{end}") for layer in layers)]
+            if unknown:
+                ends = sorted({layer.rpartition(".")[2] for layer in layers if not layer[-1].isdigit()})
+                raise ValueError(f"model.lora_targets: no layer's name ends with {', '.join(unknown)}; ends that are "
+                                 f"there: {', '.join(ends)}")
             config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=list(targets))
             for name in self.names:
                 with warnings.catch_warnings():  # peft warns at a second adapter
@@ -149,12 +157,17 @@ class NamedWeights:
             self.networks[name].save_pretrained(folder)
 
     def load(self, folder: Path | str, name: str = "policy") -> None:
-        """Read back what `save` wrote, into weights of the same training mode and rank; ValueError if not."""
+        """Read back what `save` wrote, into weights of the same training mode and rank; ValueError if not.
+
+        With full training also a difference from the reference (`delta`).
+        """
         lora = self.training == "lora"
         path = Path(folder) / f"{'pytorch_lora_weights' if lora else 'diffusion_pytorch_model'}.safetensors"
-        if not path.exists():
+        packed = not lora and not path.exists() and (Path(folder) / delta.FILE).is_file()
+        if not packed and not path.exists():
             raise ValueError(f"no {path.name} in {folder}; expected the adapter folder of a {self.training} run")
-        own, saved = self._own(name), load_file(path)
+        own = self._own(name)
+        saved = delta.load(Path(folder), self.networks["reference"].state_dict()) if packed else load_file(path)
         if lora:
             saved = {key.replace(".lora_A.", f".lora_A.{name}.").replace(".lora_B.", f".lora_B.{name}."): tensor
                      for key, tensor in saved.items()}

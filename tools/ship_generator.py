@@ -1,0 +1,79 @@
+"""Put a one-step generator into the package: src/palate/assets/emoji-1step.
+
+    palate export RUN --format one-step
+    python tools/ship_generator.py RUN/export/one-step
+
+Only the UNet is kept, as its eight-bit difference from the embedded base model's (`palate.models.delta`); the other
+parts are the base model's own. Prints, and writes into the card, how far that moves the pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+
+from data import ASSETS
+from palate import recipe
+from palate.evaluate import generate
+from palate.export import load_one_step
+from palate.models import delta
+from palate.models.emoji import EmojiModel
+
+
+def ship(source: Path, out: Path) -> dict[str, float]:
+    """Write `out`; what was packed, judged by the images of 32 prompts."""
+    base = EmojiModel.load(training="none").weights.networks["reference"].state_dict()
+    weights = UNet2DConditionModel.from_pretrained(source / "unet", torch_dtype=torch.float32).state_dict()
+    shutil.rmtree(out, ignore_errors=True)
+    delta.save(out, weights, base)
+    shutil.copy(source / "generator.json", out / "generator.json")
+    prompts = recipe.spread(recipe.read_prompts("emoji-eval"), 32)
+    (before, sampler), (after, _) = load_one_step(source), load_one_step(out)
+    images = [generate(model, prompts, (0,), sampler=sampler) for model in (before, after)]
+    apart = (images[0] - images[1]).abs()
+    found = {"megabytes": (out / delta.FILE).stat().st_size / 1e6, "mean_difference": float(apart.mean()),
+             "largest_difference": float(apart.max())}
+    trained = source.parent.parent / "recipe.yaml"
+    (out / "README.md").write_text(CARD.format(
+        label=json.loads((out / "generator.json").read_text())["t_init"], **found,
+        recipe=trained.read_text().rstrip() if trained.is_file() else "# not known"))
+    return found
+
+
+CARD = """# emoji-1step: the embedded one-step generator
+
+Trained with Diff-Instruct* from the embedded base model (`emoji`), on prompts only. It draws in one network
+evaluation without guidance, from noise at time {label}; the base model takes 16.
+
+    palate sample --model emoji-1step --prompt "a 3d dog on a blue background"
+    palate train distar-emoji-quick                                    # trains it on
+    palate train srpo-emoji model.weights=full model.start=emoji-1step # begins another method with its weights
+
+`delta.safetensors` ({megabytes:.1f} MB) is the UNet's difference from the base model's, eight bits a weight; text
+encoder, tokenizer and VAE are the base model's. Packing moves a pixel by {mean_difference:.1e} on average and by
+{largest_difference:.3f} at most (32 prompts, of 1). Figures against the teacher: docs/algorithms/distar.md,
+`python benchmarks/distar.py teacher emoji-1step`.
+
+It knows what the base model knows, with its faults. Licence: as the base model's, see ../README.md. The recipe:
+
+```yaml
+{recipe}
+```
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("source", type=Path, help="what `palate export RUN --format one-step` wrote")
+    parser.add_argument("--out", type=Path, default=ASSETS / "emoji-1step")
+    args = parser.parse_args()
+    print(json.dumps(ship(args.source, args.out)))
+
+
+if __name__ == "__main__":
+    main()
