@@ -278,7 +278,7 @@ def test_a_cut_text_file_is_made_again_and_settings_have_their_own(tmp_path):
 
 def test_prompts_beyond_the_encoder_are_counted_once(tmp_path):
     model = load("flux", text_cache=tmp_path)
-    with pytest.warns(UserWarning, match=r"2 of 4 prompts are longer than the 32 tokens"):
+    with pytest.warns(UserWarning, match=r"2 of 3 prompts are longer than the 32 tokens"):
         model.cache_prompts(["a cat", "b " * 40, "c " * 41])
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -10,6 +10,7 @@ import contextlib
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -539,6 +540,7 @@ def main() -> None:
         for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
             os.environ.setdefault(name, "error")
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        warnings.showwarning = _warned
     try:
         code = app(arguments or ["--help"], prog_name="palate", standalone_mode=False)
     except BaseException as error:  # every kind gets its exit code; what is not ours goes on
@@ -550,6 +552,14 @@ def main() -> None:
 
         leave(code if isinstance(code, int) else 0)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _warned(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+    """Palate's own warnings are sentences for the user; others keep the form that their makers look for."""
+    if category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent):
+        print(f"palate: {printable(str(message))}", file=sys.stderr)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno))
 
 
 def _failed(error: BaseException) -> int:

@@ -441,7 +441,11 @@ def _local(recipe: Recipe, part: str) -> dict[str, Any] | None:
     names = ("vae",) if part == "vae" else ("unet", "transformer")
     for name in names:
         if recipe.model.folder and (file := folder / name / "config.json").is_file():
-            return {key: value for key, value in json.loads(file.read_text("utf-8")).items() if not key.startswith("_")}
+            config = json.loads(file.read_text("utf-8"))
+            expected = "AutoencoderKL" if part == "vae" else PUBLISHED[recipe.model.name].kind
+            if (got := config.get("_class_name", expected)) != expected:
+                raise ValueError(f"model.folder {folder}: its {name} is a {got}, {recipe.model.name} needs a {expected}")
+            return {key: value for key, value in config.items() if not key.startswith("_")}
     return None
 
 

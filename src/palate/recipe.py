@@ -547,6 +547,8 @@ _SECTIONS = {
 
 def build(recipe: Recipe) -> Parts:
     """Load everything the recipe names. The cheap things that can be wrong come first, the weights last."""
+    import torch
+
     captions, images = None, None
     if recipe.prompts.images is not None:
         found = captioned_images(Path(recipe.prompts.images))
@@ -558,9 +560,10 @@ def build(recipe: Recipe) -> Parts:
         captions = [pair.prompt for pair in pairs]
     prompts = captions or recipe.prompts.list or read_prompts(recipe.prompts.file)
     preview = read_prompts(recipe.prompts.preview) if recipe.prompts.preview else spread(prompts)
+    with torch.random.fork_rng(devices=[]):  # first, for its missing files; the LoRA's first weights do not see it
+        reward = build_reward(recipe.reward)
     model = build_model(recipe)
     load_consistency(recipe, model)
-    reward = build_reward(recipe.reward)
     if hasattr(model, "cache_prompts"):
         model.cache_prompts([*prompts, *preview])
     latents = None
@@ -580,6 +583,7 @@ def build_model(recipe: Recipe) -> Model:
     settings = recipe.model
     module, kind, keys = MODELS[settings.name]
     options = {key: getattr(settings, key) for key in keys if getattr(settings, key) is not None}
+    _check_loras(recipe)
     model = getattr(importlib.import_module(module), kind).load(
         settings.folder, training=settings.weights, lora_rank=settings.lora_rank, lora_alpha=settings.lora_alpha,
         names=trained_names(recipe.algorithm_name), **options,
@@ -589,6 +593,28 @@ def build_model(recipe: Recipe) -> Model:
         there = Path(settings.start).is_dir() or not packaged.is_dir()
         model.weights.load(settings.start if there else Path(str(packaged)), "policy")
     return model
+
+
+def _check_loras(recipe: Recipe) -> None:
+    """The LoRAs that the recipe names, against the architecture of its folder, before any weight loads."""
+    settings, module = recipe.model, importlib.import_module(MODELS[recipe.model.name][0])
+    parts = getattr(module, "PARTS", None)
+    consistency = getattr(recipe.algorithm, "estimator", None) == "consistency"
+    if parts is None:
+        return
+    if consistency and settings.consistency is None:
+        raise RecipeError("model.consistency: name the folder of an LCM-LoRA (pytorch_lora_weights.safetensors) "
+                          f"for {settings.name}, or use another algorithm.estimator: tweedie, rollout-2")
+    started = settings.start is not None and settings.weights == "lora"
+    if started or consistency:
+        from palate.models.repository import open_repository
+
+        denoiser = "unet" if "unet" in parts else "transformer"
+        repository = open_repository(settings.folder, family=settings.name, parts={denoiser: parts[denoiser]})
+        if started:
+            repository.check_lora(denoiser, settings.start, key="model.start", rank=settings.lora_rank)
+        if consistency:
+            repository.check_lora(denoiser, settings.consistency, key="model.consistency")
 
 
 def trained_names(algorithm: str) -> tuple[str, ...]:
@@ -603,9 +629,6 @@ def load_consistency(recipe: Recipe, model: Model) -> None:
         folder = recipe.model.consistency
         if hasattr(model, "load_consistency"):
             model.load_consistency(folder)
-        elif folder is None:
-            raise RecipeError("model.consistency: name the folder of an LCM-LoRA (pytorch_lora_weights.safetensors) "
-                              f"for {recipe.model.name}, or use another algorithm.estimator: tweedie, rollout-2")
         else:
             model.weights.add_frozen(folder, "consistency")
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import ModelMixin
 from huggingface_hub import HfApi, errors, snapshot_download
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 FAMILIES = {  # denoiser's class -> model.name, to say what a folder of another family is
@@ -27,7 +28,8 @@ FAMILIES = {  # denoiser's class -> model.name, to say what a folder of another 
     "PixArtTransformer2DModel": "pixart",
     "ZImageTransformer2DModel": "z-image",
 }
-WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-\d+)?\.safetensors")  # no variants such as fp16
+WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-(\d+))?\.safetensors")  # no variants such as fp16
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 SMALL = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja"]  # configurations and tokenizers
 
 
@@ -51,7 +53,38 @@ class Repository:
         file = self.root / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
         if not file.is_file():
             raise ValueError(f"model.folder {self.source} has no {part}/{file.name}; the download is incomplete")
-        return json.loads(file.read_text("utf-8"))
+        return _json(file)
+
+    def skeleton(self, part: str) -> nn.Module:
+        """A part of diffusers on the meta device: its layers' names and shapes, no weights."""
+        with torch.device("meta"):
+            return getattr(diffusers, self.kind(part)).from_config(self.config(part))
+
+    def check_lora(self, part: str, folder: str | Path, *, key: str, rank: int | None = None) -> None:
+        """ValueError unless the LoRA in `folder` is one of this part: known layers, their shapes, that rank.
+
+        Reads names and shapes only. key: of the recipe, for the message. Names of text encoders, and those of the
+        original SDXL, are left to the loader.
+        """
+        file = Path(folder) / "pytorch_lora_weights.safetensors"
+        if not file.is_file():
+            raise ValueError(f"{key}: no {file.name} in {folder}; expected the folder of a LoRA")
+        _check_header(file)
+        with safe_open(file, "pt") as lora:
+            shapes = {name: lora.get_slice(name).get_shape() for name in lora.keys()}
+        layers = {name: tuple(m.weight.shape) for name, m in self.skeleton(part).named_modules()
+                  if getattr(m, "weight", None) is not None}
+        layers |= {name.replace(".", "_"): shape for name, shape in layers.items()}
+        for name, shape in shapes.items():
+            found = re.fullmatch(r"(?:unet\.|transformer\.|lora_unet_)?(.+)\.lora_(A|B|down|up)\.weight", name)
+            if found is None or re.match(r"lora_te|text_encoder|.*(input|middle|output)_block", name):
+                continue
+            layer, down = found[1], found[2] in ("A", "down")
+            if layer not in layers or layers[layer][1 if down else 0] != shape[1 if down else 0]:
+                what = f"its layer {layer} is not one" if layer not in layers else f"{layer} has another size in those"
+                raise ValueError(f"{key}: {folder} holds a LoRA of another model; {what} of {self.source}, {part}")
+            if down and rank is not None and shape[0] != rank:
+                raise ValueError(f"{key}: the LoRA in {folder} has rank {shape[0]}; set model.lora_rank={shape[0]}")
 
     def read(self, part: str, kind: type, dtype: torch.dtype, *, file: str | None = None) -> nn.Module:
         """A network in `dtype`, in evaluation mode, frozen. `file`: its weights in place of the repository's own."""
@@ -61,14 +94,18 @@ class Repository:
             else:
                 name = "torch_dtype" if issubclass(kind, ModelMixin) else "dtype"
                 network = kind.from_pretrained(self.source, subfolder=part, use_safetensors=True, **{name: dtype})
-        except (OSError, SafetensorError, RuntimeError, KeyError) as error:
+        except (OSError, SafetensorError, RuntimeError, LookupError, AttributeError, TypeError) as error:
             what = file or f"{self.source}, {part}"
-            raise ValueError(f"{what}: cannot be read as {kind.__name__}: {str(error).splitlines()[0]}") from error
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{what}: cannot be read as {kind.__name__}; is it another model's? ({why})") from error
         if any(p.is_meta for p in network.parameters()):
             raise ValueError(f"{file or self.source}: holds no weights for parts of {kind.__name__}; is it whole?")
         return network.eval().requires_grad_(False)
 
     def tokenizer(self, part: str, kind: type) -> Any:
+        if not any((self.root / part / name).is_file() for name in VOCABULARIES):  # its class would make an empty one
+            raise ValueError(f"model.folder {self.source}: {part} holds no vocabulary ({', '.join(VOCABULARIES)}); "
+                             "complete the download")
         try:
             return kind.from_pretrained(self.source, subfolder=part)
         except (OSError, ValueError) as error:
@@ -108,7 +145,7 @@ def open_repository(folder: str | Path | None, *, family: str, parts: Mapping[st
         why = "does not exist" if not root.exists() else "has no model_index.json"
         raise ValueError(f"model.folder {source} is not a diffusers folder: it {why}. Convert a checkpoint with "
                          "diffusers' from_single_file(...).save_pretrained(folder), or give a hub id (owner/name)")
-    index = json.loads((root / "model_index.json").read_text("utf-8"))
+    index = _json(root / "model_index.json")
     repository = Repository(str(path) if local else source, root, index)
     for part, kind in parts.items():
         got = repository.kind(part)
@@ -129,8 +166,15 @@ def open_repository(folder: str | Path | None, *, family: str, parts: Mapping[st
         weighty = [p for p in weighty if p not in ("unet", "transformer")]
         if not Path(file).is_file() or Path(file).suffix != ".safetensors":
             raise ValueError(f"model.file {file}: expected a .safetensors file with the denoiser's weights")
+        _check_header(Path(file))
+    for part in parts:
+        if part in repository and not part.startswith("tokenizer"):
+            repository.config(part)
     if files is not None:
         _check_weights(source, files, weighty)
+    if local:
+        for path in sorted(p for part in weighty for p in (root / part).glob("*.safetensors")):
+            _check_header(path)
     return repository
 
 
@@ -156,13 +200,39 @@ def _from_hub(source: str) -> tuple[Path, list[str] | None]:
 def _check_weights(source: str, files: list[str], parts: Iterable[str]) -> None:
     for part in parts:
         found = [name for name in files if name.startswith(f"{part}/")]
-        if any(name.endswith(".safetensors") for name in found):
+        whole = [match for name in found if (match := WEIGHTS.fullmatch(name.rpartition("/")[2]))]
+        if whole:
+            shards = int(whole[0][3] or 1)  # of diffusion_pytorch_model-00001-of-00003.safetensors
+            if len(whole) < shards and not any(match[3] is None for match in whole):
+                raise ValueError(f"model.folder {source}: {part} holds {len(whole)} of {shards} shards of its weights; "
+                                 "complete the download")
             continue
         if any(name.endswith((".bin", ".pt", ".ckpt")) for name in found):
             raise ValueError(f"model.folder {source}: the weights of {part} are pickles (.bin), which can run code "
                              "when loaded. Convert them once, where you trust them: python -c \"from diffusers import "
                              f"DiffusionPipeline as P; P.from_pretrained('{source}').save_pretrained('converted')\"")
-        raise ValueError(f"model.folder {source}: {part} holds no .safetensors weights; complete the download")
+        variants = " (variants as fp16 are not read)" if any(name.endswith(".safetensors") for name in found) else ""
+        raise ValueError(f"model.folder {source}: {part} holds no .safetensors weights{variants}; complete the "
+                         "download")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({str(error)[:100]}); download it again") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{file} holds no settings; download it again")
+    return found
+
+
+def _check_header(file: Path) -> None:
+    """A .safetensors file says in its first bytes how long it is; ValueError if it is cut short or something else."""
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} is damaged or incomplete ({str(error)[:100]}); download it again") from error
 
 
 def _sha256(path: Path) -> str:

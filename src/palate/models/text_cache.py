@@ -96,8 +96,9 @@ class TextCache:
     def _warn_of_long(self, prompts: list[str]) -> None:
         if self._warned:
             return
-        long = sum(self._count(prompt) > self._limit for prompt in prompts)
+        given = [prompt for prompt in prompts if prompt]
+        long = sum(self._count(prompt) > self._limit for prompt in given)
         if long:
             self._warned = True
-            warnings.warn(f"{long} of {len(prompts)} prompts are longer than the {self._limit} tokens the text encoder "
+            warnings.warn(f"{long} of {len(given)} prompts are longer than the {self._limit} tokens the text encoder "
                           "reads; the rest of each is cut off", stacklevel=3)
