@@ -5,6 +5,7 @@ Run as a program, this file is one of the ranks: all scenarios of a launch share
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -19,8 +20,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_train import rows, run, tensors
 from tiny_flow import PROMPTS, TinyFlow, reward, srpo
+from torch import nn
 
 import palate
 from palate import checkpoint, distributed, failure
@@ -33,13 +36,14 @@ from palate.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings
 from palate.algorithms.nft import NFT, NFTSettings
 from palate.algorithms.refl import ReFL, ReFLSettings
 from palate.algorithms.sqdf import SQDF, SQDFSettings
+from palate.core import Random
 from palate.recipe import GuardSettings
 from palate.train import NonFinite
 
 STEPS = 4
 MAKE = {
     "srpo": srpo,
-    "refl": lambda: ReFL(ReFLSettings(T=3, T1=1, T2=2, guidance=1.0)),
+    "refl": lambda: ReFL(ReFLSettings(T=3, T1=1, T2=2, guidance=1.0, lam=1.0)),
     "draft": lambda: DRaFT(DRaFTSettings(steps=2, guidance=1.0)),
     "ddpo": lambda: DDPO(DDPOSettings(steps=3, guidance=1.0, minibatches=2)),
     "flow_grpo": lambda: FlowGRPO(FlowGRPOSettings(group=2, steps=3, guidance=1.0)),
@@ -47,44 +51,68 @@ MAKE = {
     "dpo": lambda: DPO(DPOSettings(steps=2, guidance=1.0, beta=10.0)),
     "sqdf": lambda: SQDF(SQDFSettings(rollout_steps=3, final_time=0.02, guidance=1.0, estimator="tweedie",
                                       buffer_size=16)),
+    "sqdf-fresh": lambda: SQDF(SQDFSettings(rollout_steps=6, final_time=0.02, guidance=1.0, estimator="tweedie",
+                                            buffer="none")),
     "distar": lambda: Distar(DistarSettings(generator=Generator(t_init=0.7))),
 }
 
 
-class Networks(TinyFlow):
-    """The stand-in with an assistant network, and with what the loop needs to shard it."""
+class Block(nn.Sequential):
+    """What FSDP2 cuts by itself; the layer after it belongs to the root."""
 
-    def __init__(self, dtype=torch.float32, assistant=False):
+
+class Networks(TinyFlow):
+    """The stand-in with an assistant network, and with what the loop needs to shard it, or as adapters of one network.
+
+    `training`: "full" or "lora".
+    """
+
+    def __init__(self, dtype=torch.float32, assistant=False, training="full"):
         super().__init__()
+        names = ("policy", "assistant") if assistant else ("policy",)
         self.net.to(dtype), self.reference.to(dtype)
-        networks = {"policy": self.net, "reference": self.reference}
-        if assistant:
-            networks["assistant"] = copy.deepcopy(self.net)
-        self.weights = SimpleNamespace(training="full", networks=networks)
+        if training == "lora":
+            from diffusers.loaders import PeftAdapterMixin
+
+            from palate.models.weights import NamedWeights
+
+            adapted = type("Adapted", (nn.Sequential, PeftAdapterMixin), {})
+            with torch.random.fork_rng():
+                torch.manual_seed(4)
+                self.weights = NamedWeights(adapted(*self.net), training="lora", rank=2, alpha=None, targets=["0", "2"],
+                                            names=names)
+        else:
+            self.net = nn.Sequential(Block(*self.net[:2]), self.net[2])
+            self.net._no_split_modules = ["Block"]
+            copies = {name: copy.deepcopy(self.net) for name in names[1:]}
+            networks = {"policy": self.net, "reference": self.reference, **copies}
+            self.weights = SimpleNamespace(
+                training="full", networks=networks, speaking_as=lambda name: contextlib.nullcontext(networks[name]),
+                parameters=lambda name: list(networks[name].parameters()))
 
     def predict(self, xt, t, cond, *, guidance=1.0, weights="policy"):
-        net, self.net = self.net, self.weights.networks[weights]
-        try:
+        with self.weights.speaking_as(weights) as self.net:
             return super().predict(xt, t, cond, guidance=guidance)
-        finally:
-            self.net = net
 
     def parameters(self, weights="policy"):
-        return list(self.weights.networks[weights].parameters())
+        return self.weights.parameters(weights)
 
     def save_adapter(self, folder):
         if not any(hasattr(p, "full_tensor") for p in self.parameters()):
             super().save_adapter(folder)
 
 
-def go(folder, name="srpo", *, dtype=torch.float32, **options):
+KINDS = {"lora": {"training": "lora"}, "full": {"sharding": "full"}}  # copies of adapters; FSDP2
+
+
+def go(folder, name="srpo", *, dtype=torch.float32, training="full", **options):
     options = {"steps": STEPS, "batch_size": 8, "clip_norm": 1e-5, "checkpoint_every": 0, "threads": 1,
                "ema_decay": 0.5,
                "algorithm": MAKE[name]()} | options  # fmt: skip
     rate = options.pop("reward", reward)
     if "TRACE" in os.environ:
         print(round(time.time() - float(os.environ["TRACE"]), 2), round(time.process_time(), 2), folder, flush=True)
-    return run(Path(folder), model=Networks(dtype, assistant=name == "distar"), reward=rate, **options)
+    return run(Path(folder), model=Networks(dtype, assistant=name == "distar", training=training), reward=rate, **options)
 
 
 # ------------------------------------------------------------------------------------- what the ranks do
@@ -110,6 +138,19 @@ class Noticed:
         yield from self.inner.step(model, reward, batch, rng)
 
 
+class SickEnd:
+    """SRPO whose last loss of step 2 is not a number, in the second share."""
+
+    def __init__(self):
+        self.inner = srpo()
+        self.trains, self.steer = self.inner.trains, self.inner.steer
+
+    def step(self, model, reward, batch, rng):
+        sick = rng.step == 2 and rng.ids[0] % 8 == 4
+        for loss in self.inner.step(model, reward, batch, rng):
+            yield loss._replace(value=loss.value * math.nan) if sick and loss.update else loss
+
+
 class SickSample:
     """The reward, but not a number for one prompt, in the first half of the run."""
 
@@ -127,10 +168,13 @@ def refuse(images, prompts):
 def together(folder: Path) -> None:
     said = {}
     for name in MAKE:
-        go(folder / name, name)
-    for name in ("srpo", "distar"):
-        go(folder / f"{name}-full", name, sharding="full")
+        for kind, options in KINDS.items():
+            go(folder / f"{name}-{kind}", name, **options)
+            go(folder / f"{name}-{kind}-and-back", name, steps=3, resume=True, **options)  # begun by one process
     go(folder / "srpo-hybrid", sharding="hybrid")
+    os.environ["LOCAL_WORLD_SIZE"] = "1"  # as if the two were on two machines
+    go(folder / "distar-hybrid", "distar", sharding="hybrid")
+    os.environ["LOCAL_WORLD_SIZE"] = "2"
     go(folder / "fused", dtype=torch.float64)
     go(folder / "fused-full", dtype=torch.float64, sharding="full")
     for name in ("one-two", "one-full"):  # begun by one process, in float64
@@ -144,6 +188,7 @@ def together(folder: Path) -> None:
     first = Noticed(2, lambda: palate.steer(folder / "steered", ["icy"]), rank=0)
     go(folder / "steered", algorithm=first, guard=GuardSettings(every=2, action="rollback"), preview_every=2,
        check=lambda model, prompts, ids: {"heldout": 1.0 - distributed.ranks().rank})  # fmt: skip
+    go(folder / "sick-end", algorithm=SickEnd(), sharding="full")
     for name, sharding in (("sick", "none"), ("sick-full", "full")):
         try:
             go(folder / name, reward=SickSample(), sharding=sharding)
@@ -161,7 +206,14 @@ def killed(folder: Path) -> None:
         (folder / "died").write_text(str(time.time()))
         os.kill(os.getpid(), signal.SIGKILL)
 
-    go(folder / "run", algorithm=Noticed(3, die), checkpoint_every=1)
+    go(folder / "run", algorithm=Noticed(3, die), checkpoint_every=1, sharding=os.environ["SHARDING"])
+
+
+def refused(folder: Path) -> None:
+    def fail():
+        raise ValueError("rank 1 does not know these words")
+
+    go(folder / "run", algorithm=Noticed(2, fail), sharding="full")
 
 
 def hung(folder: Path) -> None:
@@ -187,6 +239,9 @@ def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     for name in ("one-two", "one-full"):
         go(folder / name, dtype=torch.float64, steps=2)
+    for name in MAKE:
+        for kind in KINDS:
+            go(folder / f"{name}-{kind}-and-back", name, training=kind, steps=1, micro_batches=2)
     assert start(folder, "together") == 0
     return folder
 
@@ -207,26 +262,42 @@ def furthest(a: Path, b: Path, step: int = STEPS) -> float:
 # ---------------------------------------------------------------------------------------------- equalities
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MAKE)
-def test_two_ranks_are_one_that_accumulates_two_micro_batches(pair, tmp_path, name):
-    go(tmp_path, name, micro_batches=2)
-    identical(tmp_path, pair / name)
-    states = [checkpoint.load(f / "checkpoints" / checkpoint.name(STEPS)).state for f in (tmp_path, pair / name)]
-    assert states[0] == states[1]
+def test_two_ranks_are_one_that_accumulates_two_micro_batches(pair, tmp_path, name, kind):
+    """Adapters as copies, and all weights cut by FSDP2; also begun on 1 rank, continued on 2 and ended on 1."""
+    go(tmp_path, name, training=kind, micro_batches=2)
+    back = pair / f"{name}-{kind}-and-back"
+    go(back, name, training=kind, micro_batches=2, resume=True)
+    for folder in (pair / f"{name}-{kind}", back):
+        identical(tmp_path, folder)
+        states = [checkpoint.load(f / "checkpoints" / checkpoint.name(STEPS)).state for f in (tmp_path, folder)]
+        assert states[0] == states[1]
     assert all(row["grad_norm"] > 1e-5 for row in rows(tmp_path) if row["event"] == "step")  # so the norm was clipped
 
 
-@pytest.mark.parametrize(("name", "folder"),
-                         [("srpo", "srpo-full"), ("distar", "distar-full"), ("srpo", "srpo-hybrid")])
-def test_sharded_networks_are_bit_identical_too(pair, tmp_path, name, folder):
+@pytest.mark.parametrize("name", ["srpo", "distar"])
+def test_hybrid_sharding_is_bit_identical_too(pair, tmp_path, name):
+    """srpo: two ranks of one machine hold a half each; distar: of two machines, so each holds everything."""
     go(tmp_path, name, micro_batches=2)
-    identical(tmp_path, pair / folder)
-    from safetensors.torch import load_file
+    identical(tmp_path, pair / f"{name}-hybrid")
 
-    exported = load_file(str(pair / folder / "adapter" / "diffusion_pytorch_model.safetensors"))
-    averages = tensors(pair / folder, STEPS)
-    for i, (name, _) in enumerate(TinyFlow().net.named_parameters()):
-        assert torch.equal(exported[name], averages[f"ema/policy/{i:04d}"])
+
+@pytest.mark.parametrize("folder", ["srpo-full", "distar-full", "srpo-hybrid", "distar-hybrid"])
+def test_sharded_networks_are_exported_whole(pair, folder):
+    averages, adapter = tensors(pair / folder, STEPS), pair / folder / "adapter"
+    for part, network in (("policy", adapter), ("assistant", adapter / "assistant")):
+        if part == "policy" or folder.startswith("distar"):
+            exported = load_file(str(network / "diffusion_pytorch_model.safetensors"))
+            for i, (name, _) in enumerate(Networks().net.named_parameters()):
+                assert torch.equal(exported[name], averages[f"ema/{part}/{i:04d}"])
+
+
+def test_ranks_of_a_sharded_network_may_need_different_numbers_of_calls():
+    """What makes the equality of "sqdf-fresh" say something: the longest walks of the two shares differ."""
+    longest = [[int(Random(5, step, range(first, first + 4)).integers("index", 0, 5).max())
+                for step in range(1, STEPS + 1) for first in [8 * (step - 1) + 4 * rank]] for rank in (0, 1)]
+    assert any(a > b for a, b in zip(*longest, strict=True)) and any(a < b for a, b in zip(*longest, strict=True))
 
 
 @pytest.mark.parametrize("folder", ["fused", "fused-full"])
@@ -251,7 +322,7 @@ def test_each_share_keeps_its_own_replay_buffer(pair, tmp_path):
     with pytest.raises(ValueError, match="a state for each of its 2 shares"):
         go(folder, "sqdf", resume=True)
     go(folder, "sqdf", resume=True, micro_batches=2)
-    identical(folder, pair / "sqdf")
+    identical(folder, pair / "sqdf-full")
 
 
 # ----------------------------------------------------------------------------------------------- decisions
@@ -262,7 +333,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_after_the_same_step(pair, tmp_pa
     assert said[0]["stopped"] == said[1]["stopped"] == [2, 143]
     assert checkpoint.steps(pair / "stopped" / "checkpoints") == [2]
     go(pair / "stopped", resume=True, micro_batches=2)
-    identical(pair / "stopped", pair / "srpo")
+    identical(pair / "stopped", pair / "srpo-full")
 
 
 def test_new_words_and_the_guards_verdict_hold_on_all_ranks(pair, tmp_path):
@@ -290,13 +361,30 @@ def test_a_value_on_one_rank_that_is_not_finite_stops_the_update_on_all(pair, tm
     assert again.reproduced and "an old tree" in again.trace[0]
 
 
+def test_a_step_that_is_given_up_half_way_leaves_nothing_in_sharded_networks(pair, tmp_path):
+    """FSDP adds up the gradients of a step's losses by itself; those of a skipped step must not reach the next one."""
+    go(tmp_path, algorithm=SickEnd(), micro_batches=2)
+    assert [row["step"] for row in rows(tmp_path) if row["event"] == "skip"] == [2]
+    identical(tmp_path, pair / "sick-end")
+
+
+def test_an_error_of_one_rank_ends_sharded_ones_too(tmp_path, monkeypatch):
+    """Rank 0 waits inside a network then; it must neither hang nor hide the exit code of the rank that knows why."""
+    monkeypatch.setenv("TIMEOUT", "120")
+    began = time.time()
+    assert start(tmp_path, "refused") == 2
+    assert time.time() - began < 100
+
+
 def test_an_error_of_one_rank_ends_all_with_its_exit_code(pair):
     said = [json.loads((pair / f"said-{rank}.json").read_text())["refused"] for rank in (0, 1)]
     assert said[0] == ["Told", "rank 1: rank 1 does not know these words", 2]
     assert said[1] == ["ValueError", "rank 1 does not know these words", 2]
 
 
-def test_a_killed_rank_ends_the_job_and_the_run_goes_on_bit_identical(tmp_path):
+@pytest.mark.parametrize("sharding", ["none", "full"])
+def test_a_killed_rank_ends_the_job_and_the_run_goes_on_bit_identical(tmp_path, monkeypatch, sharding):
+    monkeypatch.setenv("SHARDING", sharding)
     code = start(tmp_path, "killed")
     assert code == 128 + signal.SIGKILL
     assert time.time() - float((tmp_path / "died").read_text()) <= 10
@@ -348,6 +436,11 @@ def test_a_rank_ends_without_the_tear_down_that_gloos_threads_abort():
 
 
 if __name__ == "__main__":
-    with distributed.join(timeout_seconds=float(os.environ.get("TIMEOUT", "60"))):
-        globals()[sys.argv[1]](Path(sys.argv[2]))
-    distributed.leave(0)
+    code = 0
+    try:
+        with distributed.join(timeout_seconds=float(os.environ.get("TIMEOUT", "60"))):
+            globals()[sys.argv[1]](Path(sys.argv[2]))
+    except (ValueError, distributed.PeerLost) as error:  # with the exit codes of the command line
+        print(repr(error), file=sys.stderr)
+        code = 2 if isinstance(error, ValueError) else launcher.LOST
+    distributed.leave(code)

@@ -206,6 +206,15 @@ def like(value: Tensor, target: Tensor) -> Tensor:
     return value
 
 
+def most(calls: int, weight: Tensor) -> int:
+    """The largest `calls` of all ranks if `weight` is cut over them, else `calls` as it is.
+
+    A sharded network gathers its pieces in every call, so a rank that has no work left must call it as often as the
+    others; what it computes then is thrown away. All ranks ask at the same place, before the calls.
+    """
+    return max(ranks().exchange(calls)) if isinstance(weight, DTensor) else calls
+
+
 def global_norm(gradients: Sequence[Tensor]) -> float:
     """The 2-norm of all of them together.
 
@@ -232,6 +241,18 @@ def save_network(network: nn.Module, state: Mapping[str, Tensor], folder: Path) 
     if hasattr(network, "save_config"):
         network.save_config(folder)
     save_file(dict(state), str(folder / "diffusion_pytorch_model.safetensors"), metadata={"format": "pt"})
+
+
+@contextlib.contextmanager
+def inside_networks() -> Iterator[None]:
+    """Inside, sharded networks may talk to other ranks on their own: a lost one shows as PeerLost here too."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, PeerLost) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        with _peers():
+            raise
 
 
 @contextlib.contextmanager

@@ -248,7 +248,7 @@ class _Run:
                 self._first_look()
             first = not resume
             while self.step < s.steps and not self.finished:
-                with _memory_advice(s, self.parameters):
+                with _memory_advice(s, self.parameters), distributed.inside_networks():
                     self._advance(check_gradient=first and self.step == 0)
                 number = max(self.ranks.exchange(signal.SIGTERM if distributed.orphaned() else stop.number))
                 if number:
@@ -428,7 +428,10 @@ class _Run:
                         p.grad = None
         except ValueError as caught:
             error = caught
-        self.ranks.agree(error)
+        if error and self.sharded:  # the other ranks wait inside a network, where they cannot hear of it: they lose us
+            raise error
+        if not self.sharded:
+            self.ranks.agree(error)
         if len(streams) > 1:
             for p, total in zip(everything, sums, strict=True):
                 p.grad = total
@@ -452,6 +455,7 @@ class _Run:
                     network.set_requires_gradient_sync(loss.update is not None)
             if not problem:
                 tally.loss += float(loss.value.detach())
+            if not problem or self.sharded:  # FSDP would keep an unfinished sum of gradients for the next step
                 self._backward(loss, check_gradient)
             if loss.update:
                 return loss.update, problem

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from palate.core import Batch, Cond, Loss, Model, Random, Reward
+from palate.distributed import like
 from palate.path import Prediction, add_noise, from_velocity
 from palate.sampling import sample, shift_time
 
@@ -92,6 +93,7 @@ class NFT:
         parameters = model.parameters("policy")
         if self.old is None:
             self.old = [p.detach().clone() for p in parameters]
+        self.old = [like(old, p) for old, p in zip(self.old, parameters, strict=True)]  # a checkpoint's are whole
         prompts = [prompt for prompt in batch.prompts for _ in range(s.group)]
         rng = Random(rng.seed, rng.step, [i * s.group + k for i in rng.ids for k in range(s.group)])
         noise = rng.normal("rollout", model.latent_shape)

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 from palate.core import Batch, Cond, Loss, Model, Random, Reward
+from palate.distributed import most
 from palate.path import Coefficient, Prediction, move
 from palate.replay import Draw, ReplayBuffer
 from palate.sampling import shift_time, transition_std
@@ -149,13 +150,15 @@ class SQDF:
     def _walk(self, model: Model, batch: Batch, rng: Random, times: Tensor, *, stop: Tensor) -> Tensor:
         """States (max stop + 1, B, C, h, w) of the policy's own sampler; sample k walks to index stop[k] and stays.
 
-        Samples that have arrived leave the batch, so the network is called on sum(stop) samples in all.
+        Samples that have arrived leave the batch, so the network is called on sum(stop) samples in all. A network that
+        is cut over several ranks is called on one sample more for each step that another rank still walks.
         """
         s, ids = self.settings, torch.as_tensor(rng.ids)
         weight = model.parameters("policy")[0]
         x = rng.normal("start", model.latent_shape).to(weight.device, torch.promote_types(weight.dtype, torch.float32))
         states = x.expand(int(stop.max()) + 1, *x.shape).clone()
         walking, cond = torch.arange(len(stop)), batch.cond
+        calls = most(len(states) - 1, weight)
         for i in range(len(states) - 1):
             still = (stop > i).nonzero().flatten()
             if len(still) < len(walking):
@@ -167,6 +170,8 @@ class SQDF:
             noise = Random(rng.seed, rng.step, ids[walking]).normal(f"walk-{i}", model.latent_shape).to(x)
             states[i + 1] = states[i]
             states[i + 1, walking] = mean + std * noise
+        for _ in range(len(states) - 1, calls):
+            model.predict(x[:1], times[:1].to(x), model.encode_prompts(batch.prompts[:1]), guidance=s.guidance)
         return states
 
     def _loss(
