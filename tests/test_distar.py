@@ -421,6 +421,28 @@ def test_two_time_scales_at_equal_width():
     assert assistant_rate_bound(1e-4, 1) == pytest.approx(4e-4) and assistant_rate_bound(1e-4, 5) == pytest.approx(8e-5)
 
 
+@pytest.mark.parametrize("lagging, grows", [(0.95, True), (1.05, False)])
+def test_an_assistant_slower_than_the_threshold_lets_a_narrow_generator_run_away(lagging, grows):
+    """Stable iff k > 4 lr_G w a^2 (V - v) / (v^2 V), the library's own mean force simulated: it is linear in the
+    generator's distance from its optimum and in the assistant's lag, so two values of each give it."""
+
+    def force(delta, lag):
+        late, reference = denoiser(MU - lag, SG**2), denoiser(MU - delta, R**2)
+        return gradient(lambda x0, xt: distar_loss(late(xt), reference(xt), x0, distance="l2", c=1, weight=K**-2))[0]
+
+    lr = 5e-4  # small steps: the law is of the continuous system
+    toward, astray = lr * force(1.0, 0.0), -lr * force(0.0, 1.0)
+    assert toward == pytest.approx(2 * lr * A**2 / (v * V)) and force(0.0, 0.0) == pytest.approx(0, abs=1e-9)
+    k = lagging * 4 * lr * A**2 * (V - v) / (v**2 * V)
+    distance, late, sizes = 1.0, 0.0, []
+    for step in range(60_000):
+        moved = toward * distance - astray * late
+        distance, late = distance - moved, (late - moved) * (1 - k)
+        if step in (20_000 - 1, 60_000 - 1):
+            sizes.append(math.hypot(distance, late))
+    assert (sizes[1] > 1.5 * sizes[0]) == grows and (sizes[1] < sizes[0] / 1.5) != grows
+
+
 # 12: de Bruijn, blindness at low noise
 
 
@@ -440,6 +462,33 @@ def test_de_bruijn_links_the_l2_divergence_to_kl():
         p, q = 0.49 + sigma2, 1.69 + sigma2
         exact = (0.8 / q) ** 2 + (1 / p - 1 / q) ** 2 * p
         assert float((WEIGHT * distance_of(y, "l2", 1.0)).sum()) == pytest.approx(exact, rel=1e-12)
+
+
+def test_de_bruijn_on_the_variance_preserving_path():
+    """Integral of 1/2 g^2 E|s_p - s_q|^2 over t in [0, 1] with g^2 = beta(t) = .1 + 19.9 t: KL_0 - KL_1 = .4533449, the
+    divergence taken from the library's distance in x0 space."""
+
+    def kl(mean, p, q):
+        return 0.5 * (math.log(q / p) + (p + mean**2) / q - 1)
+
+    values, ends = [], []
+    t = torch.linspace(0, 1, 2001, dtype=D)
+    for now in t.tolist():
+        beta, log_a = 0.1 + 19.9 * now, -0.25 * 19.9 * now**2 - 0.05 * now
+        a, s2 = math.exp(log_a), -math.expm1(2 * log_a)
+        p, q = a * a * 0.49 + s2, a * a * 1.69 + s2
+        x = a + math.sqrt(p) * GRID[:, None]
+        s = math.sqrt(s2)
+        if s:
+            y = (denoiser(1.0, 0.49, a, s)(x) - denoiser(0.2, 1.69, a, s)(x)) * a / s2
+        else:
+            y = -(x - 1.0) / 0.49 + (x - 0.2) / 1.69
+        values.append(0.5 * beta * float((WEIGHT * distance_of(y, "l2", 1.0)).sum()))
+        ends.append(kl(0.8 * a, p, q))
+    whole = (t[1] - t[0]) / 3 * (torch.tensor(values, dtype=D) * torch.tensor([1.0] + [4.0, 2.0] * 999 + [4.0, 1.0],
+                                                                              dtype=D)).sum()  # Simpson's rule
+    assert float(whole) == pytest.approx(0.4533449, abs=6e-8)
+    assert ends[0] - ends[-1] == pytest.approx(0.4533449, abs=6e-8) and ends[0] == pytest.approx(0.4533587, abs=6e-8)
 
 
 def two_modes(x, sigma, weight):
