@@ -40,7 +40,8 @@ RUNS: dict[str, dict[str, tuple[str, list[str]]]] = {
         "rollout noise": ("srpo-emoji", ["algorithm.noise=rollout"]),
         "absolute reward": ("srpo-emoji", ["algorithm.preference=absolute", "algorithm.branches=[denoise]"]),
         "absolute, both branches": ("srpo-emoji", ["algorithm.preference=absolute"]),
-        "no anchor": ("srpo-emoji", ["algorithm.anchor=0"]),
+        "no hinge": ("srpo-emoji", ["algorithm.hinge=null"]),
+        "all layers": ("srpo-emoji", ["model.lora_targets=null", "trainer.lr=1.2e-3"]),
     },
 }
 
