@@ -112,7 +112,8 @@ def go(folder, name="srpo", *, dtype=torch.float32, training="full", **options):
     rate = options.pop("reward", reward)
     if "TRACE" in os.environ:
         print(round(time.time() - float(os.environ["TRACE"]), 2), round(time.process_time(), 2), folder, flush=True)
-    return run(Path(folder), model=Networks(dtype, assistant=name == "distar", training=training), reward=rate, **options)
+    model = Networks(dtype, assistant=name == "distar", training=training)
+    return run(Path(folder), model=model, reward=rate, **options)
 
 
 # ------------------------------------------------------------------------------------- what the ranks do

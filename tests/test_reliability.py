@@ -215,6 +215,33 @@ def test_a_run_on_a_disk_that_fills_up_goes_on_when_there_is_room(tmp_path):
     identical(tmp_path / "run", tmp_path / "whole")
 
 
+# ------------------------------------------------------------------------- a whole checkpoint of something else
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    go(folder, steps=2)
+    return folder
+
+
+@pytest.mark.parametrize("key", [
+    "weights/policy/0001", "ema/policy/0000", "optimizer/policy/0002/exp_avg", "optimizer/policy/0002/step"])
+@pytest.mark.parametrize("change", ["shape", "dtype", "missing", "one more"])
+def test_tensors_of_another_shape_dtype_or_number_are_refused_by_name(two_steps, tmp_path, key, change):
+    """All hashes are right, as if it had been written so."""
+    saved = checkpoint.load(two_steps / "checkpoints" / checkpoint.name(2))
+    value = saved.tensors.pop(key)
+    if change != "missing":
+        saved.tensors[key] = {"shape": value[None], "dtype": value.double()}.get(change, value)
+    if change == "one more":
+        saved.tensors[key.replace("/000", "/001")] = value
+    shutil.copytree(two_steps, tmp_path / "run")
+    checkpoint.save(tmp_path / "run" / "checkpoints", 2, saved.tensors, saved.state)
+    with pytest.raises(checkpoint.CheckpointError, match=key.split("/")[0]):
+        go(tmp_path / "run", resume=True)
+
+
 # ---------------------------------------------------------------------------------------------- out of memory
 
 

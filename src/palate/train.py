@@ -908,19 +908,7 @@ class _Run:
             _copy_into(parameters, saved.tensors, f"weights/{name}")
             if self.ema:
                 _copy_into(self.ema[name], saved.tensors, f"ema/{name}")
-            moments: dict[int, dict[str, Tensor]] = {}
-            prefix = f"optimizer/{name}/"
-            for key, value in saved.tensors.items():
-                if key.startswith(prefix):
-                    index, part = key[len(prefix) :].split("/")
-                    moments.setdefault(int(index), {})[part] = value
-            for i, parts in moments.items():
-                for part, value in list(parts.items()):
-                    if part != "step" and (i >= len(parameters) or value.shape != parameters[i].shape):
-                        raise checkpoint.CheckpointError(
-                            f"optimizer/{name}/{i:04d}/{part} has shape {tuple(value.shape)}")
-                    if part != "step":
-                        parts[part] = distributed.like(value, parameters[i])
+            moments = _moments(parameters, saved.tensors, f"optimizer/{name}")
             groups = self.optimizers[name].state_dict()["param_groups"]
             self.optimizers[name].load_state_dict({"state": moments, "param_groups": groups})
 
@@ -1024,6 +1012,24 @@ def _copy_into(targets: Sequence[Tensor], tensors: dict[str, Tensor], prefix: st
                 f"{target.dtype} {tuple(target.shape)} here"
             )
     _assign(targets, [tensors[key] for key in expected])
+
+
+def _moments(parameters: Sequence[Tensor], tensors: dict[str, Tensor], prefix: str) -> dict[int, dict[str, Tensor]]:
+    """AdamW's state in a checkpoint, cut as the parameters are; a parameter that never had a gradient has none."""
+    moments: dict[int, dict[str, Tensor]] = {}
+    for i, parameter in enumerate(parameters):
+        expected = {"step": (torch.float32, torch.Size()), "exp_avg": (parameter.dtype, parameter.shape),
+                    "exp_avg_sq": (parameter.dtype, parameter.shape)}
+        found = {part: f"{prefix}/{i:04d}/{part}" for part in expected}
+        parts = {part: tensors[key] for part, key in found.items() if key in tensors}
+        if parts and {part: (value.dtype, value.shape) for part, value in parts.items()} != expected:
+            raise checkpoint.CheckpointError(f"{prefix}/{i:04d} of the checkpoint does not fit the model's parameter")
+        if parts:
+            moments[i] = {part: value if part == "step" else distributed.like(value, parameter)
+                          for part, value in parts.items()}
+    if sum(map(len, moments.values())) != sum(key.startswith(f"{prefix}/") for key in tensors):
+        raise checkpoint.CheckpointError(f"the checkpoint holds tensors of {prefix} for which there is no parameter")
+    return moments
 
 
 @torch.no_grad()
