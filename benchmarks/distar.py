@@ -281,7 +281,12 @@ def main() -> None:
                       (args.source, args.count, args.repeats))], 1, lambda found: found["seconds"])
     if args.what == "family":
         measured(family_rows(args), args.jobs, lambda found: found["points"][-1])
-    print("\n\n".join(part for part in (teacher_table(args.results), family_table(args)) if part))
+    tables = {"distar-teacher": teacher_table(args.results), "distar-family": family_table(args)}
+    args.results.mkdir(parents=True, exist_ok=True)
+    for name, text in tables.items():
+        if text:
+            (args.results / f"{name}.md").write_text(text + "\n")
+            print(text + "\n")
 
 
 if __name__ == "__main__":

@@ -170,6 +170,7 @@ def main() -> None:
     clouds = clouds_of(args)
     result, text = summary(clouds)
     (args.results / "frontier.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.results / "frontier.md").write_text(text + "\n")
     print(text)
     plot(clouds, args.results)
 

@@ -261,7 +261,10 @@ def main() -> None:
                  lambda found: {key: round(found[-1][key], 3) for key in NAMES})
     if args.what == "blackbox":
         measured(black_box_rows(args), args.jobs)
-    print(tables(args))
+    text = tables(args)
+    args.results.mkdir(parents=True, exist_ok=True)
+    (args.results / "sqdf.md").write_text(text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":

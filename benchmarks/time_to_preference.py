@@ -125,7 +125,9 @@ def main() -> None:
             wanted.append(Row(args.results / f"{slug('time', method, seed, args.budget)}.json", run,
                               (method, seed, args.prompts, args.budget, args.checks, overrides)))
     rows = measured(wanted, args.jobs, lambda row: {k: v for k, v in row.items() if k != "checks"})
-    print(table(rows))
+    text = table(rows)
+    (args.results / "time_to_preference.md").write_text(text + "\n")
+    print(text)
     plot(rows, args.results / "time_to_preference.svg")
 
 

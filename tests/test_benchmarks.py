@@ -13,12 +13,16 @@ import pytest
 import torch
 
 from palate.models.gaussian import GaussianModel
+from palate.vocabulary import parse_prompt
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 
+import distar  # noqa: E402
 import frontier  # noqa: E402
+import guard  # noqa: E402
 import methods  # noqa: E402
+import publish  # noqa: E402
 import sqdf  # noqa: E402
 import time_to_preference as time_to  # noqa: E402
 
@@ -126,9 +130,48 @@ def test_ratio_and_table():
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("script", ["time_to_preference.py", "frontier.py"])
-def test_quick(script):
-    command = [sys.executable, str(FOLDER / script), "--quick"]
+@pytest.mark.parametrize("script, rows", [
+    ("time_to_preference.py", [f"| {method} |" for method in methods.available()]),
+    ("frontier.py", [f"| {method} |" for method in methods.available()]),
+    ("guard.py", [f"| {method}, seed 0 |" for method in guard.UNHELD]),
+    ("sqdf.py sweep", ["| SQDF alpha_kl 0 |"]), ("sqdf.py ablations", ["| gamma 0.8 |"]),
+    ("sqdf.py blackbox", ["| jpeg-size | 1 |"]),
+])
+def test_quick(script, rows):
+    command = [sys.executable, str(FOLDER / script.split()[0]), *script.split()[1:], "--quick"]
     made = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert made.returncode == 0, made.stderr[-2000:]
-    assert all(f"| {method} |" in made.stdout for method in methods.available())
+    assert all(row in made.stdout for row in rows)
+
+
+def test_tables_go_where_the_page_marks_them(tmp_path):
+    """Between the marks, and nothing else; what was not measured stays; twice is once."""
+    page = ("# A\n<!-- results: frontier -->\nold\n<!-- end -->\nprose\n<!-- results: guard -->\n\nNot measured yet.\n"
+            "<!-- end -->\n")
+    results, images = tmp_path / "results", tmp_path / "docs/images"
+    results.mkdir()
+    (results / "frontier.md").write_text("| a |\n|---|\n")
+    (results / "frontier-drift.svg").write_text("<svg/>")
+    once = publish.filled(page, tmp_path / "docs/algorithms", results, images)
+    assert once == ("# A\n<!-- results: frontier -->\n\n| a |\n|---|\n\n"
+                    "![frontier, drift](../images/frontier-drift.svg)\n\n<!-- end -->\nprose\n<!-- results: guard -->\n\nNot measured yet.\n<!-- end -->\n")
+    assert publish.filled(once, tmp_path / "docs/algorithms", results, images) == once
+    assert (images / "frontier-drift.svg").is_file()
+    pages = "".join(path.read_text() for path in publish.DOCS.rglob("*.md"))
+    wanted = {found[2] for found in publish.MARK.finditer(pages)}
+    assert wanted == {"time_to_preference", "frontier", "guard", "sqdf", "distar-teacher", "distar-family"}
+
+
+def test_the_guards_table():
+    row = {"method": "SRPO", "seed": 0, "stopped": True, "step": 12, "kept": 8, "base": 0.95, "guarded": 0.93,
+           "unguarded": 0.4, "change_low": -0.04, "change_high": 0.0, "images": 256}
+    text = guard.table([row, {**row, "seed": 1, "guarded": 0.89}])
+    assert "| SRPO, seed 0 | yes, 12 | 8 | 0.950 | 0.930 (-0.020, -0.040 to +0.000) | 0.400 | yes |" in text
+    assert "1 of 2 kept checkpoints lost less than 0.05; the worst -0.060; without a guard -0.550" in text
+
+
+def test_prompts_like_those_of_the_evaluation_were_never_trained_on():
+    prompts = distar.eval_like(512)
+    assert len(set(prompts)) == 512 and prompts[:208] == methods.recipe.read_prompts("emoji-eval")
+    assert not set(prompts) & set(methods.recipe.read_prompts("emoji-train"))
+    assert all(parse_prompt(prompt).concept and parse_prompt(prompt).style is None for prompt in prompts)

@@ -1,0 +1,126 @@
+"""Does the guard stop a run that over-optimises before it has forgotten the concepts?
+
+    python benchmarks/guard.py [--seeds 0 1 2] [--methods SRPO DRaFT-LV SQDF] [--jobs 2]
+    python benchmarks/guard.py --quick                    # the mechanics, in minutes; its numbers mean nothing
+
+Each method on its own objective with nothing that holds it back: --factor times its learning rate, no anchor, no KL, no
+weight average. The guard looks every --every steps at 96 images of emoji-eval and stops at a fall of concept accuracy
+of .05 (or of the held-out reward, or of diversity); what counts is the checkpoint that it keeps. That one is judged
+here on prompts that neither the training nor the guard has seen, two images each, in pairs with the base model; beside
+it the same run without a guard, as many updates again as the guarded one made.
+
+Two things follow from what the guard is: it can only stop at a step where it looks, and it sees 96 images, on which a
+share moves by about .03 by chance. So the kept checkpoint's interval is the answer, not its mean alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from distar import eval_like
+from methods import METHODS, WORDS, Row, common_options, measured, objective, rate, slug
+
+from palate import recipe
+from palate.evaluate import bootstrap_interval, embedded_referee, generate, matches, pairs, quantise
+from palate.train import train
+from palate.vocabulary import parse_prompt
+
+LIMIT = 0.05
+UNHELD = {"SRPO": ["algorithm.anchor=0"], "SQDF": ["algorithm.alpha_kl=0"], "DRaFT-LV": []}
+
+
+def build(method: str, seed: int, lr: float, overrides: list[str]):
+    source = METHODS[method][0]
+    family = recipe.read(source).algorithm_name
+    plan = recipe.read(source, [*WORDS.get(family, []), *UNHELD[method], f"trainer.lr={lr}", f"trainer.seed={seed}",
+                                "trainer.ema_decay=0", "trainer.preview_every=0", "trainer.checkpoint_every=0",
+                                "trainer.warmup=0", *overrides])
+    torch.manual_seed(seed)
+    parts = recipe.build(plan)
+    return plan, parts, parts.reward if family in WORDS else objective(parts.reward)
+
+
+@torch.no_grad()
+def concepts(model, prompts: list[str], weights: str = "policy") -> torch.Tensor:
+    """(N,) 1 where the judge reads the concept that the prompt names."""
+    judge, (words, _) = embedded_referee().judge, pairs(prompts, (0, 1))
+    images = quantise(generate(model, prompts, (0, 1), weights=weights))
+    seen = torch.cat([judge.concept(part) for part in images.split(64)])
+    return matches(seen, judge.concepts, [parse_prompt(word).concept for word in words]).double()
+
+
+def over_optimise(
+    method: str, seed: int, lr: float, every: int, steps: int, prompts: int, overrides: list[str]
+) -> dict:
+    held_out = eval_like(208 + prompts)[208:]
+    guard = [f"trainer.guard.every={every}", "trainer.guard.prompts=96", f"trainer.guard.concept_drop={LIMIT}",
+             "trainer.guard.action=stop", "trainer.guard.best=null"]
+    found: dict = {"method": method, "seed": seed, "lr": lr}
+    with tempfile.TemporaryDirectory() as folder:
+        plan, parts, reward = build(method, seed, lr, [*guard, *overrides, f"trainer.steps={steps}"])
+        outcome = train(parts.model, parts.algorithm, reward, parts.prompts, folder=folder, progress=False,
+                        preview=parts.preview_prompts, **vars(plan.trainer))
+        log = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        checks = [row for row in log if row["event"] == "guard"]
+        found |= {"stopped": outcome.reason.startswith("guard"), "step": outcome.step, "why": outcome.reason,
+                  "kept": checks[-1]["best_step"] if checks else 0,
+                  "seen": [[row["step"], row["concept"]] for row in checks]}
+        base, kept = concepts(parts.model, held_out, "reference"), concepts(parts.model, held_out)
+    with tempfile.TemporaryDirectory() as folder:
+        plan, parts, reward = build(method, seed, lr, ["trainer.guard.every=0", *overrides,
+                                                       f"trainer.steps={2 * outcome.step}"])
+        train(parts.model, parts.algorithm, reward, parts.prompts, folder=folder, progress=False, **vars(plan.trainer))
+        free = concepts(parts.model, held_out)
+    words, _ = pairs(held_out, (0, 1))
+    low, high = bootstrap_interval(kept, base, groups=words)
+    return found | {"base": float(base.mean()), "guarded": float(kept.mean()), "unguarded": float(free.mean()),
+                    "change_low": low, "change_high": high, "images": len(base)}
+
+
+def table(rows: list[dict]) -> str:
+    lines = ["| run | stopped by the guard, after updates | kept step | concept: base | kept checkpoint (change, 95 %) "
+             "| without a guard, twice the updates | fell by less than .05 |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        change = row["guarded"] - row["base"]
+        stopped = f"yes, {row['step']}" if row["stopped"] else f"no ({row['step']})"
+        lines.append(f"| {row['method']}, seed {row['seed']} | {stopped} | {row['kept']} | {row['base']:.3f} "
+                     f"| {row['guarded']:.3f} ({change:+.3f}, {row['change_low']:+.3f} to {row['change_high']:+.3f}) "
+                     f"| {row['unguarded']:.3f} | {'yes' if change > -LIMIT else 'no'} |")
+    good = sum(row["guarded"] - row["base"] > -LIMIT for row in rows)
+    worst = min((row["guarded"] - row["base"] for row in rows), default=float("nan"))
+    lines += ["", f"{good} of {len(rows)} kept checkpoints lost less than {LIMIT}; the worst {worst:+.3f}; without a "
+              f"guard {np.mean([row['unguarded'] - row['base'] for row in rows]):+.3f} on average."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=list(UNHELD), choices=list(UNHELD))
+    parser.add_argument("--factor", type=float, default=10.0, help="times the tuned, or the recipe's, learning rate")
+    parser.add_argument("--every", type=int, default=4, help="steps between two looks of the guard")
+    parser.add_argument("--steps", type=int, default=60, help="at most")
+    parser.add_argument("--prompts", type=int, default=128, help="to judge on, two images each")
+    parser.add_argument("--override", nargs="*", default=[], help="for every run")
+    common_options(parser)
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_args()
+    if args.quick:
+        args.results = Path(tempfile.mkdtemp(prefix="palate-quick-"))
+        args.seeds, args.every, args.steps, args.prompts = args.seeds[:1], 1, 1, 4
+        args.override += ["trainer.batch_size=2", "trainer.guard.prompts=4"]
+    rows = [Row(args.results / f"{slug('guard', method, seed, args.factor)}.json", over_optimise,
+                (method, seed, args.factor * rate(method, args.results), args.every, args.steps, args.prompts,
+                 args.override)) for seed in args.seeds for method in args.methods]
+    text = table(measured(rows, args.jobs))
+    (args.results / "guard.md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Write what has been measured into the documentation.
+
+    python benchmarks/publish.py [--results benchmarks/results]
+
+A page marks where a table belongs: `<!-- results: NAME -->` and, after it, `<!-- end -->`. What stands between them is
+replaced by RESULTS/NAME.md, which the comparisons write beside their rows, and by their pictures, which are copied to
+docs/images. A table that has not been measured leaves the page as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+from pathlib import Path
+
+DOCS = Path(__file__).parent.parent / "docs"
+PICTURES = {  # table -> its pictures in RESULTS
+    "time_to_preference": ["time_to_preference.svg"],
+    "frontier": ["frontier-heldout.svg", "frontier-concept.svg", "frontier-diversity.svg", "frontier-drift.svg"],
+    "sqdf": ["sqdf-frontier.svg"],
+    "distar-family": ["distar-family.svg"],
+}
+MARK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def filled(page: str, place: Path, results: Path, images: Path) -> str:
+    """The text of a page that lies in the folder `place`, with the tables that RESULTS holds."""
+
+    def fill(found: re.Match) -> str:
+        name = found[2]
+        table = results / f"{name}.md"
+        if not table.is_file():
+            return found[0]
+        parts = [table.read_text("utf-8").strip()]
+        for picture in PICTURES.get(name, ()):
+            if (results / picture).is_file():
+                images.mkdir(parents=True, exist_ok=True)
+                shutil.copy(results / picture, images / picture)
+                title = picture.removesuffix(".svg").replace("-", ", ").replace("_", " ")
+                parts.append(f"![{title}]({os.path.relpath(images / picture, place)})")
+        return found[1] + "\n" + "\n\n".join(parts) + "\n\n" + found[3]
+
+    return MARK.sub(fill, page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    for path in sorted(DOCS.rglob("*.md")):
+        before = path.read_text("utf-8")
+        after = filled(before, path.parent, args.results, DOCS / "images")
+        if after != before:
+            path.write_text(after, "utf-8")
+            print(path.relative_to(DOCS.parent))
+
+
+if __name__ == "__main__":
+    main()
