@@ -154,7 +154,8 @@ def test_tables_go_where_the_page_marks_them(tmp_path):
     (results / "frontier-drift.svg").write_text("<svg/>")
     once = publish.filled(page, tmp_path / "docs/algorithms", results, images)
     assert once == ("# A\n<!-- results: frontier -->\n\n| a |\n|---|\n\n"
-                    "![frontier, drift](../images/frontier-drift.svg)\n\n<!-- end -->\nprose\n<!-- results: guard -->\n\nNot measured yet.\n<!-- end -->\n")
+                    "![frontier, drift](../images/frontier-drift.svg)\n\n<!-- end -->\n"
+                    "prose\n<!-- results: guard -->\n\nNot measured yet.\n<!-- end -->\n")
     assert publish.filled(once, tmp_path / "docs/algorithms", results, images) == once
     assert (images / "frontier-drift.svg").is_file()
     pages = "".join(path.read_text() for path in publish.DOCS.rglob("*.md"))

@@ -789,6 +789,24 @@ def test_an_assistant_equal_to_the_reference_leaves_only_the_reward():
     assert float(metrics["gap"]) > 0.01  # guidance inside: the target is not the reference
 
 
+def test_with_guidance_inside_the_start_is_not_a_fixed_point():
+    """Assistant = reference: y = -alpha_cfg (D_c - D_0), so the gap is its square; without guidance it is 0 exactly."""
+    model = network(means={"cat": torch.full((3, 2, 2), 0.7, dtype=D)})
+    s = DistarSettings(generator=Generator(t_init=0.6), c=0.1, reward_scale=0.0, alpha_cfg=2.0)
+    gap = run(model, s)[-1].metrics["gap"]
+    assert run(network(means={"cat": torch.full((3, 2, 2), 0.7, dtype=D)}), dataclasses.replace(s, alpha_cfg=0.0))[
+        -1].metrics["gap"] == 0
+    rng, cond = Random(0, 1, (0, 1)), model.encode_prompts(["cat"] * 2)
+    with torch.no_grad():
+        x0 = s.generator(model, cond, [rng.normal("generator-z-0", (3, 2, 2)).double()])
+        t = uniform(s.t_generator, rng.uniform("generator-t"))
+        xt = add_noise(x0, rng.normal("generator-eps", (3, 2, 2)).double(), *model.schedule(t))
+        plain = model.predict(xt, t, cond, weights="reference").x0
+        y = -2.0 * (plain - model.predict(xt, t, model.encode_prompts([""] * 2), weights="reference").x0)
+    torch.testing.assert_close(gap, y.square().flatten(1).sum(1).mean(), atol=1e-12, rtol=0)
+    assert gap > 0.01
+
+
 def test_the_reward_waits_for_distillation_and_its_force_is_capped():
     model = network()
     for step, on in ((1, False), (2, False), (3, True)):

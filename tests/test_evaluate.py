@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -531,3 +532,14 @@ def test_diversity_of_one_style_leaves_the_distance_between_styles_out():
     same = evaluate.diversity(features, groups, ["x", "x", "y", "y", "x"])
     assert float(same[0]) == 0.0 and same[1].isnan()
     assert float(evaluate.diversity(features, groups, ["x", "y", "x", "y", "x"])[0]) == 1.0
+
+
+@pytest.mark.soak
+def test_500_images_are_judged_by_every_embedded_metric_in_a_minute():
+    images = torch.rand(500, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    prompts = [f"a {concept} on a blue background" for concept in ("cat", "dog", "key", "bee", "wolf")] * 100
+    referee = evaluate.embedded_referee()
+    began = time.process_time()
+    found = evaluate.referee_images(images, sorted(prompts), [i % 100 for i in range(500)], referee=referee)
+    assert found.summary["images"] == 500 and len(found.rows) == 500
+    assert time.process_time() - began < 60
