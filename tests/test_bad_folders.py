@@ -94,7 +94,7 @@ def test_a_lora_of_another_model_is_refused_before_anything_loads(train, tmp_pat
 
     refused("model.start: no pytorch_lora_weights.safetensors in", *start)
     for stem, width, rank, message in (
-        ("down_blocks.0.attentions.0.to_k", 16, 2, "a LoRA of another model; its layer down_blocks.0.attentions.0.to_k"),
+        ("down_blocks.0.attentions.0.to_k", 16, 2, "its layer down_blocks.0.attentions.0.to_k is not one"),
         ("transformer_blocks.0.attn.to_q", 3072, 2, "transformer_blocks.0.attn.to_q has another size"),
         ("transformer_blocks.0.attn.to_q", 16, 8, "has rank 8; set model.lora_rank=8"),
     ):

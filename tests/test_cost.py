@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from types import SimpleNamespace
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +22,10 @@ from palate.models.parts import Parts
 from palate.models.weights import NamedWeights
 from palate.plan import GIB
 from palate.rewards.clip import ClipReward, vit_h_14
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+
+import flux_step  # noqa: E402
 
 
 class Alive(TorchDispatchMode):
@@ -82,7 +86,8 @@ def test_an_update_of_flux_keeps_no_more_than_its_backward_pass_needs(real):
     model, reward, weights = real
     cond = flux.Cond(torch.empty(1, 512, 4096, device="meta"), torch.empty(1, 768, device="meta"))
     latents = torch.empty(1, 16, 128, 128, device="meta")  # real images: the rollout keeps nothing anyway
-    steps = SRPO(SRPOSettings()).step(model, reward, Batch(["a dog"], cond, torch.arange(1), latents), Random(0, 1, [0]))
+    batch = Batch(["a dog"], cond, torch.arange(1), latents)
+    steps = SRPO(SRPOSettings()).step(model, reward, batch, Random(0, 1, [0]))
     with planner._fused_attention(), Alive(weights) as alive:
         loss = next(steps)
     needed = unavoidable()
@@ -90,3 +95,17 @@ def test_an_update_of_flux_keeps_no_more_than_its_backward_pass_needs(real):
     assert needed["transformer"] / GIB == pytest.approx(1.5, abs=0.05)
     assert loss.value.requires_grad
     assert sum(needed.values()) <= alive.bytes() <= 1.05 * sum(needed.values())
+
+
+def test_an_update_of_flux_makes_the_calls_of_the_formula_and_the_gradient_of_the_released_step():
+    """benchmarks/flux_step.py restates the released step from its formulas: the same calls, the same gradient."""
+    model, reward, cond = flux_step.build(pixels=32, width=32, blocks=(1, 1), channels=(8,) * 4, tower=(32, 1))
+    found = []
+    for gradients in (flux_step.palate_gradients, flux_step.released_gradients):
+        calls = flux_step.count(model, reward, lambda: gradients(model, reward, cond, Random(0, 1, [0])))  # noqa: B023
+        assert calls == {"predict": 6 + 2, "decode": 2, "image_towers": 2}
+        assert all(p.grad is None for p in [*model.parts.vae.vae.parameters(), *reward.model.parameters()])
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        for parameter in model.parameters():
+            parameter.grad = None
+    assert float((found[0] - found[1]).norm() / found[0].norm()) < 1e-5  # 2e-6: float32, another order of operations

@@ -21,7 +21,7 @@ from tiny_families import FAMILIES, SIZE, load, saved, sd3
 
 import palate
 from palate import recipe
-from palate.models import flux, pixart, repository, sdxl, stable_diffusion, z_image
+from palate.models import aura_flow, flux, pixart, repository, sdxl, stable_diffusion, z_image
 from palate.models import sd3 as sd3_family
 from palate.models.flux import pack, unpack
 from palate.models.repository import Repository
@@ -49,7 +49,7 @@ def diffusers_sample(name, pipeline, noise, guidance, size=(SIZE, SIZE)):
         settings = pipeline.scheduler.config
         pipeline.scheduler = diffusers.DPMSolverMultistepScheduler.from_config(settings, solver_order=1)
         call |= {"use_resolution_binning": False, "max_sequence_length": 32}
-    if name == "sd3":
+    if name in ("sd3", "aura-flow"):
         call["max_sequence_length"] = 32
     if name == "z-image":
         guidance, call["max_sequence_length"] = guidance - 1, 48
@@ -73,7 +73,7 @@ def test_samples_equal_the_pipelines(name):
 OBLONG = [16, 24]  # height, width
 
 
-@pytest.mark.parametrize("name", ["stable-diffusion", "sdxl", "sd3", "flux", "pixart-alpha", "z-image"])
+@pytest.mark.parametrize("name", ["stable-diffusion", "sdxl", "sd3", "flux", "pixart-alpha", "aura-flow", "z-image"])
 def test_oblong_samples_equal_the_pipelines(name):
     """Positions, SDXL's and PixArt's told sizes and FLUX's shift follow height and width, each in its place."""
     _, pipeline = saved(name)
@@ -93,7 +93,7 @@ def test_a_recipe_gives_a_side_or_height_and_width():
     assert plan.model.image_size == (768, 1024) and recipe.parse(recipe.dump(plan)) == plan
     assert recipe.read("srpo-flux").model.image_size == 720
     for wrong in ("0", "[64]", "[64, -3]", "wide", "true"):
-        with pytest.raises(recipe.RecipeError, match="model.image_size: expected pixels a side, or .height, width., got"):
+        with pytest.raises(recipe.RecipeError, match="image_size: expected pixels a side, or .height, width., got"):
             recipe.read("srpo-flux", [f"model.image_size={wrong}"])
 
 
@@ -128,7 +128,7 @@ def gradients(model) -> list[torch.Tensor]:
     return [parameter.grad for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize("name", ["stable-diffusion", "sdxl", "sd3", "flux", "pixart-alpha", "z-image"])
+@pytest.mark.parametrize("name", ["stable-diffusion", "sdxl", "sd3", "flux", "pixart-alpha", "aura-flow", "z-image"])
 def test_checkpointing_changes_no_gradient_and_frozen_parts_hold_none(name):
     model, plain = load(name), load(name, gradient_checkpointing=False)
     ours, theirs = gradients(model), gradients(plain)
@@ -308,6 +308,7 @@ REAL = {  # network, its published configuration, family, parameters, modules th
     "sd35-large": (diffusers.SD3Transformer2DModel, LARGE, sd3_family, 8_056_627_520, 303),
     "flux1-dev": (diffusers.FluxTransformer2DModel, {"guidance_embeds": True}, flux, 11_901_408_320, 342),
     "pixart-1024": (pixart.PixArtTransformer2DModel, PIXART, pixart, 611_349_152, 224),
+    "aura-flow": (diffusers.AuraFlowTransformer2DModel, {"pos_embed_max_size": 4096}, aura_flow, 6_842_876_928, 160),
     "z-image": (diffusers.ZImageTransformer2DModel, {}, z_image, 6_154_908_736, 136),
 }
 
@@ -455,7 +456,7 @@ def test_published_recipes_make_two_steps(name, tmp_path):
 def test_recipes_know_which_family_reads_which_key():
     with pytest.raises(recipe.RecipeError) as error:
         recipe.read("srpo-emoji", ["model.image_size=64", "model.distilled_guidance=2"])
-    assert "model.distilled_guidance: emoji does not read it; its own keys: none" in str(error.value)
+    assert "model.distilled_guidance: emoji does not read it; its own keys: lora_targets" in str(error.value)
     assert "model.image_size: emoji does not read it" in str(error.value)
     with pytest.raises(recipe.RecipeError, match="model.text_tokens: sdxl does not read it; its own keys: dtype, "):
         recipe.read("srpo-sdxl-24gb", ["model.text_tokens=77"])

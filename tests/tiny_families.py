@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import diffusers
 import torch
 from diffusers import (
+    AuraFlowTransformer2DModel,
     AutoencoderKL,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -38,8 +39,11 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
+from palate.models.aura_flow import AuraFlow
 from palate.models.flux import Flux
 from palate.models.pixart import PixArt
 from palate.models.sd3 import StableDiffusion3
@@ -164,6 +168,19 @@ def z_image() -> diffusers.ZImagePipeline:
                                     vae(scaling_factor=0.3611, shift_factor=0.1159), qwen(), qwen_tokenizer(), network)
 
 
+def aura_flow() -> diffusers.AuraFlowPipeline:
+    network = AuraFlowTransformer2DModel(
+        sample_size=8, num_mmdit_layers=1, num_single_dit_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=32, caption_projection_dim=16, pos_embed_max_size=64)
+    for parameter in network.parameters():  # as they are born, its gates leave no trace of the words
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    encoder = UMT5EncoderModel(UMT5Config(vocab_size=4 + len(LETTERS), d_model=32, d_kv=8, d_ff=32, num_layers=2,
+                                          num_heads=2))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.73)
+    return diffusers.AuraFlowPipeline(t5_tokenizer(), encoder, vae(scaling_factor=0.13025), network, scheduler)
+
+
 V = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 FAMILIES = {
     "stable-diffusion": Family(StableDiffusion, stable_diffusion, {}, 32),
@@ -174,6 +191,7 @@ FAMILIES = {
     "flux-schnell": Family(Flux, lambda: flux(distilled=False), {"text_tokens": 32, "image_size": SIZE}, 15),
     "pixart-alpha": Family(PixArt, pixart, {"text_tokens": 32, "image_size": SIZE}, 16),
     "pixart-sigma": Family(PixArt, lambda: pixart(sigma=True), {"text_tokens": 32}, 16),
+    "aura-flow": Family(AuraFlow, aura_flow, {"text_tokens": 32, "image_size": SIZE}, 16),
     "z-image": Family(ZImage, z_image, {"text_tokens": 48, "image_size": SIZE}, 16),
 }
 

@@ -286,7 +286,10 @@ def measure(recipe: Recipe) -> dict[str, Unit]:
     """denoiser, decoder, encoder and reward on one image: on the meta device, the embedded model on the CPU."""
     if recipe.model.name == "emoji":
         return _measure_emoji(recipe)
-    published = PUBLISHED[recipe.model.name]
+    published = PUBLISHED.get(recipe.model.name)
+    if published is None:
+        raise ValueError(f"palate plan does not know the shapes of {recipe.model.name}: they are not in its PUBLISHED; "
+                         "training does not need them")
     vae_config = _local(recipe, "vae") or published.vae
     size = sides(recipe.model.image_size or published.image_size)
     shape = latent_shape(vae_config, size, family=recipe.model.name, patch=published.patch)
@@ -444,7 +447,8 @@ def _local(recipe: Recipe, part: str) -> dict[str, Any] | None:
             config = json.loads(file.read_text("utf-8"))
             expected = "AutoencoderKL" if part == "vae" else PUBLISHED[recipe.model.name].kind
             if (got := config.get("_class_name", expected)) != expected:
-                raise ValueError(f"model.folder {folder}: its {name} is a {got}, {recipe.model.name} needs a {expected}")
+                raise ValueError(f"model.folder {folder}: its {name} is a {got}, {recipe.model.name} needs a "
+                                 f"{expected}")
             return {key: value for key, value in config.items() if not key.startswith("_")}
     return None
 

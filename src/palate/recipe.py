@@ -6,6 +6,7 @@ named without its folder or ending (`srpo-emoji`), any other by its path; overri
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import hashlib
@@ -22,6 +23,7 @@ import yaml
 from pydantic import ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
+from palate import models
 from palate.data import (
     RecipeError, captioned_images, encode_images, load_images, preference_pairs, read_prompts, read_text, spread,
 )  # fmt: skip
@@ -33,17 +35,31 @@ if TYPE_CHECKING:
 
 YAML_LIMIT = 256 * 1024  # bytes; a recipe is a page of text
 YAML_DEPTH = 100
-SHARED = ("dtype", "device", "gradient_checkpointing", "image_size", "text_cache")
-MODELS = {  # name -> module, class, keys of ModelSettings that it reads beside weights, lora_rank, lora_alpha, folder
-    "emoji": ("palate.models.emoji", "EmojiModel", ("lora_targets",)),
-    "stable-diffusion": ("palate.models.stable_diffusion", "StableDiffusion", (*SHARED, "file")),
-    "sdxl": ("palate.models.sdxl", "StableDiffusionXL", (*SHARED, "file")),
-    "sd3": ("palate.models.sd3", "StableDiffusion3", (*SHARED, "file", "text_tokens")),
-    "flux": ("palate.models.flux", "Flux", (*SHARED, "file", "text_tokens", "distilled_guidance",
-                                            "rollout_distilled_guidance")),
-    "pixart": ("palate.models.pixart", "PixArt", (*SHARED, "text_tokens")),
-    "z-image": ("palate.models.z_image", "ZImage", (*SHARED, "file", "text_tokens")),
-}  # fmt: skip
+
+
+def _families() -> dict[str, tuple[str, str, tuple[str, ...]]]:
+    """model.name -> module, class, keys of ModelSettings that it reads beside those that all read.
+
+    Of every file in models/ that says FAMILY = "name": its class is the one with `load` and `predict`, its keys are the
+    arguments of `load`. Files are parsed, not imported, so that a recipe waits for its own family only.
+    """
+    found = {}
+    for path in sorted(file for folder in models.__path__ for file in Path(folder).glob("*.py")):
+        text = path.read_text("utf-8")
+        name = re.search(r'^FAMILY = "([\w-]+)"$', text, re.MULTILINE)
+        if name is None:
+            continue
+        for node in ast.parse(text).body:
+            methods = {part.name: part for part in getattr(node, "body", ()) if isinstance(part, ast.FunctionDef)}
+            if isinstance(node, ast.ClassDef) and {"load", "predict"} <= methods.keys():
+                taken = [a.arg for a in (*methods["load"].args.args, *methods["load"].args.kwonlyargs)]
+                everyone = ("cls", "folder", "training", "lora_rank", "lora_alpha", "names")
+                keys = tuple(key for key in taken if key not in everyone)
+                found[name[1]] = (f"{models.__name__}.{path.stem}", node.name, keys)
+    return found
+
+
+MODELS = _families()
 ALGORITHMS = {  # name -> module, class, dataclass of its settings
     "srpo": ("palate.algorithms.srpo", "SRPO", "SRPOSettings"),
     "sqdf": ("palate.algorithms.sqdf", "SQDF", "SQDFSettings"),
@@ -101,7 +117,7 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """Keys that are None have the family's own default; docs/models.md describes them, MODELS says who reads which."""
+    """Keys that are None have the family's own default; a family reads those that its `load` takes (docs/models.md)."""
 
     __pydantic_config__ = _STRICT
     name: Literal[tuple(MODELS)] = "emoji"
@@ -495,7 +511,7 @@ def _check_together(recipe: Recipe, mistakes: list[str]) -> None:
     prompts, reward, model = recipe.prompts, recipe.reward, recipe.model
     reads = MODELS[model.name][2]
     for key in sorted({key for _, _, keys in MODELS.values() for key in keys} - set(reads)):
-        if getattr(model, key) is not None:
+        if getattr(model, key, None) is not None:
             mistakes.append(f"model.{key}: {model.name} does not read it; its own keys: {', '.join(reads) or 'none'}")
     if model.name != "emoji" and model.folder is None:
         mistakes.append(f"model.folder: {model.name} needs a diffusers folder or a hub id")
@@ -582,7 +598,7 @@ def build_model(recipe: Recipe) -> Model:
     """The model, with the named weights that the recipe's algorithm trains."""
     settings = recipe.model
     module, kind, keys = MODELS[settings.name]
-    options = {key: getattr(settings, key) for key in keys if getattr(settings, key) is not None}
+    options = {key: getattr(settings, key) for key in keys if getattr(settings, key, None) is not None}
     _check_loras(recipe)
     model = getattr(importlib.import_module(module), kind).load(
         settings.folder, training=settings.weights, lora_rank=settings.lora_rank, lora_alpha=settings.lora_alpha,

@@ -22,6 +22,7 @@ from palate.models.weights import NamedWeights
 from palate.path import Prediction, flow_schedule, from_velocity
 from palate.vocabulary import known_words
 
+FAMILY = "emoji"
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1",
                 "conv2", "time_emb_proj")
 

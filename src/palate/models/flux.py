@@ -22,6 +22,7 @@ from palate.models.repository import open_repository
 from palate.models.schedules import flow_times
 from palate.path import Prediction, flow_schedule, from_velocity
 
+FAMILY = "flux"
 PARTS = {"transformer": "FluxTransformer2DModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
          "text_encoder_2": "T5EncoderModel", "tokenizer": "CLIPTokenizer", "tokenizer_2": "T5TokenizerFast",
          "scheduler": ""}
@@ -67,7 +68,7 @@ class Flux:
         rollout_distilled_guidance: float | None = None,
     ) -> Flux:
         """From a diffusers folder or hub id; docs/models.md describes the options that all families share."""
-        repository = open_repository(folder, family="flux", parts=PARTS, file=file)
+        repository = open_repository(folder, family=FAMILY, parts=PARTS, file=file)
         channels = 4 * repository.config("vae")["latent_channels"]
         if (got := repository.config("transformer")["in_channels"]) != channels:
             raise ValueError(f"model.folder {folder}: its transformer takes {got} channels (Fill, Depth, Canny?); a "
@@ -89,7 +90,7 @@ class Flux:
             return encode
 
         parts = load_parts(
-            repository, "flux", "transformer", FluxTransformer2DModel, targets=LORA_TARGETS, patch=2, default_size=1024,
+            repository, FAMILY, "transformer", FluxTransformer2DModel, targets=LORA_TARGETS, patch=2, default_size=1024,
             load_encoders=load_encoders, count_tokens=lambda prompt: len(t5_tokenizer(prompt).input_ids),
             limit=text_tokens, training=training, lora_rank=lora_rank, lora_alpha=lora_alpha, names=names, dtype=dtype,
             device=device, gradient_checkpointing=gradient_checkpointing, image_size=image_size, file=file,

@@ -22,6 +22,7 @@ from palate.models.repository import open_repository
 from palate.models.schedules import training_step, vp_prediction, vp_times
 from palate.path import Prediction, vp_schedule
 
+FAMILY = "pixart"
 PARTS = {"transformer": "PixArtTransformer2DModel", "vae": "AutoencoderKL", "text_encoder": "T5EncoderModel",
          "tokenizer": "T5Tokenizer", "scheduler": ""}
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention
@@ -62,7 +63,7 @@ class PixArt:
 
         text_tokens: None = 120 for alpha, 300 for Sigma, as they were trained.
         """
-        repository = open_repository(folder, family="pixart", parts=PARTS)
+        repository = open_repository(folder, family=FAMILY, parts=PARTS)
         if text_tokens is None:
             text_tokens = 300 if repository.index.get("_class_name") == "PixArtSigmaPipeline" else 120
         tokenizer = repository.tokenizer("tokenizer", T5TokenizerFast)
@@ -79,7 +80,7 @@ class PixArt:
             return encode
 
         parts = load_parts(
-            repository, "pixart", "transformer", PixArtTransformer2DModel, targets=LORA_TARGETS,
+            repository, FAMILY, "transformer", PixArtTransformer2DModel, targets=LORA_TARGETS,
             patch=repository.config("transformer")["patch_size"], load_encoders=load_encoders,
             count_tokens=lambda prompt: len(tokenizer(prompt).input_ids), limit=text_tokens, training=training,
             lora_rank=lora_rank, lora_alpha=lora_alpha, names=names, dtype=dtype, device=device,

@@ -21,6 +21,7 @@ from palate.models.repository import open_repository
 from palate.models.schedules import flow_times
 from palate.path import Prediction, flow_schedule, from_velocity
 
+FAMILY = "sd3"
 PARTS = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModelWithProjection",
          "text_encoder_2": "CLIPTextModelWithProjection", "text_encoder_3": "T5EncoderModel",
          "tokenizer": "CLIPTokenizer", "tokenizer_2": "CLIPTokenizer", "tokenizer_3": "T5TokenizerFast",
@@ -57,7 +58,7 @@ class StableDiffusion3:
         text_cache: str | Path | None = None, text_tokens: int = 256,
     ) -> StableDiffusion3:
         """From a diffusers folder or hub id; docs/models.md describes the options that all families share."""
-        repository = open_repository(folder, family="sd3", parts=PARTS, file=file, optional=OPTIONAL)
+        repository = open_repository(folder, family=FAMILY, parts=PARTS, file=file, optional=OPTIONAL)
         config = repository.config("transformer")
         largest = config["pos_embed_max_size"] * config["patch_size"]
         if image_size is not None:
@@ -93,7 +94,7 @@ class StableDiffusion3:
 
         reader = t5_tokenizer or clip_tokenizers[0]
         parts = load_parts(
-            repository, "sd3", "transformer", SD3Transformer2DModel, targets=LORA_TARGETS, patch=config["patch_size"],
+            repository, FAMILY, "transformer", SD3Transformer2DModel, targets=LORA_TARGETS, patch=config["patch_size"],
             load_encoders=load_encoders, count_tokens=lambda prompt: len(reader(prompt).input_ids),
             limit=text_tokens if with_t5 else reader.model_max_length, training=training, lora_rank=lora_rank,
             lora_alpha=lora_alpha, names=names, dtype=dtype, device=device,

@@ -20,6 +20,7 @@ from palate.models.repository import open_repository
 from palate.models.schedules import training_step, vp_prediction, vp_times
 from palate.path import Prediction, vp_schedule
 
+FAMILY = "sdxl"
 PARTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
          "text_encoder_2": "CLIPTextModelWithProjection", "tokenizer": "CLIPTokenizer", "tokenizer_2": "CLIPTokenizer",
          "scheduler": ""}
@@ -55,7 +56,7 @@ class StableDiffusionXL:
         text_cache: str | Path | None = None,
     ) -> StableDiffusionXL:
         """From a diffusers folder or hub id; docs/models.md describes the options, which all families share."""
-        repository = open_repository(folder, family="sdxl", parts=PARTS, file=file)
+        repository = open_repository(folder, family=FAMILY, parts=PARTS, file=file)
         first, second = (repository.tokenizer(name, CLIPTokenizer) for name in ("tokenizer", "tokenizer_2"))
         published = repository.index["scheduler"][1]
         kind = EulerDiscreteScheduler if published == "EulerDiscreteScheduler" else DDIMScheduler
@@ -77,7 +78,7 @@ class StableDiffusionXL:
             return encode
 
         parts = load_parts(
-            repository, "sdxl", "unet", UNet2DConditionModel, targets=LORA_TARGETS, load_encoders=load_encoders,
+            repository, FAMILY, "unet", UNet2DConditionModel, targets=LORA_TARGETS, load_encoders=load_encoders,
             count_tokens=lambda prompt: len(first(prompt).input_ids), limit=first.model_max_length, training=training,
             lora_rank=lora_rank, lora_alpha=lora_alpha, names=names, dtype=dtype, device=device,
             gradient_checkpointing=gradient_checkpointing, image_size=image_size, file=file, text_cache=text_cache)

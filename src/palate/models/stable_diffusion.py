@@ -20,6 +20,7 @@ from palate.models.repository import open_repository
 from palate.models.schedules import training_step, vp_prediction, vp_times
 from palate.path import Prediction, vp_schedule
 
+FAMILY = "stable-diffusion"
 PARTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
          "tokenizer": "CLIPTokenizer", "scheduler": ""}
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention
@@ -52,7 +53,7 @@ class StableDiffusion:
         text_cache: str | Path | None = None,
     ) -> StableDiffusion:
         """From a diffusers folder or hub id; docs/models.md describes the options, which all families share."""
-        repository = open_repository(folder, family="stable-diffusion", parts=PARTS, file=file)
+        repository = open_repository(folder, family=FAMILY, parts=PARTS, file=file)
         if "text_encoder_2" in repository:
             raise ValueError(f"model.folder {folder} has two text encoders; set model.name to sdxl")
         expected = repository.config("vae")["latent_channels"]
@@ -74,7 +75,7 @@ class StableDiffusion:
             return encode
 
         parts = load_parts(
-            repository, "stable-diffusion", "unet", UNet2DConditionModel, targets=LORA_TARGETS,
+            repository, FAMILY, "unet", UNet2DConditionModel, targets=LORA_TARGETS,
             load_encoders=load_encoders, count_tokens=lambda prompt: len(tokenizer(prompt).input_ids),
             limit=tokenizer.model_max_length, training=training, lora_rank=lora_rank, lora_alpha=lora_alpha,
             names=names, dtype=dtype, device=device, gradient_checkpointing=gradient_checkpointing,

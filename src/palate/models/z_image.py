@@ -20,6 +20,7 @@ from palate.models.repository import open_repository
 from palate.models.schedules import flow_times
 from palate.path import Prediction, flow_schedule, from_velocity
 
+FAMILY = "z-image"
 PARTS = {"transformer": "ZImageTransformer2DModel", "vae": "AutoencoderKL", "text_encoder": "Qwen3Model",
          "tokenizer": "Qwen2Tokenizer", "scheduler": ""}
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention, refiners included
@@ -53,7 +54,7 @@ class ZImage:
         text_cache: str | Path | None = None, text_tokens: int = 512,
     ) -> ZImage:
         """From a diffusers folder or hub id; docs/models.md describes the options that all families share."""
-        repository = open_repository(folder, family="z-image", parts=PARTS, file=file)
+        repository = open_repository(folder, family=FAMILY, parts=PARTS, file=file)
         tokenizer = repository.tokenizer("tokenizer", AutoTokenizer)
 
         def as_chat(prompt: str) -> str:
@@ -73,7 +74,7 @@ class ZImage:
             return encode
 
         parts = load_parts(
-            repository, "z-image", "transformer", ZImageTransformer2DModel, targets=LORA_TARGETS, patch=2,
+            repository, FAMILY, "transformer", ZImageTransformer2DModel, targets=LORA_TARGETS, patch=2,
             default_size=1024, load_encoders=load_encoders,
             count_tokens=lambda prompt: len(tokenizer(as_chat(prompt)).input_ids), limit=text_tokens, training=training,
             lora_rank=lora_rank, lora_alpha=lora_alpha, names=names, dtype=dtype, device=device,

@@ -1,0 +1,96 @@
+"""AuraFlow: a rectified-flow transformer over SDXL's 4-channel latents, with the words read by UMT5."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from diffusers import AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from torch import Tensor, nn
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from palate.models.autoencoder import ImageSize, sides
+from palate.models.parts import Parts, load_parts
+from palate.models.repository import open_repository
+from palate.models.schedules import flow_times
+from palate.path import Prediction, flow_schedule, from_velocity
+
+FAMILY = "aura-flow"
+PARTS = {"transformer": "AuraFlowTransformer2DModel", "vae": "AutoencoderKL", "text_encoder": "UMT5EncoderModel",
+         "tokenizer": "LlamaTokenizerFast", "scheduler": ""}
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # attention
+
+
+class Cond(NamedTuple):  # tensors (B, ...): what a prompt becomes
+    text: Tensor  # (B, text_tokens, 2048), zero where the prompt has ended
+
+
+class AuraFlow:
+    """The `Model` protocol over AuraFlow."""
+
+    schedule = staticmethod(flow_schedule)
+    default_steps = 50
+    default_guidance = 3.5
+
+    def __init__(self, parts: Parts, scheduler: FlowMatchEulerDiscreteScheduler):
+        self.parts, self.scheduler = parts, scheduler
+        self.weights, self.training = parts.weights, parts.weights.training
+        self.latent_shape, self.image_size, self.device = parts.latent_shape, parts.image_size, parts.device
+        self.encode, self.decode, self.parameters = parts.encode, parts.decode, parts.parameters
+        self.save_adapter, self.load_adapter = parts.save_adapter, parts.load_adapter
+        self.fingerprint, self.cache_prompts = parts.fingerprint, parts.cache_prompts
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
+        names: Sequence[str] = ("policy",), dtype: str = "bfloat16", device: str | None = None,
+        gradient_checkpointing: bool = True, image_size: ImageSize | None = None, file: str | None = None,
+        text_cache: str | Path | None = None, text_tokens: int = 256,
+    ) -> AuraFlow:
+        """From a diffusers folder or hub id; docs/models.md describes the options that all families share."""
+        repository = open_repository(folder, family=FAMILY, parts=PARTS, file=file)
+        config = repository.config("transformer")
+        factor = 2 ** (len(repository.config("vae")["block_out_channels"]) - 1)
+        largest = math.isqrt(config["pos_embed_max_size"]) * config["patch_size"] * factor
+        if image_size is not None and max(sides(image_size)) > largest:
+            raise ValueError(f"model.image_size got {image_size}; this network's positions end at {largest} pixels")
+        tokenizer = repository.tokenizer("tokenizer", AutoTokenizer)
+
+        def load_encoders(precision: torch.dtype, where: torch.device):
+            umt5 = repository.read("text_encoder", UMT5EncoderModel, precision).to(where)
+
+            def encode(prompt: str) -> dict[str, Tensor]:  # one prompt -> the fields of Cond, without a batch axis
+                tokens = tokenizer(prompt, padding="max_length", max_length=text_tokens, truncation=True,
+                                   return_tensors="pt").to(where)
+                text = umt5(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+                return {"text": (text * tokens.attention_mask[..., None])[0]}
+
+            return encode
+
+        parts = load_parts(
+            repository, FAMILY, "transformer", AuraFlowTransformer2DModel, targets=LORA_TARGETS,
+            patch=config["patch_size"], default_size=min(1024, largest), load_encoders=load_encoders,
+            count_tokens=lambda prompt: len(tokenizer(prompt).input_ids), limit=text_tokens, training=training,
+            lora_rank=lora_rank, lora_alpha=lora_alpha, names=names, dtype=dtype, device=device,
+            gradient_checkpointing=gradient_checkpointing, image_size=image_size, file=file, text_cache=text_cache)
+        return cls(parts, FlowMatchEulerDiscreteScheduler.from_config(repository.config("scheduler")))
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Cond:
+        return Cond(**self.parts.text(prompts))
+
+    def predict(self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0,
+                weights: str = "policy") -> Prediction:
+        output = self.parts.guided(self._output, weights, xt, t, cond, lambda: self.encode_prompts([""]), guidance)
+        return from_velocity(xt, output, *self.schedule(t))
+
+    def _output(self, transformer: nn.Module, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """One call of the network: its units of time, its packing if it has one."""
+        return transformer(xt, encoder_hidden_states=cond.text, timestep=t).sample
+
+    def time_grid(self, steps: int) -> Tensor:
+        """The published times (steps + 1,): shift 1.73, which diffusers applies twice to the cleanest level."""
+        patches = self.latent_shape[1] * self.latent_shape[2] // self.parts.weights.network.config.patch_size ** 2
+        return flow_times(self.scheduler, steps, patches=patches, even=False)
