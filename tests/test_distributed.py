@@ -102,6 +102,7 @@ class Networks(TinyFlow):
             super().save_adapter(folder)
 
 
+MEANS = ("srpo", "refl", "draft", "dpo", "distar")  # their loss is a mean over the batch's samples
 KINDS = {"lora": {"training": "lora"}, "full": {"sharding": "full"}}  # copies of adapters; FSDP2
 
 
@@ -176,8 +177,9 @@ def together(folder: Path) -> None:
     os.environ["LOCAL_WORLD_SIZE"] = "1"  # as if the two were on two machines
     go(folder / "distar-hybrid", "distar", sharding="hybrid")
     os.environ["LOCAL_WORLD_SIZE"] = "2"
-    go(folder / "fused", dtype=torch.float64)
-    go(folder / "fused-full", dtype=torch.float64, sharding="full")
+    for name in MEANS:
+        go(folder / f"{name}-fused", name, dtype=torch.float64)
+    go(folder / "srpo-fused-full", dtype=torch.float64, sharding="full")
     for name in ("one-two", "one-full"):  # begun by one process, in float64
         go(folder / name, dtype=torch.float64, resume=True, sharding="full" if name == "one-full" else "none")
     go(folder / "two-one", dtype=torch.float64, steps=2)
@@ -301,10 +303,10 @@ def test_ranks_of_a_sharded_network_may_need_different_numbers_of_calls():
     assert any(a > b for a, b in zip(*longest, strict=True)) and any(a < b for a, b in zip(*longest, strict=True))
 
 
-@pytest.mark.parametrize("folder", ["fused", "fused-full"])
+@pytest.mark.parametrize("folder", [*(f"{name}-fused" for name in MEANS), "srpo-fused-full"])
 def test_two_ranks_are_the_whole_batch_in_one_go(pair, tmp_path, folder):
-    """srpo's loss is a mean over samples, whose numbers follow from their ids: only the order of additions differs."""
-    go(tmp_path, dtype=torch.float64)
+    """A mean over samples, whose numbers follow from their ids: only the order of additions differs."""
+    go(tmp_path, folder.partition("-")[0], dtype=torch.float64)
     assert furthest(tmp_path, pair / folder) <= 1e-12
 
 

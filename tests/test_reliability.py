@@ -11,6 +11,7 @@ import random
 import resource
 import shutil
 import signal
+import statistics
 import time
 from pathlib import Path
 
@@ -27,7 +28,8 @@ from tiny_flow import TinyFlow, reward
 
 from palate import checkpoint, recipe
 from palate.recipe import GuardSettings, TrainerSettings
-from palate.train import OutOfMemory, memory_levers
+from palate.train import OutOfMemory, _Run, memory_levers, read_metrics
+from palate.train import train as palate_train
 
 SAVE_PARTS = ("_write", "_sync", "_replace", "save_file")
 OTHERS = [name for name in MAKE if name != "srpo"]
@@ -166,6 +168,29 @@ def test_a_signal_is_answered_within_a_step_and_two_seconds(tmp_path):
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
         assert time.monotonic() - began < 2 + 1
         assert checkpoint.load_newest(tmp_path / str(number) / "checkpoints", warn=pytest.fail).step >= 5
+
+
+# ---------------------------------------------------------------------------------------------- cost of a save
+
+
+def test_a_save_takes_no_longer_than_a_step(tmp_path, monkeypatch):
+    """Medians in one process: the embedded model's LoRA with its average, steps of 2 images where the recipe has 8."""
+    saves = []
+
+    def timed(*arguments):
+        began = time.perf_counter()
+        save(*arguments)
+        saves.append(time.perf_counter() - began)
+
+    save = _Run._save
+    monkeypatch.setattr(_Run, "_save", timed)
+    plan = recipe.read("srpo-emoji", ["trainer.batch_size=2", "algorithm.n=1"])
+    parts = recipe.build(plan)
+    palate_train(parts.model, parts.algorithm, parts.reward, parts.prompts, folder=tmp_path, steps=3, batch_size=2,
+                 ema_decay=0.8, checkpoint_every=1, progress=False)
+    step = statistics.median(row["step_seconds"] for row in read_metrics(tmp_path / "metrics.jsonl"))
+    print(f"save {statistics.median(saves):.3f} s, step {step:.3f} s")
+    assert len(saves) == 3 and statistics.median(saves) <= step
 
 
 # ------------------------------------------------------------------------------------------------ a full disk
