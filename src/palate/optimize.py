@@ -190,6 +190,14 @@ def from_recipe(plan: Recipe, *, say: Callable[[str], None] = print) -> Outcome:
     )
 
 
+def newest_round(folder: Path) -> Path:
+    """The last round's run that holds a checkpoint; ValueError when no round has come so far."""
+    rounds = [path for path in sorted(folder.glob("round-*")) if checkpoint.steps(path / "checkpoints")]
+    if not rounds:
+        raise ValueError(f"{folder} holds no trained round yet; continue it with palate optimize")
+    return rounds[-1]
+
+
 # ---------------------------------------------------------------------------------------------------- what was asked
 
 
@@ -393,6 +401,12 @@ def load_oracle(settings: OracleSettings, *, seed: int = 0) -> Oracle:
     if settings.url is not None:
         return http_oracle(settings.url, settings.timeout)
     return noisy(BUILT_IN[settings.name](), settings.noise, seed)
+
+
+def exact_reward(name: str) -> Reward:
+    """A built-in oracle without noise, as a reward: for judging, after everything was asked."""
+    oracle = BUILT_IN[name]()
+    return lambda images, prompts: torch.as_tensor(oracle(images, prompts), dtype=torch.float32)
 
 
 def noisy(oracle: Oracle, std: float, seed: int) -> Oracle:

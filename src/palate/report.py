@@ -19,6 +19,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
@@ -74,6 +76,35 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON ({error}); write it again with palate evaluate") from error
+
+
+def read_rounds(run_folder: Path) -> list[dict[str, Any]]:
+    """The metrics of a run; of a black-box optimisation those of its rounds, one after the other."""
+    rounds = sorted(run_folder.glob("round-*"))
+    if not rounds:
+        return read_metrics(run_folder)
+    rows: list[dict[str, Any]] = []
+    for folder in rounds:
+        done = max((row["step"] for row in rows if "step" in row), default=0)
+        rows += [{**row, "step": row["step"] + done} if "step" in row else row for row in read_metrics(folder)]
+    return rows
+
+
+def read_questions(run_folder: Path) -> list[dict[str, Any]]:
+    """What was asked of the oracle, in order: {"query", "round", "prompt", "file", "score" or "failed"}; none for
+    other runs. Nothing is written: the run may be going on."""
+    path = run_folder / "queries.jsonl"
+    found: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(path.read_text("utf-8").splitlines() if path.is_file() else (), 1):
+        try:
+            row = json.loads(line)
+            found.setdefault(row["query"], {}).update(row)
+            file = found[row["query"]]["file"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            break  # the line that a crash cut short is the last
+        if Path(file).parts != ("queries", Path(file).name):
+            raise ValueError(f"{path} line {number}: expected a file in queries/, got {file[:60]!r}")
+    return [found[k] for k in sorted(found) if "file" in found[k]]
 
 
 def _steps(run_folder: Path) -> list[Path]:
@@ -280,6 +311,91 @@ def _marks(rows: Sequence[dict[str, Any]]) -> list[Mark]:
     return marks
 
 
+def question_curves(run_folder: Path, asked: Sequence[dict[str, Any]], recipe: dict[str, Any]) -> list:
+    """Charts as `curves` gives them, over the number of questions: what the oracle answered, without its noise where it
+    is built in, and how much of the answers the surrogate explained before the policy climbed it."""
+    answered = [row for row in asked if "score" in row]
+    if not answered:
+        return []
+    size = max(1, len(answered) // 40)
+    ends = [min(k + size, len(answered)) for k in range(0, len(answered), size)]
+    true = _true_scores(run_folder, answered, recipe)
+    best = np.maximum.accumulate([row["score"] for row in answered])
+
+    def line(name: str, values: Sequence[float], accent: bool = False) -> Line:
+        parts = [float(np.mean(values[max(0, end - size) : end])) for end in ends]
+        return Line(name, [(answered[end - 1]["query"] + 1, y) for end, y in zip(ends, parts, strict=True)], accent)
+
+    lines = [line("answers", [row["score"] for row in answered], True),
+             Line("best so far", [(answered[end - 1]["query"] + 1, float(best[end - 1])) for end in ends])]
+    if true is not None:
+        lines.append(line("without noise", true))
+    rounds = [row for row in _rounds(run_folder) if "explained" in row]
+    fit = [Line("explained", [(row["spent"], float(row["explained"])) for row in rounds], True)]
+    marks = [Mark(row["spent"], f"round {row['round']}", "steer") for row in rounds]
+    found = [("The oracle's answers", f"over questions, means of {size}", chart("The oracle's answers", lines, marks)),
+             ("The surrogate", "share of the answers' variance that it explains, leave-one-out, after each round",
+              chart("The surrogate", fit, share=True))]
+    return [item for item in found if item[2]]
+
+
+def _true_scores(run_folder: Path, answered: Sequence[dict[str, Any]], recipe: dict[str, Any]) -> list[float] | None:
+    """What a built-in oracle with noise would have said without it; None for any other."""
+    oracle = recipe["optimize"]["oracle"]
+    if not oracle.get("name") or not oracle.get("noise"):
+        return None
+    from palate.optimize import exact_reward
+
+    reward, scores = exact_reward(oracle["name"]), []
+    for start in range(0, len(answered), 64):
+        part = answered[start : start + 64]
+        pixels = []
+        for row in part:
+            try:
+                with Image.open(run_folder / row["file"]) as image:
+                    pixels.append(np.asarray(image.convert("RGB")))
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                raise ValueError(f"image {run_folder / row['file']} cannot be read ({error})") from error
+        images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+        scores += reward(images, [row["prompt"] for row in part]).tolist()
+    return scores
+
+
+def _rounds(run_folder: Path) -> list[dict[str, Any]]:
+    path = run_folder / "rounds.jsonl"
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.is_file() else []
+
+
+def question_grid(run_folder: Path, asked: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The best answered pictures of each round, one row a round."""
+    rows = []
+    for number in sorted({row["round"] for row in asked}):
+        own = [row for row in asked if row["round"] == number and "score" in row]
+        own.sort(key=lambda row: -row["score"])
+        cells = [{"src": picture(run_folder / row["file"]), "alt": f"{row['prompt']}, answer {row['score']:.4g}"}
+                 for row in own[:COLUMNS]]
+        mean = f", mean answer {np.mean([row['score'] for row in own]):.4g}" if own else ""
+        rows.append({"prompt": f"round {number}: {len(own)} answered{mean}", "seed": None, "cells": cells})
+    heads = [("Best", "") if k == 0 else (f"{k + 1}.", "") for k in range(COLUMNS)]
+    return {"heads": heads, "rows": rows} if any(row["cells"] for row in rows) else None
+
+
+def question_summary(
+    run_folder: Path, asked: Sequence[dict[str, Any]], recipe: dict[str, Any]
+) -> list[tuple[str, str]]:
+    """Who was asked, how often, and how far the surrogate could follow."""
+    settings = recipe.get("optimize") or {}
+    oracle = settings.get("oracle") or {}
+    who = next((f"{key} {oracle[key]}" for key in ("name", "function", "command", "url") if oracle.get(key)), "unknown")
+    failed, told = (sum(key in row for row in asked) for key in ("failed", "score"))
+    pairs = [("Oracle", who.removeprefix("name ")),
+             ("Questions", f"{len(asked)} of {settings.get('budget')}: {told} answered, {failed} failed")]
+    if rounds := _rounds(run_folder):
+        explained = f"explains {rounds[-1]['explained']:.0%} of the answers"
+        pairs.append(("Surrogate", f"{settings.get('surrogate')}, {explained}"))
+    return pairs
+
+
 # --- the parts of the page ------------------------------------------------------------------------------------------
 
 
@@ -445,7 +561,8 @@ def summary(recipe: dict[str, Any]) -> list[tuple[str, str]]:
 def command(run_folder: Path, recipe: dict[str, Any]) -> str:
     """The command that repeats the run, from its own recipe into a new folder."""
     again = f"{(recipe.get('run') or {}).get('folder') or run_folder}-again"
-    return f"palate train {shlex.quote(str(run_folder / 'recipe.yaml'))} {shlex.quote('run.folder=' + again)}"
+    verb = "train" if recipe.get("optimize") is None else "optimize"
+    return f"palate {verb} {shlex.quote(str(run_folder / 'recipe.yaml'))} {shlex.quote('run.folder=' + again)}"
 
 
 def _flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
@@ -511,18 +628,20 @@ def _finalize(value: Any) -> Any:
 
 
 def _page(run: Path) -> dict[str, Any]:
-    recipe, rows, evaluation = read_recipe(run), read_metrics(run), _read_json(run / "evaluation.json")
+    recipe, rows, evaluation = read_recipe(run), read_rounds(run), _read_json(run / "evaluation.json")
+    asked = read_questions(run) if recipe.get("optimize") else []
     environment = _read_json(run / "environment.json") or {}
     drift = (evaluation or {}).get("drift") or {}
     last = max((row["step"] for row in rows if isinstance(row.get("step"), int)), default=0)
     return {
         "name": run.resolve().name,
-        "summary": summary(recipe),
+        "summary": summary(recipe) + (question_summary(run, asked, recipe) if recipe.get("optimize") else []),
+        "asked": question_grid(run, asked),
         "last_step": last,
         "evaluation": evaluation,
         "verdict": (evaluation or {}).get("verdict"),
         "grid": grid(run),
-        "charts": curves(rows, recipe),
+        "charts": (question_curves(run, asked, recipe) if asked else []) + curves(rows, recipe),
         "notes": [
             f"step {mark.step}: {'words ' if mark.kind == 'steer' else 'guard '}{mark.text}" for mark in _marks(rows)
         ],

@@ -35,6 +35,8 @@ from palate.evaluate import (
     verdict,
 )
 
+ORACLE = "oracle-"  # begins the name under which a built-in oracle is a reward of an evaluation
+
 # --- sample folders -------------------------------------------------------------------------------------------------
 
 
@@ -154,18 +156,27 @@ def words_in_force(run_folder: str | Path, recipe: dict[str, Any]) -> tuple[list
 
 
 def _shares(recipe: dict[str, Any]) -> dict[str, float]:
-    """The named rewards that the run optimised, each with its weight."""
+    """The named rewards that the run optimised, each with its weight; of an oracle that is built in, "oracle-NAME"."""
     settings = recipe.get("reward") or {}
+    if oracle := ((recipe.get("optimize") or {}).get("oracle") or {}).get("name"):
+        return {f"{ORACLE}{oracle}": 1.0}
     return settings.get("weights") or ({settings["name"]: 1.0} if settings.get("name") else {})
 
 
 def _with_named(rewards: dict[str, Reward], recipe: dict[str, Any]) -> dict[str, Reward]:
     """The rewards and those that the recipe names."""
+    from palate.optimize import exact_reward
     from palate.recipe import load_reward
 
     settings = recipe.get("reward") or {}
     source, dtype = settings.get("source") or {}, settings.get("dtype")
-    return rewards | {n: load_reward(n, source.get(n), dtype) for n in _shares(recipe) if n not in rewards}
+
+    def load(name: str) -> Reward:
+        if name.startswith(ORACLE):
+            return exact_reward(name.removeprefix(ORACLE))
+        return load_reward(name, source.get(name), dtype)
+
+    return rewards | {n: load(n) for n in _shares(recipe) if n not in rewards}
 
 
 def _with_optimised(
@@ -381,16 +392,18 @@ def read_recipe(run_folder: Path) -> dict[str, Any]:
 def trained_model(
     run_folder: str | Path, *, warn: Callable[[str], None] = warnings.warn
 ) -> tuple[Model, Sampler | None]:
-    """The recipe's model with the weights of the run's newest good checkpoint, and how the algorithm draws from it
-    (None = as the model does). `warn` hears of damaged checkpoints that were passed over."""
+    """The recipe's model with the weights of the run's newest good checkpoint (of `palate optimize`: its newest
+    round's), and how the algorithm draws from it (None = as the model does). `warn` hears of damaged checkpoints that
+    were passed over."""
     from palate import recipe as recipes
+    from palate.optimize import newest_round
     from palate.train import restore_result
 
     run_folder = Path(run_folder)
     read_recipe(run_folder)
     plan = recipes.read(str(run_folder / "recipe.yaml"))
     model = recipes.build_model(plan)
-    restore_result(model, run_folder, warn=warn)
+    restore_result(model, run_folder if plan.optimize is None else newest_round(run_folder), warn=warn)
     return model, getattr(recipes.build_algorithm(plan), "sampler", None)
 
 
