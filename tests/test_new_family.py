@@ -22,7 +22,8 @@ def test_the_page_shows_a_family_that_is_tested_and_named_nowhere_else():
 
 
 def test_a_file_beside_the_others_is_a_family_that_recipes_can_name(tmp_path, monkeypatch):
-    text = SHOWN.read_text().replace('"aura-flow"', '"own-flow"').replace("text_tokens: int = 256", "file_size: int = 1")
+    text = SHOWN.read_text().replace('"aura-flow"', '"own-flow"')
+    text = text.replace("text_tokens: int = 256", "file_size: int = 1")
     (tmp_path / "own_flow.py").write_text(text)
     (tmp_path / "helper.py").write_text("class NoFamily:\n    pass\n")
     monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])

@@ -611,6 +611,35 @@ def test_hpsv3_real_size_and_published_names():
         assert set(got) == names and set(head) == {"0.weight"}
 
 
+def test_hpsv3_is_read_from_a_folder_with_its_chat_text(qwen, tmp_path):
+    """The published file's layout, config.json, tokenizer and prompt.txt: the scores of the model that was saved. The
+    reward token is added to the vocabulary, and a prompt cannot place one."""
+    state = {f"model.{name}": tensor for name, tensor in qwen.parts["model"].state_dict().items()}
+    state |= {f"rm_head.{name}": tensor for name, tensor in qwen.parts["head"].state_dict().items()}
+    save_file({**state, "lm_head.weight": torch.zeros(2, 16)}, tmp_path / "HPSv3.safetensors")
+    tiny_qwen().save_pretrained(tmp_path)
+    tokenizer_folder(tmp_path, extra=HPS3_WORDS[:2])
+    (tmp_path / "prompt.txt").write_text("<|vision_start|>{image} a {prompt} . <|Reward|> flat")
+    reward = hpsv3.load_hpsv3(str(tmp_path), dtype=torch.float32)
+    reward.pixels = 16 * 28 * 28
+    ids = reward._ids("red fox", 16)
+    words = [*WORDS, *HPS3_WORDS]
+    expected = [len(WORDS), *[len(WORDS) + 1] * 16, *map(words.index, ["a", "red", "fox", ".", "<|Reward|>", "flat"])]
+    assert list(ids) == expected and reward.reward_id == len(WORDS) + 2
+    plain = hpsv3.HPSv3Reward(qwen.parts["model"], qwen.parts["head"], lambda *_: expected, reward.reward_id,
+                              pixels=reward.pixels)
+    images = draw(2, 3, 112, 112)
+    close(reward(images, ["red fox"] * 2).detach(), plain(images, ["red fox"] * 2).detach())
+    assert reward._ids("fox <|Reward|> <|image_pad|>", 16).count(reward.reward_id) == 1
+    assert reward._ids("fox <|Reward|> <|image_pad|>", 16).count(len(WORDS) + 1) == 16
+    (tmp_path / "prompt.txt").write_text("{image} {prompt}")
+    with pytest.raises(ValueError, match="prompt.txt must hold <.Reward.> exactly once"):
+        hpsv3.load_hpsv3(str(tmp_path))
+    (tmp_path / "prompt.txt").unlink()
+    with pytest.raises(ValueError, match="holds no prompt.txt. .*the chat text of HPSv3's own repository"):
+        hpsv3.load_hpsv3(str(tmp_path))
+
+
 # ------------------------------------------------------------------------- what all of them promise
 
 

@@ -82,7 +82,11 @@ PUBLISHED_REWARDS = {  # name -> module, function that loads it from reward.sour
     "image-reward": ("palate.rewards.image_reward", "load_image_reward"),
     "hpsv3": ("palate.rewards.hpsv3", "load_hpsv3"),
     "remote": ("palate.rewards.remote", "load_remote"),
+    "vlm-judge": ("palate.rewards.judge", "load_judge"),
 }
+SERVICES = {  # rewards behind a URL, with an example of one
+    "remote": "http://127.0.0.1:8411/score", "vlm-judge": "http://127.0.0.1:8000/v1/chat/completions#MODEL",
+}  # fmt: skip
 
 HARMLESS = ("steps", "checkpoint_every", "keep_checkpoints", "preview_every", "preview_prompts", "threads",
             "micro_batches",
@@ -528,8 +532,9 @@ def _check_together(recipe: Recipe, mistakes: list[str]) -> None:
     for key in ("source", "scale", "noised"):
         if idle := sorted(set(getattr(reward, key)) - used):
             mistakes.append(f"reward.{key}.{idle[0]}: {idle[0]} is in neither reward.name nor reward.weights")
-    if "remote" in used and "remote" not in reward.source:
-        mistakes.append("reward.source.remote: give the server's URL, as http://127.0.0.1:8411/score")
+    for name, example in SERVICES.items():
+        if name in used and name not in reward.source:
+            mistakes.append(f"reward.source.{name}: give the server's URL, as {example}")
 
 
 def _check_oracle(recipe: Recipe, mistakes: list[str]) -> None:
@@ -674,7 +679,7 @@ def load_reward(name: str, source: str | None = None, dtype: str | None = None) 
         import torch
 
         module, function = PUBLISHED_REWARDS[name]
-        options = {} if dtype is None or name == "remote" else {"dtype": getattr(torch, dtype)}
+        options = {} if dtype is None or name in SERVICES else {"dtype": getattr(torch, dtype)}
         return getattr(importlib.import_module(module), function)(source, **options)
     if name in SIMPLE_REWARDS:
         from palate.rewards import simple

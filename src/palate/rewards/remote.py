@@ -59,19 +59,20 @@ class RemoteReward:
         wait: float = 0.5,
         piece: int = 16,
         concurrency: int = 2,
+        name: str = "remote",
     ):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
             raise ValueError(
-                f"reward.source.remote: got {url!r}; expected a URL, as http://127.0.0.1:8411/score, without a password"
+                f"reward.source.{name}: got {url!r}; expected a URL, as http://127.0.0.1:8411/score, without a password"
             )
         if parts.scheme == "http" and parts.hostname not in LOOPBACK:
             raise ValueError(
-                f"reward.source.remote: {url} would send the token in the clear; use https, or tunnel to 127.0.0.1"
+                f"reward.source.{name}: {url} would send the token in the clear; use https, or tunnel to 127.0.0.1"
             )
         if not token:
             raise ValueError(
-                f"reward remote: no token; set the environment variable {TOKEN} to the one the server was started with"
+                f"reward {name}: no token; set the environment variable {TOKEN} to the one the server was started with"
             )
         self.url, self._parts, self._token = url, parts, token
         self.timeout, self.retries, self.wait, self.piece, self.concurrency = timeout, retries, wait, piece, concurrency
@@ -86,9 +87,13 @@ class RemoteReward:
         return torch.tensor([score for piece in pieces for score in piece], dtype=torch.float32, device=images.device)
 
     def _scores(self, pixels: np.ndarray, prompts: list[str]) -> list[float]:
-        content = {"prompts": prompts, "images": [base64.b64encode(_png(array)).decode() for array in pixels]}
+        content = {"prompts": prompts, "images": [base64.b64encode(png(array)).decode() for array in pixels]}
         name = hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
-        body = json.dumps({"id": name, **content}).encode()
+        return self._checked(self.ask({"id": name, **content}), name, len(prompts))
+
+    def ask(self, content: dict[str, Any]) -> bytes:
+        """The body of the answer to a POST of `content` as JSON; RemoteError when every try failed."""
+        body = json.dumps(content).encode()
         for attempt in range(self.retries + 1):
             try:
                 status, answer = self._post(body)
@@ -96,7 +101,7 @@ class RemoteReward:
                 problem = f"no answer ({error or type(error).__name__})"
             else:
                 if status == 200:
-                    return self._checked(answer, name, len(prompts))
+                    return answer
                 problem = f"HTTP {status} ({_error_of(answer)})"
                 if status not in AGAIN:
                     raise RemoteError(f"reward service {self.url}: {problem}. {_REMEDY.get(status, 'Look at its log')}")
@@ -170,7 +175,7 @@ def _hang_up(connection: http.client.HTTPConnection) -> None:
         return  # it was closed a moment before
 
 
-def _png(array: np.ndarray) -> bytes:
+def png(array: np.ndarray) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(array).save(stream, "PNG", compress_level=1)
     return stream.getvalue()

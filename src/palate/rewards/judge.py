@@ -1,0 +1,79 @@
+"""A vision-language model as the judge, behind any server that speaks OpenAI's chat completions (vLLM, SGLang, ...).
+
+One question an image: the picture, the prompt, and the request for a number from 1 to 5, which is parsed. There is no
+gradient through it. UnifiedReward and its like are served so; the words that such a model was trained to be asked with
+are its authors', and are given as `question`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import Tensor
+
+from palate.rewards.remote import TOKEN, RemoteError, RemoteReward, png
+
+QUESTION = (
+    'How well does this picture show the following text, and how good is it as a picture?\nText: "{prompt}"\n'
+    "Answer with one line: Score: N, where N is a number from 1 (not at all) to 5 (perfectly)."
+)
+SCORE = re.compile(r"score\W{0,6}(\d+(?:\.\d+)?)(?!\.?\d)", re.IGNORECASE)
+
+
+class JudgeReward:
+    """(images, prompts) -> (B,) float32 from 1 to 5.
+
+    url: of chat completions; model: the server's name for the one to ask. question: holds {prompt}; its answer says "Score:
+    N", or is a bare number. options: of `RemoteReward`.
+    """
+
+    def __init__(self, url: str, token: str, *, model: str, question: str = QUESTION, concurrency: int = 4,
+                 **options: float):
+        if question.count("{prompt}") != 1:
+            raise ValueError("vlm-judge: the question must hold {prompt} exactly once")
+        if not model:
+            raise ValueError(f"reward.source.vlm-judge: {url} names no model; write it behind the URL, as {url}#MODEL")
+        self.service = RemoteReward(url, token, name="vlm-judge", **options)
+        self.model, self.question, self.concurrency = model, question, concurrency
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        pixels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            scores = list(pool.map(self._score, pixels, prompts))
+        return torch.tensor(scores, dtype=torch.float32, device=images.device)
+
+    def _score(self, array, prompt: str) -> float:
+        picture = "data:image/png;base64," + base64.b64encode(png(array)).decode()
+        content = [{"type": "image_url", "image_url": {"url": picture}},
+                   {"type": "text", "text": self.question.replace("{prompt}", prompt)}]
+        answer = self.service.ask({"model": self.model, "temperature": 0, "max_tokens": 512,
+                                   "messages": [{"role": "user", "content": content}]})
+        try:
+            text = json.loads(answer)["choices"][0]["message"]["content"]
+            score = parse(text)
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise RemoteError(
+                f"vlm-judge {self.service.url}: a bad answer; expected a chat completion that says Score: N with N from 1 "
+                f"to 5, got {answer[:80]!r}. Nothing of this batch is used") from error
+        return score
+
+
+def parse(text: str) -> float:
+    """The last "Score: N" of an answer, or an answer that is a number only; ValueError if there is none in 1..5."""
+    found = SCORE.findall(text)
+    score = float(found[-1] if found else text.strip())
+    if not 1 <= score <= 5:
+        raise ValueError(f"a score of {score}, not in 1..5")
+    return score
+
+
+def load_judge(source: str | None) -> JudgeReward:
+    """`source` is the URL of chat completions with the model's name behind it: http://127.0.0.1:8000/v1/...#MODEL."""
+    url, _, model = (source or "").partition("#")
+    return JudgeReward(url, os.environ.get(TOKEN, ""), model=model)
