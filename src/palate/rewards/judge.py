@@ -29,8 +29,8 @@ SCORE = re.compile(r"score\W{0,6}(\d+(?:\.\d+)?)(?!\.?\d)", re.IGNORECASE)
 class JudgeReward:
     """(images, prompts) -> (B,) float32 from 1 to 5.
 
-    url: of chat completions; model: the server's name for the one to ask. question: holds {prompt}; its answer says "Score:
-    N", or is a bare number. options: of `RemoteReward`.
+    url: of chat completions; model: the server's name for the one to ask. question: holds {prompt}; the answer to it
+    says "Score: N", or is a bare number. options: of `RemoteReward`.
     """
 
     def __init__(self, url: str, token: str, *, model: str, question: str = QUESTION, concurrency: int = 4,
@@ -59,8 +59,8 @@ class JudgeReward:
             score = parse(text)
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise RemoteError(
-                f"vlm-judge {self.service.url}: a bad answer; expected a chat completion that says Score: N with N from 1 "
-                f"to 5, got {answer[:80]!r}. Nothing of this batch is used") from error
+                f"vlm-judge {self.service.url}: a bad answer; expected a chat completion that says Score: N with N from "
+                f"1 to 5, got {answer[:80]!r}. Nothing of this batch is used") from error
         return score
 
 
