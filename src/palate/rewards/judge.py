@@ -59,8 +59,8 @@ class JudgeReward:
             score = parse(text)
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise RemoteError(
-                f"vlm-judge {self.service.url}: a bad answer; expected a chat completion that says Score: N with N from "
-                f"1 to 5, got {answer[:80]!r}. Nothing of this batch is used") from error
+                f"vlm-judge {self.service.url}: a bad answer; expected a chat completion that says Score: N, N from 1 "
+                f"to 5, got {answer[:80]!r}. Nothing of this batch is used") from error
         return score
 
 
