@@ -25,6 +25,7 @@ from palate.rewards.combine import score_pair, with_control
 from palate.train import train
 
 SEEDS_PER_PROMPT = (0, 1)
+ABSOLUTE = ["algorithm.preference=absolute", "algorithm.k_denoise=[0, 0]", "algorithm.hinge=null"]
 RUNS: dict[str, dict[str, tuple[str, list[str]]]] = {
     "pairs": {
         "3d against flat, outline": ("srpo-emoji", []),
@@ -38,8 +39,8 @@ RUNS: dict[str, dict[str, tuple[str, list[str]]]] = {
         "late window": ("srpo-emoji", ["algorithm.window=[0.02, 0.35]"]),
         "full window": ("srpo-emoji", ["algorithm.window=[0.02, 0.98]"]),
         "rollout noise": ("srpo-emoji", ["algorithm.noise=rollout"]),
-        "absolute reward": ("srpo-emoji", ["algorithm.preference=absolute", "algorithm.branches=[denoise]"]),
-        "absolute, both branches": ("srpo-emoji", ["algorithm.preference=absolute"]),
+        "absolute reward": ("srpo-emoji", [*ABSOLUTE, "algorithm.branches=[denoise]"]),
+        "absolute, both branches": ("srpo-emoji", ABSOLUTE),
         "no hinge": ("srpo-emoji", ["algorithm.hinge=null"]),
         "all layers": ("srpo-emoji", ["model.lora_targets=null", "trainer.lr=1.2e-3"]),
     },
