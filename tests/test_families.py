@@ -338,6 +338,17 @@ def test_default_targets_are_adapted(name):
     assert found == adapted(bare, sys.modules[family.model.__module__].LORA_TARGETS) == family.adapted
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_only_the_chosen_targets_are_adapted(name):
+    family, bare = FAMILIES[name], saved(name)[1]
+    chosen = sys.modules[family.model.__module__].LORA_TARGETS[:1]
+    network = family.model.load(saved(name)[0], lora_targets=chosen, dtype="float32").weights.network
+    found = sum(key.endswith("lora_A.policy.weight") for key, _ in network.named_parameters())
+    assert found == adapted(bare.unet if hasattr(bare, "unet") else bare.transformer, chosen) < family.adapted
+    with pytest.raises(ValueError, match="lora_targets: no layer's name ends with to_kk; ends that are there: .*to_k"):
+        family.model.load(saved(name)[0], lora_targets=["to_kk"], dtype="float32")
+
+
 # What can be wrong is said before anything large loads
 
 
@@ -456,7 +467,7 @@ def test_published_recipes_make_two_steps(name, tmp_path):
 def test_recipes_know_which_family_reads_which_key():
     with pytest.raises(recipe.RecipeError) as error:
         recipe.read("srpo-emoji", ["model.image_size=64", "model.distilled_guidance=2"])
-    assert "model.distilled_guidance: emoji does not read it; its own keys: lora_targets" in str(error.value)
+    assert "model.distilled_guidance: emoji does not read it; its own keys: none" in str(error.value)
     assert "model.image_size: emoji does not read it" in str(error.value)
     with pytest.raises(recipe.RecipeError, match="model.text_tokens: sdxl does not read it; its own keys: dtype, "):
         recipe.read("srpo-sdxl-24gb", ["model.text_tokens=77"])
@@ -470,4 +481,4 @@ def test_recipes_know_which_family_reads_which_key():
 def test_the_table_of_keys_is_what_the_families_take(name):
     module, kind, keys = recipe.MODELS[name]
     taken = inspect.signature(getattr(importlib.import_module(module), kind).load).parameters
-    assert set(keys) == set(taken) - {"folder", "training", "lora_rank", "lora_alpha", "names"}
+    assert set(keys) == set(taken) - {"folder", "training", "lora_rank", "lora_alpha", "lora_targets", "names"}

@@ -333,7 +333,8 @@ def _denoiser(
     else:
         with torch.device("meta"):
             config_of_lora = LoraConfig(
-                r=recipe.model.lora_rank, target_modules=list(module.LORA_TARGETS), init_lora_weights=False
+                r=recipe.model.lora_rank, target_modules=list(recipe.model.lora_targets or module.LORA_TARGETS),
+                init_lora_weights=False
             )
             inject_adapter_in_model(config_of_lora, network, adapter_name="policy")
         for name, p in network.named_parameters():

@@ -53,7 +53,7 @@ def _families() -> dict[str, tuple[str, str, tuple[str, ...]]]:
             methods = {part.name: part for part in getattr(node, "body", ()) if isinstance(part, ast.FunctionDef)}
             if isinstance(node, ast.ClassDef) and {"load", "predict"} <= methods.keys():
                 taken = [a.arg for a in (*methods["load"].args.args, *methods["load"].args.kwonlyargs)]
-                everyone = ("cls", "folder", "training", "lora_rank", "lora_alpha", "names")
+                everyone = ("cls", "folder", "training", "lora_rank", "lora_alpha", "lora_targets", "names")
                 keys = tuple(key for key in taken if key not in everyone)
                 found[name[1]] = (f"{models.__name__}.{path.stem}", node.name, keys)
     return found
@@ -607,7 +607,7 @@ def build_model(recipe: Recipe) -> Model:
     _check_loras(recipe)
     model = getattr(importlib.import_module(module), kind).load(
         settings.folder, training=settings.weights, lora_rank=settings.lora_rank, lora_alpha=settings.lora_alpha,
-        names=trained_names(recipe.algorithm_name), **options,
+        lora_targets=settings.lora_targets, names=trained_names(recipe.algorithm_name), **options,
     )
     if settings.start is not None:
         packaged = importlib.resources.files("palate") / "assets" / settings.start

@@ -46,7 +46,8 @@ class AuraFlow:
     @classmethod
     def load(
         cls, folder: str | Path, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
-        names: Sequence[str] = ("policy",), dtype: str = "bfloat16", device: str | None = None,
+        lora_targets: Sequence[str] | None = None, names: Sequence[str] = ("policy",), dtype: str = "bfloat16",
+        device: str | None = None,
         gradient_checkpointing: bool = True, image_size: ImageSize | None = None, file: str | None = None,
         text_cache: str | Path | None = None, text_tokens: int = 256,
     ) -> AuraFlow:
@@ -71,7 +72,7 @@ class AuraFlow:
             return encode
 
         parts = load_parts(
-            repository, FAMILY, "transformer", AuraFlowTransformer2DModel, targets=LORA_TARGETS,
+            repository, FAMILY, "transformer", AuraFlowTransformer2DModel, targets=lora_targets or LORA_TARGETS,
             patch=config["patch_size"], default_size=min(1024, largest), load_encoders=load_encoders,
             count_tokens=lambda prompt: len(tokenizer(prompt).input_ids), limit=text_tokens, training=training,
             lora_rank=lora_rank, lora_alpha=lora_alpha, names=names, dtype=dtype, device=device,

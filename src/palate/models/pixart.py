@@ -55,7 +55,8 @@ class PixArt:
     @classmethod
     def load(
         cls, folder: str | Path, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
-        names: Sequence[str] = ("policy",), dtype: str = "bfloat16", device: str | None = None,
+        lora_targets: Sequence[str] | None = None, names: Sequence[str] = ("policy",), dtype: str = "bfloat16",
+        device: str | None = None,
         gradient_checkpointing: bool = True, image_size: ImageSize | None = None, text_cache: str | Path | None = None,
         text_tokens: int | None = None,
     ) -> PixArt:
@@ -80,7 +81,7 @@ class PixArt:
             return encode
 
         parts = load_parts(
-            repository, FAMILY, "transformer", PixArtTransformer2DModel, targets=LORA_TARGETS,
+            repository, FAMILY, "transformer", PixArtTransformer2DModel, targets=lora_targets or LORA_TARGETS,
             patch=repository.config("transformer")["patch_size"], load_encoders=load_encoders,
             count_tokens=lambda prompt: len(tokenizer(prompt).input_ids), limit=text_tokens, training=training,
             lora_rank=lora_rank, lora_alpha=lora_alpha, names=names, dtype=dtype, device=device,

@@ -53,7 +53,8 @@ class StableDiffusion3:
     @classmethod
     def load(
         cls, folder: str | Path, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
-        names: Sequence[str] = ("policy",), dtype: str = "bfloat16", device: str | None = None,
+        lora_targets: Sequence[str] | None = None, names: Sequence[str] = ("policy",), dtype: str = "bfloat16",
+        device: str | None = None,
         gradient_checkpointing: bool = True, image_size: ImageSize | None = None, file: str | None = None,
         text_cache: str | Path | None = None, text_tokens: int = 256,
     ) -> StableDiffusion3:
@@ -94,8 +95,9 @@ class StableDiffusion3:
 
         reader = t5_tokenizer or clip_tokenizers[0]
         parts = load_parts(
-            repository, FAMILY, "transformer", SD3Transformer2DModel, targets=LORA_TARGETS, patch=config["patch_size"],
-            load_encoders=load_encoders, count_tokens=lambda prompt: len(reader(prompt).input_ids),
+            repository, FAMILY, "transformer", SD3Transformer2DModel, targets=lora_targets or LORA_TARGETS,
+            patch=config["patch_size"], load_encoders=load_encoders,
+            count_tokens=lambda prompt: len(reader(prompt).input_ids),
             limit=text_tokens if with_t5 else reader.model_max_length, training=training, lora_rank=lora_rank,
             lora_alpha=lora_alpha, names=names, dtype=dtype, device=device,
             gradient_checkpointing=gradient_checkpointing, image_size=image_size, file=file, text_cache=text_cache)

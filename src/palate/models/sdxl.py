@@ -51,7 +51,8 @@ class StableDiffusionXL:
     @classmethod
     def load(
         cls, folder: str | Path, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
-        names: Sequence[str] = ("policy",), dtype: str = "bfloat16", device: str | None = None,
+        lora_targets: Sequence[str] | None = None, names: Sequence[str] = ("policy",), dtype: str = "bfloat16",
+        device: str | None = None,
         gradient_checkpointing: bool = True, image_size: ImageSize | None = None, file: str | None = None,
         text_cache: str | Path | None = None,
     ) -> StableDiffusionXL:
@@ -78,7 +79,8 @@ class StableDiffusionXL:
             return encode
 
         parts = load_parts(
-            repository, FAMILY, "unet", UNet2DConditionModel, targets=LORA_TARGETS, load_encoders=load_encoders,
+            repository, FAMILY, "unet", UNet2DConditionModel, targets=lora_targets or LORA_TARGETS,
+            load_encoders=load_encoders,
             count_tokens=lambda prompt: len(first(prompt).input_ids), limit=first.model_max_length, training=training,
             lora_rank=lora_rank, lora_alpha=lora_alpha, names=names, dtype=dtype, device=device,
             gradient_checkpointing=gradient_checkpointing, image_size=image_size, file=file, text_cache=text_cache)

@@ -48,7 +48,8 @@ class StableDiffusion:
     @classmethod
     def load(
         cls, folder: str | Path, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
-        names: Sequence[str] = ("policy",), dtype: str = "bfloat16", device: str | None = None,
+        lora_targets: Sequence[str] | None = None, names: Sequence[str] = ("policy",), dtype: str = "bfloat16",
+        device: str | None = None,
         gradient_checkpointing: bool = True, image_size: ImageSize | None = None, file: str | None = None,
         text_cache: str | Path | None = None,
     ) -> StableDiffusion:
@@ -75,7 +76,7 @@ class StableDiffusion:
             return encode
 
         parts = load_parts(
-            repository, FAMILY, "unet", UNet2DConditionModel, targets=LORA_TARGETS,
+            repository, FAMILY, "unet", UNet2DConditionModel, targets=lora_targets or LORA_TARGETS,
             load_encoders=load_encoders, count_tokens=lambda prompt: len(tokenizer(prompt).input_ids),
             limit=tokenizer.model_max_length, training=training, lora_rank=lora_rank, lora_alpha=lora_alpha,
             names=names, dtype=dtype, device=device, gradient_checkpointing=gradient_checkpointing,

@@ -49,7 +49,8 @@ class ZImage:
     @classmethod
     def load(
         cls, folder: str | Path, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
-        names: Sequence[str] = ("policy",), dtype: str = "bfloat16", device: str | None = None,
+        lora_targets: Sequence[str] | None = None, names: Sequence[str] = ("policy",), dtype: str = "bfloat16",
+        device: str | None = None,
         gradient_checkpointing: bool = True, image_size: ImageSize | None = None, file: str | None = None,
         text_cache: str | Path | None = None, text_tokens: int = 512,
     ) -> ZImage:
@@ -74,7 +75,7 @@ class ZImage:
             return encode
 
         parts = load_parts(
-            repository, FAMILY, "transformer", ZImageTransformer2DModel, targets=LORA_TARGETS, patch=2,
+            repository, FAMILY, "transformer", ZImageTransformer2DModel, targets=lora_targets or LORA_TARGETS, patch=2,
             default_size=1024, load_encoders=load_encoders,
             count_tokens=lambda prompt: len(tokenizer(as_chat(prompt)).input_ids), limit=text_tokens, training=training,
             lora_rank=lora_rank, lora_alpha=lora_alpha, names=names, dtype=dtype, device=device,
