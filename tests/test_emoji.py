@@ -71,9 +71,11 @@ def test_every_shipped_prompt_is_understood():
 
 
 def test_evaluation_prompts_are_not_trained_on():
-    train = set((ASSETS / "prompts/emoji-train.txt").read_text().splitlines())
-    evaluation = (ASSETS / "prompts/emoji-eval.txt").read_text().splitlines()
-    assert len(evaluation) == 208 and not train & set(evaluation)
+    train, evaluation, styled, distil = (
+        set((ASSETS / f"prompts/emoji-{name}.txt").read_text().splitlines())
+        for name in ("train", "eval", "styled", "distil"))
+    assert len(evaluation) == 208 and not (train | distil) & (evaluation | styled)
+    assert train < distil and {parse_prompt(prompt).style for prompt in distil - train} == set(vocabulary().styles)
 
 
 def test_equals_the_diffusers_parts(model):

@@ -3,6 +3,7 @@
 emoji-train    416 prompts without a style word (what the recipes train on)
 emoji-eval     208 other prompts without a style word, each concept twice (what evaluations use)
 emoji-styled   520 prompts that name concept, style and background, trained pairs only (the base model's quality bar)
+emoji-distil   emoji-train and a prompt of each trained pair of concept and style (what the one-step generator learns)
 emoji-heldout  120 prompts of the (concept, style) pairs that the base model never saw
 """
 
@@ -39,10 +40,14 @@ def main() -> None:
         "emoji-styled": [styled(pair, str(rng.choice(colours))) for pair in seen],
         "emoji-heldout": [styled(pair, colour) for pair in sorted(held_out) for colour in colours],
     }
+    orders = {name: rng.permutation(len(prompts)) for name, prompts in lists.items()}
+    others = [styled(pair, str(rng.choice(colours))) for pair in sorted(set(seen))]
+    lists["emoji-distil"] = [*train, *(prompt for prompt in others if prompt not in lists["emoji-styled"])]
+    orders["emoji-distil"] = rng.permutation(len(lists["emoji-distil"]))
     folder = ASSETS / "prompts"
     folder.mkdir(parents=True, exist_ok=True)
     for name, prompts in lists.items():
-        order = rng.permutation(len(prompts))
+        order = orders[name]
         (folder / f"{name}.txt").write_text("".join(f"{prompts[k]}\n" for k in order))
         print(f"{name}: {len(prompts)} prompts, {len(set(prompts))} different")
 
