@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from methods import PLAIN, Counted, Row, Watched, common_options, measured, scatter, slug
+from methods import PLAIN, Counted, Row, Watched, common_options, measured, scatter, slug, whole
 
 from palate import recipe
 from palate.evaluate import (diversity, embedded_referee, frechet_distance, generate, matches, pairs, quantise,
@@ -218,8 +218,8 @@ def train_on(start: str, seed: int, alone: int, updates: int, checks: int, promp
     check(0)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            train(model, Watched(parts.algorithm, before, after), parts.reward, parts.prompts, folder=folder,
-                  progress=False, **{**vars(plan.trainer), "steps": alone + updates + 1})
+            whole(train(model, Watched(parts.algorithm, before, after), parts.reward, parts.prompts, folder=folder,
+                        progress=False, **{**vars(plan.trainer), "steps": alone + updates + 1}))
         except _Enough:
             pass
     return {"start": start, "alone": alone, "points": points}
@@ -239,6 +239,10 @@ def family_table(args: argparse.Namespace) -> str:
     for name in FAMILY:
         paths = [args.results / f"{slug('distar', 'family', name, seed, args.updates)}.json" for seed in args.seeds]
         found = [json.loads(path.read_text())["points"] for path in paths if path.exists()]
+        for path, points in zip([path for path in paths if path.exists()], found, strict=True):
+            if points[-1]["updates"] < args.updates:
+                raise ValueError(f"{path} ends after {points[-1]['updates']} updates of {args.updates}; delete it and "
+                                 "measure again")
         if not found:
             continue
         if not series:
@@ -248,9 +252,10 @@ def family_table(args: argparse.Namespace) -> str:
         cells = [f"{np.mean([e[key] for e in ends]):.3f} ± {np.std([e[key] for e in ends]):.3f}" for key in KEYS]
         lines.append(f"| {name} | {len(found)} | " + " | ".join(cells)
                      + f" | {np.mean([e['seconds'] for e in ends]):.0f} |")
-    if series:
-        path = args.results / "distar-family.svg"
-        path.write_text(scatter("Diversity over reward, on the way", "reward", "diversity inside a prompt", series, {}))
+    if not series:
+        return ""
+    path = args.results / "distar-family.svg"
+    path.write_text(scatter("Diversity over reward, on the way", "reward", "diversity inside a prompt", series, {}))
     return "\n".join(lines)
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from distar import eval_like
-from methods import METHODS, WORDS, Row, common_options, measured, objective, rate, slug
+from methods import METHODS, WORDS, Row, common_options, measured, objective, rate, slug, whole
 
 from palate import recipe
 from palate.evaluate import bootstrap_interval, embedded_referee, generate, matches, pairs, quantise
@@ -63,8 +63,8 @@ def over_optimise(
     found: dict = {"method": method, "seed": seed, "lr": lr}
     with tempfile.TemporaryDirectory() as folder:
         plan, parts, reward = build(method, seed, lr, [*guard, *overrides, f"trainer.steps={steps}"])
-        outcome = train(parts.model, parts.algorithm, reward, parts.prompts, folder=folder, progress=False,
-                        preview=parts.preview_prompts, **vars(plan.trainer))
+        outcome = whole(train(parts.model, parts.algorithm, reward, parts.prompts, folder=folder, progress=False,
+                              preview=parts.preview_prompts, **vars(plan.trainer)))
         log = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
         checks = [row for row in log if row["event"] == "guard"]
         found |= {"stopped": outcome.reason.startswith("guard"), "step": outcome.step, "why": outcome.reason,
@@ -74,7 +74,8 @@ def over_optimise(
     with tempfile.TemporaryDirectory() as folder:
         plan, parts, reward = build(method, seed, lr, ["trainer.guard.every=0", *overrides,
                                                        f"trainer.steps={2 * outcome.step}"])
-        train(parts.model, parts.algorithm, reward, parts.prompts, folder=folder, progress=False, **vars(plan.trainer))
+        whole(train(parts.model, parts.algorithm, reward, parts.prompts, folder=folder, progress=False,
+                    **vars(plan.trainer)))
         free = concepts(parts.model, held_out)
     words, _ = pairs(held_out, (0, 1))
     low, high = bootstrap_interval(kept, base, groups=words)

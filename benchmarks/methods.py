@@ -37,7 +37,7 @@ from palate.path import Prediction
 from palate.report import ticks
 from palate.rewards.combine import semantic_relative
 from palate.rewards.simple import saturation
-from palate.train import train
+from palate.train import Outcome, train
 
 STYLE, NEGATIVE, K = "3d", "flat", 1.0
 METHODS = {  # name -> recipe, what is swept as its strength in frontier.py
@@ -165,6 +165,14 @@ class _Enough(Exception):
     """The run has what it needs."""
 
 
+def whole(outcome: Outcome) -> Outcome:
+    """The outcome of a run that went to its end. A signal makes `train` return early: such a run is no row of a table.
+    """
+    if outcome.exit_code:
+        raise RuntimeError(f"stopped by a {outcome.reason} at step {outcome.step}; its row is not kept")
+    return outcome
+
+
 def watch(
     method: str, seed: int, who: Referees, *, budget: int, checks: int, overrides: Sequence[str] = (),
     done: Callable[[Check], bool] = lambda check: False,
@@ -202,8 +210,8 @@ def watch(
     settings = {**vars(plan.trainer), "steps": 10**6}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            train(model, Watched(parts.algorithm, before, after), reward, parts.prompts, folder=folder, progress=False,
-                  **settings)
+            whole(train(model, Watched(parts.algorithm, before, after), reward, parts.prompts, folder=folder,
+                        progress=False, **settings))
         except _Enough:
             pass
     return found

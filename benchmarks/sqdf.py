@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from frontier import area, share_above
-from methods import RATES, Row, common_options, measured, rate, referees, scatter, slug, small, watch
+from methods import RATES, Row, common_options, measured, rate, referees, scatter, slug, small, watch, whole
 
 from palate import recipe
 from palate.evaluate import generate, matches, pairs, quantise
@@ -103,7 +103,8 @@ def tables(args: argparse.Namespace) -> str:
             cells = [f"{np.mean([e[k] for e in ends]):.3f} ± {np.std([e[k] for e in ends]):.3f}"
                      for k in ("reward", "heldout", "style", "concept", "diversity", "drift", "saturation")]
             lines.append(f"| {name} | {len(found)} | {ends[0]['updates']} | " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines))
+        if len(lines) > 2:
+            parts.append("\n".join(lines))
     if len(clouds) > 1:
         parts += [levels(clouds), frontier_table(clouds)]
         series = {name: [(p["heldout"], p["diversity"]) for points in every(found) for p in points]
@@ -121,7 +122,7 @@ def tables(args: argparse.Namespace) -> str:
             concept = ", ".join(f"{np.mean([f[k] for f in found]):.3f}" for k in ("concept_base", "concept"))
             lines.append(f"| {oracle} | {len(found)} | " + " | ".join(cells) + f" | {concept} | "
                          f"{np.mean([f['seconds'] for f in found]) / 60:.1f} |")
-    return "\n\n".join([*parts, "\n".join(lines)])
+    return "\n\n".join([*parts, "\n".join(lines)] if len(lines) > 2 else parts)
 
 
 def every(found: dict[int, list]) -> list[list[dict]]:
@@ -195,7 +196,7 @@ def black_box(oracle: str, seed: int, prompts: int, queries: int, overrides: lis
                                               *overrides])
         began = time.perf_counter()
         with torch.enable_grad():
-            from_recipe(plan)
+            whole(from_recipe(plan))
         seconds = time.perf_counter() - began
         model = recipe.build_model(plan)
         model.load_adapter(Path(folder) / "run/adapter")
@@ -263,7 +264,8 @@ def main() -> None:
         measured(black_box_rows(args), args.jobs)
     text = tables(args)
     args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "sqdf.md").write_text(text + "\n")
+    if text:
+        (args.results / "sqdf.md").write_text(text + "\n")
     print(text)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import subprocess
@@ -95,6 +96,22 @@ def test_rows_are_made_once_and_one_that_fails_stops_no_other(tmp_path, capfd):
     assert json.loads((tmp_path / "threads.json").read_text()) == 1 and not rows[1].path.exists()
     assert "[2 of 2, " in capfd.readouterr().out
     assert methods.measured([rows[0], rows[2]], jobs=2) == [5, 1]
+
+
+def test_a_run_that_a_signal_ended_is_no_row(tmp_path):
+    """`train` returns normally after SIGTERM, to be resumed; a table must not take such a run for a whole one."""
+    outcome = methods.Outcome(tmp_path, 7, "signal", 143)
+    with pytest.raises(RuntimeError, match="signal at step 7"):
+        methods.whole(outcome)
+    assert methods.whole(outcome._replace(reason="guard: concept fell", exit_code=0)).step == 7
+    row = methods.Row(tmp_path / "row.json", methods.whole, (outcome,))
+    with pytest.raises(RuntimeError, match="its row is not kept"):
+        methods.stored(row)
+    assert not row.path.exists() and not list(tmp_path.iterdir())
+    cut = {"points": [{"updates": 0, **dict.fromkeys(distar.KEYS, 0.5), "seconds": 0.0}]}
+    (tmp_path / f"{methods.slug('distar', 'family', 'DI*', 0, 60)}.json").write_text(json.dumps(cut))
+    with pytest.raises(ValueError, match="ends after 0 updates of 60"):
+        distar.family_table(argparse.Namespace(results=tmp_path, updates=60, seeds=[0]))
 
 
 def test_areas_and_shares_at_equal_reward():
