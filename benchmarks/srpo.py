@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from methods import whole
 
 from palate import recipe
 from palate.evaluate import Referee, diversity, drift, embedded_referee, evaluate_images, generate, pairs, quantise
@@ -55,8 +56,8 @@ def measure(name: str, overrides: list[str], seed: int, referee: Referee, cache:
     parts = recipe.build(plan)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        train(parts.model, parts.algorithm, parts.reward, parts.prompts, folder=folder, **vars(plan.trainer),
-              progress=False)
+        whole(train(parts.model, parts.algorithm, parts.reward, parts.prompts, folder=folder, **vars(plan.trainer),
+                    progress=False))
     seconds = time.perf_counter() - began
 
     prompts = recipe.spread(recipe.read_prompts("emoji-eval"), count)
