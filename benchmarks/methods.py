@@ -247,7 +247,6 @@ def measured(rows: Sequence[Row], jobs: int, show: Callable[[Any], Any] = lambda
         print(f"[{done} of {len(missing)}, {minutes:.1f} min] {row.path.stem}: {text}", flush=True)
 
     if missing:
-        os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes when they import torch
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(jobs, len(missing)), context, torch.set_num_threads, (1,)) as pool:
             futures = {pool.submit(stored, row): row for row in missing}

@@ -185,7 +185,8 @@ def test_killed_in_the_middle_of_saves_it_ends_bit_identical(tmp_path):
     """SIGKILL twice, each time inside a save (each save synchronises three times), then run to the end."""
     run(tmp_path / "whole", ema_decay=0.5)
     script = textwrap.dedent(KILLED).format(tests=str(Path(__file__).parent))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path),
+                   "OMP_NUM_THREADS": str(torch.get_num_threads())}  # bit for bit holds for one number of threads
     for after, code in ((12, -signal.SIGKILL), (7, -signal.SIGKILL), (10**6, 0)):
         ended = subprocess.run([sys.executable, "-c", script, str(tmp_path / "killed"), str(after)], env=environment)
         assert ended.returncode == code
