@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from methods import PLAIN, Counted, Row, Watched, common_options, measured, scatter, slug, whole
+from methods import PLAIN, Counted, Row, Watched, measured, parsed, scatter, slug, whole
 
 from palate import recipe
 from palate.evaluate import (diversity, embedded_referee, frechet_distance, generate, matches, pairs, quantise,
@@ -271,11 +271,8 @@ def main() -> None:
     parser.add_argument("--checks", type=int, default=4)
     parser.add_argument("--prompts", type=int, default=104, help="family: evaluation prompts, four images each")
     parser.add_argument("--override", nargs="*", default=[], help="for every row, while tuning")
-    common_options(parser)
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
+    args = parsed(parser)
     if args.quick:
-        args.results = Path(tempfile.mkdtemp(prefix="palate-quick-"))
         args.count, args.repeats, args.prompts = 6, 1, 4
         args.seeds, args.updates, args.alone, args.checks = [0], 1, 1, 1
         args.override.append("trainer.batch_size=2")

@@ -17,11 +17,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from pathlib import Path
 
 import numpy as np
-from methods import (METHODS, RATES, Row, available, common_options, measured, rate, referees, scatter, slug, small,
+from methods import (METHODS, RATES, Row, available, measured, parsed, rate, referees, scatter, slug, small,
                      watch)
 
 PANELS = {"heldout": "held-out objective", "concept": "concept accuracy",
@@ -161,12 +160,9 @@ def main() -> None:
     parser.add_argument("--checks", type=int, default=3, help="measurements in a run, evenly spread over the budget")
     parser.add_argument("--prompts", type=int, default=48, help="two images each")
     parser.add_argument("--override", nargs="*", default=[], help="for every method")
-    common_options(parser)
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
+    args = parsed(parser)
     if args.quick:
         args.seeds, args.budget, args.checks, args.prompts = args.seeds[:1], 60, 1, 6
-        args.results = Path(tempfile.mkdtemp(prefix="palate-quick-"))
     clouds = clouds_of(args)
     result, text = summary(clouds)
     (args.results / "frontier.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from distar import eval_like
-from methods import METHODS, WORDS, Row, common_options, measured, objective, rate, slug, whole
+from methods import METHODS, WORDS, Row, measured, objective, parsed, rate, slug, whole
 
 from palate import recipe
 from palate.evaluate import bootstrap_interval, embedded_referee, generate, matches, pairs, quantise
@@ -108,11 +108,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="at most")
     parser.add_argument("--prompts", type=int, default=128, help="to judge on, two images each")
     parser.add_argument("--override", nargs="*", default=[], help="for every run")
-    common_options(parser)
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
+    args = parsed(parser)
     if args.quick:
-        args.results = Path(tempfile.mkdtemp(prefix="palate-quick-"))
         args.seeds, args.every, args.steps, args.prompts = args.seeds[:1], 1, 1, 4
         args.override += ["trainer.batch_size=2", "trainer.guard.prompts=4"]
     rows = [Row(args.results / f"{slug('guard', method, seed, args.factor)}.json", over_optimise,

@@ -348,9 +348,15 @@ def tune(results: Path, methods: Sequence[str], seed: int, budget: int, prompts:
     return chosen
 
 
-def common_options(parser: argparse.ArgumentParser) -> None:
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, with those that every benchmark takes; --quick leaves the real results alone."""
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--jobs", type=int, default=2, help="rows at once, a process of one thread each")
+    parser.add_argument("--quick", action="store_true", help="a few tiny runs; results go to a scratch folder")
+    args = parser.parse_args()
+    if args.quick:
+        args.results = Path(tempfile.mkdtemp(prefix="palate-quick-"))
+    return args
 
 
 def main() -> None:
@@ -360,8 +366,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=100, help="of the search; the tables use others")
     parser.add_argument("--budget", type=int, default=6000, help="denoiser forwards of a run")
     parser.add_argument("--prompts", type=int, default=64)
-    common_options(parser)
-    args = parser.parse_args()
+    args = parsed(parser)
+    if args.quick:
+        args.budget, args.prompts = 60, 4
     chosen = tuned(args.results) | tune(args.results, args.methods, args.seed, args.budget, args.prompts, args.jobs)
     (args.results / "tuned.json").write_text(json.dumps(chosen, indent=1) + "\n")
     print(f"{len(RATES)} learning rates x 1 seed x {args.budget} forwards a method: {json.dumps(chosen)}")

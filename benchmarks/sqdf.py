@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from frontier import area, share_above
-from methods import RATES, Row, common_options, measured, rate, referees, scatter, slug, small, watch, whole
+from methods import RATES, Row, measured, parsed, rate, referees, scatter, slug, small, watch, whole
 
 from palate import recipe
 from palate.evaluate import generate, matches, pairs, quantise
@@ -247,11 +247,8 @@ def main() -> None:
     parser.add_argument("--oracles", nargs="+", default=list(ORACLES), choices=ORACLES)
     parser.add_argument("--consistency", type=Path, help="folder of a consistency model, else the one in the package")
     parser.add_argument("--override", nargs="*", default=[], help="for every row, while tuning")
-    common_options(parser)
-    parser.add_argument("--quick", action="store_true", help="a few tiny runs; results go to a scratch folder")
-    args = parser.parse_args()
+    args = parsed(parser)
     if args.quick:
-        args.results = Path(tempfile.mkdtemp(prefix="palate-quick-"))
         args.seeds, args.budget, args.checks, args.prompts, args.queries = [0], 60, 1, 4, 12
         if args.what == "blackbox":
             args.oracles, args.updates = args.oracles[:1], 1

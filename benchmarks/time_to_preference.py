@@ -16,12 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from figures import STYLE as CSS
-from methods import STYLE, Check, Row, available, common_options, measured, rate, referees, slug, small, watch
+from methods import STYLE, Check, Row, available, measured, parsed, rate, referees, slug, small, watch
 
 from palate.report import Line, chart
 
@@ -111,12 +110,9 @@ def main() -> None:
     parser.add_argument("--checks", type=int, default=8, help="measurements in a run, evenly spread over the budget")
     parser.add_argument("--prompts", type=int, default=64, help="one image each")
     parser.add_argument("--override", nargs="*", default=[], help="for every method")
-    common_options(parser)
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
+    args = parsed(parser)
     if args.quick:
         args.seeds, args.budget, args.checks, args.prompts = args.seeds[:1], 60, 1, 8
-        args.results = Path(tempfile.mkdtemp(prefix="palate-quick-"))
     wanted = []
     for seed in args.seeds:
         for method in args.methods:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from palate.models.autoencoder import ImageSize, sides
-from palate.models.parts import Parts, load_parts
+from palate.models.parts import LoadedModel, load_parts
 from palate.models.repository import open_repository
 from palate.models.schedules import flow_times
 from palate.path import Prediction, flow_schedule, from_velocity
@@ -28,28 +28,19 @@ class Cond(NamedTuple):  # tensors (B, ...): what a prompt becomes
     text: Tensor  # (B, text_tokens, 2048), zero where the prompt has ended
 
 
-class AuraFlow:
+class AuraFlow(LoadedModel):
     """The `Model` protocol over AuraFlow."""
 
     schedule = staticmethod(flow_schedule)
     default_steps = 50
     default_guidance = 3.5
 
-    def __init__(self, parts: Parts, scheduler: FlowMatchEulerDiscreteScheduler):
-        self.parts, self.scheduler = parts, scheduler
-        self.weights, self.training = parts.weights, parts.weights.training
-        self.latent_shape, self.image_size, self.device = parts.latent_shape, parts.image_size, parts.device
-        self.encode, self.decode, self.parameters = parts.encode, parts.decode, parts.parameters
-        self.save_adapter, self.load_adapter = parts.save_adapter, parts.load_adapter
-        self.fingerprint, self.cache_prompts = parts.fingerprint, parts.cache_prompts
-
     @classmethod
     def load(
         cls, folder: str | Path, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
         lora_targets: Sequence[str] | None = None, names: Sequence[str] = ("policy",), dtype: str = "bfloat16",
-        device: str | None = None,
-        gradient_checkpointing: bool = True, image_size: ImageSize | None = None, file: str | None = None,
-        text_cache: str | Path | None = None, text_tokens: int = 256,
+        device: str | None = None, gradient_checkpointing: bool = True, image_size: ImageSize | None = None,
+        file: str | None = None, text_cache: str | Path | None = None, text_tokens: int = 256,
     ) -> AuraFlow:
         """From a diffusers folder or hub id; docs/models.md describes the options that all families share."""
         repository = open_repository(folder, family=FAMILY, parts=PARTS, file=file)
@@ -84,7 +75,7 @@ class AuraFlow:
 
     def predict(self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0,
                 weights: str = "policy") -> Prediction:
-        output = self.parts.guided(self._output, weights, xt, t, cond, lambda: self.encode_prompts([""]), guidance)
+        output = self._guided(weights, xt, t, cond, lambda: self.encode_prompts([""]), guidance)
         return from_velocity(xt, output, *self.schedule(t))
 
     def _output(self, transformer: nn.Module, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:

@@ -132,13 +132,11 @@ class EmojiModel:
 
     def save_adapter(self, folder: Path | str) -> None:
         """What was trained: the policy's LoRA file (full training: its unet folder), other names in folders below."""
-        for name in self.weights.names:
-            self.weights.save(folder if name == "policy" else Path(folder) / name, name)
+        self.weights.save_all(folder)
 
     def load_adapter(self, folder: Path | str) -> None:
         """Read back what `save_adapter` wrote, into a model of the same training mode, rank and names."""
-        for name in self.weights.names:
-            self.weights.load(folder if name == "policy" else Path(folder) / name, name)
+        self.weights.load_all(folder)
 
 
 def _digest(*modules: nn.Module) -> str:

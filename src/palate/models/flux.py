@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from palate.models.autoencoder import ImageSize
-from palate.models.parts import Parts, load_parts
+from palate.models.parts import LoadedModel, Parts, load_parts
 from palate.models.repository import open_repository
 from palate.models.schedules import flow_times
 from palate.path import Prediction, flow_schedule, from_velocity
@@ -37,7 +37,7 @@ class Cond(NamedTuple):
     pooled: Tensor  # (B, 768), CLIP
 
 
-class Flux:
+class Flux(LoadedModel):
     """The `Model` protocol over FLUX.1 dev and schnell.
 
     distilled_guidance: what dev is told. rollout_distilled_guidance: what it is told in calls without gradient, that is
@@ -49,24 +49,18 @@ class Flux:
 
     def __init__(self, parts: Parts, scheduler: FlowMatchEulerDiscreteScheduler, *, distilled_guidance: float = 3.5,
                  rollout_distilled_guidance: float | None = None):
-        self.parts, self.scheduler = parts, scheduler
+        super().__init__(parts, scheduler)
         self.distilled = parts.weights.network.config.guidance_embeds
         self.distilled_guidance, self.rollout_distilled_guidance = distilled_guidance, rollout_distilled_guidance
         self.default_steps = 28 if self.distilled else 4
-        self.weights, self.training = parts.weights, parts.weights.training
-        self.latent_shape, self.image_size, self.device = parts.latent_shape, parts.image_size, parts.device
-        self.encode, self.decode, self.parameters = parts.encode, parts.decode, parts.parameters
-        self.save_adapter, self.load_adapter = parts.save_adapter, parts.load_adapter
-        self.fingerprint, self.cache_prompts = parts.fingerprint, parts.cache_prompts
 
     @classmethod
     def load(
         cls, folder: str | Path, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
         lora_targets: Sequence[str] | None = None, names: Sequence[str] = ("policy",), dtype: str = "bfloat16",
-        device: str | None = None,
-        gradient_checkpointing: bool = True, image_size: ImageSize | None = None, file: str | None = None,
-        text_cache: str | Path | None = None, text_tokens: int = 512, distilled_guidance: float = 3.5,
-        rollout_distilled_guidance: float | None = None,
+        device: str | None = None, gradient_checkpointing: bool = True, image_size: ImageSize | None = None,
+        file: str | None = None, text_cache: str | Path | None = None, text_tokens: int = 512,
+        distilled_guidance: float = 3.5, rollout_distilled_guidance: float | None = None,
     ) -> Flux:
         """From a diffusers folder or hub id; docs/models.md describes the options that all families share."""
         repository = open_repository(folder, family=FAMILY, parts=PARTS, file=file)
@@ -106,7 +100,7 @@ class Flux:
 
     def predict(self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0,
                 weights: str = "policy") -> Prediction:
-        output = self.parts.guided(self._output, weights, xt, t, cond, lambda: self.encode_prompts([""]), guidance)
+        output = self._guided(weights, xt, t, cond, lambda: self.encode_prompts([""]), guidance)
         return from_velocity(xt, output, *self.schedule(t))
 
     def _output(self, transformer: nn.Module, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:

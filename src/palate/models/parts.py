@@ -23,12 +23,11 @@ from palate.models.text_cache import Encode, TextCache
 from palate.models.weights import NamedWeights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-Run = Callable[[nn.Module, Tensor, Tensor, Any], Tensor]  # network, xt, t, cond -> its output
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A loaded model. Its methods are those of `core.Model` that no family does in its own way."""
+    """What `load_parts` has loaded."""
 
     repository: Repository
     denoiser: str  # the name of its part
@@ -41,49 +40,60 @@ class Parts:
     device: torch.device
     file: str | None
 
+
+class LoadedModel:
+    """What every family does in the same way of the `Model` protocol.
+
+    A family adds what it is told (`encode_prompts`), its network's call (`_output`) and its times.
+    """
+
+    def __init__(self, parts: Parts, scheduler: Any):
+        self.parts, self.scheduler = parts, scheduler
+        self.weights, self.training = parts.weights, parts.weights.training
+        self.latent_shape, self.image_size, self.device = parts.latent_shape, parts.image_size, parts.device
+
     def encode(self, images: Tensor) -> Tensor:
-        return self.vae.encode(images)
+        return self.parts.vae.encode(images)
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(latents)
+        return self.parts.vae.decode(latents)
 
     def parameters(self, weights: str = "policy") -> list[nn.Parameter]:
         return self.weights.parameters(weights)
 
     def fingerprint(self) -> str:
         """SHA-256 of the files of the denoiser and the VAE; adapters and text encoders are not included."""
-        return self.repository.digest([self.denoiser, "vae"], self.file)
+        return self.parts.repository.digest([self.parts.denoiser, "vae"], self.parts.file)
 
     def save_adapter(self, folder: Path | str) -> None:
         """What was trained: the policy's LoRA file (full training: its network), other names in folders below."""
-        for name in self.weights.names:
-            self.weights.save(folder if name == "policy" else Path(folder) / name, name)
+        self.weights.save_all(folder)
 
     def load_adapter(self, folder: Path | str) -> None:
         """Read back what `save_adapter` wrote, into a model of the same training mode, rank and names."""
-        for name in self.weights.names:
-            self.weights.load(folder if name == "policy" else Path(folder) / name, name)
+        self.weights.load_all(folder)
 
     def cache_prompts(self, prompts: Sequence[str]) -> None:
         """Encode all prompts to disk, then free the text encoders. Warns once about prompts that are too long."""
-        self.text.fill(prompts)
+        self.parts.text.fill(prompts)
 
-    def guided(self, run: Run, weights: str, xt: Tensor, t: Tensor, cond: Any, null: Callable[[], Any],
-               guidance: float) -> Tensor:
-        """u + w (c - u) of `run`'s outputs, in one batch of twice the size; c alone at w = 1. At least float32.
+    def _guided(self, weights: str, xt: Tensor, t: Tensor, cond: Any, null: Callable[[], Any],
+                guidance: float) -> Tensor:
+        """u + w (c - u) of `_output`, in one batch of twice the size; c alone at w = 1. At least float32.
 
         cond: a NamedTuple of tensors (B, ...). null: makes that of the empty prompt, (1, ...) or (B, ...) each. The
         network gets xt and cond in its own precision, and t as it is.
         """
-        full = self.weights.training == "full" and self.dtype != torch.float32
-        outside, inside = torch.promote_types(xt.dtype, torch.float32), torch.float32 if full else self.dtype
+        dtype = self.parts.dtype
+        full = self.weights.training == "full" and dtype != torch.float32
+        outside, inside = torch.promote_types(xt.dtype, torch.float32), torch.float32 if full else dtype
         if guidance != 1.0:
             xt, t = torch.cat([xt, xt]), torch.cat([t, t])
             cond = type(cond)(*(torch.cat([n.expand_as(c), c]) for n, c in zip(null(), cond, strict=True)))
         cond = type(cond)(*(c.to(inside) if c.is_floating_point() else c for c in cond))
         with self.weights.speaking_as(weights) as network:
-            with torch.autocast(self.device.type, self.dtype, enabled=full):
-                output = run(network, xt.to(inside), t, cond).to(outside)
+            with torch.autocast(self.device.type, dtype, enabled=full):
+                output = self._output(network, xt.to(inside), t, cond).to(outside)
         if guidance == 1.0:
             return output
         unconditional, conditional = output.chunk(2)

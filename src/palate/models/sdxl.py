@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from palate.models.autoencoder import ImageSize
-from palate.models.parts import Parts, load_parts
+from palate.models.parts import LoadedModel, Parts, load_parts
 from palate.models.repository import open_repository
 from palate.models.schedules import training_step, vp_prediction, vp_times
 from palate.path import Prediction, vp_schedule
@@ -32,29 +32,23 @@ class Cond(NamedTuple):
     pooled: Tensor  # (B, width) of the second encoder
 
 
-class StableDiffusionXL:
+class StableDiffusionXL(LoadedModel):
     """The `Model` protocol over SDXL. Images are told to be uncropped and of the size that is drawn."""
 
     default_steps = 50
     default_guidance = 5.0
 
     def __init__(self, parts: Parts, scheduler: DDIMScheduler | EulerDiscreteScheduler):
-        self.parts, self.scheduler = parts, scheduler
+        super().__init__(parts, scheduler)
         self.schedule = vp_schedule(scheduler.alphas_cumprod)
         self.empty_prompt_is_zero = parts.repository.index.get("force_zeros_for_empty_prompt", True)
-        self.weights, self.training = parts.weights, parts.weights.training
-        self.latent_shape, self.image_size, self.device = parts.latent_shape, parts.image_size, parts.device
-        self.encode, self.decode, self.parameters = parts.encode, parts.decode, parts.parameters
-        self.save_adapter, self.load_adapter = parts.save_adapter, parts.load_adapter
-        self.fingerprint, self.cache_prompts = parts.fingerprint, parts.cache_prompts
 
     @classmethod
     def load(
         cls, folder: str | Path, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
         lora_targets: Sequence[str] | None = None, names: Sequence[str] = ("policy",), dtype: str = "bfloat16",
-        device: str | None = None,
-        gradient_checkpointing: bool = True, image_size: ImageSize | None = None, file: str | None = None,
-        text_cache: str | Path | None = None,
+        device: str | None = None, gradient_checkpointing: bool = True, image_size: ImageSize | None = None,
+        file: str | None = None, text_cache: str | Path | None = None,
     ) -> StableDiffusionXL:
         """From a diffusers folder or hub id; docs/models.md describes the options, which all families share."""
         repository = open_repository(folder, family=FAMILY, parts=PARTS, file=file)
@@ -94,7 +88,7 @@ class StableDiffusionXL:
         def null() -> Cond:
             return Cond(*map(torch.zeros_like, cond)) if self.empty_prompt_is_zero else self.encode_prompts([""])
 
-        output = self.parts.guided(self._output, weights, xt, t, cond, null, guidance)
+        output = self._guided(weights, xt, t, cond, null, guidance)
         return vp_prediction(self.scheduler.config.prediction_type, xt, output, *self.schedule(t))
 
     def _output(self, unet: nn.Module, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:

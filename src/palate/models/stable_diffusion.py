@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from palate.models.autoencoder import ImageSize
-from palate.models.parts import Parts, load_parts
+from palate.models.parts import LoadedModel, Parts, load_parts
 from palate.models.repository import open_repository
 from palate.models.schedules import training_step, vp_prediction, vp_times
 from palate.path import Prediction, vp_schedule
@@ -30,28 +30,22 @@ class Cond(NamedTuple):
     text: Tensor  # (B, 77, width)
 
 
-class StableDiffusion:
+class StableDiffusion(LoadedModel):
     """The `Model` protocol over Stable Diffusion 1.x and 2.x."""
 
     default_steps = 50
     default_guidance = 7.5
 
     def __init__(self, parts: Parts, scheduler: DDIMScheduler):
-        self.parts, self.scheduler = parts, scheduler
+        super().__init__(parts, scheduler)
         self.schedule = vp_schedule(scheduler.alphas_cumprod)
-        self.weights, self.training = parts.weights, parts.weights.training
-        self.latent_shape, self.image_size, self.device = parts.latent_shape, parts.image_size, parts.device
-        self.encode, self.decode, self.parameters = parts.encode, parts.decode, parts.parameters
-        self.save_adapter, self.load_adapter = parts.save_adapter, parts.load_adapter
-        self.fingerprint, self.cache_prompts = parts.fingerprint, parts.cache_prompts
 
     @classmethod
     def load(
         cls, folder: str | Path, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
         lora_targets: Sequence[str] | None = None, names: Sequence[str] = ("policy",), dtype: str = "bfloat16",
-        device: str | None = None,
-        gradient_checkpointing: bool = True, image_size: ImageSize | None = None, file: str | None = None,
-        text_cache: str | Path | None = None,
+        device: str | None = None, gradient_checkpointing: bool = True, image_size: ImageSize | None = None,
+        file: str | None = None, text_cache: str | Path | None = None,
     ) -> StableDiffusion:
         """From a diffusers folder or hub id; docs/models.md describes the options, which all families share."""
         repository = open_repository(folder, family=FAMILY, parts=PARTS, file=file)
@@ -88,7 +82,7 @@ class StableDiffusion:
 
     def predict(self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0,
                 weights: str = "policy") -> Prediction:
-        output = self.parts.guided(self._output, weights, xt, t, cond, lambda: self.encode_prompts([""]), guidance)
+        output = self._guided(weights, xt, t, cond, lambda: self.encode_prompts([""]), guidance)
         return vp_prediction(self.scheduler.config.prediction_type, xt, output, *self.schedule(t))
 
     def _output(self, unet: nn.Module, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:

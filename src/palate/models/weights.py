@@ -177,6 +177,16 @@ class NamedWeights:
             for key, parameter in own.items():
                 parameter.copy_(saved[key])
 
+    def save_all(self, folder: Path | str) -> None:
+        """`save` of the policy into the folder, of each other name into a folder of that name in it."""
+        for name in self.names:
+            self.save(folder if name == "policy" else Path(folder) / name, name)
+
+    def load_all(self, folder: Path | str) -> None:
+        """Read back what `save_all` wrote."""
+        for name in self.names:
+            self.load(folder if name == "policy" else Path(folder) / name, name)
+
     def _known(self, weights: str) -> None:
         if weights not in self.networks:
             raise ValueError(f"weights got {weights!r}; expected one of {', '.join(self.networks)}")
