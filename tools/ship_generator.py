@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -41,8 +42,13 @@ def ship(source: Path, out: Path) -> dict[str, float]:
     trained = source.parent.parent / "recipe.yaml"
     (out / "README.md").write_text(CARD.format(
         label=json.loads((out / "generator.json").read_text())["t_init"], **found,
-        recipe=trained.read_text().rstrip() if trained.is_file() else "# not known"))
+        recipe=published(trained.read_text()) if trained.is_file() else "# not known"))
     return found
+
+
+def published(text: str) -> str:
+    """A recipe without the folders of the machine it ran on."""
+    return re.sub(r"^(  (?:start|folder): )/.*$", r"\1an earlier run", text.rstrip(), flags=re.MULTILINE)
 
 
 CARD = """# emoji-1step: the embedded one-step generator
