@@ -20,7 +20,6 @@ keeps is what the divergence alone keeps.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -29,14 +28,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from methods import PLAIN, Counted, Row, Watched, measured, parsed, scatter, slug, whole
+from methods import PLAIN, Counted, Row, Watched, about, eval_like, made, measured, parsed, scatter, slug, whole
 
 from palate import recipe
 from palate.evaluate import (diversity, embedded_referee, frechet_distance, generate, matches, pairs, quantise,
                              referee_images)
 from palate.sampling import sample
 from palate.train import train
-from palate.vocabulary import vocabulary
 
 FAMILY = {
     "DI*": ["algorithm.divergence=distar"],
@@ -46,16 +44,6 @@ FAMILY = {
 JUDGED = ("concept", "style_named", "background", "correct", "reward/emoji-heldout", "reward/emoji")
 BARS = {"concept": -0.05, "style_named": -0.05, "reward/emoji-heldout": 0.0}  # least change against the teacher
 KEYS = ("reward", "heldout", "concept", "background", "diversity", "frechet")
-
-
-def eval_like(count: int) -> list[str]:
-    """emoji-eval, then more of "a CONCEPT on a COLOUR background" that no prompt list holds, spread over the rest."""
-    known = set(recipe.read_prompts("emoji-eval")) | set(recipe.read_prompts("emoji-train"))
-    vocab = vocabulary()
-    more = [f"a {concept} on a {colour} background" for colour in vocab.colours for concept in vocab.concepts]
-    free = [prompt for prompt in more if prompt not in known]
-    ours = recipe.read_prompts("emoji-eval")[:count]
-    return ours + recipe.spread(free, count - len(ours)) if count > len(ours) else ours
 
 
 def features(judge, images: torch.Tensor) -> torch.Tensor:
@@ -126,7 +114,7 @@ def clock(teacher, student, sampler, repeats: int) -> dict[str, float]:
 def teacher_table(results: Path) -> str:
     parts = []
     for path in sorted(results.glob("distar-teacher-*.json")):
-        found = json.loads(path.read_text())
+        found = made(path)
         lines = [f"| {path.stem.removeprefix('distar-teacher-')} | teacher, 16 evaluations | generator, 1 evaluation "
                  "| change (95 %) | bar |", "|---|---|---|---|---|"]
         for name in ("plain", "styled"):
@@ -198,9 +186,9 @@ def train_on(start: str, seed: int, alone: int, updates: int, checks: int, promp
     words, seeds = tuple(recipe.spread(recipe.read_prompts("emoji-eval"), prompts)), (0, 1, 2, 3)
     clock = {"trained": 0.0, "began": 0.0}
 
-    def check(made: int) -> None:
+    def check(updated: int) -> None:
         model.counting = False
-        points.append({"updates": made, "forwards": model.forwards, "seconds": round(clock["trained"], 1),
+        points.append({"updates": updated, "forwards": model.forwards, "seconds": round(clock["trained"], 1),
                        **judge(model, plan.algorithm.generator, words, seeds)})
         model.counting = True
 
@@ -209,10 +197,10 @@ def train_on(start: str, seed: int, alone: int, updates: int, checks: int, promp
 
     def after(step: int) -> None:
         clock["trained"] += time.perf_counter() - clock["began"]
-        made = step - alone
-        if made >= updates * len(points) / checks:
-            check(made)
-        if made >= updates:
+        updated = step - alone
+        if updated >= updates * len(points) / checks:
+            check(updated)
+        if updated >= updates:
             raise _Enough
 
     check(0)
@@ -238,7 +226,7 @@ def family_table(args: argparse.Namespace) -> str:
     series: dict[str, list[tuple[float, float]]] = {}
     for name in FAMILY:
         paths = [args.results / f"{slug('distar', 'family', name, seed, args.updates)}.json" for seed in args.seeds]
-        found = [json.loads(path.read_text())["points"] for path in paths if path.exists()]
+        found = [made(path)["points"] for path in paths if path.exists()]
         for path, points in zip([path for path in paths if path.exists()], found, strict=True):
             if points[-1]["updates"] < args.updates:
                 raise ValueError(f"{path} ends after {points[-1]['updates']} updates of {args.updates}; delete it and "
@@ -249,7 +237,7 @@ def family_table(args: argparse.Namespace) -> str:
             lines.append("| start | | " + " | ".join(f"{found[0][0][key]:.3f}" for key in KEYS) + " | |")
         series[name] = [(point["reward"], point["diversity"]) for points in found for point in points]
         ends = [points[-1] for points in found]
-        cells = [f"{np.mean([e[key] for e in ends]):.3f} ± {np.std([e[key] for e in ends]):.3f}" for key in KEYS]
+        cells = [about([end[key] for end in ends]) for key in KEYS]
         lines.append(f"| {name} | {len(found)} | " + " | ".join(cells)
                      + f" | {np.mean([e['seconds'] for e in ends]):.0f} |")
     if not series:

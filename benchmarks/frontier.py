@@ -44,14 +44,14 @@ def area(x: np.ndarray, y: np.ndarray, low: float, high: float, floor: float, ce
 def share_above(
     first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], low: float, high: float
 ) -> float:
-    """Share of the x in low..high, of those that either reaches, where the first's frontier is at least as high.
+    """Share of the x in low..high, of those that either reaches, where the first's frontier is higher; equal: half.
 
-    Each is (x, y) of a method's points.
+    Each is (x, y) of a method's points. NaN for an empty range.
     """
     grid = np.linspace(low, high, GRID)
     a, b = (np.nan_to_num(envelope(*cloud, grid), nan=-np.inf) for cloud in (first, second))
     reached = np.isfinite(a) | np.isfinite(b)
-    return float((a >= b)[reached].mean()) if reached.any() else float("nan")
+    return float(((a > b) + (a == b) / 2)[reached].mean()) if low < high and reached.any() else float("nan")
 
 
 def strengths(method: str, results: Path, quick: bool) -> list[tuple[str, list[str]]]:
@@ -127,14 +127,19 @@ def summary(clouds: dict[str, list[dict]], resamples: int = 1000) -> tuple[dict,
         lines.append(f"| {method} | {len(points)} | " + " | ".join(
             f"{row[n]:.3f}" for n in ("reward", "heldout", "concept", "diversity")) + " | " + " | ".join(cells) + " |")
     if "SQDF" in clouds:
-        every = np.concatenate([column["diversity"] for column in means.values()])
         for other in ("DRaFT-LV", "ReFL"):
             if other in clouds:
-                pairs = ((means[m]["diversity"], means[m]["heldout"]) for m in ("SQDF", other))
-                share = share_above(*pairs, float(every.min()), float(every.max()))
-                result[f"SQDF above {other}"] = share
-                lines += ["", f"SQDF's held-out reward at equal diversity is at or above {other}'s over {share:.0%} of "
-                          "the range."]
+                both = [{n: values(clouds[m], n, np.concatenate([flat, drawn])) for n in ("diversity", "heldout")}
+                        for m in ("SQDF", other)]
+                shares = []
+                for k in range(1 + len(drawn)):
+                    pair = [(cloud["diversity"][k], cloud["heldout"][k]) for cloud in both]
+                    spread = np.concatenate([x for x, _ in pair])
+                    shares.append(share_above(*pair, float(spread.min()), float(spread.max())))
+                low, high = np.nanquantile(shares[1:], [0.025, 0.975])
+                result[f"SQDF above {other}"] = [shares[0], float(low), float(high)]
+                lines += ["", f"SQDF's held-out reward at equal diversity is above {other}'s over {shares[0]:.0%} "
+                          f"({low:.0%} to {high:.0%} over prompts) of the range that the two cover."]
     return result, "\n".join(lines)
 
 

@@ -22,8 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from distar import eval_like
-from methods import METHODS, WORDS, Row, measured, objective, parsed, rate, slug, whole
+from methods import FAIR, METHODS, WORDS, Row, eval_like, measured, objective, parsed, rate, slug, whole
 
 from palate import recipe
 from palate.evaluate import bootstrap_interval, embedded_referee, generate, matches, pairs, quantise
@@ -37,9 +36,9 @@ UNHELD = {"SRPO": ["algorithm.anchor=0"], "SQDF": ["algorithm.alpha_kl=0"], "DRa
 def build(method: str, seed: int, lr: float, overrides: list[str]):
     source = METHODS[method][0]
     family = recipe.read(source).algorithm_name
-    plan = recipe.read(source, [*WORDS.get(family, []), *UNHELD[method], f"trainer.lr={lr}", f"trainer.seed={seed}",
-                                "trainer.ema_decay=0", "trainer.preview_every=0", "trainer.checkpoint_every=0",
-                                "trainer.warmup=0", *overrides])
+    plan = recipe.read(source, [*WORDS.get(family, []), *FAIR, *UNHELD[method], f"trainer.lr={lr}",
+                                f"trainer.seed={seed}", "trainer.ema_decay=0", "trainer.preview_every=0",
+                                "trainer.checkpoint_every=0", *overrides])
     torch.manual_seed(seed)
     parts = recipe.build(plan)
     return plan, parts, parts.reward if family in WORDS else objective(parts.reward)
@@ -88,15 +87,23 @@ def table(rows: list[dict]) -> str:
              "| without a guard, twice the updates | fell by less than .05 |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         change = row["guarded"] - row["base"]
-        stopped = f"yes, {row['step']}" if row["stopped"] else f"no ({row['step']})"
+        stopped = f"{row['why'].removeprefix('guard: ')}, {row['step']}" if row["stopped"] else f"no ({row['step']})"
         lines.append(f"| {row['method']}, seed {row['seed']} | {stopped} | {row['kept']} | {row['base']:.3f} "
                      f"| {row['guarded']:.3f} ({change:+.3f}, {row['change_low']:+.3f} to {row['change_high']:+.3f}) "
-                     f"| {row['unguarded']:.3f} | {'yes' if change > -LIMIT else 'no'} |")
-    good = sum(row["guarded"] - row["base"] > -LIMIT for row in rows)
+                     f"| {row['unguarded']:.3f} | {_verdict(row)} |")
+    good = sum(_verdict(row) == "yes" for row in rows)
     worst = min((row["guarded"] - row["base"] for row in rows), default=float("nan"))
-    lines += ["", f"{good} of {len(rows)} kept checkpoints lost less than {LIMIT}; the worst {worst:+.3f}; without a "
+    idle = sum(row["kept"] == 0 for row in rows)
+    lines += ["", f"{good} of {len(rows)} runs kept a trained checkpoint that lost less than {LIMIT}; {idle} were put "
+              f"back to the base model before any look had passed; the worst change {worst:+.3f}; without a "
               f"guard {np.mean([row['unguarded'] - row['base'] for row in rows]):+.3f} on average."]
     return "\n".join(lines)
+
+
+def _verdict(row: dict) -> str:
+    if row["kept"] == 0:
+        return "the base itself"
+    return "yes" if row["guarded"] - row["base"] > -LIMIT else "no"
 
 
 def main() -> None:
@@ -104,7 +111,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(UNHELD), choices=list(UNHELD))
     parser.add_argument("--factor", type=float, default=10.0, help="times the tuned, or the recipe's, learning rate")
-    parser.add_argument("--every", type=int, default=4, help="steps between two looks of the guard")
+    parser.add_argument("--every", type=int, default=2, help="steps between two looks of the guard")
     parser.add_argument("--steps", type=int, default=60, help="at most")
     parser.add_argument("--prompts", type=int, default=128, help="to judge on, two images each")
     parser.add_argument("--override", nargs="*", default=[], help="for every run")

@@ -3,12 +3,14 @@
     python benchmarks/methods.py tune [--seed 100] [--budget 6000] [--jobs 2]   # the same small search for all
 
 The objective of every method is the same preference, (1 + k) R("style. prompt") - R("negative. prompt") with k = 1;
-SRPO reads it as its control words, the others as their reward. No method keeps a weight average, so that the weights
-which are trained are those which are judged. `tune` tries three learning rates for each method, one seed that no table
-uses, the budget of one run each, and writes the best into RESULTS/tuned.json, which the comparisons then read.
+SRPO reads it as its control words, the others as their reward. All adapt the same layers with the same rank, without a
+warm-up, and no method keeps a weight average, so that the weights which are trained are those which are judged. `tune`
+tries three learning rates for each method, one seed and prompts that no table uses, the budget of one run each, and
+writes the best into RESULTS/tuned.json, which the comparisons then read.
 
-A run is a row of a table, a JSON file in RESULTS that is not made again. --jobs 2 makes two rows at once, each in a
-process of its own with one thread, which is how two cores do most; so a row's numbers do not depend on --jobs.
+A run is a row of a table, a JSON file in RESULTS that is not made again; it holds the arguments that made it, and other
+ones are refused. --jobs 2 makes two rows at once, each in a process of its own with one thread, which is how two cores
+do most; so a row's numbers do not depend on --jobs. A run whose loss is not finite ends with what it had measured.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ from palate.path import Prediction
 from palate.report import ticks
 from palate.rewards.combine import semantic_relative
 from palate.rewards.simple import saturation
-from palate.train import Outcome, train
+from palate.train import NonFinite, Outcome, train
+from palate.vocabulary import vocabulary
 
 STYLE, NEGATIVE, K = "3d", "flat", 1.0
 METHODS = {  # name -> recipe, what is swept as its strength in frontier.py
@@ -54,10 +57,13 @@ METHODS = {  # name -> recipe, what is swept as its strength in frontier.py
 }
 RATES = (0.33, 1.0, 3.0)  # times the recipe's learning rate
 WORDS = {"srpo": [f'algorithm.positive=["{STYLE}"]', f'algorithm.negative=["{NEGATIVE}"]',
-                  f"algorithm.k_denoise=[{K}, {K}]"]}  # these read control words, not a reward made of them
+                  f"algorithm.k_denoise=[{K}, {K}]", f"algorithm.k_inversion=[{K}, {K}]",
+                  "algorithm.hinge=null"]}  # these read control words, not a reward made of them
 QUICK = {"ddpo": ["algorithm.steps=3"], "flow_grpo": ["algorithm.steps=4", "algorithm.group=2"],
          "nft": ["algorithm.steps=3", "algorithm.group=2"], "dpo": ["algorithm.steps=3"]}  # --quick, by family
+FIXED = {"MixGRPO": ["algorithm.window_every=3"]}  # its few updates then visit all levels, as its recipe's many do
 PLAIN = ["trainer.ema_decay=0", "trainer.guard.every=0", "trainer.preview_every=0", "trainer.checkpoint_every=0"]
+FAIR = ["model.lora_rank=4", "model.lora_targets=[attn2.to_k, attn2.to_v, time_emb_proj]", "trainer.warmup=0"]
 
 
 def available() -> list[str]:
@@ -107,9 +113,20 @@ class Referees(NamedTuple):
 
 
 @cache
-def referees(count: int, seeds: tuple[int, ...]) -> Referees:
-    """Loaded once a process, with the base model's measurements."""
-    return Referees(embedded_referee(), recipe.spread(recipe.read_prompts("emoji-eval"), count), seeds, {})
+def referees(count: int, seeds: tuple[int, ...], tuning: bool = False) -> Referees:
+    """Loaded once a process, with the base model's measurements. tuning: on prompts that no table uses."""
+    prompts = eval_like(208 + count)[208:] if tuning else recipe.spread(recipe.read_prompts("emoji-eval"), count)
+    return Referees(embedded_referee(), prompts, seeds, {})
+
+
+def eval_like(count: int) -> list[str]:
+    """emoji-eval, then more of "a CONCEPT on a COLOUR background" that no prompt list holds, spread over the rest."""
+    known = set(recipe.read_prompts("emoji-eval")) | set(recipe.read_prompts("emoji-train"))
+    vocab = vocabulary()
+    more = [f"a {concept} on a {colour} background" for colour in vocab.colours for concept in vocab.concepts]
+    free = [prompt for prompt in more if prompt not in known]
+    ours = recipe.read_prompts("emoji-eval")[:count]
+    return ours + recipe.spread(free, count - len(ours)) if count > len(ours) else ours
 
 
 def objective(reward: Reward) -> Reward:
@@ -178,10 +195,12 @@ def watch(
     done: Callable[[Check], bool] = lambda check: False,
 ) -> list[Check]:
     """Train the method from the base model for `budget` denoiser forwards and measure it `checks` times on the way, and
-    once before; stops early when `done`. Forwards of the measuring do not count."""
+    once before; stops early when `done`, or when the loss is no longer finite. Forwards of the measuring do not count.
+    """
     source = METHODS[method][0]
     family = recipe.read(source).algorithm_name
-    plan = recipe.read(source, [*WORDS.get(family, []), *PLAIN, *overrides, f"trainer.seed={seed}"])
+    plan = recipe.read(source, [*WORDS.get(family, []), *PLAIN, *FAIR, *FIXED.get(method, []), *overrides,
+                                f"trainer.seed={seed}"])
     torch.manual_seed(seed)  # LoRA's first weights
     parts = recipe.build(plan)
     model, reward = Counted(parts.model), parts.reward if family in WORDS else objective(parts.reward)
@@ -212,7 +231,7 @@ def watch(
         try:
             whole(train(model, Watched(parts.algorithm, before, after), reward, parts.prompts, folder=folder,
                         progress=False, **settings))
-        except _Enough:
+        except (_Enough, NonFinite):
             pass
     return found
 
@@ -226,17 +245,31 @@ class Row(NamedTuple):
 
 
 def stored(row: Row) -> Any:
-    """The JSON in the file, made and written first, whole or not at all, if there is none."""
+    """What the file holds, made and written first, whole or not at all, if there is none."""
+    arguments = json.loads(json.dumps(row.arguments))
     if not row.path.exists():
         row.path.parent.mkdir(parents=True, exist_ok=True)
-        made = json.dumps(row.make(*row.arguments), indent=1)
+        text = json.dumps({"arguments": arguments, "made": row.make(*row.arguments)}, indent=1)
         part = row.path.with_name(f"{row.path.name}.{os.getpid()}.part")
-        part.write_text(made + "\n")
+        part.write_text(text + "\n")
         os.replace(part, row.path)
-    return json.loads(row.path.read_text())
+    if (before := json.loads(row.path.read_text())["arguments"]) != arguments:
+        raise ValueError(f"{row.path} was made with {before}, not with {arguments}; delete it, or name other --results")
+    return made(row.path)
 
 
-def measured(rows: Sequence[Row], jobs: int, show: Callable[[Any], Any] = lambda made: made) -> list[Any]:
+def made(path: Path) -> Any:
+    """What the file of a row holds, whatever made it."""
+    return json.loads(path.read_text())["made"]
+
+
+def about(values: Sequence[float], form: str = "{:.3f}") -> str:
+    """Mean and, with more than one, the standard deviation of a sample."""
+    deviation = f" ± {form.replace('+', '').format(np.std(values, ddof=1))}" if len(values) > 1 else ""
+    return form.format(np.mean(values)) + deviation
+
+
+def measured(rows: Sequence[Row], jobs: int, show: Callable[[Any], Any] = lambda found: found) -> list[Any]:
     """The JSON of every row, in order, `jobs` of them at once in processes of one thread. A row that fails does not
     stop the others; the first error is raised when they are done."""
     missing = [row for row in rows if not row.path.exists()]
@@ -328,20 +361,25 @@ def scatter(
 
 
 def try_rate(method: str, lr: float, seed: int, budget: int, prompts: int) -> dict[str, float]:
-    found = watch(method, seed, referees(prompts, (0,)), budget=budget, checks=1, overrides=[f"trainer.lr={lr}"])
+    who = referees(prompts, (0,), tuning=True)
+    found = watch(method, seed, who, budget=budget, checks=1, overrides=[f"trainer.lr={lr}"])
     return {name: found[-1].mean(name) for name in ("reward", "heldout", "style", "concept")} | {
-        "concept_base": found[0].mean("concept"), "lr": lr, "seconds": found[-1].seconds}
+        "concept_base": found[0].mean("concept"), "lr": lr, "seconds": found[-1].seconds,
+        "finite": found[-1].forwards >= budget}
 
 
 def tune(results: Path, methods: Sequence[str], seed: int, budget: int, prompts: int, jobs: int) -> dict[str, float]:
     """The learning rate with the highest held-out objective after `budget` forwards among those that kept concept
-    accuracy within .05 of the base; if none did, the one that kept most of it."""
+    accuracy within .05 of the base; if none did, the one that kept most of it. A run that did not stay finite is out.
+    """
     rows = [Row(results / f"{slug('tune', method, factor, seed, budget)}.json", try_rate,
                 (method, recipe.read(METHODS[method][0]).trainer.lr * factor, seed, budget, prompts))
             for method in methods for factor in RATES]
     found, chosen = measured(rows, jobs), {}
     for i, method in enumerate(methods):
-        own = found[i * len(RATES): (i + 1) * len(RATES)]
+        own = [row for row in found[i * len(RATES): (i + 1) * len(RATES)] if row["finite"]]
+        if not own:
+            raise ValueError(f"{method}: no learning rate stayed finite; lower trainer.lr of its recipe")
         kept = [row for row in own if row["concept"] >= row["concept_base"] - 0.05]
         best = max(kept, key=lambda r: r["heldout"]) if kept else max(own, key=lambda r: r["concept"])
         chosen[method] = best["lr"]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from methods import whole
+from methods import about, whole
 
 from palate import recipe
 from palate.evaluate import Referee, diversity, drift, embedded_referee, evaluate_images, generate, pairs, quantise
@@ -110,21 +110,17 @@ def table(results: Path) -> str:
             rows = [json.loads(p.read_text()) for p in sorted(results.glob(f"{group}-{_slug(name)}-*.json"))]
             if not rows:
                 continue
-
-            def cell(values: list[float], form: str = "{:.2f}") -> str:
-                return f"{form.format(np.mean(values))} ± {np.std(values):.2f}"
-
-            base = np.mean([r["style_base"] for r in rows])
+            two, base = "{:.2f}", np.mean([r["style_base"] for r in rows])
             lines.append("| " + " | ".join([
-                name, str(len(rows)), f"{base:.2f} -> " + cell([r["style"] for r in rows]),
-                cell([r["concept"] - r["concept_base"] for r in rows], "{:+.3f}"),
-                cell([r["background"] - r["background_base"] for r in rows], "{:+.3f}"),
-                cell([r["diversity"] for r in rows]), cell([r["diversity_same_style"] for r in rows]),
-                cell([r["diversity_of_style"] for r in rows]),
-                cell([r["relative emoji"] for r in rows], "{:+.3f}"),
-                cell([r["relative emoji-heldout"] for r in rows], "{:+.3f}"),
-                cell([r["absolute emoji-heldout"] for r in rows], "{:+.3f}"),
-                cell([r["cast"]["saturation_ratio"] for r in rows]), f"{np.mean([r['seconds'] for r in rows]):.0f}",
+                name, str(len(rows)), f"{base:.2f} -> " + about([r["style"] for r in rows], two),
+                about([r["concept"] - r["concept_base"] for r in rows], "{:+.3f}"),
+                about([r["background"] - r["background_base"] for r in rows], "{:+.3f}"),
+                about([r["diversity"] for r in rows], two), about([r["diversity_same_style"] for r in rows], two),
+                about([r["diversity_of_style"] for r in rows], two),
+                about([r["relative emoji"] for r in rows], "{:+.3f}"),
+                about([r["relative emoji-heldout"] for r in rows], "{:+.3f}"),
+                about([r["absolute emoji-heldout"] for r in rows], "{:+.3f}"),
+                about([r["cast"]["saturation_ratio"] for r in rows], two), f"{np.mean([r['seconds'] for r in rows]):.0f}",
             ]) + " |")
     return "\n".join(lines)
 

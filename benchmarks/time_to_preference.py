@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from figures import STYLE as CSS
-from methods import STYLE, Check, Row, available, measured, parsed, rate, referees, slug, small, watch
+from methods import STYLE, Check, Row, about, available, measured, parsed, rate, referees, slug, small, watch
 
 from palate.report import Line, chart
 
@@ -70,7 +70,7 @@ def table(rows: list[dict]) -> str:
         def mean(key: str, of: list[dict] = shown) -> float:
             return float(np.mean([row[key] for row in of]))
 
-        spread = f"{mean('forwards'):.0f} ± {np.std([row['forwards'] for row in shown]):.0f}" if there else "never"
+        spread = about([row["forwards"] for row in there], "{:.0f}") if there else "never"
         bound = "" if there else f" (> {mean('forwards'):.0f})"
         lines.append(
             f"| {method} | {len(there)} of {len(own)} | {spread}{bound} | {mean('updates'):.1f} x "
@@ -81,9 +81,9 @@ def table(rows: list[dict]) -> str:
     by = {method: [row for row in rows if row["method"] == method] for method in ("SRPO", "Flow-GRPO")}
     if by["Flow-GRPO"] and by["SRPO"] and all(row["reached"] for row in by["SRPO"]):
         value, low, high, bound = ratio(by["Flow-GRPO"], by["SRPO"])
-        sign = "at least " if bound else ""
-        lines += ["", f"Forwards of Flow-GRPO over SRPO: {sign}{value:.1f} (over seeds {low:.1f} to {high:.1f})."]
-    elif by["SRPO"]:
+        said = f"at least {value:.1f}" if bound else f"{value:.1f} (over seeds {low:.1f} to {high:.1f})"
+        lines += ["", f"Forwards of Flow-GRPO over SRPO: {said}."]
+    elif by["SRPO"] and by["Flow-GRPO"]:
         lines += ["", "SRPO did not get there on every seed: no ratio."]
     return "\n".join(lines)
 

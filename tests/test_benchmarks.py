@@ -64,12 +64,14 @@ def test_summary_of_known_points():
     kept, paid = (result["methods"][m]["area_heldout"] for m in clouds)
     assert kept[0] == pytest.approx(1.0) and paid[0] == pytest.approx(1 / 61, abs=1e-6)
     assert kept[1] <= kept[0] <= kept[2] + 1e-9
-    assert result["methods"]["ReFL"]["concept"] == 0.5 and result["SQDF above ReFL"] == 1.0
-    assert "| SQDF | 2 |" in text and "over 100% of the range" in text
+    assert result["methods"]["ReFL"]["concept"] == 0.5 and result["SQDF above ReFL"] == [0.5] * 3  # equal everywhere
+    assert "| SQDF | 2 |" in text and "over 50% (50% to 50% over prompts) of the range" in text
     better = {**point(1, 1), "diversity": [0.9] * 3}  # at diversity .9 to 1 only the base is left, where they are equal
     start, spent = {**point(0, 0), "diversity": [1.0] * 3}, {**point(1, 0), "diversity": [0.2] * 3}
     result, _ = frontier.summary({"SQDF": [start, spent], "ReFL": [start, better]})
-    assert result["SQDF above ReFL"] == pytest.approx(8 / 61)
+    assert result["SQDF above ReFL"] == pytest.approx([4 / 61] * 3)
+    result, _ = frontier.summary({"SQDF": [start, better], "ReFL": [start, spent]})
+    assert result["SQDF above ReFL"] == pytest.approx([57 / 61] * 3)
 
 
 def test_counted_counts_rows_times_network_calls():
@@ -90,12 +92,14 @@ def test_rows_are_made_once_and_one_that_fails_stops_no_other(tmp_path, capfd):
     rows = [methods.Row(tmp_path / "known.json", math.sqrt, (4.0,)),
             methods.Row(tmp_path / "bad.json", math.sqrt, (-1.0,)),
             methods.Row(tmp_path / "threads.json", torch.get_num_threads)]
-    (tmp_path / "known.json").write_text("5")
+    (tmp_path / "known.json").write_text('{"arguments": [4.0], "made": 5}')
     with pytest.raises(ValueError):
         methods.measured(rows, jobs=2)
-    assert json.loads((tmp_path / "threads.json").read_text()) == 1 and not rows[1].path.exists()
+    assert methods.made(tmp_path / "threads.json") == 1 and not rows[1].path.exists()
     assert "[2 of 2, " in capfd.readouterr().out
     assert methods.measured([rows[0], rows[2]], jobs=2) == [5, 1]
+    with pytest.raises(ValueError, match=r"known.json was made with \[4.0\], not with \[9.0\]"):
+        methods.measured([rows[0]._replace(arguments=(9.0,))], jobs=1)
 
 
 def test_a_run_that_a_signal_ended_is_no_row(tmp_path):
@@ -104,12 +108,12 @@ def test_a_run_that_a_signal_ended_is_no_row(tmp_path):
     with pytest.raises(RuntimeError, match="signal at step 7"):
         methods.whole(outcome)
     assert methods.whole(outcome._replace(reason="guard: concept fell", exit_code=0)).step == 7
-    row = methods.Row(tmp_path / "row.json", methods.whole, (outcome,))
+    row = methods.Row(tmp_path / "row.json", lambda: methods.whole(outcome))
     with pytest.raises(RuntimeError, match="its row is not kept"):
         methods.stored(row)
     assert not row.path.exists() and not list(tmp_path.iterdir())
     cut = {"points": [{"updates": 0, **dict.fromkeys(distar.KEYS, 0.5), "seconds": 0.0}]}
-    (tmp_path / f"{methods.slug('distar', 'family', 'DI*', 0, 60)}.json").write_text(json.dumps(cut))
+    (tmp_path / f"{methods.slug('distar', 'family', 'DI*', 0, 60)}.json").write_text(json.dumps({"made": cut}))
     with pytest.raises(ValueError, match="ends after 0 updates of 60"):
         distar.family_table(argparse.Namespace(results=tmp_path, updates=60, seeds=[0]))
 
@@ -121,11 +125,11 @@ def test_areas_and_shares_at_equal_reward():
 
     clouds = {"SQDF": {0: [points((0, 1), (1, 1))]}, "ReFL": {0: [points((0, 1), (1, 0), (2, 0))]}}
     rows = sqdf.frontier_table(clouds).splitlines()[2:]
-    assert rows[0].startswith("| SQDF | 1 | 1.000 ± 0.000 | 1.000 ± 0.000 | 1.000 ")
-    assert rows[1].startswith("| ReFL | 1 | 2.000 ± 0.000 | 0.016 ± 0.000 |") and rows[1].endswith("| 100%, 100% |")
+    assert rows[0].startswith("| SQDF | 1 | 1.000 | 1.000 | 1.000 ")
+    assert rows[1].startswith("| ReFL | 1 | 2.000 | 0.016 |") and rows[1].endswith("| 99%, 99% |")
     assert sqdf.at_reward(clouds["ReFL"][0][0], 0.5, "diversity") == 0.5
     level = sqdf.levels(clouds).splitlines()
-    assert level[2].startswith("| 0.000 (base) |") and level[4] == "| 0.500 | 1.000, 1.000 | 0.500, 0.500 |"
+    assert level[2].startswith("| 0.000 (base) |") and level[4] == "| 0.500 | 1.000, 1.000 (1 of 1 seeds) | 0.500, 0.500 (1 of 1 seeds) |"
 
 
 def test_ratio_and_table():
@@ -140,7 +144,7 @@ def test_ratio_and_table():
     assert value == pytest.approx(2300 / 303) and low <= value <= high and bound
     assert not time_to.ratio([row("Flow-GRPO", 0, 500, True)], fast)[3]
     text = time_to.table([*fast, *slow])
-    assert "| SRPO | 3 of 3 | 101 ± 1 |" in text and "| Flow-GRPO | 1 of 3 | 500 ± 0 |" in text
+    assert "| SRPO | 3 of 3 | 101 ± 1 |" in text and "| Flow-GRPO | 1 of 3 | 500 |" in text
     assert "Flow-GRPO over SRPO: at least 7.6" in text
     assert "| +0.100 (3 of 3) |" in text and "| +0.033 (1 of 3) |" in text
     assert "never (> 900)" in time_to.table([row("ReFL", 0, 900, False)])
@@ -181,11 +185,14 @@ def test_tables_go_where_the_page_marks_them(tmp_path):
 
 
 def test_the_guards_table():
-    row = {"method": "SRPO", "seed": 0, "stopped": True, "step": 12, "kept": 8, "base": 0.95, "guarded": 0.93,
-           "unguarded": 0.4, "change_low": -0.04, "change_high": 0.0, "images": 256}
-    text = guard.table([row, {**row, "seed": 1, "guarded": 0.89}])
-    assert "| SRPO, seed 0 | yes, 12 | 8 | 0.950 | 0.930 (-0.020, -0.040 to +0.000) | 0.400 | yes |" in text
-    assert "1 of 2 kept checkpoints lost less than 0.05; the worst -0.060; without a guard -0.550" in text
+    """A run that was put back to the base model is not one in which the guard kept anything."""
+    row = {"method": "SRPO", "seed": 0, "stopped": True, "why": "guard: concept fell", "step": 12, "kept": 8,
+           "base": 0.95, "guarded": 0.93, "unguarded": 0.4, "change_low": -0.04, "change_high": 0.0, "images": 256}
+    text = guard.table([row, {**row, "seed": 1, "guarded": 0.89}, {**row, "seed": 2, "kept": 0, "guarded": 0.95}])
+    assert "| SRPO, seed 0 | concept fell, 12 | 8 | 0.950 | 0.930 (-0.020, -0.040 to +0.000) | 0.400 | yes |" in text
+    assert "| 0.400 | no |" in text and "| 0.400 | the base itself |" in text
+    assert "1 of 3 runs kept a trained checkpoint that lost less than 0.05; 1 were put back" in text
+    assert "the worst change -0.060; without a guard -0.550 on average" in text
 
 
 def test_prompts_like_those_of_the_evaluation_were_never_trained_on():
