@@ -216,6 +216,8 @@ def test_a_study_from_the_command_line(two, tmp_path, monkeypatch, capsys):
         ["compare", two[0]],
         ["compare", "--score", choices],
         ["compare", *two, "--blind", "--count", 4],
+        ["compare", *two, "--count", 4], ["compare", *two, "--seed", 4], ["compare", *two, "--key", choices],
+        ["compare", *two, "--blind", "--score", choices],
     ):
         code, _, err = palate(*arguments)
         assert code == 2 and err.startswith("palate: ") and "Traceback" not in err

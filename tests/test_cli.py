@@ -178,6 +178,14 @@ def test_fresh_removes_runs_only(tiny, palate):
     assert code == 2 and short(err) and "thesis.txt" in err and (tiny / "precious" / "thesis.txt").exists()
 
 
+def test_fresh_keeps_the_key_of_a_blind_study(tiny, palate):
+    assert palate("train", "tiny.yaml")[0] == 0
+    key = tiny / "runs/tiny/compare-blind-key.json"
+    key.write_text("{}")
+    code, _, err = palate("train", "tiny.yaml", "--fresh")
+    assert code == 2 and short(err) and "compare-blind-key.json" in err and key.exists()
+
+
 def test_debug_shows_where_an_error_comes_from(tiny, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["palate", "train", "nope", "--debug"])
     with pytest.raises(ValueError, match="no recipe named"):

@@ -12,7 +12,7 @@ from counted import C, D, VP, linear, model_of
 from PIL import Image
 
 from palate import recipe
-from palate.algorithms.dpo import DPO, DPOSettings, calls_per_update, dpo_loss, improvement
+from palate.algorithms.dpo import DPO, DPOSettings, calls_per_update, dpo_loss, excess_error
 from palate.core import Batch, Random
 from palate.path import add_noise, flow_schedule
 from palate.sampling import sample
@@ -105,13 +105,13 @@ def test_training_makes_the_policy_prefer_and_lean_towards_the_reward():
     assert float(linear(sample(model, cond, noise, 6), None).mean()) > float(before) + 0.01
 
 
-def test_loss_and_improvement():
+def test_loss_and_excess_error():
     losses, right = dpo_loss(torch.tensor([-0.1, 0.1], dtype=D), torch.tensor([0.1, 0.1], dtype=D), 10.0)
     expected = torch.tensor([1.0, 0.0], dtype=D)
     torch.testing.assert_close(losses, torch.log1p(torch.exp(-expected)))
     assert right.tolist() == [1.0, 0.0]
     eps = torch.zeros(1, 1, 1, 2, dtype=D)
-    got = improvement(torch.tensor([[[[1.0, 2.0]]]], dtype=D), torch.tensor([[[[0.0, 1.0]]]], dtype=D), eps)
+    got = excess_error(torch.tensor([[[[1.0, 2.0]]]], dtype=D), torch.tensor([[[[0.0, 1.0]]]], dtype=D), eps)
     assert float(got) == 2.0
 
 

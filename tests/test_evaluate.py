@@ -228,6 +228,14 @@ def test_a_reward_of_the_wrong_shape_is_named():
         )
 
 
+def test_a_reward_that_breaks_is_named():
+    def broken(images, prompts):
+        raise RuntimeError("the service answered 503")
+
+    with pytest.raises(RuntimeError, match="reward 'far' failed on 2 images, the first of 'a': the service answered"):
+        evaluate.evaluate_images(torch.rand(2, 3, 8, 8), ["a", "b"], [0, 0], rewards={"far": broken}, judge=FakeJudge())
+
+
 def picky(images, prompts):
     """Refuses the word "dog", cannot say a number for dark images."""
     if "dog" in prompts:

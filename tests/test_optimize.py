@@ -17,8 +17,8 @@ from palate.algorithms.sqdf import SQDF, SQDFSettings
 from palate.checkpoint import CheckpointError
 from palate.cli import _failed
 from palate.optimize import (
-    OracleError, Queries, Surrogate, command_oracle, fit_surrogate, from_recipe, http_oracle, leave_one_out,
-    load_oracle, numbers, optimize, ridge_head, round_sizes, ucb_bonus, with_one, within,
+    OracleError, Queries, Surrogate, command_oracle, fit_surrogate, from_recipe, http_oracle, identity_of,
+    leave_one_out, load_oracle, numbers, optimize, ridge_head, round_sizes, ucb_bonus, with_one, within,
 )
 from palate.recipe import GuardSettings, OptimizeSettings, OracleSettings, RecipeError, TrainerSettings
 from tiny_flow import PROMPTS, TinyFlow
@@ -324,7 +324,9 @@ def test_a_callable_by_name(tmp_path, monkeypatch):
     (tmp_path / "my_oracle.py").write_text("def score(images, prompts):\n    return [len(p) for p in prompts]\n")
     monkeypatch.chdir(tmp_path)
     assert load_oracle(OracleSettings(function="my_oracle:score"))(None, ["abc"]) == [3]
-    for wrong in ("my_oracle:nothing", "no_such_module:score", "my_oracle", "my_oracle:"):
+    (tmp_path / "half.py").write_text("def score(images prompts):\n")
+    (tmp_path / "raises.py").write_text("raise RuntimeError('no licence')\n")
+    for wrong in ("my_oracle:nothing", "no_such_module:score", "my_oracle", "my_oracle:", "half:score", "raises:score"):
         with pytest.raises(ValueError, match="optimize.oracle.function"):
             load_oracle(OracleSettings(function=wrong))
     with pytest.raises(ValueError, match="no program 'no-such-program'"):
@@ -367,6 +369,7 @@ run: {folder: RUN}
 algorithm: {name: sqdf, estimator: tweedie}
 prompts: {list: [a dog]}
 optimize: {oracle: {name: jpeg-size}, budget: 20, rounds: 2}
+trainer: {guard: {every: 0}}
 """
 
 
@@ -376,7 +379,9 @@ optimize: {oracle: {name: jpeg-size}, budget: 20, rounds: 2}
     (["optimize.oracle={url: 'file:///etc/passwd'}"], "optimize.oracle.url"),
     (["reward.name=emoji"], "reward: leave it out"), (["optimize.budget=0"], "optimize.budget"),
     (["optimize.oracle={command: [x], noise: 0.1}"], "only a built-in"), (["optimize.heads=0"], "optimize.heads"),
-    (["prompts={images: x}"], "draws its own"), (["algorithm.eta=0"], "KL between two different steps is infinite"),
+    (["prompts={images: x}"], "draws its own"), (["trainer.guard.every=5"], "its own start"),
+    (["algorithm.buffer=uniform", "algorithm.buffer_size=4", "trainer.batch_size=8"], "buffer_size = 4 is smaller"),
+    (["algorithm.eta=0"], "KL between two different steps is infinite"),
 ])
 def test_a_wrong_recipe_is_refused(overrides, message):
     with pytest.raises(RecipeError, match=message):
@@ -390,6 +395,20 @@ def test_other_settings_do_not_continue_a_run(tmp_path):
     (tmp_path / "recipe.yaml").write_text(recipe.dump(other))
     with pytest.raises(ValueError, match="begun with other settings"):
         from_recipe(plan)
+
+
+def test_a_mended_oracle_continues_a_run():
+    """How it is reached, and how long one waits, change no question; what is asked and learned does."""
+    def identity(*overrides):
+        return identity_of(recipe.parse(GOOD, overrides))
+
+    served = "optimize.oracle={url: 'http://a/b'}"
+    assert identity() == identity("optimize.oracle.timeout=5", "optimize.oracle.retries=9", "optimize.oracle.batch=2",
+                                  "run.folder=elsewhere", "trainer.checkpoint_every=3", "sample.steps=null")
+    assert identity(served) == identity("optimize.oracle={url: 'http://moved:8000/b'}") != identity()
+    assert len({identity(), identity("optimize.oracle.name=hidden-judge"), identity("optimize.oracle.noise=0.1"),
+                identity("optimize.budget=30"), identity("trainer.steps=7"), identity("algorithm.gamma=0.5"),
+                identity("optimize.heads=2"), identity("optimize.oracle={command: [x]}"), identity(served)}) == 9
 
 
 def test_the_published_recipe_runs_on_the_embedded_model(tmp_path):

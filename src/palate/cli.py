@@ -202,7 +202,7 @@ def compare(
     run_a: Annotated[Optional[Path], typer.Argument(help="The folder of a run, as runs/NAME.")] = None,
     run_b: Annotated[Optional[Path], typer.Argument(help="Another, on the same prompts and seeds.")] = None,
     blind: Annotated[bool, typer.Option("--blind", help="A page to choose on, without names; the key apart.")] = False,
-    count: Annotated[int, typer.Option(min=1, help="With --blind: pairs to show at most.")] = 40,
+    count: Annotated[Optional[int], typer.Option(min=1, help="With --blind: pairs to show at most, else 40.")] = None,
     seed: Annotated[Optional[int], typer.Option(help="With --blind: fixes order and sides, else secret.")] = None,
     out: Annotated[Optional[Path], typer.Option(help="With --blind: the page, else RUN_A/compare-blind.html.")] = None,
     score: Annotated[Optional[list[Path]], typer.Option(help="Choices made on the page (JSONL); repeatable.")] = None,
@@ -211,6 +211,14 @@ def compare(
     """Two runs side by side on the same prompts and seeds; or a blind study of them, and its result."""
     from palate import blind as study
 
+    given = {"--blind": blind, "--score": bool(score)}
+    needs = {"--count": (count is not None, "--blind"), "--seed": (seed is not None, "--blind"),
+             "--out": (out is not None, "--blind"), "--key": (key is not None, "--score")}
+    for option, (used, other) in needs.items():
+        if used and not given[other]:
+            raise ValueError(f"{option} belongs to {other}; give both, or neither")
+    if blind and score:
+        raise ValueError("--blind writes a page, --score reads its choices; give one of them")
     if score:
         result = study.score(study.read_choices(score), study.find_key(score, key, run_a))
         print(printable(study.text_of(result)))
@@ -220,7 +228,7 @@ def compare(
     for run in (run_a, run_b):
         _recipe_file(run)
     if blind:
-        page, secret = study.write_study(run_a, run_b, page=out, count=count, seed=seed)
+        page, secret = study.write_study(run_a, run_b, page=out, count=count or 40, seed=seed)
         print(f"page: {printable(str(page))}")
         print(f"key:  {printable(str(secret))} (keep it; whoever chooses must not see it)")
         return
@@ -468,6 +476,9 @@ def _remove_run(folder: Path) -> None:
             "steering.json", "failures", "queries",
             "queries.jsonl", "rounds.jsonl"}  # fmt: skip
     parts = (".tmp-", "compare", "round-")
+    if keys := sorted(path.name for path in folder.glob("compare*-key.json")):
+        raise ValueError(f"run.folder: {folder} holds {keys[0]}, without which the choices of its blind study cannot "
+                         "be read; move it elsewhere, or delete it, and then replace the run with --fresh")
     foreign = sorted(p.name for p in folder.iterdir() if p.name not in ours and not p.name.startswith(parts))
     if foreign:
         raise ValueError(f"run.folder: {folder} also holds {foreign[0]}, which no run wrote; --fresh leaves it alone")

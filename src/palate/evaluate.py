@@ -312,6 +312,9 @@ def _call(name: str, reward: Reward, images: Tensor, prompts: list[str]) -> tupl
             return torch.full((1,), math.nan), {0: str(error)[:300]}
         alone = [_call(name, reward, images[i : i + 1], prompts[i : i + 1]) for i in range(len(images))]
         return torch.cat([value for value, _ in alone]), {i: why[0] for i, (_, why) in enumerate(alone) if why}
+    except (RuntimeError, OSError) as error:
+        raise type(error)(f"reward {name!r} failed on {len(images)} images, the first of {prompts[0]!r}: "
+                          f"{error}") from error
     if values.shape != (len(images),):
         raise ValueError(
             f"reward {name!r} returned shape {tuple(values.shape)}; expected ({len(images)},), one value an image"

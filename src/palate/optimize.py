@@ -69,6 +69,7 @@ def optimize(
     trainer: TrainerSettings,
     sample_steps: int | None = None,
     sample_guidance: float | None = None,
+    preview: Sequence[str] = (),
     identity: str = "",
     progress: bool = True,
     say: Callable[[str], None] = print,
@@ -119,7 +120,8 @@ def optimize(
         options = {**vars(trainer), "seed": trainer.seed + number}
         mark = hashlib.sha256(f"{identity}|{number}|{queries.digest(number)}".encode()).hexdigest()
         outcome = train(model, make_algorithm(), surrogate, list(prompts), folder=here, **options, identity=mark,
-                        resume=resume, sample_steps=sample_steps, sample_guidance=sample_guidance, progress=progress)
+                        preview=preview, resume=resume, sample_steps=sample_steps,
+                        sample_guidance=sample_guidance, progress=progress)
         if outcome.exit_code:
             return outcome
         restore_result(model, here, warn=say)
@@ -173,21 +175,37 @@ def from_recipe(plan: Recipe, *, say: Callable[[str], None] = print) -> Outcome:
     checkpoint.check_space(folder, need=1 << 20)
     oracle = load_oracle(settings.oracle, seed=plan.trainer.seed)  # the cheap things that can be wrong come first
     round_sizes(settings.budget, settings.rounds)
-    text = recipes.dump(plan)
-    if (folder / "recipe.yaml").is_file() and (folder / "recipe.yaml").read_text("utf-8") != text:
-        raise ValueError(f"{folder} was begun with other settings (its recipe.yaml); choose another run.folder, or "
-                         "replace it with --fresh")
-    prompts = plan.prompts.list or recipes.read_prompts(plan.prompts.file)
+    stored = folder / "recipe.yaml"
+    if stored.is_file() and identity_of(recipes.parse(stored.read_text("utf-8"))) != identity_of(plan):
+        raise ValueError(f"{folder} was begun with other settings (its recipe.yaml); only how the oracle is reached "
+                         "may change. Choose another run.folder, or replace it with --fresh, answers included")
+    prompts, preview = recipes.prompts_of(plan)
     torch.manual_seed(plan.trainer.seed)  # the LoRA's first weights
     model = recipes.build_model(plan)
     recipes.load_consistency(plan, model)
-    checkpoint.write_atomically(folder / "recipe.yaml", text.encode())
+    if hasattr(model, "cache_prompts"):
+        model.cache_prompts([*prompts, *preview])
+    checkpoint.write_atomically(stored, recipes.dump(plan).encode())
     features = reward_features(recipes.load_reward(settings.features, settings.features_source))
     return optimize(
         model, lambda: recipes.build_algorithm(plan), oracle, features, prompts, folder=folder, settings=settings,
         trainer=plan.trainer, sample_steps=plan.sample.steps, sample_guidance=plan.sample.guidance,
-        identity=hashlib.sha256(text.encode()).hexdigest(), say=say,
+        preview=preview, identity=identity_of(plan), say=say,
     )
+
+
+def identity_of(plan: Recipe) -> str:
+    """Hash of what decides the questions and the updates: not how the oracle is reached, nor how long one waits."""
+    from palate import recipe as recipes
+
+    tree = recipes.as_tree(plan)
+    oracle = {key: value for key, value in tree["optimize"]["oracle"].items() if key in ("name", "function", "noise")}
+    kind = next((key for key in ("command", "url") if tree["optimize"]["oracle"][key] is not None), None)
+    return _hash([recipes.fingerprint(plan), plan.trainer.steps, {**tree["optimize"], "oracle": [kind, oracle]}])
+
+
+def _hash(what: Any) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 def newest_round(folder: Path) -> Path:
@@ -388,8 +406,9 @@ def load_oracle(settings: OracleSettings, *, seed: int = 0) -> Oracle:
         with _importable(os.getcwd()):
             try:
                 found = getattr(importlib.import_module(module), name) if colon and name else None
-            except (ImportError, AttributeError) as error:
-                raise ValueError(f"optimize.oracle.function: cannot import {settings.function!r} ({error})") from error
+            except Exception as error:  # importing runs the user's own code
+                raise ValueError(f"optimize.oracle.function: cannot import {settings.function!r} "
+                                 f"({type(error).__name__}: {error})") from error
         if not callable(found):
             raise ValueError("optimize.oracle.function: expected module:function of something callable, got "
                              f"{settings.function!r}")
@@ -546,8 +565,10 @@ def within(timeout: float, oracle: Oracle, images: Tensor, prompts: Sequence[str
 
 def numbers(answer: Any, count: int) -> list[float]:
     """The oracle's answer as `count` floats, not all of them finite perhaps. ValueError if it is something else."""
+    if isinstance(answer, Tensor) and answer.ndim > 1:
+        raise ValueError(f"expected {count} numbers, one an image, got a tensor of shape {tuple(answer.shape)}")
     if isinstance(answer, Tensor):
-        answer = answer.detach().flatten().tolist() if answer.ndim <= 1 else None
+        answer = answer.detach().flatten().tolist()
     try:
         found = [float(score) for score in answer]
     except TypeError as error:

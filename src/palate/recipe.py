@@ -347,6 +347,7 @@ def fingerprint(recipe: Recipe) -> str:
         del tree["model"][key]
     for key in HARMLESS:
         del tree["trainer"][key]
+    tree["optimize"] = None  # palate optimize has an identity of its own
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
@@ -451,6 +452,11 @@ def _validate(tree: dict[str, Any], mistakes: list[str]) -> Recipe | None:
     if recipe is None or algorithm is None:
         return None
     _check_together(recipe, mistakes)
+    if hasattr(algorithm, "check_batch"):
+        try:
+            algorithm.check_batch(recipe.trainer.batch_size // recipe.trainer.micro_batches)
+        except ValueError as error:
+            mistakes.append(str(error))
     if recipe.prompts.pairs is not None and name != "dpo":
         mistakes.append(f"prompts.pairs: {name} does not read pairs, only dpo does; give prompts.file")
     if recipe.prompts.images is not None and name == "dpo":
@@ -547,6 +553,9 @@ def _check_oracle(recipe: Recipe, mistakes: list[str]) -> None:
         mistakes.append("optimize.oracle.noise: only a built-in oracle (optimize.oracle.name) takes noise")
     if recipe.reward.name or recipe.reward.weights:
         mistakes.append("reward: leave it out with optimize, where the surrogate of the oracle is the reward")
+    if recipe.trainer.guard.every:
+        mistakes.append("trainer.guard.every: set 0 with optimize, where a guard would compare each round with its own "
+                        "start; evaluate the result with palate evaluate")
     if recipe.prompts.images is not None:
         mistakes.append("prompts.images: optimize draws its own images; give prompts.file or prompts.list")
 
@@ -579,8 +588,7 @@ def build(recipe: Recipe) -> Parts:
         if not pairs:
             raise RecipeError(f"prompts.pairs: {recipe.prompts.pairs} holds no pair with a preference")
         captions = [pair.prompt for pair in pairs]
-    prompts = captions or recipe.prompts.list or read_prompts(recipe.prompts.file)
-    preview = read_prompts(recipe.prompts.preview) if recipe.prompts.preview else spread(prompts)
+    prompts, preview = prompts_of(recipe, captions)
     with torch.random.fork_rng(devices=[]):  # first, for its missing files; the LoRA's first weights do not see it
         reward = build_reward(recipe.reward)
     model = build_model(recipe)
@@ -597,6 +605,12 @@ def build(recipe: Recipe) -> Parts:
     return Parts(
         model, build_algorithm(recipe), reward, list(prompts), preview, latents
     )
+
+
+def prompts_of(recipe: Recipe, captions: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
+    """What is trained on, the captions of images if there are any, and what previews draw."""
+    prompts = captions or recipe.prompts.list or read_prompts(recipe.prompts.file)
+    return list(prompts), read_prompts(recipe.prompts.preview) if recipe.prompts.preview else spread(prompts)
 
 
 def build_model(recipe: Recipe) -> Model:

@@ -64,6 +64,12 @@ class DDPOSettings:
                 name = problem.split(":")[0]
                 raise ValueError(f"DDPOSettings expected {problem}; got {name} = {getattr(self, name)!r}")
 
+    def check_batch(self, size: int) -> None:
+        """ValueError for a batch that is too small."""
+        if size < max(2, self.minibatches):
+            raise ValueError(f"trainer.batch_size is {size}; DDPO expected at least 2 and at least "
+                             f"algorithm.minibatches = {self.minibatches}: rewards are compared within the batch")
+
 
 class DDPO:
     """Its state is the last rewards of each prompt."""
@@ -83,9 +89,7 @@ class DDPO:
     def step(self, model: Model, reward: Reward, batch: Batch, rng: Random) -> Iterator[Loss]:
         """Draw a sample for each prompt, then one update a minibatch; each random step is its own backward."""
         s = self.settings
-        if len(batch.prompts) < max(2, s.minibatches):
-            raise ValueError(f"trainer.batch_size is {len(batch.prompts)}; DDPO expected at least 2 and at least "
-                             f"algorithm.minibatches = {s.minibatches}: rewards are compared within the batch")
+        s.check_batch(len(batch.prompts))
         with torch.no_grad():
             x0, path = rollout(model, batch.cond, rng, s)
             rewards = reward(model.decode(x0), batch.prompts).detach()

@@ -7,7 +7,7 @@ Idea: no reward model and no sampling. Of two images for a prompt one is preferr
 better than the reference does, and the other one worse.
 
     x_t^w, x_t^l = alpha x0 + sigma eps for the preferred and the rejected image, same eps and t
-    m(x)         = |eps - eps_theta(x_t)|^2 - |eps - eps_ref(x_t)|^2                   `improvement`
+    m(x)         = |eps - eps_theta(x_t)|^2 - |eps - eps_ref(x_t)|^2                   `excess_error`
     loss         = -E log sigmoid(-beta/2 (m(x^w) - m(x^l)))                           `dpo_loss`     (eq. 14)
 
 Squares are means over the latent's elements and the half is the authors' program's; its beta (2000 for SD1.5, 5000 for
@@ -67,10 +67,10 @@ class DPO:
             xt = add_noise(torch.cat([pairs[:, 0], pairs[:, 1]]), eps, *model.schedule(t))
             reference = model.predict(xt, t, cond, weights="reference").eps
         policy = model.predict(xt, t, cond).eps
-        preferred, rejected = improvement(policy, reference, eps).chunk(2)
+        preferred, rejected = excess_error(policy, reference, eps).chunk(2)
         losses, right = dpo_loss(preferred, rejected, self.settings.beta)
-        metrics |= {"prefers": right.mean(), "improvement_preferred": preferred.mean(),
-                    "improvement_rejected": rejected.mean()}
+        metrics |= {"prefers": right.mean(), "excess_preferred": preferred.mean(),
+                    "excess_rejected": rejected.mean()}
         value = (weight * losses).mean()
         yield Loss(value, {name: number.detach() for name, number in metrics.items()}, "policy")
 
@@ -103,7 +103,7 @@ class DPO:
 # The equations
 
 
-def improvement(policy: Tensor, reference: Tensor, eps: Tensor) -> Tensor:
+def excess_error(policy: Tensor, reference: Tensor, eps: Tensor) -> Tensor:
     """m (B,): by how much the policy's square error of the noise exceeds the reference's; means over the elements."""
     return ((policy - eps).square() - (reference - eps).square()).flatten(1).mean(1)
 

@@ -93,6 +93,12 @@ class SQDFSettings:
                 got = ", ".join(f"{n} = {getattr(self, n)!r}" for n in names if hasattr(self, n))
                 raise ValueError(f"SQDFSettings expected {problem}; got {got}")
 
+    def check_batch(self, size: int) -> None:
+        """ValueError for a batch that is too large."""
+        if self.buffer == "uniform" and self.buffer_size < size:
+            raise ValueError(f"algorithm.buffer_size = {self.buffer_size} is smaller than a batch of {size}; expected "
+                             "at least trainer.batch_size")
+
 
 class SQDF:
     """The algorithm object; its state is the replay buffer."""
@@ -136,9 +142,7 @@ class SQDF:
     def _replay(self, model: Model, reward: Reward, batch: Batch, rng: Random, times: Tensor) -> Draw:
         """Fresh trajectories into the buffer when they are due, then a draw from all of it."""
         s, buffer, count = self.settings, self.buffer, len(batch.prompts)
-        if buffer.capacity < count and s.buffer == "uniform":
-            raise ValueError(f"algorithm.buffer_size = {buffer.capacity} is smaller than a batch of {count}; expected "
-                             "at least trainer.batch_size")
+        s.check_batch(count)
         if (rng.step - 1) % s.rollout_every == 0 or not len(buffer):
             states = self._walk(model, batch, rng, times, stop=torch.full((count,), s.rollout_steps))
             with torch.no_grad():
