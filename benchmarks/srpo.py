@@ -100,29 +100,39 @@ def measure(name: str, overrides: list[str], seed: int, referee: Referee, cache:
     return row
 
 
-def table(results: Path) -> str:
-    """Mean over seeds, with the standard deviation behind it."""
-    lines = ["| run | seeds | style share | concept change | background change | diversity / base | same style | / base in that style | relative reward, optimised | "
-             "held out | absolute reward, held out | saturation / base in that style | seconds |",
-             "|---|---|---|---|---|---|---|---|---|---|---|---|---|"]
-    for group, runs in RUNS.items():
-        for name in runs:
-            rows = [json.loads(p.read_text()) for p in sorted(results.glob(f"{group}-{_slug(name)}-*.json"))]
-            if not rows:
-                continue
-            two, base = "{:.2f}", np.mean([r["style_base"] for r in rows])
-            lines.append("| " + " | ".join([
-                name, str(len(rows)), f"{base:.2f} -> " + about([r["style"] for r in rows], two),
-                about([r["concept"] - r["concept_base"] for r in rows], "{:+.3f}"),
-                about([r["background"] - r["background_base"] for r in rows], "{:+.3f}"),
-                about([r["diversity"] for r in rows], two), about([r["diversity_same_style"] for r in rows], two),
-                about([r["diversity_of_style"] for r in rows], two),
-                about([r["relative emoji"] for r in rows], "{:+.3f}"),
-                about([r["relative emoji-heldout"] for r in rows], "{:+.3f}"),
-                about([r["absolute emoji-heldout"] for r in rows], "{:+.3f}"),
-                about([r["cast"]["saturation_ratio"] for r in rows], two), f"{np.mean([r['seconds'] for r in rows]):.0f}",
-            ]) + " |")
-    return "\n".join(lines)
+def table(group: str, results: Path) -> str:
+    """Mean over seeds, with the standard deviation behind it; "" if nothing has been measured."""
+    lines = ["| run | seeds | style share | concept change | background change | diversity / base | same style "
+             "| / base in that style | relative reward, optimised | held out | absolute reward, held out "
+             "| saturation; red, green, blue / base in that style | fine detail / base | seconds |", "|---" * 14 + "|"]
+    for name in RUNS[group]:
+        rows = [json.loads(p.read_text()) for p in sorted(results.glob(f"{group}-{_slug(name)}-*.json"))]
+        if not rows:
+            continue
+        two, base = "{:.2f}", np.mean([r["style_base"] for r in rows])
+        red, green, blue = (f"{np.mean([r['cast'][f'{c}_ratio'] for r in rows]):.2f}" for c in ("red", "green", "blue"))
+        lines.append("| " + " | ".join([
+            name, str(len(rows)), f"{base:.2f} -> " + about([r["style"] for r in rows], two),
+            about([r["concept"] - r["concept_base"] for r in rows], "{:+.3f}"),
+            about([r["background"] - r["background_base"] for r in rows], "{:+.3f}"),
+            about([r["diversity"] for r in rows], two), about([r["diversity_same_style"] for r in rows], two),
+            about([r["diversity_of_style"] for r in rows], two),
+            about([r["relative emoji"] for r in rows], "{:+.3f}"),
+            about([r["relative emoji-heldout"] for r in rows], "{:+.3f}"),
+            about([r["absolute emoji-heldout"] for r in rows], "{:+.3f}"),
+            f"{np.mean([r['cast']['saturation_ratio'] for r in rows]):.2f}; {red}, {green}, {blue}",
+            about([r["drift"]["high_frequency_ratio"] for r in rows], two),
+            f"{np.mean([r['seconds'] for r in rows]):.0f}",
+        ]) + " |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def tell(results: Path) -> None:
+    """Print the tables, and write them where publish.py finds them."""
+    for group in RUNS:
+        if text := table(group, results):
+            (results / f"srpo-{group}.md").write_text(text + "\n")
+            print(f"{text}\n")
 
 
 def _slug(name: str) -> str:
@@ -139,7 +149,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     args = parser.parse_args()
     if args.what == "table":
-        print(table(args.results))
+        tell(args.results)
         return
     args.results.mkdir(parents=True, exist_ok=True)
     referee, cache = embedded_referee(), {}
@@ -151,7 +161,7 @@ def main() -> None:
             row = measure(source, [*overrides, *args.override], seed, referee, cache, args.prompts)
             path.write_text(json.dumps(row, indent=1) + "\n")
             print(seed, name, json.dumps({k: round(v, 3) for k, v in row.items() if isinstance(v, float)}), flush=True)
-    print(table(args.results))
+    tell(args.results)
 
 
 if __name__ == "__main__":
