@@ -196,3 +196,15 @@ def test_lora_file_loads_through_diffusers(tmp_path, model):
 def test_assets_stay_small():
     total = sum(f.stat().st_size for f in Path(str(ASSETS)).rglob("*") if f.is_file())
     assert total <= 30e6
+
+
+def test_the_packaged_consistency_model_is_nearer_to_the_odes_end_than_the_posterior_mean():
+    model = EmojiModel.load(training="none")
+    model.load_consistency()
+    cond = model.encode_prompts([f"a {word} on a blue background" for word in ("dog", "rocket", "pizza", "car")] * 2)
+    x, far = torch.randn(8, *model.latent_shape, generator=torch.Generator().manual_seed(0)), torch.ones(8)
+    with torch.no_grad():
+        end = sample(model, cond, x, 20, guidance=3.0)
+        errors = [float((model.predict(x, far, cond, weights=weights).x0 - end).square().mean())
+                  for weights in ("reference", "consistency")]
+    assert errors[1] < 0.9 * errors[0]

@@ -26,8 +26,8 @@ from palate.models import delta
 from palate.models.emoji import EmojiModel
 
 
-def ship(source: Path, out: Path) -> dict[str, float]:
-    """Write `out`; what was packed, judged by the images of 32 prompts."""
+def ship(source: Path, out: Path, history: str = "") -> dict[str, float]:
+    """Write `out`; what was packed, judged by the images of 32 prompts. history: of the runs before, for the card."""
     base = EmojiModel.load(training="none").weights.networks["reference"].state_dict()
     weights = UNet2DConditionModel.from_pretrained(source / "unet", torch_dtype=torch.float32).state_dict()
     shutil.rmtree(out, ignore_errors=True)
@@ -41,7 +41,7 @@ def ship(source: Path, out: Path) -> dict[str, float]:
              "largest_difference": float(apart.max())}
     trained = source.parent.parent / "recipe.yaml"
     (out / "README.md").write_text(CARD.format(
-        label=json.loads((out / "generator.json").read_text())["t_init"], **found,
+        label=json.loads((out / "generator.json").read_text())["t_init"], history=history, **found,
         recipe=published(trained.read_text()) if trained.is_file() else "# not known"))
     return found
 
@@ -65,7 +65,8 @@ encoder, tokenizer and VAE are the base model's. Packing moves a pixel by {mean_
 {largest_difference:.3f} at most (32 prompts, of 1). Figures against the teacher: docs/algorithms/distar.md,
 `python benchmarks/distar.py teacher emoji-1step`.
 
-It knows what the base model knows, with its faults. Licence: as the base model's, see ../README.md. The recipe:
+It knows what the base model knows, with its faults. Licence: as the base model's, see ../README.md. {history}The recipe of
+its last run:
 
 ```yaml
 {recipe}
@@ -77,8 +78,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("source", type=Path, help="what `palate export RUN --format one-step` wrote")
     parser.add_argument("--out", type=Path, default=ASSETS / "emoji-1step")
+    parser.add_argument("--history", default="", help="of the runs before the last, for the card: a sentence or two")
     args = parser.parse_args()
-    print(json.dumps(ship(args.source, args.out)))
+    print(json.dumps(ship(args.source, args.out, args.history and f"{args.history} ")))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,19 @@ from torch.utils.checkpoint import checkpoint
 
 from palate.models import delta
 
+FILES = {"lora": ("pytorch_lora_weights.safetensors",), "full": ("diffusion_pytorch_model.safetensors", delta.FILE)}
+
+
+def adapter_file(folder: Path | str, training: str) -> Path:
+    """What `NamedWeights.load` reads in `folder`; ValueError if it is not there."""
+    for name in FILES[training]:
+        if (Path(folder) / name).is_file():
+            return Path(folder) / name
+    other = "full" if training == "lora" else "lora"
+    there = next((name for name in FILES[other] if (Path(folder) / name).is_file()), None)
+    remedy = f"; it holds {there}: set model.weights={other}" if there else ""
+    raise ValueError(f"no {FILES[training][0]} in {folder}; expected the adapter folder of a {training} run{remedy}")
+
 
 class NamedWeights:
     """A network under the names of `names`, all equal at the start, and under "reference".
@@ -162,17 +175,18 @@ class NamedWeights:
         With full training also a difference from the reference (`delta`).
         """
         lora = self.training == "lora"
-        path = Path(folder) / f"{'pytorch_lora_weights' if lora else 'diffusion_pytorch_model'}.safetensors"
-        packed = not lora and not path.exists() and (Path(folder) / delta.FILE).is_file()
-        if not packed and not path.exists():
-            raise ValueError(f"no {path.name} in {folder}; expected the adapter folder of a {self.training} run")
+        path = adapter_file(folder, "lora" if lora else "full")
         own = self._own(name)
+        packed = path.name == delta.FILE
         saved = delta.load(Path(folder), self.networks["reference"].state_dict()) if packed else load_file(path)
         if lora:
             saved = {key.replace(".lora_A.", f".lora_A.{name}.").replace(".lora_B.", f".lora_B.{name}."): tensor
                      for key, tensor in saved.items()}
         if {n: p.shape for n, p in own.items()} != {n: t.shape for n, t in saved.items()}:
-            raise ValueError(f"the adapter in {folder} does not fit this model: another rank, target or architecture")
+            ranks, its = ({len(t) for n, t in state.items() if ".lora_A." in n} for state in (own, saved))
+            remedy = f"; set model.lora_rank={min(its)}" if len(its) == 1 and its != ranks else ""
+            raise ValueError(
+                f"the adapter in {folder} does not fit this model: another rank, target or architecture{remedy}")
         with torch.no_grad():
             for key, parameter in own.items():
                 parameter.copy_(saved[key])
