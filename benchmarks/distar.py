@@ -55,11 +55,10 @@ def features(judge, images: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def against_teacher(folder: str, count: int, repeats: int) -> dict:
-    from palate.cli import _one_step_folder
-    from palate.export import load_one_step
+    from palate.export import load_one_step, one_step_folder
     from palate.models.emoji import EmojiModel
 
-    found = _one_step_folder(folder)
+    found = one_step_folder(folder)
     if found is None:
         raise ValueError(f"{folder} holds no generator.json; expected what palate export --format one-step writes")
     (student, sampler), teacher = load_one_step(found), EmojiModel.load(training="none")

@@ -1,7 +1,9 @@
 """The pictures of the documentation, from runs.
 
     python benchmarks/figures.py demo runs/demo            # docs/images/demo.png: before, during, after
-    python benchmarks/figures.py steering [--steps 60]     # trains, swaps the words half-way; docs/images/steering.{svg,png}
+    python benchmarks/figures.py steering [--steps 60] [--to flat]
+                                                           # trains towards "3d", then, half-way, towards another style and
+                                                           # away from "3d"; docs/images/steering.{svg,png}
 """
 
 from __future__ import annotations
@@ -42,20 +44,20 @@ def demo(run: Path) -> None:
     sheet(run, [steps[0], steps[len(steps) // 2], steps[-1]], IMAGES / "demo.png")
 
 
-def steering(run: Path, steps: int) -> None:
+def steering(run: Path, steps: int, to: str) -> None:
     def palate(*arguments: str) -> None:
         subprocess.run([sys.executable, "-m", "palate", *arguments], check=True)
 
     half = steps // 2
     palate("train", "srpo-emoji", f"run.folder={run}", "--fresh", f"trainer.steps={half}", "trainer.preview_every=10",
-           "trainer.guard.every=5", "trainer.guard.action=warn")
-    palate("steer", str(run), "--positive", "outline", "--negative", "3d")
+           "trainer.guard.every=6", "trainer.guard.action=warn")
+    palate("steer", str(run), "--positive", to, "--negative", "3d")
     palate("resume", str(run), f"trainer.steps={steps}")
     rows = [row for row in read_metrics(run) if row.get("event") in ("evaluate", "guard")]
     shares = [Line(style, [(row["step"], row[f"style/{style}"]) for row in rows], style == "3d")
               for style in ("3d", "outline", "flat", "cartoon")]
     swap = next(row["step"] for row in read_metrics(run) if row.get("event") == "steer")
-    svg = str(chart("Style share", shares, [Mark(swap, "words swapped: +outline -3d", "steer")], share=True))
+    svg = str(chart("Style share", shares, [Mark(swap, f"words swapped: +{to} -3d", "steer")], share=True))
     svg = re.sub(r"<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', svg, count=1)
     IMAGES.mkdir(parents=True, exist_ok=True)
     (IMAGES / "steering.svg").write_text(svg.replace(">", ">" + STYLE, 1))
@@ -68,11 +70,12 @@ def main() -> None:
     parser.add_argument("what", choices=["demo", "steering"])
     parser.add_argument("run", type=Path, nargs="?", default=None)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--to", default="flat", help="the second style of steering")
     args = parser.parse_args()
     if args.what == "demo":
         demo(args.run or Path("runs/demo"))
     else:
-        steering(args.run or Path("runs/steering"), args.steps)
+        steering(args.run or Path("runs/steering"), args.steps, args.to)
 
 
 if __name__ == "__main__":

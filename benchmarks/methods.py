@@ -45,7 +45,7 @@ from palate.vocabulary import vocabulary
 STYLE, NEGATIVE, K = "3d", "flat", 1.0
 METHODS = {  # name -> recipe, what is swept as its strength in frontier.py
     "SRPO": ("srpo-emoji", ("algorithm.anchor", (0.0, 0.3, 3.0))),
-    "SQDF": ("sqdf-emoji", ("algorithm.alpha_kl", (3e-4, 1e-3, 3e-3))),
+    "SQDF": ("sqdf-emoji", ("algorithm.alpha_kl", (0.0, 3e-5, 3e-4))),
     "ReFL": ("refl-emoji", ("trainer.lr", ())),  # () = its learning rate over 3, as it is, times 3
     "DRaFT-LV": ("draft-emoji", ("trainer.lr", ())),
     "DDPO": ("ddpo-emoji", ("trainer.lr", ())),
