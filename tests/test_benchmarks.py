@@ -181,7 +181,8 @@ def test_tables_go_where_the_page_marks_them(tmp_path):
     assert (images / "frontier-drift.svg").is_file()
     pages = "".join(path.read_text() for path in publish.DOCS.rglob("*.md"))
     wanted = {found[2] for found in publish.MARK.finditer(pages)}
-    assert wanted == {"time_to_preference", "frontier", "guard", "sqdf", "distar-teacher", "distar-family"}
+    assert wanted == {"time_to_preference", "frontier", "guard", "sqdf", "distar-teacher", "distar-family", "srpo-pairs",
+                      "srpo-ablations"}
 
 
 def test_the_guards_table():

@@ -178,6 +178,23 @@ def test_fresh_removes_runs_only(tiny, palate):
     assert code == 2 and short(err) and "thesis.txt" in err and (tiny / "precious" / "thesis.txt").exists()
 
 
+@pytest.mark.parametrize("mistake", ["prompts={file: none.txt}", "evaluate.file=none.txt", "model.start=emoji-1step"])
+def test_fresh_keeps_the_old_run_when_the_new_one_cannot_begin(tiny, palate, mistake):
+    old = tiny / "runs" / "tiny"
+    old.mkdir(parents=True)
+    (old / "metrics.jsonl").write_text("")
+    code, _, err = palate("train", "tiny.yaml", mistake, "--fresh")
+    assert code == 2 and short(err) and (old / "metrics.jsonl").exists()
+
+
+def test_fresh_keeps_the_answers_when_a_file_is_missing(tiny, palate):
+    old = tiny / "runs" / "asked"
+    old.mkdir(parents=True)
+    (old / "queries.jsonl").write_text("")
+    code, _, err = palate("optimize", "optimize-emoji", "run.folder=runs/asked", "prompts={file: none.txt}", "--fresh")
+    assert code == 2 and short(err) and (old / "queries.jsonl").exists()
+
+
 def test_fresh_keeps_the_key_of_a_blind_study(tiny, palate):
     assert palate("train", "tiny.yaml")[0] == 0
     key = tiny / "runs/tiny/compare-blind-key.json"

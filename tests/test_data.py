@@ -10,8 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from palate import recipe
-from palate.data import Pair, RecipeError, geneval, load_images, preference_pairs, prompt_rows, read_prompts, read_rows
+from palate import data, recipe
+from palate.data import (
+    Pair, RecipeError, check_images, encode_images, geneval, load_images, preference_pairs, prompt_rows, read_prompts,
+    read_rows,
+)  # fmt: skip
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -207,3 +210,43 @@ def test_published_rewards_are_named_in_recipes(monkeypatch):
 def test_bad_reward_settings_name_the_key(overrides, message):
     with pytest.raises(RecipeError, match=message):
         recipe.parse(GOOD, overrides)
+
+
+def test_images_are_read_and_encoded_a_few_at_a_time(monkeypatch):
+    """The pictures of a large set never lie in memory together, the latents keep their order."""
+    told, load = [], load_images
+
+    def seen(paths, *, size):
+        told.append(("read", len(paths)))
+        return load(paths, size=size)
+
+    class Model:
+        image_size = 4
+
+        def encode(self, images):
+            told.append(("encode", len(images)))
+            return images.mean((2, 3), keepdim=True)
+
+    monkeypatch.setattr(data, "load_images", seen)
+    shades = range(0, 210, 3)
+    latents = encode_images(Model(), [png((shade, 0, 0)) for shade in shades])
+    assert told == [(what, count) for count in (32, 32, 6) for what in ("read", "encode")]
+    torch.testing.assert_close(latents[:, 0, 0, 0] * 255, torch.tensor([float(shade) for shade in shades]))
+
+
+def test_a_broken_image_is_found_before_any_weight_loads(tmp_path, monkeypatch):
+    for loader in ("build_reward", "build_model"):
+        monkeypatch.setattr(recipe, loader, lambda *_: pytest.fail("weights were read"))
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.png").write_bytes(png("red"))
+        (tmp_path / f"{name}.txt").write_text("a dog")
+    check_images(sorted(tmp_path.glob("*.png")))
+    whole = png("red")
+    for broken in (whole[:-20], b"", b"no picture", whole[:45] + b"\xff" + whole[46:]):
+        (tmp_path / "b.png").write_bytes(broken)
+        with pytest.raises(RecipeError, match="cannot read the image .*b.png.*repair or remove it"):
+            recipe.build(recipe.read("srpo-emoji", ["prompts.file=null", f"prompts.images={tmp_path}"]))
+    rows = [{"prompt": "a dog", "image_path": ["a.png", "b.png"], "human_preference": [1, 0]}]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    with pytest.raises(RecipeError, match="cannot read the image .*b.png"):
+        recipe.build(recipe.read("dpo-emoji", ["prompts.file=null", f"prompts.pairs={tmp_path / 'train.json'}"]))

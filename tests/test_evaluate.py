@@ -487,6 +487,17 @@ def test_words_in_force_follow_the_steering(tmp_path):
     assert runs.words_in_force(tmp_path, recipe) == (["outline"], ["flat"])
 
 
+def test_the_relative_reward_of_a_recipe_is_evaluated_as_it_was_optimised(tmp_path):
+    recipe = {"reward": {"name": "warmth", "relative": {"positive": "3d", "negative": "", "k": 0.5}}, "algorithm": {}}
+    words = runs.words_in_force(tmp_path, recipe)
+    assert words == (["3d"], [])
+    count = lambda images, prompts: torch.tensor([len(prompts[0]) * 1.0])  # noqa: E731
+    rewards, optimised = runs._with_optimised({"warmth": count, "other": count}, "other", recipe, words)
+    assert optimised == ["warmth-relative", "warmth"]
+    for name in ("warmth-relative", "other-relative"):
+        assert float(rewards[name](torch.zeros(1, 3, 2, 2), ["dog"])) == 1.5 * len("3d. dog") - len("dog")
+
+
 # --- sample folders ---
 
 

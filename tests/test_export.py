@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
 import subprocess
 import sys
 
 import pytest
+import tiny_families
 import torch
+from PIL import Image
 
-from palate.algorithms.distar import DistarSettings, Generator
+from palate.algorithms.distar import PIXART, SD15, SDXL, DistarSettings, Generator
+from palate.cli import app
 from palate.export import export_one_step, load_one_step
 from palate.models.emoji import EmojiModel
 
@@ -80,3 +86,81 @@ def test_what_cannot_be_one_step_is_refused(tmp_path, trained):
         with pytest.raises(ValueError, match=match):
             export_one_step(trained, DistarSettings(generator=generator), tmp_path / "no")
     assert not (tmp_path / "no").exists()
+
+
+FAMILIES = {"stable-diffusion": SD15, "stable-diffusion-v": SD15, "sdxl": SDXL, "pixart-alpha": PIXART}
+
+
+def generator_of(name, folder=None, dtype="float32"):
+    """A tiny random model whose LoRA says something."""
+    model = tiny_families.load(name, folder, dtype=dtype)
+    with torch.no_grad():
+        for k, p in enumerate(model.parameters()):
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(k)))
+    return model
+
+
+def drawn_as_the_card_says(folder, noise):
+    """(image, pipeline) of the README's own lines, word for word, with this noise."""
+    code = re.search("```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    code = code.replace("path/to/this/folder", str(folder)).replace(").images", ', output_type="pt").images')
+    scope = {"randn": lambda *shape, dtype: noise.view(shape).to(dtype)}
+    exec(code.replace("torch.randn(", "randn("), scope)
+    return scope["image"], scope["pipe"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_card_of_a_family_draws_what_palate_draws(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model, generator, folder = generator_of(name), FAMILIES[name], tmp_path / "one-step"
+    export_one_step(model, DistarSettings(generator=generator), folder)
+    noise = torch.randn((1, *model.latent_shape), generator=torch.Generator().manual_seed(0))
+    cond = model.encode_prompts(["a prompt"])
+    with torch.no_grad():
+        ours, base = (model.decode(generator(model, cond, [noise], weights=name)) for name in ("policy", "reference"))
+    theirs, pipe = drawn_as_the_card_says(folder, noise)
+    assert len(pipe.scheduler.timesteps) == 1
+    torch.testing.assert_close(theirs, ours[0], atol=1e-5, rtol=0)
+    assert (ours - base).abs().mean() > 1e-3
+    again, sampler = load_one_step(folder)
+    assert type(again) is type(model) and again.latent_shape == model.latent_shape
+    with torch.no_grad():
+        loaded = again.decode(sampler(again, again.encode_prompts(["a prompt"]), [noise]))
+    torch.testing.assert_close(loaded, ours, atol=1e-5, rtol=0)
+
+
+def test_a_bfloat16_generator_of_a_half_downloaded_folder(tmp_path, monkeypatch):
+    """As from the hub: SD1.5's safety checker is there as a configuration only; the network is stored in bfloat16."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source, folder = tmp_path / "base", tmp_path / "one-step"
+    shutil.copytree(tiny_families.saved("stable-diffusion")[0], source)
+    index = json.loads((source / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (source / "model_index.json").write_text(json.dumps(index))
+    (source / "safety_checker").mkdir()
+    (source / "safety_checker/config.json").write_text("{}")
+    model = generator_of("stable-diffusion", source, "bfloat16")
+    export_one_step(model, DistarSettings(generator=SD15), folder)
+    noise = torch.randn((1, *model.latent_shape), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = model.decode(SD15(model, model.encode_prompts(["a prompt"]), [noise]))[0]
+    theirs, _ = drawn_as_the_card_says(folder, noise)
+    torch.testing.assert_close(theirs.float(), ours, atol=0.05, rtol=0)
+    app(["sample", "--model", str(folder), "--prompt", "a prompt", "--seeds", "0", "--out", str(tmp_path / "drawn")],
+        standalone_mode=False)
+    assert Image.open(tmp_path / "drawn/grid.png").size == model.image_size
+    shutil.rmtree(source / "text_encoder")
+    with pytest.raises(ValueError, match="text_encoder is not whole"):
+        export_one_step(model, DistarSettings(generator=SD15), tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(("record", "message"), [
+    ({"t_init": 0.7, "input_scale": 0.7, "steps": 1, "family": "later"}, "draw it with diffusers, see .*README"),
+    ({"t_init": 0.7, "input_scale": 0.7, "steps": 1, "family": "emoji", "later": 1}, "draw it with diffusers"),
+    ({"t_init": 0.7}, "not what an export wrote"), ([], "not what an export wrote"),
+])
+def test_a_generator_that_is_not_known_is_refused(tmp_path, record, message):
+    (tmp_path / "generator.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=message):
+        load_one_step(tmp_path)

@@ -14,7 +14,7 @@ from palate.algorithms.distar import DistarSettings, Generator
 from palate.algorithms.srpo import SRPO
 from palate.cli import app
 from palate.evaluate import generate
-from palate.export import export_one_step, load_one_step
+from palate.export import export_one_step, load_one_step, one_step_folder
 from palate.models import delta
 from palate.models.emoji import EmojiModel
 from palate.train import train
@@ -102,3 +102,12 @@ def test_a_name_stands_for_the_packaged_one(shipped, monkeypatch):
     recipe.build_model(recipe.read("srpo-emoji", ["model.start=emoji"]))  # any folder of the package
     assert seen[0] == "emoji-consistency-or-no-such-folder" and Path(seen[1]).parts[-2:] == ("assets", "emoji")
     assert recipe.read("distar-emoji-quick").model.start == "emoji-1step"
+
+
+def test_a_generator_without_a_family_is_the_embedded_models(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = one_step_folder("emoji-1step")
+    assert "family" not in json.loads((folder / "generator.json").read_text())
+    model, sampler = load_one_step(folder)
+    assert isinstance(model, EmojiModel) and sampler == Generator(t_init=0.714, input_scale=0.714)
+    assert one_step_folder("no-such") is None and one_step_folder(str(folder)) == folder

@@ -13,6 +13,7 @@ from PIL import Image
 
 import palate
 from palate import recipe
+from palate.data import load_images
 from palate.recipe import RecipeError, TrainerSettings
 
 GOOD = """
@@ -52,6 +53,16 @@ HOSTILE = [
     ("reward none", GOOD, ["reward.name=null"], ["reward.name", "reward.weights"]),
     ("reward weight unknown", GOOD, ["reward={weights: {warmt: 1.0}}"], ["reward.weights", "warmt"]),
     ("reward weight not finite", GOOD, ["reward={weights: {warmth: .nan}}"], ["reward.weights.warmth"]),
+    ("reward without gradient", GOOD, ["reward.name=jpeg_size"],
+     ["reward.name: srpo needs", "jpeg_size", "flow_grpo", "palate optimize"]),
+    ("rewards without gradient", GOOD, ["reward={weights: {remote: 1, jpeg_size: 1}, source: {remote: 'http://a'}}"],
+     ["reward.weights: srpo needs", "jpeg_size, remote"]),
+    ("relative with srpo", GOOD, ["reward.relative={positive: 3d}"], ["reward.relative: srpo", "algorithm.positive"]),
+    ("relative without words", GOOD, ["algorithm={name: draft}", "reward.relative={k: 1}"], ["positive, negative"]),
+    ("relative without prompt", GOOD, ["algorithm={name: draft}", "reward={name: warmth, relative: {negative: flat}}"],
+     ["reward.relative: warmth reads no prompt"]),
+    ("relative misspelt", GOOD, ["algorithm={name: draft}", "reward.relative={positve: 3d, negative: flat}"],
+     ["did you mean reward.relative.positive?"]),
     ("prompts none", GOOD, ["prompts={}"], ["exactly one of prompts.file, prompts.list, prompts.images"]),
     ("prompts two", GOOD, ["prompts.file=a.txt"], ["got prompts.file and prompts.list"]),
     ("prompts empty", GOOD, ["prompts.list=[]"], ["prompts.list"]),
@@ -110,6 +121,65 @@ def test_all_mistakes_come_at_once():
     assert len(lines) == 7
     for key in ("trainer.stepz", "trainer.lr", "modle", "reward.name", "algorithm.n", "trainer.guard.action", "a:"):
         assert any(line.startswith(key) for line in lines), key
+
+
+@pytest.mark.parametrize(("overrides", "starts"), [
+    (["algorithm.positve=1", "algorithm.step=0.9"], ["algorithm.positve: unknown key", "algorithm: SRPOSettings"]),
+    (["model.name=flux", "trainer.stepz=4", "trainer.guard.evry=1"],
+     ["trainer.stepz: unknown key", "trainer.guard.evry: unknown key", "model.folder: flux needs"]),
+    (["model.name=flux", "algorithm.step=0.9"], ["algorithm: SRPOSettings", "model.folder: flux needs"]),
+])  # fmt: skip
+def test_an_unknown_key_does_not_hide_other_mistakes(overrides, starts):
+    with pytest.raises(RecipeError) as caught:
+        recipe.parse(GOOD, overrides)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(starts)
+    assert all(any(line.startswith(start) for line in lines) for start in starts), lines
+
+
+def test_a_reward_without_gradient_is_for_those_that_need_none():
+    for algorithm in ("ddpo", "flow_grpo", "nft", "distar, reward_scale: 0"):
+        recipe.parse(GOOD, [f"algorithm={{name: {algorithm}}}", "reward.name=jpeg_size"])
+    recipe.parse(GOOD, ["reward={weights: {jpeg_size: 0.1, emoji: 1.0}}"])  # the gradient is that of emoji
+    for algorithm in ("distar", "refl", "draft", "sqdf"):
+        with pytest.raises(RecipeError, match=f"reward.name: {algorithm} needs the reward's gradient"):
+            recipe.parse(GOOD, [f"algorithm={{name: {algorithm}}}", "reward.name=jpeg_size"])
+
+
+def test_the_relative_reward_of_a_recipe_is_the_formula(monkeypatch):
+    plain = recipe.parse(GOOD, ["algorithm={name: draft}"])
+    made = recipe.parse(GOOD, ["algorithm={name: draft}", "reward.relative={positive: 3d, negative: flat, k: 0.5}"])
+    assert recipe.fingerprint(made) != recipe.fingerprint(plain) and recipe.parse(recipe.dump(made)) == made
+    monkeypatch.setattr(recipe, "load_reward", lambda *_: lambda images, prompts: torch.tensor([len(prompts[0]) * 1.0]))
+    value = recipe.build_reward(made.reward)(torch.zeros(1, 3, 2, 2), ["a dog"])
+    assert float(value) == 1.5 * len("3d. a dog") - len("flat. a dog")
+
+
+def test_a_start_of_the_other_kind_says_which_to_set(tmp_path, monkeypatch):
+    with pytest.raises(RecipeError, match="model.start: no .* in .*emoji-1step.*set model.weights=full"):
+        recipe.check_start(recipe.parse(GOOD, ["model.start=emoji-1step"]))
+    recipe.check_start(recipe.parse(GOOD, ["model.start=emoji-1step", "model.weights=full"]))
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    with pytest.raises(RecipeError, match="model.start: .*set model.weights=lora"):
+        recipe.check_start(recipe.parse(GOOD, [f"model.start={tmp_path}", "model.weights=full"]))
+
+    class Misfit:
+        weights = property(lambda self: self)
+
+        def load(self, folder, name):
+            raise ValueError("another rank")
+
+    monkeypatch.setattr("palate.models.emoji.EmojiModel.load", lambda *_, **__: Misfit())
+    with pytest.raises(ValueError, match="model.start: another rank"):
+        recipe.build_model(recipe.parse(GOOD, ["model.start=x"]))
+
+
+def test_a_start_that_does_not_fit_is_found_before_the_reward_loads(monkeypatch):
+    monkeypatch.setattr(recipe, "build_reward", lambda settings: pytest.fail("loaded"))
+    with pytest.raises(RecipeError, match="model.start"):
+        recipe.build(recipe.parse(GOOD, ["model.start=emoji-1step"]))
+    with pytest.raises(RecipeError, match="evaluate.file: prompt file 'nope' does not exist"):
+        recipe.build(recipe.parse(GOOD, ["evaluate.file=nope"]))
 
 
 def test_overrides_are_yaml_values_and_later_ones_win():
@@ -199,7 +269,7 @@ def test_captions_from_each_of_three_places(images):
     assert [(p.name, c) for p, c in recipe.captioned_images(images)] == expected
     (images / "metadata.jsonl").write_text("".join(json.dumps({"file_name": n, "text": c}) + "\n" for n, c in expected))
     assert [(p.name, c) for p, c in recipe.captioned_images(images)] == expected
-    loaded = recipe.load_images([p for p, _ in recipe.captioned_images(images)], size=8)
+    loaded = load_images([p for p, _ in recipe.captioned_images(images)], size=8)
     assert loaded.shape == (3, 3, 8, 8)
     torch.testing.assert_close(loaded.mean((1, 2, 3)) * 255, torch.tensor([80.0, 40.0, 120.0]), atol=2.0, rtol=0)
 
@@ -217,7 +287,7 @@ def test_images_that_cannot_be_used(images):
     for broken in (whole[:40], b"", b"not an image", whole[:20] + b"\xff" * 20 + whole[40:]):
         (images / "b.png").write_bytes(broken)
         with pytest.raises(RecipeError, match="cannot read the image .*b.png.*repair or remove"):
-            recipe.load_images([images / "a.jpg", images / "b.png"], size=8)
+            load_images([images / "a.jpg", images / "b.png"], size=8)
     (images / "empty").mkdir()
     with pytest.raises(RecipeError, match="holds no .png"):
         recipe.captioned_images(images / "empty")

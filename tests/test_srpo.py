@@ -573,6 +573,7 @@ def test_steering_takes_effect_at_the_next_step_and_is_saved():
             algorithm.steer(["3d", " glossy "], None)
     assert spoken == ["good. cat", "bad. cat"] * 4
     assert algorithm.words(2) == ("3d", "bad") and algorithm.words(3) == ("glossy", "bad")
+    assert algorithm.control_texts("cat") == {"positive": ["3d. cat", "glossy. cat"], "negative": ["bad. cat"]}
     copy = SRPO(settings_of())
     copy.load_state_dict(algorithm.state_dict())
     assert copy.words(3) == ("glossy", "bad")

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,7 @@ class Steering:
 
     def __init__(self, folder: Path, changes: dict[int, tuple]):
         self.inner, self.folder, self.changes = srpo(), folder, changes
-        self.trains, self.steer = self.inner.trains, self.inner.steer
+        self.trains, self.steer, self.control_texts = self.inner.trains, self.inner.steer, self.inner.control_texts
         self.state_dict, self.load_state_dict = self.inner.state_dict, self.inner.load_state_dict
 
     def step(self, model, reward, batch, rng):
@@ -295,12 +296,12 @@ class Sick:
     """The reward, but not finite during the given steps (each step scores twice: once a branch)."""
 
     def __init__(self, steps, value=math.nan):
-        self.steps, self.value, self.calls = set(steps), value, -1  # the first call is the one before training
+        self.steps, self.value, self.calls = set(steps), value, -1
 
     def __call__(self, images, prompts):
         self.calls += 1
-        step = (self.calls - 1) // 4 + 1  # two branches, two words
-        return reward(images, prompts) * (self.value if self.calls and step in self.steps else 1.0)
+        step = self.calls // 4  # two branches, two words; before training one call for shapes and three for words
+        return reward(images, prompts) * (self.value if step in self.steps else 1.0)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -359,6 +360,20 @@ def test_a_loss_without_gradient_is_refused_with_its_likely_cause(tmp_path):
 
     with pytest.raises(ValueError, match="policy gradient of step 1 is zero in all 4 tensors"):
         run(tmp_path / "d", algorithm=OtherNetwork())
+    with pytest.raises(ValueError, match="does not read the prompt.*algorithm.preference=absolute"):
+        run(tmp_path / "e", reward=lambda images, prompts: images.mean((1, 2, 3)))
+    run(tmp_path / "f", reward=lambda images, prompts: images.mean((1, 2, 3)), algorithm=srpo(preference="absolute"))
+
+
+def test_the_reward_of_the_page_on_adding_trains(tmp_path):
+    page = (Path(__file__).parent.parent / "docs" / "adding.md").read_text("utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    for part, small in (("runs/contrast", str(tmp_path)), ("steps=10", "steps=1, batch_size=2, progress=False"),
+                        ('SRPOSettings(', 'SRPOSettings(rollout_steps=2, ')):
+        assert part in code
+        code = code.replace(part, small)
+    exec(code, {})
+    assert [row["event"] for row in rows(tmp_path)] == ["step"]
 
 
 @pytest.mark.parametrize(("bad", "message"), [
@@ -405,10 +420,44 @@ def test_words_that_are_refused_do_not_end_the_run(tmp_path):
             raise ValueError("unknown word gibberish")
         return reward(images, prompts)
 
-    run(tmp_path / "a", algorithm=Steering(tmp_path / "a", {2: (["gibberish"], None)}), reward=fussy)
-    run(tmp_path / "b")
-    assert rows(tmp_path / "a") == rows(tmp_path / "b") and same(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
-    assert not (tmp_path / "a" / "control.json").exists()
+    a, b = tmp_path / "a", tmp_path / "b"
+    changes = {1: (["gibberish"], None), 3: (["icy", "gibberish"], None), 4: (["icy"], ["hot", "gibberish"])}
+    run(a, algorithm=Steering(a, changes), reward=fussy)
+    run(b)
+    refused = [row for row in rows(a) if row["event"] == "steer_refused"]
+    assert [(row["step"], row["reason"].split(":")[0]) for row in refused] == [
+        (2, "algorithm.positive"), (4, "algorithm.positive"), (5, "algorithm.negative")]
+    assert [row for row in rows(a) if row not in refused] == rows(b) and same(tensors(a), tensors(b))
+    assert not (a / "control.json").exists()
+    with open(b / "metrics.jsonl", "a") as log:  # a run that an earlier version let take such words up
+        log.write('{"step": 9, "event": "steer", "positive": ["icy", "gibberish"], "negative": null}\n')
+    assert run(b, reward=fussy, resume=True, steps=10)[1].reason == "finished"
+    assert rows(b)[STEPS]["event"] == "steer_refused"
+
+
+def test_unknown_words_of_the_recipe_are_refused_before_the_run_begins(tmp_path):
+    def fussy(images, prompts):
+        if "gibberish" in prompts[0]:
+            raise ValueError("unknown word gibberish")
+        return reward(images, prompts)
+
+    for side in ("positive", "negative"):
+        with pytest.raises(ValueError, match=f"algorithm.{side}: unknown word"):
+            run(tmp_path / "run", reward=fussy, algorithm=srpo(**{side: ("fine", "gibberish")}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_words_given_while_others_wait_join_them(tmp_path):
+    class Twice(Steering):
+        def step(self, model, reward, batch, rng):
+            if rng.step in (2, 3):  # in step 3 those of step 2 have been read, but not yet been logged
+                palate.steer(self.folder, [f"icy{rng.step}"])
+                palate.steer(self.folder, None, ["hot"])
+            yield from self.inner.step(model, reward, batch, rng)
+
+    run(tmp_path, algorithm=Twice(tmp_path, {}), steps=4)
+    steered = [(row["step"], row["positive"], row["negative"]) for row in rows(tmp_path) if row["event"] == "steer"]
+    assert steered == [(3, ["icy2"], ["hot"]), (4, ["icy3"], ["hot"])]
 
 
 @pytest.mark.parametrize("junk",
@@ -434,6 +483,13 @@ def test_steer_checks_what_it_is_given(tmp_path):
             palate.steer(tmp_path, *words)
     palate.steer(tmp_path, [" 3d "])
     assert json.loads((tmp_path / "control.json").read_text()) == {"positive": ["3d"], "negative": None}
+    recipe = resources.files("palate") / "recipes"
+    (tmp_path / "recipe.yaml").write_text((recipe / "refl-emoji.yaml").read_text("utf-8"))
+    with pytest.raises(ValueError, match="trains with refl, which has no control words"):
+        palate.steer(tmp_path, ["3d"])
+    (tmp_path / "recipe.yaml").write_text((recipe / "srpo-emoji.yaml").read_text("utf-8"))
+    palate.steer(tmp_path, None, ["flat"])
+    assert json.loads((tmp_path / "control.json").read_text()) == {"positive": ["3d"], "negative": ["flat"]}
 
 
 # --------------------------------------------------------------------------------------------------- guard
@@ -468,6 +524,12 @@ def test_the_guard_keeps_the_highest_of_the_named_metric(tmp_path):
     assert "guard" in outcome.reason
     assert checkpoint.steps(tmp_path / "checkpoints") == [2, 7, 8]
     assert same({k: v for k, v in tensors(tmp_path).items()}, tensors(tmp_path, 2))
+
+
+def test_a_best_metric_that_does_not_exist_is_refused_after_one_step(tmp_path):
+    with pytest.raises(ValueError, match="trainer.guard.best: there is no metric 'nope'.*grad_norm, heldout, loss"):
+        run(tmp_path, guard=GuardSettings(every=4, best="nope"), check=Checks(1.0))
+    assert [row["step"] for row in rows(tmp_path)] == [0, 1]
 
 
 def test_the_guard_rolls_back_with_half_the_rate_and_then_stops(tmp_path):

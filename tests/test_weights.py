@@ -47,6 +47,12 @@ def gradients(weights: NamedWeights, name: str):
     return found
 
 
+def test_an_adapter_of_another_rank_says_which_to_set(tmp_path):
+    make(rank=3).save(tmp_path)
+    with pytest.raises(ValueError, match="does not fit this model.*set model.lora_rank=3"):
+        make().load(tmp_path)
+
+
 @pytest.mark.parametrize("training", ["lora", "full"])
 def test_names_are_separate_and_the_reference_is_what_it_was(training):
     weights = make(training)

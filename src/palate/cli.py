@@ -55,8 +55,8 @@ def train(
     if plan.optimize is not None:
         raise ValueError("optimize: this recipe asks an oracle; use `palate optimize`")
     with _ranks(nproc, plan) as on_first:
-        on_first(lambda: _make_room(Path(plan.run.folder), fresh))
-        _go(plan, on_first, resume=False)
+        on_first(lambda: _check_room(Path(plan.run.folder), fresh))
+        _go(plan, on_first, resume=False, fresh=fresh)
 
 
 @app.command()
@@ -99,6 +99,7 @@ def optimize(
     if plan.optimize is None:
         raise ValueError("optimize: this recipe has no such section; use `palate train`, or give optimize.oracle.name")
     if fresh:
+        recipes.prompts_of(plan)  # a missing file must not cost the old answers
         _remove_run(Path(plan.run.folder))
     from palate.optimize import from_recipe
 
@@ -115,7 +116,7 @@ def steer(run: Run, positive: Words = None, negative: Words = None) -> None:
     from palate.train import steer as change
 
     change(run, *(None if words is None else _split(words) for words in (positive, negative)))
-    print(f"{printable(str(run))}: the words change at its next step")
+    print(f"{printable(str(run))}: its next step takes up the words; if the reward refuses them, metrics.jsonl says so")
 
 
 @app.command()
@@ -148,12 +149,11 @@ def sample(
     plain = source == "emoji" and not Path(source).is_dir()
     if plain:
         loaded, sampler = _base_model(), None
-    elif one_step := _one_step_folder(source):
-        from palate.export import load_one_step
-
-        loaded, sampler = load_one_step(one_step)
     else:
-        loaded, sampler = _trained_model(Path(source))
+        from palate.export import load_one_step, one_step_folder
+
+        exported = one_step_folder(source)
+        loaded, sampler = load_one_step(exported) if exported else _trained_model(Path(source))
 
     from palate.evaluate import generate, pairs
     from palate.runs import write_samples
@@ -395,9 +395,9 @@ def _ranks(nproc: int, plan: Recipe) -> Iterator[Callable[[Callable[[], Any]], A
         yield lambda act: act()
 
 
-def _make_room(folder: Path, fresh: bool) -> None:
+def _check_room(folder: Path, fresh: bool) -> None:
     if fresh:
-        _remove_run(folder)
+        _check_removable(folder)
     elif (folder / "metrics.jsonl").exists():
         raise ValueError(
             f"{folder} already holds a run: continue it with `palate resume {folder}`, choose another run.folder, "
@@ -405,7 +405,7 @@ def _make_room(folder: Path, fresh: bool) -> None:
         )
 
 
-def _go(plan: Recipe, on_first: Callable[[Callable[[], Any]], Any], *, resume: bool) -> None:
+def _go(plan: Recipe, on_first: Callable[[Callable[[], Any]], Any], *, resume: bool, fresh: bool = False) -> None:
     import torch
 
     from palate import recipe as recipes
@@ -416,6 +416,9 @@ def _go(plan: Recipe, on_first: Callable[[Callable[[], Any]], Any], *, resume: b
     on_first(lambda: check_space(folder, need=1 << 20))
     torch.manual_seed(plan.trainer.seed)  # the LoRA's first weights; nothing later draws from this generator
     parts = recipes.build(plan)
+    if fresh:
+        on_first(lambda: _remove_run(folder))  # only now: a recipe that cannot be built must not cost the old run
+        on_first(folder.mkdir)
     on_first(lambda: write_atomically(folder / "recipe.yaml", recipes.dump(plan).encode()))
     outcome = train(
         parts.model,
@@ -435,14 +438,6 @@ def _go(plan: Recipe, on_first: Callable[[Callable[[], Any]], Any], *, resume: b
         on_first(lambda: print(f"continue with: palate resume {printable(str(folder))}"))
         raise typer.Exit(outcome.exit_code)
     on_first(lambda: print(f"{outcome.reason} at step {outcome.step}: {printable(str(folder))}"))
-
-
-def _one_step_folder(source: str) -> Path | None:
-    """The folder of an exported generator: a path, or the name of one in the package."""
-    import importlib.resources
-
-    packaged = Path(str(importlib.resources.files("palate"))) / "assets" / source
-    return next((folder for folder in (Path(source), packaged) if (folder / "generator.json").is_file()), None)
 
 
 def _base_model() -> Model:
@@ -466,6 +461,12 @@ def _recipe_file(run: Path) -> Path:
 
 def _remove_run(folder: Path) -> None:
     """Delete an earlier run; refuses a folder that is not one, whatever the recipe says."""
+    _check_removable(folder)
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _check_removable(folder: Path) -> None:
     if not folder.exists():
         return
     if folder.is_symlink() or not folder.is_dir():
@@ -482,7 +483,6 @@ def _remove_run(folder: Path) -> None:
     foreign = sorted(p.name for p in folder.iterdir() if p.name not in ours and not p.name.startswith(parts))
     if foreign:
         raise ValueError(f"run.folder: {folder} also holds {foreign[0]}, which no run wrote; --fresh leaves it alone")
-    shutil.rmtree(folder)
 
 
 def _split(words: str) -> list[str]:

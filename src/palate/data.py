@@ -17,6 +17,7 @@ import importlib.resources
 import io
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 TEXT_LIMIT = 64 * 1024 * 1024  # bytes of a prompt file
 PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")  # case does not matter; the first that is there
+ENCODED_TOGETHER = 32  # images
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -200,32 +202,49 @@ def _captions(folder: Path, images: list[Path]) -> dict[str, str]:
     return rows
 
 
+def check_images(images: Sequence[Path | bytes]) -> None:
+    """RecipeError naming the first image that is missing, cut short or something else; decodes none of them."""
+    for image in images:
+        with _opened(image) as opened:
+            opened.verify()
+
+
 def load_images(paths: Sequence[Path | bytes], *, size: int | tuple[int, int]) -> Tensor:
     """(N, 3, H, W) in [0, 1] of files or encoded bytes, scaled to cover `size` (a side, or height and width) and cut
     around the middle."""
     import numpy as np
     import torch
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     height, width = (size, size) if isinstance(size, int) else size
     rows = []
     for path in paths:
-        try:
-            with Image.open(io.BytesIO(path) if isinstance(path, bytes) else path) as image:
-                fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            what = f"{len(path)} bytes of a table" if isinstance(path, bytes) else path
-            raise RecipeError(f"cannot read the image {what} ({error}); repair or remove it") from error
+        with _opened(path) as image:
+            fitted = ImageOps.fit(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS)
         rows.append(torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255)
     return torch.stack(rows)
 
 
-def encode_images(model: Model, images: Tensor) -> Tensor:
-    """Latents of all images, once, so that training never runs the encoder."""
+@contextmanager
+def _opened(image: Path | bytes) -> Iterator[Any]:
+    """The picture of a file or of encoded bytes; what goes wrong while it is used is an error that names it."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            yield opened
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        what = f"{len(image)} bytes of a table" if isinstance(image, bytes) else image
+        raise RecipeError(f"cannot read the image {what} ({error}); repair or remove it") from error
+
+
+def encode_images(model: Model, images: Sequence[Path | bytes]) -> Tensor:
+    """Latents of all images, once, so that training never runs the encoder; a few pictures in memory at a time."""
     import torch
 
+    chunks = (images[k: k + ENCODED_TOGETHER] for k in range(0, len(images), ENCODED_TOGETHER))
     with torch.no_grad():
-        return torch.cat([model.encode(chunk) for chunk in images.split(32)])
+        return torch.cat([model.encode(load_images(chunk, size=model.image_size)) for chunk in chunks])
 
 
 # ------------------------------------------------------------------------------------------------------- files

@@ -11,10 +11,13 @@ none take alpha = rank, and a LoRA with another alpha would then come out too st
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -254,8 +257,9 @@ def export_one_step(model: Any, settings: Any, folder: Path | str) -> Path:
     """Write the policy, LoRA merged, as a diffusers pipeline that draws in one step; returns the folder.
 
     model: a trained one, loaded from a diffusers folder on this disk. settings: `DistarSettings`; its `generator` says
-    t_init and input_scale. The README in the folder says how to call it; nothing of Palate is needed there. ValueError:
-    more than one step, a time that no scheduler can be set to, or a folder that holds something else.
+    t_init and input_scale. The README in the folder says how to call it; nothing of Palate is needed there.
+    generator.json is for `load_one_step`. ValueError: more than one step, a time that no scheduler can be set to, or a
+    folder that holds something else.
     """
     import diffusers
 
@@ -273,20 +277,24 @@ def export_one_step(model: Any, settings: Any, folder: Path | str) -> Path:
 
     index = json.loads((source / "model_index.json").read_text("utf-8"))
     denoiser = "unet" if "unet" in index else "transformer"
+    if "safety_checker" in index and not _whole(source / "safety_checker"):
+        index["safety_checker"] = [None, None]  # Palate fetches its configuration alone, and pipelines work without
+    copied = _copied(source, index, denoiser)
     folder.mkdir(parents=True, exist_ok=True)
-    for part, kind in index.items():
-        if isinstance(kind, list) and kind[0] and part not in (denoiser, "scheduler") and (source / part).is_dir():
-            shutil.copytree(source / part, folder / part)
+    for part in copied:
+        shutil.copytree(source / part, folder / part)
     network = model.weights.merged()
     network.save_pretrained(folder / denoiser)
     scheduler.save_pretrained(folder / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     write_atomically(folder / "model_index.json", json.dumps(index, indent=1).encode())
-    record = {"t_init": generator.t_init, "input_scale": scale, "steps": 1}
+    record = {"t_init": generator.t_init, "input_scale": scale, "steps": 1, **_how_to_load(model)}
     write_atomically(folder / "generator.json", json.dumps(record).encode())
     size, pipeline, dtype = model.latent_shape, index["_class_name"], network.dtype
     if isinstance(sides := getattr(model, "image_size", None), tuple):
         call += f", height={sides[0]}, width={sides[1]}"
+    if record["family"] == "pixart":  # its pipelines would draw at a size of their own list and rewrite the prompt
+        call += f", use_resolution_binning=False, clean_caption=False, max_sequence_length={record['text_tokens']}"
     drawn = "torch.randn" if scale == 1.0 else f"{scale:.9g} * torch.randn"
     write_atomically(folder / "README.md", f"""# One-step generator, trained with Palate
 
@@ -295,7 +303,7 @@ import torch
 from diffusers import {pipeline}
 
 pipe = {pipeline}.from_pretrained("path/to/this/folder", torch_dtype={dtype})
-noise = {drawn}(1, {size[0]}, {size[1]}, {size[2]})  # the scale is part of the generator
+noise = {drawn}(1, {size[0]}, {size[1]}, {size[2]}, dtype=pipe.dtype)  # the scale is part of the generator
 image = pipe("a prompt", latents=noise, guidance_scale=0.0, {call}).images[0]
 ```
 
@@ -305,13 +313,54 @@ Made with diffusers {diffusers.__version__}, palate {version("palate")}.
     return folder
 
 
-def load_one_step(folder: Path) -> tuple[Any, Any]:
-    """(model, sampler) of what `export_one_step` wrote of the embedded model, for `evaluate.generate`."""
-    from palate.algorithms.distar import Generator
-    from palate.models.emoji import EmojiModel
+def one_step_folder(source: str) -> Path | None:
+    """The folder of an exported generator, a path or the name of one in the package; None if it is neither."""
+    packaged = Path(str(files("palate"))) / "assets" / source
+    return next((folder for folder in (Path(source), packaged) if (folder / "generator.json").is_file()), None)
 
-    generator = Generator(**json.loads((folder / "generator.json").read_text("utf-8")))
-    return EmojiModel.load(folder, training="none"), generator
+
+def load_one_step(folder: Path) -> tuple[Any, Any]:
+    """(model, sampler) of what `export_one_step` wrote, for `evaluate.generate`.
+
+    A generator.json without "family" is of the embedded model. ValueError: a family that this Palate does not have.
+    """
+    from palate.algorithms.distar import Generator
+
+    file = folder / "generator.json"
+    try:
+        record = json.loads(file.read_text("utf-8"))
+        generator = Generator(**{key: record.pop(key) for key in ("t_init", "input_scale", "steps")})
+        family = record.pop("family", "emoji")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} is not what an export wrote ({error or type(error).__name__})") from error
+    module, kind, keys = recipes.MODELS.get(str(family), (None, None, ()))
+    if module is None or not record.keys() <= set(keys):
+        raise ValueError(f"{file}: this version cannot draw a generator of {family!r}; draw it with diffusers, see "
+                         f"{folder / 'README.md'}")
+    return getattr(importlib.import_module(module), kind).load(folder, training="none", **record), generator
+
+
+def _how_to_load(model: Any) -> dict[str, Any]:
+    """The model's family, and those of its options without which `load_one_step` would draw something else."""
+    family = sys.modules[type(model).__module__].FAMILY
+    if family == "emoji":
+        return {"family": family}
+    found = {"family": family, "image_size": list(model.image_size), "dtype": str(model.parts.dtype).split(".")[-1]}
+    return {**found, "text_tokens": model.parts.text.limit} if "text_tokens" in recipes.MODELS[family][2] else found
+
+
+def _copied(source: Path, index: Mapping[str, Any], denoiser: str) -> list[str]:
+    """The parts that a one-step pipeline takes from its base as they are; ValueError if one is not there."""
+    parts = [part for part, kind in index.items() if isinstance(kind, list) and kind[0]]
+    copied = [part for part in parts if part not in (denoiser, "scheduler")]
+    if missing := [part for part in copied if not _whole(source / part)]:
+        raise ValueError(f"{source}: {', '.join(missing)} is not whole, and a pipeline needs it; complete the download")
+    return copied
+
+
+def _whole(part: Path) -> bool:
+    """Whether a part is there, with its weights if it is a network."""
+    return part.is_dir() and (not (part / "config.json").is_file() or any(part.glob("*.safetensors")))
 
 
 def _one_step_scheduler(model: Any, t_init: float, label: int) -> tuple[Any, str]:
@@ -327,7 +376,9 @@ def _one_step_scheduler(model: Any, t_init: float, label: int) -> tuple[Any, str
         if abs(config.num_train_timesteps * t_init - (label + 1)) > 1e-6:
             raise ValueError(f"generator.t_init = {t_init}: expected a whole number of {config.num_train_timesteps}ths")
         kept = {key: config[key] for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule",
-                                             "trained_betas", "prediction_type") if key in config}
+                                             "trained_betas", "prediction_type", "rescale_betas_zero_snr",
+                                             "steps_offset")
+                if key in config}
         return LCMScheduler(**kept, clip_sample=False), f"num_inference_steps=1, timesteps=[{label}]"
     first, target = 0.999, t_init * (1 + 1e-9)  # the scheduler's own first level, and ours a hair above a whole label
     if abs(1000 * t_init - label) > 1e-6 or not label < 1000:

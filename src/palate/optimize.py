@@ -180,6 +180,7 @@ def from_recipe(plan: Recipe, *, say: Callable[[str], None] = print) -> Outcome:
         raise ValueError(f"{folder} was begun with other settings (its recipe.yaml); only how the oracle is reached "
                          "may change. Choose another run.folder, or replace it with --fresh, answers included")
     prompts, preview = recipes.prompts_of(plan)
+    recipes.check_start(plan)
     torch.manual_seed(plan.trainer.seed)  # the LoRA's first weights
     model = recipes.build_model(plan)
     recipes.load_consistency(plan, model)

@@ -17,7 +17,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 import yaml
 from pydantic import ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
@@ -25,7 +25,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from palate import models
 from palate.data import (
-    RecipeError, captioned_images, encode_images, load_images, preference_pairs, read_prompts, read_text, spread,
+    RecipeError, captioned_images, check_images, encode_images, preference_pairs, read_prompts, read_text, spread,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -88,6 +88,10 @@ SERVICES = {  # rewards behind a URL, with an example of one
     "remote": "http://127.0.0.1:8411/score", "vlm-judge": "http://127.0.0.1:8000/v1/chat/completions#MODEL",
 }  # fmt: skip
 
+WITHOUT_GRADIENT = ("jpeg_size", *SERVICES)
+WITHOUT_WORDS = (*SIMPLE_REWARDS, "aesthetic")  # rewards that read no prompt
+CLIMBERS = ("srpo", "distar", "refl", "draft", "sqdf")  # algorithms that need the reward's gradient
+
 HARMLESS = ("steps", "checkpoint_every", "keep_checkpoints", "preview_every", "preview_prompts", "threads",
             "micro_batches",
             "sharding")  # of trainer: may change when a run is resumed  # fmt: skip
@@ -117,6 +121,16 @@ class RunSettings:
     __pydantic_config__ = _STRICT
     folder: Annotated[str, Field(min_length=1)] = "runs/unnamed"
     rank_timeout_seconds: Positive = 600  # of several ranks: how long one waits for another that is alive but silent
+
+
+@dataclass(frozen=True)
+class RelativeSettings:
+    """(1 + k) R(x, "positive. prompt") - R(x, "negative. prompt") in place of R; an empty word leaves the prompt."""
+
+    __pydantic_config__ = _STRICT
+    positive: str = ""
+    negative: str = ""
+    k: Finite = 0.0
 
 
 @dataclass(frozen=True)
@@ -158,6 +172,7 @@ class RewardSettings:
     # ^ (mean, std) on images you trust: (R - mean) / std is what is weighed
     noised: dict[RewardName, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = field(default_factory=dict)
     # ^ std of the noised image that serves as the negative of a reward that reads no prompt
+    relative: RelativeSettings | None = None  # of the whole reward; not of srpo, which has words of its own
 
 
 @dataclass(frozen=True)
@@ -347,6 +362,8 @@ def fingerprint(recipe: Recipe) -> str:
         del tree["model"][key]
     for key in HARMLESS:
         del tree["trainer"][key]
+    if tree["reward"]["relative"] is None:
+        del tree["reward"]["relative"]  # so that runs from before this key can be resumed
     tree["optimize"] = None  # palate optimize has an identity of its own
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
@@ -449,9 +466,11 @@ def _validate(tree: dict[str, Any], mistakes: list[str]) -> Recipe | None:
         mistakes.append("algorithm_name: unknown key; did you mean algorithm.name?")
         del rest["algorithm_name"]
     recipe = _check(Recipe, rest, "", mistakes)
+    if recipe is not None:
+        _check_together(recipe, mistakes)
     if recipe is None or algorithm is None:
         return None
-    _check_together(recipe, mistakes)
+    _check_reward(recipe.reward, name, algorithm, mistakes)
     if hasattr(algorithm, "check_batch"):
         try:
             algorithm.check_batch(recipe.trainer.batch_size // recipe.trainer.micro_batches)
@@ -472,13 +491,25 @@ def _check(kind: type, values: dict[str, Any], prefix: str, mistakes: list[str])
     try:
         made = TypeAdapter(checked).validate_python(values)
     except ValidationError as error:
-        for problem in error.errors(include_url=False):
-            mistakes.append(_sentence(kind, problem, prefix))
-        return None
+        problems = error.errors(include_url=False)
+        unknown = [problem for problem in problems if problem["type"] == "unexpected_keyword_argument"]
+        mistakes += [_sentence(kind, problem, prefix) for problem in unknown or problems]
+        if not unknown:
+            return None
+        for problem in unknown:  # they hide what else is wrong
+            values = _without(values, problem["loc"])
+        return _check(kind, values, prefix, mistakes)
     except ValueError as error:
         mistakes.append(f"{prefix.rstrip('.') or 'recipe'}: {error}")
         return None
     return made if checked is kind else kind(**{f.name: getattr(made, f.name) for f in dataclasses.fields(kind)})
+
+
+def _without(tree: dict[str, Any], where: Sequence[str | int]) -> dict[str, Any]:
+    """A copy that lacks the key at the end of `where`."""
+    head, *rest = where
+    left = {key: value for key, value in tree.items() if key != head}
+    return {**left, head: _without(tree[head], rest)} if rest else left
 
 
 def _sentence(kind: type, problem: dict[str, Any], prefix: str) -> str:
@@ -506,9 +537,9 @@ def _at(kind: type, where: list[str]) -> type:
     for part in where:
         if kind is Recipe:
             kind = _SECTIONS.get(part, Recipe)
-        else:  # a section inside a section has a dataclass as its default: trainer.guard
-            made = next((f.default_factory for f in dataclasses.fields(kind) if f.name == part), None)
-            kind = made if dataclasses.is_dataclass(made) else kind
+        else:  # a section inside a section: trainer.guard
+            hint = get_type_hints(kind).get(part)
+            kind = next((k for k in (hint, *get_args(hint)) if dataclasses.is_dataclass(k)), kind)
     return kind
 
 
@@ -534,13 +565,37 @@ def _check_together(recipe: Recipe, mistakes: list[str]) -> None:
         _check_oracle(recipe, mistakes)
     elif (reward.name is None) == (not reward.weights):
         mistakes.append("reward: give reward.name, or reward.weights with at least one name and its weight")
-    used = {reward.name} if reward.name else set(reward.weights or ())
+    used = _used(reward)
     for key in ("source", "scale", "noised"):
         if idle := sorted(set(getattr(reward, key)) - used):
             mistakes.append(f"reward.{key}.{idle[0]}: {idle[0]} is in neither reward.name nor reward.weights")
     for name, example in SERVICES.items():
         if name in used and name not in reward.source:
             mistakes.append(f"reward.source.{name}: give the server's URL, as {example}")
+
+
+def _used(reward: RewardSettings) -> set[str]:
+    return {reward.name} if reward.name else set(reward.weights or ())
+
+
+def _check_reward(reward: RewardSettings, algorithm: str, settings: Any, mistakes: list[str]) -> None:
+    """Whether the algorithm can use it; what would otherwise show once the reward is first asked, or never."""
+    used = _used(reward)
+    names, key = ", ".join(sorted(used)), "reward.name" if reward.name else "reward.weights"
+    idle = algorithm == "distar" and settings.reward_scale == 0
+    if used and used <= set(WITHOUT_GRADIENT) and algorithm in CLIMBERS and not idle:
+        alone = ", or algorithm.reward_scale=0" if algorithm == "distar" else ""
+        mistakes.append(f"{key}: {algorithm} needs the reward's gradient, and {names} gives none; use a differentiable "
+                        f"reward, algorithm.name=ddpo, flow_grpo or nft, or an oracle and palate optimize{alone}")
+    if reward.relative is None:
+        return
+    if algorithm == "srpo":
+        mistakes.append("reward.relative: srpo has words of its own; set algorithm.positive and algorithm.negative")
+    if reward.relative.positive == reward.relative.negative:
+        mistakes.append("reward.relative: give positive, negative, or both, and not the same word twice")
+    if used and used <= set(WITHOUT_WORDS):
+        mistakes.append(f"reward.relative: {names} reads no prompt, so no word changes it; use another reward, as "
+                        "emoji or hpsv2, or leave reward.relative out")
 
 
 def _check_oracle(recipe: Recipe, mistakes: list[str]) -> None:
@@ -551,7 +606,7 @@ def _check_oracle(recipe: Recipe, mistakes: list[str]) -> None:
         mistakes.append(f"optimize.oracle: give exactly one of its keys name, function, command, url; got {got}")
     if oracle.noise and oracle.name is None:
         mistakes.append("optimize.oracle.noise: only a built-in oracle (optimize.oracle.name) takes noise")
-    if recipe.reward.name or recipe.reward.weights:
+    if recipe.reward.name or recipe.reward.weights or recipe.reward.relative:
         mistakes.append("reward: leave it out with optimize, where the surrogate of the oracle is the reward")
     if recipe.trainer.guard.every:
         mistakes.append("trainer.guard.every: set 0 with optimize, where a guard would compare each round with its own "
@@ -579,60 +634,83 @@ def build(recipe: Recipe) -> Parts:
     """Load everything the recipe names. The cheap things that can be wrong come first, the weights last."""
     import torch
 
-    captions, images = None, None
+    captions, images = None, []
     if recipe.prompts.images is not None:
         found = captioned_images(Path(recipe.prompts.images))
-        captions = [caption for _, caption in found]
+        images, captions = [path for path, _ in found], [caption for _, caption in found]
     if recipe.prompts.pairs is not None:
         pairs = [pair for pair in preference_pairs(recipe.prompts.pairs) if pair.preference != 0.5]
         if not pairs:
             raise RecipeError(f"prompts.pairs: {recipe.prompts.pairs} holds no pair with a preference")
         captions = [pair.prompt for pair in pairs]
+        both = ((p.first, p.second) if p.preference > 0.5 else (p.second, p.first) for p in pairs)
+        images = [image for two in both for image in two]  # the preferred one first
+    check_images(images)
     prompts, preview = prompts_of(recipe, captions)
+    check_start(recipe)
     with torch.random.fork_rng(devices=[]):  # first, for its missing files; the LoRA's first weights do not see it
         reward = build_reward(recipe.reward)
     model = build_model(recipe)
     load_consistency(recipe, model)
     if hasattr(model, "cache_prompts"):
         model.cache_prompts([*prompts, *preview])
-    latents = None
-    if recipe.prompts.images is not None:
-        images = load_images([path for path, _ in found], size=model.image_size)
-        latents = encode_images(model, images)
-    if recipe.prompts.pairs is not None:  # (N, 2, C, h, w), the preferred image first
-        both = [image for p in pairs for image in ((p.first, p.second) if p.preference > 0.5 else (p.second, p.first))]
-        latents = encode_images(model, load_images(both, size=model.image_size)).unflatten(0, (-1, 2))
+    latents = encode_images(model, images) if images else None
+    if recipe.prompts.pairs is not None:
+        latents = latents.unflatten(0, (-1, 2))  # (N, 2, C, h, w)
     return Parts(
         model, build_algorithm(recipe), reward, list(prompts), preview, latents
     )
 
 
 def prompts_of(recipe: Recipe, captions: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
-    """What is trained on, the captions of images if there are any, and what previews draw."""
+    """What is trained on, the captions of images if there are any, and what previews draw.
+
+    evaluate.file is read too, so that a missing one does not show after the training.
+    """
+    if recipe.evaluate.file is not None:
+        try:
+            read_prompts(recipe.evaluate.file)
+        except RecipeError as error:
+            raise RecipeError(f"evaluate.file: {error}") from error
     prompts = captions or recipe.prompts.list or read_prompts(recipe.prompts.file)
     return list(prompts), read_prompts(recipe.prompts.preview) if recipe.prompts.preview else spread(prompts)
 
 
 def build_model(recipe: Recipe) -> Model:
     """The model, with the named weights that the recipe's algorithm trains."""
+    from safetensors import SafetensorError
+
     settings = recipe.model
     module, kind, keys = MODELS[settings.name]
     options = {key: getattr(settings, key) for key in keys if getattr(settings, key, None) is not None}
-    _check_loras(recipe)
     model = getattr(importlib.import_module(module), kind).load(
         settings.folder, training=settings.weights, lora_rank=settings.lora_rank, lora_alpha=settings.lora_alpha,
         lora_targets=settings.lora_targets, names=trained_names(recipe.algorithm_name), **options,
     )
     if settings.start is not None:
-        packaged = importlib.resources.files("palate") / "assets" / settings.start
-        there = Path(settings.start).is_dir() or not packaged.is_dir()
-        model.weights.load(settings.start if there else Path(str(packaged)), "policy")
+        try:
+            model.weights.load(_start_folder(settings.start), "policy")
+        except (ValueError, SafetensorError) as error:
+            raise ValueError(f"model.start: {error}") from error
     return model
 
 
-def _check_loras(recipe: Recipe) -> None:
-    """The LoRAs that the recipe names, against the architecture of its folder, before any weight loads."""
+def _start_folder(start: str) -> Path | str:
+    """A folder, or the name of one in the package."""
+    packaged = importlib.resources.files("palate") / "assets" / start
+    return start if Path(start).is_dir() or not packaged.is_dir() else Path(str(packaged))
+
+
+def check_start(recipe: Recipe) -> None:
+    """model.start, and the LoRAs that the recipe names against the architecture of its folder, before weights load."""
     settings, module = recipe.model, importlib.import_module(MODELS[recipe.model.name][0])
+    if settings.start is not None:
+        from palate.models.weights import adapter_file
+
+        try:
+            adapter_file(_start_folder(settings.start), settings.weights)
+        except ValueError as error:
+            raise RecipeError(f"model.start: {error}") from error
     parts = getattr(module, "PARTS", None)
     consistency = getattr(recipe.algorithm, "estimator", None) == "consistency"
     if parts is None:
@@ -647,7 +725,7 @@ def _check_loras(recipe: Recipe) -> None:
         denoiser = "unet" if "unet" in parts else "transformer"
         repository = open_repository(settings.folder, family=settings.name, parts={denoiser: parts[denoiser]})
         if started:
-            repository.check_lora(denoiser, settings.start, key="model.start", rank=settings.lora_rank)
+            repository.check_lora(denoiser, _start_folder(settings.start), key="model.start", rank=settings.lora_rank)
         if consistency:
             repository.check_lora(denoiser, settings.consistency, key="model.consistency")
 
@@ -674,7 +752,7 @@ def build_algorithm(recipe: Recipe) -> Algorithm:
 
 
 def build_reward(settings: RewardSettings) -> Reward:
-    from palate.rewards.combine import noised_relative, normalised, weighted
+    from palate.rewards.combine import noised_relative, normalised, semantic_relative, weighted
 
     def part(name: str) -> Reward:
         reward = load_reward(name, settings.source.get(name), settings.dtype)
@@ -683,8 +761,12 @@ def build_reward(settings: RewardSettings) -> Reward:
         return normalised(reward, *settings.scale[name]) if name in settings.scale else reward
 
     if settings.name is not None:
-        return part(settings.name)
-    return weighted({name: (weight, part(name)) for name, weight in settings.weights.items()})
+        reward = part(settings.name)
+    else:
+        reward = weighted({name: (weight, part(name)) for name, weight in settings.weights.items()})
+    if settings.relative is None:
+        return reward
+    return semantic_relative(reward, settings.relative.positive, settings.relative.negative, settings.relative.k)
 
 
 def load_reward(name: str, source: str | None = None, dtype: str | None = None) -> Reward:

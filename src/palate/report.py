@@ -26,7 +26,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from palate.evaluate import to_json
-from palate.runs import check_same, read_index, read_recipe, run_names
+from palate.runs import check_same, control_words, read_index, read_recipe, run_names
 
 COLUMNS, ROWS, PAIRS = 6, 12, 4  # previews across, pictures down, worst and best pairs shown
 LARGEST = 256  # pixels; larger pictures are embedded at this size
@@ -297,7 +297,8 @@ def _change(line: Line) -> Line:
 
 def _words(row: dict[str, Any]) -> str:
     sides = [(sign, row.get(key)) for sign, key in (("+", "positive"), ("−", "negative"))]
-    return " ".join(f"{sign}{', '.join(map(str, words))}" for sign, words in sides if words) or "no words"
+    told = [f"{sign}{', '.join(map(str, words))}" for sign, words in sides if words]
+    return " ".join([*told, f"k {row['k']:g}"] if row.get("k") else told) or "no words"
 
 
 def _marks(rows: Sequence[dict[str, Any]]) -> list[Mark]:
@@ -544,12 +545,13 @@ def summary(recipe: dict[str, Any]) -> list[tuple[str, str]]:
         return recipe.get(section) or {}
 
     algorithm, reward, trainer = get("algorithm"), get("reward"), get("trainer")
+    words = {**control_words(recipe), "k": (reward.get("relative") or {}).get("k")}
     weighted = ", ".join(f"{weight:g} × {name}" for name, weight in (reward.get("weights") or {}).items())
     pairs = [
         ("Algorithm", algorithm.get("name")),
         ("Model", get("model").get("name")),
         ("Reward", reward.get("name") or weighted),
-        ("Words", _words(algorithm) if algorithm.get("positive") or algorithm.get("negative") else None),
+        ("Words", _words(words) if words["positive"] or words["negative"] else None),
         ("Steps", trainer.get("steps")),
         ("Batch", trainer.get("batch_size")),
         ("Learning rate", trainer.get("lr")),

@@ -143,16 +143,27 @@ def evaluate_samples(
 # --- run folders ----------------------------------------------------------------------------------------------------
 
 
+def control_words(recipe: dict[str, Any]) -> dict[str, list[str]]:
+    """{"positive": [...], "negative": [...]} of the recipe: those of reward.relative, else the algorithm's."""
+    if relative := (recipe.get("reward") or {}).get("relative"):
+        return {side: [relative[side]] if relative.get(side) else [] for side in ("positive", "negative")}
+    return {side: list((recipe.get("algorithm") or {}).get(side) or ()) for side in ("positive", "negative")}
+
+
 def words_in_force(run_folder: str | Path, recipe: dict[str, Any]) -> tuple[list[str], list[str]]:
     """The (positive, negative) control words at the end of the run: the recipe's, changed by the steering events."""
-    settings = recipe.get("algorithm") or {}
-    words = {side: list(settings.get(side) or ()) for side in ("positive", "negative")}
+    words = control_words(recipe)
     log = Path(run_folder) / "metrics.jsonl"
     for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
         row = json.loads(line)
         if row.get("event") == "steer":
             words |= {side: list(row[side]) for side in words if row.get(side) is not None}
     return words["positive"], words["negative"]
+
+
+def _absolute(recipe: dict[str, Any]) -> float:
+    """k of reward.relative, the weight of the absolute reward; 0 without it."""
+    return ((recipe.get("reward") or {}).get("relative") or {}).get("k", 0.0)
 
 
 def _shares(recipe: dict[str, Any]) -> dict[str, float]:
@@ -183,8 +194,8 @@ def _with_optimised(
     rewards: dict[str, Reward], heldout: str, recipe: dict[str, Any], words: tuple[list[str], list[str]]
 ) -> tuple[dict[str, Reward], list[str]]:
     """The rewards with what the run optimised among them, and its names, the objective itself first: a weighted sum
-    for reward.weights, the mean relative reward over the pairs of control words when there are any. The held-out reward
-    is asked for the same preference."""
+    for reward.weights, the mean relative reward over the pairs of control words when there are any (with the k of
+    reward.relative). The held-out reward is asked for the same preference."""
     from palate.rewards.combine import noised_relative, normalised, semantic_relative, weighted
 
     settings = recipe.get("reward") or {}
@@ -211,7 +222,8 @@ def _with_optimised(
         chosen = [(p, n) for p in positive or [""] for n in negative or [""]]
 
         def relative(reward: Reward) -> Reward:
-            return weighted({f"{p}|{n}": (1 / len(chosen), semantic_relative(reward, p, n)) for p, n in chosen})
+            k = _absolute(recipe)
+            return weighted({f"{p}|{n}": (1 / len(chosen), semantic_relative(reward, p, n, k)) for p, n in chosen})
 
         label = f"{label}-relative"
         rewards[label] = relative(objective)
@@ -260,7 +272,7 @@ def evaluate_run(
     result |= {
         "optimised": optimised,
         "heldout": referee.heldout,
-        "words": {"positive": words[0], "negative": words[1]},
+        "words": {"positive": words[0], "negative": words[1]} | ({"k": k} if (k := _absolute(recipe)) else {}),
         "verdict": verdict(result["metrics"], optimised, referee.heldout, result["failed"]),
     }
     _write(run_folder / "evaluation.json", to_json(result))

@@ -147,7 +147,26 @@ def steer(
         words[side] = [word.strip() for word in given]
     if not (folder / "metrics.jsonl").is_file():
         raise ValueError(f"{folder} is not a run (it holds no metrics.jsonl); give the folder of one, as runs/NAME")
-    checkpoint.write_atomically(folder / "control.json", json.dumps(words).encode())
+    if (folder / "recipe.yaml").is_file():  # a run begun from Python has none
+        from palate import recipe as recipes
+
+        plan = recipes.read(str(folder / "recipe.yaml"))
+        if not hasattr(recipes.build_algorithm(plan), "steer"):
+            raise ValueError(f"{folder} trains with {plan.algorithm_name}, which has no control words to change")
+    control = folder / "control.json"
+    with contextlib.suppress(FileNotFoundError, ValueError):  # what still waits for the next step is not lost
+        waiting = _control_words(control.read_bytes())
+        words = {side: waiting[side] if given is None else given for side, given in words.items()}
+    checkpoint.write_atomically(control, json.dumps(words).encode())
+
+
+def _control_words(text: bytes) -> dict[str, Any]:
+    words = json.loads(text)
+    if not isinstance(words, dict) or set(words) != {"positive", "negative"}:
+        raise ValueError("expected the keys positive and negative")
+    if not all(v is None or isinstance(v, list) and all(isinstance(w, str) for w in v) for v in words.values()):
+        raise ValueError("expected lists of words, or null")
+    return words
 
 
 def prompt_order(count: int, seed: int, first: int, size: int) -> list[int]:
@@ -215,6 +234,8 @@ class _Run:
         self.guard: dict[str, Any] = {"base": None, "best_step": None, "best_value": None, "rollbacks": 0, "sums": {},
                                       "steps": 0}
         self.words: list[dict[str, Any]] = []  # steering events to replay, after a resume
+        self.control = b""  # the control file as it was read
+        self.best_checked = False  # whether trainer.guard.best is known to be a metric
         self.said: set[str] = set()
         self.sampler = getattr(algorithm, "sampler", None)  # evaluate.Sampler; None = the model is sampled as usual
         self.updates = 0  # made by one step of the algorithm; 0 = not known yet
@@ -302,23 +323,13 @@ class _Run:
         s, began = self.settings, time.perf_counter()
         step = self.step + 1
         steering, waiting = self._steering(step)
-        before = [_state(algorithm) for algorithm in self.algorithms]
+        if steering and not self._steer(step, steering):
+            steering = None
+            if waiting:
+                self._forget_control()
         shares = self._shares(*self._batch(step))
-        try:
-            if steering:
-                self._steer(steering)
-            entry = self._entry()
-            metrics, problem = self._update(step, shares, check_gradient)
-        except ValueError as error:
-            if not waiting:
-                raise
-            self._unlink(waiting)  # words that the model or the reward does not know must not end the run
-            self.bar.note(f"step {step}: the new words are refused and the old ones kept: {error}")
-            for algorithm, state in zip(self.algorithms, before, strict=True):
-                algorithm.load_state_dict(state)
-            steering = waiting = None
-            entry = self._entry()
-            metrics, problem = self._update(step, shares, check_gradient)
+        entry = self._entry()
+        metrics, problem = self._update(step, shares, check_gradient)
         self.step = step
         if steering:
             self._write({"step": step, "event": "steer", **steering})
@@ -326,7 +337,7 @@ class _Run:
             self._forget_best()
             if waiting:
                 self._sync_log()
-                self._unlink(waiting)
+                self._forget_control()
         if problem:
             self._skip(problem, entry)
         else:
@@ -528,7 +539,19 @@ class _Run:
         pred = self.model.predict(latents.detach(), t, self.model.encode_prompts(prompts))
         if not pred.x0.requires_grad:
             return "model.predict loses the policy's gradient (run under no_grad, or another adapter left active)"
+        if self._same_for_all_words():
+            return ("the reward does not read the prompt, so the relative preference is always 0: set "
+                    "algorithm.preference=absolute, with reward.noised (combine.noised_relative) for a negative")
         return "a reward past its hinge, fully saturated pixels, or a step length of zero"
+
+    @torch.no_grad()
+    def _same_for_all_words(self) -> bool:
+        """Whether a preference between control words is what is trained, and the reward knows no difference."""
+        if getattr(getattr(self.algorithm, "settings", None), "preference", None) != "relative":
+            return False
+        texts = {text for each in self.algorithm.control_texts(self.prompts[0]).values() for text in each}
+        image = self._noise_images(1)
+        return len(texts) > 1 and len({float(self.reward(image, [text])) for text in texts}) == 1
 
     def _entry(self) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """What a step starts from: tensors and the algorithm's states. A bundle holds it, if the step goes wrong.
@@ -592,20 +615,47 @@ class _Run:
 
     def _preflight(self) -> None:
         """Find now what would end the run later: unknown words, a reward of the wrong shape, a full disk."""
-        s = self.settings
-        total = s.steps * s.batch_size
-        used = sorted(set(prompt_order(len(self.prompts), s.seed, 0, min(total, len(self.prompts)))))
+        s, used = self.settings, self._used_prompts()
         with torch.no_grad():
             for start in range(0, len(used), 64):
-                self.model.encode_prompts([self.prompts[i] for i in used[start : start + 64]])
+                self.model.encode_prompts(used[start : start + 64])
             if s.preview_every or s.guard.every:
                 self.model.encode_prompts(self.guard_prompts)
-            noise = Random(s.seed, 0, [0, 1]).normal("preflight", self.model.latent_shape)
-            check_reward(self.reward, self.model.decode(noise), [self.prompts[used[0]], self.prompts[used[-1]]])
+            check_reward(self.reward, self._noise_images(2), [used[0], used[-1]])
+        if problem := self._unknown_words():
+            raise ValueError(problem)
         sizes = sum(p.numel() * p.element_size() for ps in self.parameters.values() for p in ps)
         one = sizes * (4 if s.ema_decay else 3)  # weights, two moments, the average
         need = one * (s.keep_checkpoints + 2)
         self.ranks.on_first(lambda: checkpoint.check_space(self.folder / "checkpoints", need=need))
+
+    def _used_prompts(self) -> list[str]:
+        s, count = self.settings, len(self.prompts)
+        order = prompt_order(count, s.seed, 0, min(s.steps * s.batch_size, count))
+        return [self.prompts[i] for i in sorted(set(order))]
+
+    def _noise_images(self, count: int) -> Tensor:
+        noise = Random(self.settings.seed, 0, range(count)).normal("preflight", self.model.latent_shape)
+        return self.model.decode(noise)
+
+    def _unknown_words(self) -> str:
+        """Why the reward refuses one of the control words in force, "" if it knows them all."""
+        if not hasattr(self.algorithm, "control_texts"):
+            return ""
+
+        def ask() -> str:
+            longest = max(self._used_prompts(), key=lambda prompt: len(prompt.split()))  # the first to be too long
+            image = self._noise_images(1)
+            for side, texts in self.algorithm.control_texts(longest).items():
+                for text in texts:
+                    try:
+                        self.reward(image, [text])
+                    except ValueError as error:
+                        return f"algorithm.{side}: {error}"
+            return ""
+
+        with torch.no_grad():
+            return self.ranks.exchange(self.ranks.on_first(ask))[0]
 
     def _begin(self) -> None:
         if checkpoint.steps(self.folder / "checkpoints") or (self.folder / "metrics.jsonl").exists():
@@ -629,38 +679,55 @@ class _Run:
 
     # ----------------------------------------------------------------------------------------------- steering
 
-    def _steer(self, words: dict[str, Any]) -> None:
-        for algorithm in self.algorithms:
-            algorithm.steer(words["positive"], words["negative"])
+    def _steer(self, step: int, words: dict[str, Any]) -> bool:
+        """Take up new words. Words that cannot be used must not end the run: False, and the old ones stay."""
+        before = [_state(algorithm) for algorithm in self.algorithms]
+        problem = ""
+        try:
+            for algorithm in self.algorithms:
+                algorithm.steer(words["positive"], words["negative"])
+        except ValueError as error:
+            problem = str(error)
+        problem = problem or self._unknown_words()
+        if not problem:
+            return True
+        for algorithm, state in zip(self.algorithms, before, strict=True):
+            algorithm.load_state_dict(state)
+        self._write({"step": step, "event": "steer_refused", **words, "reason": problem})
+        self.bar.note(f"step {step}: the new words are refused and the old ones kept: {problem}")
+        return False
 
-    def _steering(self, step: int) -> tuple[dict[str, Any] | None, Path | None]:
-        """(words to take up at this step or None, the control file they came from or None for a replay)."""
-        words, control = self._words_on_first(step) if self.ranks.first else (None, None)
-        words, control = self.ranks.exchange([words, control and str(control)])[0]
-        return words, Path(control) if control else None
+    def _steering(self, step: int) -> tuple[dict[str, Any] | None, bool]:
+        """(words to take up at this step or None, whether they come from the control file and not from a replay)."""
+        words, waiting = self.ranks.exchange(self._words_on_first(step) if self.ranks.first else None)[0]
+        return words, waiting
 
-    def _words_on_first(self, step: int) -> tuple[dict[str, Any] | None, Path | None]:
+    def _words_on_first(self, step: int) -> tuple[dict[str, Any] | None, bool]:
         while self.words and self.words[0]["step"] < step:
             self.words.pop(0)
         if self.words and self.words[0]["step"] == step:
             row = self.words.pop(0)
-            return {"positive": row.get("positive"), "negative": row.get("negative")}, None
+            return {"positive": row.get("positive"), "negative": row.get("negative")}, False
         control = self.folder / "control.json"
         try:
-            words = json.loads(control.read_bytes())
-            if not isinstance(words, dict) or set(words) != {"positive", "negative"}:
-                raise ValueError("expected the keys positive and negative")
-            if not all(v is None or isinstance(v, list) and all(isinstance(w, str) for w in v) for v in words.values()):
-                raise ValueError("expected lists of words, or null")
+            self.control = control.read_bytes()
+            words = _control_words(self.control)
             if not hasattr(self.algorithm, "steer"):
                 raise ValueError("this algorithm has no control words")
-            return words, control
+            return words, True
         except FileNotFoundError:
-            return None, None
+            return None, False
         except ValueError as error:
             self.bar.note(f"{control} is ignored: {error}")
-            control.unlink(missing_ok=True)
-            return None, None
+            self._forget_control()
+            return None, False
+
+    def _forget_control(self) -> None:
+        """Delete the control file that was read; words that came since then stay, for the next step."""
+        control = self.folder / "control.json"
+        with contextlib.suppress(FileNotFoundError):
+            if self.ranks.first and control.read_bytes() == self.control:
+                control.unlink()
 
     # -------------------------------------------------------------------------------------------------- guard
 
@@ -679,14 +746,20 @@ class _Run:
         return self.ranks.exchange({key: float(value) for key, value in values.items()})[0]  # one verdict for all ranks
 
     def _count_for_guard(self, metrics: dict[str, float]) -> None:
-        if self.settings.guard.every:
-            for key, value in metrics.items():
-                self.guard["sums"][key] = self.guard["sums"].get(key, 0.0) + value
-            self.guard["steps"] += 1
+        if not self.settings.guard.every:
+            return
+        if not self.best_checked and "grad_norm" in metrics:  # a step that updates the policy: it has all metrics
+            self._check_best({**self.guard["base"], **metrics})
+            self.best_checked = True
+        for key, value in metrics.items():
+            self.guard["sums"][key] = self.guard["sums"].get(key, 0.0) + value
+        self.guard["steps"] += 1
 
-    def _unlink(self, path: Path) -> None:
-        if self.ranks.first:
-            path.unlink(missing_ok=True)
+    def _check_best(self, values: dict[str, float]) -> None:
+        best = self.settings.guard.best
+        if best is not None and best not in values:
+            raise ValueError(f"trainer.guard.best: there is no metric {best!r}; "
+                             f"expected null or one of {', '.join(sorted(values))}")
 
     def _forget_best(self) -> None:
         """New words make rewards incomparable: the next check inside the limits becomes the best."""
@@ -701,10 +774,8 @@ class _Run:
         broken = broken_limits(now, state["base"], g)
         row = {"step": self.step, "event": "guard", "verdict": "; ".join(broken) or "ok", **now}
         if not broken:
-            value = float(self.step) if g.best is None else {**means, **now}.get(g.best)
-            if value is None:
-                known = ", ".join(sorted({**means, **now}))
-                raise ValueError(f"trainer.guard.best: there is no metric {g.best!r}; known: {known}")
+            self._check_best({**means, **now})
+            value = float(self.step) if g.best is None else {**means, **now}[g.best]
             if state["best_value"] is None or value >= state["best_value"]:
                 state["best_step"], state["best_value"] = self.step, value
             self._write({**row, "best_step": state["best_step"]})

@@ -140,6 +140,12 @@ class SRPO:
         new_negative = self.negative if negative is None else _word_list("negative", negative)
         self.positive, self.negative = new_positive, new_negative
 
+    def control_texts(self, prompt: str) -> dict[str, list[str]]:
+        """What the reward is asked about a prompt, for each control word in force: the loop tries new words on it."""
+        words = {"positive": self.positive, "negative": self.negative}
+        return {side: [with_control(word, [prompt], self.settings.template)[0] for word in given]
+                for side, given in words.items()}
+
     def state_dict(self) -> dict[str, Any]:
         return {"positive": list(self.positive), "negative": list(self.negative)}
 

@@ -32,8 +32,8 @@ class TextCache:
                  device: torch.device, folder: str | Path | None = None):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.folder = Path(folder).expanduser() if folder is not None else cache / "palate" / "text"
-        self._load, self._key, self._count, self._limit = load, key, count_tokens, limit
-        self.device = device
+        self._load, self._key, self._count = load, key, count_tokens
+        self.limit, self.device = limit, device
         self._encode: Encode | None = None
         self._warned = False
 
@@ -97,8 +97,8 @@ class TextCache:
         if self._warned:
             return
         given = [prompt for prompt in prompts if prompt]
-        long = sum(self._count(prompt) > self._limit for prompt in given)
+        long = sum(self._count(prompt) > self.limit for prompt in given)
         if long:
             self._warned = True
-            warnings.warn(f"{long} of {len(given)} prompts are longer than the {self._limit} tokens the text encoder "
+            warnings.warn(f"{long} of {len(given)} prompts are longer than the {self.limit} tokens the text encoder "
                           "reads; the rest of each is cut off", stacklevel=3)

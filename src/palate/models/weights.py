@@ -167,7 +167,7 @@ class NamedWeights:
         if self.training == "lora":
             self.network.save_lora_adapter(folder, adapter_name=name)
         else:
-            self.networks[name].save_pretrained(folder)
+            self.networks[name].save_pretrained(folder, max_shard_size="1000GB")  # one file, which `load` reads
 
     def load(self, folder: Path | str, name: str = "policy") -> None:
         """Read back what `save` wrote, into weights of the same training mode and rank; ValueError if not.
