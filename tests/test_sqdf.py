@@ -806,4 +806,4 @@ def test_the_published_recipes_run_on_tiny_networks_of_the_same_classes(tmp_path
     assert sum(float(p.grad.abs().sum()) for p in model.parameters() if p.grad is not None) > 0
     bare = recipe.read(name, ["model.consistency=null"])
     with pytest.raises(RecipeError, match="model.consistency: name the folder of an LCM-LoRA"):
-        recipe.build_model(bare)
+        recipe.check_start(bare)
