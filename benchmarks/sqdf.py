@@ -35,7 +35,7 @@ from frontier import area, share_above
 from methods import RATES, Row, about, made, measured, parsed, rate, referees, scatter, slug, small, watch, whole
 
 from palate import recipe
-from palate.evaluate import embedded_referee, generate, matches, pairs, quantise
+from palate.evaluate import concept_accuracy, embedded_referee, generate, pairs, quantise
 from palate.optimize import from_recipe, load_oracle
 from palate.vocabulary import vocabulary
 
@@ -227,8 +227,7 @@ def black_box(oracle: str, seed: int, prompts: int, queries: int, overrides: lis
         return np.array([float(score) for part in parts for score in part])
 
     def concept(images, words) -> float:
-        seen = torch.cat([referee.judge.concept(part) for part in images.split(64)])
-        return float(matches(seen, referee.judge.concepts, [referee.parse(word).concept for word in words]).mean())
+        return concept_accuracy(referee.judge, images, [referee.parse(word) for word in words])
 
     each = max(1, queries // len(words_of))
     drawn, words = search_images(seed, tuple(words_of), each)

@@ -174,16 +174,12 @@ def test_bootstrap_is_paired_seeded_and_resamples_whole_groups():
     assert evaluate.bootstrap_interval(with_gap) == pytest.approx(evaluate.bootstrap_interval(base), abs=1e-9)
 
 
-def test_shares_and_accuracies_read_the_judge():
+def test_concept_accuracy_reads_the_judge():
     images = torch.stack(
         [flat_image(0.9, 0.9, 0.9), flat_image(0.9, 0.1, 0.1), flat_image(0.1, 0.9, 0.1), flat_image(0.1, 0.9, 0.9)]
     )
     captions = [parse(prompt) for prompt in ("dog blue", "dog blue", "dog", "apple blue")]
-    assert evaluate.style_share(FakeJudge(), images) == {"flat": 0.25, "3d": 0.75}
     assert evaluate.concept_accuracy(FakeJudge(), images, captions) == pytest.approx(0.75)
-    assert evaluate.background_accuracy(background(images), COLOURS, captions) == pytest.approx(
-        2 / 3
-    )  # the third did not ask
 
 
 # --- evaluation ---

@@ -179,17 +179,6 @@ def concept_accuracy(judge: Judge, images: Tensor, captions: Sequence[Caption]) 
     return float(matches(judge.concept(images), judge.concepts, [c.concept for c in captions]).nanmean())
 
 
-def background_accuracy(predicted: Tensor, colours: Sequence[str], captions: Sequence[Caption]) -> float:
-    """Share of the images with the background that the prompt names; NaN when no prompt names one."""
-    return float(matches(predicted, colours, [c.background for c in captions]).nanmean())
-
-
-def style_share(judge: Judge, images: Tensor) -> dict[str, float]:
-    """Share of the images that the judge assigns to each style. The shares sum to 1."""
-    counts = torch.bincount(judge.style(images).long().cpu(), minlength=len(judge.styles))
-    return {name: int(count) / len(images) for name, count in zip(judge.styles, counts, strict=True)}
-
-
 def bootstrap_interval(
     values: Tensor,
     base: Tensor | None = None,
