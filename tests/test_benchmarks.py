@@ -129,7 +129,8 @@ def test_areas_and_shares_at_equal_reward():
     assert rows[1].startswith("| ReFL | 1 | 2.000 | 0.016 |") and rows[1].endswith("| 99%, 99% |")
     assert sqdf.at_reward(clouds["ReFL"][0][0], 0.5, "diversity") == 0.5
     level = sqdf.levels(clouds).splitlines()
-    assert level[2].startswith("| 0.000 (base) |") and level[4] == "| 0.500 | 1.000, 1.000 (1 of 1 seeds) | 0.500, 0.500 (1 of 1 seeds) |"
+    assert level[2].startswith("| 0.000 (base) |")
+    assert level[4] == "| 0.500 | 1.000, 1.000 (1 of 1 seeds) | 0.500, 0.500 (1 of 1 seeds) |"
 
 
 def test_ratio_and_table():
@@ -181,8 +182,8 @@ def test_tables_go_where_the_page_marks_them(tmp_path):
     assert (images / "frontier-drift.svg").is_file()
     pages = "".join(path.read_text() for path in publish.DOCS.rglob("*.md"))
     wanted = {found[2] for found in publish.MARK.finditer(pages)}
-    assert wanted == {"time_to_preference", "frontier", "guard", "sqdf", "distar-teacher", "distar-family", "srpo-pairs",
-                      "srpo-ablations"}
+    assert wanted == {"time_to_preference", "frontier", "guard", "sqdf", "distar-teacher", "distar-family",
+                      "srpo-pairs", "srpo-ablations"}
 
 
 def test_the_guards_table():

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from data import ASSETS, compose, held_out_pairs, load_sprites, save_grid
-from palate.evaluate import diversity, embedded_referee, evaluate_images, evaluate_model, generate, pairs
+from data import ASSETS, compose, load_sprites, save_grid
+from palate.evaluate import diversity, embedded_referee, evaluate_model, generate, pairs
 from palate.models.emoji import EmojiModel
 from palate.rewards.emoji import position
 from palate.vocabulary import vocabulary

@@ -65,8 +65,8 @@ encoder, tokenizer and VAE are the base model's. Packing moves a pixel by {mean_
 {largest_difference:.3f} at most (32 prompts, of 1). Figures against the teacher: docs/algorithms/distar.md,
 `python benchmarks/distar.py teacher emoji-1step`.
 
-It knows what the base model knows, with its faults. Licence: as the base model's, see ../README.md. {history}The recipe of
-its last run:
+It knows what the base model knows, with its faults. Licence: as the base model's, see ../README.md. {history}The recipe
+of its last run:
 
 ```yaml
 {recipe}

@@ -19,7 +19,7 @@ import torch
 from diffusers import AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
-from data import ASSETS, compose, load_sprites, save_grid
+from data import compose, load_sprites, save_grid
 
 
 def build() -> AutoencoderTiny:

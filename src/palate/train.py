@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from palate import checkpoint, distributed
 from palate.core import Algorithm, Batch, Loss, Model, Random, Reward

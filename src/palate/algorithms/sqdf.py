@@ -41,7 +41,7 @@ from torch import Tensor
 
 from palate.core import Batch, Cond, Loss, Model, Random, Reward
 from palate.distributed import most
-from palate.path import Coefficient, Prediction, move
+from palate.path import Prediction, move
 from palate.replay import Draw, ReplayBuffer
 from palate.sampling import shift_time, transition_std
 
