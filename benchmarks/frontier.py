@@ -1,13 +1,15 @@
 """What each method pays for its reward: optimised reward against held-out reward, concepts, diversity and drift.
 
-    python benchmarks/frontier.py [--seeds 0] [--methods SRPO ReFL ...] [--budget 6000] [--jobs 2]
+    python benchmarks/frontier.py [--seeds 0] [--methods SRPO ReFL ...] [--budget 4000] [--jobs 2]
     python benchmarks/frontier.py --quick                 # the mechanics, in a few minutes; its numbers mean nothing
 
 Each method is run at three strengths (what `methods.METHODS` names for it: its regulariser, or its learning rate if it
 has none), every run with the same budget of denoiser forwards from the same base, and measured several times on the
 way on the same prompts and noise. All these points are a method's cloud; its frontier at reward g is the best held-out
 reward of any point whose optimised reward is at least g. The area under it is taken over the rewards from the base's to
-the highest of any method, above the lowest held-out value seen, as a share of the box; its interval resamples prompts.
+the highest of any method, above the lowest held-out value seen, as a share of the box; its interval resamples prompts, the
+same ones for every method, so that differences of areas are paired. What another training seed would change is not in
+it: --seeds 0 1 2 makes three runs of each strength, all in one cloud.
 Run `methods.py tune` first for tuned learning rates; otherwise the recipes' are used.
 
 Writes RESULTS/frontier-{heldout,concept,diversity,drift}.svg.
@@ -111,6 +113,7 @@ def summary(clouds: dict[str, list[dict]], resamples: int = 1000) -> tuple[dict,
     lines.append("| base | 1 | " + " | ".join(f"{base[n]:.3f}" for n in ("reward", "heldout", "concept", "diversity"))
                  + " | | | |")
     result: dict = {"base": base, "methods": {}}
+    areas: dict[str, np.ndarray] = {}  # held-out: of all prompts, then of each resample of them
     for method, points in clouds.items():
         own, best = means[method], int(means[method]["reward"].argmax())
         row = {"points": len(points), **{name: float(own[name][best]) for name in ("reward", *PANELS)}}
@@ -122,10 +125,22 @@ def summary(clouds: dict[str, list[dict]], resamples: int = 1000) -> tuple[dict,
             resampled = area(values(points, "reward", drawn), values(points, name, drawn), *box)
             low, high = np.quantile(resampled, [0.025, 0.975])
             row[f"area_{name}"] = [value, float(low), float(high)]
+            if name == "heldout":
+                areas[method] = np.concatenate([[value], resampled])
             cells.append(f"{value:.2f} ({low:.2f} to {high:.2f})")
         result["methods"][method] = row
         lines.append(f"| {method} | {len(points)} | " + " | ".join(
             f"{row[n]:.3f}" for n in ("reward", "heldout", "concept", "diversity")) + " | " + " | ".join(cells) + " |")
+    leader = max(areas, key=lambda method: areas[method][0])
+    behind = []
+    for method in areas:
+        if method != leader:
+            less = areas[leader] - areas[method]
+            low, high = np.quantile(less[1:], [0.025, 0.975])
+            result["methods"][method][f"area_heldout less than {leader}"] = [float(less[0]), float(low), float(high)]
+            behind.append(f"{method} {less[0]:.2f} ({low:+.2f} to {high:+.2f})")
+    if behind:
+        lines += ["", f"{leader} has the largest area of held-out reward; below it lie " + ", ".join(behind) + "."]
     if "SQDF" in clouds:
         for other in ("DRaFT-LV", "ReFL"):
             if other in clouds:
@@ -161,8 +176,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", default=available(), choices=available())
-    parser.add_argument("--budget", type=int, default=6000, help="denoiser forwards of each run")
-    parser.add_argument("--checks", type=int, default=3, help="measurements in a run, evenly spread over the budget")
+    parser.add_argument("--budget", type=int, default=4000, help="denoiser forwards of each run")
+    parser.add_argument("--checks", type=int, default=2, help="measurements in a run, evenly spread over the budget")
     parser.add_argument("--prompts", type=int, default=48, help="two images each")
     parser.add_argument("--override", nargs="*", default=[], help="for every method")
     args = parsed(parser)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -53,10 +54,17 @@ def concepts(model, prompts: list[str], weights: str = "policy") -> torch.Tensor
     return matches(seen, judge.concepts, [parse_prompt(word).concept for word in words]).double()
 
 
+@cache
+def base_concepts(prompts: int) -> tuple[list[str], torch.Tensor]:
+    """The prompts to judge on, and `concepts` of the base model, once a process."""
+    words = eval_like(208 + prompts)[208:]
+    return words, concepts(recipe.build(recipe.read("srpo-emoji")).model, words, "reference")
+
+
 def over_optimise(
     method: str, seed: int, lr: float, every: int, steps: int, prompts: int, overrides: list[str]
 ) -> dict:
-    held_out = eval_like(208 + prompts)[208:]
+    held_out, base = base_concepts(prompts)
     guard = [f"trainer.guard.every={every}", "trainer.guard.prompts=96", f"trainer.guard.concept_drop={LIMIT}",
              "trainer.guard.action=stop", "trainer.guard.best=null"]
     found: dict = {"method": method, "seed": seed, "lr": lr}
@@ -69,7 +77,7 @@ def over_optimise(
         found |= {"stopped": outcome.reason.startswith("guard"), "step": outcome.step, "why": outcome.reason,
                   "kept": checks[-1]["best_step"] if checks else 0,
                   "seen": [[row["step"], row["concept"]] for row in checks]}
-        base, kept = concepts(parts.model, held_out, "reference"), concepts(parts.model, held_out)
+        kept = concepts(parts.model, held_out)
     with tempfile.TemporaryDirectory() as folder:
         plan, parts, reward = build(method, seed, lr, ["trainer.guard.every=0", *overrides,
                                                        f"trainer.steps={2 * outcome.step}"])
@@ -113,7 +121,7 @@ def main() -> None:
     parser.add_argument("--factor", type=float, default=10.0, help="times the tuned, or the recipe's, learning rate")
     parser.add_argument("--every", type=int, default=2, help="steps between two looks of the guard")
     parser.add_argument("--steps", type=int, default=60, help="at most")
-    parser.add_argument("--prompts", type=int, default=128, help="to judge on, two images each")
+    parser.add_argument("--prompts", type=int, default=96, help="to judge on, two images each")
     parser.add_argument("--override", nargs="*", default=[], help="for every run")
     args = parsed(parser)
     if args.quick:

@@ -39,8 +39,8 @@ from palate.evaluate import concept_accuracy, embedded_referee, generate, pairs,
 from palate.optimize import from_recipe, load_oracle
 from palate.vocabulary import vocabulary
 
-ALPHAS = (0.0, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3)
-FIELD = (0.0, 3e-5, 3e-4)  # those that the frontier takes: as many runs as a rival has, chosen beforehand
+ALPHAS = (0.0, 3e-5, 1e-4, 3e-4, 1e-3)
+FIELD = (0.0, 1e-4, 3e-4)  # those that the frontier takes: as many runs as a rival has, chosen beforehand
 DEFAULT = "the recipe"
 ORACLES = ("jpeg-size", "hidden-judge", "colour-position")
 NAMES = ("reward", "heldout", "style", "concept", "diversity", "drift", "saturation")
@@ -255,11 +255,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=["sweep", "ablations", "blackbox", "table"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--budget", type=int, default=6000, help="denoiser forwards of a run")
-    parser.add_argument("--checks", type=int, default=4)
+    parser.add_argument("--budget", type=int, default=4000, help="denoiser forwards of a run")
+    parser.add_argument("--checks", type=int, default=2)
     parser.add_argument("--queries", type=int, default=2000)
     parser.add_argument("--updates", type=int, default=40, help="of each of the four rounds of blackbox")
-    parser.add_argument("--prompts", type=int, default=64, help="of the 208 evaluation prompts, two images each")
+    parser.add_argument("--prompts", type=int, default=48, help="of the 208 evaluation prompts, two images each")
     parser.add_argument("--oracles", nargs="+", default=list(ORACLES), choices=ORACLES)
     parser.add_argument("--consistency", type=Path, help="folder of a consistency model, else the one in the package")
     parser.add_argument("--override", nargs="*", default=[], help="for every row, while tuning")

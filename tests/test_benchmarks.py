@@ -65,6 +65,8 @@ def test_summary_of_known_points():
     assert kept[0] == pytest.approx(1.0) and paid[0] == pytest.approx(1 / 61, abs=1e-6)
     assert kept[1] <= kept[0] <= kept[2] + 1e-9
     assert result["methods"]["ReFL"]["concept"] == 0.5 and result["SQDF above ReFL"] == [0.5] * 3  # equal everywhere
+    behind = result["methods"]["ReFL"]["area_heldout less than SQDF"]
+    assert behind == pytest.approx([60 / 61] * 3) and "SQDF has the largest area" in text  # every prompt says the same
     assert "| SQDF | 2 |" in text and "over 50% (50% to 50% over prompts) of the range" in text
     better = {**point(1, 1), "diversity": [0.9] * 3}  # at diversity .9 to 1 only the base is left, where they are equal
     start, spent = {**point(0, 0), "diversity": [1.0] * 3}, {**point(1, 0), "diversity": [0.2] * 3}
@@ -133,37 +135,51 @@ def test_areas_and_shares_at_equal_reward():
     assert level[4] == "| 0.500 | 1.000, 1.000 (1 of 1 seeds) | 0.500, 0.500 (1 of 1 seeds) |"
 
 
-def test_ratio_and_table():
-    def row(method, seed, forwards, reached):
-        check = {"forwards": forwards, "style": 0.9 * reached, "concept": 0.7, "reward": 0.1 * reached, "heldout": 0.1}
-        return {"method": method, "seed": seed, "budget": 900, "reached": reached, "forwards": forwards, "updates": 10,
-                "seconds": 1.0, "differentiated": 5, "checks": [{**check, "forwards": 0, "reward": 0.05}, check]}
+def test_forwards_to_a_share_and_their_ratio():
+    def row(method, seed, forwards, style, concept=0.7):
+        checks = [{"forwards": 0, "style": 0.0, "concept": 0.7, "reward": 0.05, "heldout": 0.1},
+                  {"forwards": forwards, "style": style, "concept": concept, "reward": style / 10, "heldout": 0.1}]
+        return {"method": method, "seed": seed, "forwards": forwards, "updates": 10, "seconds": 1.0,
+                "differentiated": forwards / 4, "checks": checks}
 
-    fast = [row("SRPO", s, 100 + s, True) for s in range(3)]
-    slow = [row("Flow-GRPO", s, 500 if s == 0 else 900, s == 0) for s in range(3)]
-    value, low, high, bound = time_to.ratio(slow, fast)
-    assert value == pytest.approx(2300 / 303) and low <= value <= high and bound
-    assert not time_to.ratio([row("Flow-GRPO", 0, 500, True)], fast)[3]
+    assert time_to.forwards_to(row("SRPO", 0, 100, 0.8)["checks"], 0.2) == 25  # on the line
+    assert time_to.forwards_to(row("SRPO", 0, 100, 0.8, concept=0.66)["checks"], 0.2) == math.inf
+    late = [*row("SRPO", 0, 100, 0.8, concept=0.6)["checks"], *row("SRPO", 0, 300, 0.9)["checks"][1:]]
+    assert time_to.forwards_to(late, 0.8) == 300  # the share was there before, the concepts were not
+    fast = [row("SRPO", seed, 100, 0.4) for seed in range(3)]
+    slow = [row("Flow-GRPO", seed, 600, 0.4 if seed == 0 else 0.1) for seed in range(3)]
+    value, low, high, bound = time_to.ratio(slow, fast, 0.2)
+    assert value == pytest.approx((300 + 2 * 600) / 3 / 50) and low <= value <= high and bound
+    assert not time_to.ratio(slow[:1], fast, 0.4)[3]
     text = time_to.table([*fast, *slow])
-    assert "| SRPO | 3 of 3 | 101 ± 1 |" in text and "| Flow-GRPO | 1 of 3 | 500 |" in text
-    assert "Flow-GRPO over SRPO: at least 7.6" in text
-    assert "| +0.100 (3 of 3) |" in text and "| +0.033 (1 of 3) |" in text
-    assert "never (> 900)" in time_to.table([row("ReFL", 0, 900, False)])
+    assert "| SRPO | 50 ± 0 | 100 ± 0 | never | never | 10 | 25% | 10.0 | 0.40 | 0.70 (0.70) | +0.040 (0 of 3) |" in text
+    assert "| Flow-GRPO | 300 (1 of 3 seeds) | 600 (1 of 3 seeds) | never | never | 60 |" in text
+    assert "SRPO: to 0.2 at least 10.0, = 1.7 in updates x 6.0 in forwards of an update; to 0.4 at least 6.0" in text
+    assert "no ratio" in time_to.table([*slow, *(row("SRPO", seed, 100, 0.1) for seed in range(3))])
+
+
+def quick(command, rows):
+    made = subprocess.run([sys.executable, str(FOLDER / command.split()[0]), *command.split()[1:], "--quick"],
+                          capture_output=True, text=True, timeout=180)
+    assert made.returncode == 0, made.stderr[-2000:]
+    assert all(row in made.stdout for row in rows)
+
+
+def test_quick_comparison_of_two_methods():
+    """From the command to the table; every other comparison's --quick is a soak test."""
+    quick("time_to_preference.py --methods SRPO Flow-GRPO", ["| SRPO |", "| Flow-GRPO |", "no ratio"])
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("script, rows", [
+@pytest.mark.parametrize("command, rows", [
     ("time_to_preference.py", [f"| {method} |" for method in methods.available()]),
     ("frontier.py", [f"| {method} |" for method in methods.available()]),
     ("guard.py", [f"| {method}, seed 0 |" for method in guard.UNHELD]),
     ("sqdf.py sweep", ["| SQDF alpha_kl 0 |"]), ("sqdf.py ablations", ["| gamma 0.8 |"]),
     ("sqdf.py blackbox", ["| jpeg-size | 1 |"]),
 ])
-def test_quick(script, rows):
-    command = [sys.executable, str(FOLDER / script.split()[0]), *script.split()[1:], "--quick"]
-    made = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert made.returncode == 0, made.stderr[-2000:]
-    assert all(row in made.stdout for row in rows)
+def test_quick(command, rows):
+    quick(command, rows)
 
 
 def test_tables_go_where_the_page_marks_them(tmp_path):
