@@ -21,6 +21,8 @@ uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 
 from palate import cli, recipe  # noqa: E402
+from palate.optimize import load_oracle  # noqa: E402
+from palate.recipe import OracleSettings  # noqa: E402
 from palate.rewards.remote import TOKEN, RemoteError, RemoteReward, load_remote, make_app  # noqa: E402
 
 SECRET = "a-token-of-twenty-six-bytes"
@@ -71,6 +73,17 @@ def test_scores_are_the_rewards_own_in_order(served):
     expected = pixels.mean((1, 2, 3)) + torch.arange(11.0)
     torch.testing.assert_close(got, expected.detach(), atol=1e-6, rtol=0)
     assert not got.requires_grad
+
+
+def test_a_reward_service_can_be_the_oracle(served, monkeypatch):
+    """palate optimize asks it in the same words, token and id included; each try is a question, so there is no other."""
+    monkeypatch.setenv(TOKEN, SECRET)
+    oracle = load_oracle(OracleSettings(url=f"http://127.0.0.1:{served[0]}/score"))
+    assert oracle(torch.zeros(3, 3, 8, 8), ["a", "bb", ""]).tolist() == [1, 2, 0]
+    with pytest.raises(RemoteError, match="HTTP 500 .the reward gave a value that is not finite"):
+        oracle(torch.zeros(1, 3, 8, 8), ["nan"])
+    with pytest.raises(ValueError, match="optimize.oracle.url: http://far.example/score would send the token in the cl"):
+        load_oracle(OracleSettings(url="http://far.example/score"))
 
 
 def test_a_repeated_request_is_answered_from_memory(served):

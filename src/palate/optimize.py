@@ -40,6 +40,7 @@ from torch import Tensor
 from palate import checkpoint
 from palate.core import Algorithm, Model, Random, Reward
 from palate.recipe import OptimizeSettings, OracleSettings, Recipe, TrainerSettings
+from palate.rewards.remote import TOKEN, RemoteReward
 from palate.sampling import sample
 from palate.train import Outcome, prompt_order, restore_result, train
 
@@ -418,6 +419,9 @@ def load_oracle(settings: OracleSettings, *, seed: int = 0) -> Oracle:
         if shutil.which(settings.command[0]) is None:
             raise ValueError(f"optimize.oracle.command: there is no program {settings.command[0]!r}")
         return command_oracle(settings.command, settings.timeout)
+    if settings.url is not None and (token := os.environ.get(TOKEN)):  # a reward service: with its id and token
+        return RemoteReward(settings.url, token, timeout=settings.timeout, retries=0, piece=settings.batch,
+                            concurrency=1, key="optimize.oracle.url")
     if settings.url is not None:
         return http_oracle(settings.url, settings.timeout)
     return noisy(BUILT_IN[settings.name](), settings.noise, seed)

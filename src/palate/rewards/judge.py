@@ -39,7 +39,7 @@ class JudgeReward:
             raise ValueError("vlm-judge: the question must hold {prompt} exactly once")
         if not model:
             raise ValueError(f"reward.source.vlm-judge: {url} names no model; write it behind the URL, as {url}#MODEL")
-        self.service = RemoteReward(url, token, name="vlm-judge", **options)
+        self.service = RemoteReward(url, token, key="reward.source.vlm-judge", **options)
         self.model, self.question, self.concurrency = model, question, concurrency
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

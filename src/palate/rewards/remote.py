@@ -46,7 +46,7 @@ class RemoteReward:
     """(images, prompts) -> (B,) float32 by POST to `url`. No gradient.
 
     A batch is sent in pieces of at most `piece` images, at most `concurrency` at a time. `timeout` is in seconds and
-    holds for a whole try; between tries the wait doubles from `wait`, up to 30 s.
+    holds for a whole try; between tries the wait doubles from `wait`, up to 30 s. `key` is what its errors name.
     """
 
     def __init__(
@@ -59,20 +59,20 @@ class RemoteReward:
         wait: float = 0.5,
         piece: int = 16,
         concurrency: int = 2,
-        name: str = "remote",
+        key: str = "reward.source.remote",
     ):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
             raise ValueError(
-                f"reward.source.{name}: got {url!r}; expected a URL, as http://127.0.0.1:8411/score, without a password"
+                f"{key}: got {url!r}; expected a URL, as http://127.0.0.1:8411/score, without a password"
             )
         if parts.scheme == "http" and parts.hostname not in LOOPBACK:
             raise ValueError(
-                f"reward.source.{name}: {url} would send the token in the clear; use https, or tunnel to 127.0.0.1"
+                f"{key}: {url} would send the token in the clear; use https, or tunnel to 127.0.0.1"
             )
         if not token:
             raise ValueError(
-                f"reward {name}: no token; set the environment variable {TOKEN} to the one the server was started with"
+                f"{key}: no token; set the environment variable {TOKEN} to the one the server was started with"
             )
         self.url, self._parts, self._token = url, parts, token
         self.timeout, self.retries, self.wait, self.piece, self.concurrency = timeout, retries, wait, piece, concurrency
