@@ -371,7 +371,8 @@ def try_rate(method: str, lr: float, seed: int, budget: int, prompts: int) -> di
 
 def tune(results: Path, methods: Sequence[str], seed: int, budget: int, prompts: int, jobs: int) -> dict[str, float]:
     """The learning rate with the highest held-out objective after `budget` forwards among those that kept concept
-    accuracy within .05 of the base; if none did, the one that kept most of it. A run that did not stay finite is out.
+    accuracy within .1 of the base (the limit of the recipes' guards); if none did, the one that kept most of it. A run
+    that did not stay finite is out.
     """
     rows = [Row(results / f"{slug('tune', method, factor, seed, budget)}.json", try_rate,
                 (method, recipe.read(METHODS[method][0]).trainer.lr * factor, seed, budget, prompts))
@@ -381,7 +382,7 @@ def tune(results: Path, methods: Sequence[str], seed: int, budget: int, prompts:
         own = [row for row in found[i * len(RATES): (i + 1) * len(RATES)] if row["finite"]]
         if not own:
             raise ValueError(f"{method}: no learning rate stayed finite; lower trainer.lr of its recipe")
-        kept = [row for row in own if row["concept"] >= row["concept_base"] - 0.05]
+        kept = [row for row in own if row["concept"] >= row["concept_base"] - 0.1]
         best = max(kept, key=lambda r: r["heldout"]) if kept else max(own, key=lambda r: r["concept"])
         chosen[method] = best["lr"]
     return chosen

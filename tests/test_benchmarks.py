@@ -104,6 +104,18 @@ def test_rows_are_made_once_and_one_that_fails_stops_no_other(tmp_path, capfd):
         methods.measured([rows[0]._replace(arguments=(9.0,))], jobs=1)
 
 
+def test_the_search_takes_the_best_that_kept_its_concepts(tmp_path, monkeypatch):
+    def found(*runs):
+        rows = [{"lr": lr, "heldout": h, "concept": c, "concept_base": 1.0, "finite": f} for lr, h, c, f in runs]
+        monkeypatch.setattr(methods, "measured", lambda wanted, jobs: rows)
+        return methods.tune(tmp_path, ["ReFL"], 100, 60, 4, 1)["ReFL"]
+
+    assert found((1, 0.2, 1.0, True), (2, 0.3, 0.91, True), (4, 0.4, 0.8, True)) == 2
+    assert found((1, 0.2, 0.5, True), (2, 0.3, 0.7, True), (4, 0.4, 0.8, False)) == 2  # none kept them: the most of it
+    with pytest.raises(ValueError, match="ReFL: no learning rate stayed finite"):
+        found((1, 0.2, 1.0, False), (2, 0.3, 1.0, False), (4, 0.4, 1.0, False))
+
+
 def test_a_run_that_a_signal_ended_is_no_row(tmp_path):
     """`train` returns normally after SIGTERM, to be resumed; a table must not take such a run for a whole one."""
     outcome = methods.Outcome(tmp_path, 7, "signal", 143)
