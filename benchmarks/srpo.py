@@ -1,24 +1,27 @@
 """SRPO on the embedded model: three word pairs, ablations, and a swap of words, with held-out judges.
 
-    python benchmarks/srpo.py pairs      --seeds 0 1 2
-    python benchmarks/srpo.py ablations  --seeds 0 1 2
+    python benchmarks/srpo.py pairs      --seeds 0 1 2 [--jobs 2]
+    python benchmarks/srpo.py ablations  --seeds 0 1 2 [--jobs 2]
     python benchmarks/srpo.py table                      # print what has been measured
+    ... --quick                                          # the mechanics, in minutes; its numbers mean nothing
 
-Each row trains the published recipe with the overrides named here, and judges 208 prompts without a style word, two images
-each, against the base model from the same noise. A result that is already in --results is not measured again.
+Each row trains the published recipe with the overrides named here, and judges 104 prompts without a style word, two
+images each, against the base model from the same noise. Rows are those of methods.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from methods import about, whole
+from methods import Row, about, made, measured, parsed, slug, whole
+from torch import Tensor
 
 from palate import recipe
 from palate.evaluate import Referee, diversity, drift, embedded_referee, evaluate_images, generate, pairs, quantise
@@ -48,9 +51,21 @@ RUNS: dict[str, dict[str, tuple[str, list[str]]]] = {
 }
 
 
-def measure(name: str, overrides: list[str], seed: int, referee: Referee, cache: dict, count: int) -> dict:
+QUICK = ["trainer.steps=1", "trainer.batch_size=2"]
+
+referee: Callable[[], Referee] = cache(embedded_referee)
+
+
+@cache
+def drawn_by_the_base(prompts: tuple[str, ...]) -> Tensor:
+    """What the base model draws for them, once a process."""
+    return quantise(generate(recipe.build(recipe.read("srpo-emoji")).model, prompts, SEEDS_PER_PROMPT,
+                             weights="reference"))
+
+
+def measure(source: str, overrides: list[str], seed: int, count: int) -> dict:
     """Train without guard, previews or checkpoints, then judge the result."""
-    plan = recipe.read(name, [*overrides, f"trainer.seed={seed}", "trainer.guard.every=0", "trainer.preview_every=0",
+    plan = recipe.read(source, [*overrides, f"trainer.seed={seed}", "trainer.guard.every=0", "trainer.preview_every=0",
                               "trainer.checkpoint_every=0"])
     torch.manual_seed(seed)
     parts = recipe.build(plan)
@@ -62,14 +77,14 @@ def measure(name: str, overrides: list[str], seed: int, referee: Referee, cache:
 
     prompts = recipe.spread(recipe.read_prompts("emoji-eval"), count)
     words, seeds = pairs(prompts, SEEDS_PER_PROMPT)
-    if "base" not in cache:
-        cache["base"] = quantise(generate(parts.model, prompts, SEEDS_PER_PROMPT, weights="reference"))
+    base = drawn_by_the_base(tuple(prompts))
     images = quantise(generate(parts.model, prompts, SEEDS_PER_PROMPT))
     positive, negative = plan.algorithm.positive, plan.algorithm.negative
-    rewards = dict(referee.rewards)
+    who = referee()
+    rewards = dict(who.rewards)
     rewards.pop("jpeg_size")
-    judged = evaluate_images(images, words, seeds, rewards=rewards, judge=referee.judge, parse=referee.parse,
-                             background=referee.background, colours=referee.colours, base=cache["base"]).summary
+    judged = evaluate_images(images, words, seeds, rewards=rewards, judge=who.judge, parse=who.parse,
+                             background=who.background, colours=who.colours, base=base).summary
     metrics = judged["metrics"]
     row = {"seconds": seconds, "drift": judged["drift"]}
     for key in (f"style/{positive[0]}", "concept", "background"):
@@ -80,22 +95,19 @@ def measure(name: str, overrides: list[str], seed: int, referee: Referee, cache:
     with torch.no_grad():
         for reward in ("emoji", "emoji-heldout"):  # the relative preference, on the images of both models
             change = []
-            for side in (cache["base"], images):
-                scores = [score_pair(referee.rewards[reward], side[k: k + 64],
+            for side in (base, images):
+                scores = [score_pair(who.rewards[reward], side[k: k + 64],
                                      with_control(positive[0], words[k: k + 64]), with_control(negative[0], words[k: k + 64]))
                           for k in range(0, len(side), 64)]
                 change.append(float(torch.cat([a - b for a, b in scores]).mean()))
             row[f"relative {reward}"] = change[1] - change[0]
             row[f"absolute {reward}"] = metrics[f"reward/{reward}"]["change"]
     # the colours of the style itself: the base model asked for it by name, same prompts and noise
-    style = f"asked for {positive[0]}"
-    if style not in cache:
-        asked = [prompt.replace("a ", f"a {positive[0]} ", 1) for prompt in prompts]
-        cache[style] = quantise(generate(parts.model, asked, SEEDS_PER_PROMPT, weights="reference"))
+    asked = drawn_by_the_base(tuple(prompt.replace("a ", f"a {positive[0]} ", 1) for prompt in prompts))
     groups = [prompt for prompt in prompts for _ in SEEDS_PER_PROMPT]
-    inside = [float(diversity(referee.judge.features(side), groups).nanmean()) for side in (images, cache[style])]
+    inside = [float(diversity(who.judge.features(side), groups).nanmean()) for side in (images, asked)]
     row["diversity_of_style"] = inside[0] / inside[1]
-    cast = drift(images, cache[style], referee.judge.features(images), referee.judge.features(cache[style]))
+    cast = drift(images, asked, who.judge.features(images), who.judge.features(asked))
     row["cast"] = {key: cast[key] for key in ("saturation_ratio", "red_ratio", "green_ratio", "blue_ratio")}
     return row
 
@@ -106,7 +118,7 @@ def table(group: str, results: Path) -> str:
              "| / base in that style | relative reward, optimised | held out | absolute reward, held out "
              "| saturation; red, green, blue / base in that style | fine detail / base | seconds |", "|---" * 14 + "|"]
     for name in RUNS[group]:
-        rows = [json.loads(p.read_text()) for p in sorted(results.glob(f"{group}-{_slug(name)}-*.json"))]
+        rows = [made(path) for path in sorted(results.glob(f"{slug('srpo', group, name)}-*.json"))]
         if not rows:
             continue
         two, base = "{:.2f}", np.mean([r["style_base"] for r in rows])
@@ -135,32 +147,23 @@ def tell(results: Path) -> None:
             print(f"{text}\n")
 
 
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=[*RUNS, "table"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--prompts", type=int, default=208, help="of the 208 evaluation prompts")
+    parser.add_argument("--prompts", type=int, default=104, help="of the 208 evaluation prompts")
     parser.add_argument("--only", nargs="+", help="rows by name")
     parser.add_argument("--override", nargs="*", default=[], help="for every row, while tuning")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    args = parser.parse_args()
-    if args.what == "table":
-        tell(args.results)
-        return
-    args.results.mkdir(parents=True, exist_ok=True)
-    referee, cache = embedded_referee(), {}
-    for seed in args.seeds:
-        for name, (source, overrides) in RUNS[args.what].items():
-            path = args.results / f"{args.what}-{_slug(name)}-{seed}.json"
-            if path.exists() or (args.only and name not in args.only):
-                continue
-            row = measure(source, [*overrides, *args.override], seed, referee, cache, args.prompts)
-            path.write_text(json.dumps(row, indent=1) + "\n")
-            print(seed, name, json.dumps({k: round(v, 3) for k, v in row.items() if isinstance(v, float)}), flush=True)
+    args = parsed(parser)
+    if args.quick:
+        args.seeds, args.prompts, args.override = args.seeds[:1], 2, [*args.override, *QUICK]
+        args.only = args.only or list(RUNS.get(args.what, ()))[:2]
+    if args.what != "table":
+        measured([Row(args.results / f"{slug('srpo', args.what, name, seed)}.json", measure,
+                      (source, [*overrides, *args.override], seed, args.prompts))
+                  for seed in args.seeds for name, (source, overrides) in RUNS[args.what].items()
+                  if not args.only or name in args.only], args.jobs,
+                 lambda row: {key: round(value, 3) for key, value in row.items() if isinstance(value, float)})
     tell(args.results)
 
 

@@ -188,7 +188,7 @@ def test_quick_comparison_of_two_methods():
     ("frontier.py", [f"| {method} |" for method in methods.available()]),
     ("guard.py", [f"| {method}, seed 0 |" for method in guard.UNHELD]),
     ("sqdf.py sweep", ["| SQDF alpha_kl 0 |"]), ("sqdf.py ablations", ["| gamma 0.8 |"]),
-    ("sqdf.py blackbox", ["| jpeg-size | 1 |"]),
+    ("sqdf.py blackbox", ["| jpeg-size | 1 |"]), ("srpo.py pairs", ["| 3d against flat, outline | 1 |"]),
 ])
 def test_quick(command, rows):
     quick(command, rows)
