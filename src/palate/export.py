@@ -271,12 +271,12 @@ def export_one_step(model: Any, settings: Any, folder: Path | str) -> Path:
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; give a new folder")
     label = round(1000 * generator.t_init) if model.schedule is flow_schedule else round(1000 * generator.t_init) - 1
-    scheduler, call = _one_step_scheduler(model, generator.t_init, label)
+    index = json.loads((source / "model_index.json").read_text("utf-8"))
+    denoiser = "unet" if "unet" in index else "transformer"
+    scheduler, call = _one_step_scheduler(model, generator.t_init, label, denoiser)
     scale = float(model.schedule(torch.tensor([generator.t_init], dtype=torch.float64))[1])
     scale = scale if generator.input_scale is None else generator.input_scale
 
-    index = json.loads((source / "model_index.json").read_text("utf-8"))
-    denoiser = "unet" if "unet" in index else "transformer"
     if "safety_checker" in index and not _whole(source / "safety_checker"):
         index["safety_checker"] = [None, None]  # Palate fetches its configuration alone, and pipelines work without
     copied = _copied(source, index, denoiser)
@@ -293,8 +293,13 @@ def export_one_step(model: Any, settings: Any, folder: Path | str) -> Path:
     size, pipeline, dtype = model.latent_shape, index["_class_name"], network.dtype
     if isinstance(sides := getattr(model, "image_size", None), tuple):
         call += f", height={sides[0]}, width={sides[1]}"
+    if "text_tokens" in record:
+        call += f", max_sequence_length={record['text_tokens']}"
     if record["family"] == "pixart":  # its pipelines would draw at a size of their own list and rewrite the prompt
-        call += f", use_resolution_binning=False, clean_caption=False, max_sequence_length={record['text_tokens']}"
+        call += ", use_resolution_binning=False, clean_caption=False"
+    told, packed = record.get("distilled_guidance", 0.0), ""
+    if record["family"] == "flux":  # its pipelines take latents as their network does
+        packed = f"\nnoise = pipe._pack_latents(noise, 1, {size[0]}, {size[1]}, {size[2]})"
     drawn = "torch.randn" if scale == 1.0 else f"{scale:.9g} * torch.randn"
     write_atomically(folder / "README.md", f"""# One-step generator, trained with Palate
 
@@ -303,8 +308,8 @@ import torch
 from diffusers import {pipeline}
 
 pipe = {pipeline}.from_pretrained("path/to/this/folder", torch_dtype={dtype})
-noise = {drawn}(1, {size[0]}, {size[1]}, {size[2]}, dtype=pipe.dtype)  # the scale is part of the generator
-image = pipe("a prompt", latents=noise, guidance_scale=0.0, {call}).images[0]
+noise = {drawn}(1, {size[0]}, {size[1]}, {size[2]}, dtype=pipe.dtype)  # the scale is part of the generator{packed}
+image = pipe("a prompt", latents=noise, guidance_scale={told}, {call}).images[0]
 ```
 
 One network evaluation an image, at time label {label}.
@@ -346,7 +351,12 @@ def _how_to_load(model: Any) -> dict[str, Any]:
     if family == "emoji":
         return {"family": family}
     found = {"family": family, "image_size": list(model.image_size), "dtype": str(model.parts.dtype).split(".")[-1]}
-    return {**found, "text_tokens": model.parts.text.limit} if "text_tokens" in recipes.MODELS[family][2] else found
+    keys = recipes.MODELS[family][2]
+    if "text_tokens" in keys:
+        found["text_tokens"] = model.parts.text.limit
+    if "distilled_guidance" in keys:
+        found["distilled_guidance"] = float(model.distilled_guidance)
+    return found
 
 
 def _copied(source: Path, index: Mapping[str, Any], denoiser: str) -> list[str]:
@@ -363,13 +373,14 @@ def _whole(part: Path) -> bool:
     return part.is_dir() and (not (part / "config.json").is_file() or any(part.glob("*.safetensors")))
 
 
-def _one_step_scheduler(model: Any, t_init: float, label: int) -> tuple[Any, str]:
+def _one_step_scheduler(model: Any, t_init: float, label: int, denoiser: str) -> tuple[Any, str]:
     """A scheduler whose one step is x0 = D(x, t_init), and the pipeline's arguments that ask for it.
 
-    VP: LCMScheduler, told the label; its boundary scalings change x0 by about 1e-7. Flow: DPMSolver++ of first order,
-    whose step to sigma = 0 is x - sigma v, shifted so that one step begins at t_init.
+    VP: LCMScheduler, told the label; its boundary scalings change x0 by about 1e-7. Flow transformers: Euler from the
+    one sigma to 0. A flow UNet, in whose pipeline Euler's scheduler does not work: DPMSolver++ of first order, whose
+    step to sigma = 0 is x - sigma v, shifted so that one step begins at t_init.
     """
-    from diffusers import DPMSolverMultistepScheduler, LCMScheduler
+    from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 
     if model.schedule is not flow_schedule:
         config = model.scheduler.config
@@ -380,6 +391,8 @@ def _one_step_scheduler(model: Any, t_init: float, label: int) -> tuple[Any, str
                                              "steps_offset")
                 if key in config}
         return LCMScheduler(**kept, clip_sample=False), f"num_inference_steps=1, timesteps=[{label}]"
+    if denoiser == "transformer":
+        return FlowMatchEulerDiscreteScheduler(shift=1.0), f"num_inference_steps=1, sigmas=[{t_init}]"
     first, target = 0.999, t_init * (1 + 1e-9)  # the scheduler's own first level, and ours a hair above a whole label
     if abs(1000 * t_init - label) > 1e-6 or not label < 1000:
         raise ValueError(f"generator.t_init = {t_init}: expected a whole number of thousandths, at most .999")
