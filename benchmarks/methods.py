@@ -4,8 +4,8 @@
 
 The objective of every method is the same preference, (1 + k) R("style. prompt") - R("negative. prompt") with k = 4
 (with k = 1 the concepts are lost before the style is there: docs/log.md). SRPO reads it as its control words, the
-others as their reward. All adapt the same layers with the same rank, without a warm-up, and no method keeps a weight
-average, so that the weights which are trained are those which are judged. `tune` tries three learning rates for each
+others as their reward. All adapt the same layers with the same rank, train the unguided prediction and are judged with
+guidance, without a warm-up, and no method keeps a weight average, so that the weights which are trained are judged. `tune` tries three learning rates for each
 method, one seed and prompts that no table uses, the budget of one run each, and writes the best into
 RESULTS/tuned.json, which the comparisons then read.
 
@@ -46,7 +46,7 @@ from palate.vocabulary import vocabulary
 STYLE, NEGATIVE, K = "3d", "flat", 4.0
 METHODS = {  # name -> recipe, what is swept as its strength in frontier.py
     "SRPO": ("srpo-emoji", ("algorithm.anchor", (0.0, 0.3, 3.0))),
-    "SQDF": ("sqdf-emoji", ("algorithm.alpha_kl", (0.0, 1e-4, 3e-4))),
+    "SQDF": ("sqdf-emoji", ("algorithm.alpha_kl", (0.0, 3e-4, 3e-3))),
     "ReFL": ("refl-emoji", ("trainer.lr", ())),  # () = half its learning rate, as it is, twice
     "DRaFT-LV": ("draft-emoji", ("trainer.lr", ())),
     "DDPO": ("ddpo-emoji", ("trainer.lr", ())),
@@ -64,7 +64,8 @@ QUICK = {"ddpo": ["algorithm.steps=3"], "flow_grpo": ["algorithm.steps=4", "algo
          "nft": ["algorithm.steps=3", "algorithm.group=2"], "dpo": ["algorithm.steps=3"]}  # --quick, by family
 FIXED = {"MixGRPO": ["algorithm.window_every=3"]}  # its few updates then visit all levels, as its recipe's many do
 PLAIN = ["trainer.ema_decay=0", "trainer.guard.every=0", "trainer.preview_every=0", "trainer.checkpoint_every=0"]
-FAIR = ["model.lora_rank=4", "model.lora_targets=[attn2.to_k, attn2.to_v, time_emb_proj]", "trainer.warmup=0"]
+FAIR = ["model.lora_rank=4", "model.lora_targets=[attn2.to_k, attn2.to_v, time_emb_proj]", "trainer.warmup=0",
+        "algorithm.guidance=1"]
 
 
 def available() -> list[str]:

@@ -39,8 +39,8 @@ from palate.evaluate import concept_accuracy, embedded_referee, generate, pairs,
 from palate.optimize import from_recipe, load_oracle
 from palate.vocabulary import vocabulary
 
-ALPHAS = (0.0, 3e-5, 1e-4, 3e-4, 1e-3)
-FIELD = (0.0, 1e-4, 3e-4)  # those that the frontier takes: as many runs as a rival has, chosen beforehand
+ALPHAS = (0.0, 1e-4, 3e-4, 1e-3, 3e-3)
+FIELD = (0.0, 3e-4, 3e-3)  # those that the frontier takes: as many runs as a rival has, chosen beforehand
 DEFAULT = "the recipe"
 ORACLES = ("jpeg-size", "hidden-judge", "colour-position")
 NAMES = ("reward", "heldout", "style", "concept", "diversity", "drift", "saturation")
