@@ -1,6 +1,6 @@
 """How much network each method needs until the pictures show what was asked for.
 
-    python benchmarks/time_to_preference.py [--seeds 0 1 2] [--methods SRPO Flow-GRPO ...] [--budget 12000] [--jobs 2]
+    python benchmarks/time_to_preference.py [--seeds 0 1 2] [--methods SRPO Flow-GRPO ...] [--budget 8000] [--jobs 2]
     python benchmarks/time_to_preference.py --quick       # the mechanics, in a few minutes; its numbers mean nothing
 
 Denoiser forwards (batch rows x network evaluations, counted at model.predict) until, on fixed prompts that name no
@@ -137,8 +137,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=available(), choices=available())
-    parser.add_argument("--budget", type=int, default=12000, help="denoiser forwards after which a run has failed")
-    parser.add_argument("--checks", type=int, default=6, help="measurements in a run, evenly spread over the budget")
+    parser.add_argument("--budget", type=int, default=8000, help="denoiser forwards after which a run has failed")
+    parser.add_argument("--checks", type=int, default=4, help="measurements in a run, evenly spread over the budget")
     parser.add_argument("--prompts", type=int, default=48, help="one image each")
     parser.add_argument("--override", nargs="*", default=[], help="for every method")
     args = parsed(parser)
