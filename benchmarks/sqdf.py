@@ -2,7 +2,7 @@
 
     python benchmarks/sqdf.py sweep     --seeds 0 1 2  # alpha_kl, beside DRaFT-1 and ReFL at three learning rates
     python benchmarks/sqdf.py ablations --seeds 0 1 2  # gamma, estimator (--consistency FOLDER adds one), buffer
-    python benchmarks/sqdf.py blackbox  --seeds 0 1 2  # 2,000 questions: SQDF, random search, weighted samples
+    python benchmarks/sqdf.py blackbox  --seeds 0 1 2  # 1,000 questions: SQDF, random search, weighted samples
     python benchmarks/sqdf.py table                    # print what has been measured, and draw it
     ... --jobs 2                                       # rows at once, a process of one thread each
     ... --budget 3000, --updates 20                    # shorter rows: forwards of a run; updates a round of blackbox
@@ -257,7 +257,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--budget", type=int, default=4000, help="denoiser forwards of a run")
     parser.add_argument("--checks", type=int, default=2)
-    parser.add_argument("--queries", type=int, default=2000)
+    parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--updates", type=int, default=40, help="of each of the four rounds of blackbox")
     parser.add_argument("--prompts", type=int, default=48, help="of the 208 evaluation prompts, two images each")
     parser.add_argument("--oracles", nargs="+", default=list(ORACLES), choices=ORACLES)
