@@ -76,13 +76,13 @@ def test_scores_are_the_rewards_own_in_order(served):
 
 
 def test_a_reward_service_can_be_the_oracle(served, monkeypatch):
-    """palate optimize asks it in the same words, token and id included; each try is a question, so there is no other."""
+    """palate optimize asks it in the same words, token and id included, and once: each try is a question."""
     monkeypatch.setenv(TOKEN, SECRET)
     oracle = load_oracle(OracleSettings(url=f"http://127.0.0.1:{served[0]}/score"))
     assert oracle(torch.zeros(3, 3, 8, 8), ["a", "bb", ""]).tolist() == [1, 2, 0]
     with pytest.raises(RemoteError, match="HTTP 500 .the reward gave a value that is not finite"):
         oracle(torch.zeros(1, 3, 8, 8), ["nan"])
-    with pytest.raises(ValueError, match="optimize.oracle.url: http://far.example/score would send the token in the cl"):
+    with pytest.raises(ValueError, match="optimize.oracle.url: http://far.example/score would send the token"):
         load_oracle(OracleSettings(url="http://far.example/score"))
 
 
