@@ -5,9 +5,9 @@
 The objective of every method is the same preference, (1 + k) R("style. prompt") - R("negative. prompt") with k = 4
 (with k = 1 the concepts are lost before the style is there: docs/log.md). SRPO reads it as its control words, the
 others as their reward. All adapt the same layers with the same rank, train the unguided prediction and are judged with
-guidance, without a warm-up, and no method keeps a weight average, so that the weights which are trained are judged. `tune` tries three learning rates for each
-method, one seed and prompts that no table uses, the budget of one run each, and writes the best into
-RESULTS/tuned.json, which the comparisons then read.
+guidance, without a warm-up, and no method keeps a weight average, so that the weights which are trained are judged.
+`tune` tries three learning rates for each method, one seed and prompts that no table uses, the budget of one run each,
+and writes the best into RESULTS/tuned.json, which the comparisons then read.
 
 A run is a row of a table, a JSON file in RESULTS that is not made again; it holds the arguments that made it, and other
 ones are refused. --jobs 2 makes two rows at once, each in a process of its own with one thread, which is how two cores
