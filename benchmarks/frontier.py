@@ -9,7 +9,8 @@ way on the same prompts and noise. All these points are a method's cloud; its fr
 reward of any point whose optimised reward is at least g. The area under it is taken over the rewards from the base's to
 the highest of any method, above the lowest held-out value seen, as a share of the box; its interval resamples prompts,
 the same ones for every method, so that differences of areas are paired. What another training seed would change is not
-in it: --seeds 0 1 2 makes three runs of each strength, all in one cloud. Run `methods.py tune` first for tuned learning rates; otherwise the recipes' are used.
+in it: --seeds 0 1 2 makes three runs of each strength, all in one cloud. Run `methods.py tune` first for tuned
+learning rates; otherwise the recipes' are used.
 
 Writes RESULTS/frontier-{heldout,concept,diversity,drift}.svg.
 """

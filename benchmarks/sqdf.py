@@ -192,7 +192,7 @@ def frontier_table(clouds: dict[str, dict[int, list]]) -> str:
 @lru_cache(maxsize=1)
 @torch.no_grad()
 def search_images(seed: int, prompts: tuple[str, ...], each: int):
-    """What random search draws: `each` images of the base model a prompt, the same for every oracle that is asked about them."""
+    """What random search draws: `each` images of the base model a prompt, the same for every oracle."""
     model = recipe.build_model(recipe.read("optimize-emoji"))
     seeds = list(range(1000 * (seed + 1), 1000 * (seed + 1) + each))
     return quantise(generate(model, prompts, seeds, weights="reference")), pairs(prompts, seeds)[0]

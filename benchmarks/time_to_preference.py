@@ -7,7 +7,8 @@ Denoiser forwards (batch rows x network evaluations, counted at model.predict) u
 style, the judge sees the target style in .8 of the images while concept accuracy is within .03 of the base model's; a
 run stops there, or when it has lost .2 of the concepts, which is taken as lost for good. A method that does not get there
 within the budget is reported as never, and the way to .2, .4 and .6 is reported as well, linear between two checks.
-Every check draws from the same noise. Seconds are of this machine, training only. Run `methods.py tune` first for tuned learning rates; otherwise the recipes' hold.
+Every check draws from the same noise. Seconds are of this machine, training only. Run `methods.py tune`
+first for tuned learning rates; otherwise the recipes' hold.
 
 Writes RESULTS/time_to_preference.svg: style share over forwards, one curve a method (mean over seeds).
 """
