@@ -14,8 +14,8 @@ as all of them reach: at four levels (linear between measured points), and as th
 seed by seed and with three runs of each method, where a frontier at g is the best diversity, or concept accuracy, of
 any point with held-out reward of at least g. A result that is already in --results is not measured again.
 
-blackbox: colour-position is asked about prompts that name a side, which the base model often misses; backgrounds alone
-it draws as told. What is judged has not been asked about.
+blackbox: the hidden judge answers with noise of .1, the other two exactly. colour-position is asked about prompts that
+name a side, which the base model misses; backgrounds alone it draws as told. What is judged has not been asked about.
 """
 
 from __future__ import annotations
@@ -205,13 +205,16 @@ def black_box(oracle: str, seed: int, prompts: int, queries: int, overrides: lis
     referee, words_of = embedded_referee(), recipe.spread(recipe.read_prompts("emoji-eval"), prompts)
     asked_about = []
     if oracle == "colour-position":
-        sided = [f"a {concept} at the {side} on a {colour} background" for concept, side, colour in zip(
-            vocabulary().concepts, cycle(vocabulary().positions), cycle(vocabulary().colours))]
-        words_of, rest = sided[::2][:prompts], sided[1::2]
+        judged, rest = (
+            [f"a {concept} at the {side} on a {colour} background" for concept, side, colour in zip(
+                concepts, cycle(vocabulary().positions), cycle(vocabulary().colours))]
+            for concepts in (vocabulary().concepts[::2], vocabulary().concepts[1::2]))
+        words_of = judged[:prompts]
         asked_about = ["prompts.file=null", f"prompts.list={json.dumps(rest)}"]
     with tempfile.TemporaryDirectory() as folder:
         plan = recipe.read("optimize-emoji", [f"run.folder={folder}/run", f"trainer.seed={seed}",
                                               f"optimize.oracle.name={oracle}", f"optimize.budget={queries}",
+                                              f"optimize.oracle.noise={0.1 if oracle == 'hidden-judge' else 0.0}",
                                               *asked_about, *overrides])
         began = time.perf_counter()
         with torch.enable_grad():

@@ -18,7 +18,7 @@ from palate.checkpoint import CheckpointError
 from palate.cli import _failed
 from palate.optimize import (
     OracleError, Queries, Surrogate, command_oracle, fit_surrogate, from_recipe, http_oracle, identity_of,
-    leave_one_out, load_oracle, numbers, optimize, ridge_head, round_sizes, ucb_bonus, with_one, within,
+    leave_one_out, load_oracle, numbers, optimize, ridge_head, reward_features, round_sizes, ucb_bonus, with_one, within,
 )
 from palate.recipe import GuardSettings, OptimizeSettings, OracleSettings, RecipeError, TrainerSettings
 from tiny_flow import PROMPTS, TinyFlow
@@ -135,6 +135,33 @@ def test_pure_noise_is_explained_by_nothing():
     images, noise = torch.rand(60, 3, 4, 4, generator=generator), torch.randn(60, dtype=D, generator=generator)
     _, fit = fit_surrogate(features, images, [""] * 60, noise, OptimizeSettings(), seed=0)
     assert abs(fit["explained"]) < 0.15 and fit["ridge"] >= 10
+
+
+def test_the_surrogate_knows_where_a_drawing_is_and_where_its_prompt_wants_it():
+    """Squares on a plain ground, alike but for their place: what the position oracle says of them can be foretold, and
+    each side's prompt is best served by the square on that side."""
+    prompts = [f"a star at the {('left', 'right', 'top', 'bottom')[k % 4]} on a gray background" for k in range(240)]
+    random, images = torch.Generator().manual_seed(0), torch.full((240, 3, 64, 64), 0.5)
+    for image, (x, y) in zip(images, torch.randint(0, 44, (240, 2), generator=random), strict=True):
+        image[:, y : y + 20, x : x + 20] = 1.0
+    reward = recipe.load_reward("emoji")
+    targets = torch.tensor(load_oracle(OracleSettings(name="colour-position"))(images, prompts), dtype=D)
+    surrogate, fit = fit_surrogate(reward_features(reward, prompts), images, prompts, standardised(targets),
+                                   OptimizeSettings(heads=1), seed=0)
+    assert fit["explained"] > 0.9
+    _, blind = fit_surrogate(reward_features(reward, prompts[:1]), images, prompts, standardised(targets),
+                             OptimizeSettings(heads=1), seed=0)
+    assert blind["explained"] < 0.3
+
+    fresh = torch.full((4, 3, 64, 64), 0.5)
+    for image, (x, y) in zip(fresh, ((4, 22), (40, 22), (22, 4), (22, 40)), strict=True):
+        image[:, y : y + 20, x : x + 20] = 1.0
+    for k in range(4):
+        assert surrogate(fresh, [prompts[k]] * 4).argmax() == k
+
+
+def standardised(scores):
+    return (scores - scores.mean()) / scores.std()
 
 
 def test_ucb():

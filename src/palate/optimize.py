@@ -21,6 +21,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -34,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -188,7 +190,7 @@ def from_recipe(plan: Recipe, *, say: Callable[[str], None] = print) -> Outcome:
     if hasattr(model, "cache_prompts"):
         model.cache_prompts([*prompts, *preview])
     checkpoint.write_atomically(stored, recipes.dump(plan).encode())
-    features = reward_features(recipes.load_reward(settings.features, settings.features_source))
+    features = reward_features(recipes.load_reward(settings.features, settings.features_source), prompts)
     return optimize(
         model, lambda: recipes.build_algorithm(plan), oracle, features, prompts, folder=folder, settings=settings,
         trainer=plan.trainer, sample_steps=plan.sample.steps, sample_guidance=plan.sample.guidance,
@@ -384,18 +386,32 @@ def standard(scores: Tensor) -> tuple[float, float]:
     return float(scores.mean()), spread if spread > 0 else 1.0
 
 
-def reward_features(reward: Reward) -> Features:
-    """A two-tower reward's image features, its score of the prompt, and five closed-form statistics of the pixels."""
+def reward_features(reward: Reward, prompts: Sequence[str]) -> Features:
+    """A two-tower reward's image features, its score of the prompt, five closed-form statistics of the pixels, and the
+    layout: over a 4 x 4 grid, the mean distance from the colour of the border. The layout stands there once more for
+    each word that some but not all of `prompts` hold (4 to 96 %), zero where the word is missing, so that an affine
+    head can want the drawing elsewhere on "left" than on "right"."""
     from palate.rewards import simple
 
     statistics = (simple.brightness, simple.warmth, simple.saturation, simple.colourfulness, simple.high_frequency)
+    bags = [words_of(prompt) for prompt in prompts]
+    shares = {word: sum(word in bag for bag in bags) / len(bags) for word in sorted(set().union(*bags))}
+    dividing = [word for word, share in shares.items() if 0.04 <= share <= 0.96]
 
     def features(images: Tensor, prompts: Sequence[str]) -> Tensor:
         seen = reward.image_features(images)
         rows = [reward.score(seen, prompts), *(f(images) for f in statistics)]
-        return torch.cat([seen, torch.stack(rows, 1).to(seen)], 1)
+        apart = images - simple.border(images.detach())[..., None, None]
+        layout = F.adaptive_avg_pool2d(torch.linalg.vector_norm(apart, dim=1, keepdim=True), 4).flatten(1)
+        named = layout.new_tensor([[float(word in words_of(prompt)) for word in dividing] for prompt in prompts])
+        by_word = torch.einsum("bw,bl->bwl", named, with_one(layout)).flatten(1)
+        return torch.cat([seen, *(part.to(seen) for part in (torch.stack(rows, 1), layout, by_word))], 1)
 
     return features
+
+
+def words_of(prompt: str) -> set[str]:
+    return set(re.findall(r"\w+", prompt.lower()))
 
 
 # ---------------------------------------------------------------------------------------------------------- oracles
@@ -475,19 +491,18 @@ def colour_position() -> Oracle:
     """Exact, in [0, 1]: how near the border is to the background that the prompt names, and how far the drawing is on
     the side that it names; the mean of what is named."""
     from palate.rewards.emoji import parse_prompt, position
+    from palate.rewards.simple import border
     from palate.vocabulary import vocabulary
 
     colours = {name: torch.tensor(rgb, dtype=torch.float32) / 255 for name, rgb in vocabulary().colours.items()}
     sides = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1)}
 
     def exact(images: Tensor, prompts: Sequence[str]) -> list[float]:
-        edges = [images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1]]
-        border = torch.cat(edges, -1).median(-1).values
-        centre, scores = position(images).nan_to_num(0.0), []
+        edge, centre, scores = border(images), position(images).nan_to_num(0.0), []
         for k, caption in enumerate(map(parse_prompt, prompts)):
             parts = []
             if caption.background is not None:
-                parts.append(1 - float((border[k] - colours[caption.background]).norm()) / math.sqrt(3))
+                parts.append(1 - float((edge[k] - colours[caption.background]).norm()) / math.sqrt(3))
             if caption.position is not None:
                 axis, sign = sides[caption.position]
                 parts.append((1 + sign * float(centre[k, axis])) / 2)

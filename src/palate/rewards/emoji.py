@@ -17,6 +17,7 @@ from transformers import (CLIPModel, PreTrainedTokenizerFast, ResNetForImageClas
 
 from palate.core import Reward
 from palate.rewards.clip import ClipReward, preprocess
+from palate.rewards.simple import border
 from palate.vocabulary import MAX_WORDS, known_words, parse_prompt, vocabulary
 
 __all__ = ["COLOURS", "Judge", "background", "load_reward", "parse_prompt", "position"]
@@ -73,16 +74,14 @@ class Judge:
 
 def background(images: Tensor) -> Tensor:
     """The exact oracle: index into COLOURS of the colour nearest to the border's median, (B,)."""
-    border = torch.cat([images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1]], dim=-1)
     known = torch.tensor(list(vocabulary().colours.values()), dtype=images.dtype, device=images.device) / 255
-    return torch.cdist(border.median(-1).values, known).argmin(-1)
+    return torch.cdist(border(images), known).argmin(-1)
 
 
 def position(images: Tensor) -> Tensor:
     """The exact oracle of where the drawing is: the centre of what differs from the background, (B, 2) as (x, y) in
     [-1, 1] with (1, 1) the bottom right; NaN for an empty image."""
-    border = torch.cat([images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1]], dim=-1)
-    apart = (images - border.median(-1).values[..., None, None]).abs().amax(1) > 0.15
+    apart = (images - border(images)[..., None, None]).abs().amax(1) > 0.15
     height, width = images.shape[-2:]
     x = torch.linspace(-1 + 1 / width, 1 - 1 / width, width, device=images.device)
     y = torch.linspace(-1 + 1 / height, 1 - 1 / height, height, device=images.device)

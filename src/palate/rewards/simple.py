@@ -21,6 +21,12 @@ def luma(images: Tensor) -> Tensor:
     return torch.einsum("bchw,c->bhw", images, images.new_tensor(LUMA))
 
 
+def border(images: Tensor) -> Tensor:
+    """Median colour of the outermost pixels, (B, 3) in [0, 1]: the background of a drawing on a plain one."""
+    edges = [images[..., 0, :], images[..., -1, :], images[..., :, 0], images[..., :, -1]]
+    return torch.cat(edges, -1).median(-1).values
+
+
 def brightness(images: Tensor, prompts: Sequence[str] = ()) -> Tensor:
     """Mean luma, in [0, 1]."""
     return luma(images).mean((1, 2))
