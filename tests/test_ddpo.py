@@ -119,6 +119,12 @@ def test_mean_policy_gradient_is_the_reparameterised_gradient(schedule):
     assert float(error.max()) < 0.2 * float(exact.abs().max())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, D])
+def test_equal_rewards_have_no_advantage_whatever_their_rounding(dtype):
+    for value in torch.rand(500, generator=torch.Generator().manual_seed(0), dtype=D).to(dtype):
+        assert not any(standardised(value.repeat(count)).any() for count in (3, 7, 24))
+
+
 def test_equal_rewards_give_no_update():
     (grad,), losses = run(settings_of(), reward=lambda images, prompts: torch.full((len(images),), 0.3, dtype=D))
     assert torch.equal(grad, torch.zeros_like(grad))

@@ -148,6 +148,15 @@ def test_advantages_are_relative_to_the_group():
     torch.testing.assert_close(over, torch.tensor([-1, 0, 1, 0, 0, 0, -2, -2, 4.0], dtype=D), atol=1e-7, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, D])
+def test_equal_rewards_have_no_advantage_whatever_their_rounding(dtype):
+    values = torch.rand(500, generator=torch.Generator().manual_seed(0), dtype=D)
+    for group in (3, 7, 8, 24):
+        rewards = values.to(dtype).repeat_interleave(group)
+        for baseline in ("group", "batch"):
+            assert not group_advantages(rewards, group, baseline).any()
+
+
 def test_equal_rewards_in_a_group_give_no_update():
     def per_prompt(images, prompts):  # differs between groups, not inside
         return torch.tensor([float(p.split()[1]) for p in prompts], dtype=D)

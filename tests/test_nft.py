@@ -74,6 +74,13 @@ def test_the_update_guides_towards_the_good_samples():
         assert float(linear(sample(model, cond, noise, 6), None).mean()) > float(before) + 0.01
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, D])
+def test_equal_rewards_are_half_optimal_whatever_their_rounding(dtype):
+    values = torch.rand(500, generator=torch.Generator().manual_seed(0), dtype=D)
+    for group in (3, 7, 8, 24):
+        assert bool((optimality(values.to(dtype).repeat_interleave(group), group, 1.0) == 0.5).all())
+
+
 def test_equal_rewards_give_no_update():
     """r = 1/2 and v_theta = v_old: the two errors pull in opposite directions, sample by sample."""
     for changes in ({}, {"adaptive": True}, {"kl": 0.5}):

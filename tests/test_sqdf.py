@@ -349,6 +349,39 @@ def test_rollout_n_approaches_the_ode_and_one_step_is_tweedie():
     torch.testing.assert_close(estimate(model, x, t, cond, "rollout-2"), by_hand)
 
 
+def test_training_reaches_the_best_shifts_of_a_quadratic_reward_within_the_monte_carlo_error():
+    """r = -lam/2 (x_0 - c)^2 and on-policy states: the best shift of step t looks at the mean of its states alone, so
+    that the shifts follow one after the other from the noisiest step on. Polyak's average of the iterates."""
+    lam, c, alpha, batch, steps, settled = 2.0, 1.5, 0.8, 250, 120, 30
+
+    def quadratic(images, prompts):
+        return -lam / 2 * (images.flatten(1).sum(1) - c) ** 2
+
+    expected, error, mean, variance = [0.0] * (T + 1), [1.0] * (T + 1), 0.0, 1.0
+    for t in range(T, 0, -1):
+        m, std = M[t - 1], SIGMA[t]
+        curvature = alpha + lam * m**2 * std**2
+        expected[t] = -lam * m * std * (m * (A[t] * mean + B[t]) + C[t - 1] - c) / curvature
+        mean = A[t] * mean + B[t] + std * expected[t]
+        variance = A[t] ** 2 * variance + std**2
+        noise = lam * m**2 * std * variance**0.5  # of one state's gradient: the spread of x_{t-1}
+        error[t] = noise / curvature / math.sqrt((steps - settled) * batch / T)
+
+    model = Shifts()
+    seen: list[torch.Tensor] = []
+
+    def watched(images, prompts):
+        seen.append(model.p.detach().clone())
+        return quadratic(images, prompts)
+
+    run(model, SQDFSettings(**CHAIN, alpha_kl=alpha, gamma=1.0, estimator="consistency", buffer="none"),
+        steps=steps, batch=batch, reward=watched, lr=4.0)
+    found = torch.stack(seen[settled:]).mean(0)
+    apart = (found - torch.tensor(expected, dtype=D)).abs()[1:]
+    assert bool((apart < 4 * torch.tensor(error[1:], dtype=D)).all())
+    assert max(error[1:]) < 0.02 < 0.1 * max(expected)
+
+
 def test_a_quadratic_reward_within_its_monte_carlo_error():
     """t = 5, x_5 = -.3: the best mean at fixed variance. Robbins-Monro from the pure functions, iterates averaged."""
     lam, c, alpha, t = 2.0, 1.5, 0.8, 5

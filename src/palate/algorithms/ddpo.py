@@ -159,7 +159,8 @@ def transition(
 
 def standardised(rewards: Tensor) -> Tensor:
     """(R - mean R) / std R over the batch (B,); 0 where all are equal."""
-    return (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-8)
+    apart = rewards - rewards[:1]  # equal rewards become exact zeros; their mean would be rounded
+    return (apart - apart.mean()) / (apart.std(correction=0) + 1e-8)
 
 
 def ratio(log_prob_now: Tensor, log_prob_old: Tensor, elements: int, density: str) -> Tensor:

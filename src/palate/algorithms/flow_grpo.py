@@ -197,6 +197,7 @@ def group_advantages(rewards: Tensor, group: int, baseline: str = "group") -> Te
     The mean is the group's; the standard deviation is the group's or, with baseline "batch", that of all rewards.
     """
     grouped = rewards.view(-1, group)
+    grouped = grouped - grouped[:, :1]  # equal rewards become exact zeros; their mean would be rounded
     centred = grouped - grouped.mean(1, keepdim=True)
     scale = grouped.std(1, correction=0, keepdim=True) if baseline == "group" else rewards.std(correction=0)
     return (centred / (scale + 1e-8)).flatten()

@@ -145,6 +145,7 @@ class NFT:
 def optimality(rewards: Tensor, group: int, z: float) -> Tensor:
     """r = 1/2 + 1/2 clip((R - mean R) / (z std R), -1, 1), (B * group,) in [0, 1]; 1/2 in a group of equal rewards."""
     grouped = rewards.view(-1, group)
+    grouped = grouped - grouped[:, :1]  # equal rewards become exact zeros; their mean would be rounded
     centred = grouped - grouped.mean(1, keepdim=True)
     scale = z * grouped.std(1, correction=0, keepdim=True) + 1e-8
     return (0.5 + 0.5 * (centred / scale).clamp(-1, 1)).flatten()
