@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import torch
 
-from palate import recipe
+from palate import cli, recipe
 from palate.algorithms.sqdf import SQDF, SQDFSettings
 from palate.checkpoint import CheckpointError
 from palate.cli import _failed
@@ -97,11 +97,11 @@ def weights(model):
 
 def test_rounds():
     assert round_sizes(15360, 4) == [1024, 2048, 4096, 8192]
-    for budget, rounds in ((2000, 4), (7, 3), (100, 1), (31, 4)):
+    for budget, rounds in ((2000, 4), (14, 3), (100, 1), (31, 4)):
         sizes = round_sizes(budget, rounds)
-        assert sum(sizes) == budget and len(sizes) == rounds and min(sizes) > 0 and sizes == sorted(sizes)
-    with pytest.raises(ValueError, match="optimize.budget = 6 is too small for 3 rounds"):
-        round_sizes(6, 3)
+        assert sum(sizes) == budget and len(sizes) == rounds and min(sizes) > 1 and sizes == sorted(sizes)
+    with pytest.raises(ValueError, match="optimize.budget = 13 is too small for 3 rounds; expected at least 14"):
+        round_sizes(13, 3)
 
 
 def test_leave_one_out_is_what_it_says():
@@ -215,8 +215,8 @@ def test_the_oracle_sees_what_is_stored(tmp_path):
     oracle = Oracle()
     go(tmp_path, oracle, surrogate="ucb")
     images, words, scores, rounds = Queries(tmp_path).answered(2)
-    assert [image.numpy().tobytes() for image in images] == oracle.seen
-    assert scores.tolist() == warmth(images, words)
+    assert [image.numpy().tobytes() for image in images[:]] == oracle.seen
+    assert scores.tolist() == warmth(images[:], words)
 
 
 @pytest.mark.parametrize("where", [(0,), (2,), (None, 1)], ids=["first update", "third update", "second round"])
@@ -285,7 +285,7 @@ def test_a_tampered_image_or_log_is_refused(tmp_path):
     go(tmp_path, Oracle())
     (tmp_path / "queries/000002.png").write_bytes((tmp_path / "queries/000001.png").read_bytes())
     with pytest.raises(CheckpointError, match="000002.png is not the image"):
-        Queries(tmp_path).answered(1)
+        Queries(tmp_path).answered(1)[0][:]
     (tmp_path / "queries.jsonl").write_text('{"query": 0}\nrubbish\n{"query": 1}\n')
     with pytest.raises(ValueError, match="line 2: not a query"):
         Queries(tmp_path)
@@ -407,7 +407,8 @@ trainer: {guard: {every: 0}}
     (["reward.name=emoji"], "reward: leave it out"), (["optimize.budget=0"], "optimize.budget"),
     (["optimize.oracle={command: [x], noise: 0.1}"], "only a built-in"), (["optimize.heads=0"], "optimize.heads"),
     (["prompts={images: x}"], "draws its own"), (["trainer.guard.every=5"], "its own start"),
-    (["algorithm.buffer=uniform", "algorithm.buffer_size=4", "trainer.batch_size=8"], "buffer_size = 4 is smaller"),
+    *((["algorithm.buffer=" + law, "algorithm.buffer_size=4", "trainer.batch_size=8"], "buffer_size = 4 is smaller")
+      for law in ("uniform", "prioritised", "importance")),
     (["algorithm.eta=0"], "KL between two different steps is infinite"),
 ])
 def test_a_wrong_recipe_is_refused(overrides, message):
@@ -422,6 +423,20 @@ def test_other_settings_do_not_continue_a_run(tmp_path):
     (tmp_path / "recipe.yaml").write_text(recipe.dump(other))
     with pytest.raises(ValueError, match="begun with other settings"):
         from_recipe(plan)
+    (tmp_path / "recipe.yaml").write_text(recipe.dump(recipe.read("sqdf-emoji")))
+    with pytest.raises(ValueError, match="a run of palate train; choose another"):
+        from_recipe(plan)
+
+
+def test_the_answers_are_not_lost_to_another_command(tmp_path):
+    plan = recipe.parse(GOOD, [f"run.folder='{tmp_path}'"])
+    (tmp_path / "recipe.yaml").write_text(recipe.dump(plan))
+    (tmp_path / "queries.jsonl").write_text("")
+    with pytest.raises(ValueError, match="continue it with `palate optimize .*recipe.yaml`"):
+        cli.resume(tmp_path)
+    with pytest.raises(ValueError, match="answers of an oracle.*choose another run.folder"):
+        cli.train("sqdf-emoji", [f"run.folder='{tmp_path}'"], fresh=False, nproc=1)
+    assert (tmp_path / "queries.jsonl").exists()
 
 
 def test_a_mended_oracle_continues_a_run():
@@ -448,7 +463,7 @@ def test_the_published_recipe_runs_on_the_embedded_model(tmp_path):
         outcome = from_recipe(plan, say=lambda text: None)
         assert outcome.step == 6 and outcome.exit_code == 0
     images, words, scores, rounds = Queries(tmp_path / "run").answered(2)
-    assert images.shape == (6, 3, 64, 64) and rounds.tolist() == [1, 1, 2, 2, 2, 2]
-    torch.testing.assert_close(scores.float(), load_oracle(OracleSettings(name="jpeg-size"))(images, words))
+    assert images[:].shape == (6, 3, 64, 64) and rounds.tolist() == [1, 1, 2, 2, 2, 2]
+    torch.testing.assert_close(scores.float(), load_oracle(OracleSettings(name="jpeg-size"))(images[:], words))
     assert (tmp_path / "run/adapter/pytorch_lora_weights.safetensors").is_file()
     assert len((tmp_path / "run/rounds.jsonl").read_text().splitlines()) == 2

@@ -74,6 +74,8 @@ def resume(
 
     file = _recipe_file(run)
     started = recipes.read(str(file))
+    if started.optimize is not None:
+        raise ValueError(f"{run} asks an oracle; continue it with `palate optimize {file}`")
     plan = recipes.read(str(file), [*(overrides or ()), f"run.folder={_quoted(run)}"])
     if recipes.fingerprint(started) != recipes.fingerprint(plan):
         raise ValueError(
@@ -403,6 +405,9 @@ def _check_room(folder: Path, fresh: bool) -> None:
             f"{folder} already holds a run: continue it with `palate resume {folder}`, choose another run.folder, "
             "or replace it with --fresh"
         )
+    elif (folder / "queries.jsonl").exists():
+        raise ValueError(f"{folder} holds the answers of an oracle, by palate optimize; choose another run.folder, or "
+                         "replace it, answers included, with --fresh")
 
 
 def _go(plan: Recipe, on_first: Callable[[Callable[[], Any]], Any], *, resume: bool, fresh: bool = False) -> None:

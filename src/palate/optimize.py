@@ -41,6 +41,7 @@ from torch import Tensor
 
 from palate import checkpoint
 from palate.core import Algorithm, Model, Random, Reward
+from palate.evaluate import SIDES, quantise
 from palate.recipe import OptimizeSettings, OracleSettings, Recipe, TrainerSettings
 from palate.rewards.remote import TOKEN, RemoteReward
 from palate.sampling import sample
@@ -103,8 +104,8 @@ def optimize(
         ask_round(queries, number, size, draw, oracle, settings)
         images, words, scores, rounds = queries.answered(number)
         if len(scores) < 2:
-            raise ValueError(f"only {len(scores)} questions were answered in {settings.budget}; raise optimize.budget "
-                             "or mend the oracle")
+            raise ValueError(f"only {len(scores)} questions were answered in {queries.spent}; mend the oracle, and "
+                             "raise optimize.budget in another run.folder")
         if scale is None:  # rewards in standard deviations of the base model's own answers: alpha_kl is per one of them
             scale = standard(scores[rounds == rounds.min()])
         targets = (scores - scale[0]) / scale[1]
@@ -143,7 +144,7 @@ def ask_round(
     while pending and queries.spent < settings.budget:
         now = pending[: min(settings.oracle.batch, settings.budget - queries.spent)]
         images, words = draw(now)
-        images = (images.clamp(0, 1) * 255).round() / 255  # what the stored PNG holds, for every kind of oracle
+        images = quantise(images)  # what the stored PNG holds, for every kind of oracle
         asked = queries.ask(number, now, images, words)
         try:
             answer = numbers(within(settings.oracle.timeout, oracle, images, words), len(now))
@@ -162,10 +163,13 @@ def ask_round(
 
 
 def round_sizes(budget: int, rounds: int) -> list[int]:
-    """Questions of each round: 1 : 2 : 4 : ..., together exactly `budget`. 15360 in 4 gives 1024, 2048, 4096, 8192."""
-    if budget < 2**rounds - 1:
-        raise ValueError(f"optimize.budget = {budget} is too small for {rounds} rounds; expected at least "
-                         f"{2**rounds - 1}")
+    """Questions of each round: 1 : 2 : 4 : ..., together exactly `budget`. 15360 in 4 gives 1024, 2048, 4096, 8192.
+
+    ValueError when the first round has fewer than the two that a surrogate needs.
+    """
+    least = 2 * (2**rounds - 1)
+    if budget < least:
+        raise ValueError(f"optimize.budget = {budget} is too small for {rounds} rounds; expected at least {least}")
     ends = [budget * (2**k - 1) // (2**rounds - 1) for k in range(rounds + 1)]
     return [b - a for a, b in zip(ends[:-1], ends[1:], strict=True)]
 
@@ -179,7 +183,10 @@ def from_recipe(plan: Recipe, *, say: Callable[[str], None] = print) -> Outcome:
     oracle = load_oracle(settings.oracle, seed=plan.trainer.seed)  # the cheap things that can be wrong come first
     round_sizes(settings.budget, settings.rounds)
     stored = folder / "recipe.yaml"
-    if stored.is_file() and identity_of(recipes.parse(stored.read_text("utf-8"))) != identity_of(plan):
+    begun = recipes.parse(stored.read_text("utf-8")) if stored.is_file() else plan
+    if begun.optimize is None:
+        raise ValueError(f"{folder} holds a run of palate train; choose another run.folder, or replace it with --fresh")
+    if identity_of(begun) != identity_of(plan):
         raise ValueError(f"{folder} was begun with other settings (its recipe.yaml); only how the oracle is reached "
                          "may change. Choose another run.folder, or replace it with --fresh, answers included")
     prompts, preview = recipes.prompts_of(plan)
@@ -269,21 +276,12 @@ class Queries:
         self._append([{"query": k, "score": score} if math.isfinite(score) else {"query": k, "failed": problem[:500]}
                       for k, score in zip(asked, scores, strict=True)])
 
-    def answered(self, last: int) -> tuple[Tensor, list[str], Tensor, Tensor]:
+    def answered(self, last: int) -> tuple[Pictures, list[str], Tensor, Tensor]:
         """Images, prompts, scores (float64) and rounds of all answers up to round `last`, as they were asked."""
         rows = self._until(last)
-        if not rows:
-            return torch.zeros(0), [], torch.zeros(0, dtype=torch.float64), torch.zeros(0)
-        images = []
-        for row in rows:
-            data = (self.folder / row["file"]).read_bytes()
-            if hashlib.sha256(data).hexdigest() != row["sha256"]:
-                raise checkpoint.CheckpointError(f"{self.folder / row['file']} is not the image that was asked about; "
-                                                 "restore it, or start again with --fresh")
-            images.append(torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1).float() / 255)
         scores = torch.tensor([row["score"] for row in rows], dtype=torch.float64)
         rounds = torch.tensor([row["round"] for row in rows])
-        return torch.stack(images), [row["prompt"] for row in rows], scores, rounds
+        return Pictures(self.folder, rows), [row["prompt"] for row in rows], scores, rounds
 
     def digest(self, last: int) -> str:
         text = json.dumps([(row["query"], row["sha256"], row["score"]) for row in self._until(last)])
@@ -299,6 +297,26 @@ class Queries:
             os.fsync(file.fileno())
         for row in rows:
             self.rows.setdefault(row["query"], {}).update(row)
+
+
+class Pictures:
+    """The images of rows of queries.jsonl, read when a slice of them is asked for: (B, 3, H, W) in [0, 1].
+
+    CheckpointError for one that is not what was asked about.
+    """
+
+    def __init__(self, folder: Path, rows: Sequence[dict[str, Any]]):
+        self.folder, self.rows = folder, rows
+
+    def __getitem__(self, part: slice) -> Tensor:
+        images = []
+        for row in self.rows[part]:
+            data = (self.folder / row["file"]).read_bytes()
+            if hashlib.sha256(data).hexdigest() != row["sha256"]:
+                raise checkpoint.CheckpointError(f"{self.folder / row['file']} is not the image that was asked about; "
+                                                 "restore it, or start again with --fresh")
+            images.append(torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1).float() / 255)
+        return torch.stack(images)
 
 
 # ------------------------------------------------------------------------------------------------------- surrogates
@@ -327,11 +345,11 @@ class Surrogate:
 
 @torch.no_grad()
 def fit_surrogate(
-    features: Features, images: Tensor, prompts: Sequence[str], targets: Tensor, settings: OptimizeSettings, *,
-    seed: int,
+    features: Features, images: Tensor | Pictures, prompts: Sequence[str], targets: Tensor, settings: OptimizeSettings,
+    *, seed: int,
 ) -> tuple[Surrogate, dict[str, float]]:
     """The surrogate of `targets` (N,), and what it explains of answers it has not seen (leave-one-out)."""
-    parts = [features(images[k : k + 64], prompts[k : k + 64]).double() for k in range(0, len(images), 64)]
+    parts = [features(images[k : k + 64], prompts[k : k + 64]).double() for k in range(0, len(targets), 64)]
     phi = torch.cat(parts)
     mean, std = phi.mean(0), phi.std(0, correction=0).clamp_min(1e-6)
     phi = with_one((phi - mean) / std)
@@ -495,7 +513,6 @@ def colour_position() -> Oracle:
     from palate.vocabulary import vocabulary
 
     colours = {name: torch.tensor(rgb, dtype=torch.float32) / 255 for name, rgb in vocabulary().colours.items()}
-    sides = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1)}
 
     def exact(images: Tensor, prompts: Sequence[str]) -> list[float]:
         edge, centre, scores = border(images), position(images).nan_to_num(0.0), []
@@ -504,7 +521,7 @@ def colour_position() -> Oracle:
             if caption.background is not None:
                 parts.append(1 - float((edge[k] - colours[caption.background]).norm()) / math.sqrt(3))
             if caption.position is not None:
-                axis, sign = sides[caption.position]
+                axis, sign = SIDES[caption.position]
                 parts.append((1 + sign * float(centre[k, axis])) / 2)
             if not parts:
                 raise ValueError(f"the colour and position oracle needs a background or a side; {prompts[k]!r} names "

@@ -95,7 +95,7 @@ class SQDFSettings:
 
     def check_batch(self, size: int) -> None:
         """ValueError for a batch that is too large."""
-        if self.buffer == "uniform" and self.buffer_size < size:
+        if self.buffer != "none" and self.buffer_size < size:
             raise ValueError(f"algorithm.buffer_size = {self.buffer_size} is smaller than a batch of {size}; expected "
                              "at least trainer.batch_size")
 
