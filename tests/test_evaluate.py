@@ -405,6 +405,24 @@ def test_relative_rewards_of_other_words_are_other_questions(tmp_path):
     assert "reward/emoji" in between and not any(key.endswith("-relative") for key in between)
 
 
+def test_sums_of_other_weights_are_other_questions_and_other_guidance_is_said(tmp_path):
+    text = "reward: {{weights: {{emoji: 1, warmth: {0}}}}}\nsample: {{guidance: {1}}}\nprompts: {{list: [dog, apple]}}\n"
+    cases = {"same": ((5, 3), (5, 3)), "weights": ((5, 3), (50, 3)), "guidance": ((5, 3), (5, 1))}
+    for case, kinds in cases.items():
+        folders, said = [run_folder(tmp_path / case / n, text.format(*kind)) for n, kind in zip("ab", kinds)], []
+        between = runs.evaluate_runs(folders, referee=referee(), load=load, warn=said.append)["between"]["b"]
+        assert ("reward/weighted" in between) == (case != "weights") and "reward/warmth" in between
+        assert bool(said) == (case == "guidance") and all("a is drawn with guidance 3" in line for line in said)
+
+
+def test_prompts_that_are_given_are_all_asked(tmp_path):
+    folders = [run_folder(tmp_path / n, "reward: {name: emoji}\nevaluate: {prompts: %d}\n" % k) for n, k in
+               (("a", 2), ("b", 3))]  # fmt: skip
+    prompts = ["dog", "apple", "apple blue", "dog blue"]
+    found = runs.evaluate_runs(folders, prompts=prompts, seeds=[0], referee=referee(), load=load)["runs"]
+    assert all([row["prompt"] for row in run["rows"]] == prompts for run in found.values())
+
+
 def test_what_one_run_optimised_is_asked_of_all(tmp_path):
     a = run_folder(tmp_path / "a", "reward: {name: warmth}\nprompts: {list: [dog, apple]}\n")
     b = run_folder(tmp_path / "b", "reward: {name: emoji, scale: {emoji: [0.5, 0.1]}}\nprompts: {list: [dog, apple]}\n")

@@ -193,7 +193,7 @@ def evaluate(
     from palate.runs import evaluate_runs
 
     numbers = None if seeds is None else range(seeds)
-    found = evaluate_runs(runs, prompts=prompts, count=count, seeds=numbers, stored=stored, load=_trained_model)
+    found = evaluate_runs(runs, prompts=prompts, count=count, seeds=numbers, stored=stored, load=_trained_model, warn=_warn)
     for name, evaluation in found["runs"].items():
         _print_evaluation(name, evaluation)
     print(f"report: {printable(str(write_evaluation(runs, found, out)))}")
@@ -454,7 +454,11 @@ def _base_model() -> Model:
 def _trained_model(run: Path) -> tuple[Model, Sampler | None]:
     from palate.runs import trained_model
 
-    return trained_model(_recipe_file(run).parent, warn=lambda text: print(printable(text), file=sys.stderr))
+    return trained_model(_recipe_file(run).parent, warn=_warn)
+
+
+def _warn(text: str) -> None:
+    print(printable(text), file=sys.stderr)
 
 
 def _recipe_file(run: Path) -> Path:

@@ -272,6 +272,8 @@ def evaluate_run(
     result |= {
         "optimised": optimised,
         "heldout": referee.heldout,
+        "objective": {"weights": _shares(recipe)} | {
+            key: found for key in ("scale", "noised") if (found := (recipe.get("reward") or {}).get(key))},
         "words": {"positive": words[0], "negative": words[1]} | ({"k": k} if (k := _absolute(recipe)) else {}),
         "verdict": verdict(result["metrics"], optimised, referee.heldout, result["failed"]),
     }
@@ -288,13 +290,15 @@ def evaluate_runs(
     stored: bool = False,
     referee: Referee | None = None,
     load: Callable[[Path], tuple[Model, Sampler | None]] | None = None,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> dict[str, Any]:
     """`evaluate_run` for each, on the same prompts and seeds and by the same rewards: those that any of the runs
     optimised are asked of all. Returns {"first": name, "runs": {name: evaluation}, "between": {name: {metric: ...}}},
     the last as `between` gives it against the first run.
 
     prompts, count (at most so many), seeds: None = each recipe's own, which must then agree. ValueError before any
-    image is drawn where they do not. `load`: folder -> model, sampler; None = `trained_model`.
+    image is drawn where they do not. `load`: folder -> model, sampler; None = `trained_model`. `warn` hears of runs whose
+    base model was drawn in other steps or with other guidance.
     """
     folders = [Path(folder) for folder in run_folders]
     names = run_names(folders)
@@ -317,7 +321,11 @@ def evaluate_runs(
         model, sampler = (None, None) if stored else (load or trained_model)(folder)
         drawn = {} if stored else {"prompts": _prompts(recipe, prompts, count), "seeds": seeds}
         found[name] = evaluate_run(folder, model=model, sampler=sampler, referee=referee, stored=stored, **drawn)
-    first = names[0]
+    first, drawn = names[0], [_drawn(folder) for folder in folders]
+    for name, how in zip(names, drawn, strict=True):
+        if how != drawn[0]:
+            warn(f"{first} is drawn with {drawn[0]}, {name} with {how}: more than the training differs between them; give "
+                 "both the same sample.guidance and sample.steps")
     return {"first": first, "runs": found, "between": {name: between(found[first], found[name]) for name in names[1:]}}
 
 
@@ -334,12 +342,12 @@ def run_names(folders: Sequence[Path]) -> list[str]:
 def between(first: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str, float]]:
     """How the results of two evaluations differ, metric by metric: {"value" of the other, "base" = value of the first,
     "change" other - first, each with its interval}, in pairs of the same prompt and seed. Means of relative rewards are
-    left out where the control words differ: they are other questions."""
+    left out where the control words differ, and of sums where their parts do: they are other questions."""
     check_same(first["rows"], other["rows"], "the first run", "the other")
     prompts = [row["prompt"] for row in first["rows"]]
     found = {}
     for key in first["metrics"]:
-        if key not in other["metrics"] or key.endswith("-relative") and first.get("words") != other.get("words"):
+        if key not in other["metrics"] or _asked(first, key) != _asked(other, key):
             continue
         of_prompts = key in first["by_prompt"][0]
         values = [_column(evaluation, key, of_prompts) for evaluation in (other, first)]
@@ -349,6 +357,15 @@ def between(first: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str,
                 *(value.masked_fill(gap, math.nan) for value in values), None if of_prompts else prompts
             )
     return plain(found)
+
+
+def _asked(evaluation: dict[str, Any], key: str) -> Any:
+    """What a metric of this name asks in this evaluation; None where the name says it all."""
+    if key == f"reward/{evaluation.get('heldout')}-relative":
+        return evaluation.get("words")
+    if key == "reward/weighted" or key.endswith("-relative"):
+        return [evaluation.get("words"), evaluation.get("objective")]
+    return None
 
 
 def _column(evaluation: dict[str, Any], key: str, of_prompts: bool) -> Tensor:
@@ -368,23 +385,31 @@ def _check_stored(run_folder: Path) -> None:
             )
 
 
+def _drawn(run_folder: Path) -> str:
+    """How the base images of an evaluation were drawn."""
+    row = read_index(run_folder / "evaluation" / "base")[0]
+    return ", ".join(f"{key} {row[key]:g}" for key in ("guidance", "steps") if key in row)
+
+
 def _seeds(recipe: dict[str, Any]) -> list[int]:
     return list(range((recipe.get("evaluate") or {}).get("seeds", 4)))
 
 
 def _prompts(recipe: dict[str, Any], prompts: Sequence[str] | None = None, count: int | None = None) -> list[str]:
-    """Prompts spread over those given, else over the recipe's: evaluate.file, the preview's, the training prompts."""
+    """Those given, else evaluate.prompts of the recipe's: of evaluate.file, the preview's, the training prompts. `count`
+    of either, spread evenly."""
     from palate.data import read_prompts, spread
 
     settings, training = recipe.get("evaluate") or {}, recipe.get("prompts") or {}
     if prompts is None:
         file = settings.get("file") or training.get("preview") or training.get("file")
         prompts = read_prompts(file) if file else training.get("list")
+        count = count or settings.get("prompts", 64)
     if not prompts:
         raise ValueError(
             "the recipe names no prompts to evaluate on; set evaluate.file to a text file, one prompt a line"
         )
-    return spread(prompts, count or settings.get("prompts", 64))
+    return spread(prompts, count or len(prompts))
 
 
 def read_recipe(run_folder: Path) -> dict[str, Any]:
