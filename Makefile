@@ -33,9 +33,9 @@ soak: $(STAMP)
 	@$(BIN)/python -m pytest -m soak
 
 lint: $(STAMP)
-	@$(BIN)/python -m compileall -q src tests tools
+	@$(BIN)/python -m compileall -q src tests tools benchmarks
 	@awk 'length > 120 { print FILENAME ":" FNR ": longer than 120 characters"; bad = 1 } END { exit bad }' \
-	  $$(find src tests tools -name '*.py')
+	  $$(find src tests tools benchmarks -name '*.py')
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

@@ -2,8 +2,7 @@
 
     python benchmarks/figures.py demo runs/demo            # docs/images/demo.png: before, during, after
     python benchmarks/figures.py steering [--steps 60] [--to flat]
-                                                           # trains towards "3d", then, half-way, towards another style and
-                                                           # away from "3d"; docs/images/steering.{svg,png}
+        trains towards "3d", then, half-way, towards another style and away from "3d"; docs/images/steering.{svg,png}
 """
 
 from __future__ import annotations
@@ -21,8 +20,10 @@ from palate.report import Line, Mark, chart, read_metrics
 
 IMAGES = Path("docs/images")
 STYLE = """<style>svg{background:#fff;font-family:sans-serif}text{font-size:12px;fill:#555}.grid{stroke:#e4e4e4}
-.curve{fill:none;stroke-width:2}.p0{stroke:#1b9e77}.p1{stroke:#777}.p2{stroke:#7570b3}.p3{stroke:#e6ab02}.accent{stroke:#c2410c}
-.mark{stroke:#111;stroke-dasharray:3 3}text.mark,text.name{stroke:none;fill:#111}circle{fill:#999;stroke:none}</style>"""
+.curve{fill:none;stroke-width:2}
+.p0{stroke:#1b9e77}.p1{stroke:#777}.p2{stroke:#7570b3}.p3{stroke:#e6ab02}.accent{stroke:#c2410c}
+.mark{stroke:#111;stroke-dasharray:3 3}
+text.mark,text.name{stroke:none;fill:#111}circle{fill:#999;stroke:none}</style>"""
 
 
 def sheet(run: Path, steps: list[str], path: Path, *, columns: int = 12, zoom: int = 2) -> None:
@@ -32,7 +33,8 @@ def sheet(run: Path, steps: list[str], path: Path, *, columns: int = 12, zoom: i
     canvas = Image.new("RGB", (columns * (side + 4) - 4, len(rows) * (side + 4) - 4), "white")
     for r, images in enumerate(rows):
         for c, image in enumerate(images):
-            tile = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).resize((side, side), Image.BICUBIC)
+            tile = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+            tile = tile.resize((side, side), Image.BICUBIC)
             canvas.paste(tile, (c * (side + 4), r * (side + 4)))
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.save(path, optimize=True)

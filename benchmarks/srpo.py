@@ -97,7 +97,8 @@ def measure(source: str, overrides: list[str], seed: int, count: int) -> dict:
             change = []
             for side in (base, images):
                 scores = [score_pair(who.rewards[reward], side[k: k + 64],
-                                     with_control(positive[0], words[k: k + 64]), with_control(negative[0], words[k: k + 64]))
+                                     with_control(positive[0], words[k: k + 64]),
+                                     with_control(negative[0], words[k: k + 64]))
                           for k in range(0, len(side), 64)]
                 change.append(float(torch.cat([a - b for a, b in scores]).mean()))
             row[f"relative {reward}"] = change[1] - change[0]

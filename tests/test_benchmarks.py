@@ -151,7 +151,7 @@ def test_areas_and_shares_at_equal_reward():
 def test_forwards_to_a_share_and_their_ratio():
     def row(method, seed, forwards, style, concept=0.7):
         checks = [{"forwards": 0, "style": 0.0, "concept": 0.7, "reward": 0.05, "heldout": 0.1},
-                  {"forwards": forwards, "style": style, "concept": concept, "reward": style / 10, "heldout": 0.1}]
+                  {"forwards": forwards, "style": style, "concept": concept, "reward": 0.05 + style / 4, "heldout": 0.1}]
         return {"method": method, "seed": seed, "forwards": forwards, "updates": 10, "seconds": 1.0,
                 "differentiated": forwards / 4, "checks": checks}
 
@@ -165,10 +165,23 @@ def test_forwards_to_a_share_and_their_ratio():
     assert value == pytest.approx((300 + 2 * 600) / 3 / 50) and low <= value <= high and bound
     assert not time_to.ratio(slow[:1], fast, 0.4)[3]
     text = time_to.table([*fast, *slow])
-    assert "| SRPO | 50 ± 0 | 100 ± 0 | never | never | 10 | 25% | 10.0 | 0.40 | 0.70 (0.70) | +0.040 (0 of" in text
-    assert "| Flow-GRPO | 300 (1 of 3 seeds) | 600 (1 of 3 seeds) | never | never | 60 |" in text
-    assert "SRPO: to 0.2 at least 10.0, = 1.7 in updates x 6.0 in forwards of an update; to 0.4 at least 6.0" in text
-    assert "no ratio" in time_to.table([*slow, *(row("SRPO", seed, 100, 0.1) for seed in range(3))])
+    assert "| SRPO | 50 ± 0 | 100 ± 0 | never | never | 20 ± 0 | 50 ± 0 | never | never | 10.0 | 10 | 25% |" in text
+    assert "| 0.40 | 0.70 (0.70) | +0.150 (3 of 3) |" in text
+    assert "| Flow-GRPO | 300 (1 of 3 seeds) | 600 (1 of 3 seeds) | never | never |" in text
+    assert "SRPO: to a share of 0.2 at least 10.0 (over seeds 6.0 to 12.0), = 1.7 in updates x 6.0 in for" in text
+    assert "to a share of 0.4 at least 6.0" in text and "to +0.02 of the objective 18.0 (over seeds" in text
+    early = [row("SRPO", seed, 100, 0.8) for seed in range(2)]
+    assert "| SRPO | 25 ± 0 | 50 ± 0 | 75 ± 0 | 100 ± 0 |" in time_to.table(early)
+    assert "| never | 1 | 10.0 |" not in time_to.table(early) and "| 1 | 10.0 | 10 |" in time_to.table(early)
+    assert "no ratio" in time_to.table([*slow, *(row("SRPO", seed, 100, 0.01) for seed in range(3))])
+
+
+def test_forwards_to_a_rise_of_the_objective():
+    checks = [{"forwards": f, "style": 0.0, "concept": c, "reward": r} for f, c, r in
+              ((0, 0.9, 2.0), (100, 0.2, 1.9), (200, 0.1, 2.1), (300, 0.1, 2.3))]
+    assert time_to.forwards_to(checks, 0.1, "reward") == pytest.approx(200)  # whatever the concepts do
+    assert time_to.forwards_to(checks, 0.2, "reward") == pytest.approx(250)
+    assert time_to.forwards_to(checks, 0.4, "reward") == math.inf
 
 
 def quick(command, rows):
@@ -178,9 +191,14 @@ def quick(command, rows):
     assert all(row in made.stdout for row in rows)
 
 
-def test_quick_comparison_of_two_methods():
-    """From the command to the table; every other comparison's --quick is a soak test."""
-    quick("time_to_preference.py --methods SRPO Flow-GRPO", ["| SRPO |", "| Flow-GRPO |", "no ratio"])
+@pytest.mark.parametrize("command, rows", [
+    ("time_to_preference.py --methods SRPO Flow-GRPO", ["| SRPO |", "| Flow-GRPO |", "no ratio"]),
+    ("frontier.py --methods ReFL", ["| ReFL |"]), ("guard.py --methods DRaFT-LV", ["| DRaFT-LV, seed 0 |"]),
+    ("sqdf.py blackbox", ["| jpeg-size | 1 |"]),
+])
+def test_quick_comparison_of_a_method_or_two(command, rows):
+    """From the command to the table; with every method it is a soak test."""
+    quick(command, rows)
 
 
 @pytest.mark.soak
@@ -189,7 +207,7 @@ def test_quick_comparison_of_two_methods():
     ("frontier.py", [f"| {method} |" for method in methods.available()]),
     ("guard.py", [f"| {method}, seed 0 |" for method in guard.UNHELD]),
     ("sqdf.py sweep", ["| SQDF alpha_kl 0 |"]), ("sqdf.py ablations", ["| gamma 0.8 |"]),
-    ("sqdf.py blackbox", ["| jpeg-size | 1 |"]), ("srpo.py pairs", ["| 3d against flat, outline | 1 |"]),
+    ("srpo.py pairs", ["| 3d against flat, outline | 1 |"]),
 ])
 def test_quick(command, rows):
     quick(command, rows)

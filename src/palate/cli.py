@@ -438,6 +438,7 @@ def _go(plan: Recipe, on_first: Callable[[Callable[[], Any]], Any], *, resume: b
         latents=parts.latents,
         identity=recipes.fingerprint(plan),
         resume=resume,
+        check=recipes.guard_check(plan),
     )
     if outcome.exit_code:
         on_first(lambda: print(f"continue with: palate resume {printable(str(folder))}"))

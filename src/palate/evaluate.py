@@ -34,7 +34,8 @@ SIDES = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1)}  # 
 
 
 class Judge(Protocol):
-    """A network that was never optimised against. Features for distances, and names for what it sees."""
+    """A network that was never optimised against. Features for distances, and names for what it sees; it may know no
+    names, and is then asked for none."""
 
     styles: list[str]
     concepts: list[str]
@@ -67,9 +68,9 @@ class Referee(NamedTuple):
     rewards: dict[str, Reward]
     heldout: str
     judge: Judge
-    parse: Callable[[str], Caption]
-    background: Callable[[Tensor], Tensor]  # images -> (B,) index into colours
-    colours: Sequence[str]
+    parse: Callable[[str], Caption] | None = None  # None: prompts ask for nothing that could be checked
+    background: Callable[[Tensor], Tensor] | None = None  # images -> (B,) index into colours
+    colours: Sequence[str] = ()
     position: Callable[[Tensor], Tensor] | None = (
         None  # images -> (B, 2) centre (x, y) in [-1, 1], NaN where there is none
     )
@@ -83,6 +84,22 @@ def embedded_referee() -> Referee:
     rewards["jpeg_size"] = simple.jpeg_size
     judge, colours = emoji.Judge(), list(emoji.COLOURS)
     return Referee(rewards, "emoji-heldout", judge, emoji.parse_prompt, emoji.background, colours, emoji.position)
+
+
+class _Tower:
+    """The image tower of a reward as a judge that knows no names."""
+
+    styles: list[str] = []
+    concepts: list[str] = []
+
+    def __init__(self, reward: Reward):
+        self.features = reward.image_features
+
+
+def published_referee(heldout: str, reward: Reward) -> Referee:
+    """For any model: a two-tower reward that was not optimised. Its image features give distances and diversity; what a
+    prompt asks for is not checked."""
+    return Referee({heldout: reward, "jpeg_size": simple.jpeg_size}, heldout, _Tower(reward))
 
 
 # --- the metrics, as functions of tensors ---------------------------------------------------------------------------
@@ -248,7 +265,7 @@ def to_json(value: Any) -> str:
 class _Columns(NamedTuple):
     values: dict[str, Tensor]  # name -> (N,), NaN where the question does not arise
     features: Tensor  # (N, D)
-    styles: list[str]  # what the judge saw
+    styles: list[str]  # what the judge saw; empty if it knows no styles
     failed: dict[str, dict[int, str]]  # reward/<name> -> image -> why it has no value
 
 
@@ -266,7 +283,7 @@ def _columns(images: Tensor, prompts: Sequence[str], referee: Referee, batch_siz
             part[f"reward/{name}"], why = _call(name, reward, batch, words)
             failed.setdefault(f"reward/{name}", {}).update({start + i: text for i, text in why.items()})
         part |= {name: measure(batch) for name, measure in CLOSED_FORM.items()}
-        seen = judge.style(batch).long().cpu()
+        seen = judge.style(batch).long().cpu() if judge.styles else torch.zeros(0)
         free = torch.ones(len(batch), dtype=torch.bool)
         if referee.parse is not None:
             captions = [referee.parse(prompt) for prompt in words]
@@ -400,11 +417,9 @@ def _at(columns: dict[str, Tensor], i: int) -> dict[str, float]:
 
 def _inside_prompts(columns: _Columns, prompts: Sequence[str]) -> dict[str, Tensor]:
     scores = [vendi(columns.features[rows]) if len(rows) > 1 else math.nan for rows in _members(prompts)]
-    return {
-        "diversity": diversity(columns.features, prompts),
-        "diversity_same_style": diversity(columns.features, prompts, columns.styles),
-        "vendi": torch.tensor(scores, dtype=torch.float64),
-    }
+    same = {"diversity_same_style": diversity(columns.features, prompts, columns.styles)} if columns.styles else {}
+    return {"diversity": diversity(columns.features, prompts), **same,
+            "vendi": torch.tensor(scores, dtype=torch.float64)}  # fmt: skip
 
 
 def measured(values: Tensor, base: Tensor | None, groups: Sequence[str] | None) -> dict[str, float]:
@@ -424,7 +439,7 @@ def _row(columns: _Columns, i: int) -> dict[str, Any]:
     values = {
         n: float(c[i]) for n, c in columns.values.items() if not n.startswith("style/") and not math.isnan(float(c[i]))
     }
-    return {**values, "style": columns.styles[i]}
+    return values | ({"style": columns.styles[i]} if columns.styles else {})
 
 
 def verdict(
@@ -582,8 +597,8 @@ def quick_check(
         raise ValueError(f"reward {name.removeprefix('reward/')!r} failed for prompt {prompts[i]!r}: {why[i]}")
     values = columns.values
     result = {"reward": values[f"reward/{first}"], "heldout": values[f"reward/{referee.heldout}"]}
-    result |= {name: values[name] for name in ("concept", "background", "saturation")}
-    result["diversity"] = diversity(columns.features, prompts, columns.styles)
+    result |= {name: values[name] for name in ("concept", "background", "saturation") if name in values}
+    result["diversity"] = diversity(columns.features, prompts, columns.styles or None)
     result |= {name: column for name, column in values.items() if name.startswith("style/")}
     means = {name: float(column.nanmean()) for name, column in result.items()}
     return {name: float(f"{mean:.6g}") for name, mean in means.items() if not math.isnan(mean)}

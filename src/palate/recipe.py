@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from palate.core import Algorithm, Model, Reward
+    from palate.evaluate import Referee
+    from palate.train import Check
 
 YAML_LIMIT = 256 * 1024  # bytes; a recipe is a page of text
 YAML_DEPTH = 100
@@ -72,6 +74,7 @@ ALGORITHMS = {  # name -> module, class, dataclass of its settings
     "distar": ("palate.algorithms.distar", "Distar", "DistarSettings"),
 }
 EMBEDDED_REWARDS = ("emoji", "emoji-heldout")
+HELD_OUT = ("clip-score", "pickscore", "hpsv2")  # two towers: their image features measure distances
 ORACLES = ("jpeg-size", "hidden-judge", "colour-position")
 SIMPLE_REWARDS = ("colourfulness", "brightness", "warmth", "saturation", "high_frequency", "jpeg_size")
 PUBLISHED_REWARDS = {  # name -> module, function that loads it from reward.source.NAME
@@ -242,6 +245,7 @@ class EvaluateSettings:
     file: str | None = None  # as prompts.file; None = prompts.preview, else the training prompts
     prompts: Positive = 64
     seeds: Positive = 4
+    heldout: Literal[HELD_OUT] | None = None  # judges other models than emoji; None = the first that is not optimised
 
 
 @dataclass(frozen=True)
@@ -566,12 +570,27 @@ def _check_together(recipe: Recipe, mistakes: list[str]) -> None:
     elif (reward.name is None) == (not reward.weights):
         mistakes.append("reward: give reward.name, or reward.weights with at least one name and its weight")
     used = _used(reward)
+    if recipe.evaluate.heldout is not None:
+        if model.name == "emoji":
+            mistakes.append("evaluate.heldout: the embedded model has a judge and a held-out reward of its own")
+        if recipe.evaluate.heldout in used:
+            mistakes.append(f"evaluate.heldout: {recipe.evaluate.heldout} is what is optimised; give another of "
+                            f"{', '.join(HELD_OUT)}")
     for key in ("source", "scale", "noised"):
-        if idle := sorted(set(getattr(reward, key)) - used):
+        asked = used | ({heldout_of(recipe)} if key == "source" else set())
+        if idle := sorted(set(getattr(reward, key)) - asked):
             mistakes.append(f"reward.{key}.{idle[0]}: {idle[0]} is in neither reward.name nor reward.weights")
     for name, example in SERVICES.items():
         if name in used and name not in reward.source:
             mistakes.append(f"reward.source.{name}: give the server's URL, as {example}")
+
+
+def heldout_of(recipe: Recipe) -> str:
+    """The reward that judges the recipe's results and is not optimised."""
+    if recipe.model.name == "emoji":
+        return "emoji-heldout"
+    used = _used(recipe.reward)
+    return recipe.evaluate.heldout or next(name for name in HELD_OUT if name not in used)
 
 
 def _used(reward: RewardSettings) -> set[str]:
@@ -660,6 +679,27 @@ def build(recipe: Recipe) -> Parts:
     return Parts(
         model, build_algorithm(recipe), reward, list(prompts), preview, latents
     )
+
+
+def referee_of(recipe: Recipe) -> Referee:
+    """Who judges the recipe's results."""
+    from palate.evaluate import embedded_referee, published_referee
+
+    name = heldout_of(recipe)
+    if recipe.model.name == "emoji":
+        return embedded_referee()
+    return published_referee(name, load_reward(name, recipe.reward.source.get(name), recipe.reward.dtype))
+
+
+def guard_check(recipe: Recipe) -> Check | None:
+    """What the guard of a run measures; None = what `palate.train` measures of the embedded model."""
+    from palate.evaluate import quick_check
+
+    if recipe.model.name == "emoji" or not recipe.trainer.guard.every:
+        return None
+    referee, sampler = referee_of(recipe), getattr(build_algorithm(recipe), "sampler", None)
+    return lambda model, prompts, ids: quick_check(model, prompts, ids, seed=recipe.trainer.seed, referee=referee,
+                                                   sampler=sampler)
 
 
 def prompts_of(recipe: Recipe, captions: Sequence[str] | None = None) -> tuple[list[str], list[str]]:

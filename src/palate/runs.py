@@ -247,7 +247,7 @@ def evaluate_run(
     the latter. None = what the recipe's evaluate section says. `stored`: judge the images that lie there already."""
     run_folder = Path(run_folder)
     recipe = read_recipe(run_folder)
-    referee = referee or embedded_referee()
+    referee = referee or _referee(run_folder, recipe)
     words = words_in_force(run_folder, recipe)
     rewards, optimised = _with_optimised(referee.rewards, referee.heldout, recipe, words)
     folders = {side: run_folder / "evaluation" / side for side in ("base", "result")}
@@ -313,7 +313,13 @@ def evaluate_runs(
             drawn = pairs(words, _seeds(recipe) if seeds is None else seeds)
             asked.append([{"prompt": p, "seed": s} for p, s in zip(*drawn, strict=True)])
         check_same(asked[0], asked[-1], names[0], names[len(asked) - 1])
-    referee = referee or embedded_referee()
+    if referee is None:
+        referees = [_referee(folder, recipe) for folder, recipe in zip(folders, recipes, strict=True)]
+        referee = referees[0]
+        for name, other in zip(names, referees, strict=True):
+            if other.heldout != referee.heldout:
+                raise ValueError(f"{names[0]} is judged by {referee.heldout}, {name} by {other.heldout}; set "
+                                 "evaluate.heldout in the recipe.yaml of both to one that neither optimised")
     for recipe in recipes:
         referee = referee._replace(rewards=_with_named(referee.rewards, recipe))
     found = {}
@@ -375,6 +381,15 @@ def _column(evaluation: dict[str, Any], key: str, of_prompts: bool) -> Tensor:
     else:
         values = [row.get(key) for row in evaluation["by_prompt" if of_prompts else "rows"]]
     return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
+
+
+def _referee(run_folder: Path, recipe: dict[str, Any]) -> Referee:
+    """The package's own for the embedded model, else one around the recipe's held-out reward."""
+    from palate import recipe as recipes
+
+    if (recipe.get("model") or {}).get("name", "emoji") == "emoji":
+        return embedded_referee()
+    return recipes.referee_of(recipes.read(str(run_folder / "recipe.yaml")))
 
 
 def _check_stored(run_folder: Path) -> None:
