@@ -65,7 +65,8 @@ def test_two_steps_train_and_a_stop_between_them_changes_no_bit(name, parts, tmp
 def test_cost_of_the_recipes_for_one_prompt():
     """The table of docs/algorithms/baselines.md."""
     table = {"refl-emoji": (15, 2), "draft-emoji": (20, 6), "ddpo-emoji": (30, 14), "grpo-emoji": (352, 112),
-             "dance-grpo-emoji": (208, 80), "mix-grpo-emoji": (160, 32), "nft-emoji": (112, 16), "dpo-emoji": (36, 2)}
+             "dance-grpo-emoji": (208, 80), "mix-grpo-emoji": (160, 32), "nft-emoji": (112, 16), "dpo-emoji": (36, 2),
+             "sqdf-emoji": (9, 1)}
     for name, expected in table.items():
         plan = recipe.read(name)
         module = importlib.import_module(recipe.ALGORITHMS[plan.algorithm_name][0])

@@ -151,7 +151,8 @@ def test_areas_and_shares_at_equal_reward():
 def test_forwards_to_a_share_and_their_ratio():
     def row(method, seed, forwards, style, concept=0.7):
         checks = [{"forwards": 0, "style": 0.0, "concept": 0.7, "reward": 0.05, "heldout": 0.1},
-                  {"forwards": forwards, "style": style, "concept": concept, "reward": 0.05 + style / 4, "heldout": 0.1}]
+                  {"forwards": forwards, "style": style, "concept": concept, "reward": 0.05 + style / 4,
+                   "heldout": 0.1}]
         return {"method": method, "seed": seed, "forwards": forwards, "updates": 10, "seconds": 1.0,
                 "differentiated": forwards / 4, "checks": checks}
 

@@ -406,7 +406,8 @@ def test_relative_rewards_of_other_words_are_other_questions(tmp_path):
 
 
 def test_sums_of_other_weights_are_other_questions_and_other_guidance_is_said(tmp_path):
-    text = "reward: {{weights: {{emoji: 1, warmth: {0}}}}}\nsample: {{guidance: {1}}}\nprompts: {{list: [dog, apple]}}\n"
+    text = ("reward: {{weights: {{emoji: 1, warmth: {0}}}}}\nsample: {{guidance: {1}}}\n"
+            "prompts: {{list: [dog, apple]}}\n")
     cases = {"same": ((5, 3), (5, 3)), "weights": ((5, 3), (50, 3)), "guidance": ((5, 3), (5, 1))}
     for case, kinds in cases.items():
         folders, said = [run_folder(tmp_path / case / n, text.format(*kind)) for n, kind in zip("ab", kinds)], []
@@ -567,7 +568,6 @@ def test_diversity_of_one_style_leaves_the_distance_between_styles_out():
     assert float(evaluate.diversity(features, groups, ["x", "y", "x", "y", "x"])[0]) == 1.0
 
 
-@pytest.mark.soak
 def test_500_images_are_judged_by_every_embedded_metric_in_a_minute():
     images = torch.rand(500, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     prompts = [f"a {concept} on a blue background" for concept in ("cat", "dog", "key", "bee", "wolf")] * 100

@@ -54,7 +54,8 @@ def test_a_run_of_a_real_family_is_guarded_and_evaluated(towers, tmp_path, capsy
     run = tmp_path / "run"
     (tmp_path / "mine.yaml").write_text(text(towers, run))
     cli.train(str(tmp_path / "mine.yaml"), [], fresh=False, nproc=1)
-    checks = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if row["event"] == "guard"]
+    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    checks = [row for row in log if row["event"] == "guard"]
     assert [row["step"] for row in checks][-1] == 2 and all("heldout" in row and "diversity" in row for row in checks)
     cli.evaluate([run], prompts_file=None, count=None, seeds=None, stored=False, out=None)
     found = json.loads((run / "evaluation.json").read_text())
@@ -84,7 +85,7 @@ def test_who_judges(towers, tmp_path):
     assert recipe.heldout_of(recipe.read("srpo-emoji")) == "emoji-heldout"
     assert recipe.guard_check(recipe.read("srpo-emoji")) is None
     assert recipe.guard_check(plan(trainer={"guard": {"every": 0}})) is None
-    with pytest.raises(RecipeError, match="evaluate.heldout: pickscore is what is optimised; give another of clip-score"):
+    with pytest.raises(RecipeError, match="evaluate.heldout: pickscore is what is optimised; give another of clip"):
         plan(evaluate={"heldout": "pickscore"})
     with pytest.raises(RecipeError, match="evaluate.heldout: the embedded model has a judge"):
         recipe.read("srpo-emoji", ["evaluate.heldout=hpsv2"])

@@ -18,7 +18,8 @@ from palate.checkpoint import CheckpointError
 from palate.cli import _failed
 from palate.optimize import (
     OracleError, Queries, Surrogate, command_oracle, fit_surrogate, from_recipe, http_oracle, identity_of,
-    leave_one_out, load_oracle, numbers, optimize, ridge_head, reward_features, round_sizes, ucb_bonus, with_one, within,
+    leave_one_out, load_oracle, numbers, optimize, reward_features, ridge_head, round_sizes, ucb_bonus, with_one,
+    within,
 )
 from palate.recipe import GuardSettings, OptimizeSettings, OracleSettings, RecipeError, TrainerSettings
 from tiny_flow import PROMPTS, TinyFlow

@@ -39,6 +39,17 @@ def test_the_evaluation_judges_the_last_round_by_the_oracle_without_noise(folder
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), last.parameters(), strict=True))
 
 
+def test_a_judge_that_was_the_oracle_is_no_independent_check(folder, tmp_path):
+    other = runs.evaluate_run(folder, prompts=["a dog", "a cat"], seeds=[0])
+    text = (folder / "recipe.yaml").read_text().replace("jpeg-size", "hidden-judge")
+    shutil.copytree(folder / "evaluation", tmp_path / "evaluation")
+    (tmp_path / "recipe.yaml").write_text(text)
+    found = runs.evaluate_run(tmp_path, stored=True)
+    assert found["optimised"] == ["oracle-hidden-judge"]
+    assert "concepts, diversity and drift are not independent" in found["verdict"]["warnings"][-1]
+    assert not any("independent" in text for text in other["verdict"]["warnings"])
+
+
 def test_the_report_shows_what_was_asked(folder):
     page = report.write_report(folder).read_text("utf-8")
     assert "12 of 12: 12 answered, 0 failed" in page and "palate optimize " in page and "jpeg-size" in page

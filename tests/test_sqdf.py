@@ -16,8 +16,7 @@ from torch import nn
 
 from palate import recipe
 from palate.algorithms.sqdf import (
-    SQDF, SQDFSettings, alpha_in_nats, calls_per_update, estimate, kl, levels, mean_predict_calls, soft_q_loss,
-    transition,
+    SQDF, SQDFSettings, alpha_in_nats, calls_per_update, estimate, kl, levels, soft_q_loss, transition,
 )
 from palate.core import Batch, Random
 from palate.models.emoji import EmojiModel
@@ -639,8 +638,9 @@ class Counting(TinyFlow):
         self.samples, self.trained, self.decoded = 0, 0, 0
 
     def predict(self, xt, t, cond, *, guidance=1.0, weights="policy"):
-        self.samples += len(xt)
-        self.trained += weights == "policy" and torch.is_grad_enabled()
+        evaluated = len(xt) * (1 if guidance == 1 else 2)
+        self.samples += evaluated
+        self.trained += evaluated * (weights == "policy" and torch.is_grad_enabled())
         return super().predict(xt, t, cond, guidance=guidance, weights=weights)
 
     def decode(self, latents):
@@ -650,10 +650,13 @@ class Counting(TinyFlow):
 
 @pytest.mark.parametrize(("settings", "steps"), [
     ({"buffer": "uniform", "rollout_every": 3}, 6), ({"buffer": "none"}, 2), ({"buffer": "importance"}, 1),
-    ({"buffer": "uniform", "estimator": "rollout-2", "rollout_every": 2}, 4),
+    ({"buffer": "uniform", "estimator": "rollout-2", "rollout_every": 2}, 4), ({"guidance": 3.0}, 1),
+    ({"estimator_guidance": 3.0, "rollout_every": 2}, 2), ({"buffer": "none", "guidance": 3.0}, 2),
 ])
 def test_calls(settings, steps):
-    settings = SQDFSettings(rollout_steps=20, final_time=0.02, **{"estimator": "tweedie", **settings})
+    """A draw from the buffer costs at most a fifth of an update with a full rollout and no buffer."""
+    settings = SQDFSettings(rollout_steps=20, final_time=0.02,
+                            **{"estimator": "tweedie", "guidance": 1.0, **settings})
     model, algorithm, count = Counting(), SQDF(settings), 5
     for n in range(1, steps + 1):
         ids = torch.arange(count * n, count * (n + 1))
@@ -665,15 +668,17 @@ def test_calls(settings, steps):
         else:
             walked = [20 if (n - 1) % settings.rollout_every == 0 else 0] * count
         cost = [calls_per_update(settings, walked=w) for w in walked]
-        assert model.samples - before[0] == sum(c["predict"] for c in cost)
-        assert model.trained - before[1] == cost[0]["trained"] == 1
+        assert model.samples - before[0] == sum(c["forward"] for c in cost)
+        assert model.trained - before[1] == sum(c["backward"] for c in cost)
         assert model.decoded - before[2] == sum(c["decode"] for c in cost)
+    mean = calls_per_update(settings)
     if settings.buffer != "none":
-        assert model.samples / steps / count == mean_predict_calls(settings)
-        full = calls_per_update(dataclasses.replace(settings, buffer="none", rollout_every=1), walked=20)["predict"]
-        assert calls_per_update(settings, walked=0)["predict"] <= full / 5
+        assert model.samples / steps / count == pytest.approx(mean["forward"])
+        assert model.decoded / steps / count == pytest.approx(mean["decode"])
+        full = calls_per_update(dataclasses.replace(settings, buffer="none", rollout_every=1), walked=20)
+        assert calls_per_update(settings, walked=0)["forward"] <= full["forward"] / 5
     else:
-        assert mean_predict_calls(settings) == 9.5 + 3
+        assert mean["forward"] == (9.5 + 2) * mean["backward"] + 1 and mean["decode"] == 1
 
 
 def test_a_buffer_smaller_than_a_batch_is_refused():

@@ -193,7 +193,8 @@ def evaluate(
     from palate.runs import evaluate_runs
 
     numbers = None if seeds is None else range(seeds)
-    found = evaluate_runs(runs, prompts=prompts, count=count, seeds=numbers, stored=stored, load=_trained_model, warn=_warn)
+    found = evaluate_runs(runs, prompts=prompts, count=count, seeds=numbers, stored=stored, load=_trained_model,
+                          warn=_warn)
     for name, evaluation in found["runs"].items():
         _print_evaluation(name, evaluation)
     print(f"report: {printable(str(write_evaluation(runs, found, out)))}")

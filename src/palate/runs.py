@@ -174,6 +174,12 @@ def _shares(recipe: dict[str, Any]) -> dict[str, float]:
     return settings.get("weights") or ({settings["name"]: 1.0} if settings.get("name") else {})
 
 
+def _objective(recipe: dict[str, Any]) -> dict[str, Any]:
+    """What tells one weighted or relative reward from another of that name."""
+    settings = recipe.get("reward") or {}
+    return {"weights": _shares(recipe)} | {key: settings[key] for key in ("scale", "noised") if settings.get(key)}
+
+
 def _with_named(rewards: dict[str, Reward], recipe: dict[str, Any]) -> dict[str, Reward]:
     """The rewards and those that the recipe names."""
     from palate.optimize import exact_reward
@@ -272,11 +278,13 @@ def evaluate_run(
     result |= {
         "optimised": optimised,
         "heldout": referee.heldout,
-        "objective": {"weights": _shares(recipe)} | {
-            key: found for key in ("scale", "noised") if (found := (recipe.get("reward") or {}).get(key))},
+        "objective": _objective(recipe),
         "words": {"positive": words[0], "negative": words[1]} | ({"k": k} if (k := _absolute(recipe)) else {}),
         "verdict": verdict(result["metrics"], optimised, referee.heldout, result["failed"]),
     }
+    if f"{ORACLE}hidden-judge" in optimised:
+        result["verdict"]["warnings"].append("the oracle was the judge itself: concepts, diversity and drift are not "
+                                             "independent of what was optimised; the held-out reward is")
     _write(run_folder / "evaluation.json", to_json(result))
     return result
 
@@ -297,8 +305,8 @@ def evaluate_runs(
     the last as `between` gives it against the first run.
 
     prompts, count (at most so many), seeds: None = each recipe's own, which must then agree. ValueError before any
-    image is drawn where they do not. `load`: folder -> model, sampler; None = `trained_model`. `warn` hears of runs whose
-    base model was drawn in other steps or with other guidance.
+    image is drawn where they do not. `load`: folder -> model, sampler; None = `trained_model`. `warn` hears of runs
+    whose base model was drawn in other steps or with other guidance.
     """
     folders = [Path(folder) for folder in run_folders]
     names = run_names(folders)
@@ -330,8 +338,8 @@ def evaluate_runs(
     first, drawn = names[0], [_drawn(folder) for folder in folders]
     for name, how in zip(names, drawn, strict=True):
         if how != drawn[0]:
-            warn(f"{first} is drawn with {drawn[0]}, {name} with {how}: more than the training differs between them; give "
-                 "both the same sample.guidance and sample.steps")
+            warn(f"{first} is drawn with {drawn[0]}, {name} with {how}: more than the training differs between them; "
+                 "give both the same sample.guidance and sample.steps")
     return {"first": first, "runs": found, "between": {name: between(found[first], found[name]) for name in names[1:]}}
 
 
@@ -411,8 +419,8 @@ def _seeds(recipe: dict[str, Any]) -> list[int]:
 
 
 def _prompts(recipe: dict[str, Any], prompts: Sequence[str] | None = None, count: int | None = None) -> list[str]:
-    """Those given, else evaluate.prompts of the recipe's: of evaluate.file, the preview's, the training prompts. `count`
-    of either, spread evenly."""
+    """Those given, else evaluate.prompts of the recipe's: of evaluate.file, the preview's, the training prompts.
+    `count` of either, spread evenly."""
     from palate.data import read_prompts, spread
 
     settings, training = recipe.get("evaluate") or {}, recipe.get("prompts") or {}

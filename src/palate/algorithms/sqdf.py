@@ -283,20 +283,18 @@ def levels(steps: int, *, shift: float, final_time: float) -> Tensor:
 # Cost
 
 
-def calls_per_update(settings: SQDFSettings, *, walked: int) -> dict[str, int]:
-    """Calls for each sample of one update whose rollout walked so many steps.
+def calls_per_update(settings: SQDFSettings, walked: int | None = None) -> dict[str, float]:
+    """Denoiser evaluations of one update for each sample, a guided call counted twice.
 
-    walked = T when trajectories are made for the buffer, 0 when the update only draws from it, and without a buffer the
-    drawn index i. predict = walked + policy + reference + estimator; all but `trained` of them run without a graph for
-    the parameters. A guided call evaluates twice the batch.
+    forward = (walked + policy + reference) g + E h,  backward = g,  with g, h = 2 where `guidance`,
+    `estimator_guidance` are not 1, and E calls of the estimator. `walked` are the rollout's steps: T when trajectories
+    are made for the buffer, 0 when the update only draws from it, and without a buffer the drawn index i. None gives
+    the mean.
     """
-    collected = int(settings.buffer != "none" and walked > 0)
-    predict = walked + 2 + steps_of(settings.estimator)
-    return {"predict": predict, "trained": 1, "decode": 1 + collected, "reward": 1 + collected, "backward": 1}
-
-
-def mean_predict_calls(settings: SQDFSettings) -> float:
-    """Network calls of an update for each sample, on average."""
-    walked = (settings.rollout_steps - 1) / 2 if settings.buffer == "none" else (
-        settings.rollout_steps / settings.rollout_every)
-    return walked + 2 + steps_of(settings.estimator)
+    s = settings
+    guided, of_estimate = (1 if guidance == 1 else 2 for guidance in (s.guidance, s.estimator_guidance))
+    collected = float(s.buffer != "none" and walked != 0) / (s.rollout_every if walked is None else 1)
+    if walked is None:
+        walked = (s.rollout_steps - 1) / 2 if s.buffer == "none" else s.rollout_steps / s.rollout_every
+    return {"forward": (walked + 2) * guided + steps_of(s.estimator) * of_estimate, "backward": guided,
+            "decode": 1 + collected, "reward": 1 + collected}

@@ -1,6 +1,7 @@
 """The embedded rewards, the judge and the exact oracles of the background colour and of the position.
 
-"emoji" is what runs optimise. "emoji-heldout" and the judge are other networks, trained apart, and never optimised.
+"emoji" is what runs optimise. "emoji-heldout" and the judge are other networks, trained apart, and not optimised, but
+for the judge as the oracle hidden-judge of `palate optimize`.
 """
 
 from __future__ import annotations
