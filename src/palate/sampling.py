@@ -10,13 +10,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from palate.core import Cond, Model
 from palate.path import Coefficient, Prediction, move
+
+
+def state_kind(model: Model) -> dict[str, Any]:
+    """{"device", "dtype"} of a rollout's noise and states: where the policy is, and never in half precision."""
+    weight = model.parameters("policy")[0]
+    return {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:

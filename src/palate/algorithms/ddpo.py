@@ -32,7 +32,7 @@ from torch import Tensor
 
 from palate.core import Batch, Cond, Loss, Model, Random, Reward
 from palate.path import move
-from palate.sampling import Transition, log_prob, stochastic_step, time_grid, transition_std
+from palate.sampling import Transition, log_prob, state_kind, stochastic_step, time_grid, transition_std
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,7 @@ class DDPO:
 def rollout(model: Model, cond: Cond, rng: Random, settings: DDPOSettings) -> tuple[Tensor, list[Transition]]:
     """Clean latents (B, C, h, w) and the steps - 1 random transitions that led to them. Run it under no_grad."""
     s = settings
-    weight = model.parameters("policy")[0]
-    noise = rng.normal("rollout", model.latent_shape)
-    x = noise.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+    x = rng.normal("rollout", model.latent_shape).to(**state_kind(model))
     times = time_grid(s.steps, shift=s.shift).to(x)
     path = []
     for i in range(s.steps):

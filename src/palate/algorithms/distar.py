@@ -48,6 +48,7 @@ from torch import Tensor, nn
 
 from palate.core import Batch, Cond, Loss, Model, Random, Reward
 from palate.path import Prediction, add_noise
+from palate.sampling import state_kind
 
 Distance = Literal["pseudo_huber", "l2"]
 Gradient = Literal["paper", "total"]
@@ -203,8 +204,7 @@ class Distar:
         yield Loss(value, metrics, "policy")
 
     def _generate(self, model: Model, batch: Batch, rng: Random, purpose: str) -> Tensor:
-        weight = model.parameters("policy")[0]
-        kind = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        kind = state_kind(model)
         depth = rng.shared_integer(f"{purpose}-depth", 1, self.sampler.steps)
         noises = [rng.normal(f"{purpose}-z-{k}", model.latent_shape).to(**kind) for k in range(depth)]
         return self.sampler(model, batch.cond, noises)

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from palate.core import Batch, Loss, Model, Random, Reward
 from palate.path import add_noise
-from palate.sampling import sample
+from palate.sampling import sample, state_kind
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,7 @@ class DPO:
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Pairs (B, 2, C, h, w), preferred first, and their weights (B,). Run it under no_grad."""
         s = self.settings
-        parameter = model.parameters("policy")[0]
-        kind = {"device": parameter.device, "dtype": torch.promote_types(parameter.dtype, torch.float32)}
+        kind = state_kind(model)
         if batch.latents is not None:
             if batch.latents.shape[1:] != (2, *model.latent_shape):
                 raise ValueError(f"DPO got latents of shape {tuple(batch.latents.shape)}; expected "

@@ -22,11 +22,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from palate.core import Batch, Loss, Model, Random, Reward
 from palate.path import add_noise
-from palate.sampling import sample, time_grid
+from palate.sampling import sample, state_kind, time_grid
 
 
 @dataclass(frozen=True)
@@ -56,9 +54,7 @@ class DRaFT:
     def step(self, model: Model, reward: Reward, batch: Batch, rng: Random) -> Iterator[Loss]:
         """One update: the reward of a sample through its last K steps, then of n re-noised copies of it."""
         s = self.settings
-        weight = model.parameters("policy")[0]
-        noise = rng.normal("rollout", model.latent_shape)
-        noise = noise.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+        noise = rng.normal("rollout", model.latent_shape).to(**state_kind(model))
         x0 = sample(model, batch.cond, noise, s.steps, guidance=s.guidance, shift=s.shift, grad_steps=s.K)
         r = reward(model.decode(x0), batch.prompts)
         yield Loss(-r.mean() / (s.n + 1), {"reward": r.mean().detach()}, None if s.n else "policy")

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from palate.core import Batch, Cond, Loss, Model, Random, Reward
 from palate.path import move
-from palate.sampling import Transition, log_prob, stochastic_step, time_grid, transition_std
+from palate.sampling import Transition, log_prob, state_kind, stochastic_step, time_grid, transition_std
 
 
 @dataclass(frozen=True)
@@ -155,12 +155,11 @@ def rollout(
     `rng` has one id an image. `shared`, if given, has one id a group, and draws the initial noise of all its images.
     """
     s = settings
-    weight = model.parameters("policy")[0]
     if shared is None:
         noise = rng.normal("rollout", model.latent_shape)
     else:
         noise = shared.normal("rollout", model.latent_shape).repeat_interleave(s.group, 0)
-    x = noise.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+    x = noise.to(**state_kind(model))
     times = time_grid(s.steps, shift=s.shift).to(x)
     path = []
     for i in range(s.steps):

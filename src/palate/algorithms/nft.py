@@ -38,7 +38,7 @@ from torch import Tensor
 from palate.core import Batch, Cond, Loss, Model, Random, Reward
 from palate.distributed import like
 from palate.path import Prediction, add_noise, from_velocity
-from palate.sampling import sample, shift_time
+from palate.sampling import sample, shift_time, state_kind
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,7 @@ class NFT:
         self.old = [like(old, p) for old, p in zip(self.old, parameters, strict=True)]  # a checkpoint's are whole
         prompts = [prompt for prompt in batch.prompts for _ in range(s.group)]
         rng = Random(rng.seed, rng.step, [i * s.group + k for i in rng.ids for k in range(s.group)])
-        noise = rng.normal("rollout", model.latent_shape)
-        noise = noise.to(parameters[0].device, torch.promote_types(parameters[0].dtype, torch.float32))
+        noise = rng.normal("rollout", model.latent_shape).to(**state_kind(model))
         with torch.no_grad():
             cond = model.encode_prompts(prompts)
             with _speaking(parameters, self.old):

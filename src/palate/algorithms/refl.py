@@ -29,7 +29,7 @@ from torch import Tensor
 
 from palate.core import Batch, Cond, Loss, Model, Random, Reward
 from palate.path import add_noise, move
-from palate.sampling import time_grid
+from palate.sampling import state_kind, time_grid
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ReFL:
             raise ValueError(f"algorithm.pretrain is {s.pretrain} but the run has no real images; give prompts.images "
                              "a folder of captioned images, or set algorithm.pretrain=0")
         left = rng.shared_integer("steps-left", s.T1, s.T2)
-        noise = rng.normal("rollout", model.latent_shape).to(**_kind(model))
+        noise = rng.normal("rollout", model.latent_shape).to(**state_kind(model))
         with torch.no_grad():
             xt, t = approach(model, batch.cond, noise, s, left)
         x0hat = model.predict(xt, t, batch.cond, guidance=s.guidance).x0
@@ -109,8 +109,3 @@ def calls_per_update(settings: ReFLSettings, left: int | None = None) -> dict[st
     t = (settings.T1 + settings.T2) / 2 if left is None else left
     guided, pre = (1 if settings.guidance == 1 else 2), int(settings.pretrain > 0)
     return {"forward": (settings.T - t + 1) * guided + pre, "backward": guided + pre, "decode": 1, "reward": 1}
-
-
-def _kind(model: Model) -> dict:
-    weight = model.parameters("policy")[0]
-    return {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}

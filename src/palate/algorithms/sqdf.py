@@ -43,7 +43,7 @@ from palate.core import Batch, Cond, Loss, Model, Random, Reward
 from palate.distributed import most
 from palate.path import Prediction, move
 from palate.replay import Draw, ReplayBuffer
-from palate.sampling import shift_time, transition_std
+from palate.sampling import shift_time, state_kind, transition_std
 
 _ROLLOUT = re.compile(r"rollout-([1-9][0-9]?)")
 
@@ -158,11 +158,10 @@ class SQDF:
         is cut over several ranks is called on one sample more for each step that another rank still walks.
         """
         s, ids = self.settings, torch.as_tensor(rng.ids)
-        weight = model.parameters("policy")[0]
-        x = rng.normal("start", model.latent_shape).to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+        x = rng.normal("start", model.latent_shape).to(**state_kind(model))
         states = x.expand(int(stop.max()) + 1, *x.shape).clone()
         walking, cond = torch.arange(len(stop)), batch.cond
-        calls = most(len(states) - 1, weight)
+        calls = most(len(states) - 1, model.parameters("policy")[0])
         for i in range(len(states) - 1):
             still = (stop > i).nonzero().flatten()
             if len(still) < len(walking):
@@ -181,8 +180,8 @@ class SQDF:
     def _loss(
         self, model: Model, reward: Reward, draw: Draw, cond: Cond, rng: Random, times: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        s, weight = self.settings, model.parameters("policy")[0]
-        xt = draw.states.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+        s = self.settings
+        xt = draw.states.to(**state_kind(model))
         t, t_next = times[draw.index].to(xt), times[draw.index + 1].to(xt)
         between = (*model.schedule(t), *model.schedule(t_next))
         with torch.no_grad():  # before the policy's call: a switch of adapters after it would lose its gradient

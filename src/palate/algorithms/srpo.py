@@ -44,7 +44,7 @@ from torch import Tensor
 from palate.core import Batch, Loss, Model, Random, Reward
 from palate.path import Coefficient, Prediction, add_noise, from_velocity, move
 from palate.rewards.combine import TEMPLATE, relative, score_pair, with_control
-from palate.sampling import sample, shift_time
+from palate.sampling import sample, shift_time, state_kind
 
 Branch = Literal["denoise", "inversion"]
 
@@ -172,8 +172,7 @@ class SRPO:
     def _clean_latents(self, model: Model, batch: Batch, rng: Random) -> tuple[Tensor, Tensor | None]:
         """x0, and the noise to re-inject if it is not to be fresh. Real latents (offline) always get fresh noise."""
         s = self.settings
-        weight = model.parameters("policy")[0]
-        kind = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        kind = state_kind(model)
         if batch.latents is not None:
             return batch.latents.detach().to(**kind), None
         if s.shared_noise:
