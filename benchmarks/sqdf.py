@@ -129,6 +129,7 @@ def tables(args: argparse.Namespace) -> str:
         if found := [made(file) for file in paths]:
             cells = [about([row[key] for row in found]) for key in ("base", "search", "weighted", "sqdf")]
             concept = ", ".join(f"{np.mean([f[k] for f in found]):.3f}" for k in ("concept_base", "concept"))
+            concept += " (by the oracle itself)" if oracle == "hidden-judge" else ""
             lines.append(f"| {oracle} | {len(found)} | " + " | ".join(cells) + f" | {concept} | "
                          f"{np.mean([f['seconds'] for f in found]) / 60:.1f} |")
     return "\n\n".join([*parts, "\n".join(lines)] if len(lines) > 2 else parts)
