@@ -262,7 +262,7 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=4000, help="denoiser forwards of a run")
     parser.add_argument("--checks", type=int, default=2)
     parser.add_argument("--queries", type=int, default=1000)
-    parser.add_argument("--updates", type=int, default=40, help="of each of the four rounds of blackbox")
+    parser.add_argument("--updates", type=int, default=60, help="of each of the four rounds of blackbox")
     parser.add_argument("--prompts", type=int, default=48, help="of the 208 evaluation prompts, two images each")
     parser.add_argument("--oracles", nargs="+", default=list(ORACLES), choices=ORACLES)
     parser.add_argument("--consistency", type=Path, help="folder of a consistency model, else the one in the package")
