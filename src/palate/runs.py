@@ -322,12 +322,12 @@ def evaluate_runs(
             asked.append([{"prompt": p, "seed": s} for p, s in zip(*drawn, strict=True)])
         check_same(asked[0], asked[-1], names[0], names[len(asked) - 1])
     if referee is None:
-        referees = [_referee(folder, recipe) for folder, recipe in zip(folders, recipes, strict=True)]
-        referee = referees[0]
-        for name, other in zip(names, referees, strict=True):
-            if other.heldout != referee.heldout:
-                raise ValueError(f"{names[0]} is judged by {referee.heldout}, {name} by {other.heldout}; set "
-                                 "evaluate.heldout in the recipe.yaml of both to one that neither optimised")
+        judges = [_judged_by(folder, recipe) for folder, recipe in zip(folders, recipes, strict=True)]
+        for name, judge in zip(names, judges, strict=True):
+            if judge != judges[0]:
+                raise ValueError(f"{names[0]} is judged by {judges[0]}, {name} by {judge}; set evaluate.heldout in the "
+                                 "recipe.yaml of both to one that neither optimised")
+        referee = _referee(folders[0], recipes[0])
     for recipe in recipes:
         referee = referee._replace(rewards=_with_named(referee.rewards, recipe))
     found = {}
@@ -335,10 +335,10 @@ def evaluate_runs(
         model, sampler = (None, None) if stored else (load or trained_model)(folder)
         drawn = {} if stored else {"prompts": _prompts(recipe, prompts, count), "seeds": seeds}
         found[name] = evaluate_run(folder, model=model, sampler=sampler, referee=referee, stored=stored, **drawn)
-    first, drawn = names[0], [_drawn(folder) for folder in folders]
-    for name, how in zip(names, drawn, strict=True):
-        if how != drawn[0]:
-            warn(f"{first} is drawn with {drawn[0]}, {name} with {how}: more than the training differs between them; "
+    first, ways = names[0], [_drawn(folder) for folder in folders]
+    for name, way in zip(names, ways, strict=True):
+        if way != ways[0]:
+            warn(f"{first} is drawn with {ways[0]}, {name} with {way}: more than the training differs between them; "
                  "give both the same sample.guidance and sample.steps")
     return {"first": first, "runs": found, "between": {name: between(found[first], found[name]) for name in names[1:]}}
 
@@ -391,13 +391,23 @@ def _column(evaluation: dict[str, Any], key: str, of_prompts: bool) -> Tensor:
     return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
 
 
+def _embedded(recipe: dict[str, Any]) -> bool:
+    return (recipe.get("model") or {}).get("name", "emoji") == "emoji"
+
+
+def _judged_by(run_folder: Path, recipe: dict[str, Any]) -> str:
+    """The name of the held-out reward, without loading it."""
+    from palate import recipe as recipes
+
+    return "emoji-heldout" if _embedded(recipe) else recipes.heldout_of(recipes.read(str(run_folder / "recipe.yaml")))
+
+
 def _referee(run_folder: Path, recipe: dict[str, Any]) -> Referee:
     """The package's own for the embedded model, else one around the recipe's held-out reward."""
     from palate import recipe as recipes
 
-    if (recipe.get("model") or {}).get("name", "emoji") == "emoji":
-        return embedded_referee()
-    return recipes.referee_of(recipes.read(str(run_folder / "recipe.yaml")))
+    return embedded_referee() if _embedded(recipe) else recipes.referee_of(
+        recipes.read(str(run_folder / "recipe.yaml")))
 
 
 def _check_stored(run_folder: Path) -> None:
