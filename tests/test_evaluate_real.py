@@ -82,6 +82,9 @@ def test_who_judges(towers, tmp_path):
     assert recipe.heldout_of(plan()) == "clip-score"
     assert recipe.heldout_of(plan(reward={"name": "clip-score"})) == "pickscore"
     assert recipe.heldout_of(plan(evaluate={"heldout": "hpsv2"}, reward={"source": {"hpsv2": "x"}})) == "hpsv2"
+    every = {"name": None, "weights": {name: 1.0 for name in recipe.HELD_OUT}}
+    with pytest.raises(ValueError, match="reward.weights: clip-score, pickscore, hpsv2 are all optimised"):
+        recipe.referee_of(plan(reward=every))
     assert recipe.heldout_of(recipe.read("srpo-emoji")) == "emoji-heldout"
     assert recipe.guard_check(recipe.read("srpo-emoji")) is None
     assert recipe.guard_check(plan(trainer={"guard": {"every": 0}})) is None

@@ -585,12 +585,12 @@ def _check_together(recipe: Recipe, mistakes: list[str]) -> None:
             mistakes.append(f"reward.source.{name}: give the server's URL, as {example}")
 
 
-def heldout_of(recipe: Recipe) -> str:
-    """The reward that judges the recipe's results and is not optimised."""
+def heldout_of(recipe: Recipe) -> str | None:
+    """The reward that judges the recipe's results and is not optimised; None where the recipe optimises them all."""
     if recipe.model.name == "emoji":
         return "emoji-heldout"
     used = _used(recipe.reward)
-    return recipe.evaluate.heldout or next(name for name in HELD_OUT if name not in used)
+    return recipe.evaluate.heldout or next((name for name in HELD_OUT if name not in used), None)
 
 
 def _used(reward: RewardSettings) -> set[str]:
@@ -688,6 +688,9 @@ def referee_of(recipe: Recipe) -> Referee:
     name = heldout_of(recipe)
     if recipe.model.name == "emoji":
         return embedded_referee()
+    if name is None:
+        raise ValueError(f"reward.weights: {', '.join(HELD_OUT)} are all optimised, so none is left to judge; leave "
+                         "one out")
     return published_referee(name, load_reward(name, recipe.reward.source.get(name), recipe.reward.dtype))
 
 

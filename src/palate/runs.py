@@ -395,7 +395,7 @@ def _embedded(recipe: dict[str, Any]) -> bool:
     return (recipe.get("model") or {}).get("name", "emoji") == "emoji"
 
 
-def _judged_by(run_folder: Path, recipe: dict[str, Any]) -> str:
+def _judged_by(run_folder: Path, recipe: dict[str, Any]) -> str | None:
     """The name of the held-out reward, without loading it."""
     from palate import recipe as recipes
 
