@@ -20,6 +20,7 @@ keeps is what the divergence alone keeps.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import tempfile
 import time
@@ -31,8 +32,16 @@ import torch
 from methods import PLAIN, Counted, Row, Watched, about, eval_like, made, measured, parsed, scatter, slug, whole
 
 from palate import recipe
-from palate.evaluate import (diversity, embedded_referee, frechet_distance, generate, matches, pairs, quantise,
-                             referee_images)
+from palate.evaluate import (
+    diversity,
+    embedded_referee,
+    frechet_distance,
+    generate,
+    matches,
+    pairs,
+    quantise,
+    referee_images,
+)
 from palate.sampling import sample
 from palate.train import train
 
@@ -70,8 +79,12 @@ def against_teacher(folder: str, count: int, repeats: int) -> dict:
         judged = referee_images(ours, *pairs(prompts, (0,)), referee=referee, base=theirs).summary
         rows = {key: judged["metrics"][key] for key in JUDGED if key in judged["metrics"]}
         of = [features(referee.judge, images) for images in (ours, theirs, again)]
-        result[name] = {"prompts": len(prompts), **rows, "frechet": frechet_distance(of[0], of[1]),
-                        "frechet_of_the_teacher": frechet_distance(of[2], of[1])}
+        result[name] = {
+            "prompts": len(prompts),
+            **rows,
+            "frechet": frechet_distance(of[0], of[1]),
+            "frechet_of_the_teacher": frechet_distance(of[2], of[1]),
+        }
     few = recipe.spread(eval_like(count), 64)
     for side, model, how in (("teacher", teacher, None), ("generator", student, sampler)):
         images = quantise(generate(model, few, (0, 1, 2, 3), sampler=how))
@@ -114,8 +127,11 @@ def teacher_table(results: Path) -> str:
     parts = []
     for path in sorted(results.glob("distar-teacher-*.json")):
         found = made(path)
-        lines = [f"| {path.stem.removeprefix('distar-teacher-')} | teacher, 16 evaluations | generator, 1 evaluation "
-                 "| change (95 %) | bar |", "|---|---|---|---|---|"]
+        lines = [
+            f"| {path.stem.removeprefix('distar-teacher-')} | teacher, 16 evaluations | generator, 1 evaluation "
+            "| change (95 %) | bar |",
+            "|---|---|---|---|---|",
+        ]
         for name in ("plain", "styled"):
             own = found[name]
             for key in (key for key in JUDGED if key in own):
@@ -124,10 +140,14 @@ def teacher_table(results: Path) -> str:
                 bar = "" if least is None else f"change >= {least:+.2f}: {'met' if m['change'] >= least else 'not met'}"
                 if key == "background":
                     bar = f">= .97: {'met' if m['value'] >= 0.97 else 'not met'}"
-                lines.append(f"| {key}, {own['prompts']} prompts ({name}) | {m['base']:.3f} | {m['value']:.3f} "
-                             f"| {m['change']:+.3f} ({m['change_low']:+.3f} to {m['change_high']:+.3f}) | {bar} |")
-            lines.append(f"| Frechet distance to the teacher's images ({name}) | {own['frechet_of_the_teacher']:.4f} "
-                         f"(other noise) | {own['frechet']:.4f} | | reported |")
+                lines.append(
+                    f"| {key}, {own['prompts']} prompts ({name}) | {m['base']:.3f} | {m['value']:.3f} "
+                    f"| {m['change']:+.3f} ({m['change_low']:+.3f} to {m['change_high']:+.3f}) | {bar} |"
+                )
+            lines.append(
+                f"| Frechet distance to the teacher's images ({name}) | {own['frechet_of_the_teacher']:.4f} "
+                f"(other noise) | {own['frechet']:.4f} | | reported |"
+            )
         before, after = found["diversity_teacher"], found["diversity_generator"]
         lines.append(f"| diversity inside a prompt | {before:.3f} | {after:.3f} | x {after / before:.2f} | |")
         seconds = found["seconds"]
@@ -135,8 +155,10 @@ def teacher_table(results: Path) -> str:
             ratio = seconds[f"ratio, {what}, batch {batch}"]
             times = [1000 * seconds[f"{side}, {what}, batch {batch}"] for side in ("teacher", "generator")]
             name = "prompt to pixels" if what == "image" else "denoiser alone"
-            lines.append(f"| ms an image, {name}, batch {batch} | {times[0]:.1f} | {times[1]:.1f} "
-                         f"| x {ratio:.1f} faster | >= 10: {'met' if ratio >= 10 else 'not met'} |")
+            lines.append(
+                f"| ms an image, {name}, batch {batch} | {times[0]:.1f} | {times[1]:.1f} "
+                f"| x {ratio:.1f} faster | >= 10: {'met' if ratio >= 10 else 'not met'} |"
+            )
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -160,14 +182,17 @@ def judge(model, sampler, prompts: tuple[str, ...], seeds: tuple[int, ...]) -> d
     for start in range(0, len(images), 64):
         part, text, asked = (x[start : start + 64] for x in (images, words, captions))
         for name, value in {
-            "reward": referee.rewards["emoji"](part, text), "heldout": referee.rewards[referee.heldout](part, text),
+            "reward": referee.rewards["emoji"](part, text),
+            "heldout": referee.rewards[referee.heldout](part, text),
             "concept": matches(referee.judge.concept(part), referee.judge.concepts, [c.concept for c in asked]),
             "background": matches(referee.background(part), referee.colours, [c.background for c in asked]),
         }.items():
             columns.setdefault(name, []).append(value.double())
     means = {name: float(torch.cat(parts).nanmean()) for name, parts in columns.items()}
-    return means | {"diversity": float(diversity(seen, words).nanmean()),
-                    "frechet": frechet_distance(seen, teacher_features(prompts, seeds))}
+    return means | {
+        "diversity": float(diversity(seen, words).nanmean()),
+        "frechet": frechet_distance(seen, teacher_features(prompts, seeds)),
+    }
 
 
 class _Enough(Exception):
@@ -176,9 +201,17 @@ class _Enough(Exception):
 
 def train_on(start: str, seed: int, alone: int, updates: int, checks: int, prompts: int, overrides: list[str]) -> dict:
     """`updates` of the generator after `alone` steps of the assistant; measured before, and `checks` times after."""
-    plan = recipe.read("distar-emoji", [
-        f"model.start={start}", "algorithm.distil_steps=0", f"algorithm.assistant_first={alone}", *PLAIN, *overrides,
-        f"trainer.seed={seed}"])
+    plan = recipe.read(
+        "distar-emoji",
+        [
+            f"model.start={start}",
+            "algorithm.distil_steps=0",
+            f"algorithm.assistant_first={alone}",
+            *PLAIN,
+            *overrides,
+            f"trainer.seed={seed}",
+        ],
+    )
     torch.manual_seed(seed)
     parts = recipe.build(plan)
     model, points = Counted(parts.model), []
@@ -187,8 +220,14 @@ def train_on(start: str, seed: int, alone: int, updates: int, checks: int, promp
 
     def check(updated: int) -> None:
         model.counting = False
-        points.append({"updates": updated, "forwards": model.forwards, "seconds": round(clock["trained"], 1),
-                       **judge(model, plan.algorithm.generator, words, seeds)})
+        points.append(
+            {
+                "updates": updated,
+                "forwards": model.forwards,
+                "seconds": round(clock["trained"], 1),
+                **judge(model, plan.algorithm.generator, words, seeds),
+            }
+        )
         model.counting = True
 
     def before() -> None:
@@ -203,33 +242,49 @@ def train_on(start: str, seed: int, alone: int, updates: int, checks: int, promp
             raise _Enough
 
     check(0)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            whole(train(model, Watched(parts.algorithm, before, after), parts.reward, parts.prompts, folder=folder,
-                        progress=False, **{**vars(plan.trainer), "steps": alone + updates + 1}))
-        except _Enough:
-            pass
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Enough):
+        whole(
+            train(
+                model,
+                Watched(parts.algorithm, before, after),
+                parts.reward,
+                parts.prompts,
+                folder=folder,
+                progress=False,
+                **{**vars(plan.trainer), "steps": alone + updates + 1},
+            )
+        )
     return {"start": start, "alone": alone, "points": points}
 
 
 def family_rows(args: argparse.Namespace) -> list[Row]:
-    return [Row(args.results / f"{slug('distar', 'family', name, seed, args.updates)}.json", train_on,
-                (args.source, seed, args.alone, args.updates, args.checks, args.prompts, [*overrides, *args.override]))
-            for seed in args.seeds for name, overrides in FAMILY.items()]
+    return [
+        Row(
+            args.results / f"{slug('distar', 'family', name, seed, args.updates)}.json",
+            train_on,
+            (args.source, seed, args.alone, args.updates, args.checks, args.prompts, [*overrides, *args.override]),
+        )
+        for seed in args.seeds
+        for name, overrides in FAMILY.items()
+    ]
 
 
 def family_table(args: argparse.Namespace) -> str:
     """Ends of the runs, mean and standard deviation over seeds; all points as an SVG beside the results."""
-    lines = [f"| after {args.updates} updates | seeds | reward | held-out reward | concept | background | diversity "
-             "| Frechet distance | seconds |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        f"| after {args.updates} updates | seeds | reward | held-out reward | concept | background | diversity "
+        "| Frechet distance | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     series: dict[str, list[tuple[float, float]]] = {}
     for name in FAMILY:
         paths = [args.results / f"{slug('distar', 'family', name, seed, args.updates)}.json" for seed in args.seeds]
         found = [made(path)["points"] for path in paths if path.exists()]
         for path, points in zip([path for path in paths if path.exists()], found, strict=True):
             if points[-1]["updates"] < args.updates:
-                raise ValueError(f"{path} ends after {points[-1]['updates']} updates of {args.updates}; delete it and "
-                                 "measure again")
+                raise ValueError(
+                    f"{path} ends after {points[-1]['updates']} updates of {args.updates}; delete it and measure again"
+                )
         if not found:
             continue
         if not series:
@@ -237,8 +292,9 @@ def family_table(args: argparse.Namespace) -> str:
         series[name] = [(point["reward"], point["diversity"]) for points in found for point in points]
         ends = [points[-1] for points in found]
         cells = [about([end[key] for end in ends]) for key in KEYS]
-        lines.append(f"| {name} | {len(found)} | " + " | ".join(cells)
-                     + f" | {np.mean([e['seconds'] for e in ends]):.0f} |")
+        lines.append(
+            f"| {name} | {len(found)} | " + " | ".join(cells) + f" | {np.mean([e['seconds'] for e in ends]):.0f} |"
+        )
     if not series:
         return ""
     path = args.results / "distar-family.svg"
@@ -266,8 +322,17 @@ def main() -> None:
     if args.what != "table" and args.source is None:
         parser.error(f"{args.what}: name the generator")
     if args.what == "teacher":
-        measured([Row(args.results / f"{slug('distar', 'teacher', args.source.strip('/'))}.json", against_teacher,
-                      (args.source, args.count, args.repeats))], 1, lambda found: found["seconds"])
+        measured(
+            [
+                Row(
+                    args.results / f"{slug('distar', 'teacher', args.source.strip('/'))}.json",
+                    against_teacher,
+                    (args.source, args.count, args.repeats),
+                )
+            ],
+            1,
+            lambda found: found["seconds"],
+        )
     if args.what == "family":
         measured(family_rows(args), args.jobs, lambda found: found["points"][-1])
     tables = {"distar-teacher": teacher_table(args.results), "distar-family": family_table(args)}

@@ -1,8 +1,8 @@
 """The pictures of the documentation, from runs.
 
-    python benchmarks/figures.py demo runs/demo            # docs/images/demo.png: before, during, after
-    python benchmarks/figures.py steering [--steps 60] [--to flat]
-        trains towards "3d", then, half-way, towards another style and away from "3d"; docs/images/steering.{svg,png}
+python benchmarks/figures.py demo runs/demo            # docs/images/demo.png: before, during, after
+python benchmarks/figures.py steering [--steps 60] [--to flat]
+    trains towards "3d", then, half-way, towards another style and away from "3d"; docs/images/steering.{svg,png}
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from palate.runs import read_samples
 from palate.report import Line, Mark, chart, read_metrics
+from palate.runs import read_samples
 
 IMAGES = Path("docs/images")
 STYLE = """<style>svg{background:#fff;font-family:sans-serif}text{font-size:12px;fill:#555}.grid{stroke:#e4e4e4}
@@ -51,13 +51,23 @@ def steering(run: Path, steps: int, to: str) -> None:
         subprocess.run([sys.executable, "-m", "palate", *arguments], check=True)
 
     half = steps // 2
-    palate("train", "srpo-emoji", f"run.folder={run}", "--fresh", f"trainer.steps={half}", "trainer.preview_every=10",
-           "trainer.guard.every=6", "trainer.guard.action=warn")
+    palate(
+        "train",
+        "srpo-emoji",
+        f"run.folder={run}",
+        "--fresh",
+        f"trainer.steps={half}",
+        "trainer.preview_every=10",
+        "trainer.guard.every=6",
+        "trainer.guard.action=warn",
+    )
     palate("steer", str(run), "--positive", to, "--negative", "3d")
     palate("resume", str(run), f"trainer.steps={steps}")
     rows = [row for row in read_metrics(run) if row.get("event") in ("evaluate", "guard")]
-    shares = [Line(style, [(row["step"], row[f"style/{style}"]) for row in rows], style == "3d")
-              for style in ("3d", "outline", "flat", "cartoon")]
+    shares = [
+        Line(style, [(row["step"], row[f"style/{style}"]) for row in rows], style == "3d")
+        for style in ("3d", "outline", "flat", "cartoon")
+    ]
     swap = next(row["step"] for row in read_metrics(run) if row.get("event") == "steer")
     svg = str(chart("Style share", shares, [Mark(swap, f"words swapped: +{to} -3d", "steer")], share=True))
     svg = re.sub(r"<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', svg, count=1)

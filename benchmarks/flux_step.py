@@ -42,27 +42,64 @@ SMALL = {"pixels": 256, "width": 256, "blocks": (2, 4), "channels": (32, 64, 128
 CPU = torch.device("cpu")
 
 
-def build(*, pixels: int, width: int, blocks: tuple[int, int], channels: tuple[int, ...],
-          tower: tuple[int, int]) -> tuple[Flux, ClipReward, Cond]:
+def build(
+    *, pixels: int, width: int, blocks: tuple[int, int], channels: tuple[int, ...], tower: tuple[int, int]
+) -> tuple[Flux, ClipReward, Cond]:
     """A FLUX of `blocks` (double, single), its VAE, a ViT of `tower` (width, layers), and the text of one prompt."""
     torch.manual_seed(0)
     network = FluxTransformer2DModel(
-        in_channels=16, num_layers=blocks[0], num_single_layers=blocks[1], attention_head_dim=16,
-        num_attention_heads=width // 16, joint_attention_dim=64, pooled_projection_dim=32, axes_dims_rope=(4, 6, 6),
-        guidance_embeds=True)
+        in_channels=16,
+        num_layers=blocks[0],
+        num_single_layers=blocks[1],
+        attention_head_dim=16,
+        num_attention_heads=width // 16,
+        joint_attention_dim=64,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 6, 6),
+        guidance_embeds=True,
+    )
     vae = AutoencoderKL(
-        block_out_channels=channels, layers_per_block=2, latent_channels=4, norm_num_groups=channels[0] // 4,
-        down_block_types=("DownEncoderBlock2D",) * len(channels), up_block_types=("UpDecoderBlock2D",) * len(channels),
-        scaling_factor=0.3611, shift_factor=0.1159)
-    vision = {"hidden_size": tower[0], "intermediate_size": 4 * tower[0], "num_hidden_layers": tower[1],
-              "num_attention_heads": tower[0] // 32, "image_size": 224, "patch_size": 14}
-    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "bos_token_id": 62, "eos_token_id": 63}
+        block_out_channels=channels,
+        layers_per_block=2,
+        latent_channels=4,
+        norm_num_groups=channels[0] // 4,
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        scaling_factor=0.3611,
+        shift_factor=0.1159,
+    )
+    vision = {
+        "hidden_size": tower[0],
+        "intermediate_size": 4 * tower[0],
+        "num_hidden_layers": tower[1],
+        "num_attention_heads": tower[0] // 32,
+        "image_size": 224,
+        "patch_size": 14,
+    }
+    text = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "bos_token_id": 62,
+        "eos_token_id": 63,
+    }
     clip = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=64))
     weights = NamedWeights(network, training="full", rank=1, alpha=None, targets=())
     side = pixels // 2 ** (len(channels) - 1)
-    parts = Parts(None, "transformer", weights, Autoencoder(vae, device=CPU), None, (4, side, side), (pixels, pixels),
-                  torch.float32, CPU, None)
+    parts = Parts(
+        None,
+        "transformer",
+        weights,
+        Autoencoder(vae, device=CPU),
+        None,
+        (4, side, side),
+        (pixels, pixels),
+        torch.float32,
+        CPU,
+        None,
+    )
 
     def tokens(prompts: list[str]) -> dict[str, Tensor]:
         return {"input_ids": torch.tensor([[62, *(ord(letter) % 61 for letter in p[:40]), 63] for p in prompts])}
@@ -92,8 +129,14 @@ def released_gradients(model: Flux, reward: ClipReward, cond: Cond, rng: Random)
 
     def velocity(x: Tensor, level: float) -> Tensor:
         told = {"timestep": torch.full((1,), level), "guidance": torch.full((1,), model.distilled_guidance)}
-        out = transformer(hidden_states=pack(x), encoder_hidden_states=cond.text, pooled_projections=cond.pooled,
-                          img_ids=positions(x), txt_ids=torch.zeros(cond.text.shape[1], 3), **told).sample
+        out = transformer(
+            hidden_states=pack(x),
+            encoder_hidden_states=cond.text,
+            pooled_projections=cond.pooled,
+            img_ids=positions(x),
+            txt_ids=torch.zeros(cond.text.shape[1], 3),
+            **told,
+        ).sample
         return unpack(out, x.shape)
 
     def shifted(u: float) -> float:
@@ -129,10 +172,14 @@ def released_gradients(model: Flux, reward: ClipReward, cond: Cond, rng: Random)
 def count(model: Flux, reward: ClipReward, step: Callable[[], None]) -> dict[str, int]:
     """Calls of the transformer, the VAE's decoder and the image tower while `step` runs."""
     calls: Counter[str] = Counter()
-    watched = {"predict": model.weights.networks["policy"], "decode": model.parts.vae.vae.decoder,
-               "image_towers": reward.model.vision_model}
-    hooks = [module.register_forward_hook(lambda *_, name=name: calls.update([name]))
-             for name, module in watched.items()]
+    watched = {
+        "predict": model.weights.networks["policy"],
+        "decode": model.parts.vae.vae.decoder,
+        "image_towers": reward.model.vision_model,
+    }
+    hooks = [
+        module.register_forward_hook(lambda *_, name=name: calls.update([name])) for name, module in watched.items()
+    ]
     step()
     for hook in hooks:
         hook.remove()
@@ -201,14 +248,21 @@ def main() -> None:
     optimizer.zero_grad()
     median = {name: statistics.median(times) for name, times in in_turns(rows, repeats).items()}
     branches = formula["backward"]
-    shares = {"rollout": median["rollout"], "optimizer": median["optimizer"],
-              **{part: branches * median[part] for part in ("denoiser", "decoder", "reward")}}
+    shares = {
+        "rollout": median["rollout"],
+        "optimizer": median["optimizer"],
+        **{part: branches * median[part] for part in ("denoiser", "decoder", "reward")},
+    }
     total = sum(shares.values())
     print(f"{torch.get_num_threads()} thread, {repeats} turns, median process time; an update {median['update']:.3f} s")
     print("parts:", ", ".join(f"{name} {value / total:.0%}" for name, value in shares.items()))
     print(f"update / sum of its parts                   {median['update'] / total:.3f}   (at most 1.10)")
-    for name, bound in (("plain, both", "at least 1.5"), ("plain, anomaly mode", ""), ("plain, VAE trainable", ""),
-                        ("plain", "0.95 to 1.05")):
+    for name, bound in (
+        ("plain, both", "at least 1.5"),
+        ("plain, anomaly mode", ""),
+        ("plain, VAE trainable", ""),
+        ("plain", "0.95 to 1.05"),
+    ):
         ratio = median[name] / median["update"]
         print(f"{name + ' / update':<44}{ratio:.3f}" + (f"   ({bound})" if bound else ""))
 

@@ -22,11 +22,14 @@ import json
 from pathlib import Path
 
 import numpy as np
-from methods import (METHODS, RATES, Row, available, measured, parsed, rate, referees, scatter, slug, small,
-                     watch)
+from methods import METHODS, RATES, Row, available, measured, parsed, rate, referees, scatter, slug, small, watch
 
-PANELS = {"heldout": "held-out objective", "concept": "concept accuracy",
-          "diversity": "diversity inside prompt and style", "drift": "distance from the base's images"}
+PANELS = {
+    "heldout": "held-out objective",
+    "concept": "concept accuracy",
+    "diversity": "diversity inside prompt and style",
+    "drift": "distance from the base's images",
+}
 GRID = 61
 
 
@@ -80,8 +83,13 @@ def clouds_of(args: argparse.Namespace) -> dict[str, list[dict]]:
             for label, overrides in strengths(method, args.results, args.quick):
                 overrides = [*overrides, *args.override, *(small(method) if args.quick else [])]
                 labels.append((method, label, seed))
-                rows.append(Row(args.results / f"{slug('frontier', method, label, seed, args.budget)}.json", run,
-                                (method, seed, args.prompts, args.budget, args.checks, overrides)))
+                rows.append(
+                    Row(
+                        args.results / f"{slug('frontier', method, label, seed, args.budget)}.json",
+                        run,
+                        (method, seed, args.prompts, args.budget, args.checks, overrides),
+                    )
+                )
 
     def show(points: list[dict]) -> dict[str, float]:
         return {name: round(float(np.nanmean(points[-1][name])), 3) for name in ("reward", *PANELS)}
@@ -108,10 +116,16 @@ def summary(clouds: dict[str, list[dict]], resamples: int = 1000) -> tuple[dict,
     means = {m: {n: values(p, n, flat)[0] for n in ("reward", *PANELS)} for m, p in clouds.items()}
     base = {name: float(column[0]) for name, column in next(iter(means.values())).items()}
     top = max(float(column["reward"].max()) for column in means.values())
-    lines = ["| method | points | highest optimised | its held-out | its concept | its diversity | area held-out "
-             "| area concept | area diversity |", "|---|---|---|---|---|---|---|---|---|"]
-    lines.append("| base | 1 | " + " | ".join(f"{base[n]:.3f}" for n in ("reward", "heldout", "concept", "diversity"))
-                 + " | | | |")
+    lines = [
+        "| method | points | highest optimised | its held-out | its concept | its diversity | area held-out "
+        "| area concept | area diversity |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines.append(
+        "| base | 1 | "
+        + " | ".join(f"{base[n]:.3f}" for n in ("reward", "heldout", "concept", "diversity"))
+        + " | | | |"
+    )
     result: dict = {"base": base, "methods": {}}
     areas: dict[str, np.ndarray] = {}  # held-out: of all prompts, then of each resample of them
     for method, points in clouds.items():
@@ -129,8 +143,13 @@ def summary(clouds: dict[str, list[dict]], resamples: int = 1000) -> tuple[dict,
                 areas[method] = np.concatenate([[value], resampled])
             cells.append(f"{value:.2f} ({low:.2f} to {high:.2f})")
         result["methods"][method] = row
-        lines.append(f"| {method} | {len(points)} | " + " | ".join(
-            f"{row[n]:.3f}" for n in ("reward", "heldout", "concept", "diversity")) + " | " + " | ".join(cells) + " |")
+        lines.append(
+            f"| {method} | {len(points)} | "
+            + " | ".join(f"{row[n]:.3f}" for n in ("reward", "heldout", "concept", "diversity"))
+            + " | "
+            + " | ".join(cells)
+            + " |"
+        )
     leader = max(areas, key=lambda method: areas[method][0])
     behind = []
     for method in areas:
@@ -144,8 +163,10 @@ def summary(clouds: dict[str, list[dict]], resamples: int = 1000) -> tuple[dict,
     if "SQDF" in clouds:
         for other in ("DRaFT-LV", "ReFL"):
             if other in clouds:
-                both = [{n: values(clouds[m], n, np.concatenate([flat, drawn])) for n in ("diversity", "heldout")}
-                        for m in ("SQDF", other)]
+                both = [
+                    {n: values(clouds[m], n, np.concatenate([flat, drawn])) for n in ("diversity", "heldout")}
+                    for m in ("SQDF", other)
+                ]
                 shares = []
                 for k in range(1 + len(drawn)):
                     pair = [(cloud["diversity"][k], cloud["heldout"][k]) for cloud in both]
@@ -153,8 +174,11 @@ def summary(clouds: dict[str, list[dict]], resamples: int = 1000) -> tuple[dict,
                     shares.append(share_above(*pair, float(spread.min()), float(spread.max())))
                 low, high = np.nanquantile(shares[1:], [0.025, 0.975])
                 result[f"SQDF above {other}"] = [shares[0], float(low), float(high)]
-                lines += ["", f"SQDF's held-out reward at equal diversity is above {other}'s over {shares[0]:.0%} "
-                          f"({low:.0%} to {high:.0%} over prompts) of the range that the two cover."]
+                lines += [
+                    "",
+                    f"SQDF's held-out reward at equal diversity is above {other}'s over {shares[0]:.0%} "
+                    f"({low:.0%} to {high:.0%} over prompts) of the range that the two cover.",
+                ]
     return result, "\n".join(lines)
 
 

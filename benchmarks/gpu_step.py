@@ -64,16 +64,20 @@ def build(name: str, made: recipe.Recipe, size: int, device: torch.device, *, sm
     for parameter in weights.parameters():
         parameter.data = parameter.data.float()
     weights.checkpoint_activations()
-    vae = Autoencoder(random_network(AutoencoderKL, vae_config, dtype, device), device=device,
-                      gradient_checkpointing=True)
+    vae = Autoencoder(
+        random_network(AutoencoderKL, vae_config, dtype, device), device=device, gradient_checkpointing=True
+    )
     shape = latent_shape(vae_config, size, family=name, patch=published.patch)
     parts = Parts(SimpleNamespace(index={}), "denoiser", weights, vae, None, shape, (size, size), dtype, device, None)
     model = flux.Flux(parts, None) if name == "flux" else sdxl.StableDiffusionXL(parts, EulerDiscreteScheduler())
     towers = vit_h_14()
     if small:
         towers.vision_config.num_hidden_layers = towers.text_config.num_hidden_layers = 1
-    reward = ClipReward(random_network(CLIPModel, {"config": towers}, dtype, device),
-                        lambda prompts: {"input_ids": torch.full((len(prompts), 77), 49407)}, image_size=224)
+    reward = ClipReward(
+        random_network(CLIPModel, {"config": towers}, dtype, device),
+        lambda prompts: {"input_ids": torch.full((len(prompts), 77), 49407)},
+        image_size=224,
+    )
     vectors = {field: torch.randn(1, *length, device=device) for field, length in published.cond.items()}
     return model, reward, module.Cond(**vectors)
 
@@ -107,14 +111,18 @@ def main() -> None:
         seconds.append(time.perf_counter() - began)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     print(f"{args.model}, {args.size} x {args.size}, {where}, compiled: {args.compile}, small: {args.small}")
-    print(f"first update {seconds[0]:.2f} s (with warm-up), median of {args.updates} more "
-          f"{statistics.median(seconds[1:]):.3f} s")
+    print(
+        f"first update {seconds[0]:.2f} s (with warm-up), median of {args.updates} more "
+        f"{statistics.median(seconds[1:]):.3f} s"
+    )
     if device.type == "cuda":
         print(f"peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB allocated")
     if not args.small:
         planned = planner.plan(made)
-        print(f"plan: {planned.flops / 1e12:.1f} TFLOP, {planned.bytes / 2**30:.2f} GiB; measured "
-              f"{planned.flops / 1e12 / statistics.median(seconds[1:]):.0f} TFLOP/s")
+        print(
+            f"plan: {planned.flops / 1e12:.1f} TFLOP, {planned.bytes / 2**30:.2f} GiB; measured "
+            f"{planned.flops / 1e12 / statistics.median(seconds[1:]):.0f} TFLOP/s"
+        )
 
 
 if __name__ == "__main__":

@@ -37,9 +37,20 @@ UNHELD = {"SRPO": ["algorithm.anchor=0"], "SQDF": ["algorithm.alpha_kl=0"], "DRa
 def build(method: str, seed: int, lr: float, overrides: list[str]):
     source = METHODS[method][0]
     family = recipe.read(source).algorithm_name
-    plan = recipe.read(source, [*WORDS.get(family, []), *FAIR, *UNHELD[method], f"trainer.lr={lr}",
-                                f"trainer.seed={seed}", "trainer.ema_decay=0", "trainer.preview_every=0",
-                                "trainer.checkpoint_every=0", *overrides])
+    plan = recipe.read(
+        source,
+        [
+            *WORDS.get(family, []),
+            *FAIR,
+            *UNHELD[method],
+            f"trainer.lr={lr}",
+            f"trainer.seed={seed}",
+            "trainer.ema_decay=0",
+            "trainer.preview_every=0",
+            "trainer.checkpoint_every=0",
+            *overrides,
+        ],
+    )
     torch.manual_seed(seed)
     parts = recipe.build(plan)
     return plan, parts, parts.reward if family in WORDS else objective(parts.reward)
@@ -65,46 +76,83 @@ def over_optimise(
     method: str, seed: int, lr: float, every: int, steps: int, prompts: int, overrides: list[str]
 ) -> dict:
     held_out, base = base_concepts(prompts)
-    guard = [f"trainer.guard.every={every}", "trainer.guard.prompts=96", f"trainer.guard.concept_drop={LIMIT}",
-             "trainer.guard.action=stop", "trainer.guard.best=null"]
+    guard = [
+        f"trainer.guard.every={every}",
+        "trainer.guard.prompts=96",
+        f"trainer.guard.concept_drop={LIMIT}",
+        "trainer.guard.action=stop",
+        "trainer.guard.best=null",
+    ]
     found: dict = {"method": method, "seed": seed, "lr": lr}
     with tempfile.TemporaryDirectory() as folder:
         plan, parts, reward = build(method, seed, lr, [*guard, *overrides, f"trainer.steps={steps}"])
-        outcome = whole(train(parts.model, parts.algorithm, reward, parts.prompts, folder=folder, progress=False,
-                              preview=parts.preview_prompts, **vars(plan.trainer)))
+        outcome = whole(
+            train(
+                parts.model,
+                parts.algorithm,
+                reward,
+                parts.prompts,
+                folder=folder,
+                progress=False,
+                preview=parts.preview_prompts,
+                **vars(plan.trainer),
+            )
+        )
         log = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
         checks = [row for row in log if row["event"] == "guard"]
-        found |= {"stopped": outcome.reason.startswith("guard"), "step": outcome.step, "why": outcome.reason,
-                  "kept": checks[-1]["best_step"] if checks else 0,
-                  "seen": [[row["step"], row["concept"]] for row in checks]}
+        found |= {
+            "stopped": outcome.reason.startswith("guard"),
+            "step": outcome.step,
+            "why": outcome.reason,
+            "kept": checks[-1]["best_step"] if checks else 0,
+            "seen": [[row["step"], row["concept"]] for row in checks],
+        }
         kept = concepts(parts.model, held_out)
     with tempfile.TemporaryDirectory() as folder:
-        plan, parts, reward = build(method, seed, lr, ["trainer.guard.every=0", *overrides,
-                                                       f"trainer.steps={2 * outcome.step}"])
-        whole(train(parts.model, parts.algorithm, reward, parts.prompts, folder=folder, progress=False,
-                    **vars(plan.trainer)))
+        plan, parts, reward = build(
+            method, seed, lr, ["trainer.guard.every=0", *overrides, f"trainer.steps={2 * outcome.step}"]
+        )
+        whole(
+            train(
+                parts.model, parts.algorithm, reward, parts.prompts, folder=folder, progress=False, **vars(plan.trainer)
+            )
+        )
         free = concepts(parts.model, held_out)
     words, _ = pairs(held_out, (0, 1))
     low, high = bootstrap_interval(kept, base, groups=words)
-    return found | {"base": float(base.mean()), "guarded": float(kept.mean()), "unguarded": float(free.mean()),
-                    "change_low": low, "change_high": high, "images": len(base)}
+    return found | {
+        "base": float(base.mean()),
+        "guarded": float(kept.mean()),
+        "unguarded": float(free.mean()),
+        "change_low": low,
+        "change_high": high,
+        "images": len(base),
+    }
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| run | stopped by the guard, after updates | kept step | concept: base | kept checkpoint (change, 95 %) "
-             "| without a guard, twice the updates | fell by less than .05 |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| run | stopped by the guard, after updates | kept step | concept: base | kept checkpoint (change, 95 %) "
+        "| without a guard, twice the updates | fell by less than .05 |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         change = row["guarded"] - row["base"]
         stopped = f"{row['why'].removeprefix('guard: ')}, {row['step']}" if row["stopped"] else f"no ({row['step']})"
-        lines.append(f"| {row['method']}, seed {row['seed']} | {stopped} | {row['kept']} | {row['base']:.3f} "
-                     f"| {row['guarded']:.3f} ({change:+.3f}, {row['change_low']:+.3f} to {row['change_high']:+.3f}) "
-                     f"| {row['unguarded']:.3f} | {_verdict(row)} |")
+        lines.append(
+            f"| {row['method']}, seed {row['seed']} | {stopped} | {row['kept']} | {row['base']:.3f} "
+            f"| {row['guarded']:.3f} ({change:+.3f}, {row['change_low']:+.3f} to {row['change_high']:+.3f}) "
+            f"| {row['unguarded']:.3f} | {_verdict(row)} |"
+        )
     good = sum(_verdict(row) == "yes" for row in rows)
     worst = min((row["guarded"] - row["base"] for row in rows), default=float("nan"))
     idle = sum(row["kept"] == 0 for row in rows)
-    lines += ["", f"{good} of {len(rows)} runs kept a trained checkpoint that lost less than {LIMIT}; {idle} were put "
-              f"back to the base model before any look had passed; the worst change {worst:+.3f}; without a "
-              f"guard {np.mean([row['unguarded'] - row['base'] for row in rows]):+.3f} on average."]
+    lines += [
+        "",
+        f"{good} of {len(rows)} runs kept a trained checkpoint that lost less than {LIMIT}; {idle} were put "
+        f"back to the base model before any look had passed; the worst change {worst:+.3f}; without a "
+        f"guard {np.mean([row['unguarded'] - row['base'] for row in rows]):+.3f} on average.",
+    ]
     return "\n".join(lines)
 
 
@@ -127,9 +175,23 @@ def main() -> None:
     if args.quick:
         args.seeds, args.every, args.steps, args.prompts = args.seeds[:1], 1, 1, 4
         args.override += ["trainer.batch_size=2", "trainer.guard.prompts=4"]
-    rows = [Row(args.results / f"{slug('guard', method, seed, args.factor)}.json", over_optimise,
-                (method, seed, args.factor * rate(method, args.results), args.every, args.steps, args.prompts,
-                 args.override)) for seed in args.seeds for method in args.methods]
+    rows = [
+        Row(
+            args.results / f"{slug('guard', method, seed, args.factor)}.json",
+            over_optimise,
+            (
+                method,
+                seed,
+                args.factor * rate(method, args.results),
+                args.every,
+                args.steps,
+                args.prompts,
+                args.override,
+            ),
+        )
+        for seed in args.seeds
+        for method in args.methods
+    ]
     text = table(measured(rows, args.jobs))
     (args.results / "guard.md").write_text(text + "\n")
     print(text)

@@ -17,6 +17,7 @@ do most; so a row's numbers do not depend on --jobs. A run whose loss is not fin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
@@ -57,15 +58,29 @@ METHODS = {  # name -> recipe, what is swept as its strength in frontier.py
     "Diffusion-DPO": ("dpo-emoji", ("algorithm.beta", (500.0, 2000.0, 8000.0))),
 }
 RATES = (0.5, 1.0, 2.0)  # times the recipe's learning rate
-WORDS = {"srpo": [f'algorithm.positive=["{STYLE}"]', f'algorithm.negative=["{NEGATIVE}"]',
-                  f"algorithm.k_denoise=[{K}, {K}]", f"algorithm.k_inversion=[{K}, {K}]",
-                  "algorithm.hinge=null"]}  # these read control words, not a reward made of them
-QUICK = {"ddpo": ["algorithm.steps=3"], "flow_grpo": ["algorithm.steps=4", "algorithm.group=2"],
-         "nft": ["algorithm.steps=3", "algorithm.group=2"], "dpo": ["algorithm.steps=3"]}  # --quick, by family
+WORDS = {
+    "srpo": [
+        f'algorithm.positive=["{STYLE}"]',
+        f'algorithm.negative=["{NEGATIVE}"]',
+        f"algorithm.k_denoise=[{K}, {K}]",
+        f"algorithm.k_inversion=[{K}, {K}]",
+        "algorithm.hinge=null",
+    ]
+}  # these read control words, not a reward made of them
+QUICK = {
+    "ddpo": ["algorithm.steps=3"],
+    "flow_grpo": ["algorithm.steps=4", "algorithm.group=2"],
+    "nft": ["algorithm.steps=3", "algorithm.group=2"],
+    "dpo": ["algorithm.steps=3"],
+}  # --quick, by family
 FIXED = {"MixGRPO": ["algorithm.window_every=3"]}  # its few updates then visit all levels, as its recipe's many do
 PLAIN = ["trainer.ema_decay=0", "trainer.guard.every=0", "trainer.preview_every=0", "trainer.checkpoint_every=0"]
-FAIR = ["model.lora_rank=4", "model.lora_targets=[attn2.to_k, attn2.to_v, time_emb_proj]", "trainer.warmup=0",
-        "algorithm.guidance=1"]
+FAIR = [
+    "model.lora_rank=4",
+    "model.lora_targets=[attn2.to_k, attn2.to_v, time_emb_proj]",
+    "trainer.warmup=0",
+    "algorithm.guidance=1",
+]
 
 
 def available() -> list[str]:
@@ -185,15 +200,20 @@ class _Enough(Exception):
 
 
 def whole(outcome: Outcome) -> Outcome:
-    """The outcome of a run that went to its end. A signal makes `train` return early: such a run is no row of a table.
-    """
+    """The outcome of a run that went to its end; RuntimeError for one that a signal ended early, which is no row."""
     if outcome.exit_code:
         raise RuntimeError(f"stopped by a {outcome.reason} at step {outcome.step}; its row is not kept")
     return outcome
 
 
 def watch(
-    method: str, seed: int, who: Referees, *, budget: int, checks: int, overrides: Sequence[str] = (),
+    method: str,
+    seed: int,
+    who: Referees,
+    *,
+    budget: int,
+    checks: int,
+    overrides: Sequence[str] = (),
     done: Callable[[Check], bool] = lambda check: False,
 ) -> list[Check]:
     """Train the method from the base model for `budget` denoiser forwards and measure it `checks` times on the way, and
@@ -201,8 +221,9 @@ def watch(
     """
     source = METHODS[method][0]
     family = recipe.read(source).algorithm_name
-    plan = recipe.read(source, [*WORDS.get(family, []), *PLAIN, *FAIR, *FIXED.get(method, []), *overrides,
-                                f"trainer.seed={seed}"])
+    plan = recipe.read(
+        source, [*WORDS.get(family, []), *PLAIN, *FAIR, *FIXED.get(method, []), *overrides, f"trainer.seed={seed}"]
+    )
     torch.manual_seed(seed)  # LoRA's first weights
     parts = recipe.build(plan)
     model, reward = Counted(parts.model), parts.reward if family in WORDS else objective(parts.reward)
@@ -229,12 +250,18 @@ def watch(
 
     check(0)
     settings = {**vars(plan.trainer), "steps": 10**6}
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            whole(train(model, Watched(parts.algorithm, before, after), reward, parts.prompts, folder=folder,
-                        progress=False, **settings))
-        except (_Enough, NonFinite):
-            pass
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Enough, NonFinite):
+        whole(
+            train(
+                model,
+                Watched(parts.algorithm, before, after),
+                reward,
+                parts.prompts,
+                folder=folder,
+                progress=False,
+                **settings,
+            )
+        )
     return found
 
 
@@ -316,7 +343,10 @@ def slug(*parts: object) -> str:
 
 
 def scatter(
-    title: str, x_name: str, y_name: str, series: dict[str, list[tuple[float, float]]],
+    title: str,
+    x_name: str,
+    y_name: str,
+    series: dict[str, list[tuple[float, float]]],
     lines: dict[str, list[tuple[float, float]]],
 ) -> str:
     """An SVG of points and of lines, a colour and a mark for each name."""
@@ -331,34 +361,47 @@ def scatter(
 
     def place(point: tuple[float, float]) -> tuple[float, float]:
         (x0, x1), (y0, y1) = spans
-        return (round(left + (width - left - right) * (point[0] - x0) / (x1 - x0), 1),
-                round(height - bottom - (height - top - bottom) * (point[1] - y0) / (y1 - y0), 1))
+        return (
+            round(left + (width - left - right) * (point[0] - x0) / (x1 - x0), 1),
+            round(height - bottom - (height - top - bottom) * (point[1] - y0) / (y1 - y0), 1),
+        )
 
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-           f'font-size="12" fill="#444"><rect width="{width}" height="{height}" fill="#fff"/>'
-           f'<text x="{left}" y="22" font-size="14">{title}</text>'
-           f'<text x="{(left + width - right) / 2}" y="{height - 12}" text-anchor="middle">{x_name}</text>'
-           f'<text transform="translate(16 {height / 2}) rotate(-90)" text-anchor="middle">{y_name}</text>']
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        f'font-size="12" fill="#444"><rect width="{width}" height="{height}" fill="#fff"/>'
+        f'<text x="{left}" y="22" font-size="14">{title}</text>'
+        f'<text x="{(left + width - right) / 2}" y="{height - 12}" text-anchor="middle">{x_name}</text>'
+        f'<text transform="translate(16 {height / 2}) rotate(-90)" text-anchor="middle">{y_name}</text>'
+    ]
     for value in ticks(*spans[0]):
         x, _ = place((value, spans[1][0]))
-        out.append(f'<line x1="{x}" x2="{x}" y1="{top}" y2="{height - bottom}" stroke="#e4e4e4"/>'
-                   f'<text x="{x}" y="{height - bottom + 16}" text-anchor="middle">{value:g}</text>')
+        out.append(
+            f'<line x1="{x}" x2="{x}" y1="{top}" y2="{height - bottom}" stroke="#e4e4e4"/>'
+            f'<text x="{x}" y="{height - bottom + 16}" text-anchor="middle">{value:g}</text>'
+        )
     for value in ticks(*spans[1]):
         _, y = place((spans[0][0], value))
-        out.append(f'<line x1="{left}" x2="{width - right}" y1="{y}" y2="{y}" stroke="#e4e4e4"/>'
-                   f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{value:g}</text>')
+        out.append(
+            f'<line x1="{left}" x2="{width - right}" y1="{y}" y2="{y}" stroke="#e4e4e4"/>'
+            f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{value:g}</text>'
+        )
     for i, name in enumerate(series):
         colour = colours[i % len(colours)]
         path = " ".join(f"{x},{y}" for x, y in (place(p) for p in lines.get(name, []) if all(map(math.isfinite, p))))
         if path:
             out.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" points="{path}"/>')
         for x, y in (place(p) for p in series[name] if all(map(math.isfinite, p))):
-            shape = (f'<circle cx="{x}" cy="{y}" r="3.4"' if i % 2 == 0 else
-                     f'<rect x="{x - 3}" y="{y - 3}" width="6" height="6"')
+            shape = (
+                f'<circle cx="{x}" cy="{y}" r="3.4"'
+                if i % 2 == 0
+                else f'<rect x="{x - 3}" y="{y - 3}" width="6" height="6"'
+            )
             out.append(f'{shape} fill="{colour}" fill-opacity=".75"/>')
         y = top + 8 + 18 * i
-        out.append(f'<rect x="{width - right + 16}" y="{y - 9}" width="10" height="10" fill="{colour}"/>'
-                   f'<text x="{width - right + 32}" y="{y}">{name}</text>')
+        out.append(
+            f'<rect x="{width - right + 16}" y="{y - 9}" width="10" height="10" fill="{colour}"/>'
+            f'<text x="{width - right + 32}" y="{y}">{name}</text>'
+        )
     return "".join([*out, "</svg>\n"])
 
 
@@ -366,8 +409,11 @@ def try_rate(method: str, lr: float, seed: int, budget: int, prompts: int) -> di
     who = referees(prompts, (0,), tuning=True)
     found = watch(method, seed, who, budget=budget, checks=1, overrides=[f"trainer.lr={lr}"])
     return {name: found[-1].mean(name) for name in ("reward", "heldout", "style", "concept")} | {
-        "concept_base": found[0].mean("concept"), "lr": lr, "seconds": found[-1].seconds,
-        "finite": found[-1].forwards >= budget}
+        "concept_base": found[0].mean("concept"),
+        "lr": lr,
+        "seconds": found[-1].seconds,
+        "finite": found[-1].forwards >= budget,
+    }
 
 
 def tune(results: Path, methods: Sequence[str], seed: int, budget: int, prompts: int, jobs: int) -> dict[str, float]:
@@ -375,12 +421,18 @@ def tune(results: Path, methods: Sequence[str], seed: int, budget: int, prompts:
     accuracy within .1 of the base (the limit of the recipes' guards); if none did, the one that kept most of it. A run
     that did not stay finite is out.
     """
-    rows = [Row(results / f"{slug('tune', method, factor, seed, budget)}.json", try_rate,
-                (method, recipe.read(METHODS[method][0]).trainer.lr * factor, seed, budget, prompts))
-            for method in methods for factor in RATES]
+    rows = [
+        Row(
+            results / f"{slug('tune', method, factor, seed, budget)}.json",
+            try_rate,
+            (method, recipe.read(METHODS[method][0]).trainer.lr * factor, seed, budget, prompts),
+        )
+        for method in methods
+        for factor in RATES
+    ]
     found, chosen = measured(rows, jobs), {}
     for i, method in enumerate(methods):
-        own = [row for row in found[i * len(RATES): (i + 1) * len(RATES)] if row["finite"]]
+        own = [row for row in found[i * len(RATES) : (i + 1) * len(RATES)] if row["finite"]]
         if not own:
             raise ValueError(f"{method}: no learning rate stayed finite; lower trainer.lr of its recipe")
         kept = [row for row in own if row["concept"] >= row["concept_base"] - 0.1]

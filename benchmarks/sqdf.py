@@ -25,8 +25,8 @@ import json
 import tempfile
 import time
 from functools import lru_cache
-from itertools import cycle
 from importlib.resources import files
+from itertools import cycle, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -74,20 +74,34 @@ def _sweep(alpha: float) -> str:
 
 def train_and_judge(method: str, seed: int, prompts: int, budget: int, checks: int, overrides: list[str]) -> list[dict]:
     found = watch(method, seed, referees(prompts, (0, 1)), budget=budget, checks=checks, overrides=overrides)
-    return [{"updates": c.updates, "forwards": c.forwards, "seconds": c.seconds} | {key: c.mean(key) for key in NAMES}
-            for c in found]
+    return [
+        {"updates": c.updates, "forwards": c.forwards, "seconds": c.seconds} | {key: c.mean(key) for key in NAMES}
+        for c in found
+    ]
 
 
 def trained_rows(group: str, args: argparse.Namespace) -> list[Row]:
-    return [Row(args.results / f"{slug('sqdf', group, name, seed, args.budget)}.json", train_and_judge,
-                (method, seed, args.prompts, args.budget, args.checks,
-                 [*overrides, *args.override, *(small(method) if args.quick else [])]))
-            for seed in args.seeds for name, (method, overrides) in runs(group, args).items()]
+    return [
+        Row(
+            args.results / f"{slug('sqdf', group, name, seed, args.budget)}.json",
+            train_and_judge,
+            (
+                method,
+                seed,
+                args.prompts,
+                args.budget,
+                args.checks,
+                [*overrides, *args.override, *(small(method) if args.quick else [])],
+            ),
+        )
+        for seed in args.seeds
+        for name, (method, overrides) in runs(group, args).items()
+    ]
 
 
 def at_reward(points: list[dict], reward: float, key: str) -> float:
     """The value of `key` where a run first reaches the held-out reward, linear between checks; NaN if it never does."""
-    for before, after in zip(points[:-1], points[1:], strict=True):
+    for before, after in pairwise(points):
         if after["heldout"] >= reward > before["heldout"]:
             share = (reward - before["heldout"]) / (after["heldout"] - before["heldout"])
             return before[key] + share * (after[key] - before[key])
@@ -98,9 +112,10 @@ def tables(args: argparse.Namespace) -> str:
     """Mean over seeds and, behind it, the standard deviation; the frontier as an SVG beside the results."""
     parts, clouds = [], {}  # method -> seed -> its runs, each a list of points
     for group in ("sweep", "ablations"):
-        lines = [f"| {group} | seeds | updates | optimised | held-out | style | concept | diversity | drift "
-                 "| saturation |",
-                 "|---|---|---|---|---|---|---|---|---|---|"]
+        lines = [
+            f"| {group} | seeds | updates | optimised | held-out | style | concept | diversity | drift | saturation |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
         for name in runs(group, args):
             paths = {seed: args.results / f"{slug('sqdf', group, name, seed, args.budget)}.json" for seed in args.seeds}
             found = {seed: made(file) for seed, file in paths.items() if file.exists()}
@@ -116,22 +131,35 @@ def tables(args: argparse.Namespace) -> str:
             parts.append("\n".join(lines))
     if len(clouds) > 1:
         parts += [levels(clouds), frontier_table(clouds)]
-        series = {name: [(p["heldout"], p["diversity"]) for points in every(found) for p in points]
-                  for name, found in clouds.items()}
+        series = {
+            name: [(p["heldout"], p["diversity"]) for points in every(found) for p in points]
+            for name, found in clouds.items()
+        }
         path = args.results / "sqdf-frontier.svg"
-        path.write_text(scatter("SQDF over alpha_kl, DRaFT-1 and ReFL over learning rates", "held-out objective",
-                                "diversity inside prompt and style", series, {}))
-    lines = ["| oracle | seeds | base, one draw | random search, best of the draws | reward-weighted, the same draws "
-             "| SQDF, one draw | concept before, after | minutes |",
-             "|---|---|---|---|---|---|---|---|"]
+        path.write_text(
+            scatter(
+                "SQDF over alpha_kl, DRaFT-1 and ReFL over learning rates",
+                "held-out objective",
+                "diversity inside prompt and style",
+                series,
+                {},
+            )
+        )
+    lines = [
+        "| oracle | seeds | base, one draw | random search, best of the draws | reward-weighted, the same draws "
+        "| SQDF, one draw | concept before, after | minutes |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for oracle in ORACLES:
         paths = sorted(args.results.glob(f"{slug('sqdf', 'blackbox', oracle)}-*-{args.queries}-{args.updates}.json"))
         if found := [made(file) for file in paths]:
             cells = [about([row[key] for row in found]) for key in ("base", "search", "weighted", "sqdf")]
             concept = ", ".join(f"{np.mean([f[k] for f in found]):.3f}" for k in ("concept_base", "concept"))
             concept += " (by the oracle itself)" if oracle == "hidden-judge" else ""
-            lines.append(f"| {oracle} | {len(found)} | " + " | ".join(cells) + f" | {concept} | "
-                         f"{np.mean([f['seconds'] for f in found]) / 60:.1f} |")
+            lines.append(
+                f"| {oracle} | {len(found)} | " + " | ".join(cells) + f" | {concept} | "
+                f"{np.mean([f['seconds'] for f in found]) / 60:.1f} |"
+            )
     return "\n\n".join([*parts, "\n".join(lines)] if len(lines) > 2 else parts)
 
 
@@ -144,17 +172,32 @@ def levels(clouds: dict[str, dict[int, list]]) -> str:
     most diversity there, mean over the seeds that reach it."""
     base = every(next(iter(clouds.values())))[0][0]
     reached = min(max(p["heldout"] for points in every(found) for p in points) for found in clouds.values())
-    lines = ["| at held-out reward | " + " | ".join(f"{n}: diversity, concept" for n in clouds) + " |",
-             "|---" * (len(clouds) + 1) + "|", f"| {base['heldout']:.3f} (base) | "
-             + " | ".join(f"{base['diversity']:.3f}, {base['concept']:.3f}" for _ in clouds) + " |"]
+    lines = [
+        "| at held-out reward | " + " | ".join(f"{n}: diversity, concept" for n in clouds) + " |",
+        "|---" * (len(clouds) + 1) + "|",
+        f"| {base['heldout']:.3f} (base) | "
+        + " | ".join(f"{base['diversity']:.3f}, {base['concept']:.3f}" for _ in clouds)
+        + " |",
+    ]
     for share in (0.25, 0.5, 0.75, 1.0):
         level, cells = base["heldout"] + share * (reached - base["heldout"]), []
         for found in clouds.values():
-            kept = [max(there) for own in found.values() if (there := [
-                tuple(at_reward(points, level, key) for key in ("diversity", "concept")) for points in own
-                if any(point["heldout"] >= level for point in points)])]
-            cells.append("{:.3f}, {:.3f} ({} of {} seeds)".format(*np.mean(kept, axis=0), len(kept), len(found))
-                         if kept else "never")
+            kept = [
+                max(there)
+                for own in found.values()
+                if (
+                    there := [
+                        tuple(at_reward(points, level, key) for key in ("diversity", "concept"))
+                        for points in own
+                        if any(point["heldout"] >= level for point in points)
+                    ]
+                )
+            ]
+            cells.append(
+                "{:.3f}, {:.3f} ({} of {} seeds)".format(*np.mean(kept, axis=0), len(kept), len(found))
+                if kept
+                else "never"
+            )
         lines.append(f"| {level:.3f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -163,15 +206,23 @@ def frontier_table(clouds: dict[str, dict[int, list]]) -> str:
     """Areas under the frontiers over the held-out rewards that every method reaches, as shares of the box of all values
     seen, mean and standard deviation over seeds; and over which share of them SQDF's frontier is higher (equal: half).
     """
-    lines = ["| method | seeds | highest held-out | area, diversity | area, concept "
-             "| SQDF above: diversity, concept |",
-             "|---|---|---|---|---|---|"]
-    columns = {name: {seed: {key: np.array([p[key] for points in own for p in points])
-                             for key in ("heldout", "diversity", "concept")} for seed, own in found.items()}
-               for name, found in clouds.items()}
+    lines = [
+        "| method | seeds | highest held-out | area, diversity | area, concept | SQDF above: diversity, concept |",
+        "|---|---|---|---|---|---|",
+    ]
+    columns = {
+        name: {
+            seed: {
+                key: np.array([p[key] for points in own for p in points]) for key in ("heldout", "diversity", "concept")
+            }
+            for seed, own in found.items()
+        }
+        for name, found in clouds.items()
+    }
     flat = [own for found in columns.values() for own in found.values()]
-    spans = {key: (min(c[key].min() for c in flat), max(c[key].max() for c in flat))
-             for key in ("diversity", "concept")}
+    spans = {
+        key: (min(c[key].min() for c in flat), max(c[key].max() for c in flat)) for key in ("diversity", "concept")
+    }
     for name, found in columns.items():
         rows: dict[str, list[float]] = {}
         for seed, own in found.items():
@@ -182,8 +233,9 @@ def frontier_table(clouds: dict[str, dict[int, list]]) -> str:
                 rows.setdefault(key, []).append(float(area(own["heldout"], own[key], low, high, *span)))
                 ours = columns.get("SQDF", {}).get(seed)
                 if ours is not None and name != "SQDF":
-                    rows.setdefault(f"above {key}", []).append(share_above(
-                        (ours["heldout"], ours[key]), (own["heldout"], own[key]), low, high))
+                    rows.setdefault(f"above {key}", []).append(
+                        share_above((ours["heldout"], ours[key]), (own["heldout"], own[key]), low, high)
+                    )
         cells = [about(rows[key]) for key in ("highest", "diversity", "concept")]
         above = [f"{np.nanmean(rows[k]):.0%}" for k in ("above diversity", "above concept") if k in rows]
         lines.append(f"| {name} | {len(found)} | " + " | ".join(cells) + f" | {', '.join(above)} |")
@@ -207,16 +259,27 @@ def black_box(oracle: str, seed: int, prompts: int, queries: int, overrides: lis
     asked_about = []
     if oracle == "colour-position":
         judged, rest = (
-            [f"a {concept} at the {side} on a {colour} background" for concept, side, colour in zip(
-                concepts, cycle(vocabulary().positions), cycle(vocabulary().colours))]
-            for concepts in (vocabulary().concepts[::2], vocabulary().concepts[1::2]))
+            [
+                f"a {concept} at the {side} on a {colour} background"
+                for concept, side, colour in zip(concepts, cycle(vocabulary().positions), cycle(vocabulary().colours))
+            ]
+            for concepts in (vocabulary().concepts[::2], vocabulary().concepts[1::2])
+        )
         words_of = judged[:prompts]
         asked_about = ["prompts.file=null", f"prompts.list={json.dumps(rest)}"]
     with tempfile.TemporaryDirectory() as folder:
-        plan = recipe.read("optimize-emoji", [f"run.folder={folder}/run", f"trainer.seed={seed}",
-                                              f"optimize.oracle.name={oracle}", f"optimize.budget={queries}",
-                                              f"optimize.oracle.noise={0.1 if oracle == 'hidden-judge' else 0.0}",
-                                              *asked_about, *overrides])
+        plan = recipe.read(
+            "optimize-emoji",
+            [
+                f"run.folder={folder}/run",
+                f"trainer.seed={seed}",
+                f"optimize.oracle.name={oracle}",
+                f"optimize.budget={queries}",
+                f"optimize.oracle.noise={0.1 if oracle == 'hidden-judge' else 0.0}",
+                *asked_about,
+                *overrides,
+            ],
+        )
         began = time.perf_counter()
         with torch.enable_grad():
             whole(from_recipe(plan))
@@ -240,19 +303,28 @@ def black_box(oracle: str, seed: int, prompts: int, queries: int, overrides: lis
     words, _ = pairs(words_of, (0, 1))
     before, after = (quantise(generate(model, words_of, (0, 1), weights=w)) for w in ("reference", "policy"))
     return {
-        "base": float(scores(exact, before, words).mean()), "sqdf": float(scores(exact, after, words).mean()),
+        "base": float(scores(exact, before, words).mean()),
+        "sqdf": float(scores(exact, after, words).mean()),
         "search": float(true[np.arange(len(true)), seen.argmax(1)].mean()),
         "weighted": float(((weight * true).sum(1) / weight.sum(1)).mean()),
-        "concept_base": concept(before, words), "concept": concept(after, words), "seconds": seconds,
+        "concept_base": concept(before, words),
+        "concept": concept(after, words),
+        "seconds": seconds,
     }
 
 
 def black_box_rows(args: argparse.Namespace) -> list[Row]:
     overrides = [f"trainer.steps={args.updates}", *args.override]
     name = ("sqdf", "blackbox")
-    return [Row(args.results / f"{slug(*name, oracle, seed, args.queries, args.updates)}.json", black_box,
-                (oracle, seed, args.prompts, args.queries, overrides))
-            for seed in args.seeds for oracle in args.oracles]
+    return [
+        Row(
+            args.results / f"{slug(*name, oracle, seed, args.queries, args.updates)}.json",
+            black_box,
+            (oracle, seed, args.prompts, args.queries, overrides),
+        )
+        for seed in args.seeds
+        for oracle in args.oracles
+    ]
 
 
 def main() -> None:
@@ -272,11 +344,16 @@ def main() -> None:
         args.seeds, args.budget, args.checks, args.prompts, args.queries = [0], 60, 1, 4, 12
         if args.what == "blackbox":
             args.oracles, args.updates = args.oracles[:1], 1
-            args.override += ["trainer.batch_size=2", "algorithm.buffer_size=8", "optimize.rounds=2",
-                              "algorithm.rollout_steps=3"]
+            args.override += [
+                "trainer.batch_size=2",
+                "algorithm.buffer_size=8",
+                "optimize.rounds=2",
+                "algorithm.rollout_steps=3",
+            ]
     if args.what in ("sweep", "ablations"):
-        measured(trained_rows(args.what, args), args.jobs,
-                 lambda found: {key: round(found[-1][key], 3) for key in NAMES})
+        measured(
+            trained_rows(args.what, args), args.jobs, lambda found: {key: round(found[-1][key], 3) for key in NAMES}
+        )
     if args.what == "blackbox":
         measured(black_box_rows(args), args.jobs)
     text = tables(args)

@@ -59,20 +59,38 @@ referee: Callable[[], Referee] = cache(embedded_referee)
 @cache
 def drawn_by_the_base(prompts: tuple[str, ...]) -> Tensor:
     """What the base model draws for them, once a process."""
-    return quantise(generate(recipe.build(recipe.read("srpo-emoji")).model, prompts, SEEDS_PER_PROMPT,
-                             weights="reference"))
+    return quantise(
+        generate(recipe.build(recipe.read("srpo-emoji")).model, prompts, SEEDS_PER_PROMPT, weights="reference")
+    )
 
 
 def measure(source: str, overrides: list[str], seed: int, count: int) -> dict:
     """Train without guard, previews or checkpoints, then judge the result."""
-    plan = recipe.read(source, [*overrides, f"trainer.seed={seed}", "trainer.guard.every=0", "trainer.preview_every=0",
-                              "trainer.checkpoint_every=0"])
+    plan = recipe.read(
+        source,
+        [
+            *overrides,
+            f"trainer.seed={seed}",
+            "trainer.guard.every=0",
+            "trainer.preview_every=0",
+            "trainer.checkpoint_every=0",
+        ],
+    )
     torch.manual_seed(seed)
     parts = recipe.build(plan)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        whole(train(parts.model, parts.algorithm, parts.reward, parts.prompts, folder=folder, **vars(plan.trainer),
-                    progress=False))
+        whole(
+            train(
+                parts.model,
+                parts.algorithm,
+                parts.reward,
+                parts.prompts,
+                folder=folder,
+                **vars(plan.trainer),
+                progress=False,
+            )
+        )
     seconds = time.perf_counter() - began
 
     prompts = recipe.spread(recipe.read_prompts("emoji-eval"), count)
@@ -83,8 +101,17 @@ def measure(source: str, overrides: list[str], seed: int, count: int) -> dict:
     who = referee()
     rewards = dict(who.rewards)
     rewards.pop("jpeg_size")
-    judged = evaluate_images(images, words, seeds, rewards=rewards, judge=who.judge, parse=who.parse,
-                             background=who.background, colours=who.colours, base=base).summary
+    judged = evaluate_images(
+        images,
+        words,
+        seeds,
+        rewards=rewards,
+        judge=who.judge,
+        parse=who.parse,
+        background=who.background,
+        colours=who.colours,
+        base=base,
+    ).summary
     metrics = judged["metrics"]
     row = {"seconds": seconds, "drift": judged["drift"]}
     for key in (f"style/{positive[0]}", "concept", "background"):
@@ -96,10 +123,15 @@ def measure(source: str, overrides: list[str], seed: int, count: int) -> dict:
         for reward in ("emoji", "emoji-heldout"):  # the relative preference, on the images of both models
             change = []
             for side in (base, images):
-                scores = [score_pair(who.rewards[reward], side[k: k + 64],
-                                     with_control(positive[0], words[k: k + 64]),
-                                     with_control(negative[0], words[k: k + 64]))
-                          for k in range(0, len(side), 64)]
+                scores = [
+                    score_pair(
+                        who.rewards[reward],
+                        side[k : k + 64],
+                        with_control(positive[0], words[k : k + 64]),
+                        with_control(negative[0], words[k : k + 64]),
+                    )
+                    for k in range(0, len(side), 64)
+                ]
                 change.append(float(torch.cat([a - b for a, b in scores]).mean()))
             row[f"relative {reward}"] = change[1] - change[0]
             row[f"absolute {reward}"] = metrics[f"reward/{reward}"]["change"]
@@ -115,28 +147,40 @@ def measure(source: str, overrides: list[str], seed: int, count: int) -> dict:
 
 def table(group: str, results: Path) -> str:
     """Mean over seeds, with the standard deviation behind it; "" if nothing has been measured."""
-    lines = ["| run | seeds | style share | concept change | background change | diversity / base | same style "
-             "| / base in that style | relative reward, optimised | held out | absolute reward, held out "
-             "| saturation; red, green, blue / base in that style | fine detail / base | seconds |", "|---" * 14 + "|"]
+    lines = [
+        "| run | seeds | style share | concept change | background change | diversity / base | same style "
+        "| / base in that style | relative reward, optimised | held out | absolute reward, held out "
+        "| saturation; red, green, blue / base in that style | fine detail / base | seconds |",
+        "|---" * 14 + "|",
+    ]
     for name in RUNS[group]:
         rows = [made(path) for path in sorted(results.glob(f"{slug('srpo', group, name)}-*.json"))]
         if not rows:
             continue
         two, base = "{:.2f}", np.mean([r["style_base"] for r in rows])
         red, green, blue = (f"{np.mean([r['cast'][f'{c}_ratio'] for r in rows]):.2f}" for c in ("red", "green", "blue"))
-        lines.append("| " + " | ".join([
-            name, str(len(rows)), f"{base:.2f} -> " + about([r["style"] for r in rows], two),
-            about([r["concept"] - r["concept_base"] for r in rows], "{:+.3f}"),
-            about([r["background"] - r["background_base"] for r in rows], "{:+.3f}"),
-            about([r["diversity"] for r in rows], two), about([r["diversity_same_style"] for r in rows], two),
-            about([r["diversity_of_style"] for r in rows], two),
-            about([r["relative emoji"] for r in rows], "{:+.3f}"),
-            about([r["relative emoji-heldout"] for r in rows], "{:+.3f}"),
-            about([r["absolute emoji-heldout"] for r in rows], "{:+.3f}"),
-            f"{np.mean([r['cast']['saturation_ratio'] for r in rows]):.2f}; {red}, {green}, {blue}",
-            about([r["drift"]["high_frequency_ratio"] for r in rows], two),
-            f"{np.mean([r['seconds'] for r in rows]):.0f}",
-        ]) + " |")
+        lines.append(
+            "| "
+            + " | ".join(
+                [
+                    name,
+                    str(len(rows)),
+                    f"{base:.2f} -> " + about([r["style"] for r in rows], two),
+                    about([r["concept"] - r["concept_base"] for r in rows], "{:+.3f}"),
+                    about([r["background"] - r["background_base"] for r in rows], "{:+.3f}"),
+                    about([r["diversity"] for r in rows], two),
+                    about([r["diversity_same_style"] for r in rows], two),
+                    about([r["diversity_of_style"] for r in rows], two),
+                    about([r["relative emoji"] for r in rows], "{:+.3f}"),
+                    about([r["relative emoji-heldout"] for r in rows], "{:+.3f}"),
+                    about([r["absolute emoji-heldout"] for r in rows], "{:+.3f}"),
+                    f"{np.mean([r['cast']['saturation_ratio'] for r in rows]):.2f}; {red}, {green}, {blue}",
+                    about([r["drift"]["high_frequency_ratio"] for r in rows], two),
+                    f"{np.mean([r['seconds'] for r in rows]):.0f}",
+                ]
+            )
+            + " |"
+        )
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
@@ -160,11 +204,20 @@ def main() -> None:
         args.seeds, args.prompts, args.override = args.seeds[:1], 2, [*args.override, *QUICK]
         args.only = args.only or list(RUNS.get(args.what, ()))[:2]
     if args.what != "table":
-        measured([Row(args.results / f"{slug('srpo', args.what, name, seed)}.json", measure,
-                      (source, [*overrides, *args.override], seed, args.prompts))
-                  for seed in args.seeds for name, (source, overrides) in RUNS[args.what].items()
-                  if not args.only or name in args.only], args.jobs,
-                 lambda row: {key: round(value, 3) for key, value in row.items() if isinstance(value, float)})
+        measured(
+            [
+                Row(
+                    args.results / f"{slug('srpo', args.what, name, seed)}.json",
+                    measure,
+                    (source, [*overrides, *args.override], seed, args.prompts),
+                )
+                for seed in args.seeds
+                for name, (source, overrides) in RUNS[args.what].items()
+                if not args.only or name in args.only
+            ],
+            args.jobs,
+            lambda row: {key: round(value, 3) for key, value in row.items() if isinstance(value, float)},
+        )
     tell(args.results)
 
 

@@ -92,8 +92,10 @@ def main() -> None:
     rows = [(clock(update), clock(rollout), clock(branch), clock(apply)) for _ in range(args.repeats)]
     whole, roll, one, step = (statistics.median(column) for column in zip(*rows, strict=True))
     total = roll + losses * one + step
-    print(f"update / sum of its parts = {whole / total:.3f}   (rollout {roll / total:.0%}, {losses} branches "
-          f"{losses * one / total:.0%}, optimizer {step / total:.0%})")
+    print(
+        f"update / sum of its parts = {whole / total:.3f}   (rollout {roll / total:.0%}, {losses} branches "
+        f"{losses * one / total:.0%}, optimizer {step / total:.0%})"
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ Writes RESULTS/time_to_preference.svg: style share over forwards, one curve a me
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import math
 import re
 from pathlib import Path
@@ -42,7 +42,7 @@ def forwards_to(checks: list[dict], level: float, key: str = "style") -> float:
     infinite if there is none. A style share counts where the concepts are kept; "reward" is a rise over the first
     check."""
     floor = checks[0]["reward"] if key == "reward" else 0.0
-    for before, after in zip(checks[:-1], checks[1:], strict=True):
+    for before, after in itertools.pairwise(checks):
         kept = key != "style" or after["concept"] >= checks[0]["concept"] - CONCEPT_LOSS
         if kept and after[key] - floor >= level:
             rise, left = after[key] - before[key], level - (before[key] - floor)
@@ -61,10 +61,25 @@ def run(method: str, seed: int, prompts: int, budget: int, checks: int, override
 
     found = watch(method, seed, who, budget=budget, checks=checks, overrides=overrides, done=done)
     last = found[-1]
-    rows = [{"forwards": c.forwards, "style": c.mean("style"), "concept": c.mean("concept"), "reward": c.mean("reward"),
-             "heldout": c.mean("heldout")} for c in found]
-    return {"method": method, "seed": seed, "forwards": last.forwards, "updates": last.updates,
-            "seconds": last.seconds, "differentiated": last.differentiated, "checks": rows}
+    rows = [
+        {
+            "forwards": c.forwards,
+            "style": c.mean("style"),
+            "concept": c.mean("concept"),
+            "reward": c.mean("reward"),
+            "heldout": c.mean("heldout"),
+        }
+        for c in found
+    ]
+    return {
+        "method": method,
+        "seed": seed,
+        "forwards": last.forwards,
+        "updates": last.updates,
+        "seconds": last.seconds,
+        "differentiated": last.differentiated,
+        "checks": rows,
+    }
 
 
 def ratio(
@@ -72,8 +87,10 @@ def ratio(
 ) -> tuple[float, float, float, bool]:
     """(forwards of slow / forwards of fast to the level, its 95 % bootstrap interval over seeds, whether it is only a
     lower bound). A run that never got there counts with what it had spent, which makes the ratio a lower bound."""
-    a, b = (np.array([min(forwards_to(row["checks"], level, key), row["forwards"]) for row in rows])
-            for rows in (slow, fast))
+    a, b = (
+        np.array([min(forwards_to(row["checks"], level, key), row["forwards"]) for row in rows])
+        for rows in (slow, fast)
+    )
     random = np.random.default_rng(0)
     drawn = [random.choice(a, len(a)).mean() / random.choice(b, len(b)).mean() for _ in range(resamples)]
     low, high = np.quantile(drawn, [0.025, 0.975])
@@ -82,14 +99,18 @@ def ratio(
 
 
 def table(rows: list[dict]) -> str:
-    by = {method: [row for row in rows if row["method"] == method] for method in
-          dict.fromkeys(row["method"] for row in rows)}
+    by = {
+        method: [row for row in rows if row["method"] == method]
+        for method in dict.fromkeys(row["method"] for row in rows)
+    }
     goals = [(level, "style") for level in LEVELS] + [(rise, "reward") for rise in RISES]
-    lines = ["| method | " + " | ".join(f"forwards to {level:g}" if key == "style" else f"to +{level:g} optimised"
-                                        for level, key in goals)
-             + f" | seconds to {LEVELS[-1]:g}, here | seconds per 1,000 forwards | forwards of an update "
-             "| with gradient | last style | last concept (base) | optimised (seeds above the base) | held-out |",
-             "|---" * (len(goals) + 9) + "|"]
+    lines = [
+        "| method | "
+        + " | ".join(f"forwards to {level:g}" if key == "style" else f"to +{level:g} optimised" for level, key in goals)
+        + f" | seconds to {LEVELS[-1]:g}, here | seconds per 1,000 forwards | forwards of an update "
+        "| with gradient | last style | last concept (base) | optimised (seeds above the base) | held-out |",
+        "|---" * (len(goals) + 9) + "|",
+    ]
     for method, own in by.items():
         last = [row["checks"][-1] for row in own]
         forwards, updates = (sum(row[key] for row in own) for key in ("forwards", "updates"))
@@ -111,15 +132,15 @@ def table(rows: list[dict]) -> str:
             f"| {sum(row['differentiated'] for row in own) / forwards:.0%} "
             f"| {mean('style'):.2f} "
             f"| {mean('concept'):.2f} ({own[0]['checks'][0]['concept']:.2f}) "
-            f"| {mean('reward'):+.3f} ({up} of {len(own)}) | {mean('heldout'):+.3f} |")
+            f"| {mean('reward'):+.3f} ({up} of {len(own)}) | {mean('heldout'):+.3f} |"
+        )
     if {"SRPO", "Flow-GRPO"} <= by.keys():
         lines += ["", versus(by["Flow-GRPO"], by["SRPO"])]
     return "\n".join(lines)
 
 
 def versus(slow: list[dict], fast: list[dict]) -> str:
-    """Forwards of Flow-GRPO over SRPO to each goal that SRPO reaches on every seed, and what an update of each costs.
-    """
+    """Forwards of Flow-GRPO over SRPO to each goal that SRPO reaches on every seed, and the cost of an update."""
     cost = [sum(row["forwards"] for row in rows) / max(sum(row["updates"] for row in rows), 1) for rows in (slow, fast)]
     said = []
     for level, key in [(level, "style") for level in LEVELS] + [(rise, "reward") for rise in RISES]:
@@ -127,8 +148,10 @@ def versus(slow: list[dict], fast: list[dict]) -> str:
             value, low, high, bound = ratio(slow, fast, level, key)
             goal = f"a share of {level:g}" if key == "style" else f"+{level:g} of the objective"
             updates, each = value * cost[1] / cost[0], cost[0] / cost[1]
-            said.append(f"to {goal} {'at least ' if bound else ''}{value:.1f} (over seeds {low:.1f} to {high:.1f}), = "
-                        f"{updates:.1f} in updates x {each:.1f} in forwards of an update")
+            said.append(
+                f"to {goal} {'at least ' if bound else ''}{value:.1f} (over seeds {low:.1f} to {high:.1f}), = "
+                f"{updates:.1f} in updates x {each:.1f} in forwards of an update"
+            )
     if not said:
         return "SRPO reached no goal on every seed: no ratio."
     return "Forwards of Flow-GRPO over SRPO: " + "; ".join(said) + "."
@@ -165,8 +188,13 @@ def main() -> None:
         for method in args.methods:
             overrides = [f"trainer.lr={rate(method, args.results)}", *args.override]
             overrides += small(method) if args.quick else []
-            wanted.append(Row(args.results / f"{slug('time', method, seed, args.budget)}.json", run,
-                              (method, seed, args.prompts, args.budget, args.checks, overrides)))
+            wanted.append(
+                Row(
+                    args.results / f"{slug('time', method, seed, args.budget)}.json",
+                    run,
+                    (method, seed, args.prompts, args.budget, args.checks, overrides),
+                )
+            )
     rows = measured(wanted, args.jobs, lambda row: {k: v for k, v in row.items() if k != "checks"})
     text = table(rows)
     (args.results / "time_to_preference.md").write_text(text + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 
@@ -70,8 +69,14 @@ def test_a_broken_download_is_named_before_anything_loads(case, tmp_path, nothin
 @pytest.fixture
 def train(tmp_path, monkeypatch, capfd):
     """`palate train srpo-flux` on the tiny folder, with overrides: the exit code and what it said."""
-    shared = ["model.device=cpu", f"model.image_size={SIZE}", "model.lora_rank=2", "prompts={list: [a cat]}",
-              f"model.folder={saved('flux')[0]}", f"run.folder={tmp_path / 'run'}"]
+    shared = [
+        "model.device=cpu",
+        f"model.image_size={SIZE}",
+        "model.lora_rank=2",
+        "prompts={list: [a cat]}",
+        f"model.folder={saved('flux')[0]}",
+        f"run.folder={tmp_path / 'run'}",
+    ]
 
     def run(*overrides, recipe="srpo-flux"):
         monkeypatch.setattr(sys, "argv", ["palate", "train", recipe, *shared, *overrides])
@@ -98,14 +103,19 @@ def test_a_lora_of_another_model_is_refused_before_anything_loads(train, tmp_pat
         ("transformer_blocks.0.attn.to_q", 3072, 2, "transformer_blocks.0.attn.to_q has another size"),
         ("transformer_blocks.0.attn.to_q", 16, 8, "has rank 8; set model.lora_rank=8"),
     ):
-        save_file({f"{stem}.lora_A.weight": torch.zeros(rank, width),
-                   f"{stem}.lora_B.weight": torch.zeros(width, rank)}, file)
+        save_file(
+            {f"{stem}.lora_A.weight": torch.zeros(rank, width), f"{stem}.lora_B.weight": torch.zeros(width, rank)}, file
+        )
         refused(message, *start)
     save_file({"lora_unet_mid_block_attn.lora_down.weight": torch.zeros(2, 16)}, file)
     sdxl = ["reward={name: brightness}", f"model.folder={saved('sdxl')[0]}"]
     refused("model.consistency: name the folder of an LCM-LoRA", *sdxl, "model.consistency=null", recipe="sqdf-sdxl")
-    refused("model.consistency: " + str(tmp_path) + " holds a LoRA of another model", *sdxl,
-            f"model.consistency={tmp_path}", recipe="sqdf-sdxl")
+    refused(
+        "model.consistency: " + str(tmp_path) + " holds a LoRA of another model",
+        *sdxl,
+        f"model.consistency={tmp_path}",
+        recipe="sqdf-sdxl",
+    )
 
 
 def test_a_reward_that_is_not_there_is_named_before_the_model_loads(train, nothing_loads):
@@ -124,8 +134,16 @@ def test_a_plan_of_another_familys_folder_is_refused(monkeypatch, capfd):
 
 def test_the_command_says_a_warning_as_a_sentence(train, capfd):
     """Here the model loads, and one of two prompts is too long for its encoder."""
-    code, said = train("prompts={list: [a cat, " + "b " * 40 + "]}", "model.text_tokens=32", "model.dtype=float32",
-                       "reward={name: brightness}", "algorithm.preference=absolute", "algorithm.rollout_steps=1",
-                       "trainer.steps=1", "trainer.batch_size=1", "trainer.preview_every=0")
+    code, said = train(
+        "prompts={list: [a cat, " + "b " * 40 + "]}",
+        "model.text_tokens=32",
+        "model.dtype=float32",
+        "reward={name: brightness}",
+        "algorithm.preference=absolute",
+        "algorithm.rollout_steps=1",
+        "trainer.steps=1",
+        "trainer.batch_size=1",
+        "trainer.preview_every=0",
+    )
     assert not code
     assert "palate: 1 of 2 prompts are longer than the 32 tokens the text encoder reads" in said.splitlines()[0]

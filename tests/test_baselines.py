@@ -22,8 +22,14 @@ SMALL = {  # the least that still runs every part of the method
     "nft-emoji": ["algorithm.steps=2", "algorithm.group=2", "algorithm.old_rate=0.2"],
     "dpo-emoji": ["algorithm.steps=2"],
 }
-QUIET = ["trainer.batch_size=2", "trainer.steps=2", "trainer.warmup=0", "trainer.guard.every=0",
-         "trainer.preview_every=0", "model.lora_rank=2"]
+QUIET = [
+    "trainer.batch_size=2",
+    "trainer.steps=2",
+    "trainer.warmup=0",
+    "trainer.guard.every=0",
+    "trainer.preview_every=0",
+    "model.lora_rank=2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +47,15 @@ def run(parts, plan, folder, **changes):
             for p, value in zip(made.model.parameters(), start, strict=True):
                 p.copy_(value)
     # two prompts, so that a prompt comes twice and what is remembered of it is used
-    train(made.model, recipe.build_algorithm(plan), made.reward, made.prompts[:2], folder=folder, progress=False,
-          **{**vars(plan.trainer), **changes})
+    train(
+        made.model,
+        recipe.build_algorithm(plan),
+        made.reward,
+        made.prompts[:2],
+        folder=folder,
+        progress=False,
+        **{**vars(plan.trainer), **changes},
+    )
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows = [{key: value for key, value in row.items() if not key.endswith("_seconds")} for row in rows]
     return [p.detach().clone() for p in made.model.parameters()], rows
@@ -64,9 +77,17 @@ def test_two_steps_train_and_a_stop_between_them_changes_no_bit(name, parts, tmp
 
 def test_cost_of_the_recipes_for_one_prompt():
     """The table of docs/algorithms/baselines.md."""
-    table = {"refl-emoji": (15, 2), "draft-emoji": (20, 6), "ddpo-emoji": (30, 14), "grpo-emoji": (352, 112),
-             "dance-grpo-emoji": (208, 80), "mix-grpo-emoji": (160, 32), "nft-emoji": (112, 16), "dpo-emoji": (36, 2),
-             "sqdf-emoji": (9, 1)}
+    table = {
+        "refl-emoji": (15, 2),
+        "draft-emoji": (20, 6),
+        "ddpo-emoji": (30, 14),
+        "grpo-emoji": (352, 112),
+        "dance-grpo-emoji": (208, 80),
+        "mix-grpo-emoji": (160, 32),
+        "nft-emoji": (112, 16),
+        "dpo-emoji": (36, 2),
+        "sqdf-emoji": (9, 1),
+    }
     for name, expected in table.items():
         plan = recipe.read(name)
         module = importlib.import_module(recipe.ALGORITHMS[plan.algorithm_name][0])

@@ -54,10 +54,16 @@ def test_share_above():
 
 def test_summary_of_known_points():
     """Two methods on a line: one keeps the held-out value, the other pays for its reward; intervals hold the value."""
+
     def point(reward, heldout):
         spread = np.array([-0.1, 0.0, 0.1])
-        return {"reward": (reward + spread).tolist(), "heldout": (heldout + spread).tolist(),
-                "concept": [1.0, float("nan"), 0.0], "diversity": [heldout] * 3, "drift": [reward] * 3}
+        return {
+            "reward": (reward + spread).tolist(),
+            "heldout": (heldout + spread).tolist(),
+            "concept": [1.0, float("nan"), 0.0],
+            "diversity": [heldout] * 3,
+            "drift": [reward] * 3,
+        }
 
     clouds = {"SQDF": [point(0, 0), point(1, 0)], "ReFL": [point(0, 0), point(1, -1)]}
     result, text = frontier.summary(clouds)
@@ -92,9 +98,11 @@ def test_counted_counts_rows_times_network_calls():
 
 def test_rows_are_made_once_and_one_that_fails_stops_no_other(tmp_path, capfd):
     """In processes of one thread; what lies on disk is read, never made again."""
-    rows = [methods.Row(tmp_path / "known.json", math.sqrt, (4.0,)),
-            methods.Row(tmp_path / "bad.json", math.sqrt, (-1.0,)),
-            methods.Row(tmp_path / "threads.json", torch.get_num_threads)]
+    rows = [
+        methods.Row(tmp_path / "known.json", math.sqrt, (4.0,)),
+        methods.Row(tmp_path / "bad.json", math.sqrt, (-1.0,)),
+        methods.Row(tmp_path / "threads.json", torch.get_num_threads),
+    ]
     (tmp_path / "known.json").write_text('{"arguments": [4.0], "made": 5}')
     with pytest.raises(ValueError):
         methods.measured(rows, jobs=2)
@@ -135,6 +143,7 @@ def test_a_run_that_a_signal_ended_is_no_row(tmp_path):
 
 def test_areas_and_shares_at_equal_reward():
     """SQDF keeps all diversity up to held-out reward 1; ReFL loses it on the way and goes further."""
+
     def points(*pairs):
         return [{"heldout": h, "diversity": d, "concept": d} for h, d in pairs]
 
@@ -150,11 +159,19 @@ def test_areas_and_shares_at_equal_reward():
 
 def test_forwards_to_a_share_and_their_ratio():
     def row(method, seed, forwards, style, concept=0.7):
-        checks = [{"forwards": 0, "style": 0.0, "concept": 0.7, "reward": 0.05, "heldout": 0.1},
-                  {"forwards": forwards, "style": style, "concept": concept, "reward": 0.05 + style / 4,
-                   "heldout": 0.1}]
-        return {"method": method, "seed": seed, "forwards": forwards, "updates": 10, "seconds": 1.0,
-                "differentiated": forwards / 4, "checks": checks}
+        checks = [
+            {"forwards": 0, "style": 0.0, "concept": 0.7, "reward": 0.05, "heldout": 0.1},
+            {"forwards": forwards, "style": style, "concept": concept, "reward": 0.05 + style / 4, "heldout": 0.1},
+        ]
+        return {
+            "method": method,
+            "seed": seed,
+            "forwards": forwards,
+            "updates": 10,
+            "seconds": 1.0,
+            "differentiated": forwards / 4,
+            "checks": checks,
+        }
 
     assert time_to.forwards_to(row("SRPO", 0, 100, 0.8)["checks"], 0.2) == 25  # on the line
     assert time_to.forwards_to(row("SRPO", 0, 100, 0.8, concept=0.66)["checks"], 0.2) == math.inf
@@ -178,66 +195,104 @@ def test_forwards_to_a_share_and_their_ratio():
 
 
 def test_forwards_to_a_rise_of_the_objective():
-    checks = [{"forwards": f, "style": 0.0, "concept": c, "reward": r} for f, c, r in
-              ((0, 0.9, 2.0), (100, 0.2, 1.9), (200, 0.1, 2.1), (300, 0.1, 2.3))]
+    checks = [
+        {"forwards": f, "style": 0.0, "concept": c, "reward": r}
+        for f, c, r in ((0, 0.9, 2.0), (100, 0.2, 1.9), (200, 0.1, 2.1), (300, 0.1, 2.3))
+    ]
     assert time_to.forwards_to(checks, 0.1, "reward") == pytest.approx(200)  # whatever the concepts do
     assert time_to.forwards_to(checks, 0.2, "reward") == pytest.approx(250)
     assert time_to.forwards_to(checks, 0.4, "reward") == math.inf
 
 
 def quick(command, rows):
-    made = subprocess.run([sys.executable, str(FOLDER / command.split()[0]), *command.split()[1:], "--quick"],
-                          capture_output=True, text=True, timeout=180)
+    made = subprocess.run(
+        [sys.executable, str(FOLDER / command.split()[0]), *command.split()[1:], "--quick"],
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
     assert made.returncode == 0, made.stderr[-2000:]
     assert all(row in made.stdout for row in rows)
 
 
-@pytest.mark.parametrize("command, rows", [
-    ("time_to_preference.py --methods SRPO Flow-GRPO", ["| SRPO |", "| Flow-GRPO |", "no ratio"]),
-    ("frontier.py --methods ReFL", ["| ReFL |"]), ("guard.py --methods DRaFT-LV", ["| DRaFT-LV, seed 0 |"]),
-    ("sqdf.py blackbox", ["| jpeg-size | 1 |"]),
-])
+@pytest.mark.parametrize(
+    "command, rows",
+    [
+        ("time_to_preference.py --methods SRPO Flow-GRPO", ["| SRPO |", "| Flow-GRPO |", "no ratio"]),
+        ("frontier.py --methods ReFL", ["| ReFL |"]),
+        ("guard.py --methods DRaFT-LV", ["| DRaFT-LV, seed 0 |"]),
+        ("sqdf.py blackbox", ["| jpeg-size | 1 |"]),
+    ],
+)
 def test_quick_comparison_of_a_method_or_two(command, rows):
     """From the command to the table; with every method it is a soak test."""
     quick(command, rows)
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("command, rows", [
-    ("time_to_preference.py", [f"| {method} |" for method in methods.available()]),
-    ("frontier.py", [f"| {method} |" for method in methods.available()]),
-    ("guard.py", [f"| {method}, seed 0 |" for method in guard.UNHELD]),
-    ("sqdf.py sweep", ["| SQDF alpha_kl 0 |"]), ("sqdf.py ablations", ["| gamma 0.8 |"]),
-    ("srpo.py pairs", ["| 3d against flat, outline | 1 |"]),
-])
+@pytest.mark.parametrize(
+    "command, rows",
+    [
+        ("time_to_preference.py", [f"| {method} |" for method in methods.available()]),
+        ("frontier.py", [f"| {method} |" for method in methods.available()]),
+        ("guard.py", [f"| {method}, seed 0 |" for method in guard.UNHELD]),
+        ("sqdf.py sweep", ["| SQDF alpha_kl 0 |"]),
+        ("sqdf.py ablations", ["| gamma 0.8 |"]),
+        ("srpo.py pairs", ["| 3d against flat, outline | 1 |"]),
+    ],
+)
 def test_quick(command, rows):
     quick(command, rows)
 
 
 def test_tables_go_where_the_page_marks_them(tmp_path):
     """Between the marks, and nothing else; what was not measured stays; twice is once."""
-    page = ("# A\n<!-- results: frontier -->\nold\n<!-- end -->\nprose\n<!-- results: guard -->\n\nNot measured yet.\n"
-            "<!-- end -->\n")
+    page = (
+        "# A\n<!-- results: frontier -->\nold\n<!-- end -->\nprose\n<!-- results: guard -->\n\nNot measured yet.\n"
+        "<!-- end -->\n"
+    )
     results, images = tmp_path / "results", tmp_path / "docs/images"
     results.mkdir()
     (results / "frontier.md").write_text("| a |\n|---|\n")
     (results / "frontier-drift.svg").write_text("<svg/>")
     once = publish.filled(page, tmp_path / "docs/algorithms", results, images)
-    assert once == ("# A\n<!-- results: frontier -->\n\n| a |\n|---|\n\n"
-                    "![frontier, drift](../images/frontier-drift.svg)\n\n<!-- end -->\n"
-                    "prose\n<!-- results: guard -->\n\nNot measured yet.\n<!-- end -->\n")
+    assert once == (
+        "# A\n<!-- results: frontier -->\n\n| a |\n|---|\n\n"
+        "![frontier, drift](../images/frontier-drift.svg)\n\n<!-- end -->\n"
+        "prose\n<!-- results: guard -->\n\nNot measured yet.\n<!-- end -->\n"
+    )
     assert publish.filled(once, tmp_path / "docs/algorithms", results, images) == once
     assert (images / "frontier-drift.svg").is_file()
     pages = "".join(path.read_text() for path in publish.DOCS.rglob("*.md"))
     wanted = {found[2] for found in publish.MARK.finditer(pages)}
-    assert wanted == {"time_to_preference", "frontier", "guard", "sqdf", "distar-teacher", "distar-family",
-                      "srpo-pairs", "srpo-ablations"}
+    assert wanted == {
+        "time_to_preference",
+        "frontier",
+        "guard",
+        "sqdf",
+        "distar-teacher",
+        "distar-family",
+        "srpo-pairs",
+        "srpo-ablations",
+    }
 
 
 def test_the_guards_table():
     """A run that was put back to the base model is not one in which the guard kept anything."""
-    row = {"method": "SRPO", "seed": 0, "stopped": True, "why": "guard: concept fell", "step": 12, "kept": 8,
-           "base": 0.95, "guarded": 0.93, "unguarded": 0.4, "change_low": -0.04, "change_high": 0.0, "images": 256}
+    row = {
+        "method": "SRPO",
+        "seed": 0,
+        "stopped": True,
+        "why": "guard: concept fell",
+        "step": 12,
+        "kept": 8,
+        "base": 0.95,
+        "guarded": 0.93,
+        "unguarded": 0.4,
+        "change_low": -0.04,
+        "change_high": 0.0,
+        "images": 256,
+    }
     text = guard.table([row, {**row, "seed": 1, "guarded": 0.89}, {**row, "seed": 2, "kept": 0, "guarded": 0.95}])
     assert "| SRPO, seed 0 | concept fell, 12 | 8 | 0.950 | 0.930 (-0.020, -0.040 to +0.000) | 0.400 | yes |" in text
     assert "| 0.400 | no |" in text and "| 0.400 | the base itself |" in text

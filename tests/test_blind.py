@@ -99,18 +99,18 @@ def test_hostile_words_are_shown_and_inert(tmp_path):
 
 def test_studies_that_would_mislead_are_refused(two, tmp_path):
     blind.write_study(*two)
-    with pytest.raises(ValueError, match="compare-blind-key.json is there already"):
+    with pytest.raises(ValueError, match=r"compare-blind-key.json is there already"):
         blind.write_study(*two)
     with pytest.raises(ValueError, match="alpha and gamma cannot be paired: seed of row 0 is 0 in the first, 7"):
         blind.write_study(two[0], run(tmp_path / "gamma", 0.1, seeds=(7, 8)), page=tmp_path / "p.html")
     with pytest.raises(ValueError, match="given twice"):
         blind.write_study(two[0], two[0], page=tmp_path / "p.html")
     (two[1] / "evaluation/result/0002.png").unlink()
-    with pytest.raises(ValueError, match="0002.png is missing"):
+    with pytest.raises(ValueError, match=r"0002.png is missing"):
         blind.write_study(*two, page=tmp_path / "p.html")
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(ValueError, match="has no pictures that .* run palate evaluate on both"):
+    with pytest.raises(ValueError, match=r"has no pictures that .* run palate evaluate on both"):
         blind.write_study(empty, two[1], page=tmp_path / "p.html")
     assert not (tmp_path / "p.html").exists() and not (tmp_path / "p-key.json").exists()
 
@@ -160,10 +160,10 @@ def test_choices_are_read_once_and_contradictions_are_named(tmp_path):
         file("late.jsonl", row(0, "left"), row(1, "tie"), row(0, "right", "two")),
     )
     assert len(blind.read_choices([early, late])) == 3
-    with pytest.raises(ValueError, match="late2.jsonl line 1: pair 0 of session one was 'left' before and is 'right'"):
+    with pytest.raises(ValueError, match=r"late2.jsonl line 1: pair 0 of session one was 'left' before and is 'right'"):
         blind.read_choices([early, file("late2.jsonl", row(0, "right"))])
     for bad in ({"study": "s"}, row(0, "middle"), row("0", "left"), row(True, "left"), [1], "x"):
-        with pytest.raises(ValueError, match="bad.jsonl line 1"):
+        with pytest.raises(ValueError, match=r"bad.jsonl line 1"):
             blind.read_choices([file("bad.jsonl", bad)])
     with pytest.raises(ValueError, match="holds no choice"):
         blind.read_choices([file("none.jsonl")])
@@ -216,7 +216,9 @@ def test_a_study_from_the_command_line(two, tmp_path, monkeypatch, capsys):
         ["compare", two[0]],
         ["compare", "--score", choices],
         ["compare", *two, "--blind", "--count", 4],
-        ["compare", *two, "--count", 4], ["compare", *two, "--seed", 4], ["compare", *two, "--key", choices],
+        ["compare", *two, "--count", 4],
+        ["compare", *two, "--seed", 4],
+        ["compare", *two, "--key", choices],
         ["compare", *two, "--blind", "--score", choices],
     ):
         code, _, err = palate(*arguments)

@@ -92,7 +92,7 @@ def test_a_crash_at_any_point_of_a_save_leaves_a_good_checkpoint(tmp_path, monke
             for name in ("_write", "_sync", "_replace", "save_file"):
                 original = getattr(checkpoint, name)
 
-                def crash(*arguments, original=original):
+                def crash(*arguments, original=original, left=left):
                     if left[0] == 0:
                         raise Killed
                     left[0] -= 1
@@ -124,7 +124,7 @@ def test_a_full_disk_names_path_need_and_free_and_keeps_the_last_one(tmp_path, m
     for part in ("_write", "_sync", "save_file", "_replace"):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, part, full)
-            with pytest.raises(checkpoint.CheckpointError, match="No space left.*need about.*free.*intact") as caught:
+            with pytest.raises(checkpoint.CheckpointError, match=r"No space left.*need about.*free.*intact") as caught:
                 write(tmp_path, 2)
         assert str(tmp_path) in str(caught.value)
         assert checkpoint.load_newest(tmp_path, warn=pytest.fail).step == 1

@@ -51,8 +51,9 @@ def tiny(tmp_path, monkeypatch):
 
 
 def short(error: str) -> bool:
-    return 1 <= len(error.splitlines()) <= cli.MAX_LINES + 1 and error.startswith(
-        "palate: ") and "Traceback" not in error
+    return (
+        1 <= len(error.splitlines()) <= cli.MAX_LINES + 1 and error.startswith("palate: ") and "Traceback" not in error
+    )
 
 
 def test_help_is_quick_because_nothing_heavy_is_imported():
@@ -65,8 +66,18 @@ def test_help_is_quick_because_nothing_heavy_is_imported():
     ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert ended.returncode == 0, ended.stderr
-    for command in ("train", "resume", "steer", "sample", "evaluate", "compare", "report", "recipes", "checkpoints",
-                    "replay"):
+    for command in (
+        "train",
+        "resume",
+        "steer",
+        "sample",
+        "evaluate",
+        "compare",
+        "report",
+        "recipes",
+        "checkpoints",
+        "replay",
+    ):
         assert command in ended.stdout
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0  # 0.2 s measured on a quiet core
 
@@ -82,18 +93,23 @@ def test_train_sample_checkpoints_and_resume(tiny, palate):
     assert code == 2 and short(err) and "palate resume" in err and "--fresh" in err
     assert palate("train", "tiny.yaml", "--fresh")[0] == 0
 
-    code, out, _ = palate("sample", "runs/tiny", "--prompt", "a red fox", "--prompt", "a tree", "--seeds", "0-1,5",
-                          "--out", "drawn")
+    code, out, _ = palate(
+        "sample", "runs/tiny", "--prompt", "a red fox", "--prompt", "a tree", "--seeds", "0-1,5", "--out", "drawn"
+    )
     assert code == 0 and "6 images" in out
     assert Image.open("drawn/grid.png").size == (24, 16)
     index = [json.loads(line) for line in (tiny / "drawn" / "index.jsonl").read_text().splitlines()]
-    assert [(row["prompt"], row["seed"]) for row in index] == [(p, s) for p in ("a red fox", "a tree")
-                                                               for s in (0, 1, 5)]
+    assert [(row["prompt"], row["seed"]) for row in index] == [
+        (p, s) for p in ("a red fox", "a tree") for s in (0, 1, 5)
+    ]
     palate("sample", "--model", "emoji", "--prompt", "a red fox", "--seeds", "0", "--out", "base")
     assert (tiny / "base" / "0000.png").read_bytes() == (run / "samples" / "step-000000" / "0000.png").read_bytes()
     drawn = (tiny / "drawn" / "0000.png").read_bytes()
-    assert drawn == (run / "samples" / "step-000004" / "0000.png").read_bytes() != (
-        tiny / "base" / "0000.png").read_bytes()
+    assert (
+        drawn
+        == (run / "samples" / "step-000004" / "0000.png").read_bytes()
+        != (tiny / "base" / "0000.png").read_bytes()
+    )
 
     code, out, _ = palate("checkpoints", "runs/tiny")
     assert code == 0 and out.count(" ok") == 2
@@ -131,7 +147,7 @@ def test_steer(tiny, palate):
 ])  # fmt: skip
 def test_bad_input_is_exit_2_and_a_few_lines(tiny, palate, arguments):
     (tiny / "empty.txt").write_text("# nothing\n")
-    code, out, err = palate(*arguments)
+    code, _out, err = palate(*arguments)
     assert code == 2 and short(err), err
     assert not (tiny / "runs" / "tiny" / "metrics.jsonl").exists()
 

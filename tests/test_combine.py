@@ -8,12 +8,23 @@ import pytest
 import torch
 
 from palate.rewards.combine import (
-    checked, interpolated, noised_relative, normalised, relative, reward_scale, score_pair, semantic_interpolated,
-    semantic_relative, weighted, with_control,
+    checked,
+    interpolated,
+    noised_relative,
+    normalised,
+    relative,
+    reward_scale,
+    score_pair,
+    semantic_interpolated,
+    semantic_relative,
+    weighted,
+    with_control,
 )
 
 WORDS = {
-    "3d": torch.tensor([1.0, 0.0, 2.0]), "flat": torch.tensor([0.0, -1.0, 2.0]), "cat": torch.tensor([0.5, 0.5, 7.0]),
+    "3d": torch.tensor([1.0, 0.0, 2.0]),
+    "flat": torch.tensor([0.0, -1.0, 2.0]),
+    "cat": torch.tensor([0.5, 0.5, 7.0]),
 }
 
 

@@ -25,7 +25,7 @@ from palate.rewards.clip import ClipReward, vit_h_14
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-import flux_step  # noqa: E402
+import flux_step
 
 
 class Alive(TorchDispatchMode):

@@ -12,7 +12,15 @@ from PIL import Image
 
 from palate import data, recipe
 from palate.data import (
-    Pair, RecipeError, check_images, encode_images, geneval, load_images, preference_pairs, prompt_rows, read_prompts,
+    Pair,
+    RecipeError,
+    check_images,
+    encode_images,
+    geneval,
+    load_images,
+    preference_pairs,
+    prompt_rows,
+    read_prompts,
     read_rows,
 )  # fmt: skip
 
@@ -244,9 +252,9 @@ def test_a_broken_image_is_found_before_any_weight_loads(tmp_path, monkeypatch):
     whole = png("red")
     for broken in (whole[:-20], b"", b"no picture", whole[:45] + b"\xff" + whole[46:]):
         (tmp_path / "b.png").write_bytes(broken)
-        with pytest.raises(RecipeError, match="cannot read the image .*b.png.*repair or remove it"):
+        with pytest.raises(RecipeError, match=r"cannot read the image .*b.png.*repair or remove it"):
             recipe.build(recipe.read("srpo-emoji", ["prompts.file=null", f"prompts.images={tmp_path}"]))
     rows = [{"prompt": "a dog", "image_path": ["a.png", "b.png"], "human_preference": [1, 0]}]
     (tmp_path / "train.json").write_text(json.dumps(rows))
-    with pytest.raises(RecipeError, match="cannot read the image .*b.png"):
+    with pytest.raises(RecipeError, match=r"cannot read the image .*b.png"):
         recipe.build(recipe.read("dpo-emoji", ["prompts.file=null", f"prompts.pairs={tmp_path / 'train.json'}"]))

@@ -6,10 +6,17 @@ import math
 
 import pytest
 import torch
-from counted import C, D, VP, linear, model_of
+from counted import VP, C, D, linear, model_of
 
 from palate.algorithms.ddpo import (
-    DDPO, DDPOSettings, calls_per_update, clipped_loss, ratio, rollout, standardised, transition,
+    DDPO,
+    DDPOSettings,
+    calls_per_update,
+    clipped_loss,
+    ratio,
+    rollout,
+    standardised,
+    transition,
 )
 from palate.core import Batch, Random
 from palate.path import flow_schedule, move
@@ -80,7 +87,7 @@ def test_ratio_is_exactly_one_on_policy_and_moves_in_closed_form():
         exact = ((z * (mean - old) / std).sum() - ((mean - old) / std).square().sum() / 2).exp()
         now = log_prob(drawn.x_next, mean, std)
         torch.testing.assert_close(ratio(now, drawn.log_prob, 4, "joint")[0], exact)
-        torch.testing.assert_close(ratio(now, drawn.log_prob, 4, "per_element")[0], exact ** 0.25)
+        torch.testing.assert_close(ratio(now, drawn.log_prob, 4, "per_element")[0], exact**0.25)
 
 
 def reparameterised(settings, schedule):
@@ -188,11 +195,23 @@ def test_calls(minibatches, guidance):
     assert [model.forward, model.backward, model.decoded] == [4 * calls[k] for k in ("forward", "backward", "decode")]
 
 
-@pytest.mark.parametrize("wrong", [{"steps": 1}, {"eta": 0}, {"eta": 1.1}, {"shift": 0}, {"minibatches": 0},
-                                   {"clip": 0}, {"advantage_clip": 0}, {"density": "mean"}, {"history": 3},
-                                   {"enough": 1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 1},
+        {"eta": 0},
+        {"eta": 1.1},
+        {"shift": 0},
+        {"minibatches": 0},
+        {"clip": 0},
+        {"advantage_clip": 0},
+        {"density": "mean"},
+        {"history": 3},
+        {"enough": 1},
+    ],
+)
 def test_settings_are_checked(wrong):
     with pytest.raises(ValueError, match="DDPOSettings expected"):
         DDPOSettings(**wrong)
-    with pytest.raises(ValueError, match="trainer.batch_size is 1"):
+    with pytest.raises(ValueError, match=r"trainer.batch_size is 1"):
         run(settings_of(), ids=(0,))

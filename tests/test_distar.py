@@ -18,8 +18,23 @@ from PIL import Image
 
 from palate import recipe
 from palate.algorithms.distar import (
-    PIXART, SD15, SDXL, Distar, DistarSettings, Generator, assistant_loss, assistant_rate_bound, calls_per_update,
-    capped_share, distance_of, distar_loss, implicit_reward_loss, kl_loss, normaliser, slope_of, uniform,
+    PIXART,
+    SD15,
+    SDXL,
+    Distar,
+    DistarSettings,
+    Generator,
+    assistant_loss,
+    assistant_rate_bound,
+    calls_per_update,
+    capped_share,
+    distance_of,
+    distar_loss,
+    implicit_reward_loss,
+    kl_loss,
+    normaliser,
+    slope_of,
+    uniform,
 )
 from palate.core import Batch, Random
 from palate.evaluate import generate
@@ -77,11 +92,14 @@ def loss_of(distance, *, gradient="paper", c=0.3):
 # 1: distances
 
 
-@pytest.mark.parametrize("y, c, d, slope", [
-    ((3.0, 4.0, 0.0), 1.0, 4.0990195136, (0.5883484054, 0.7844645406, 0.0)),
-    ((3.0, 4.0, 0.0), 0.1, 4.9009999000, (0.5998800360, 0.7998400480, 0.0)),
-    ((0.03, 0.04, 0.0), 1.0, 0.0012492197, (0.0299625702, 0.0399500936, 0.0)),
-])
+@pytest.mark.parametrize(
+    "y, c, d, slope",
+    [
+        ((3.0, 4.0, 0.0), 1.0, 4.0990195136, (0.5883484054, 0.7844645406, 0.0)),
+        ((3.0, 4.0, 0.0), 0.1, 4.9009999000, (0.5998800360, 0.7998400480, 0.0)),
+        ((0.03, 0.04, 0.0), 1.0, 0.0012492197, (0.0299625702, 0.0399500936, 0.0)),
+    ],
+)
 def test_pseudo_huber(y, c, d, slope):
     y = torch.tensor([y], dtype=D, requires_grad=True)
     value = distance_of(y, "pseudo_huber", c)
@@ -109,12 +127,19 @@ def golden():
     return x0, eps, xt, 0.9 * xt + 0.1, 0.7 * xt - torch.tensor([0.2, 0, -0.1, 0.3], dtype=D)
 
 
-@pytest.mark.parametrize("distance, kind, loss, grad", [
-    ("pseudo_huber", "paper", (0.48430023, -0.31794071),
-     ((0.01850077, -0.11686131, 0.03881303, 0.34539463), (0.06894423, 0.21112890, 0.08815550, 0.06328033))),
-    ("l2", "paper", (0.862, -0.460624), ((0.12, -0.208, 0.0656, 0.7088), (0.06112, 0.29408, 0.0912, 0.04224))),
-    ("pseudo_huber", "total", (0.87424405, -0.09355407), None),
-])
+@pytest.mark.parametrize(
+    "distance, kind, loss, grad",
+    [
+        (
+            "pseudo_huber",
+            "paper",
+            (0.48430023, -0.31794071),
+            ((0.01850077, -0.11686131, 0.03881303, 0.34539463), (0.06894423, 0.21112890, 0.08815550, 0.06328033)),
+        ),
+        ("l2", "paper", (0.862, -0.460624), ((0.12, -0.208, 0.0656, 0.7088), (0.06112, 0.29408, 0.0912, 0.04224))),
+        ("pseudo_huber", "total", (0.87424405, -0.09355407), None),
+    ],
+)
 def test_golden_batch(distance, kind, loss, grad):
     x0, _, _, psi, ref = golden()
     found = distar_loss(psi, ref, x0, distance=distance, c=0.5, gradient=kind)
@@ -169,19 +194,28 @@ def test_parametrisations_agree(flow):
 # 4, 8, 12a: the theorem on Gaussians, and the wrong graphs
 
 
-@pytest.mark.parametrize("distance, kind, expected", [
-    ("l2", "paper", (1.0545158, -2.1040221)),
-    ("pseudo_huber", "paper", (0.5345114, -0.9371997)),
-    ("l2", "total", (0.4927316, -1.5435723)),
-    ("pseudo_huber", "total", (0.2497550, -0.6875572)),
-])
+@pytest.mark.parametrize(
+    "distance, kind, expected",
+    [
+        ("l2", "paper", (1.0545158, -2.1040221)),
+        ("pseudo_huber", "paper", (0.5345114, -0.9371997)),
+        ("l2", "total", (0.4927316, -1.5435723)),
+        ("pseudo_huber", "total", (0.2497550, -0.6875572)),
+    ],
+)
 def test_theorem_gaussian(distance, kind, expected):
     assert gradient(loss_of(distance, gradient=kind)) == pytest.approx(expected, abs=6e-8)
 
 
 def test_divergence_values_and_the_loss_that_is_zero():
     for distance, value, power in (("l2", 0.6184308, 2), ("pseudo_huber", 0.4355535, 1)):
-        mean = expectation(lambda x0, xt: distance_of(ours(xt) - theirs(xt), distance, 0.3 * K) / K**power, MU, SG)
+        mean = expectation(
+            lambda x0, xt, distance=distance, power=power: (
+                distance_of(ours(xt) - theirs(xt), distance, 0.3 * K) / K**power
+            ),
+            MU,
+            SG,
+        )
         assert float(mean) == pytest.approx(value, abs=6e-8)
         assert abs(float(expectation(loss_of(distance), MU, SG))) < 1e-12
 
@@ -190,12 +224,17 @@ def test_an_assistants_error_shows_in_the_loss():
     """E L = -E[d'(y) . e], and the lags of a mean: values and forces, with the sign flip."""
     for lag, value, force in ((0.1, 0.0772414, 0.6221268), (0.3, 0.0624632, -0.2426514)):
         late = denoiser(MU - lag, SG**2)
-        loss = lambda x0, xt: distar_loss(late(xt), theirs(xt), x0, distance="l2", c=1, weight=K**-2)  # noqa: E731
+        loss = lambda x0, xt, late=late: distar_loss(late(xt), theirs(xt), x0, distance="l2", c=1, weight=K**-2)  # noqa: E731
         assert float(expectation(loss, MU, SG)) == pytest.approx(value, abs=6e-8)
         assert gradient(loss)[0] == pytest.approx(force, abs=6e-8)
-        projected = expectation(lambda x0, xt: -((slope_of(late(xt) - theirs(xt), "pseudo_huber", 0.2))
-                                                 * (late(xt) - ours(xt))).sum(1), MU, SG)
-        loss = expectation(lambda x0, xt: distar_loss(late(xt), theirs(xt), x0, c=0.2), MU, SG)
+        projected = expectation(
+            lambda x0, xt, late=late: (
+                -((slope_of(late(xt) - theirs(xt), "pseudo_huber", 0.2)) * (late(xt) - ours(xt))).sum(1)
+            ),
+            MU,
+            SG,
+        )
+        loss = expectation(lambda x0, xt, late=late: distar_loss(late(xt), theirs(xt), x0, c=0.2), MU, SG)
         assert float(loss) == pytest.approx(float(projected), abs=1e-12)
 
 
@@ -218,12 +257,15 @@ def wrong(name, distance):
     return per_sample
 
 
-@pytest.mark.parametrize("name, distance, expected", [
-    ("y detached", "l2", (1.0545158, -1.0520110)),
-    ("y detached", "pseudo_huber", (0.5345114, -0.4685999)),
-    ("x0 detached", "l2", (-0.9186, -0.1356)),
-    ("normaliser detached", "pseudo_huber", (0.5345114, -1.4060238)),
-])
+@pytest.mark.parametrize(
+    "name, distance, expected",
+    [
+        ("y detached", "l2", (1.0545158, -1.0520110)),
+        ("y detached", "pseudo_huber", (0.5345114, -0.4685999)),
+        ("x0 detached", "l2", (-0.9186, -0.1356)),
+        ("normaliser detached", "pseudo_huber", (0.5345114, -1.4060238)),
+    ],
+)
 def test_wrong_graphs_are_told_apart(name, distance, expected):
     """These are what the mistakes would give: `test_theorem_gaussian` fails on each of them."""
     found = gradient(wrong(name, distance))
@@ -254,12 +296,15 @@ def test_isotropic_dimensions_add_in_the_scale_and_not_in_the_mean():
 # 5: the theorem where scores are not linear
 
 
-@pytest.mark.parametrize("distance, kind, expected", [
-    ("l2", "paper", (1.85906, -1.68763, -0.82549)),
-    ("pseudo_huber", "paper", (0.8228, -0.4003, -0.1113)),
-    ("l2", "total", (1.37938, -1.47133, -0.66912)),
-    ("pseudo_huber", "total", (0.5962, -0.3196, -0.0558)),
-])
+@pytest.mark.parametrize(
+    "distance, kind, expected",
+    [
+        ("l2", "paper", (1.85906, -1.68763, -0.82549)),
+        ("pseudo_huber", "paper", (0.8228, -0.4003, -0.1113)),
+        ("l2", "total", (1.37938, -1.47133, -0.66912)),
+        ("pseudo_huber", "total", (0.5962, -0.3196, -0.0558)),
+    ],
+)
 def test_theorem_beyond_gaussians(distance, kind, expected):
     """g(z) = .3 + .5 z + .8 tanh 2z against .3 N(-1.5, .16) + .7 N(1, .36), a = .9, s = .5; scores by quadrature.
 
@@ -285,8 +330,15 @@ def test_theorem_beyond_gaussians(distance, kind, expected):
     x0 = (theta @ features)[:, None].expand(-1, len(eps)).reshape(-1, 1)
     xt = a * x0 + s * eps.repeat(len(z))[:, None]
     weights, power = (wz[:, None] * we).flatten(), 2 if distance == "l2" else 1
-    loss = distar_loss(posterior_mean(xt, theta.detach()), reference_mean(xt), x0, distance=distance, c=k * c,
-                       weight=k**-power, gradient=kind)
+    loss = distar_loss(
+        posterior_mean(xt, theta.detach()),
+        reference_mean(xt),
+        x0,
+        distance=distance,
+        c=k * c,
+        weight=k**-power,
+        gradient=kind,
+    )
     (found,) = torch.autograd.grad((weights * loss).sum(), theta, retain_graph=True)
     there = xt if kind == "total" else xt.detach()
     gap = distance_of(posterior_mean(there, theta) - reference_mean(there), distance, k * c) / k**power
@@ -309,7 +361,9 @@ def test_equal_networks_push_nowhere_exactly():
 def test_matched_distributions_have_no_force():
     same = denoiser(MU, SG**2)
     for distance in ("l2", "pseudo_huber"):
-        found = gradient(lambda x0, xt: distar_loss(same(xt), same(xt), x0, distance=distance, c=0.3))
+        found = gradient(
+            lambda x0, xt, distance=distance: distar_loss(same(xt), same(xt), x0, distance=distance, c=0.3)
+        )
         assert found == pytest.approx((0, 0), abs=1e-14)
 
 
@@ -334,9 +388,14 @@ def force_b(mu, sg, kind, *, reference=0.2, c=0.3):
     return [float(g) for g in torch.autograd.grad(expectation(loss, mu, sg, a, s), (mu, sg))]
 
 
-@pytest.mark.parametrize("kind, mean, variance", [
-    ("l2", 0.749632, 0.960495), ("total", 0.828270, 0.945272), ("kl", 1.060206, 0.611702),
-])
+@pytest.mark.parametrize(
+    "kind, mean, variance",
+    [
+        ("l2", 0.749632, 0.960495),
+        ("total", 0.828270, 0.945272),
+        ("kl", 1.060206, 0.611702),
+    ],
+)
 def test_optimum_under_a_quadratic_reward(kind, mean, variance):
     """alpha r = -.5/2 (x0 - 2)^2; the given optimum has zero total force. variance is that of xt."""
     std = math.sqrt((variance - B["s"] ** 2) / B["a"] ** 2)
@@ -349,8 +408,11 @@ def test_optimum_under_a_quadratic_reward(kind, mean, variance):
 def test_optimum_under_a_linear_reward(alpha, shift):
     d_mu, d_sg = force_b(B["m"] + shift, B["r"], "pseudo_huber")
     assert d_mu == pytest.approx(alpha, abs=2e-7) and d_sg == pytest.approx(0, abs=1e-10)
-    for kind, exact in (("l2", alpha * V_B**2 / (2 * 0.64)), ("total", alpha * V_B**2 / (2 * 0.64)),
-                        ("kl", alpha * V_B / 0.64)):
+    for kind, exact in (
+        ("l2", alpha * V_B**2 / (2 * 0.64)),
+        ("total", alpha * V_B**2 / (2 * 0.64)),
+        ("kl", alpha * V_B / 0.64),
+    ):
         assert force_b(B["m"] + exact, B["r"], kind)[0] == pytest.approx(alpha, abs=1e-9)
 
 
@@ -485,8 +547,11 @@ def test_de_bruijn_on_the_variance_preserving_path():
             y = -(x - 1.0) / 0.49 + (x - 0.2) / 1.69
         values.append(0.5 * beta * float((WEIGHT * distance_of(y, "l2", 1.0)).sum()))
         ends.append(kl(0.8 * a, p, q))
-    whole = (t[1] - t[0]) / 3 * (torch.tensor(values, dtype=D) * torch.tensor([1.0] + [4.0, 2.0] * 999 + [4.0, 1.0],
-                                                                              dtype=D)).sum()  # Simpson's rule
+    whole = (
+        (t[1] - t[0])
+        / 3
+        * (torch.tensor(values, dtype=D) * torch.tensor([1.0] + [4.0, 2.0] * 999 + [4.0, 1.0], dtype=D)).sum()
+    )  # Simpson's rule
     assert float(whole) == pytest.approx(0.4533449, abs=6e-8)
     assert ends[0] - ends[-1] == pytest.approx(0.4533449, abs=6e-8) and ends[0] == pytest.approx(0.4533587, abs=6e-8)
 
@@ -502,8 +567,13 @@ def two_modes(x, sigma, weight):
 
 
 def test_low_noise_is_blind_to_a_dropped_mode():
-    for sigma, kl, square in ((0.0, 0.693, 1.57e-3), (1.0, 0.687, 2.87e-2), (2.0, 0.598, 7.05e-2),
-                              (4.0, 0.323, 2.59e-2), (8.0, 0.110, 3.02e-3)):
+    for sigma, kl, square in (
+        (0.0, 0.693, 1.57e-3),
+        (1.0, 0.687, 2.87e-2),
+        (2.0, 0.598, 7.05e-2),
+        (4.0, 0.323, 2.59e-2),
+        (8.0, 0.110, 3.02e-3),
+    ):
         q = 1 + sigma * sigma
         x = torch.linspace(4 - 12 * math.sqrt(q), 4 + 12 * math.sqrt(q), 20_001, dtype=D)
         reach = torch.tensor(0.5, dtype=D)
@@ -584,9 +654,14 @@ class Eps:
         return from_eps(xt, 0.1 * xt + cond, *self.schedule(t))
 
 
-@pytest.mark.parametrize("preset, label", [
-    (SDXL, 399), (SD15, 625), (Generator(t_init=0.4, input_scale=0.7), 399),
-])
+@pytest.mark.parametrize(
+    "preset, label",
+    [
+        (SDXL, 399),
+        (SD15, 625),
+        (Generator(t_init=0.4, input_scale=0.7), 399),
+    ],
+)
 def test_one_step_equals_the_lcm_scheduler(preset, label):
     """Its boundary scalings at these labels are negligible."""
     scheduler = LCMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
@@ -614,7 +689,7 @@ def test_several_steps_renoise_at_falling_levels_and_only_the_last_has_gradient(
     (grad,) = torch.autograd.grad(x0.sum(), cond)
     torch.testing.assert_close(grad, torch.full_like(grad, -0.3 / 0.7))
     with pytest.raises(ValueError, match="expected 1 to 3"):
-        generator(model, cond, list(noises) + [noises[0]])
+        generator(model, cond, [*list(noises), noises[0]])
 
 
 # `step`
@@ -686,10 +761,18 @@ def move_assistant(model):
             p.sub_(0.2)
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"distance": "l2", "gradient": "total"}, {"divergence": "kl"}, {"alpha_cfg": 2.0},
-    {"alpha_cfg": 2.0, "cfg": "out"}, {"weight": "normalised", "distance": "l2"},
-], ids=["paper", "total", "kl", "in", "out", "normalised"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"distance": "l2", "gradient": "total"},
+        {"divergence": "kl"},
+        {"alpha_cfg": 2.0},
+        {"alpha_cfg": 2.0, "cfg": "out"},
+        {"weight": "normalised", "distance": "l2"},
+    ],
+    ids=["paper", "total", "kl", "in", "out", "normalised"],
+)
 def test_the_leaf_gives_the_direct_gradient_and_the_calls_are_the_formula(settings):
     """One graph from theta through both networks, decode and reward, against the forces collected on x0."""
     model = network(means={"cat": torch.full((3, 2, 2), 0.7, dtype=D)})
@@ -728,8 +811,12 @@ def test_which_calls_carry_gradient():
     model = network()
     run(model)
     assert [call[:3] for call in model.calls] == [
-        ("policy", False, False), ("assistant", True, False),  # the assistant's phase: images without gradient
-        ("policy", True, False), ("assistant", True, True), ("reference", True, True)]
+        ("policy", False, False),
+        ("assistant", True, False),  # the assistant's phase: images without gradient
+        ("policy", True, False),
+        ("assistant", True, True),
+        ("reference", True, True),
+    ]
     assert all(call[3] == 1.0 for call in model.calls)
     assert [call[4] for call in model.calls] == [True, True, True, False, False]  # the assistant frozen at last
     model = network()
@@ -758,8 +845,13 @@ def test_a_generator_of_several_steps_is_trained_at_a_random_one():
         rng = Random(0, step, (0, 1))
         depths = [rng.shared_integer(f"{phase}-depth", 1, 3) for phase in ("assistant-0", "generator")]
         assert [call[:2] for call in model.calls] == [
-            *[("policy", False)] * depths[0], ("assistant", True),
-            *[("policy", False)] * (depths[1] - 1), ("policy", True), ("assistant", True), ("reference", True)]
+            *[("policy", False)] * depths[0],
+            ("assistant", True),
+            *[("policy", False)] * (depths[1] - 1),
+            ("policy", True),
+            ("assistant", True),
+            ("reference", True),
+        ]
         counts.append(len(model.calls))
     expected = calls_per_update(DistarSettings(generator=generator))["predict"]
     assert expected == 7 and sum(counts) / len(counts) == pytest.approx(expected, abs=0.6)  # 3.3 standard errors
@@ -794,8 +886,12 @@ def test_with_guidance_inside_the_start_is_not_a_fixed_point():
     model = network(means={"cat": torch.full((3, 2, 2), 0.7, dtype=D)})
     s = DistarSettings(generator=Generator(t_init=0.6), c=0.1, reward_scale=0.0, alpha_cfg=2.0)
     gap = run(model, s)[-1].metrics["gap"]
-    assert run(network(means={"cat": torch.full((3, 2, 2), 0.7, dtype=D)}), dataclasses.replace(s, alpha_cfg=0.0))[
-        -1].metrics["gap"] == 0
+    assert (
+        run(network(means={"cat": torch.full((3, 2, 2), 0.7, dtype=D)}), dataclasses.replace(s, alpha_cfg=0.0))[
+            -1
+        ].metrics["gap"]
+        == 0
+    )
     rng, cond = Random(0, 1, (0, 1)), model.encode_prompts(["cat"] * 2)
     with torch.no_grad():
         x0 = s.generator(model, cond, [rng.normal("generator-z-0", (3, 2, 2)).double()])
@@ -827,7 +923,8 @@ def test_the_reward_waits_for_distillation_and_its_force_is_capped():
     torch.testing.assert_close(*gradients)
     assert 0 < float(metrics["reward_share"]) < 1e-3
     assert float(metrics["force_reward"] * metrics["reward_share"]) == pytest.approx(
-        0.5 * float(metrics["force_divergence"]), rel=0.5)
+        0.5 * float(metrics["force_divergence"]), rel=0.5
+    )
 
 
 def test_the_assistants_lag_is_noticed():
@@ -860,11 +957,16 @@ def test_the_lag_is_the_assistants_error_over_the_divergence(moved, lag):
 
 def test_bad_input_is_told():
     for wrong, match in (
-        ({"c": 0.0}, "expected c: above 0"), ({"c": -1.0}, "got c = -1.0"),
-        ({"t_generator": (0.5, 0.5)}, "t_generator"), ({"t_assistant": (0.0, 0.5)}, "t_assistant"),
-        ({"assistant_steps": 0}, "assistant_steps: at least 1"), ({"divergence": "fisher"}, "'distar' or 'kl'"),
-        ({"divergence": "kl", "gradient": "total"}, "one gradient"), ({"reward_cap": 0.0}, "reward_cap"),
-        ({"reward_scale": -1.0}, "reward_scale = -1.0"), ({"alpha_cfg": -1.0}, "alpha_cfg = -1.0"),
+        ({"c": 0.0}, "expected c: above 0"),
+        ({"c": -1.0}, "got c = -1.0"),
+        ({"t_generator": (0.5, 0.5)}, "t_generator"),
+        ({"t_assistant": (0.0, 0.5)}, "t_assistant"),
+        ({"assistant_steps": 0}, "assistant_steps: at least 1"),
+        ({"divergence": "fisher"}, "'distar' or 'kl'"),
+        ({"divergence": "kl", "gradient": "total"}, "one gradient"),
+        ({"reward_cap": 0.0}, "reward_cap"),
+        ({"reward_scale": -1.0}, "reward_scale = -1.0"),
+        ({"alpha_cfg": -1.0}, "alpha_cfg = -1.0"),
     ):
         with pytest.raises(ValueError, match=match):
             DistarSettings(**wrong)
@@ -873,9 +975,11 @@ def test_bad_input_is_told():
             Generator(**wrong)
     with pytest.raises(ValueError, match="not differentiable"):
         run(network(), reward=lambda images, prompts: images.detach().mean((1, 2, 3)))
-    for call, match in ((lambda: distar_loss(*torch.ones(3, 1, 2), c=0.0), "c = 0.0"),
-                        (lambda: distar_loss(*torch.ones(3, 1, 2), c=1.0, gradient="half"), "expected paper or total"),
-                        (lambda: distar_loss(*torch.ones(3, 1, 2), c=1.0, distance="l1"), "pseudo_huber or l2")):
+    for call, match in (
+        (lambda: distar_loss(*torch.ones(3, 1, 2), c=0.0), "c = 0.0"),
+        (lambda: distar_loss(*torch.ones(3, 1, 2), c=1.0, gradient="half"), "expected paper or total"),
+        (lambda: distar_loss(*torch.ones(3, 1, 2), c=1.0, distance="l1"), "pseudo_huber or l2"),
+    ):
         with pytest.raises(ValueError, match=match):
             call()
     assert not dataclasses.replace(DistarSettings(), reward_scale=0.0).reward_scale
@@ -888,8 +992,17 @@ def trained(folder, steps, *, resume=False, **changes):
     model = network(torch.float32, trains=("mean", "velocity"))
     settings = DistarSettings(generator=Generator(t_init=0.6), c=0.1, reward_scale=0.2, assistant_steps=2)
     options = {"batch_size": 4, "lr": 1e-3, "lrs": {"assistant": 4e-3}, "weight_decay": 0.0, "clip_norm": 0.0}
-    train(model, Distar(settings), bright, ["cat", "dog", "cow"], folder=folder, steps=steps, resume=resume,
-          progress=False, **{**options, **changes})
+    train(
+        model,
+        Distar(settings),
+        bright,
+        ["cat", "dog", "cow"],
+        folder=folder,
+        steps=steps,
+        resume=resume,
+        progress=False,
+        **{**options, **changes},
+    )
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["event"] == "step"]
     return model, [{k: v for k, v in row.items() if not k.endswith("_seconds")} for row in steps]
@@ -911,7 +1024,7 @@ def test_every_name_has_its_own_learning_rate(tmp_path):
     assert (rows[0]["lr"], rows[0]["lr_assistant"]) == (1e-3, 4e-3)
     for name, low, high in (("policy", 0.99e-3, 1.01e-3), ("assistant", 4e-3, (1 + 2**0.5) * 4.04e-3)):
         assert low <= model.parameters(name)[1].abs().max() <= high
-    with pytest.raises(ValueError, match="trainer.lrs.critic: the algorithm trains policy, assistant"):
+    with pytest.raises(ValueError, match=r"trainer.lrs.critic: the algorithm trains policy, assistant"):
         trained(tmp_path / "other", 1, lrs={"critic": 1e-3})
     with pytest.raises(ValueError, match="draws as it was trained"):
         trained(tmp_path / "other", 1, sample_steps=4)
@@ -922,7 +1035,8 @@ def test_recipes_name_their_mistakes():
     assert plan.algorithm.generator == Generator(t_init=0.714) and plan.trainer.lrs == {"assistant": 2e-4}
     assert recipe.parse(recipe.dump(plan)) == plan
     for override, match in (
-        ("trainer.lrs.asistant=1e-4", "did you mean trainer.lrs.assistant?"), ("algorithm.c=0", "expected c: above 0"),
+        ("trainer.lrs.asistant=1e-4", "did you mean trainer.lrs.assistant?"),
+        ("algorithm.c=0", "expected c: above 0"),
         ("algorithm.generator.t_int=0.5", "did you mean algorithm.generator.t_init?"),
         ("algorithm.generator.t_init=2", "t_init: above 0 and at most 1"),
         ("trainer.lrs.assistant=-1", "greater than 0"),
@@ -963,8 +1077,11 @@ def test_the_guard_draws_as_the_generator_does(tmp_path, monkeypatch):
 
     asked = []
     monkeypatch.setattr(palate.evaluate, "embedded_referee", lambda: None)
-    monkeypatch.setattr(palate.evaluate, "quick_check",
-                        lambda model, words, ids, **how: asked.append(how["sampler"]) or {"concept": 1.0})
+    monkeypatch.setattr(
+        palate.evaluate,
+        "quick_check",
+        lambda model, words, ids, **how: asked.append(how["sampler"]) or {"concept": 1.0},
+    )
     trained(tmp_path, 1, guard=recipe.GuardSettings(every=1, action="warn"))
     assert asked == [Generator(t_init=0.6)] * 2
 
@@ -981,16 +1098,31 @@ def test_control_words_are_refused_and_the_run_goes_on(tmp_path, monkeypatch):
     assert len(trained(tmp_path, 2)[1]) == 2
 
 
-@pytest.mark.parametrize("name, family", [
-    ("distar-sd15", "stable-diffusion"), ("distar-sdxl", "sdxl"), ("distar-pixart", "pixart-alpha"),
-])
+@pytest.mark.parametrize(
+    "name, family",
+    [
+        ("distar-sd15", "stable-diffusion"),
+        ("distar-sdxl", "sdxl"),
+        ("distar-pixart", "pixart-alpha"),
+    ],
+)
 def test_the_published_recipes_run_on_tiny_networks_of_the_same_classes(tmp_path, name, family):
     import tiny_families
 
     plan = recipe.read(name)
     model = tiny_families.load(family, names=Distar.trains, training=plan.model.weights)
     before = {who: [p.detach().clone() for p in model.parameters(who)] for who in Distar.trains}
-    train(model, Distar(plan.algorithm), bright, ["a", "b"], folder=tmp_path, steps=2, batch_size=1, lr=1e-3,
-          lrs={"assistant": 1e-3}, progress=False)
+    train(
+        model,
+        Distar(plan.algorithm),
+        bright,
+        ["a", "b"],
+        folder=tmp_path,
+        steps=2,
+        batch_size=1,
+        lr=1e-3,
+        lrs={"assistant": 1e-3},
+        progress=False,
+    )
     for who, old in before.items():
         assert any(not torch.equal(p, q) for p, q in zip(model.parameters(who), old, strict=True))

@@ -22,7 +22,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_train import rows, run, tensors
-from tiny_flow import PROMPTS, TinyFlow, reward, srpo
+from tiny_flow import TinyFlow, reward, srpo
 from torch import nn
 
 import palate
@@ -49,10 +49,12 @@ MAKE = {
     "flow_grpo": lambda: FlowGRPO(FlowGRPOSettings(group=2, steps=3, guidance=1.0)),
     "nft": lambda: NFT(NFTSettings(group=2, steps=2, n=2)),
     "dpo": lambda: DPO(DPOSettings(steps=2, guidance=1.0, beta=10.0)),
-    "sqdf": lambda: SQDF(SQDFSettings(rollout_steps=3, final_time=0.02, guidance=1.0, estimator="tweedie",
-                                      buffer_size=16)),
-    "sqdf-fresh": lambda: SQDF(SQDFSettings(rollout_steps=6, final_time=0.02, guidance=1.0, estimator="tweedie",
-                                            buffer="none")),
+    "sqdf": lambda: SQDF(
+        SQDFSettings(rollout_steps=3, final_time=0.02, guidance=1.0, estimator="tweedie", buffer_size=16)
+    ),
+    "sqdf-fresh": lambda: SQDF(
+        SQDFSettings(rollout_steps=6, final_time=0.02, guidance=1.0, estimator="tweedie", buffer="none")
+    ),
     "distar": lambda: Distar(DistarSettings(generator=Generator(t_init=0.7))),
 }
 
@@ -79,16 +81,20 @@ class Networks(TinyFlow):
             adapted = type("Adapted", (nn.Sequential, PeftAdapterMixin), {})
             with torch.random.fork_rng():
                 torch.manual_seed(4)
-                self.weights = NamedWeights(adapted(*self.net), training="lora", rank=2, alpha=None, targets=["0", "2"],
-                                            names=names)
+                self.weights = NamedWeights(
+                    adapted(*self.net), training="lora", rank=2, alpha=None, targets=["0", "2"], names=names
+                )
         else:
             self.net = nn.Sequential(Block(*self.net[:2]), self.net[2])
             self.net._no_split_modules = ["Block"]
             copies = {name: copy.deepcopy(self.net) for name in names[1:]}
             networks = {"policy": self.net, "reference": self.reference, **copies}
             self.weights = SimpleNamespace(
-                training="full", networks=networks, speaking_as=lambda name: contextlib.nullcontext(networks[name]),
-                parameters=lambda name: list(networks[name].parameters()))
+                training="full",
+                networks=networks,
+                speaking_as=lambda name: contextlib.nullcontext(networks[name]),
+                parameters=lambda name: list(networks[name].parameters()),
+            )
 
     def predict(self, xt, t, cond, *, guidance=1.0, weights="policy"):
         with self.weights.speaking_as(weights) as self.net:
@@ -298,8 +304,14 @@ def test_sharded_networks_are_exported_whole(pair, folder):
 
 def test_ranks_of_a_sharded_network_may_need_different_numbers_of_calls():
     """What makes the equality of "sqdf-fresh" say something: the longest walks of the two shares differ."""
-    longest = [[int(Random(5, step, range(first, first + 4)).integers("index", 0, 5).max())
-                for step in range(1, STEPS + 1) for first in [8 * (step - 1) + 4 * rank]] for rank in (0, 1)]
+    longest = [
+        [
+            int(Random(5, step, range(first, first + 4)).integers("index", 0, 5).max())
+            for step in range(1, STEPS + 1)
+            for first in [8 * (step - 1) + 4 * rank]
+        ]
+        for rank in (0, 1)
+    ]
     assert any(a > b for a, b in zip(*longest, strict=True)) and any(a < b for a, b in zip(*longest, strict=True))
 
 
@@ -410,12 +422,13 @@ def test_a_rank_that_hangs_ends_the_job_after_the_time_out(tmp_path, monkeypatch
 
 
 def test_what_cannot_work_is_refused_with_its_remedy(tmp_path):
-    with pytest.raises(ValueError,
-                       match=r"batch_size = 8 cannot be cut into 3 equal shares \(1 ranks x 3 micro_batches\)"):
+    with pytest.raises(
+        ValueError, match=r"batch_size = 8 cannot be cut into 3 equal shares \(1 ranks x 3 micro_batches\)"
+    ):
         go(tmp_path / "a", micro_batches=3)
-    with pytest.raises(ValueError, match="sharding needs more than one rank.*--nproc"):
+    with pytest.raises(ValueError, match=r"sharding needs more than one rank.*--nproc"):
         go(tmp_path / "b", sharding="full")
-    with pytest.raises(ValueError, match="sharding is for model.weights = full"):
+    with pytest.raises(ValueError, match=r"sharding is for model.weights = full"):
         run(tmp_path / "c", sharding="full")
     assert not any((tmp_path / name / "metrics.jsonl").exists() for name in "abc")
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from counted import C, D, VP, linear, model_of
+from counted import VP, C, D, linear, model_of
 from PIL import Image
 
 from palate import recipe
@@ -54,8 +54,9 @@ def test_gradient_in_closed_form(schedule, moved):
     eps, t = rng.normal("inject", (1, 2, 2)).double(), 1 - rng.uniform("level")
     alpha, sigma = schedule(t)
     c, cond = alpha / (alpha + sigma), model.encode_prompts(["cat", "cat"])
-    e_w, e_l = (eps - model.predict(add_noise(pairs[:, k], eps, alpha, sigma), t, cond, weights="reference").eps
-                for k in (0, 1))
+    e_w, e_l = (
+        eps - model.predict(add_noise(pairs[:, k], eps, alpha, sigma), t, cond, weights="reference").eps for k in (0, 1)
+    )
     m_w, m_l = (((e - c * moved).square() - e.square()).mean((1, 2, 3)) for e in (e_w, e_l))
     s = -beta / 2 * (m_w - m_l)
     expected = -((1 - torch.sigmoid(s)).view(-1, 1, 1, 1) * beta * c / 4 * (e_w - e_l)).mean(0)
@@ -130,8 +131,9 @@ def test_pairs_of_a_recipe_arrive_preferred_first_without_the_ties(tmp_path, mon
     rows = [("a.png", "b.png", [0, 1]), ("b.png", "a.png", [1, 0]), ("a.png", "b.png", [1, 1])]
     for name, grey in (("a.png", 50), ("b.png", 200)):
         Image.fromarray(np.full((4, 4, 3), grey, np.uint8)).save(tmp_path / name)
-    listed = [{"prompt": f"cat {i}", "image_path": [a, b], "human_preference": votes}
-              for i, (a, b, votes) in enumerate(rows)]
+    listed = [
+        {"prompt": f"cat {i}", "image_path": [a, b], "human_preference": votes} for i, (a, b, votes) in enumerate(rows)
+    ]
     (tmp_path / "train.json").write_text(json.dumps(listed))
     model = SimpleNamespace(image_size=2, encode=lambda images: images)
     monkeypatch.setattr(recipe, "build_model", lambda *args: model)
@@ -143,9 +145,11 @@ def test_pairs_of_a_recipe_arrive_preferred_first_without_the_ties(tmp_path, mon
     (tmp_path / "train.json").write_text(json.dumps(listed[2:]))
     with pytest.raises(recipe.RecipeError, match="holds no pair with a preference"):
         recipe.build(recipe.parse(text))
-    for override, message in (("algorithm.name=refl", "prompts.pairs: refl does not read pairs"),
-                              ("prompts.file=emoji-train", "got prompts.file and prompts.pairs"),
-                              ("prompts={images: x}", "prompts.images: dpo reads pairs of images")):
+    for override, message in (
+        ("algorithm.name=refl", "prompts.pairs: refl does not read pairs"),
+        ("prompts.file=emoji-train", "got prompts.file and prompts.pairs"),
+        ("prompts={images: x}", "prompts.images: dpo reads pairs of images"),
+    ):
         with pytest.raises(recipe.RecipeError, match=message):
             recipe.parse(text, [override])
 

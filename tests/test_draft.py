@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from counted import D, VP, model_of
+from counted import VP, D, model_of
 
 from palate.algorithms.draft import DRaFT, DRaFTSettings, calls_per_update
 from palate.core import Batch, Random
@@ -105,6 +105,7 @@ def per_sample(settings, ids):
 
 def test_lv_averages_terms_of_the_same_size():
     """A linear reward's gradient is the same for every noise, so n does not change it."""
+
     def linear(images, prompts):
         return (images * Y).sum((1, 2, 3))
 
@@ -117,10 +118,14 @@ def test_lv_averages_terms_of_the_same_size():
     assert len(set(renoised)) == 3
 
 
-@pytest.mark.parametrize("settings", [
-    DRaFTSettings(steps=6, K=3, guidance=2.0), DRaFTSettings(steps=4, n=2, guidance=1.0),
-    DRaFTSettings(steps=3, n=1, guidance=7.5),
-])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        DRaFTSettings(steps=6, K=3, guidance=2.0),
+        DRaFTSettings(steps=4, n=2, guidance=1.0),
+        DRaFTSettings(steps=3, n=1, guidance=7.5),
+    ],
+)
 def test_calls(settings):
     model = model_of()
     run(settings, model=model, ids=(0, 1, 2))

@@ -33,24 +33,37 @@ def judge():
 @pytest.fixture(scope="module")
 def drawn(model):
     """Twelve sampled images of three styles, from fixed noise."""
-    prompts = [f"a {style} {concept} on a {colour} background" for style in ("3d", "flat", "outline")
-               for concept, colour in (("dog", "blue"), ("apple", "white"), ("rocket", "yellow"), ("octopus", "green"))]
+    prompts = [
+        f"a {style} {concept} on a {colour} background"
+        for style in ("3d", "flat", "outline")
+        for concept, colour in (("dog", "blue"), ("apple", "white"), ("rocket", "yellow"), ("octopus", "green"))
+    ]
     noise = torch.randn((12, *model.latent_shape), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         return prompts, model.decode(sample(model, model.encode_prompts(prompts), noise, 8, guidance=3.0))
 
 
 def test_words_are_resolved():
-    assert known_words("3D, a GLOSSY puppy in a grey background!") == ["3d", "a", "3d", "dog", "on", "a", "gray",
-        "background"]
-    assert parse_prompt("a small outlined fox at the left on blue") == Caption("fox", "outline", "blue", "small",
-        "left")
+    assert known_words("3D, a GLOSSY puppy in a grey background!") == [
+        "3d",
+        "a",
+        "3d",
+        "dog",
+        "on",
+        "a",
+        "gray",
+        "background",
+    ]
+    assert parse_prompt("a small outlined fox at the left on blue") == Caption(
+        "fox", "outline", "blue", "small", "left"
+    )
     assert parse_prompt("flat. a 3d dog").style == "3d"
     assert parse_prompt("dogs").concept == "dog"
 
 
-@pytest.mark.parametrize(("prompt", "near"),
-                         [("a doog", "dog"), ("octopuz on blue", "octopus"), ("a balon", "balloon")])
+@pytest.mark.parametrize(
+    ("prompt", "near"), [("a doog", "dog"), ("octopuz on blue", "octopus"), ("a balon", "balloon")]
+)
 def test_unknown_words_name_near_ones(model, prompt, near):
     with pytest.raises(ValueError, match=near) as error:
         model.encode_prompts([prompt])
@@ -73,7 +86,8 @@ def test_every_shipped_prompt_is_understood():
 def test_evaluation_prompts_are_not_trained_on():
     train, evaluation, styled, distil = (
         set((ASSETS / f"prompts/emoji-{name}.txt").read_text().splitlines())
-        for name in ("train", "eval", "styled", "distil"))
+        for name in ("train", "eval", "styled", "distil")
+    )
     assert len(evaluation) == 208 and not (train | distil) & (evaluation | styled)
     assert train < distil and {parse_prompt(prompt).style for prompt in distil - train} == set(vocabulary().styles)
 
@@ -113,9 +127,11 @@ def test_rewards_prefer_the_true_prompt(drawn, name):
     prompts, images = drawn
     reward = load_reward(name)
     own = reward(images, prompts)
-    for wrong in ([p.replace(parse_prompt(p).concept, "key") for p in prompts],
-                  [p.replace(parse_prompt(p).style, "cartoon") for p in prompts],
-                  [p.replace(parse_prompt(p).background, "purple") for p in prompts]):
+    for wrong in (
+        [p.replace(parse_prompt(p).concept, "key") for p in prompts],
+        [p.replace(parse_prompt(p).style, "cartoon") for p in prompts],
+        [p.replace(parse_prompt(p).background, "purple") for p in prompts],
+    ):
         assert (own > reward(images, wrong)).float().mean() >= 0.75
 
 
@@ -205,6 +221,8 @@ def test_the_packaged_consistency_model_is_nearer_to_the_odes_end_than_the_poste
     x, far = torch.randn(8, *model.latent_shape, generator=torch.Generator().manual_seed(0)), torch.ones(8)
     with torch.no_grad():
         end = sample(model, cond, x, 20, guidance=3.0)
-        errors = [float((model.predict(x, far, cond, weights=weights).x0 - end).square().mean())
-                  for weights in ("reference", "consistency")]
+        errors = [
+            float((model.predict(x, far, cond, weights=weights).x0 - end).square().mean())
+            for weights in ("reference", "consistency")
+        ]
     assert errors[1] < 0.9 * errors[0]

@@ -18,8 +18,8 @@ from palate.path import Prediction, flow_schedule
 class FakeJudge:
     """Concept = is the image bright in red; style = is it bright in green. Features = the pooled image."""
 
-    concepts = ["apple", "dog"]
-    styles = ["flat", "3d"]
+    concepts = ("apple", "dog")
+    styles = ("flat", "3d")
 
     def features(self, images):
         return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
@@ -406,19 +406,25 @@ def test_relative_rewards_of_other_words_are_other_questions(tmp_path):
 
 
 def test_sums_of_other_weights_are_other_questions_and_other_guidance_is_said(tmp_path):
-    text = ("reward: {{weights: {{emoji: 1, warmth: {0}}}}}\nsample: {{guidance: {1}}}\n"
-            "prompts: {{list: [dog, apple]}}\n")
+    text = (
+        "reward: {{weights: {{emoji: 1, warmth: {0}}}}}\nsample: {{guidance: {1}}}\nprompts: {{list: [dog, apple]}}\n"
+    )
     cases = {"same": ((5, 3), (5, 3)), "weights": ((5, 3), (50, 3)), "guidance": ((5, 3), (5, 1))}
     for case, kinds in cases.items():
-        folders, said = [run_folder(tmp_path / case / n, text.format(*kind)) for n, kind in zip("ab", kinds)], []
+        folders, said = (
+            [run_folder(tmp_path / case / n, text.format(*kind)) for n, kind in zip("ab", kinds, strict=False)],
+            [],
+        )
         between = runs.evaluate_runs(folders, referee=referee(), load=load, warn=said.append)["between"]["b"]
         assert ("reward/weighted" in between) == (case != "weights") and "reward/warmth" in between
         assert bool(said) == (case == "guidance") and all("a is drawn with guidance 3" in line for line in said)
 
 
 def test_prompts_that_are_given_are_all_asked(tmp_path):
-    folders = [run_folder(tmp_path / n, "reward: {name: emoji}\nevaluate: {prompts: %d}\n" % k) for n, k in
-               (("a", 2), ("b", 3))]  # fmt: skip
+    folders = [
+        run_folder(tmp_path / name, f"reward: {{name: emoji}}\nevaluate: {{prompts: {count}}}\n")
+        for name, count in (("a", 2), ("b", 3))
+    ]
     prompts = ["dog", "apple", "apple blue", "dog blue"]
     found = runs.evaluate_runs(folders, prompts=prompts, seeds=[0], referee=referee(), load=load)["runs"]
     assert all([row["prompt"] for row in run["rows"]] == prompts for run in found.values())
@@ -449,10 +455,10 @@ def test_runs_on_other_prompts_or_seeds_are_refused_before_anything_is_drawn(tmp
         runs.evaluate_runs([a], referee=referee(), stored=True)
     runs.evaluate_runs([a], referee=referee(), load=load)
     runs.evaluate_runs([b], referee=referee(), load=load, seeds=[0, 5], prompts=["dog", "apple blue"])
-    with pytest.raises(ValueError, match="a and b cannot be paired: .* of row [01] is"):
+    with pytest.raises(ValueError, match=r"a and b cannot be paired: .* of row [01] is"):
         runs.evaluate_runs([a, b], referee=referee(), stored=True)
     (a / "evaluation/result/0001.png").unlink()
-    with pytest.raises(ValueError, match="0001.png is missing"):
+    with pytest.raises(ValueError, match=r"0001.png is missing"):
         runs.evaluate_runs([a], referee=referee(), stored=True)
 
 
@@ -546,16 +552,16 @@ def test_missing_and_broken_images_are_named(tmp_path):
     png = (folder / "0002.png").read_bytes()
     for content in (b"", b"not a picture", png[: len(png) // 2]):
         (folder / "0002.png").write_bytes(content)
-        with pytest.raises(ValueError, match="0002.png cannot be read"):
+        with pytest.raises(ValueError, match=r"0002.png cannot be read"):
             runs.read_samples(folder)
     (folder / "0002.png").unlink()
-    with pytest.raises(ValueError, match="0002.png is missing"):
+    with pytest.raises(ValueError, match=r"0002.png is missing"):
         runs.read_samples(folder)
     for line in ("{", '{"file": "../x.png", "prompt": "a", "seed": 0}', '{"prompt": "a", "seed": 0}', "[1]"):
         (folder / "index.jsonl").write_text(line + "\n")
-        with pytest.raises(ValueError, match="index.jsonl line 1"):
+        with pytest.raises(ValueError, match=r"index.jsonl line 1"):
             runs.read_samples(folder)
-    with pytest.raises(ValueError, match="index.jsonl is missing"):
+    with pytest.raises(ValueError, match=r"index.jsonl is missing"):
         runs.read_samples(tmp_path / "nowhere")
 
 

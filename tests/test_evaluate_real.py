@@ -7,12 +7,12 @@ import json
 
 import pytest
 import torch
+from tiny_families import clip_tokenizer, saved
 from transformers import CLIPConfig, CLIPModel
 
 from palate import cli, recipe, runs
 from palate.evaluate import published_referee
 from palate.recipe import RecipeError
-from tiny_families import clip_tokenizer, saved
 
 
 @pytest.fixture(scope="module")
@@ -83,16 +83,16 @@ def test_who_judges(towers, tmp_path):
     assert recipe.heldout_of(plan(reward={"name": "clip-score"})) == "pickscore"
     assert recipe.heldout_of(plan(evaluate={"heldout": "hpsv2"}, reward={"source": {"hpsv2": "x"}})) == "hpsv2"
     every = {"name": None, "weights": {name: 1.0 for name in recipe.HELD_OUT}}
-    with pytest.raises(ValueError, match="reward.weights: clip-score, pickscore, hpsv2 are all optimised"):
+    with pytest.raises(ValueError, match=r"reward.weights: clip-score, pickscore, hpsv2 are all optimised"):
         recipe.referee_of(plan(reward=every))
     assert recipe.heldout_of(recipe.read("srpo-emoji")) == "emoji-heldout"
     assert recipe.guard_check(recipe.read("srpo-emoji")) is None
     assert recipe.guard_check(plan(trainer={"guard": {"every": 0}})) is None
-    with pytest.raises(RecipeError, match="evaluate.heldout: pickscore is what is optimised; give another of clip"):
+    with pytest.raises(RecipeError, match=r"evaluate.heldout: pickscore is what is optimised; give another of clip"):
         plan(evaluate={"heldout": "pickscore"})
-    with pytest.raises(RecipeError, match="evaluate.heldout: the embedded model has a judge"):
+    with pytest.raises(RecipeError, match=r"evaluate.heldout: the embedded model has a judge"):
         recipe.read("srpo-emoji", ["evaluate.heldout=hpsv2"])
-    with pytest.raises(RecipeError, match="reward.source.hpsv2: hpsv2 is in neither"):
+    with pytest.raises(RecipeError, match=r"reward.source.hpsv2: hpsv2 is in neither"):
         plan(reward={"source": {"hpsv2": "x"}})
 
 
@@ -100,7 +100,7 @@ def test_runs_that_others_judge_are_not_paired(towers, tmp_path):
     for name, optimised in (("a", "pickscore"), ("b", "clip-score")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "recipe.yaml").write_text(text(towers, tmp_path / name, reward={"name": optimised}))
-    with pytest.raises(ValueError, match="a is judged by clip-score, b by pickscore; set evaluate.heldout"):
+    with pytest.raises(ValueError, match=r"a is judged by clip-score, b by pickscore; set evaluate.heldout"):
         runs.evaluate_runs([tmp_path / "a", tmp_path / "b"])
 
 

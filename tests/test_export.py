@@ -81,16 +81,28 @@ def test_merged_weights_say_what_the_name_says(trained):
 
 
 def test_what_cannot_be_one_step_is_refused(tmp_path, trained):
-    for generator, match in ((Generator(steps=2), "one step"), (Generator(t_init=0.7145), "thousandths"),
-                             (Generator(t_init=1.0), "at most .999")):
+    for generator, match in (
+        (Generator(steps=2), "one step"),
+        (Generator(t_init=0.7145), "thousandths"),
+        (Generator(t_init=1.0), "at most .999"),
+    ):
         with pytest.raises(ValueError, match=match):
             export_one_step(trained, DistarSettings(generator=generator), tmp_path / "no")
     assert not (tmp_path / "no").exists()
 
 
 FLOW = Generator(t_init=0.9)
-FAMILIES = {"stable-diffusion": SD15, "stable-diffusion-v": SD15, "sdxl": SDXL, "pixart-alpha": PIXART,
-            "sd3": FLOW, "flux": FLOW, "flux-schnell": FLOW, "z-image": FLOW, "aura-flow": FLOW}
+FAMILIES = {
+    "stable-diffusion": SD15,
+    "stable-diffusion-v": SD15,
+    "sdxl": SDXL,
+    "pixart-alpha": PIXART,
+    "sd3": FLOW,
+    "flux": FLOW,
+    "flux-schnell": FLOW,
+    "z-image": FLOW,
+    "aura-flow": FLOW,
+}
 
 
 def generator_of(name, folder=None, dtype="float32"):
@@ -148,8 +160,10 @@ def test_a_bfloat16_generator_of_a_half_downloaded_folder(tmp_path, monkeypatch)
         ours = model.decode(SD15(model, model.encode_prompts(["a prompt"]), [noise]))[0]
     theirs, _ = drawn_as_the_card_says(folder, noise)
     torch.testing.assert_close(theirs.float(), ours, atol=0.05, rtol=0)
-    app(["sample", "--model", str(folder), "--prompt", "a prompt", "--seeds", "0", "--out", str(tmp_path / "drawn")],
-        standalone_mode=False)
+    app(
+        ["sample", "--model", str(folder), "--prompt", "a prompt", "--seeds", "0", "--out", str(tmp_path / "drawn")],
+        standalone_mode=False,
+    )
     assert Image.open(tmp_path / "drawn/grid.png").size == model.image_size
     shutil.rmtree(source / "text_encoder")
     with pytest.raises(ValueError, match="text_encoder is not whole"):
@@ -157,11 +171,15 @@ def test_a_bfloat16_generator_of_a_half_downloaded_folder(tmp_path, monkeypatch)
     assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.parametrize(("record", "message"), [
-    ({"t_init": 0.7, "input_scale": 0.7, "steps": 1, "family": "later"}, "draw it with diffusers, see .*README"),
-    ({"t_init": 0.7, "input_scale": 0.7, "steps": 1, "family": "emoji", "later": 1}, "draw it with diffusers"),
-    ({"t_init": 0.7}, "not what an export wrote"), ([], "not what an export wrote"),
-])
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"t_init": 0.7, "input_scale": 0.7, "steps": 1, "family": "later"}, "draw it with diffusers, see .*README"),
+        ({"t_init": 0.7, "input_scale": 0.7, "steps": 1, "family": "emoji", "later": 1}, "draw it with diffusers"),
+        ({"t_init": 0.7}, "not what an export wrote"),
+        ([], "not what an export wrote"),
+    ],
+)
 def test_a_generator_that_is_not_known_is_refused(tmp_path, record, message):
     (tmp_path / "generator.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=message):

@@ -37,11 +37,22 @@ def noise_for(model, count: int = 2) -> torch.Tensor:
 
 def diffusers_sample(name, pipeline, noise, guidance, size=(SIZE, SIZE)):
     """The pipeline's own latents for our noise; guidance in our convention, w of u + w (c - u)."""
-    call = {"num_inference_steps": STEPS, "output_type": "latent", "prompt": [*PROMPTS],
-            "height": size[0], "width": size[1]}
+    call = {
+        "num_inference_steps": STEPS,
+        "output_type": "latent",
+        "prompt": [*PROMPTS],
+        "height": size[0],
+        "width": size[1],
+    }
     if name.startswith("flux"):
-        patches = pipeline(**call, latents=pack(noise), guidance_scale=2.5, true_cfg_scale=guidance,
-                           negative_prompt=[""] * 2 if guidance != 1.0 else None, max_sequence_length=32).images
+        patches = pipeline(
+            **call,
+            latents=pack(noise),
+            guidance_scale=2.5,
+            true_cfg_scale=guidance,
+            negative_prompt=[""] * 2 if guidance != 1.0 else None,
+            max_sequence_length=32,
+        ).images
         return unpack(patches, noise.shape)
     if name.startswith("stable-diffusion"):  # its published PNDM is a multistep method; DDIM is its one-step form
         pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
@@ -93,7 +104,7 @@ def test_a_recipe_gives_a_side_or_height_and_width():
     assert plan.model.image_size == (768, 1024) and recipe.parse(recipe.dump(plan)) == plan
     assert recipe.read("srpo-flux").model.image_size == 720
     for wrong in ("0", "[64]", "[64, -3]", "wide", "true"):
-        with pytest.raises(recipe.RecipeError, match="image_size: expected pixels a side, or .height, width., got"):
+        with pytest.raises(recipe.RecipeError, match=r"image_size: expected pixels a side, or .height, width., got"):
             recipe.read("srpo-flux", [f"model.image_size={wrong}"])
 
 
@@ -148,7 +159,7 @@ def test_the_decoder_recomputes_its_residual_blocks():
         model = load("flux", training="none", gradient_checkpointing=on)
         latents = noise_for(model).requires_grad_()
         sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
             images = model.decode(latents)
         (gradient,) = torch.autograd.grad(images.sum(), latents)
         kept[on] = (sum(sizes), images.detach(), gradient)
@@ -157,10 +168,17 @@ def test_the_decoder_recomputes_its_residual_blocks():
     assert torch.allclose(kept[True][2], kept[False][2], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name, training", [
-    ("stable-diffusion", "lora"), ("sdxl", "full"), ("sd3", "lora"), ("flux", "full"), ("pixart-sigma", "lora"),
-    ("z-image", "lora"),
-])
+@pytest.mark.parametrize(
+    "name, training",
+    [
+        ("stable-diffusion", "lora"),
+        ("sdxl", "full"),
+        ("sd3", "lora"),
+        ("flux", "full"),
+        ("pixart-sigma", "lora"),
+        ("z-image", "lora"),
+    ],
+)
 def test_bfloat16_networks_train_float32_weights(name, training):
     model, exact = load(name, training=training, dtype="bfloat16"), load(name, training="none")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -199,8 +217,16 @@ def test_sd3_does_without_t5(tmp_path):
     pipeline.set_progress_bar_config(disable=True)
     model = load("sd3", tmp_path)
     noise = noise_for(model)
-    theirs = pipeline(PROMPTS, latents=noise, num_inference_steps=2, guidance_scale=1.0, output_type="latent",
-                      height=SIZE, width=SIZE, max_sequence_length=32).images
+    theirs = pipeline(
+        PROMPTS,
+        latents=noise,
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        output_type="latent",
+        height=SIZE,
+        width=SIZE,
+        max_sequence_length=32,
+    ).images
     with torch.no_grad():
         assert torch.allclose(sample(model, model.encode_prompts(PROMPTS), noise, 2), theirs, atol=1e-4)
 
@@ -221,7 +247,7 @@ def test_adapters_come_back_and_those_of_another_model_are_refused(tmp_path):
 
 
 def test_a_single_file_takes_the_place_of_the_denoiser(tmp_path):
-    folder, pipeline = saved("flux")
+    _folder, pipeline = saved("flux")
     state = {key: value + 0.01 for key, value in pipeline.transformer.state_dict().items()}
     save_file(state, tmp_path / "tuned.safetensors")
     tuned, base = load("flux", file=str(tmp_path / "tuned.safetensors"), training="none"), load("flux", training="none")
@@ -288,18 +314,42 @@ def test_prompts_beyond_the_encoder_are_counted_once(tmp_path):
 # The real architectures, without weights
 
 XL = {
-    "sample_size": 128, "block_out_channels": (320, 640, 1280), "cross_attention_dim": 2048,
-    "use_linear_projection": True, "attention_head_dim": (5, 10, 20),
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "attention_head_dim": (5, 10, 20),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",), "transformer_layers_per_block": (1, 2, 10),
-    "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+    "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+    "transformer_layers_per_block": (1, 2, 10),
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
 }
-PIXART = {"num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72, "out_channels": 8,
-          "cross_attention_dim": 1152, "caption_channels": 4096, "sample_size": 128}
-MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384,
-          "qk_norm": "rms_norm", "dual_attention_layers": tuple(range(13))}
-LARGE = {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192,
-         "qk_norm": "rms_norm"}
+PIXART = {
+    "num_layers": 28,
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "out_channels": 8,
+    "cross_attention_dim": 1152,
+    "caption_channels": 4096,
+    "sample_size": 128,
+}
+MEDIUM = {
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "caption_projection_dim": 1536,
+    "pos_embed_max_size": 384,
+    "qk_norm": "rms_norm",
+    "dual_attention_layers": tuple(range(13)),
+}
+LARGE = {
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "pos_embed_max_size": 192,
+    "qk_norm": "rms_norm",
+}
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}
 REAL = {  # network, its published configuration, family, parameters, modules that the default LoRA adapts
     "sd15": (diffusers.UNet2DConditionModel, SD15, stable_diffusion, 859_520_964, 128),
@@ -345,7 +395,7 @@ def test_only_the_chosen_targets_are_adapted(name):
     network = family.model.load(saved(name)[0], lora_targets=chosen, dtype="float32").weights.network
     found = sum(key.endswith("lora_A.policy.weight") for key, _ in network.named_parameters())
     assert found == adapted(bare.unet if hasattr(bare, "unet") else bare.transformer, chosen) < family.adapted
-    with pytest.raises(ValueError, match="lora_targets: no layer's name ends with to_kk; ends that are there: .*to_k"):
+    with pytest.raises(ValueError, match=r"lora_targets: no layer's name ends with to_kk; ends that are there: .*to_k"):
         family.model.load(saved(name)[0], lora_targets=["to_kk"], dtype="float32")
 
 
@@ -438,10 +488,23 @@ def test_hub_errors_say_what_to_do(case, monkeypatch):
 
 # Recipes
 
-FREE = ["reward={name: brightness}", "algorithm.preference=absolute", "algorithm.k_denoise=[0, 0]",
-        "algorithm.k_inversion=[0, 0]", "algorithm.hinge=null"]  # a closed-form reward reads no words
-SMALL = ["trainer.steps=2", "trainer.batch_size=2", "trainer.preview_every=0", "algorithm.rollout_steps=2",
-         "model.device=cpu", "prompts={list: [a cat, two dogs]}", f"model.image_size={SIZE}", "model.lora_rank=2"]
+FREE = [
+    "reward={name: brightness}",
+    "algorithm.preference=absolute",
+    "algorithm.k_denoise=[0, 0]",
+    "algorithm.k_inversion=[0, 0]",
+    "algorithm.hinge=null",
+]  # a closed-form reward reads no words
+SMALL = [
+    "trainer.steps=2",
+    "trainer.batch_size=2",
+    "trainer.preview_every=0",
+    "algorithm.rollout_steps=2",
+    "model.device=cpu",
+    "prompts={list: [a cat, two dogs]}",
+    f"model.image_size={SIZE}",
+    "model.lora_rank=2",
+]
 RECIPES = {"srpo-flux": "flux", "srpo-flux-released": "flux", "srpo-sd35": "sd3", "srpo-sdxl-24gb": "sdxl"}
 
 
@@ -455,8 +518,16 @@ def test_published_recipes_make_two_steps(name, tmp_path):
     before = [p.detach().clone() for p in parts.model.parameters()]
     accepted = inspect.signature(palate.train.train).parameters
     settings = {key: value for key, value in vars(plan.trainer).items() if key in accepted}
-    ended = palate.train(parts.model, parts.algorithm, parts.reward, parts.prompts, folder=tmp_path / "run",
-                         preview=parts.preview_prompts, progress=False, **settings)
+    ended = palate.train(
+        parts.model,
+        parts.algorithm,
+        parts.reward,
+        parts.prompts,
+        folder=tmp_path / "run",
+        preview=parts.preview_prompts,
+        progress=False,
+        **settings,
+    )
     assert ended.step == 2
     assert any(not torch.equal(a, b) for a, b in zip(before, parts.model.parameters(), strict=True))
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -469,9 +540,9 @@ def test_recipes_know_which_family_reads_which_key():
         recipe.read("srpo-emoji", ["model.image_size=64", "model.distilled_guidance=2"])
     assert "model.distilled_guidance: emoji does not read it; its own keys: none" in str(error.value)
     assert "model.image_size: emoji does not read it" in str(error.value)
-    with pytest.raises(recipe.RecipeError, match="model.text_tokens: sdxl does not read it; its own keys: dtype, "):
+    with pytest.raises(recipe.RecipeError, match=r"model.text_tokens: sdxl does not read it; its own keys: dtype, "):
         recipe.read("srpo-sdxl-24gb", ["model.text_tokens=77"])
-    with pytest.raises(recipe.RecipeError, match="model.folder: flux needs a diffusers folder or a hub id"):
+    with pytest.raises(recipe.RecipeError, match=r"model.folder: flux needs a diffusers folder or a hub id"):
         recipe.read("srpo-flux", ["model.folder=null"])
     with pytest.raises(recipe.RecipeError, match="did you mean flux"):
         recipe.read("srpo-flux", ["model.name=flx"])

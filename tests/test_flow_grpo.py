@@ -9,8 +9,16 @@ import torch
 from counted import C, D, linear, model_of
 
 from palate.algorithms.flow_grpo import (
-    FlowGRPO, FlowGRPOSettings, calls_per_update, clipped_loss, group_advantages, kl, random_steps, ratio,
-    rollout, trained_steps,
+    FlowGRPO,
+    FlowGRPOSettings,
+    calls_per_update,
+    clipped_loss,
+    group_advantages,
+    kl,
+    random_steps,
+    ratio,
+    rollout,
+    trained_steps,
 )
 from palate.core import Batch, Random
 from palate.path import flow_schedule, move
@@ -119,8 +127,16 @@ def reparameterised(settings, step):
 
 @pytest.mark.parametrize("window, same_noise", [(None, False), (None, True), (1, False)], ids=["all", "dance", "mix"])
 def test_mean_policy_gradient_is_the_reparameterised_gradient(window, same_noise):
-    settings = settings_of(group=400, steps=3, eta=1.0, density="joint", advantage_clip=1e9, window=window,
-                           window_every=1, same_noise=same_noise)
+    settings = settings_of(
+        group=400,
+        steps=3,
+        eta=1.0,
+        density="joint",
+        advantage_clip=1e9,
+        window=window,
+        window_every=1,
+        same_noise=same_noise,
+    )
     step, n, estimates = 2, settings.group, []
     for i in range(40):
         seen = []
@@ -260,8 +276,16 @@ def test_clip():
         log_prob(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1))
 
 
-@pytest.mark.parametrize("changes", [{}, {"beta": 0.1}, {"fraction": 0.5, "steps": 6}, {"window": 2, "guidance": 2.0},
-                                     {"minibatches": 2, "beta": 0.1, "guidance": 3.0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"beta": 0.1},
+        {"fraction": 0.5, "steps": 6},
+        {"window": 2, "guidance": 2.0},
+        {"minibatches": 2, "beta": 0.1, "guidance": 3.0},
+    ],
+)
 def test_calls(changes):
     model, settings = model_of(), settings_of(**changes)
     run(settings, model=model, ids=(0, 1))
@@ -269,11 +293,25 @@ def test_calls(changes):
     assert [model.forward, model.backward, model.decoded] == [2 * calls[k] for k in ("forward", "backward", "decode")]
 
 
-@pytest.mark.parametrize("wrong", [
-    {"group": 1}, {"steps": 1}, {"eta": 0}, {"shift": 0}, {"fraction": 0}, {"window": 10}, {"window": 0},
-    {"window_every": 0}, {"baseline": "all"}, {"advantage_clip": 0}, {"clip": 0}, {"beta": -1}, {"density": "sum"},
-    {"minibatches": 25},
-])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"group": 1},
+        {"steps": 1},
+        {"eta": 0},
+        {"shift": 0},
+        {"fraction": 0},
+        {"window": 10},
+        {"window": 0},
+        {"window_every": 0},
+        {"baseline": "all"},
+        {"advantage_clip": 0},
+        {"clip": 0},
+        {"beta": -1},
+        {"density": "sum"},
+        {"minibatches": 25},
+    ],
+)
 def test_settings_are_checked(wrong):
     with pytest.raises(ValueError, match="FlowGRPOSettings expected"):
         FlowGRPOSettings(**wrong)

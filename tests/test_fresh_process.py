@@ -19,8 +19,13 @@ from palate.sampling import sample
 
 STEPS = 3
 JOBS = {  # of a run: family, recipe, form of export, its own overrides, how diffusers calls the guidance
-    "flux": ("flux", "srpo-flux", "diffusers", ["model.text_tokens=32"],
-             {"guidance_scale": 3.5, "max_sequence_length": 32}),
+    "flux": (
+        "flux",
+        "srpo-flux",
+        "diffusers",
+        ["model.text_tokens=32"],
+        {"guidance_scale": 3.5, "max_sequence_length": 32},
+    ),
     "sdxl": ("sdxl", "srpo-sdxl-24gb", "diffusers", [], {"guidance_scale": 5.0}),
     "sdxl, kohya": ("sdxl", "srpo-sdxl-24gb", "kohya", [], {"guidance_scale": 5.0}),
 }
@@ -54,10 +59,23 @@ def palate(monkeypatch, *arguments):
 def pictures(tmp_path_factory):
     """Of each job: Palate's own images after two steps of training, and the stranger's before and after loading."""
     folder, jobs, ours = tmp_path_factory.mktemp("fresh"), [], {}
-    free = ["reward={name: brightness}", "algorithm.preference=absolute", "algorithm.rollout_steps=2",
-            "prompts={list: [a cat]}", f"model.image_size={SIZE}", "model.lora_rank=2", "model.lora_alpha=5",
-            "model.device=cpu", "model.dtype=float32", "trainer.steps=2", "trainer.batch_size=1", "trainer.lr=0.05",
-            "trainer.warmup=0", "trainer.preview_every=0", f"model.text_cache={folder / 'text'}"]
+    free = [
+        "reward={name: brightness}",
+        "algorithm.preference=absolute",
+        "algorithm.rollout_steps=2",
+        "prompts={list: [a cat]}",
+        f"model.image_size={SIZE}",
+        "model.lora_rank=2",
+        "model.lora_alpha=5",
+        "model.device=cpu",
+        "model.dtype=float32",
+        "trainer.steps=2",
+        "trainer.batch_size=1",
+        "trainer.lr=0.05",
+        "trainer.warmup=0",
+        "trainer.preview_every=0",
+        f"model.text_cache={folder / 'text'}",
+    ]
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name, (family, recipe, form, more, call) in JOBS.items():
             base, run = saved(family)[0], folder / family
@@ -72,8 +90,17 @@ def pictures(tmp_path_factory):
                 ours[name] = model.decode(latents)
             file = folder / f"{len(jobs)}.safetensors"
             save_file({"noise": pack(noise) if family == "flux" else noise}, file)
-            jobs.append({"base": str(base), "lora": str(run / "export" / form), "noise": str(file), "steps": STEPS,
-                         "size": SIZE, "call": call, "out": str(file.with_suffix(".images"))})
+            jobs.append(
+                {
+                    "base": str(base),
+                    "lora": str(run / "export" / form),
+                    "noise": str(file),
+                    "steps": STEPS,
+                    "size": SIZE,
+                    "call": call,
+                    "out": str(file.with_suffix(".images")),
+                }
+            )
     command = [sys.executable, "-c", STRANGER, json.dumps(jobs)]
     made = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
     assert made.returncode == 0, made.stderr[-2000:]

@@ -80,8 +80,9 @@ def test_guidance_moves_the_mean():
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_what_trains_and_what_it_does(name):
     schedule = SCHEDULES[name]
-    model = GaussianModel(MU, 0.6, schedule=schedule, trains=("mean", "log_std", "velocity", "linear"),
-                          networks=("policy", "assistant"))
+    model = GaussianModel(
+        MU, 0.6, schedule=schedule, trains=("mean", "log_std", "velocity", "linear"), networks=("policy", "assistant")
+    )
     x, cond = torch.randn(3, 1, 2, 2, dtype=torch.float64), model.encode_prompts([""] * 3)
     truth = model.predict(x, T, cond, weights="reference")
     torch.testing.assert_close(model.predict(x, T, cond).x0, truth.x0)

@@ -44,8 +44,15 @@ CANARY = "canary-3f9a1c"  # a secret; and the name of the file that hostile code
 
 WATCH: list[tuple[str, str]] | None = None
 RUNS = ("pickle.find_class", "os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "socket.connect")
-WRITES = {"os.mkdir": 0, "os.rename": 1, "os.remove": 0, "os.rmdir": 0, "os.symlink": 1, "os.link": 1,
-          "shutil.rmtree": 0}
+WRITES = {
+    "os.mkdir": 0,
+    "os.rename": 1,
+    "os.remove": 0,
+    "os.rmdir": 0,
+    "os.symlink": 1,
+    "os.link": 1,
+    "shutil.rmtree": 0,
+}
 
 
 def _hook(event: str, arguments: tuple) -> None:
@@ -53,8 +60,11 @@ def _hook(event: str, arguments: tuple) -> None:
         return
     if event in RUNS:
         WATCH.append((event, str(arguments)[:200]))
-    elif event == "open" and isinstance(arguments[0], (str, bytes, Path)) and (arguments[2]
-        or 0) & (os.O_WRONLY | os.O_RDWR):
+    elif (
+        event == "open"
+        and isinstance(arguments[0], (str, bytes, Path))
+        and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+    ):
         WATCH.append(("write", os.fsdecode(arguments[0])))
     elif event in WRITES:
         WATCH.append(("write", str(arguments[WRITES[event]])))
@@ -258,8 +268,9 @@ def test_a_prompt_file_without_end_is_refused_by_its_size(tmp_path):
         read_prompts(str(tmp_path / "big.txt"))
 
 
-@pytest.mark.parametrize("name",
-                         ["../../outside.png", "/etc/passwd", "..\\x.png", "a/../../x.png", "\0.png", "~/.ssh/id_rsa"])
+@pytest.mark.parametrize(
+    "name", ["../../outside.png", "/etc/passwd", "..\\x.png", "a/../../x.png", "\0.png", "~/.ssh/id_rsa"]
+)
 def test_names_in_caption_files_are_names_only(tmp_path, name):
     """A row about a file elsewhere neither reads nor writes it: only pictures of the folder itself count."""
     folder = tmp_path / "in"
@@ -344,7 +355,8 @@ def test_there_are_enough_of_them():
 def test_prompts_and_control_words_reach_no_file_name_and_no_terminal(tmp_path, capsys):
     """A run on every hostile text, previews included: files have numbers for names, the terminal gets plain text."""
     prompts = [text.replace("unknownword", "") for text in (*HTML, *OTHER)]
-    with watched(tmp_path / "run" if (tmp_path / "run").mkdir() else tmp_path / "run"):
+    (tmp_path / "run").mkdir()
+    with watched(tmp_path / "run"):
         run(tmp_path / "run", prompts=prompts, steps=2, batch_size=8, preview_every=2, preview=prompts[-20:-1],
             preview_prompts=99, checkpoint_every=0, progress=True)  # fmt: skip
     names = {path.name for path in (tmp_path / "run").rglob("*")}
@@ -362,9 +374,12 @@ def test_prompts_and_control_words_reach_no_file_name_and_no_terminal(tmp_path, 
 
 def test_hostile_texts_in_errors_are_short_and_plain(tiny, palate):  # noqa: F811
     for text in (*OTHER[5:-1], "y" * 100_000):
-        for arguments in (("train", text), ("train", "tiny.yaml", f"algorithm.positve={text}"),
-                          ("sample", text, "--prompt", "a")):
-            if "\0" in text and arguments[0] == "sample" or text.startswith("-"):
+        for arguments in (
+            ("train", text),
+            ("train", "tiny.yaml", f"algorithm.positve={text}"),
+            ("sample", text, "--prompt", "a"),
+        ):
+            if ("\0" in text and arguments[0] == "sample") or text.startswith("-"):
                 continue
             code, out, err = palate(*arguments)
             assert code in (2, 4) and short(err) and len(err) < 20_000, arguments[0]

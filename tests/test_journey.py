@@ -11,9 +11,20 @@ from safetensors.torch import load_file
 
 from palate import cli
 
-SMALL = ["trainer.batch_size=2", "trainer.preview_prompts=2", "trainer.preview_every=2", "trainer.checkpoint_every=2",
-         "trainer.guard.every=2", "trainer.guard.prompts=8", "trainer.guard.action=warn", "trainer.ema_decay=0.5",
-         "algorithm.rollout_steps=2", "algorithm.anchor=0.1", "model.lora_rank=2", "trainer.threads=1"]
+SMALL = [
+    "trainer.batch_size=2",
+    "trainer.preview_prompts=2",
+    "trainer.preview_every=2",
+    "trainer.checkpoint_every=2",
+    "trainer.guard.every=2",
+    "trainer.guard.prompts=8",
+    "trainer.guard.action=warn",
+    "trainer.ema_decay=0.5",
+    "algorithm.rollout_steps=2",
+    "algorithm.anchor=0.1",
+    "model.lora_rank=2",
+    "trainer.threads=1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +87,14 @@ def test_evaluate_report_sample_and_compare(runs, palate, tmp_path, capsys):
     page = (whole / "report.html").read_text()
     assert "data:image/png;base64" in page and "<script" not in page and "http-equiv" in page
     palate("compare", str(whole), str(halves))
-    palate("sample", str(whole), "--prompt", "a puppy on a blue background", "--seeds", "0-1", "--out",
-           str(tmp_path / "out"))
+    palate(
+        "sample",
+        str(whole),
+        "--prompt",
+        "a puppy on a blue background",
+        "--seeds",
+        "0-1",
+        "--out",
+        str(tmp_path / "out"),
+    )
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0000.png", "0001.png", "grid.png", "index.jsonl"]

@@ -26,7 +26,7 @@ def judge():
     told = {"asked": [], "say": lambda request: "Score: 3"}
 
     class Server(BaseHTTPRequestHandler):
-        def do_POST(self):  # noqa: N802
+        def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             told["asked"].append((self.path, self.headers["Authorization"], request))
             body = json.dumps({"choices": [{"message": {"content": told["say"](request)}}]}).encode()
@@ -65,9 +65,15 @@ def test_each_image_is_judged_with_its_own_prompt_and_comes_back_in_its_place(ju
         assert f'"prompt {pixels[0, 0, 0] // 10}"' in request["messages"][0]["content"][1]["text"]
 
 
-@pytest.mark.parametrize(("text", "score"), [
-    ("Score: 4", 4.0), ("4.5", 4.5), ("score: 2 at first.\nFinal **Score:** 3.5/5", 3.5), ("Score = 1.", 1.0),
-])
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("Score: 4", 4.0),
+        ("4.5", 4.5),
+        ("score: 2 at first.\nFinal **Score:** 3.5/5", 3.5),
+        ("Score = 1.", 1.0),
+    ],
+)
 def test_answers_that_are_a_score(text, score):
     assert parse(text) == score
 
@@ -77,7 +83,7 @@ def test_any_other_answer_drops_the_batch(text, judge):
     reward, told = judge
     told["say"] = lambda request: text if picture_of(request)[0, 0, 0] else "Score: 3"
     images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
-    with pytest.raises(RemoteError, match="a bad answer; expected .*Score: N, .*Nothing of this batch is used"):
+    with pytest.raises(RemoteError, match=r"a bad answer; expected .*Score: N, .*Nothing of this batch is used"):
         reward(images, ["a", "b"])
 
 
@@ -87,9 +93,11 @@ def test_a_recipe_names_url_and_model(monkeypatch):
     assert (made.model, made.service.url) == ("owner/judge", "http://127.0.0.1:8000/v1/chat/completions")
     with pytest.raises(ValueError, match="names no model; write it behind the URL"):
         load_judge("http://127.0.0.1:8000/v1/chat/completions")
-    with pytest.raises(ValueError, match="reward.source.vlm-judge: http://far.example/v1 would send the token"):
+    with pytest.raises(ValueError, match=r"reward.source.vlm-judge: http://far.example/v1 would send the token"):
         load_judge("http://far.example/v1#m")
-    with pytest.raises(ValueError, match="must hold .prompt. exactly once"):
+    with pytest.raises(ValueError, match=r"must hold .prompt. exactly once"):
         JudgeReward("http://127.0.0.1:1", SECRET, model="m", question="How good?")
-    with pytest.raises(recipe.RecipeError, match="reward.source.vlm-judge: give the server's URL, as http://127.0.0.1"):
+    with pytest.raises(
+        recipe.RecipeError, match=r"reward.source.vlm-judge: give the server's URL, as http://127.0.0.1"
+    ):
         recipe.read("srpo-emoji", ["reward={name: vlm-judge}"])

@@ -232,7 +232,9 @@ def test_comfyui_of_a_transformer_is_read_by_a_small_reader_with_its_alpha(tmp_p
 def flux_expected(layers, original, parts, rows):
     """Changes of the fused layer: the parts' own changes stacked, zero where a part has no LoRA."""
     width = next(exact(layers[p]).shape[1] for p in parts if p in layers)
-    return torch.cat([exact(layers[p]) if p in layers else torch.zeros(r, width) for p, r in zip(parts, rows)])
+    return torch.cat(
+        [exact(layers[p]) if p in layers else torch.zeros(r, width) for p, r in zip(parts, rows, strict=False)]
+    )
 
 
 @pytest.mark.parametrize(

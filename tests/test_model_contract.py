@@ -96,5 +96,5 @@ def test_the_reference_stays_where_the_policy_began(model, noisy):
 
 
 def test_unknown_weights_are_refused(model, noisy):
-    with pytest.raises(ValueError, match="policy or reference|weights"):
+    with pytest.raises(ValueError, match=r"policy or reference|weights"):
         model.predict(*noisy, weights="teacher")

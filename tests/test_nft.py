@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from counted import C, Counted, D, VP, linear, model_of
+from counted import VP, C, Counted, D, linear, model_of
 
 from palate.algorithms.nft import (
-    NFT, NFTSettings, calls_per_update, mirrored, old_decay, optimality, self_normalised, velocity,
+    NFT,
+    NFTSettings,
+    calls_per_update,
+    mirrored,
+    old_decay,
+    optimality,
+    self_normalised,
+    velocity,
 )
 from palate.core import Batch, Random
 from palate.path import add_noise, flow_schedule
@@ -174,8 +181,20 @@ def test_calls(changes):
     assert [loss.update for loss in losses] == [None] * (settings.n - 1) + ["policy"]
 
 
-@pytest.mark.parametrize("wrong", [{"group": 1}, {"steps": 0}, {"shift": 0}, {"n": 0}, {"beta": 0}, {"z": 0},
-                                   {"kl": -1}, {"old_rate": -1}, {"old_most": 1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"group": 1},
+        {"steps": 0},
+        {"shift": 0},
+        {"n": 0},
+        {"beta": 0},
+        {"z": 0},
+        {"kl": -1},
+        {"old_rate": -1},
+        {"old_most": 1},
+    ],
+)
 def test_settings_are_checked(wrong):
     with pytest.raises(ValueError, match="NFTSettings expected"):
         NFTSettings(**wrong)

@@ -25,8 +25,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 def test_a_difference_comes_back_within_half_a_step_of_each_row():
     noise = torch.Generator().manual_seed(0)
     base = {"w": torch.randn(8, 3, 3, 3, generator=noise), "b": torch.randn(8, generator=noise)}
-    moved = {"w": 10.0 ** torch.arange(-4.0, 4.0).view(-1, 1, 1, 1) * torch.randn(8, 3, 3, 3, generator=noise),
-             "b": torch.full((8,), 2.0**-10)}
+    moved = {
+        "w": 10.0 ** torch.arange(-4.0, 4.0).view(-1, 1, 1, 1) * torch.randn(8, 3, 3, 3, generator=noise),
+        "b": torch.full((8,), 2.0**-10),
+    }
     moved["w"][2] = 0  # a row that did not move comes back to the bit
     packed = delta.pack({name: base[name] + moved[name] for name in base}, base)
     assert packed["w"].dtype == torch.int8 and packed["w.scale"].shape == (8,) and packed["b"].dtype == torch.float16
@@ -68,12 +70,27 @@ def test_the_shipped_folder_is_small_and_draws_the_same(shipped, tmp_path, capsy
     assert sum(path.stat().st_size for path in folder.iterdir()) < 6.5e6
     assert found["mean_difference"] < 1e-3 and found["largest_difference"] < 0.05
     words = ["a 3d dog on a blue background", "a cat on a red background"]
-    app(["sample", "--model", str(folder), "--prompt", words[0], "--prompt", words[1], "--seeds", "0", "--out",
-         str(tmp_path)], standalone_mode=False)
+    app(
+        [
+            "sample",
+            "--model",
+            str(folder),
+            "--prompt",
+            words[0],
+            "--prompt",
+            words[1],
+            "--seeds",
+            "0",
+            "--out",
+            str(tmp_path),
+        ],
+        standalone_mode=False,
+    )
     assert [json.loads(line)["steps"] for line in (tmp_path / "index.jsonl").read_text().splitlines()] == [1, 1]
     (ours, sampler), (theirs, _) = load_one_step(folder), load_one_step(exported)
-    torch.testing.assert_close(generate(ours, words, (0,), sampler=sampler),
-                               generate(theirs, words, (0,), sampler=sampler), atol=0.05, rtol=0)
+    torch.testing.assert_close(
+        generate(ours, words, (0,), sampler=sampler), generate(theirs, words, (0,), sampler=sampler), atol=0.05, rtol=0
+    )
     moved = ours.weights.network.state_dict()["conv_in.weight"]
     assert float((moved - EmojiModel.load(training="none").weights.network.state_dict()["conv_in.weight"]).abs().mean())
 
@@ -87,8 +104,18 @@ def test_other_methods_begin_with_it(shipped, tmp_path):
     for name, state in (("policy", start), ("reference", base)):
         ours = model.weights.networks[name].state_dict()
         assert all(torch.equal(ours[key], state[key]) for key in state)
-    train(model, SRPO(plan.algorithm), recipe.build_reward(plan.reward), ["a dog"], folder=tmp_path, steps=1,
-          batch_size=1, lr=1e-5, progress=False, guard=recipe.GuardSettings(every=0))
+    train(
+        model,
+        SRPO(plan.algorithm),
+        recipe.build_reward(plan.reward),
+        ["a dog"],
+        folder=tmp_path,
+        steps=1,
+        batch_size=1,
+        lr=1e-5,
+        progress=False,
+        guard=recipe.GuardSettings(every=0),
+    )
     ours = model.weights.networks["policy"].state_dict()
     assert any(not torch.equal(ours[key], start[key]) for key in start)
     with pytest.raises(ValueError, match="expected the adapter folder of a lora run"):

@@ -11,18 +11,33 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
+from tiny_flow import PROMPTS, TinyFlow
 
 from palate import cli, recipe
 from palate.algorithms.sqdf import SQDF, SQDFSettings
 from palate.checkpoint import CheckpointError
 from palate.cli import _failed
 from palate.optimize import (
-    OracleError, Queries, Surrogate, command_oracle, fit_surrogate, from_recipe, http_oracle, identity_of,
-    leave_one_out, load_oracle, numbers, optimize, reward_features, ridge_head, round_sizes, ucb_bonus, with_one,
+    OracleError,
+    Queries,
+    Surrogate,
+    command_oracle,
+    fit_surrogate,
+    from_recipe,
+    http_oracle,
+    identity_of,
+    leave_one_out,
+    load_oracle,
+    numbers,
+    optimize,
+    reward_features,
+    ridge_head,
+    round_sizes,
+    ucb_bonus,
+    with_one,
     within,
 )
 from palate.recipe import GuardSettings, OptimizeSettings, OracleSettings, RecipeError, TrainerSettings
-from tiny_flow import PROMPTS, TinyFlow
 
 D = torch.float64
 
@@ -66,8 +81,16 @@ class Stopping(SQDF):
         yield from super().step(*args)
 
 
-SQDF_SETTINGS = SQDFSettings(rollout_steps=3, final_time=0.05, guidance=1.0, alpha_kl=1e-3, estimator="tweedie",
-                             buffer="uniform", buffer_size=4, rollout_every=2)
+SQDF_SETTINGS = SQDFSettings(
+    rollout_steps=3,
+    final_time=0.05,
+    guidance=1.0,
+    alpha_kl=1e-3,
+    estimator="tweedie",
+    buffer="uniform",
+    buffer_size=4,
+    rollout_every=2,
+)
 
 
 def go(folder, oracle, *, budget=14, rounds=2, at=(), retries=1, timeout=20.0, batch=4, surrogate="bootstrap"):
@@ -77,11 +100,25 @@ def go(folder, oracle, *, budget=14, rounds=2, at=(), retries=1, timeout=20.0, b
         made.append(Stopping(SQDF_SETTINGS, at[len(made)] if len(made) < len(at) else None))
         return made[-1]
 
-    settings = OptimizeSettings(oracle=OracleSettings(name="jpeg-size", retries=retries, timeout=timeout, batch=batch),
-                                budget=budget, rounds=rounds, surrogate=surrogate)
+    settings = OptimizeSettings(
+        oracle=OracleSettings(name="jpeg-size", retries=retries, timeout=timeout, batch=batch),
+        budget=budget,
+        rounds=rounds,
+        surrogate=surrogate,
+    )
     trainer = TrainerSettings(steps=3, batch_size=2, lr=1e-2, seed=3, checkpoint_every=1, guard=GuardSettings(every=0))
-    optimize(model, make, oracle, features, PROMPTS, folder=folder, settings=settings, trainer=trainer, progress=False,
-             say=lambda text: None)
+    optimize(
+        model,
+        make,
+        oracle,
+        features,
+        PROMPTS,
+        folder=folder,
+        settings=settings,
+        trainer=trainer,
+        progress=False,
+        say=lambda text: None,
+    )
     return model
 
 
@@ -101,7 +138,7 @@ def test_rounds():
     for budget, rounds in ((2000, 4), (14, 3), (100, 1), (31, 4)):
         sizes = round_sizes(budget, rounds)
         assert sum(sizes) == budget and len(sizes) == rounds and min(sizes) > 1 and sizes == sorted(sizes)
-    with pytest.raises(ValueError, match="optimize.budget = 13 is too small for 3 rounds; expected at least 14"):
+    with pytest.raises(ValueError, match=r"optimize.budget = 13 is too small for 3 rounds; expected at least 14"):
         round_sizes(13, 3)
 
 
@@ -147,11 +184,13 @@ def test_the_surrogate_knows_where_a_drawing_is_and_where_its_prompt_wants_it():
         image[:, y : y + 20, x : x + 20] = 1.0
     reward = recipe.load_reward("emoji")
     targets = torch.tensor(load_oracle(OracleSettings(name="colour-position"))(images, prompts), dtype=D)
-    surrogate, fit = fit_surrogate(reward_features(reward, prompts), images, prompts, standardised(targets),
-                                   OptimizeSettings(heads=1), seed=0)
+    surrogate, fit = fit_surrogate(
+        reward_features(reward, prompts), images, prompts, standardised(targets), OptimizeSettings(heads=1), seed=0
+    )
     assert fit["explained"] > 0.9
-    _, blind = fit_surrogate(reward_features(reward, prompts[:1]), images, prompts, standardised(targets),
-                             OptimizeSettings(heads=1), seed=0)
+    _, blind = fit_surrogate(
+        reward_features(reward, prompts[:1]), images, prompts, standardised(targets), OptimizeSettings(heads=1), seed=0
+    )
     assert blind["explained"] < 0.3
 
     fresh = torch.full((4, 3, 64, 64), 0.5)
@@ -215,7 +254,7 @@ def test_a_run_spends_its_budget_and_learns(tmp_path):
 def test_the_oracle_sees_what_is_stored(tmp_path):
     oracle = Oracle()
     go(tmp_path, oracle, surrogate="ucb")
-    images, words, scores, rounds = Queries(tmp_path).answered(2)
+    images, words, scores, _rounds = Queries(tmp_path).answered(2)
     assert [image.numpy().tobytes() for image in images[:]] == oracle.seen
     assert scores.tolist() == warmth(images[:], words)
 
@@ -253,16 +292,21 @@ def test_failures_are_retried_within_the_budget(tmp_path):
     failed = [row for row in rows(tmp_path) if "failed" in row]
     assert [row["query"] for row in failed] == [0, 1, 2, 3, 8] and failed[0]["failed"] == "ValueError: no GPU"
     assert "not a finite number" in failed[4]["failed"]
-    images, _, scores, _ = Queries(tmp_path).answered(2)
+    _images, _, scores, _ = Queries(tmp_path).answered(2)
     assert len(scores) == 9 and bool(torch.isfinite(scores).all())
     assert oracle.seen[0:4] == oracle.seen[4:8] and oracle.seen[8] == oracle.seen[12]  # the same images again
 
 
-@pytest.mark.parametrize(("fault", "message"), [
-    (OSError("gone"), "OSError: gone"), (lambda scores: [math.inf] * len(scores), "not a finite number"),
-    (lambda scores: scores[:-1], "expected 4 numbers, one an image, got 3"), (lambda scores: 0.5, "got float"),
-    (lambda scores: ["high"] * 4, "ValueError"),
-])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (OSError("gone"), "OSError: gone"),
+        (lambda scores: [math.inf] * len(scores), "not a finite number"),
+        (lambda scores: scores[:-1], "expected 4 numbers, one an image, got 3"),
+        (lambda scores: 0.5, "got float"),
+        (lambda scores: ["high"] * 4, "ValueError"),
+    ],
+)
 def test_an_oracle_that_goes_on_failing_stops_the_run_with_everything_kept(tmp_path, fault, message):
     oracle = Oracle({1: fault, 2: fault})
     with pytest.raises(OracleError, match=f"failed 2 times.*{message}.*8 of 14") as error:
@@ -276,7 +320,7 @@ def test_an_oracle_that_hangs(tmp_path):
     def hang(images, prompts):
         time.sleep(8)
 
-    with pytest.raises(TimeoutError, match="no answer in 0.1 s"):
+    with pytest.raises(TimeoutError, match=r"no answer in 0.1 s"):
         within(0.1, hang, torch.zeros(1, 3, 2, 2), ["x"])
     with pytest.raises(OracleError, match="TimeoutError"):
         go(tmp_path, hang, timeout=0.05, retries=0)
@@ -285,7 +329,7 @@ def test_an_oracle_that_hangs(tmp_path):
 def test_a_tampered_image_or_log_is_refused(tmp_path):
     go(tmp_path, Oracle())
     (tmp_path / "queries/000002.png").write_bytes((tmp_path / "queries/000001.png").read_bytes())
-    with pytest.raises(CheckpointError, match="000002.png is not the image"):
+    with pytest.raises(CheckpointError, match=r"000002.png is not the image"):
         Queries(tmp_path).answered(1)[0][:]
     (tmp_path / "queries.jsonl").write_text('{"query": 0}\nrubbish\n{"query": 1}\n')
     with pytest.raises(ValueError, match="line 2: not a query"):
@@ -303,17 +347,25 @@ def program(tmp_path, body):
 
 def test_a_command_is_started_without_a_shell(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = program(tmp_path, "assert sys.argv[1] == '$(touch pwned); | & *'\n"
-                      "sizes = [open(p, 'rb').read(8) == b'\\x89PNG\\r\\n\\x1a\\n' for p in question['images']]\n"
-                      "print(json.dumps({'scores': [len(p) + s for p, s in zip(question['prompts'], sizes)]}))")
+    command = program(
+        tmp_path,
+        "assert sys.argv[1] == '$(touch pwned); | & *'\n"
+        "sizes = [open(p, 'rb').read(8) == b'\\x89PNG\\r\\n\\x1a\\n' for p in question['images']]\n"
+        "print(json.dumps({'scores': [len(p) + s for p, s in zip(question['prompts'], sizes)]}))",
+    )
     assert command_oracle(command, 20)(torch.rand(2, 3, 4, 4), ["ab", "cde"]) == [3, 4]
     assert not (tmp_path / "pwned").exists()
 
 
-@pytest.mark.parametrize(("body", "error", "message"), [
-    ("sys.exit('no licence')", RuntimeError, "status 1: no licence"), ("print('high')", ValueError, "got 'high"),
-    ("time.sleep(30)", TimeoutError, "no answer in 1 s"), ("print([1])", ValueError, "scores"),
-])
+@pytest.mark.parametrize(
+    ("body", "error", "message"),
+    [
+        ("sys.exit('no licence')", RuntimeError, "status 1: no licence"),
+        ("print('high')", ValueError, "got 'high"),
+        ("time.sleep(30)", TimeoutError, "no answer in 1 s"),
+        ("print([1])", ValueError, "scores"),
+    ],
+)
 def test_a_command_that_fails(tmp_path, body, error, message):
     began = time.perf_counter()
     with pytest.raises(error, match=message):
@@ -355,7 +407,7 @@ def test_a_callable_by_name(tmp_path, monkeypatch):
     (tmp_path / "half.py").write_text("def score(images prompts):\n")
     (tmp_path / "raises.py").write_text("raise RuntimeError('no licence')\n")
     for wrong in ("my_oracle:nothing", "no_such_module:score", "my_oracle", "my_oracle:", "half:score", "raises:score"):
-        with pytest.raises(ValueError, match="optimize.oracle.function"):
+        with pytest.raises(ValueError, match=r"optimize.oracle.function"):
             load_oracle(OracleSettings(function=wrong))
     with pytest.raises(ValueError, match="no program 'no-such-program'"):
         load_oracle(OracleSettings(command=["no-such-program"]))
@@ -372,7 +424,7 @@ def test_built_in_oracles():
 
     blue = torch.tensor(vocabulary().colours["blue"]).view(3, 1, 1) / 255
     image = blue.expand(3, 64, 64).clone()
-    image[:, 20:40, 44:64 - 4] = 1 - blue  # a patch on the right
+    image[:, 20:40, 44 : 64 - 4] = 1 - blue  # a patch on the right
     batch = image.expand(4, 3, 64, 64)
     words = ["a dog on a blue background", "a dog at the right", "a dog at the left", "a dog at the right on blue"]
     got = exact(batch, words)
@@ -401,17 +453,29 @@ trainer: {guard: {every: 0}}
 """
 
 
-@pytest.mark.parametrize(("overrides", "message"), [
-    (["optimize.oracle.name=null"], "exactly one.*got none"), (["optimize.oracle.nam=x"], "did you mean"),
-    (["optimize.oracle.url=http://x"], "got optimize.oracle.name and"),
-    (["optimize.oracle={url: 'file:///etc/passwd'}"], "optimize.oracle.url"),
-    (["reward.name=emoji"], "reward: leave it out"), (["optimize.budget=0"], "optimize.budget"),
-    (["optimize.oracle={command: [x], noise: 0.1}"], "only a built-in"), (["optimize.heads=0"], "optimize.heads"),
-    (["prompts={images: x}"], "draws its own"), (["trainer.guard.every=5"], "its own start"),
-    *((["algorithm.buffer=" + law, "algorithm.buffer_size=4", "trainer.batch_size=8"], "buffer_size = 4 is smaller")
-      for law in ("uniform", "prioritised", "importance")),
-    (["algorithm.eta=0"], "KL between two different steps is infinite"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["optimize.oracle.name=null"], "exactly one.*got none"),
+        (["optimize.oracle.nam=x"], "did you mean"),
+        (["optimize.oracle.url=http://x"], "got optimize.oracle.name and"),
+        (["optimize.oracle={url: 'file:///etc/passwd'}"], "optimize.oracle.url"),
+        (["reward.name=emoji"], "reward: leave it out"),
+        (["optimize.budget=0"], "optimize.budget"),
+        (["optimize.oracle={command: [x], noise: 0.1}"], "only a built-in"),
+        (["optimize.heads=0"], "optimize.heads"),
+        (["prompts={images: x}"], "draws its own"),
+        (["trainer.guard.every=5"], "its own start"),
+        *(
+            (
+                ["algorithm.buffer=" + law, "algorithm.buffer_size=4", "trainer.batch_size=8"],
+                "buffer_size = 4 is smaller",
+            )
+            for law in ("uniform", "prioritised", "importance")
+        ),
+        (["algorithm.eta=0"], "KL between two different steps is infinite"),
+    ],
+)
 def test_a_wrong_recipe_is_refused(overrides, message):
     with pytest.raises(RecipeError, match=message):
         recipe.parse(GOOD, overrides)
@@ -433,33 +497,62 @@ def test_the_answers_are_not_lost_to_another_command(tmp_path):
     plan = recipe.parse(GOOD, [f"run.folder='{tmp_path}'"])
     (tmp_path / "recipe.yaml").write_text(recipe.dump(plan))
     (tmp_path / "queries.jsonl").write_text("")
-    with pytest.raises(ValueError, match="continue it with `palate optimize .*recipe.yaml`"):
+    with pytest.raises(ValueError, match=r"continue it with `palate optimize .*recipe.yaml`"):
         cli.resume(tmp_path)
-    with pytest.raises(ValueError, match="answers of an oracle.*choose another run.folder"):
+    with pytest.raises(ValueError, match=r"answers of an oracle.*choose another run.folder"):
         cli.train("sqdf-emoji", [f"run.folder='{tmp_path}'"], fresh=False, nproc=1)
     assert (tmp_path / "queries.jsonl").exists()
 
 
 def test_a_mended_oracle_continues_a_run():
     """How it is reached, and how long one waits, change no question; what is asked and learned does."""
+
     def identity(*overrides):
         return identity_of(recipe.parse(GOOD, overrides))
 
     served = "optimize.oracle={url: 'http://a/b'}"
-    assert identity() == identity("optimize.oracle.timeout=5", "optimize.oracle.retries=9", "optimize.oracle.batch=2",
-                                  "run.folder=elsewhere", "trainer.checkpoint_every=3", "sample.steps=null")
+    assert identity() == identity(
+        "optimize.oracle.timeout=5",
+        "optimize.oracle.retries=9",
+        "optimize.oracle.batch=2",
+        "run.folder=elsewhere",
+        "trainer.checkpoint_every=3",
+        "sample.steps=null",
+    )
     assert identity(served) == identity("optimize.oracle={url: 'http://moved:8000/b'}") != identity()
-    assert len({identity(), identity("optimize.oracle.name=hidden-judge"), identity("optimize.oracle.noise=0.1"),
-                identity("optimize.budget=30"), identity("trainer.steps=7"), identity("algorithm.gamma=0.5"),
-                identity("optimize.heads=2"), identity("optimize.oracle={command: [x]}"), identity(served)}) == 9
+    assert (
+        len(
+            {
+                identity(),
+                identity("optimize.oracle.name=hidden-judge"),
+                identity("optimize.oracle.noise=0.1"),
+                identity("optimize.budget=30"),
+                identity("trainer.steps=7"),
+                identity("algorithm.gamma=0.5"),
+                identity("optimize.heads=2"),
+                identity("optimize.oracle={command: [x]}"),
+                identity(served),
+            }
+        )
+        == 9
+    )
 
 
 def test_the_published_recipe_runs_on_the_embedded_model(tmp_path):
     """As `palate optimize` runs it, small; the same command once more asks nothing."""
-    plan = recipe.read("optimize-emoji", [
-        f"run.folder='{tmp_path / 'run'}'", "optimize.oracle={name: jpeg-size, batch: 3}", "optimize.budget=6",
-        "optimize.rounds=2", "trainer.steps=1", "trainer.batch_size=2", "algorithm.rollout_steps=2", "sample.steps=2",
-    ])
+    plan = recipe.read(
+        "optimize-emoji",
+        [
+            f"run.folder='{tmp_path / 'run'}'",
+            "optimize.oracle={name: jpeg-size, batch: 3}",
+            "optimize.budget=6",
+            "optimize.rounds=2",
+            "trainer.steps=1",
+            "trainer.batch_size=2",
+            "algorithm.rollout_steps=2",
+            "sample.steps=2",
+        ],
+    )
     for _ in range(2):
         outcome = from_recipe(plan, say=lambda text: None)
         assert outcome.step == 6 and outcome.exit_code == 0

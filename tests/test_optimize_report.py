@@ -17,10 +17,22 @@ from palate.rewards.simple import jpeg_size
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("black-box") / "run"
-    from_recipe(recipe.read("optimize-emoji", [
-        f"run.folder='{folder}'", "optimize.oracle={name: jpeg-size, batch: 4, noise: 0.3}", "optimize.budget=12",
-        "optimize.rounds=2", "trainer.steps=1", "trainer.batch_size=2", "algorithm.rollout_steps=2", "sample.steps=2",
-    ]), say=lambda text: None)
+    from_recipe(
+        recipe.read(
+            "optimize-emoji",
+            [
+                f"run.folder='{folder}'",
+                "optimize.oracle={name: jpeg-size, batch: 4, noise: 0.3}",
+                "optimize.budget=12",
+                "optimize.rounds=2",
+                "trainer.steps=1",
+                "trainer.batch_size=2",
+                "algorithm.rollout_steps=2",
+                "sample.steps=2",
+            ],
+        ),
+        say=lambda text: None,
+    )
     return folder
 
 
@@ -30,7 +42,8 @@ def test_the_evaluation_judges_the_last_round_by_the_oracle_without_noise(folder
     for side, key in (("result", "value"), ("base", "base")):
         images, _ = runs.read_samples(folder / "evaluation" / side)
         assert found["metrics"]["reward/oracle-jpeg-size"][key] == pytest.approx(
-            float(-jpeg_size(images).mean() / 1000), rel=1e-5)
+            float(-jpeg_size(images).mean() / 1000), rel=1e-5
+        )
     assert found["verdict"]["text"].startswith("Optimised reward ")
     ours, _ = runs.trained_model(folder)
     plan = recipe.read(str(folder / "recipe.yaml"))
@@ -74,8 +87,10 @@ def runs_answers(folder):
 
 def test_curves_over_questions(tmp_path):
     """80 questions: bins of two; the best so far never falls; failed ones leave a gap, not a zero."""
-    asked = [{"query": k, "round": 1, "file": f"queries/{k:06d}.png", "prompt": "a dog", "score": float(k % 10)}
-             for k in range(82)]
+    asked = [
+        {"query": k, "round": 1, "file": f"queries/{k:06d}.png", "prompt": "a dog", "score": float(k % 10)}
+        for k in range(82)
+    ]
     for k in (3, 5):
         del asked[k]["score"]
         asked[k]["failed"] = "no"
@@ -90,8 +105,9 @@ def test_curves_over_questions(tmp_path):
 def test_an_oracle_of_ones_own_is_not_asked_again(folder, tmp_path):
     tree = yaml.safe_load((folder / "recipe.yaml").read_text())
     tree["optimize"]["oracle"] |= {"name": None, "noise": 0.0, "function": "nowhere:score"}
-    assert runs._shares(tree) == {} and "oracle-jpeg-size" in runs._shares(recipe.as_tree(
-        recipe.read(str(folder / "recipe.yaml"))))
+    assert runs._shares(tree) == {} and "oracle-jpeg-size" in runs._shares(
+        recipe.as_tree(recipe.read(str(folder / "recipe.yaml")))
+    )
     shutil.copy(folder / "recipe.yaml", tmp_path / "recipe.yaml")
     with pytest.raises(ValueError, match="no trained round yet"):
         runs.trained_model(tmp_path)

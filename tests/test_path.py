@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from palate.path import (
-    add_noise, flow_schedule, from_eps, from_v, from_velocity, from_x0, move, score, vp_schedule,
+    add_noise,
+    flow_schedule,
+    from_eps,
+    from_v,
+    from_velocity,
+    from_x0,
+    move,
+    score,
+    vp_schedule,
 )
 
 torch.manual_seed(0)
@@ -78,7 +86,7 @@ def test_move_leaves_room_for_the_noise():
     mean = move(pred, alpha, sigma, 0.6 * sigma)
     torch.testing.assert_close(mean, alpha * X0 + 0.8 * sigma * EPS, atol=1e-12, rtol=0)
     torch.testing.assert_close(move(pred, alpha, sigma, sigma), alpha * X0, atol=1e-12, rtol=0)
-    with pytest.raises(ValueError, match="std .* above sigma"):
+    with pytest.raises(ValueError, match=r"std .* above sigma"):
         move(pred, alpha, sigma, 1.01 * sigma)
     with pytest.raises(ValueError, match="smaller eta"):
         move(pred, 0.5, 0.5, 0.6)

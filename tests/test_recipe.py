@@ -53,16 +53,32 @@ HOSTILE = [
     ("reward none", GOOD, ["reward.name=null"], ["reward.name", "reward.weights"]),
     ("reward weight unknown", GOOD, ["reward={weights: {warmt: 1.0}}"], ["reward.weights", "warmt"]),
     ("reward weight not finite", GOOD, ["reward={weights: {warmth: .nan}}"], ["reward.weights.warmth"]),
-    ("reward without gradient", GOOD, ["reward.name=jpeg_size"],
-     ["reward.name: srpo needs", "jpeg_size", "flow_grpo", "palate optimize"]),
-    ("rewards without gradient", GOOD, ["reward={weights: {remote: 1, jpeg_size: 1}, source: {remote: 'http://a'}}"],
-     ["reward.weights: srpo needs", "jpeg_size, remote"]),
+    (
+        "reward without gradient",
+        GOOD,
+        ["reward.name=jpeg_size"],
+        ["reward.name: srpo needs", "jpeg_size", "flow_grpo", "palate optimize"],
+    ),
+    (
+        "rewards without gradient",
+        GOOD,
+        ["reward={weights: {remote: 1, jpeg_size: 1}, source: {remote: 'http://a'}}"],
+        ["reward.weights: srpo needs", "jpeg_size, remote"],
+    ),
     ("relative with srpo", GOOD, ["reward.relative={positive: 3d}"], ["reward.relative: srpo", "algorithm.positive"]),
     ("relative without words", GOOD, ["algorithm={name: draft}", "reward.relative={k: 1}"], ["positive, negative"]),
-    ("relative without prompt", GOOD, ["algorithm={name: draft}", "reward={name: warmth, relative: {negative: flat}}"],
-     ["reward.relative: warmth reads no prompt"]),
-    ("relative misspelt", GOOD, ["algorithm={name: draft}", "reward.relative={positve: 3d, negative: flat}"],
-     ["did you mean reward.relative.positive?"]),
+    (
+        "relative without prompt",
+        GOOD,
+        ["algorithm={name: draft}", "reward={name: warmth, relative: {negative: flat}}"],
+        ["reward.relative: warmth reads no prompt"],
+    ),
+    (
+        "relative misspelt",
+        GOOD,
+        ["algorithm={name: draft}", "reward.relative={positve: 3d, negative: flat}"],
+        ["did you mean reward.relative.positive?"],
+    ),
     ("prompts none", GOOD, ["prompts={}"], ["exactly one of prompts.file, prompts.list, prompts.images"]),
     ("prompts two", GOOD, ["prompts.file=a.txt"], ["got prompts.file and prompts.list"]),
     ("prompts empty", GOOD, ["prompts.list=[]"], ["prompts.list"]),
@@ -96,8 +112,12 @@ HOSTILE = [
     ("override of bad YAML", GOOD, ["trainer.steps=[1"], ["value of trainer.steps", "not valid YAML"]),
     ("override with an object", GOOD, ["trainer.steps=!!python/object:os.x {}"], ["not valid YAML"]),
     ("too large", "# " + "x" * recipe.YAML_LIMIT + "\n" + GOOD, [], ["larger than 256 KiB"]),
-    ("a bomb", "\n".join([f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 1}]" for i in range(30)]), [],
-     ["aliases"]),
+    (
+        "a bomb",
+        "\n".join([f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9) if i else 1}]" for i in range(30)]),
+        [],
+        ["aliases"],
+    ),
     ("a key twice", GOOD + "trainer: {lr: 1.0, steps: 2, lr: 2.0}", [], ["lr", "given twice", "line 6"]),
     ("deep nesting", "a: " + "[" * 5000, [], ["YAML"]),
 ]
@@ -113,8 +133,15 @@ def test_bad_input_is_named_in_a_few_lines(text, overrides, words):
 
 
 def test_all_mistakes_come_at_once():
-    overrides = ["trainer.stepz=1", "trainer.lr=-1", "modle.name=x", "reward.name=no", "algorithm.n=zero",
-                 "trainer.guard.action=x", "a"]
+    overrides = [
+        "trainer.stepz=1",
+        "trainer.lr=-1",
+        "modle.name=x",
+        "reward.name=no",
+        "algorithm.n=zero",
+        "trainer.guard.action=x",
+        "a",
+    ]
     with pytest.raises(RecipeError) as caught:
         recipe.parse(GOOD, overrides)
     lines = str(caught.value).splitlines()
@@ -156,11 +183,11 @@ def test_the_relative_reward_of_a_recipe_is_the_formula(monkeypatch):
 
 
 def test_a_start_of_the_other_kind_says_which_to_set(tmp_path, monkeypatch):
-    with pytest.raises(RecipeError, match="model.start: no .* in .*emoji-1step.*set model.weights=full"):
+    with pytest.raises(RecipeError, match=r"model.start: no .* in .*emoji-1step.*set model.weights=full"):
         recipe.check_start(recipe.parse(GOOD, ["model.start=emoji-1step"]))
     recipe.check_start(recipe.parse(GOOD, ["model.start=emoji-1step", "model.weights=full"]))
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"")
-    with pytest.raises(RecipeError, match="model.start: .*set model.weights=lora"):
+    with pytest.raises(RecipeError, match=r"model.start: .*set model.weights=lora"):
         recipe.check_start(recipe.parse(GOOD, [f"model.start={tmp_path}", "model.weights=full"]))
 
     class Misfit:
@@ -170,15 +197,15 @@ def test_a_start_of_the_other_kind_says_which_to_set(tmp_path, monkeypatch):
             raise ValueError("another rank")
 
     monkeypatch.setattr("palate.models.emoji.EmojiModel.load", lambda *_, **__: Misfit())
-    with pytest.raises(ValueError, match="model.start: another rank"):
+    with pytest.raises(ValueError, match=r"model.start: another rank"):
         recipe.build_model(recipe.parse(GOOD, ["model.start=x"]))
 
 
 def test_a_start_that_does_not_fit_is_found_before_the_reward_loads(monkeypatch):
     monkeypatch.setattr(recipe, "build_reward", lambda settings: pytest.fail("loaded"))
-    with pytest.raises(RecipeError, match="model.start"):
+    with pytest.raises(RecipeError, match=r"model.start"):
         recipe.build(recipe.parse(GOOD, ["model.start=emoji-1step"]))
-    with pytest.raises(RecipeError, match="evaluate.file: prompt file 'nope' does not exist"):
+    with pytest.raises(RecipeError, match=r"evaluate.file: prompt file 'nope' does not exist"):
         recipe.build(recipe.parse(GOOD, ["evaluate.file=nope"]))
 
 
@@ -202,10 +229,22 @@ def test_the_released_recipe_has_the_released_numbers():
     """specs of the authors' HPSv2.1 script: 19 updates of 32 prompts, AdamW 5e-6, weight decay 1e-4, clip 0.1, ..."""
     made = recipe.read("srpo-emoji-released")
     t, a = made.trainer, made.algorithm
-    assert (t.steps, t.batch_size, t.lr, t.weight_decay, t.clip_norm, t.betas) == (19, 32, 5e-6, 1e-4, 0.1,
-        (0.9, 0.999))
-    assert (a.rollout_steps, a.shift, a.rollout_guidance, a.guidance, a.noise, a.levels) == (25, 3.0, 1.0, 3.5,
-        "rollout", "released")
+    assert (t.steps, t.batch_size, t.lr, t.weight_decay, t.clip_norm, t.betas) == (
+        19,
+        32,
+        5e-6,
+        1e-4,
+        0.1,
+        (0.9, 0.999),
+    )
+    assert (a.rollout_steps, a.shift, a.rollout_guidance, a.guidance, a.noise, a.levels) == (
+        25,
+        3.0,
+        1.0,
+        3.5,
+        "rollout",
+        "released",
+    )
     assert (a.timestep_length, a.groundtruth_ratio, a.train_timestep, a.vis_sampling_step) == (1000, 0.9, (5, 25), 50)
     assert (a.k_denoise, a.k_inversion, a.hinge) == ((0.1, 0.25), (0.3, 0.01), 0.7)
 
@@ -214,8 +253,13 @@ def test_only_what_decides_the_numbers_decides_the_fingerprint():
     plain = recipe.fingerprint(recipe.parse(GOOD))
     for harmless in ("run.folder=other", "trainer.steps=999", "trainer.preview_every=3", "trainer.checkpoint_every=1"):
         assert recipe.fingerprint(recipe.parse(GOOD, [harmless])) == plain
-    for decisive in ("trainer.lr=0.5", "trainer.seed=1", "algorithm.positive=[x]", "prompts.list=[b]",
-                     "trainer.guard.every=3"):
+    for decisive in (
+        "trainer.lr=0.5",
+        "trainer.seed=1",
+        "algorithm.positive=[x]",
+        "prompts.list=[b]",
+        "trainer.guard.every=3",
+    ):
         assert recipe.fingerprint(recipe.parse(GOOD, [decisive])) != plain
 
 
@@ -229,7 +273,7 @@ def test_the_python_interface_has_the_defaults_of_a_recipe():
 
 
 def test_an_unknown_recipe_lists_the_near_one():
-    with pytest.raises(RecipeError, match="did you mean srpo-emoji?"):
+    with pytest.raises(RecipeError, match=r"did you mean srpo-emoji?"):
         recipe.read("srpo-emojy")
     with pytest.raises(RecipeError, match="published recipes"):
         recipe.read("/no/such/file.yaml")
@@ -275,21 +319,21 @@ def test_captions_from_each_of_three_places(images):
 
 
 def test_images_that_cannot_be_used(images):
-    with pytest.raises(RecipeError, match="3 of 3 images have no caption, a.jpg"):
+    with pytest.raises(RecipeError, match=r"3 of 3 images have no caption, a.jpg"):
         recipe.captioned_images(images)
     (images / "captions.txt").write_text("a.jpg one\n")
-    with pytest.raises(RecipeError, match="line 1.*a tab"):
+    with pytest.raises(RecipeError, match=r"line 1.*a tab"):
         recipe.captioned_images(images)
     (images / "metadata.jsonl").write_text('{"file_name": "a.jpg"}\n')
-    with pytest.raises(RecipeError, match="metadata.jsonl, line 1"):
+    with pytest.raises(RecipeError, match=r"metadata.jsonl, line 1"):
         recipe.captioned_images(images)
     whole = (images / "b.png").read_bytes()
     for broken in (whole[:40], b"", b"not an image", whole[:20] + b"\xff" * 20 + whole[40:]):
         (images / "b.png").write_bytes(broken)
-        with pytest.raises(RecipeError, match="cannot read the image .*b.png.*repair or remove"):
+        with pytest.raises(RecipeError, match=r"cannot read the image .*b.png.*repair or remove"):
             load_images([images / "a.jpg", images / "b.png"], size=8)
     (images / "empty").mkdir()
-    with pytest.raises(RecipeError, match="holds no .png"):
+    with pytest.raises(RecipeError, match=r"holds no .png"):
         recipe.captioned_images(images / "empty")
     with pytest.raises(RecipeError, match="not a folder"):
         recipe.captioned_images(images / "b.png")

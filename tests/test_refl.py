@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from counted import C, Counted, D, VP
+from counted import VP, C, Counted, D
 
 from palate.algorithms.refl import ReFL, ReFLSettings, approach, calls_per_update, reward_loss
 from palate.core import Batch, Random
@@ -79,7 +79,7 @@ def test_pretraining_loss_gradient():
     wrong = model.predict(add_noise(real, eps, alpha, sigma), t, model.encode_prompts(["cat"])).eps.detach() - eps
     torch.testing.assert_close(grad, (0.7 * 2 * alpha / (alpha + sigma) * wrong / 4)[0], atol=1e-12, rtol=0)
     assert [loss.update for loss in losses] == [None, "policy"]
-    with pytest.raises(ValueError, match="prompts.images"):
+    with pytest.raises(ValueError, match=r"prompts.images"):
         run(settings)
 
 
@@ -101,8 +101,9 @@ def test_steps_left_are_drawn_from_the_window_and_calls_are_counted():
     assert (model.forward, model.backward) == (calls_per_update(plain)["forward"], 2) == (4, 2)
 
 
-@pytest.mark.parametrize("wrong", [{"T1": 0}, {"T1": 5, "T2": 4}, {"T2": 41}, {"lam": 0}, {"pretrain": -1},
-                                   {"shift": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"T1": 0}, {"T1": 5, "T2": 4}, {"T2": 41}, {"lam": 0}, {"pretrain": -1}, {"shift": 0}]
+)
 def test_settings_are_checked(wrong):
     with pytest.raises(ValueError, match="ReFLSettings expected"):
         ReFLSettings(**wrong)

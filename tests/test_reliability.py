@@ -186,8 +186,18 @@ def test_a_save_takes_no_longer_than_a_step(tmp_path, monkeypatch):
     monkeypatch.setattr(_Run, "_save", timed)
     plan = recipe.read("srpo-emoji", ["trainer.batch_size=2", "algorithm.n=1"])
     parts = recipe.build(plan)
-    palate_train(parts.model, parts.algorithm, parts.reward, parts.prompts, folder=tmp_path, steps=3, batch_size=2,
-                 ema_decay=0.8, checkpoint_every=1, progress=False)
+    palate_train(
+        parts.model,
+        parts.algorithm,
+        parts.reward,
+        parts.prompts,
+        folder=tmp_path,
+        steps=3,
+        batch_size=2,
+        ema_decay=0.8,
+        checkpoint_every=1,
+        progress=False,
+    )
     step = statistics.median(row["step_seconds"] for row in read_metrics(tmp_path / "metrics.jsonl"))
     print(f"save {statistics.median(saves):.3f} s, step {step:.3f} s")
     assert len(saves) == 3 and statistics.median(saves) <= step
@@ -250,8 +260,9 @@ def two_steps(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("key", [
-    "weights/policy/0001", "ema/policy/0000", "optimizer/policy/0002/exp_avg", "optimizer/policy/0002/step"])
+@pytest.mark.parametrize(
+    "key", ["weights/policy/0001", "ema/policy/0000", "optimizer/policy/0002/exp_avg", "optimizer/policy/0002/step"]
+)
 @pytest.mark.parametrize("change", ["shape", "dtype", "missing", "one more"])
 def test_tensors_of_another_shape_dtype_or_number_are_refused_by_name(two_steps, tmp_path, key, change):
     """All hashes are right, as if it had been written so."""
@@ -272,6 +283,7 @@ def test_tensors_of_another_shape_dtype_or_number_are_refused_by_name(two_steps,
 
 def test_a_step_that_does_not_fit_changes_nothing_and_says_what_needs_less(tmp_path):
     """torch's own error, in the second of two losses: the weights are those of the step before, the run goes on."""
+
     def hungry(images, prompts):
         if len(rows(tmp_path / "run")) == 2 and images.requires_grad and prompts[0].startswith(("cold", "dull")):
             torch.empty(1 << 50)
@@ -279,8 +291,14 @@ def test_a_step_that_does_not_fit_changes_nothing_and_says_what_needs_less(tmp_p
 
     with pytest.raises(OutOfMemory) as caught:
         go(tmp_path / "run", reward=hungry, checkpoint_every=1)
-    for lever in ("trainer.micro_batches=2", "model.lora_rank", "GiB", "trainer.ema_decay=0", "--nproc",
-                  "sharding=full"):
+    for lever in (
+        "trainer.micro_batches=2",
+        "model.lora_rank",
+        "GiB",
+        "trainer.ema_decay=0",
+        "--nproc",
+        "sharding=full",
+    ):
         assert lever in str(caught.value)
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [1, 2]
     go(tmp_path / "run", resume=True, micro_batches=1)
@@ -293,13 +311,19 @@ def test_levers_name_what_they_save():
     text = memory_levers(TrainerSettings(batch_size=6, micro_batches=2, ema_decay=0.9), weights, "no more")
     assert "trainer.micro_batches=3: 67% of a step's activations" in text
     assert "holds 4.00 GiB" in text and "trainer.ema_decay=0: 1.00 GiB" in text
-    assert "one image at a time is reached" in memory_levers(TrainerSettings(batch_size=2, micro_batches=2), weights,
-                                                             "no")
+    assert "one image at a time is reached" in memory_levers(
+        TrainerSettings(batch_size=2, micro_batches=2), weights, "no"
+    )
 
 
 def test_out_of_memory_is_exit_6(tiny, palate, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(recipe, "build_reward", lambda settings: lambda images, prompts: (
-        torch.empty(1 << 50) if images.requires_grad else reward(images, prompts)))
+    monkeypatch.setattr(
+        recipe,
+        "build_reward",
+        lambda settings: (
+            lambda images, prompts: torch.empty(1 << 50) if images.requires_grad else reward(images, prompts)
+        ),
+    )
     code, _, err = palate("train", "tiny.yaml")
     assert code == 6 and short(err) and "trainer.micro_batches=2" in err
 
@@ -350,7 +374,7 @@ FILES = [  # a file of a run, what is written into it, the command, its exit cod
 
 
 @pytest.mark.parametrize(("file", "content", "command", "expected"), FILES, ids=range(len(FILES)))
-def test_a_malformed_file_of_a_run_is_named_in_a_few_lines(tiny, palate, file, content, command, expected):
+def test_a_malformed_file_of_a_run_is_named_in_a_few_lines(tiny, palate, file, content, command, expected):  # noqa: F811
     assert palate("train", "tiny.yaml", "trainer.preview_every=0")[0] == 0
     path = tiny / "runs/tiny" / file
     path.parent.mkdir(exist_ok=True, parents=True)
@@ -361,8 +385,9 @@ def test_a_malformed_file_of_a_run_is_named_in_a_few_lines(tiny, palate, file, c
 
 
 def test_at_least_120_malformed_inputs_are_tested():
-    commands = next(mark for mark in test_cli.test_bad_input_is_exit_2_and_a_few_lines.pytestmark
-                    if mark.name == "parametrize")
+    commands = next(
+        mark for mark in test_cli.test_bad_input_is_exit_2_and_a_few_lines.pytestmark if mark.name == "parametrize"
+    )
     assert len(test_recipe.HOSTILE) + len(commands.args[1]) + len(FILES) + len(rest()) >= 120
 
 
@@ -378,5 +403,3 @@ def test_a_setting_of_the_wrong_kind_is_named(tmp_path):
             recipe.parse(good, [override])
         message = str(caught.value)
         assert message.startswith(override.partition("=")[0]) and len(message.splitlines()) <= 3, message
-
-

@@ -12,6 +12,7 @@ import threading
 import time
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
 import torch
@@ -80,9 +81,9 @@ def test_a_reward_service_can_be_the_oracle(served, monkeypatch):
     monkeypatch.setenv(TOKEN, SECRET)
     oracle = load_oracle(OracleSettings(url=f"http://127.0.0.1:{served[0]}/score"))
     assert oracle(torch.zeros(3, 3, 8, 8), ["a", "bb", ""]).tolist() == [1, 2, 0]
-    with pytest.raises(RemoteError, match="HTTP 500 .the reward gave a value that is not finite"):
+    with pytest.raises(RemoteError, match=r"HTTP 500 .the reward gave a value that is not finite"):
         oracle(torch.zeros(1, 3, 8, 8), ["nan"])
-    with pytest.raises(ValueError, match="optimize.oracle.url: http://far.example/score would send the token"):
+    with pytest.raises(ValueError, match=r"optimize.oracle.url: http://far.example/score would send the token"):
         load_oracle(OracleSettings(url="http://far.example/score"))
 
 
@@ -185,8 +186,8 @@ def test_more_than_the_limit_at_a_time_are_sent_away_and_come_back(served):
 class Evil(BaseHTTPRequestHandler):
     """Answers as `script` says, one entry a request: (status, body) or a function of the handler."""
 
-    script: list = []
-    seen: list = []
+    script: ClassVar[list] = []
+    seen: ClassVar[list] = []
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -271,7 +272,7 @@ def test_answers_that_no_retry_mends_stop_at_once(evil, status, content, words):
 def test_a_slow_answer_ends_at_the_time_out(evil):
     Evil.script = [drip, drip]
     began = time.monotonic()
-    with pytest.raises(RemoteError, match="no answer.*2 times.*palate resume"):
+    with pytest.raises(RemoteError, match=r"no answer.*2 times.*palate resume"):
         client(evil, retries=1, timeout=0.3)(images(1, 3, 4, 4), ["a"])
     assert time.monotonic() - began < 2.5
 

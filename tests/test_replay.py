@@ -12,7 +12,12 @@ import torch
 
 from palate import checkpoint
 from palate.replay import (
-    UNIFORM_SHARE, ReplayBuffer, inverse_cdf, step_probabilities, trajectory_probabilities, without_replacement,
+    UNIFORM_SHARE,
+    ReplayBuffer,
+    inverse_cdf,
+    step_probabilities,
+    trajectory_probabilities,
+    without_replacement,
 )
 
 D = torch.float64
@@ -33,8 +38,9 @@ def uniforms(count, seed=0):
 
 
 def test_prioritised_probabilities():
-    torch.testing.assert_close(trajectory_probabilities(torch.tensor([2.0, 6.0, -1.0], dtype=D)),
-                               torch.tensor([0.25, 0.75, 0], dtype=D))
+    torch.testing.assert_close(
+        trajectory_probabilities(torch.tensor([2.0, 6.0, -1.0], dtype=D)), torch.tensor([0.25, 0.75, 0], dtype=D)
+    )
     p, t = step_probabilities(50, 0.9), 50
     assert float(p[49]) == pytest.approx(0.1005180, abs=5e-8) and float(p[49]) == pytest.approx(0.1 / (1 - 0.9**t))
     assert float(p[0]) == pytest.approx(0.000575608, abs=5e-10)
@@ -136,7 +142,7 @@ def test_inclusion_probability():
 
 
 def test_too_few_trajectories_are_an_error():
-    with pytest.raises(ValueError, match="holds 3 trajectories, fewer than the 4.*buffer_size"):
+    with pytest.raises(ValueError, match=r"holds 3 trajectories, fewer than the 4.*buffer_size"):
         filled(3).draw("uniform", *uniforms(4))
     with pytest.raises(ValueError, match="holds 0"):
         ReplayBuffer(4).draw("prioritised", *uniforms(1))

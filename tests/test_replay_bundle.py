@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import ClassVar
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ def test_a_step_of_several_updates_starts_again_before_the_first(tmp_path):
     """Two updates a step, the second one sick: the first is repeated from the weights and moments it had."""
 
     class Twice(Quadratic):
-        seen: list = []
+        seen: ClassVar[list] = []
 
         def step(self, model, reward, batch, rng):
             yield Loss(sum((p**2).sum() for p in model.parameters()), {}, "policy")
@@ -185,7 +186,7 @@ def test_a_bundle_of_other_weights_or_damaged_is_refused(tmp_path):
 def test_latents_that_are_not_finite_are_refused_before_the_first_step(tmp_path):
     latents = torch.zeros(5, 3, 4, 4)
     latents[2, 0, 0, 0] = math.inf
-    with pytest.raises(ValueError, match="latents of image 2.*not finite"):
+    with pytest.raises(ValueError, match=r"latents of image 2.*not finite"):
         run(tmp_path / "run", latents=latents)
     assert not (tmp_path / "run").exists()
 

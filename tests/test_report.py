@@ -225,7 +225,7 @@ def test_comparison_needs_the_same_prompts_and_seeds(runs, tmp_path):
     page = Page(path.read_text(encoding="utf-8"))
     assert path == runs[0] / "compare.html" and page.tags.count("img") == 4 * 3  # base, a, b
     with pytest.raises(
-        ValueError, match="cannot be paired: prompt of row 0 is 'an apple on a blue background'.*'a cat'"
+        ValueError, match=r"cannot be paired: prompt of row 0 is 'an apple on a blue background'.*'a cat'"
     ):
         report.write_report(runs[0], compare=(fake_run(tmp_path / "c", prompts=("a cat", "a dog")),))
     with pytest.raises(ValueError, match="cannot be paired: seed of row 0"):
@@ -276,7 +276,10 @@ def test_prompts_are_sorted_by_change_in_the_style_sheet_alone(runs):
     table = report.prompt_table(evaluations)
     heads = ["optimised", "held out", "object right"]
     assert table["heads"] == [(i, name) for i in (0, 1) for name in heads]
-    of = lambda p, key, e=evaluations[1]: [r[key] - r["base"][key] for r in e["rows"] if r["prompt"] == p and key in r]
+
+    def of(p, key, e=evaluations[1]):
+        return [r[key] - r["base"][key] for r in e["rows"] if r["prompt"] == p and key in r]
+
     for row in table["rows"]:
         values = of(row["prompt"], "reward/emoji-heldout")
         assert row["changes"][4] == pytest.approx(sum(values) / len(values))
@@ -300,7 +303,10 @@ def test_prompts_are_sorted_by_change_in_the_style_sheet_alone(runs):
 
 def test_other_words_get_rows_of_their_own(runs):
     found = evaluated(*runs)
-    names = lambda: [row["name"] for table in report.metric_tables(found["runs"]) for row in table["rows"]]
+
+    def names():
+        return [row["name"] for table in report.metric_tables(found["runs"]) for row in table["rows"]]
+
     assert names().count("emoji-relative") == 1
     found["runs"]["b"]["words"] = {"positive": ["outline"], "negative": []}
     assert {"emoji-relative (+3d −flat, outline)", "emoji-relative (+outline)"} <= set(names())
@@ -328,11 +334,11 @@ def test_a_run_that_has_only_begun_is_reported_and_a_broken_one_is_refused(tmp_p
         '{"event": "step", "step": 1, "reward": 0.5}\n{"event": "st'
     )  # killed while writing
     assert "Optimised reward" in report.write_report(tmp_path).read_text(encoding="utf-8")
-    with pytest.raises(ValueError, match="recipe.yaml is missing"):
+    with pytest.raises(ValueError, match=r"recipe.yaml is missing"):
         report.write_report(tmp_path / "nowhere")
     folder = fake_run(tmp_path / "run")
     (folder / "samples/step-000000/0001.png").write_bytes(b"no")
-    with pytest.raises(ValueError, match="0001.png cannot be read"):
+    with pytest.raises(ValueError, match=r"0001.png cannot be read"):
         report.write_report(folder)
 
 

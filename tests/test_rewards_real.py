@@ -5,6 +5,7 @@ No weights are downloaded: tiny random networks of the real classes, and the rea
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import sys
@@ -166,7 +167,7 @@ def blocks(x, state, prefix, heads, mask=None):
         h = F.layer_norm(x, (width,), w["ln_1.weight"], w["ln_1.bias"])
         q, k, v = (
             F.linear(h, m, b).unflatten(-1, (heads, -1)).transpose(1, 2)
-            for m, b in zip(w["attn.in_proj_weight"].split(width), w["attn.in_proj_bias"].split(width))
+            for m, b in zip(w["attn.in_proj_weight"].split(width), w["attn.in_proj_bias"].split(width), strict=False)
         )
         scores = q @ k.transpose(-1, -2) / (width // heads) ** 0.5
         scores = scores if mask is None else scores + mask
@@ -230,7 +231,7 @@ def test_the_real_hpsv2_has_exactly_the_published_tensors():
         own = CLIPModel(vit_h_14())
     assert {n: t.shape for n, t in converted.items()} == {n: t.shape for n, t in own.state_dict().items()}
     assert own.config.vision_config.hidden_act == own.config.text_config.hidden_act == "gelu"
-    with pytest.raises(ValueError, match="visual.trunk.*OpenCLIP"):
+    with pytest.raises(ValueError, match=r"visual.trunk.*OpenCLIP"):
         from_open_clip({"visual.trunk.x": torch.zeros(1)})
 
 
@@ -346,7 +347,7 @@ def image_reward_shapes(vision, layers, patch, side, text, text_layers, inner, v
                 f"{stem}encoder.layer.{i}.{name}.weight": shape,
                 f"{stem}encoder.layer.{i}.{name}.bias": shape[:1],
             }
-    for n, (a, b) in zip((0, 2, 4, 6, 7), zip(head, head[1:])):
+    for n, (a, b) in zip((0, 2, 4, 6, 7), itertools.pairwise(head), strict=False):
         shapes |= {f"mlp.layers.{n}.weight": (b, a), f"mlp.layers.{n}.bias": (b,)}
     return shapes | {"blip.vision_proj.weight": (4, vision)}
 
@@ -448,7 +449,7 @@ def test_the_real_image_reward_has_exactly_the_published_tensors():
     with torch.device("meta"):
         vision, text, head = image_reward.split_checkpoint({n: torch.empty(s) for n, s in published.items()})
         own = BlipVisionModel(vision_config), BlipTextModel(text_config, add_pooling_layer=False)
-    for converted, module in zip((vision, text), own):
+    for converted, module in zip((vision, text), own, strict=False):
         assert {n: t.shape for n, t in converted.items()} == {n: t.shape for n, t in module.state_dict().items()}
     assert sorted(head) == sorted(f"layers.{n}.{k}" for n in (0, 2, 4, 6, 7) for k in ("weight", "bias"))
     assert text_config.num_attention_heads == 12 and vision_config.layer_norm_eps == 1e-6
@@ -460,7 +461,7 @@ def test_the_real_image_reward_has_exactly_the_published_tensors():
 def aesthetic_head(width, inner=(10, 8, 6, 4)):
     """The published module: linear layers with dropout between, no activations."""
     sizes = [width, *inner, 1]
-    layers = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])]
+    layers = [nn.Linear(a, b) for a, b in itertools.pairwise(sizes)]
     return nn.Sequential(
         layers[0], nn.Dropout(0.2), layers[1], nn.Dropout(0.2), layers[2], nn.Dropout(0.1), layers[3], layers[4]
     ).eval()
@@ -626,17 +627,18 @@ def test_hpsv3_is_read_from_a_folder_with_its_chat_text(qwen, tmp_path):
     words = [*WORDS, *HPS3_WORDS]
     expected = [len(WORDS), *[len(WORDS) + 1] * 16, *map(words.index, ["a", "red", "fox", ".", "<|Reward|>", "flat"])]
     assert list(ids) == expected and reward.reward_id == len(WORDS) + 2
-    plain = hpsv3.HPSv3Reward(qwen.parts["model"], qwen.parts["head"], lambda *_: expected, reward.reward_id,
-                              pixels=reward.pixels)
+    plain = hpsv3.HPSv3Reward(
+        qwen.parts["model"], qwen.parts["head"], lambda *_: expected, reward.reward_id, pixels=reward.pixels
+    )
     images = draw(2, 3, 112, 112)
     close(reward(images, ["red fox"] * 2).detach(), plain(images, ["red fox"] * 2).detach())
     assert reward._ids("fox <|Reward|> <|image_pad|>", 16).count(reward.reward_id) == 1
     assert reward._ids("fox <|Reward|> <|image_pad|>", 16).count(len(WORDS) + 1) == 16
     (tmp_path / "prompt.txt").write_text("{image} {prompt}")
-    with pytest.raises(ValueError, match="prompt.txt must hold <.Reward.> exactly once"):
+    with pytest.raises(ValueError, match=r"prompt.txt must hold <.Reward.> exactly once"):
         hpsv3.load_hpsv3(str(tmp_path))
     (tmp_path / "prompt.txt").unlink()
-    with pytest.raises(ValueError, match="holds no prompt.txt. .*the chat text of HPSv3's own repository"):
+    with pytest.raises(ValueError, match=r"holds no prompt.txt. .*the chat text of HPSv3's own repository"):
         hpsv3.load_hpsv3(str(tmp_path))
 
 
@@ -751,15 +753,15 @@ def test_clip_score_pickscore_and_hpsv2_load_from_folders(tiny, clip_folder, tmp
     for source in (tmp_path, tmp_path / "HPS_v2.1_compressed.safetensors", clip_folder / "model.safetensors"):
         torch.testing.assert_close(clip.load_hpsv2(str(source))(images, PROMPTS), cosine)
     save_file(tiny[0] | {"visual.extra": torch.zeros(1)}, tmp_path / "HPS_v2.1_compressed.safetensors")
-    with pytest.raises(ValueError, match="visual.extra"):
+    with pytest.raises(ValueError, match=r"visual.extra"):
         clip.load_hpsv2(str(tmp_path))
     save_file(
         from_open_clip(tiny[0]) | {"vision_model.extra": torch.zeros(1)}, tmp_path / "HPS_v2.1_compressed.safetensors"
     )
-    with pytest.raises(ValueError, match="1 of [0-9]+ tensors.*vision_model.extra"):
+    with pytest.raises(ValueError, match=r"1 of [0-9]+ tensors.*vision_model.extra"):
         clip.load_hpsv2(str(tmp_path))
     save_file({n: t for n, t in tiny[0].items() if n != "visual.proj"}, tmp_path / "HPS_v2.1_compressed.safetensors")
-    with pytest.raises(ValueError, match="reward.source.hpsv2.*another architecture.*visual_projection.weight"):
+    with pytest.raises(ValueError, match=r"reward.source.hpsv2.*another architecture.*visual_projection.weight"):
         clip.load_hpsv2(str(tmp_path))
 
 
@@ -790,16 +792,25 @@ def test_the_convert_command_turns_a_pickle_into_safetensors(tmp_path, monkeypat
 
 
 LOADERS = {
-    "hpsv2": clip.load_hpsv2, "aesthetic": aesthetic.load_aesthetic, "image-reward": image_reward.load_image_reward,
-    "hpsv3": hpsv3.load_hpsv3, "pickscore": clip.load_pickscore, "clip-score": clip.load_clip_score,
+    "hpsv2": clip.load_hpsv2,
+    "aesthetic": aesthetic.load_aesthetic,
+    "image-reward": image_reward.load_image_reward,
+    "hpsv3": hpsv3.load_hpsv3,
+    "pickscore": clip.load_pickscore,
+    "clip-score": clip.load_clip_score,
 }
 OF_THE_HUB = ("pickscore", "clip-score")  # no source given means their own repository
 
 
-@pytest.mark.parametrize(("key", "what"), [
-    (key, what) for key in LOADERS for what in ("missing", "empty", "pickle", "damaged", "none")
-    if not (what == "none" and key in OF_THE_HUB)
-])
+@pytest.mark.parametrize(
+    ("key", "what"),
+    [
+        (key, what)
+        for key in LOADERS
+        for what in ("missing", "empty", "pickle", "damaged", "none")
+        if not (what == "none" and key in OF_THE_HUB)
+    ],
+)
 def test_missing_weights_say_how_to_get_them(key, what, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     source = {"missing": "./nowhere", "none": None}.get(what, str(tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -31,8 +32,16 @@ class Network:
 
 
 def ddim(prediction_type, **options):
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-                         set_alpha_to_one=True, timestep_spacing="trailing", prediction_type=prediction_type, **options)
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        timestep_spacing="trailing",
+        prediction_type=prediction_type,
+        **options,
+    )
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
@@ -130,12 +139,18 @@ def test_samples_of_the_exact_model_have_the_datas_moments(schedule, eta):
     model = GaussianModel(torch.full((1, 1, 1), mu, dtype=torch.float64), s, schedule=schedule)
     generator = torch.Generator().manual_seed(2)
     noise = torch.randn(n, 1, 1, 1, dtype=torch.float64, generator=generator)
-    x = sample(model, model.encode_prompts([""]), noise, steps, eta=eta,
-               rng_noise=lambda i: torch.randn(n, 1, 1, 1, dtype=torch.float64, generator=generator)).flatten()
+    x = sample(
+        model,
+        model.encode_prompts([""]),
+        noise,
+        steps,
+        eta=eta,
+        rng_noise=lambda i: torch.randn(n, 1, 1, 1, dtype=torch.float64, generator=generator),
+    ).flatten()
 
     def moments(steps):  # of the recursion x' = gain x + offset + std z
         mean, var, times = 0.0, 1.0, time_grid(steps)
-        for t, t_next in zip(times[:-1], times[1:], strict=True):
+        for t, t_next in itertools.pairwise(times):
             (a, sg), (a2, sg2) = (tuple(map(float, schedule(u.view(1)))) for u in (t, t_next))
             std = eta * sg2 * math.sqrt(max(0.0, 1 - (a * sg2 / (a2 * sg)) ** 2))
             gain = (a2 * a * s**2 + math.sqrt(sg2**2 - std**2) * sg) / (a**2 * s**2 + sg**2)
@@ -207,7 +222,9 @@ def test_bad_options_are_refused():
     model = GaussianModel(torch.zeros(1, 1, 1), 1.0)
     call = (model, model.encode_prompts([""]), torch.zeros(1, 1, 1, 1), 4)
     for options, message in (
-        ({"eta": 0.5}, "rng_noise"), ({"eta": 1.5}, "ancestral"), ({"grad_steps": 5}, "expected 0..4"),
+        ({"eta": 0.5}, "rng_noise"),
+        ({"eta": 1.5}, "ancestral"),
+        ({"grad_steps": 5}, "expected 0..4"),
     ):
         with pytest.raises(ValueError, match=message):
             sample(*call, **options)

@@ -11,8 +11,18 @@ import palate
 
 FILES = sorted(Path(palate.__file__).parent.rglob("*.py"))
 MODULES = {"pickle", "cPickle", "dill", "marshal", "shelve", "torchvision", "timm", "open_clip", "hpsv2", "lpips"}
-CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "np.load", "numpy.load",
-         "joblib.load"}
+CALLS = {
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "torch.load",
+    "np.load",
+    "numpy.load",
+    "joblib.load",
+}
 LOADERS = {"yaml.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all"}
 
 
@@ -31,14 +41,15 @@ def problems(tree: ast.AST) -> list[str]:
             if name in CALLS | LOADERS:
                 found.append(f"call {name}")
             for keyword in node.keywords:
-                if keyword.arg == "shell" and not (isinstance(keyword.value, ast.Constant)
-                                                   and keyword.value.value is False):
+                if keyword.arg == "shell" and not (
+                    isinstance(keyword.value, ast.Constant) and keyword.value.value is False
+                ):
                     found.append("shell=")
                 if keyword.arg == "trust_remote_code" and ast.unparse(keyword.value) != "False":
                     found.append("trust_remote_code=")
-                if keyword.arg in ("allow_pickle",
-                                   "use_safetensors") and ast.unparse(keyword.value) == str(
-                                       keyword.arg == "allow_pickle"):
+                if keyword.arg in ("allow_pickle", "use_safetensors") and ast.unparse(keyword.value) == str(
+                    keyword.arg == "allow_pickle"
+                ):
                     found.append(f"{keyword.arg}=")
         if isinstance(node, ast.ExceptHandler) and node.type is None:
             found.append("except without a type")

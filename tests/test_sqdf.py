@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -12,11 +13,21 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from tiny_flow import PROMPTS, TinyFlow
+from tiny_flow import reward as tiny_reward
 from torch import nn
 
 from palate import recipe
 from palate.algorithms.sqdf import (
-    SQDF, SQDFSettings, alpha_in_nats, calls_per_update, estimate, kl, levels, soft_q_loss, transition,
+    SQDF,
+    SQDFSettings,
+    alpha_in_nats,
+    calls_per_update,
+    estimate,
+    kl,
+    levels,
+    soft_q_loss,
+    transition,
 )
 from palate.core import Batch, Random
 from palate.models.emoji import EmojiModel
@@ -26,8 +37,6 @@ from palate.path import Prediction, add_noise, flow_schedule, from_eps, vp_sched
 from palate.recipe import RecipeError
 from palate.sampling import transition_std
 from palate.train import train
-from tiny_flow import PROMPTS, TinyFlow
-from tiny_flow import reward as tiny_reward
 
 D = torch.float64
 T, MU, STD = 10, 0.7, 0.5
@@ -162,11 +171,17 @@ def test_levels_end_above_zero_and_follow_the_shift():
     torch.testing.assert_close(u.diff(), u.diff()[:1].expand(5))
 
 
-@pytest.mark.parametrize(("t", "std", "m", "c", "s"), [
-    (1, 0.031107, 0.906729, 0.074533, 0.000968), (2, 0.155187, 0.663278, 0.267970, 0.020768),
-    (4, 0.311031, 0.397608, 0.474682, 0.075863), (6, 0.395261, 0.249623, 0.583451, 0.110960),
-    (8, 0.520085, 0.145894, 0.650554, 0.133725), (10, 0.866115, 0.036019, 0.696084, 0.149497),
-])
+@pytest.mark.parametrize(
+    ("t", "std", "m", "c", "s"),
+    [
+        (1, 0.031107, 0.906729, 0.074533, 0.000968),
+        (2, 0.155187, 0.663278, 0.267970, 0.020768),
+        (4, 0.311031, 0.397608, 0.474682, 0.075863),
+        (6, 0.395261, 0.249623, 0.583451, 0.110960),
+        (8, 0.520085, 0.145894, 0.650554, 0.133725),
+        (10, 0.866115, 0.036019, 0.696084, 0.149497),
+    ],
+)
 def test_the_toy_chain(t, std, m, c, s):
     assert (SIGMA[t], M[t], C[t], S[t]) == pytest.approx((std, m, c, s), abs=6e-7)
     alpha, sigma = (float(v) for v in toy(t))
@@ -176,11 +191,18 @@ def test_the_toy_chain(t, std, m, c, s):
     assert tweedie / M[t] == pytest.approx(0.99651, abs=1e-5)
 
 
-@pytest.mark.parametrize(("i", "tau", "std", "w"), [
-    (0, 981, 0.454463, 0.262709), (10, 781, 0.390750, 0.191828), (25, 481, 0.287685, 0.141139),
-    (40, 181, 0.177068, 0.200288),
-    (47, 41, 0.099887, 1.034817), (48, 21, 0.039480, 10.724235), (49, 1, 0.020648, 1.006388),
-])
+@pytest.mark.parametrize(
+    ("i", "tau", "std", "w"),
+    [
+        (0, 981, 0.454463, 0.262709),
+        (10, 781, 0.390750, 0.191828),
+        (25, 481, 0.287685, 0.141139),
+        (40, 181, 0.177068, 0.200288),
+        (47, 41, 0.099887, 1.034817),
+        (48, 21, 0.039480, 10.724235),
+        (49, 1, 0.020648, 1.006388),
+    ],
+)
 def test_kl_of_stable_diffusion_steps(i, tau, std, w):
     """DDIM's sigma, and KL = (w / 2) |eps_theta - eps_ref|^2, w the growth of the SNR; the program's is 2/D of it."""
     x, eps, other = torch.randn(3, 2, 4, 3, 3, dtype=D, generator=torch.Generator().manual_seed(i)).unbind(0)
@@ -231,7 +253,7 @@ def test_the_flow_sampler_reaches_the_data():
     errors = []
     for steps in (50, 500):
         times, mean, variance = levels(steps, shift=1.0, final_time=0.02), 0.0, 1.0
-        for t, t_next in zip(times[:-1], times[1:], strict=True):
+        for t, t_next in itertools.pairwise(times):
             here, there = (flow_schedule(v.view(1)) for v in (t, t_next))
             ends = []
             for x in (0.0, 1.0):
@@ -246,17 +268,27 @@ def test_the_flow_sampler_reaches_the_data():
 
 
 def test_no_noise_is_refused():
-    pred, (a, s), (an, sn) = Prediction(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)), flow_schedule(
-        torch.tensor([0.5])), flow_schedule(torch.tensor([0.0]))
-    with pytest.raises(ValueError, match="sigma = 0.*KL is infinite"):
+    pred, (a, s), (an, sn) = (
+        Prediction(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)),
+        flow_schedule(torch.tensor([0.5])),
+        flow_schedule(torch.tensor([0.0])),
+    )
+    with pytest.raises(ValueError, match=r"sigma = 0.*KL is infinite"):
         transition(pred, a, s, an, sn, 1.0)
     with pytest.raises(ValueError, match="eta = 0"):
         transition(pred, a, s, *flow_schedule(torch.tensor([0.3])), 0.0)
-    for wrong, message in (({"eta": 0.0}, "deterministic.*infinite.*eta = 0.0"), ({"final_time": 0.0}, "infinite"),
-                           ({"estimator": "rollout-0"}, "rollout-2"), ({"estimator": "lcm"}, "tweedie, consistency"),
-                           ({"buffer": "none", "rollout_every": 2}, "own rollout"), ({"gamma": 1.2}, "gamma = 1.2"),
-                           ({"estimator_guidance": 3.0}, "distilled"), ({"buffer": "fifo"}, "importance"),
-                           ({"alpha_kl": -1.0}, "alpha_kl"), ({"buffer_size": 0}, "at least 1")):
+    for wrong, message in (
+        ({"eta": 0.0}, "deterministic.*infinite.*eta = 0.0"),
+        ({"final_time": 0.0}, "infinite"),
+        ({"estimator": "rollout-0"}, "rollout-2"),
+        ({"estimator": "lcm"}, "tweedie, consistency"),
+        ({"buffer": "none", "rollout_every": 2}, "own rollout"),
+        ({"gamma": 1.2}, "gamma = 1.2"),
+        ({"estimator_guidance": 3.0}, "distilled"),
+        ({"buffer": "fifo"}, "importance"),
+        ({"alpha_kl": -1.0}, "alpha_kl"),
+        ({"buffer_size": 0}, "at least 1"),
+    ):
         with pytest.raises(ValueError, match=message):
             SQDFSettings(**wrong)
 
@@ -277,9 +309,14 @@ def test_soft_values_of_a_linear_and_a_quadratic_reward():
     assert 1 + lam * S[6] / alpha == pytest.approx(1.2774012, abs=5e-8)
 
 
-@pytest.mark.parametrize(("t", "low", "exact", "high"), [
-    (2, 0.512380, 0.512472, 0.512472), (4, 0.590811, 0.595503, 0.601447), (8, 0.464121, 0.479782, 0.496662),
-])
+@pytest.mark.parametrize(
+    ("t", "low", "exact", "high"),
+    [
+        (2, 0.512380, 0.512472, 0.512472),
+        (4, 0.590811, 0.595503, 0.601447),
+        (8, 0.464121, 0.479782, 0.496662),
+    ],
+)
 def test_the_discounted_q_lies_between_its_bounds(t, low, exact, high):
     k, alpha, gamma, x = 1.3, 0.8, 0.9, 0.4
     q2, q1, q0 = soft_value(t - 1, (0, k, 0), gamma, alpha)
@@ -290,16 +327,30 @@ def test_the_discounted_q_lies_between_its_bounds(t, low, exact, high):
     assert (bounds[0], at(q, x), bounds[1]) == pytest.approx((low, exact, high), abs=6e-7)
 
 
-@pytest.mark.parametrize(("law", "gamma", "shift", "path"), [
-    ("none", 1.0, 0.2429330, 0.1973831), ("uniform", 0.9, 0.1648387, 0.0956394),
-    ("prioritised", 0.9, 0.1648387, 0.0956394), ("importance", 0.9, 0.1648387, 0.0956394),
-    ("uniform", 0.5, 0.0382876, None),
-])
+@pytest.mark.parametrize(
+    ("law", "gamma", "shift", "path"),
+    [
+        ("none", 1.0, 0.2429330, 0.1973831),
+        ("uniform", 0.9, 0.1648387, 0.0956394),
+        ("prioritised", 0.9, 0.1648387, 0.0956394),
+        ("importance", 0.9, 0.1648387, 0.0956394),
+        ("uniform", 0.5, 0.0382876, None),
+    ],
+)
 def test_training_reaches_the_soft_optimal_policy_under_every_law_of_states(law, gamma, shift, path):
     """Linear reward, exact Q: p*_t is the reference shifted by gamma^(t-1) k M_{t-1} std_t^2 / alpha."""
     model = Shifts()
-    run(model, SQDFSettings(**CHAIN, alpha_kl=0.8, gamma=gamma, estimator="consistency", buffer=law,
-                            rollout_every=1 if law == "none" else 10))
+    run(
+        model,
+        SQDFSettings(
+            **CHAIN,
+            alpha_kl=0.8,
+            gamma=gamma,
+            estimator="consistency",
+            buffer=law,
+            rollout_every=1 if law == "none" else 10,
+        ),
+    )
     expected = [0.0] + [gamma ** (t - 1) * 1.3 * M[t - 1] * SIGMA[t] / 0.8 for t in range(1, T + 1)]
     torch.testing.assert_close(model.p.detach(), torch.tensor(expected, dtype=D), atol=1e-9, rtol=0)
     got = moved(model.p.tolist())
@@ -326,7 +377,7 @@ def test_a_consistency_map_is_not_the_posterior_mean_and_overshoots(gamma, shift
     assert moved(model.p.tolist())[0] == pytest.approx(shift, abs=6e-8)
     slopes = []
     for t in (1, 5, 10):
-        alpha, sigma = (float(v) for v in toy(t))
+        _alpha, _sigma = (float(v) for v in toy(t))
         x = torch.tensor([0.0, 1.0], dtype=D).view(2, 1, 1, 1)
         clock = torch.full((2,), (t + 1) / 11, dtype=D)
         ode, mean = (estimate(model, x, clock, torch.zeros(2), name) for name in ("consistency", "tweedie"))
@@ -373,8 +424,14 @@ def test_training_reaches_the_best_shifts_of_a_quadratic_reward_within_the_monte
         seen.append(model.p.detach().clone())
         return quadratic(images, prompts)
 
-    run(model, SQDFSettings(**CHAIN, alpha_kl=alpha, gamma=1.0, estimator="consistency", buffer="none"),
-        steps=steps, batch=batch, reward=watched, lr=4.0)
+    run(
+        model,
+        SQDFSettings(**CHAIN, alpha_kl=alpha, gamma=1.0, estimator="consistency", buffer="none"),
+        steps=steps,
+        batch=batch,
+        reward=watched,
+        lr=4.0,
+    )
     found = torch.stack(seen[settled:]).mean(0)
     apart = (found - torch.tensor(expected, dtype=D)).abs()[1:]
     assert bool((apart < 4 * torch.tensor(error[1:], dtype=D)).all())
@@ -440,15 +497,25 @@ def test_reparameterised_gradient():
 
 def gaussian(**settings):
     torch.manual_seed(1)
-    model = GaussianModel(0.3 * torch.randn(2, 2, 2, dtype=D), 0.6, trains=("velocity", "linear"),
-                          networks=("policy", "consistency"))
+    model = GaussianModel(
+        0.3 * torch.randn(2, 2, 2, dtype=D), 0.6, trains=("velocity", "linear"), networks=("policy", "consistency")
+    )
     for p in model.networks["consistency"].values():
         p.requires_grad_(False)
     with torch.no_grad():
         model.networks["consistency"]["velocity"].normal_(0, 0.1)
-    return model, SQDFSettings(**{
-        "rollout_steps": 6, "final_time": 0.05, "guidance": 1.0, "alpha_kl": 0.3, "gamma": 0.9,
-        "estimator": "consistency", "buffer": "none", **settings})
+    return model, SQDFSettings(
+        **{
+            "rollout_steps": 6,
+            "final_time": 0.05,
+            "guidance": 1.0,
+            "alpha_kl": 0.3,
+            "gamma": 0.9,
+            "estimator": "consistency",
+            "buffer": "none",
+            **settings,
+        }
+    )
 
 
 def bent(images, prompts):
@@ -600,6 +667,7 @@ def test_the_discount_multiplies_the_reward_only():
 
 def test_the_reward_sees_decoded_images_once_mapped():
     """Slope of what is scored in the decoded value: one half inside [-1, 1], zero outside; no second mapping."""
+
     class Decoding(Shifts):
         def decode(self, x):
             return x.add(1).div(2).clamp(0, 1)
@@ -648,15 +716,21 @@ class Counting(TinyFlow):
         return super().decode(latents)
 
 
-@pytest.mark.parametrize(("settings", "steps"), [
-    ({"buffer": "uniform", "rollout_every": 3}, 6), ({"buffer": "none"}, 2), ({"buffer": "importance"}, 1),
-    ({"buffer": "uniform", "estimator": "rollout-2", "rollout_every": 2}, 4), ({"guidance": 3.0}, 1),
-    ({"estimator_guidance": 3.0, "rollout_every": 2}, 2), ({"buffer": "none", "guidance": 3.0}, 2),
-])
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({"buffer": "uniform", "rollout_every": 3}, 6),
+        ({"buffer": "none"}, 2),
+        ({"buffer": "importance"}, 1),
+        ({"buffer": "uniform", "estimator": "rollout-2", "rollout_every": 2}, 4),
+        ({"guidance": 3.0}, 1),
+        ({"estimator_guidance": 3.0, "rollout_every": 2}, 2),
+        ({"buffer": "none", "guidance": 3.0}, 2),
+    ],
+)
 def test_calls(settings, steps):
     """A draw from the buffer costs at most a fifth of an update with a full rollout and no buffer."""
-    settings = SQDFSettings(rollout_steps=20, final_time=0.02,
-                            **{"estimator": "tweedie", "guidance": 1.0, **settings})
+    settings = SQDFSettings(rollout_steps=20, final_time=0.02, **{"estimator": "tweedie", "guidance": 1.0, **settings})
     model, algorithm, count = Counting(), SQDF(settings), 5
     for n in range(1, steps + 1):
         ids = torch.arange(count * n, count * (n + 1))
@@ -690,12 +764,34 @@ def test_a_buffer_smaller_than_a_batch_is_refused():
 @pytest.mark.parametrize("law", ["uniform", "importance"])
 def test_resuming_is_bit_identical(tmp_path, law):
     """The buffer, spilled to disk from the first trajectory on, travels in the checkpoint."""
+
     def go(folder, steps, resume=False):
         model = TinyFlow()
-        settings = SQDFSettings(rollout_steps=4, final_time=0.05, guidance=1.0, alpha_kl=1e-3, estimator="tweedie",
-                                buffer=law, buffer_size=7, buffer_memory=0, rollout_every=2)
-        train(model, SQDF(settings), tiny_reward, PROMPTS, folder=folder, steps=steps, batch_size=3, lr=1e-3, seed=5,
-              checkpoint_every=2, resume=resume, progress=False)
+        settings = SQDFSettings(
+            rollout_steps=4,
+            final_time=0.05,
+            guidance=1.0,
+            alpha_kl=1e-3,
+            estimator="tweedie",
+            buffer=law,
+            buffer_size=7,
+            buffer_memory=0,
+            rollout_every=2,
+        )
+        train(
+            model,
+            SQDF(settings),
+            tiny_reward,
+            PROMPTS,
+            folder=folder,
+            steps=steps,
+            batch_size=3,
+            lr=1e-3,
+            seed=5,
+            checkpoint_every=2,
+            resume=resume,
+            progress=False,
+        )
         return model
 
     whole = go(tmp_path / "whole", 6)
@@ -716,8 +812,14 @@ def network():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return UNet2DConditionModel(
-            sample_size=4, in_channels=2, out_channels=2, layers_per_block=1, block_out_channels=(8, 16),
-            norm_num_groups=4, cross_attention_dim=8, attention_head_dim=4,
+            sample_size=4,
+            in_channels=2,
+            out_channels=2,
+            layers_per_block=1,
+            block_out_channels=(8, 16),
+            norm_num_groups=4,
+            cross_attention_dim=8,
+            attention_head_dim=4,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         ).eval()
@@ -742,7 +844,7 @@ def distilled(tmp_path_factory):
     names = {".lora_A.weight": ".lora_down.weight", ".lora_B.weight": ".lora_up.weight"}
     renamed = {}
     for key, value in lora.items():
-        layer, part = key[: -len(".lora_A.weight")], names[key[-len(".lora_A.weight"):]]
+        layer, part = key[: -len(".lora_A.weight")], names[key[-len(".lora_A.weight") :]]
         renamed[f"lora_unet_{layer.replace('.', '_')}{part}"] = value
         renamed[f"lora_unet_{layer.replace('.', '_')}.alpha"] = torch.tensor(6.0)
     save_file(renamed, kohya / "pytorch_lora_weights.safetensors")
@@ -781,7 +883,7 @@ def test_a_lora_speaks_as_the_consistency_model(distilled, training, form):
 
 def test_a_lora_of_another_network_is_refused(distilled, tmp_path):
     weights = NamedWeights(network(), training="lora", rank=2, alpha=None, targets=("to_q",))
-    with pytest.raises(ValueError, match="no pytorch_lora_weights.safetensors"):
+    with pytest.raises(ValueError, match=r"no pytorch_lora_weights.safetensors"):
         weights.add_frozen(tmp_path)
     lora = load_file(distilled[0] / "pytorch_lora_weights.safetensors")
     wider = {key: torch.cat([value, value], -1) for key, value in lora.items()}
@@ -792,7 +894,7 @@ def test_a_lora_of_another_network_is_refused(distilled, tmp_path):
 
 
 def test_without_a_consistency_model_the_error_says_how_to_get_one(tmp_path):
-    with pytest.raises(ValueError, match="train_consistency.py.*tweedie"):
+    with pytest.raises(ValueError, match=r"train_consistency.py.*tweedie"):
         EmojiModel.load_consistency(object.__new__(EmojiModel), tmp_path / "none")
 
 
@@ -833,8 +935,12 @@ def test_the_published_recipes_run_on_tiny_networks_of_the_same_classes(tmp_path
     teacher.weights.save(tmp_path)
     model, plan = tiny_families.load(family, training="lora"), recipe.read(name, [f"model.consistency={tmp_path}"])
     with pytest.raises(ValueError, match="consistency"):
-        model.predict(torch.zeros(1, *model.latent_shape), torch.full((1,), 0.5), model.encode_prompts(["a"]),
-                      weights="consistency")
+        model.predict(
+            torch.zeros(1, *model.latent_shape),
+            torch.full((1,), 0.5),
+            model.encode_prompts(["a"]),
+            weights="consistency",
+        )
     recipe.load_consistency(plan, model)
     settings = dataclasses.replace(plan.algorithm, rollout_steps=2, final_time=0.3, guidance=2.0)
     ids, prompts = torch.arange(2), ["a", "b"]
@@ -843,5 +949,5 @@ def test_the_published_recipes_run_on_tiny_networks_of_the_same_classes(tmp_path
     loss.value.backward()
     assert sum(float(p.grad.abs().sum()) for p in model.parameters() if p.grad is not None) > 0
     bare = recipe.read(name, ["model.consistency=null"])
-    with pytest.raises(RecipeError, match="model.consistency: name the folder of an LCM-LoRA"):
+    with pytest.raises(RecipeError, match=r"model.consistency: name the folder of an LCM-LoRA"):
         recipe.check_start(bare)

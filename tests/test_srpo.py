@@ -9,20 +9,36 @@ import pytest
 import torch
 
 from palate.algorithms.srpo import (
-    SRPO, SRPOSettings, between, calls_per_update, gain, preference_loss, recover, released_levels, released_reach,
-    released_sigmas, window_levels,
+    SRPO,
+    SRPOSettings,
+    between,
+    calls_per_update,
+    gain,
+    preference_loss,
+    recover,
+    released_levels,
+    released_reach,
+    released_sigmas,
+    window_levels,
 )
 from palate.core import Batch, Random
 from palate.models.gaussian import GaussianModel, gaussian_prediction
-from palate.path import add_noise, flow_schedule, from_eps, from_v, from_velocity, move, vp_schedule
+from palate.path import add_noise, flow_schedule, from_eps, from_v, from_velocity, vp_schedule
 from palate.sampling import sample
 
 D = torch.float64
 VP = vp_schedule(torch.cumprod(1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=D) ** 2, 0))
 DENOISE, INVERSION = (0.878486, 0.857036), (0.835586, 0.857036)  # the HPS script at m0 = 500
-HPS = SRPOSettings(levels="released", noise="rollout", positive=("Natural-lighting", "Detail", "Detailed", "Real"),
-                   negative=("Concept art", "Painting", "Anime", "Flat", "Oil"), k_denoise=(0.1, 0.25),
-                   k_inversion=(0.3, 0.01), hinge=0.7, guidance=3.5)
+HPS = SRPOSettings(
+    levels="released",
+    noise="rollout",
+    positive=("Natural-lighting", "Detail", "Detailed", "Real"),
+    negative=("Concept art", "Painting", "Anime", "Flat", "Oil"),
+    k_denoise=(0.1, 0.25),
+    k_inversion=(0.3, 0.01),
+    hinge=0.7,
+    guidance=3.5,
+)
 ROUND_DENOISE, ROUND_INVERSION = (0.8785, 0.8570), (0.8356, 0.8570)  # as srpo.md 8.7 and 8.8 print them
 
 
@@ -104,9 +120,14 @@ def test_vp_gain_in_noise_units_is_a_difference_of_noise_to_signal_ratios():
 # 8.7, 8.8: bias of the injected noise
 
 
-@pytest.mark.parametrize("start, end, mse", [
-    (*ROUND_DENOISE, 0.010472), (*ROUND_INVERSION, 0.011388), (0.5, 0.2, 0.148897),
-])
+@pytest.mark.parametrize(
+    "start, end, mse",
+    [
+        (*ROUND_DENOISE, 0.010472),
+        (*ROUND_INVERSION, 0.011388),
+        (0.5, 0.2, 0.148897),
+    ],
+)
 def test_fresh_noise_is_unbiased_on_gaussian_data(start, end, mse):
     n, s = 200_000, 0.6
     x0, eps = torch.randn(2, n, 1, 1, 1, dtype=D, generator=torch.Generator().manual_seed(0))
@@ -122,10 +143,15 @@ def test_fresh_noise_is_unbiased_on_gaussian_data(start, end, mse):
     assert abs((error * xs.flatten()).mean()) < 4 * math.sqrt(exact * (q + (1 - start) ** 2 * 0.09) / n)
 
 
-@pytest.mark.parametrize("s, levels, factor", [
-    (0.6, ROUND_DENOISE, 0.506479), (0.6, ROUND_INVERSION, 0.693469),
-    (1.0, ROUND_DENOISE, 0.855294), (1.0, ROUND_INVERSION, 1.138497),
-])
+@pytest.mark.parametrize(
+    "s, levels, factor",
+    [
+        (0.6, ROUND_DENOISE, 0.506479),
+        (0.6, ROUND_INVERSION, 0.693469),
+        (1.0, ROUND_DENOISE, 0.855294),
+        (1.0, ROUND_INVERSION, 1.138497),
+    ],
+)
 def test_the_rollouts_own_noise_is_biased(s, levels, factor):
     """The ODE maps eps to s eps, and recovery returns `factor` eps in its place (mu = 0)."""
     eps = torch.randn(4, 1, 2, 2, dtype=D)
@@ -336,8 +362,10 @@ def test_nothing_but_the_policys_one_call_carries_gradient():
 
     model = Watched(torch.zeros(1, 2, 2, dtype=D), 0.6)
     run(settings_of(anchor=1.0, rollout_guidance=2.0, guidance=3.5, rollout_weights="reference"), model=model)
-    assert calls == [("reference", False, False, 2.0)] * 3 + [
-        ("reference", False, False, 3.5), ("policy", True, False, 3.5)] * 2
+    assert (
+        calls
+        == [("reference", False, False, 2.0)] * 3 + [("reference", False, False, 3.5), ("policy", True, False, 3.5)] * 2
+    )
 
 
 # 8.10: the released program's levels
@@ -365,8 +393,10 @@ def test_released_table():
         g = gain(*flow_schedule(levels.start), *flow_schedule(levels.end))
         got += [levels.start, levels.end, g.flatten().abs()]
     torch.testing.assert_close(torch.stack(got, 1), torch.tensor(list(table.values()), dtype=D), atol=5.1e-5, rtol=0)
-    index = {"denoise": [(990, 995), (800, 900), (400, 500), (0, 100), (0, 5)],
-             "inversion": [(999, 994), (999, 899), (600, 500), (200, 100), (10, 5)]}
+    index = {
+        "denoise": [(990, 995), (800, 900), (400, 500), (0, 100), (0, 5)],
+        "inversion": [(999, 994), (999, 899), (600, 500), (200, 100), (10, 5)],
+    }
     for branch, pairs in index.items():
         levels = released_levels(HPS, branch, m0)
         for row, (start, end) in enumerate(pairs):
@@ -589,21 +619,32 @@ def test_metrics_say_what_happened():
     _, losses, _ = run(settings_of(window=(0.4, 0.8), step=0.1))
     metrics = losses[0].metrics
     assert float(metrics["reward_denoise"]) == pytest.approx(
-        float(metrics["positive_denoise"] - metrics["negative_denoise"]))
+        float(metrics["positive_denoise"] - metrics["negative_denoise"])
+    )
     assert float(losses[1].metrics["reward_inversion"]) == pytest.approx(
-        float(losses[1].metrics["negative_inversion"] - losses[1].metrics["positive_inversion"]))
+        float(losses[1].metrics["negative_inversion"] - losses[1].metrics["positive_inversion"])
+    )
     assert float(losses[0].value.detach()) == pytest.approx(-0.5 * float(metrics["reward_denoise"]))
     assert not any(value.requires_grad for value in metrics.values())
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"branches": ()}, "branches"), ({"branches": ("denoise", "denoise")}, "each once"), ({"n": 0}, "at least 1"),
-    ({"window": (0.9, 0.5)}, "low < high"), ({"step": 0.2}, "half of the window"), ({"noise": "own"}, "fresh"),
-    ({"positive": "3d"}, "expected a list"), ({"negative": ()}, "one or more words"),
-    ({"template": "{prompt}"}, "control"),
-    ({"preference": "absolute", "k_denoise": (0.1, 0.2)}, "no k"), ({"train_timestep": (25, 5)}, "a < b"),
-    ({"anchor": -1.0}, "at least 0"),
-])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"branches": ()}, "branches"),
+        ({"branches": ("denoise", "denoise")}, "each once"),
+        ({"n": 0}, "at least 1"),
+        ({"window": (0.9, 0.5)}, "low < high"),
+        ({"step": 0.2}, "half of the window"),
+        ({"noise": "own"}, "fresh"),
+        ({"positive": "3d"}, "expected a list"),
+        ({"negative": ()}, "one or more words"),
+        ({"template": "{prompt}"}, "control"),
+        ({"preference": "absolute", "k_denoise": (0.1, 0.2)}, "no k"),
+        ({"train_timestep": (25, 5)}, "a < b"),
+        ({"anchor": -1.0}, "at least 0"),
+    ],
+)
 def test_settings_that_cannot_work_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         SRPOSettings(**changes)

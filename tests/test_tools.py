@@ -45,8 +45,10 @@ def test_unnamed_things_are_random_and_follow_the_prior(samples):
     unnamed = [k for k, c in enumerate(samples.captions) if parse_prompt(c).style is None]
     flat = np.mean([vocabulary().styles[samples.style[k]] == "flat" for k in unnamed])
     assert abs(flat - data.STYLE_PRIOR["flat"]) < 4 * np.sqrt(0.25 / len(unnamed))
-    assert len({int(samples.colour[k]) for k, c in enumerate(samples.captions)
-                if parse_prompt(c).background is None}) == 10
+    assert (
+        len({int(samples.colour[k]) for k, c in enumerate(samples.captions) if parse_prompt(c).background is None})
+        == 10
+    )
 
 
 def test_held_out_pairs_are_left_out():

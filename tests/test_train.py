@@ -31,14 +31,16 @@ def run(folder: Path, *, algorithm=None, model=None, reward=reward, **options):
     options = {"steps": STEPS, "batch_size": 3, "lr": 1e-2, "seed": 5, "checkpoint_every": 1, "keep_checkpoints": 99,
                "progress": False, **options}  # fmt: skip
     model = model or TinyFlow()
-    outcome = palate.train(model, algorithm or srpo(), reward, options.pop("prompts", PROMPTS), folder=folder,
-                           **options)
+    outcome = palate.train(
+        model, algorithm or srpo(), reward, options.pop("prompts", PROMPTS), folder=folder, **options
+    )
     return model, outcome
 
 
 def rows(folder: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if not k.endswith("_seconds")}
-            for row in read_metrics(folder / "metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if not k.endswith("_seconds")} for row in read_metrics(folder / "metrics.jsonl")
+    ]
 
 
 def tensors(folder: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
@@ -186,8 +188,11 @@ def test_killed_in_the_middle_of_saves_it_ends_bit_identical(tmp_path):
     """SIGKILL twice, each time inside a save (each save synchronises three times), then run to the end."""
     run(tmp_path / "whole", ema_decay=0.5)
     script = textwrap.dedent(KILLED).format(tests=str(Path(__file__).parent))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path),
-                   "OMP_NUM_THREADS": str(torch.get_num_threads())}  # bit for bit holds for one number of threads
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }  # bit for bit holds for one number of threads
     for after, code in ((12, -signal.SIGKILL), (7, -signal.SIGKILL), (10**6, 0)):
         ended = subprocess.run([sys.executable, "-c", script, str(tmp_path / "killed"), str(after)], env=environment)
         assert ended.returncode == code
@@ -199,6 +204,7 @@ def test_killed_in_the_middle_of_saves_it_ends_bit_identical(tmp_path):
 def test_a_signal_ends_the_step_saves_and_resumes_exactly(tmp_path, number, code):
     # a job in the background may have been told to ignore it
     before = signal.signal(number, signal.default_int_handler)
+
     class Signalled(Steering):
         def step(self, model, reward, batch, rng):
             if rng.step == 3:
@@ -316,7 +322,7 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(tmp_path, va
 
 
 def test_three_in_a_row_stop_the_run_and_keep_the_last_good_weights(tmp_path):
-    with pytest.raises(NonFinite, match="step 5.*3 times in a row"):
+    with pytest.raises(NonFinite, match=r"step 5.*3 times in a row"):
         run(tmp_path, reward=Sick({3, 4, 5}), checkpoint_every=0)
     assert checkpoint.steps(tmp_path / "checkpoints") == [5]
     run(tmp_path.with_name("good"), steps=2)
@@ -336,7 +342,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too(tmp_path):
 
 
 def test_a_loss_without_gradient_is_refused_with_its_likely_cause(tmp_path):
-    with pytest.raises(ValueError, match="no gradient.*reward is not differentiable"):
+    with pytest.raises(ValueError, match=r"no gradient.*reward is not differentiable"):
         run(tmp_path / "a", reward=lambda images, prompts: reward(images.detach(), prompts), algorithm=srpo())
 
     class Detached(TinyFlow):
@@ -344,14 +350,14 @@ def test_a_loss_without_gradient_is_refused_with_its_likely_cause(tmp_path):
             with torch.no_grad():
                 return super().predict(*arguments, **options)
 
-    with pytest.raises(ValueError, match="no gradient.*model.predict loses"):
+    with pytest.raises(ValueError, match=r"no gradient.*model.predict loses"):
         run(tmp_path / "b", model=Detached())
 
     class Blind(TinyFlow):
         def decode(self, latents):
             return super().decode(latents).detach()
 
-    with pytest.raises(ValueError, match="no gradient.*model.decode"):
+    with pytest.raises(ValueError, match=r"no gradient.*model.decode"):
         run(tmp_path / "c", model=Blind())
 
     class OtherNetwork(Quadratic):
@@ -360,7 +366,7 @@ def test_a_loss_without_gradient_is_refused_with_its_likely_cause(tmp_path):
 
     with pytest.raises(ValueError, match="policy gradient of step 1 is zero in all 4 tensors"):
         run(tmp_path / "d", algorithm=OtherNetwork())
-    with pytest.raises(ValueError, match="does not read the prompt.*algorithm.preference=absolute"):
+    with pytest.raises(ValueError, match=r"does not read the prompt.*algorithm.preference=absolute"):
         run(tmp_path / "e", reward=lambda images, prompts: images.mean((1, 2, 3)))
     run(tmp_path / "f", reward=lambda images, prompts: images.mean((1, 2, 3)), algorithm=srpo(preference="absolute"))
 
@@ -368,8 +374,11 @@ def test_a_loss_without_gradient_is_refused_with_its_likely_cause(tmp_path):
 def test_the_reward_of_the_page_on_adding_trains(tmp_path):
     page = (Path(__file__).parent.parent / "docs" / "adding.md").read_text("utf-8")
     code = page.split("```python\n")[1].split("```")[0]
-    for part, small in (("runs/contrast", str(tmp_path)), ("steps=10", "steps=1, batch_size=2, progress=False"),
-                        ('SRPOSettings(', 'SRPOSettings(rollout_steps=2, ')):
+    for part, small in (
+        ("runs/contrast", str(tmp_path)),
+        ("steps=10", "steps=1, batch_size=2, progress=False"),
+        ("SRPOSettings(", "SRPOSettings(rollout_steps=2, "),
+    ):
         assert part in code
         code = code.replace(part, small)
     exec(code, {})
@@ -426,7 +435,10 @@ def test_words_that_are_refused_do_not_end_the_run(tmp_path):
     run(b)
     refused = [row for row in rows(a) if row["event"] == "steer_refused"]
     assert [(row["step"], row["reason"].split(":")[0]) for row in refused] == [
-        (2, "algorithm.positive"), (4, "algorithm.positive"), (5, "algorithm.negative")]
+        (2, "algorithm.positive"),
+        (4, "algorithm.positive"),
+        (5, "algorithm.negative"),
+    ]
     assert [row for row in rows(a) if row not in refused] == rows(b) and same(tensors(a), tensors(b))
     assert not (a / "control.json").exists()
     with open(b / "metrics.jsonl", "a") as log:  # a run that an earlier version let take such words up
@@ -460,8 +472,9 @@ def test_words_given_while_others_wait_join_them(tmp_path):
     assert steered == [(3, ["icy2"], ["hot"]), (4, ["icy3"], ["hot"])]
 
 
-@pytest.mark.parametrize("junk",
-                         [b"", b"{", b"[]", b'{"positive": 3}', b"\xff\xfe", b'{"positive": 3, "negative": null}'])
+@pytest.mark.parametrize(
+    "junk", [b"", b"{", b"[]", b'{"positive": 3}', b"\xff\xfe", b'{"positive": 3, "negative": null}']
+)
 def test_a_broken_control_file_is_ignored(tmp_path, junk):
     class Junk(Steering):
         def step(self, model, reward, batch, rng):
@@ -508,26 +521,28 @@ class Checks:
 
 def test_the_guard_stops_and_the_result_is_the_best_step(tmp_path):
     guard = GuardSettings(every=2, heldout_drop=0.1)
-    model, outcome = run(tmp_path, guard=guard, check=Checks(1.0, 0.95, 0.92, 0.85), checkpoint_every=0)
+    _model, outcome = run(tmp_path, guard=guard, check=Checks(1.0, 0.95, 0.92, 0.85), checkpoint_every=0)
     assert outcome.step == 6 and outcome.exit_code == 0 and "heldout fell from 1 to 0.85" in outcome.reason
     run(tmp_path.with_name("four"), steps=4)
     assert same(tensors(tmp_path, 6), tensors(tmp_path.with_name("four"), 4))
-    events = [(row["step"], row["verdict"] == "ok", row.get("best_step")) for row in rows(tmp_path)
-              if row["event"] == "guard"]
+    events = [
+        (row["step"], row["verdict"] == "ok", row.get("best_step")) for row in rows(tmp_path) if row["event"] == "guard"
+    ]
     assert events == [(0, False, None), (2, True, 2), (4, True, 4), (6, False, 4)]
 
 
 def test_the_guard_keeps_the_highest_of_the_named_metric(tmp_path):
     checks = Checks(1.0, 3.0, 2.0, 2.5, -9.0)
-    _, outcome = run(tmp_path, guard=GuardSettings(every=2, best="heldout"), check=checks, checkpoint_every=1,
-                     keep_checkpoints=2)
+    _, outcome = run(
+        tmp_path, guard=GuardSettings(every=2, best="heldout"), check=checks, checkpoint_every=1, keep_checkpoints=2
+    )
     assert "guard" in outcome.reason
     assert checkpoint.steps(tmp_path / "checkpoints") == [2, 7, 8]
     assert same({k: v for k, v in tensors(tmp_path).items()}, tensors(tmp_path, 2))
 
 
 def test_a_best_metric_that_does_not_exist_is_refused_after_one_step(tmp_path):
-    with pytest.raises(ValueError, match="trainer.guard.best: there is no metric 'nope'.*grad_norm, heldout, loss"):
+    with pytest.raises(ValueError, match=r"trainer.guard.best: there is no metric 'nope'.*grad_norm, heldout, loss"):
         run(tmp_path, guard=GuardSettings(every=4, best="nope"), check=Checks(1.0))
     assert [row["step"] for row in rows(tmp_path)] == [0, 1]
 
@@ -562,8 +577,11 @@ def test_limits_are_absolute_falls_and_a_ratio():
 def test_the_run_folder_holds_what_is_promised(uninterrupted):
     names = {path.name for path in uninterrupted.iterdir()}
     assert {"metrics.jsonl", "environment.json", "samples", "checkpoints", "adapter"} <= names
-    assert sorted(p.name for p in (uninterrupted / "samples").iterdir()) == ["step-000000", "step-000004",
-        "step-000008"]
+    assert sorted(p.name for p in (uninterrupted / "samples").iterdir()) == [
+        "step-000000",
+        "step-000004",
+        "step-000008",
+    ]
     index = [(p / "index.jsonl").read_text() for p in sorted((uninterrupted / "samples").iterdir())]
     assert index[0] == index[1] == index[2] and len(index[0].splitlines()) == len(PROMPTS)
     first = json.loads(index[0].splitlines()[0])

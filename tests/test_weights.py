@@ -15,12 +15,22 @@ D = torch.float64
 def make(training="lora", names=NAMES, rank=2) -> NamedWeights:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        unet = UNet2DConditionModel(
-            sample_size=4, in_channels=2, out_channels=2, layers_per_block=1, block_out_channels=(8, 16),
-            norm_num_groups=4, cross_attention_dim=8, attention_head_dim=4,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        ).to(D).eval()
+        unet = (
+            UNet2DConditionModel(
+                sample_size=4,
+                in_channels=2,
+                out_channels=2,
+                layers_per_block=1,
+                block_out_channels=(8, 16),
+                norm_num_groups=4,
+                cross_attention_dim=8,
+                attention_head_dim=4,
+                down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+                up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            )
+            .to(D)
+            .eval()
+        )
         targets = ("to_q", "to_v", "conv1")
         weights = NamedWeights(unet, training=training, rank=rank, alpha=None, targets=targets, names=names)
     weights.network.to(D)
@@ -49,7 +59,7 @@ def gradients(weights: NamedWeights, name: str):
 
 def test_an_adapter_of_another_rank_says_which_to_set(tmp_path):
     make(rank=3).save(tmp_path)
-    with pytest.raises(ValueError, match="does not fit this model.*set model.lora_rank=3"):
+    with pytest.raises(ValueError, match=r"does not fit this model.*set model.lora_rank=3"):
         make().load(tmp_path)
 
 
@@ -147,8 +157,12 @@ def test_saved_names_load_back_each_to_its_own(tmp_path, training):
     second.load(tmp_path / "assistant", "assistant")
     assert not any(p.any() for p in second.parameters("policy"))
     second.load(tmp_path / "policy", "policy")
-    assert all(torch.equal(a, b) for name in NAMES for a, b in zip(first.parameters(name), second.parameters(name)))
-    with pytest.raises(ValueError, match="no .*safetensors"):
+    assert all(
+        torch.equal(a, b)
+        for name in NAMES
+        for a, b in zip(first.parameters(name), second.parameters(name), strict=False)
+    )
+    with pytest.raises(ValueError, match=r"no .*safetensors"):
         second.load(tmp_path)
     if training == "lora":
         with pytest.raises(ValueError, match="does not fit"):

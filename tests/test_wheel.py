@@ -12,14 +12,28 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_wheel_holds_every_file_of_the_package_and_the_command(tmp_path):
-    files = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "src/palate").rglob("*"))
-             if path.is_file() and "__pycache__" not in path.parts]
+    files = [
+        path.relative_to(ROOT).as_posix()
+        for path in sorted((ROOT / "src/palate").rglob("*"))
+        if path.is_file() and "__pycache__" not in path.parts
+    ]
     source = tmp_path / "source"
     for name in (*files, "pyproject.toml", "README.md", "LICENSE", "NOTICE"):  # a copy: the build leaves files behind
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, source / name)
-    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--no-index",
-               "--disable-pip-version-check", "-w", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        ".",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--disable-pip-version-check",
+        "-w",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (wheel,) = tmp_path.glob("palate-*.whl")

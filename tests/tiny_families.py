@@ -69,9 +69,18 @@ def clip_tokenizer() -> CLIPTokenizer:
 
 
 def clip(projection: bool = False) -> CLIPTextModel:
-    config = CLIPTextConfig(vocab_size=3 + 2 * len(LETTERS), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                            num_attention_heads=2, max_position_embeddings=40, projection_dim=16, bos_token_id=0,
-                            eos_token_id=1, pad_token_id=1)
+    config = CLIPTextConfig(
+        vocab_size=3 + 2 * len(LETTERS),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=40,
+        projection_dim=16,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
     return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
 
 
@@ -92,22 +101,43 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
 
 
 def qwen() -> Qwen3Model:
-    return Qwen3Model(Qwen3Config(
-        vocab_size=4 + len(LETTERS), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8))
+    return Qwen3Model(
+        Qwen3Config(
+            vocab_size=4 + len(LETTERS),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+        )
+    )
 
 
 def vae(**constants: float) -> AutoencoderKL:
-    return AutoencoderKL(block_out_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4,
-                         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-                         sample_size=SIZE, **constants)
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        sample_size=SIZE,
+        **constants,
+    )
 
 
 def unet(**more: Any) -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        **{"cross_attention_dim": 16, **more})
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        **{"cross_attention_dim": 16, **more},
+    )
 
 
 def stable_diffusion(**scheduler: Any) -> diffusers.StableDiffusionPipeline:
@@ -115,44 +145,102 @@ def stable_diffusion(**scheduler: Any) -> diffusers.StableDiffusionPipeline:
     kind = DDIMScheduler if scheduler else PNDMScheduler
     settings |= {"clip_sample": False} if scheduler else {"skip_prk_steps": True}
     return diffusers.StableDiffusionPipeline(
-        vae(scaling_factor=0.18215), clip(), clip_tokenizer(), unet(), kind(**settings), None, None,
-        requires_safety_checker=False)
+        vae(scaling_factor=0.18215),
+        clip(),
+        clip_tokenizer(),
+        unet(),
+        kind(**settings),
+        None,
+        None,
+        requires_safety_checker=False,
+    )
 
 
 def sdxl() -> diffusers.StableDiffusionXLPipeline:
-    network = unet(cross_attention_dim=32, addition_embed_type="text_time", addition_time_embed_dim=8,
-                   projection_class_embeddings_input_dim=6 * 8 + 16, use_linear_projection=True)
+    network = unet(
+        cross_attention_dim=32,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+        use_linear_projection=True,
+    )
     scheduler = EulerDiscreteScheduler(**VP, steps_offset=1, timestep_spacing="leading")
     return diffusers.StableDiffusionXLPipeline(
-        vae(scaling_factor=0.13025), clip(), clip(projection=True), clip_tokenizer(), clip_tokenizer(), network,
-        scheduler)
+        vae(scaling_factor=0.13025),
+        clip(),
+        clip(projection=True),
+        clip_tokenizer(),
+        clip_tokenizer(),
+        network,
+        scheduler,
+    )
 
 
 def sd3(with_t5: bool = True) -> diffusers.StableDiffusion3Pipeline:
     network = SD3Transformer2DModel(
-        sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=32, caption_projection_dim=16, pooled_projection_dim=32, pos_embed_max_size=8,
-        qk_norm="rms_norm", dual_attention_layers=(0,))
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pooled_projection_dim=32,
+        pos_embed_max_size=8,
+        qk_norm="rms_norm",
+        dual_attention_layers=(0,),
+    )
     return diffusers.StableDiffusion3Pipeline(
-        network, FlowMatchEulerDiscreteScheduler(shift=3.0), vae(scaling_factor=1.5305, shift_factor=0.0609),
-        clip(projection=True), clip_tokenizer(), clip(projection=True), clip_tokenizer(),
-        t5() if with_t5 else None, t5_tokenizer() if with_t5 else None)
+        network,
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae(scaling_factor=1.5305, shift_factor=0.0609),
+        clip(projection=True),
+        clip_tokenizer(),
+        clip(projection=True),
+        clip_tokenizer(),
+        t5() if with_t5 else None,
+        t5_tokenizer() if with_t5 else None,
+    )
 
 
 def flux(distilled: bool = True) -> diffusers.FluxPipeline:
     network = FluxTransformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=32, pooled_projection_dim=16, axes_dims_rope=(2, 2, 4), guidance_embeds=distilled)
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=16,
+        axes_dims_rope=(2, 2, 4),
+        guidance_embeds=distilled,
+    )
     dev = {"shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15}
     scheduler = FlowMatchEulerDiscreteScheduler(**(dev if distilled else {"shift": 1.0}))
-    return diffusers.FluxPipeline(scheduler, vae(scaling_factor=0.3611, shift_factor=0.1159), clip(), clip_tokenizer(),
-                                  t5(), t5_tokenizer(), network)
+    return diffusers.FluxPipeline(
+        scheduler,
+        vae(scaling_factor=0.3611, shift_factor=0.1159),
+        clip(),
+        clip_tokenizer(),
+        t5(),
+        t5_tokenizer(),
+        network,
+    )
 
 
 def pixart(sigma: bool = False) -> diffusers.PixArtAlphaPipeline:
     network = PixArtTransformer2DModel(
-        sample_size=8 if sigma else 128, num_layers=2, attention_head_dim=12, num_attention_heads=2, in_channels=4,
-        out_channels=8, cross_attention_dim=24, caption_channels=32, norm_num_groups=4)
+        sample_size=8 if sigma else 128,
+        num_layers=2,
+        attention_head_dim=12,
+        num_attention_heads=2,
+        in_channels=4,
+        out_channels=8,
+        cross_attention_dim=24,
+        caption_channels=32,
+        norm_num_groups=4,
+    )
     scheduler = DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
     kind = diffusers.PixArtSigmaPipeline if sigma else diffusers.PixArtAlphaPipeline
     return kind(t5_tokenizer(), t5(), vae(scaling_factor=0.13025), network, scheduler)
@@ -160,23 +248,44 @@ def pixart(sigma: bool = False) -> diffusers.PixArtAlphaPipeline:
 
 def z_image() -> diffusers.ZImagePipeline:
     network = ZImageTransformer2DModel(
-        in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
-        axes_dims=[4, 6, 6], axes_lens=[256, 32, 32])
+        in_channels=4,
+        dim=32,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=16,
+        axes_dims=[4, 6, 6],
+        axes_lens=[256, 32, 32],
+    )
     for token in (network.x_pad_token, network.cap_pad_token):  # left uninitialised by their class
         torch.nn.init.normal_(token)
-    return diffusers.ZImagePipeline(FlowMatchEulerDiscreteScheduler(shift=3.0),
-                                    vae(scaling_factor=0.3611, shift_factor=0.1159), qwen(), qwen_tokenizer(), network)
+    return diffusers.ZImagePipeline(
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae(scaling_factor=0.3611, shift_factor=0.1159),
+        qwen(),
+        qwen_tokenizer(),
+        network,
+    )
 
 
 def aura_flow() -> diffusers.AuraFlowPipeline:
     network = AuraFlowTransformer2DModel(
-        sample_size=8, num_mmdit_layers=1, num_single_dit_layers=2, attention_head_dim=8, num_attention_heads=2,
-        joint_attention_dim=32, caption_projection_dim=16, pos_embed_max_size=64)
+        sample_size=8,
+        num_mmdit_layers=1,
+        num_single_dit_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=16,
+        pos_embed_max_size=64,
+    )
     for parameter in network.parameters():  # as they are born, its gates leave no trace of the words
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.15)
-    encoder = UMT5EncoderModel(UMT5Config(vocab_size=4 + len(LETTERS), d_model=32, d_kv=8, d_ff=32, num_layers=2,
-                                          num_heads=2))
+    encoder = UMT5EncoderModel(
+        UMT5Config(vocab_size=4 + len(LETTERS), d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.73)
     return diffusers.AuraFlowPipeline(t5_tokenizer(), encoder, vae(scaling_factor=0.13025), network, scheduler)
 

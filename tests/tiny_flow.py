@@ -62,8 +62,9 @@ class TinyFlow:
     def save_adapter(self, folder) -> None:
         from safetensors.torch import save_file
 
-        save_file({str(i): p.detach().clone() for i, p in enumerate(self.parameters())},
-                  str(folder / "tiny.safetensors"))
+        save_file(
+            {str(i): p.detach().clone() for i, p in enumerate(self.parameters())}, str(folder / "tiny.safetensors")
+        )
 
 
 def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:

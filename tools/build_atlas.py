@@ -17,9 +17,8 @@ import tarfile
 from pathlib import Path
 
 import resvg_py
-from PIL import Image
-
 from concepts import CONCEPTS
+from PIL import Image
 
 ASSETS = Path(__file__).parent.parent / "src/palate/assets/atlas"
 SIZE = 64
@@ -33,25 +32,64 @@ NAMES = ("unicode-emoji-json", "0.9.0", "MIT")
 KEYWORDS = ("cldr-annotations-full", "48.2.0", "Unicode-3.0")
 
 COLOURS = {
-    "white": (255, 255, 255), "black": (24, 24, 27), "gray": (140, 140, 145), "red": (214, 48, 49),
-    "orange": (240, 147, 43), "yellow": (249, 220, 92), "green": (59, 165, 93), "blue": (52, 120, 220),
-    "purple": (136, 84, 208), "pink": (248, 165, 194),
+    "white": (255, 255, 255),
+    "black": (24, 24, 27),
+    "gray": (140, 140, 145),
+    "red": (214, 48, 49),
+    "orange": (240, 147, 43),
+    "yellow": (249, 220, 92),
+    "green": (59, 165, 93),
+    "blue": (52, 120, 220),
+    "purple": (136, 84, 208),
+    "pink": (248, 165, 194),
 }
 SYNONYMS = {  # words people type for what the model knows; CLDR adds the concepts' own
     "3d": ["glossy", "shiny", "rendered", "render", "realistic", "plastic", "clay", "volumetric", "shaded", "soft"],
     "flat": ["minimal", "minimalist", "minimalistic", "simple", "vector", "2d", "plain"],
     "cartoon": ["cartoonish", "comic", "comics", "toon", "drawn", "noto", "illustration", "illustrated"],
     "outline": ["outlined", "line", "lineart", "sketch", "contour", "monochrome", "stencil", "ink", "silhouette"],
-    "gray": ["grey"], "purple": ["violet"], "red": ["crimson", "scarlet"], "blue": ["azure", "navy"],
-    "pink": ["rosy"], "yellow": ["golden"], "white": ["snowy"], "black": ["dark"], "green": ["emerald"],
-    "small": ["little", "tiny", "mini"], "large": ["big", "huge", "giant"],
-    "left": ["leftmost"], "right": ["rightmost"], "top": ["upper", "above"], "bottom": ["lower", "below"],
-    "dog": ["puppy", "doggy"], "cat": ["kitten", "kitty"], "rabbit": ["bunny"], "cow": ["cattle"], "bee": ["honeybee"],
-    "fir": ["pine", "tree", "evergreen"], "donut": ["doughnut"], "burger": ["hamburger"], "teddy": ["plush"],
-    "bulb": ["lightbulb", "lamp"], "fire": ["flame"], "car": ["automobile"], "gift": ["present"], "house": ["home"],
-    "pumpkin": ["halloween"], "tangerine": ["mandarin", "clementine"], "corn": ["maize"], "cherry": ["cherries"],
-    "grapes": ["grape"], "eggplant": ["aubergine"], "sailboat": ["boat", "yacht"], "ladybug": ["ladybird"],
-    "crocodile": ["alligator"], "turtle": ["tortoise"], "horse": ["pony"], "pig": ["piglet"], "fish": ["trout"],
+    "gray": ["grey"],
+    "purple": ["violet"],
+    "red": ["crimson", "scarlet"],
+    "blue": ["azure", "navy"],
+    "pink": ["rosy"],
+    "yellow": ["golden"],
+    "white": ["snowy"],
+    "black": ["dark"],
+    "green": ["emerald"],
+    "small": ["little", "tiny", "mini"],
+    "large": ["big", "huge", "giant"],
+    "left": ["leftmost"],
+    "right": ["rightmost"],
+    "top": ["upper", "above"],
+    "bottom": ["lower", "below"],
+    "dog": ["puppy", "doggy"],
+    "cat": ["kitten", "kitty"],
+    "rabbit": ["bunny"],
+    "cow": ["cattle"],
+    "bee": ["honeybee"],
+    "fir": ["pine", "tree", "evergreen"],
+    "donut": ["doughnut"],
+    "burger": ["hamburger"],
+    "teddy": ["plush"],
+    "bulb": ["lightbulb", "lamp"],
+    "fire": ["flame"],
+    "car": ["automobile"],
+    "gift": ["present"],
+    "house": ["home"],
+    "pumpkin": ["halloween"],
+    "tangerine": ["mandarin", "clementine"],
+    "corn": ["maize"],
+    "cherry": ["cherries"],
+    "grapes": ["grape"],
+    "eggplant": ["aubergine"],
+    "sailboat": ["boat", "yacht"],
+    "ladybug": ["ladybird"],
+    "crocodile": ["alligator"],
+    "turtle": ["tortoise"],
+    "horse": ["pony"],
+    "pig": ["piglet"],
+    "fish": ["trout"],
 }
 GLUE = ["a", "on", "background", "style", "at", "the"]
 
@@ -98,8 +136,10 @@ def main() -> None:
     parser.add_argument("--packages", type=Path, default=Path(".cache/packages"))
     folder = parser.parse_args().packages
 
-    emoji_of = {row["name"]: (emoji, row["slug"].replace("_", "-"))
-                for emoji, row in read_json(fetch(*NAMES[:2], folder), "package/data-by-emoji.json").items()}
+    emoji_of = {
+        row["name"]: (emoji, row["slug"].replace("_", "-"))
+        for emoji, row in read_json(fetch(*NAMES[:2], folder), "package/data-by-emoji.json").items()
+    }
     cldr = read_json(fetch(*KEYWORDS[:2], folder), "package/annotations/en/annotations.json")
     cldr = cldr["annotations"]["annotations"]
     archives = {style: fetch(name, version, folder) for style, (name, version, _) in PACKAGES.items()}
@@ -113,16 +153,20 @@ def main() -> None:
         for column, style in enumerate(PACKAGES):
             if style == "3d":
                 members = set(archives[style].getnames())
-                member = next(m for m in (f"package/assets/{c}.webp" for c in (codes, codes.replace("-fe0f", ""),
-                                                                               codes + "-fe0f")) if m in members)
+                member = next(
+                    m
+                    for m in (f"package/assets/{c}.webp" for c in (codes, codes.replace("-fe0f", ""), codes + "-fe0f"))
+                    if m in members
+                )
                 picture = Image.open(io.BytesIO(archives[style].extractfile(member).read()))
             else:
                 picture = draw(icons[style], slug)
             atlas.paste(fit(picture.convert("RGBA")), (SIZE * column, SIZE * row))
         found[concept] = synonyms(concept, emoji, cldr)
 
-    known = set(CONCEPTS) | set(PACKAGES) | set(COLOURS) | set(GLUE) | {"small", "large", "left", "right", "top",
-        "bottom"}
+    known = (
+        set(CONCEPTS) | set(PACKAGES) | set(COLOURS) | set(GLUE) | {"small", "large", "left", "right", "top", "bottom"}
+    )
     chosen = {word: target for target, words in SYNONYMS.items() for word in words}
     counts: dict[str, int] = {}
     for words in found.values():
@@ -133,10 +177,21 @@ def main() -> None:
 
     ASSETS.mkdir(parents=True, exist_ok=True)
     atlas.save(ASSETS / "sprites.webp", lossless=True, quality=100, method=6, exact=False)
-    (ASSETS / "vocabulary.json").write_text(json.dumps({
-        "concepts": list(CONCEPTS), "styles": list(PACKAGES), "colours": COLOURS, "sizes": ["small", "large"],
-        "positions": ["left", "right", "top", "bottom"], "glue": GLUE, "synonyms": dict(sorted(chosen.items())),
-    }, indent=1) + "\n")
+    (ASSETS / "vocabulary.json").write_text(
+        json.dumps(
+            {
+                "concepts": list(CONCEPTS),
+                "styles": list(PACKAGES),
+                "colours": COLOURS,
+                "sizes": ["small", "large"],
+                "positions": ["left", "right", "top", "bottom"],
+                "glue": GLUE,
+                "synonyms": dict(sorted(chosen.items())),
+            },
+            indent=1,
+        )
+        + "\n"
+    )
     print(f"{len(CONCEPTS)} concepts x {len(PACKAGES)} styles, {len(chosen)} synonyms -> {ASSETS}")
 
 

@@ -19,9 +19,9 @@ import time
 from pathlib import Path
 
 import torch
+from data import save_grid
 from safetensors.torch import save_file
 
-from data import save_grid
 from palate import recipe
 from palate.evaluate import generate, quantise
 from palate.rewards.combine import with_control
@@ -33,8 +33,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=30, help="updates of each over-optimised policy")
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--samples", type=int, default=192,
-                        help="images of each policy, and four times so many of the base")
+    parser.add_argument(
+        "--samples", type=int, default=192, help="images of each policy, and four times so many of the base"
+    )
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(".cache/rewards/negatives.safetensors"))
     args = parser.parse_args()
@@ -47,16 +48,34 @@ def main() -> None:
         captions.extend(texts)
 
     for number, (wanted, unwanted) in enumerate(itertools.permutations(styles, 2)):
-        plan = recipe.read("srpo-emoji", [
-            f"algorithm.positive=[{wanted}]", f"algorithm.negative=[{unwanted}]", "algorithm.k_denoise=[0, 0]",
-            f"trainer.steps={args.steps}", f"trainer.lr={args.lr}", f"trainer.seed={args.seed + number}",
-            "trainer.ema_decay=0", "trainer.guard.every=0", "trainer.preview_every=0", "trainer.checkpoint_every=0"])
+        plan = recipe.read(
+            "srpo-emoji",
+            [
+                f"algorithm.positive=[{wanted}]",
+                f"algorithm.negative=[{unwanted}]",
+                "algorithm.k_denoise=[0, 0]",
+                f"trainer.steps={args.steps}",
+                f"trainer.lr={args.lr}",
+                f"trainer.seed={args.seed + number}",
+                "trainer.ema_decay=0",
+                "trainer.guard.every=0",
+                "trainer.preview_every=0",
+                "trainer.checkpoint_every=0",
+            ],
+        )
         torch.manual_seed(args.seed + number)
         parts = recipe.build(plan)
         for part in range(2):
             with tempfile.TemporaryDirectory() as folder:
-                train(parts.model, parts.algorithm, parts.reward, parts.prompts, folder=folder, progress=False,
-                      **{**vars(plan.trainer), "steps": args.steps // 2, "seed": args.seed + 100 * part + number})
+                train(
+                    parts.model,
+                    parts.algorithm,
+                    parts.reward,
+                    parts.prompts,
+                    folder=folder,
+                    progress=False,
+                    **{**vars(plan.trainer), "steps": args.steps // 2, "seed": args.seed + 100 * part + number},
+                )
             first = (2 * number + part) * args.samples // 2
             chosen = [prompts[(first + k) % len(prompts)] for k in range(args.samples // 2)]
             keep(parts.model, chosen, with_control(wanted, chosen), seed=1 + part)

@@ -10,8 +10,8 @@ emoji-heldout  120 prompts of the (concept, style) pairs that the base model nev
 from __future__ import annotations
 
 import numpy as np
-
 from data import ASSETS, held_out_pairs
+
 from palate.vocabulary import vocabulary
 
 
@@ -36,7 +36,8 @@ def main() -> None:
         return f"a {vocab.styles[pair[1]]} {vocab.concepts[pair[0]]} on a {colour} background"
 
     lists = {
-        "emoji-train": train, "emoji-eval": evaluation,
+        "emoji-train": train,
+        "emoji-eval": evaluation,
         "emoji-styled": [styled(pair, str(rng.choice(colours))) for pair in seen],
         "emoji-heldout": [styled(pair, colour) for pair in sorted(held_out) for colour in colours],
     }

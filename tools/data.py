@@ -47,8 +47,15 @@ def held_out_pairs(seed: int = 0) -> set[tuple[int, int]]:
     return {(int(c), int(s)) for c, s in zip(concepts, np.arange(12) % 4, strict=True)}
 
 
-def describe(rng: np.random.Generator, concept: str, style: str | None, colour: str | None, size: str | None,
-             position: str | None, prefix: float) -> str:
+def describe(
+    rng: np.random.Generator,
+    concept: str,
+    style: str | None,
+    colour: str | None,
+    size: str | None,
+    position: str | None,
+    prefix: float,
+) -> str:
     """One of several ways to say it. `prefix` is how often the style stands in front as a control word."""
     words = [w for w in (size, style) if w]
     if style and rng.random() < prefix:
@@ -66,8 +73,15 @@ def describe(rng: np.random.Generator, concept: str, style: str | None, colour: 
     return f"{front}{article}{' '.join([*words, concept])}{tail}"
 
 
-def compose(rng: np.random.Generator, sprites: Tensor, count: int, *, exclude: set[tuple[int, int]] = frozenset(),
-            name_style: float = 0.7, prefix: float = 0.2) -> Samples:
+def compose(
+    rng: np.random.Generator,
+    sprites: Tensor,
+    count: int,
+    *,
+    exclude: set[tuple[int, int]] = frozenset(),
+    name_style: float = 0.7,
+    prefix: float = 0.2,
+) -> Samples:
     """`count` fresh images with captions. Styles named in the caption are uniform; unnamed ones follow STYLE_PRIOR."""
     vocab = vocabulary()
     colours = list(vocab.colours)
@@ -89,8 +103,15 @@ def compose(rng: np.random.Generator, sprites: Tensor, count: int, *, exclude: s
         if position in ("top", "bottom"):
             y = rng.uniform(0.8, 1.0) * max(room, 0.18) * (-1 if position == "top" else 1)
         flip = -1.0 if rng.random() < 0.5 else 1.0
-        caption = describe(rng, vocab.concepts[concept], vocab.styles[style] if named else None,
-                           colours[colour] if rng.random() < 0.75 else None, size, position, prefix)
+        caption = describe(
+            rng,
+            vocab.concepts[concept],
+            vocab.styles[style] if named else None,
+            colours[colour] if rng.random() < 0.75 else None,
+            size,
+            position,
+            prefix,
+        )
         rows.append((concept, style, colour, scale, x, y, flip, caption))
     concept, style, colour = (torch.tensor([row[k] for row in rows]) for k in range(3))
     scale, x, y, flip = (torch.tensor([row[k] for row in rows], dtype=torch.float32) for k in range(3, 7))
@@ -98,8 +119,9 @@ def compose(rng: np.random.Generator, sprites: Tensor, count: int, *, exclude: s
     theta = torch.zeros(count, 2, 3)  # output coordinates -> sprite coordinates
     theta[:, 0, 0], theta[:, 1, 1] = flip / scale, 1 / scale
     theta[:, 0, 2], theta[:, 1, 2] = -x * flip / scale, -y / scale
-    layer = F.grid_sample(sprites[concept, style], F.affine_grid(theta, (count, 4, SIZE, SIZE), align_corners=False),
-                          align_corners=False)
+    layer = F.grid_sample(
+        sprites[concept, style], F.affine_grid(theta, (count, 4, SIZE, SIZE), align_corners=False), align_corners=False
+    )
     background = torch.tensor(list(vocab.colours.values()), dtype=torch.float32)[colour] / 255
     luminance = background @ torch.tensor([0.299, 0.587, 0.114])
     ink = (style == vocab.styles.index("outline")) & (luminance < 0.45)  # line art is drawn white on dark colours
@@ -115,7 +137,7 @@ def save_grid(images: Tensor, path: Path, columns: int = 16, zoom: int = 1) -> N
     sheet = torch.ones(3, rows * (height + 2), columns * (width + 2))
     for k, image in enumerate(images):
         r, c = divmod(k, columns)
-        sheet[:, r * (height + 2): r * (height + 2) + height, c * (width + 2): c * (width + 2) + width] = image
+        sheet[:, r * (height + 2) : r * (height + 2) + height, c * (width + 2) : c * (width + 2) + width] = image
     picture = Image.fromarray((sheet.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     picture.resize((picture.width * zoom, picture.height * zoom), Image.NEAREST).save(path)

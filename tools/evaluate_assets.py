@@ -13,8 +13,8 @@ import json
 from pathlib import Path
 
 import torch
-
 from data import ASSETS, compose, load_sprites, save_grid
+
 from palate.evaluate import diversity, embedded_referee, evaluate_model, generate, pairs
 from palate.models.emoji import EmojiModel
 from palate.rewards.emoji import position
@@ -34,25 +34,32 @@ def judge_accuracy(referee) -> dict[str, float]:
     concept = torch.cat([referee.judge.concept(piece) for piece in pieces])
     style = torch.cat([referee.judge.style(piece) for piece in pieces])
     colour = torch.cat([referee.background(piece) for piece in pieces])
-    right = {"concept": concept == samples.concept, "style": style == samples.style,
-             "background": colour == samples.colour}
+    right = {
+        "concept": concept == samples.concept,
+        "style": style == samples.style,
+        "background": colour == samples.colour,
+    }
     figures = {name: float(values.float().mean()) for name, values in right.items()}
     names = vocabulary()
-    captions = [f"{names.styles[s]} {names.concepts[c]} on {referee.colours[b]}"
-                for s, c, b in zip(samples.style, samples.concept, samples.colour, strict=True)]
+    captions = [
+        f"{names.styles[s]} {names.concepts[c]} on {referee.colours[b]}"
+        for s, c, b in zip(samples.style, samples.concept, samples.colour, strict=True)
+    ]
     for name in ("emoji", "emoji-heldout"):  # the true caption above the same with a wrong style / concept / background
         reward = referee.rewards[name]
         shifts = {
-            "style": [f"{names.styles[(s + 1 + k % 3) % 4]} {names.concepts[c]} on {referee.colours[b]}" for k,
-                      (s, c, b)
-                      in enumerate(zip(samples.style, samples.concept, samples.colour, strict=True))],
+            "style": [
+                f"{names.styles[(s + 1 + k % 3) % 4]} {names.concepts[c]} on {referee.colours[b]}"
+                for k, (s, c, b) in enumerate(zip(samples.style, samples.concept, samples.colour, strict=True))
+            ],
             "concept": [
                 f"{names.styles[s]} {names.concepts[(c + 1 + k % 97) % len(names.concepts)]} on {referee.colours[b]}"
-                        for k,
-                        (s, c, b) in enumerate(zip(samples.style, samples.concept, samples.colour, strict=True))],
-            "background": [f"{names.styles[s]} {names.concepts[c]} on {referee.colours[(b + 1 + k % 9) % 10]}" for k,
-                           (s, c, b)
-                           in enumerate(zip(samples.style, samples.concept, samples.colour, strict=True))],
+                for k, (s, c, b) in enumerate(zip(samples.style, samples.concept, samples.colour, strict=True))
+            ],
+            "background": [
+                f"{names.styles[s]} {names.concepts[c]} on {referee.colours[(b + 1 + k % 9) % 10]}"
+                for k, (s, c, b) in enumerate(zip(samples.style, samples.concept, samples.colour, strict=True))
+            ],
         }
         with torch.no_grad():
             features = torch.cat([reward.image_features(piece) for piece in pieces])
@@ -71,15 +78,23 @@ def main() -> None:
     figures = {"judge": judge_accuracy(referee)}
     for name in ("emoji-styled", "emoji-heldout", "emoji-eval"):
         found = evaluate_model(model, read(name), range(args.seeds), referee=referee).summary["metrics"]
-        figures[name] = {key: round(metric["value"], 4) for key, metric in found.items()
-                         if key.split("/")[0] in ("concept", "background", "style_named", "style", "reward")}
+        figures[name] = {
+            key: round(metric["value"], 4)
+            for key, metric in found.items()
+            if key.split("/")[0] in ("concept", "background", "style_named", "style", "reward")
+        }
         print(name, json.dumps(figures[name]), flush=True)
     sides = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1)}
-    asked = [f"a small {concept} at the {side} on a blue background" for concept in vocabulary().concepts[::4]
-             for side in sides]
+    asked = [
+        f"a small {concept} at the {side} on a blue background"
+        for concept in vocabulary().concepts[::4]
+        for side in sides
+    ]
     centre = position(generate(model, asked, [0]))
-    right = [float(sign * place[axis] > 0.08) for place,
-             (axis, sign) in zip(centre, list(sides.values()) * len(asked), strict=False)]
+    right = [
+        float(sign * place[axis] > 0.08)
+        for place, (axis, sign) in zip(centre, list(sides.values()) * len(asked), strict=False)
+    ]
     figures["position"] = round(sum(right) / len(right), 4)
     words = ["a cat", "a rose", "a car", "a 3d dog", "an apple on a blue background", "a rocket", "a fish", "a cake"]
     images = generate(model, words, range(16))

@@ -16,9 +16,9 @@ import shutil
 from pathlib import Path
 
 import torch
+from data import ASSETS
 from diffusers import UNet2DConditionModel
 
-from data import ASSETS
 from palate import recipe
 from palate.evaluate import generate
 from palate.export import load_one_step
@@ -37,12 +37,20 @@ def ship(source: Path, out: Path, history: str = "") -> dict[str, float]:
     (before, sampler), (after, _) = load_one_step(source), load_one_step(out)
     images = [generate(model, prompts, (0,), sampler=sampler) for model in (before, after)]
     apart = (images[0] - images[1]).abs()
-    found = {"megabytes": (out / delta.FILE).stat().st_size / 1e6, "mean_difference": float(apart.mean()),
-             "largest_difference": float(apart.max())}
+    found = {
+        "megabytes": (out / delta.FILE).stat().st_size / 1e6,
+        "mean_difference": float(apart.mean()),
+        "largest_difference": float(apart.max()),
+    }
     trained = source.parent.parent / "recipe.yaml"
-    (out / "README.md").write_text(CARD.format(
-        label=json.loads((out / "generator.json").read_text())["t_init"], history=history, **found,
-        recipe=published(trained.read_text()) if trained.is_file() else "# not known"))
+    (out / "README.md").write_text(
+        CARD.format(
+            label=json.loads((out / "generator.json").read_text())["t_init"],
+            history=history,
+            **found,
+            recipe=published(trained.read_text()) if trained.is_file() else "# not known",
+        )
+    )
     return found
 
 

@@ -16,16 +16,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from data import compose, load_sprites, save_grid
 from diffusers import AutoencoderTiny
 from safetensors.torch import load_file, save_file
-
-from data import compose, load_sprites, save_grid
 
 
 def build() -> AutoencoderTiny:
     return AutoencoderTiny(
-        latent_channels=6, encoder_block_out_channels=(40, 40, 40), decoder_block_out_channels=(40, 40, 40),
-        num_encoder_blocks=(1, 2, 2), num_decoder_blocks=(2, 2, 1), scaling_factor=1.0,
+        latent_channels=6,
+        encoder_block_out_channels=(40, 40, 40),
+        decoder_block_out_channels=(40, 40, 40),
+        num_encoder_blocks=(1, 2, 2),
+        num_decoder_blocks=(2, 2, 1),
+        scaling_factor=1.0,
     )
 
 
@@ -78,13 +81,17 @@ def main() -> None:
     with torch.no_grad():
         latents = model.encode(images * 2 - 1).latents
         decoded = model.decode(latents).sample.add(1).div(2).clamp(0, 1)
-    print(f"held-out psnr {-10 * (decoded - images).square().mean((1, 2, 3)).log10().mean():.2f} dB, "
-          f"latent std {latents.std((0, 2, 3)).tolist()}, {step} steps of 24")
+    print(
+        f"held-out psnr {-10 * (decoded - images).square().mean((1, 2, 3)).log10().mean():.2f} dB, "
+        f"latent std {latents.std((0, 2, 3)).tolist()}, {step} steps of 24"
+    )
     save_grid(torch.stack([images[:32], decoded[:32]], 1).flatten(0, 1), args.work / "grid.png", zoom=2)
     model.save_pretrained(args.work / "vae")
     config = args.work / "vae/config.json"  # a key that diffusers adds on saving and complains of on loading
-    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "block_out_channels"},
-                                 indent=2) + "\n")
+    config.write_text(
+        json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "block_out_channels"}, indent=2)
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from data import compose, held_out_pairs, load_sprites, save_grid
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from data import compose, held_out_pairs, load_sprites, save_grid
 from palate.vocabulary import MAX_WORDS, known_words, vocabulary
 
 LENGTH = MAX_WORDS + 2
@@ -34,24 +34,51 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 3)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<start>",
-                                   eos_token="<end>", unk_token="<unk>", model_max_length=LENGTH)
+        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<start>",
+        eos_token="<end>",
+        unk_token="<unk>",
+        model_max_length=LENGTH,
+    )
 
 
 def build_text_encoder(words: int) -> CLIPTextModel:
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=words, hidden_size=128, intermediate_size=384, projection_dim=128, num_hidden_layers=3,
-        num_attention_heads=4, max_position_embeddings=LENGTH, hidden_act="gelu", pad_token_id=0, bos_token_id=1,
-        eos_token_id=3))
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=words,
+            hidden_size=128,
+            intermediate_size=384,
+            projection_dim=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=LENGTH,
+            hidden_act="gelu",
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=3,
+        )
+    )
 
 
 def build_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=16, in_channels=6, out_channels=6, block_out_channels=(64, 160), layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=128, attention_head_dim=4, norm_num_groups=16, addition_embed_type="text",
-        addition_embed_type_num_heads=4)
+        sample_size=16,
+        in_channels=6,
+        out_channels=6,
+        block_out_channels=(64, 160),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=128,
+        attention_head_dim=4,
+        norm_num_groups=16,
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
+    )
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> torch.Tensor:
@@ -77,11 +104,20 @@ def build_pool(vae: AutoencoderTiny, tokenizer: PreTrainedTokenizerFast, count: 
 
 @torch.no_grad()
 def preview(unet, text_encoder, tokenizer, vae, path: Path, guidance: float = 3.0, steps: int = 12) -> None:
-    prompts = [f"{style} {concept} on a {colour} background" for concept, colour in
-               [("dog", "blue"), ("apple", "white"), ("rocket", "yellow"), ("octopus", "green"), ("tiger", "gray"),
-                ("cupcake", "pink")] for style in vocabulary().styles] + ["a cat", "a rose", "a large car"] * 3
+    prompts = [
+        f"{style} {concept} on a {colour} background"
+        for concept, colour in [
+            ("dog", "blue"),
+            ("apple", "white"),
+            ("rocket", "yellow"),
+            ("octopus", "green"),
+            ("tiger", "gray"),
+            ("cupcake", "pink"),
+        ]
+        for style in vocabulary().styles
+    ] + ["a cat", "a rose", "a large car"] * 3
     noise = torch.randn(len(prompts), 6, 16, 16, generator=torch.Generator().manual_seed(1))
-    cond = text_encoder(tokenize(tokenizer, prompts + [""])).last_hidden_state
+    cond = text_encoder(tokenize(tokenizer, [*prompts, ""])).last_hidden_state
     cond, null = cond[:-1], cond[-1:].expand(len(prompts), -1, -1)
     x = noise
     for t, s in zip(torch.linspace(1, 0, steps + 1)[:-1], torch.linspace(1, 0, steps + 1)[1:], strict=True):
@@ -131,13 +167,25 @@ def main() -> None:
         shutil.copytree(args.vae, folder / "vae", dirs_exist_ok=True)
         tokenizer.save_pretrained(folder / "tokenizer")
         FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0).save_pretrained(folder / "scheduler")
-        (folder / "model_index.json").write_text(json.dumps({
-            "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.42.1",
-            "vae": ["diffusers", "AutoencoderTiny"], "unet": ["diffusers", "UNet2DConditionModel"],
-            "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"], "safety_checker": [None, None],
-            "feature_extractor": [None, None], "image_encoder": [None, None], "requires_safety_checker": False,
-        }, indent=1) + "\n")
+        (folder / "model_index.json").write_text(
+            json.dumps(
+                {
+                    "_class_name": "StableDiffusionPipeline",
+                    "_diffusers_version": "0.42.1",
+                    "vae": ["diffusers", "AutoencoderTiny"],
+                    "unet": ["diffusers", "UNet2DConditionModel"],
+                    "text_encoder": ["transformers", "CLIPTextModel"],
+                    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+                    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+                    "safety_checker": [None, None],
+                    "feature_extractor": [None, None],
+                    "image_encoder": [None, None],
+                    "requires_safety_checker": False,
+                },
+                indent=1,
+            )
+            + "\n"
+        )
         preview(networks["unet"], networks["text_encoder"], tokenizer, vae, args.work / "grid.png")
         with torch.no_grad():
             for name, p in networks.named_parameters():
@@ -169,8 +217,16 @@ def main() -> None:
         if step % 100 == 0:
             print(f"step {step} {spent / 60:.1f} min loss {np.mean(losses[-100:]):.4f}", flush=True)
         if step % 500 == 0:
-            torch.save({"networks": networks.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema,
-                        "step": step, "spent": time.time() - start}, args.work / "state.pt")
+            torch.save(
+                {
+                    "networks": networks.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "ema": ema,
+                    "step": step,
+                    "spent": time.time() - start,
+                },
+                args.work / "state.pt",
+            )
         if step % 1000 == 0:
             save(args.work / "model")
     save(args.work / "model")

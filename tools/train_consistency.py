@@ -18,11 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from data import compose, held_out_pairs, load_sprites
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data import compose, held_out_pairs, load_sprites
 from palate.models.emoji import EmojiModel
 from palate.path import add_noise, move
 
@@ -116,13 +116,19 @@ def main() -> None:
 
     model.weights.save(args.work, "target")
     with safe_open(args.work / NAME, framework="pt") as file:
-        half, metadata = {key: file.get_tensor(key).half() for key in file.keys()}, file.metadata()
+        half, metadata = {key: file.get_tensor(key).half() for key in list(file.keys())}, file.metadata()
     save_file(half, args.work / NAME, metadata=metadata)
     shipped = EmojiModel.load(args.base, training="none")
     shipped.load_consistency(args.work)
     after = errors(shipped, x0, eps, cond, truth, "consistency")
-    result = {"steps": step, "guidance": args.guidance, "levels": LEVELS, "before": before, "after": after,
-              "base": model.fingerprint()}
+    result = {
+        "steps": step,
+        "guidance": args.guidance,
+        "levels": LEVELS,
+        "before": before,
+        "after": after,
+        "base": model.fingerprint(),
+    }
     (args.work / "errors.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"{args.work / NAME}: {(args.work / NAME).stat().st_size / 2**20:.2f} MiB after {step} steps")
     print("| t | base's one-step x0 | consistency |\n|---|---|---|")

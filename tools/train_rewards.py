@@ -25,16 +25,27 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from data import ASSETS, Samples, compose, load_sprites
 from diffusers import AutoencoderTiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import (BertConfig, BertModel, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, ResNetConfig,
-                          ResNetForImageClassification, SwinConfig, SwinModel, VisionTextDualEncoderConfig,
-                          VisionTextDualEncoderModel)
-
-from data import ASSETS, Samples, compose, load_sprites
-from palate.vocabulary import Caption, parse_prompt, vocabulary
 from train_base import LENGTH, build_tokenizer, tokenize
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    ResNetConfig,
+    ResNetForImageClassification,
+    SwinConfig,
+    SwinModel,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+)
+
+from palate.vocabulary import Caption, parse_prompt, vocabulary
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).reshape(1, 3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).reshape(1, 3, 1, 1)
@@ -43,28 +54,69 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).reshape(1, 3, 1, 1)
 def build(which: str, words: int) -> torch.nn.Module:
     vocab = vocabulary()
     if which == "emoji":
-        text = CLIPTextConfig(vocab_size=words, hidden_size=96, intermediate_size=256, num_hidden_layers=2,
-                              num_attention_heads=4, max_position_embeddings=LENGTH, hidden_act="gelu",
-                              pad_token_id=0, bos_token_id=1, eos_token_id=3)
-        vision = CLIPVisionConfig(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
-                                  image_size=64, patch_size=8, hidden_act="gelu")
+        text = CLIPTextConfig(
+            vocab_size=words,
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=LENGTH,
+            hidden_act="gelu",
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=3,
+        )
+        vision = CLIPVisionConfig(
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            image_size=64,
+            patch_size=8,
+            hidden_act="gelu",
+        )
         return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=96))
     if which == "heldout":
-        text = BertConfig(vocab_size=words, hidden_size=96, intermediate_size=256, num_hidden_layers=2,
-                          num_attention_heads=3, max_position_embeddings=LENGTH, pad_token_id=0,
-                          hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-        vision = SwinConfig(image_size=64, patch_size=4, embed_dim=48, depths=[1, 2, 1], num_heads=[3, 4, 6],
-                            window_size=4, mlp_ratio=3.0, drop_path_rate=0.0)
+        text = BertConfig(
+            vocab_size=words,
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            max_position_embeddings=LENGTH,
+            pad_token_id=0,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        vision = SwinConfig(
+            image_size=64,
+            patch_size=4,
+            embed_dim=48,
+            depths=[1, 2, 1],
+            num_heads=[3, 4, 6],
+            window_size=4,
+            mlp_ratio=3.0,
+            drop_path_rate=0.0,
+        )
         config = VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=96)
         return VisionTextDualEncoderModel(config, SwinModel(vision), BertModel(text))
     labels = [*vocab.concepts, *vocab.styles]
-    return ResNetForImageClassification(ResNetConfig(
-        embedding_size=32, hidden_sizes=[48, 96, 160], depths=[1, 1, 1], layer_type="basic", num_labels=len(labels),
-        id2label=dict(enumerate(labels)), label2id={label: k for k, label in enumerate(labels)}))
+    return ResNetForImageClassification(
+        ResNetConfig(
+            embedding_size=32,
+            hidden_sizes=[48, 96, 160],
+            depths=[1, 1, 1],
+            layer_type="basic",
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={label: k for k, label in enumerate(labels)},
+        )
+    )
 
 
 def weather(images: Tensor, generator: torch.Generator, vae: AutoencoderTiny | None) -> Tensor:
     """Images as samplers may leave them: a third decoded, a third blurred, a third noisy, in all combinations."""
+
     def some(share: float) -> Tensor:
         return (torch.rand(len(images), 1, 1, 1, generator=generator) < share).float()
 
@@ -73,7 +125,8 @@ def weather(images: Tensor, generator: torch.Generator, vae: AutoencoderTiny | N
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             latents = vae.encode(images[:part] * 2 - 1).latents.float()
             latents = latents + 0.2 * torch.rand(part, 1, 1, 1, generator=generator) * torch.randn(
-                latents.shape, generator=generator)
+                latents.shape, generator=generator
+            )
             decoded = vae.decode(latents).sample.float().add(1).div(2).clamp(0, 1)
         images = torch.cat([decoded, images[part:]])
     blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -95,16 +148,23 @@ def build_pool(count: int, vae_folder: Path, path: Path) -> tuple[dict[str, Tens
             images = weather(samples.images, generator, vae).mul(255).round().byte()
             parts.append((images, samples.concept, samples.style, samples.colour))
             captions += samples.captions
-        pool = {name: torch.cat([part[k] for part in parts])
-                for k, name in enumerate(("images", "concept", "style", "colour"))}
+        pool = {
+            name: torch.cat([part[k] for part in parts])
+            for k, name in enumerate(("images", "concept", "style", "colour"))
+        }
         save_file(pool, path)
         captions_path.write_text(json.dumps(captions))
     return load_file(path), json.loads(captions_path.read_text())
 
 
 def draw(pool: dict[str, Tensor], captions: list[str], rows: np.ndarray) -> Samples:
-    return Samples(pool["images"][rows].float() / 255, [captions[k] for k in rows], pool["concept"][rows],
-                   pool["style"][rows], pool["colour"][rows])
+    return Samples(
+        pool["images"][rows].float() / 255,
+        [captions[k] for k in rows],
+        pool["concept"][rows],
+        pool["style"][rows],
+        pool["colour"][rows],
+    )
 
 
 def true_of(captions: list[Caption], samples: Samples) -> Tensor:
@@ -114,8 +174,11 @@ def true_of(captions: list[Caption], samples: Samples) -> Tensor:
     concept = torch.tensor([vocab.concepts.index(c.concept) for c in captions])
     style = torch.tensor([vocab.styles.index(c.style) if c.style else -1 for c in captions])
     colour = torch.tensor([colours.index(c.background) if c.background else -1 for c in captions])
-    return ((samples.concept[:, None] == concept) & ((style == -1) | (samples.style[:, None] == style))
-            & ((colour == -1) | (samples.colour[:, None] == colour)))
+    return (
+        (samples.concept[:, None] == concept)
+        & ((style == -1) | (samples.style[:, None] == style))
+        & ((colour == -1) | (samples.colour[:, None] == colour))
+    )
 
 
 def hard_negatives(caption: str, rng: np.random.Generator) -> list[str]:
@@ -124,9 +187,13 @@ def hard_negatives(caption: str, rng: np.random.Generator) -> list[str]:
     wrong_style = str(rng.choice([s for s in vocab.styles if s != seen.style]))
     wrong_colour = str(rng.choice([c for c in vocab.colours if c != seen.background]))
     first = caption.replace(seen.style, wrong_style) if seen.style else f"{wrong_style}. {caption}"
-    second = (caption.replace(f"on a {seen.background}", f"on a {wrong_colour}").replace(
-        f"on {seen.background}", f"on {wrong_colour}") if seen.background
-        else f"{caption} on a {wrong_colour} background")
+    second = (
+        caption.replace(f"on a {seen.background}", f"on a {wrong_colour}").replace(
+            f"on {seen.background}", f"on {wrong_colour}"
+        )
+        if seen.background
+        else f"{caption} on a {wrong_colour} background"
+    )
     return [first, second]
 
 
@@ -149,9 +216,11 @@ def contrastive(model, samples: Samples, pixels: Tensor, tokenizer, rng: np.rand
     loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits[:, :count].T, target)) / 2
     own = logits[target, target]
     named = torch.tensor([parse_prompt(c).style is not None for c in samples.captions])
-    return loss, {"top1": (logits.argmax(1) == target).float().mean(),
-                  "style": (own > logits[target, count + target])[named].float().mean(),
-                  "background": (own > logits[target, 2 * count + target]).float().mean()}
+    return loss, {
+        "top1": (logits.argmax(1) == target).float().mean(),
+        "style": (own > logits[target, count + target])[named].float().mean(),
+        "background": (own > logits[target, 2 * count + target]).float().mean(),
+    }
 
 
 class Rivals(NamedTuple):
@@ -183,8 +252,9 @@ def rivalry(model, real: Tensor, sampled: Tensor, captions: list[str], tokenizer
     pixels = (torch.cat([real, sampled]) - MEAN) / STD
     image, text = features(model, pixels, tokenize(tokenizer, captions))
     scores = (image.unflatten(0, (2, -1)) * text).sum(-1).T
-    loss = F.cross_entropy(model.logit_scale.clamp(max=math.log(50)).exp() * scores,
-                           torch.zeros(len(captions), dtype=torch.long))
+    loss = F.cross_entropy(
+        model.logit_scale.clamp(max=math.log(50)).exp() * scores, torch.zeros(len(captions), dtype=torch.long)
+    )
     return loss, {"rival": (scores[:, 0] > scores[:, 1]).float().mean()}
 
 
@@ -192,8 +262,10 @@ def classify(model, samples: Samples, pixels: Tensor) -> tuple[Tensor, dict]:
     logits = model(pixels).logits
     concepts = len(vocabulary().concepts)
     loss = F.cross_entropy(logits[:, :concepts], samples.concept) + F.cross_entropy(logits[:, concepts:], samples.style)
-    return loss, {"concept": (logits[:, :concepts].argmax(1) == samples.concept).float().mean(),
-                  "style": (logits[:, concepts:].argmax(1) == samples.style).float().mean()}
+    return loss, {
+        "concept": (logits[:, :concepts].argmax(1) == samples.concept).float().mean(),
+        "style": (logits[:, concepts:].argmax(1) == samples.style).float().mean(),
+    }
 
 
 def main() -> None:

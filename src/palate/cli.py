@@ -12,7 +12,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,17 +34,18 @@ app = typer.Typer(
 MAX_LINES = 12  # of an error message
 
 Run = Annotated[Path, typer.Argument(help="The folder of a run, as runs/NAME.")]
-Ranks = Annotated[int,
-                  typer.Option("--nproc", min=1,
-                               help="Ranks on this machine, one for each GPU; see docs/distributed.md.")]
-Words = Annotated[Optional[str], typer.Option(help='Words separated by commas, as "3d, glossy".')]
+Ranks = Annotated[
+    int, typer.Option("--nproc", min=1, help="Ranks on this machine, one for each GPU; see docs/distributed.md.")
+]
+Words = Annotated[str | None, typer.Option(help='Words separated by commas, as "3d, glossy".')]
 
 
 @app.command()
 def train(
-    recipe: Annotated[str,
-                      typer.Argument(help="A published recipe (see `palate recipes`) or the path of a YAML file.")],
-    overrides: Annotated[Optional[list[str]], typer.Argument(help="section.key=value, as trainer.steps=40")] = None,
+    recipe: Annotated[
+        str, typer.Argument(help="A published recipe (see `palate recipes`) or the path of a YAML file.")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, as trainer.steps=40")] = None,
     fresh: Annotated[bool, typer.Option(help="Replace a run that is already in run.folder.")] = False,
     nproc: Ranks = 1,
 ) -> None:
@@ -63,8 +64,7 @@ def train(
 def resume(
     run: Run,
     overrides: Annotated[
-        Optional[list[str]],
-        typer.Argument(help="Only the length, previews and checkpoints may change: trainer.steps=200")
+        list[str] | None, typer.Argument(help="Only the length, previews and checkpoints may change: trainer.steps=200")
     ] = None,
     nproc: Ranks = 1,
 ) -> None:
@@ -91,7 +91,7 @@ def resume(
 @app.command()
 def optimize(
     recipe: Annotated[str, typer.Argument(help="A recipe with an optimize section, as optimize-emoji.")],
-    overrides: Annotated[Optional[list[str]], typer.Argument(help="section.key=value, as optimize.budget=500")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, as optimize.budget=500")] = None,
     fresh: Annotated[bool, typer.Option(help="Replace what is already in run.folder, the answers included.")] = False,
 ) -> None:
     """Train towards an oracle that can only be asked; the same command continues what was interrupted."""
@@ -123,15 +123,15 @@ def steer(run: Run, positive: Words = None, negative: Words = None) -> None:
 
 @app.command()
 def sample(
-    run: Annotated[Optional[Path], typer.Argument(help="A run to sample from; or use --model.")] = None,
-    model: Annotated[Optional[str],
-                     typer.Option(help="A model by name (emoji), a run, or an exported generator.")] = None,
-    prompt: Annotated[Optional[list[str]], typer.Option(help="May be given several times.")] = None,
-    prompts_file: Annotated[Optional[str], typer.Option(help="One prompt a line.")] = None,
+    run: Annotated[Path | None, typer.Argument(help="A run to sample from; or use --model.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model by name (emoji), a run, or an exported generator.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
+    prompts_file: Annotated[str | None, typer.Option(help="One prompt a line.")] = None,
     seeds: Annotated[str, typer.Option(help="As 0-15 or 1,5,9.")] = "0-3",
-    steps: Annotated[Optional[int],
-                     typer.Option(min=1, help="Sampling steps; the model's own default if left out.")] = None,
-    guidance: Annotated[Optional[float], typer.Option(min=0.0, help="Classifier-free scale, 1 = off.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Sampling steps; the model's own default if left out.")
+    ] = None,
+    guidance: Annotated[float | None, typer.Option(min=0.0, help="Classifier-free scale, 1 = off.")] = None,
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("samples"),
 ) -> None:
     """Draw images: single PNGs, index.jsonl and a grid (a row a prompt, a column a seed)."""
@@ -174,11 +174,11 @@ def sample(
 @app.command()
 def evaluate(
     runs: Annotated[list[Path], typer.Argument(help="One or more runs; several are paired by prompt and seed.")],
-    prompts_file: Annotated[Optional[str], typer.Option(help="One prompt a line; the recipe's if left out.")] = None,
-    count: Annotated[Optional[int], typer.Option(min=1, help="Prompts to use at most.")] = None,
-    seeds: Annotated[Optional[int], typer.Option(min=1, help="Images a prompt.")] = None,
+    prompts_file: Annotated[str | None, typer.Option(help="One prompt a line; the recipe's if left out.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Prompts to use at most.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Images a prompt.")] = None,
     stored: Annotated[bool, typer.Option("--stored", help="Judge the images of the last evaluation.")] = False,
-    out: Annotated[Optional[Path], typer.Option(help="The page; evaluation.html in the first run if left out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The page; evaluation.html in the first run if left out.")] = None,
 ) -> None:
     """Base model against each run's result: same prompts, same seeds, rewards, concepts, diversity, drift; one page."""
     from palate.data import read_prompts
@@ -193,8 +193,9 @@ def evaluate(
     from palate.runs import evaluate_runs
 
     numbers = None if seeds is None else range(seeds)
-    found = evaluate_runs(runs, prompts=prompts, count=count, seeds=numbers, stored=stored, load=_trained_model,
-                          warn=_warn)
+    found = evaluate_runs(
+        runs, prompts=prompts, count=count, seeds=numbers, stored=stored, load=_trained_model, warn=_warn
+    )
     for name, evaluation in found["runs"].items():
         _print_evaluation(name, evaluation)
     print(f"report: {printable(str(write_evaluation(runs, found, out)))}")
@@ -202,21 +203,25 @@ def evaluate(
 
 @app.command()
 def compare(
-    run_a: Annotated[Optional[Path], typer.Argument(help="The folder of a run, as runs/NAME.")] = None,
-    run_b: Annotated[Optional[Path], typer.Argument(help="Another, on the same prompts and seeds.")] = None,
+    run_a: Annotated[Path | None, typer.Argument(help="The folder of a run, as runs/NAME.")] = None,
+    run_b: Annotated[Path | None, typer.Argument(help="Another, on the same prompts and seeds.")] = None,
     blind: Annotated[bool, typer.Option("--blind", help="A page to choose on, without names; the key apart.")] = False,
-    count: Annotated[Optional[int], typer.Option(min=1, help="With --blind: pairs to show at most, else 40.")] = None,
-    seed: Annotated[Optional[int], typer.Option(help="With --blind: fixes order and sides, else secret.")] = None,
-    out: Annotated[Optional[Path], typer.Option(help="With --blind: the page, else RUN_A/compare-blind.html.")] = None,
-    score: Annotated[Optional[list[Path]], typer.Option(help="Choices made on the page (JSONL); repeatable.")] = None,
-    key: Annotated[Optional[Path], typer.Option(help="With --score: the page's key, where it is not found.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="With --blind: pairs to show at most, else 40.")] = None,
+    seed: Annotated[int | None, typer.Option(help="With --blind: fixes order and sides, else secret.")] = None,
+    out: Annotated[Path | None, typer.Option(help="With --blind: the page, else RUN_A/compare-blind.html.")] = None,
+    score: Annotated[list[Path] | None, typer.Option(help="Choices made on the page (JSONL); repeatable.")] = None,
+    key: Annotated[Path | None, typer.Option(help="With --score: the page's key, where it is not found.")] = None,
 ) -> None:
     """Two runs side by side on the same prompts and seeds; or a blind study of them, and its result."""
     from palate import blind as study
 
     given = {"--blind": blind, "--score": bool(score)}
-    needs = {"--count": (count is not None, "--blind"), "--seed": (seed is not None, "--blind"),
-             "--out": (out is not None, "--blind"), "--key": (key is not None, "--score")}
+    needs = {
+        "--count": (count is not None, "--blind"),
+        "--seed": (seed is not None, "--blind"),
+        "--out": (out is not None, "--blind"),
+        "--key": (key is not None, "--score"),
+    }
     for option, (used, other) in needs.items():
         if used and not given[other]:
             raise ValueError(f"{option} belongs to {other}; give both, or neither")
@@ -252,9 +257,10 @@ def report(run: Run) -> None:
 @app.command()
 def export(
     run: Run,
-    form: Annotated[str,
-                    typer.Option("--format", help="diffusers, kohya, comfyui, merged; one-step (DI*).")] = "diffusers",
-    out: Annotated[Optional[Path], typer.Option(help="The folder to write to; RUN/export/FORMAT if left out.")] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="diffusers, kohya, comfyui, merged; one-step (DI*).")
+    ] = "diffusers",
+    out: Annotated[Path | None, typer.Option(help="The folder to write to; RUN/export/FORMAT if left out.")] = None,
 ) -> None:
     """Write the LoRA of a run in the form that another program loads, or a generator as a whole diffusers pipeline."""
     from palate.export import WEIGHTS, export_lora, export_one_step
@@ -265,7 +271,8 @@ def export(
         plan = recipes.read(str(_recipe_file(run)))
         if plan.algorithm_name != "distar":
             raise ValueError(
-                f"--format one-step: {plan.algorithm_name} makes no generator; use the run of a distar recipe")
+                f"--format one-step: {plan.algorithm_name} makes no generator; use the run of a distar recipe"
+            )
         target = export_one_step(_trained_model(run)[0], plan.algorithm, out or run / "export" / form)
         print(f"pipeline: {printable(str(target))}; its README.md has the call")
         return
@@ -280,7 +287,7 @@ def export(
 @app.command("plan")
 def plan_recipe(
     recipe: Annotated[str, typer.Argument(help="A published recipe or the path of a YAML file.")],
-    overrides: Annotated[Optional[list[str]], typer.Argument(help="section.key=value, as trainer.batch_size=2")] = None,
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, as trainer.batch_size=2")] = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that share the batch.")] = 1,
     device: Annotated[str, typer.Option(help="As rtx-4090, l40s, a100-40, a100-80, h100, h200, b200.")] = "h100",
     utilisation: Annotated[float, typer.Option(help="The share of the peak that is reached.")] = 0.35,
@@ -295,8 +302,8 @@ def plan_recipe(
 
 @app.command()
 def doctor(
-    reward: Annotated[Optional[str], typer.Option(help="Also load this reward and try it.")] = None,
-    source: Annotated[Optional[str], typer.Option(help="Where its weights are, as reward.source in a recipe.")] = None,
+    reward: Annotated[str | None, typer.Option(help="Also load this reward and try it.")] = None,
+    source: Annotated[str | None, typer.Option(help="Where its weights are, as reward.source in a recipe.")] = None,
 ) -> None:
     """Look at versions, devices, disk and weights, and say what to mend."""
     from palate import doctor as doctors
@@ -312,7 +319,7 @@ def doctor(
 
 @app.command()
 def recipes(
-    show: Annotated[Optional[str], typer.Argument(help="Print this recipe instead of the list.")] = None,
+    show: Annotated[str | None, typer.Argument(help="Print this recipe instead of the list.")] = None,
     words: Annotated[bool, typer.Option("--words", help="List the words that the embedded model knows.")] = False,
 ) -> None:
     """The published recipes."""
@@ -351,14 +358,15 @@ def checkpoints(run: Run) -> None:
         print(f"{path.name}  {size:8.1f} MiB  {printable(problem) if problem else 'ok'}")
     if damaged:
         raise checkpoint.CheckpointError(
-            f"{damaged} of {len(found)} checkpoints are damaged; resuming passes them over")
+            f"{damaged} of {len(found)} checkpoints are damaged; resuming passes them over"
+        )
 
 
 @app.command()
 def replay(
-    bundle: Annotated[Path,
-                      typer.Argument(
-                          help="What a run left when a step was not finite: runs/NAME/failures/step-NNNNNN.")],
+    bundle: Annotated[
+        Path, typer.Argument(help="What a run left when a step was not finite: runs/NAME/failures/step-NNNNNN.")
+    ],
 ) -> None:
     """Run a step again that was not finite, and say where the first such value arises."""
     import torch
@@ -407,8 +415,10 @@ def _check_room(folder: Path, fresh: bool) -> None:
             "or replace it with --fresh"
         )
     elif (folder / "queries.jsonl").exists():
-        raise ValueError(f"{folder} holds the answers of an oracle, by palate optimize; choose another run.folder, or "
-                         "replace it, answers included, with --fresh")
+        raise ValueError(
+            f"{folder} holds the answers of an oracle, by palate optimize; choose another run.folder, or "
+            "replace it, answers included, with --fresh"
+        )
 
 
 def _go(plan: Recipe, on_first: Callable[[Callable[[], Any]], Any], *, resume: bool, fresh: bool = False) -> None:
@@ -489,8 +499,10 @@ def _check_removable(folder: Path) -> None:
             "queries.jsonl", "rounds.jsonl"}  # fmt: skip
     parts = (".tmp-", "compare", "round-")
     if keys := sorted(path.name for path in folder.glob("compare*-key.json")):
-        raise ValueError(f"run.folder: {folder} holds {keys[0]}, without which the choices of its blind study cannot "
-                         "be read; move it elsewhere, or delete it, and then replace the run with --fresh")
+        raise ValueError(
+            f"run.folder: {folder} holds {keys[0]}, without which the choices of its blind study cannot "
+            "be read; move it elsewhere, or delete it, and then replace the run with --fresh"
+        )
     foreign = sorted(p.name for p in folder.iterdir() if p.name not in ours and not p.name.startswith(parts))
     if foreign:
         raise ValueError(f"run.folder: {folder} also holds {foreign[0]}, which no run wrote; --fresh leaves it alone")
@@ -624,5 +636,3 @@ def _say(message: str) -> None:
         cut = line if len(line) <= width * 2 else line[: width * 2] + "..."
         print((f"palate: {rank}" if number == 0 else "        ") + cut, file=sys.stderr)
     sys.stderr.flush()
-
-

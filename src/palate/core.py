@@ -33,8 +33,9 @@ class Model(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1]; differentiable. Values are clipped, so a saturated pixel has no gradient."""
 
-    def predict(self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0,
-                weights: str = "policy") -> Prediction:
+    def predict(
+        self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0, weights: str = "policy"
+    ) -> Prediction:
         """Clean latent and noise in xt (B, C, h, w) at times t (B,). `weights` names the network that speaks."""
 
     def parameters(self, weights: str = "policy") -> list[nn.Parameter]:

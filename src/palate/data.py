@@ -242,7 +242,7 @@ def encode_images(model: Model, images: Sequence[Path | bytes]) -> Tensor:
     """Latents of all images, once, so that training never runs the encoder; a few pictures in memory at a time."""
     import torch
 
-    chunks = (images[k: k + ENCODED_TOGETHER] for k in range(0, len(images), ENCODED_TOGETHER))
+    chunks = (images[k : k + ENCODED_TOGETHER] for k in range(0, len(images), ENCODED_TOGETHER))
     with torch.no_grad():
         return torch.cat([model.encode(load_images(chunk, size=model.image_size)) for chunk in chunks])
 

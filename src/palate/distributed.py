@@ -165,14 +165,15 @@ def orphaned() -> bool:
 
 
 def mesh(sharding: str) -> DeviceMesh:
-    """"full": every rank holds a piece of everything. "hybrid": so inside a machine, with copies across machines."""
+    """ "full": every rank holds a piece of everything. "hybrid": so inside a machine, with copies across machines."""
     device, size = ("cuda" if torch.cuda.is_available() else "cpu"), dist.get_world_size()
     if sharding == "full":
         return init_device_mesh(device, (size,), mesh_dim_names=("shard",))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if size % local:
         raise ValueError(
-            f"trainer.sharding: hybrid needs as many ranks on each machine; got {size}, {local} of them here")
+            f"trainer.sharding: hybrid needs as many ranks on each machine; got {size}, {local} of them here"
+        )
     return init_device_mesh(device, (size // local, local), mesh_dim_names=("replicate", "shard"))
 
 

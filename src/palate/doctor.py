@@ -173,7 +173,7 @@ def check_reward(name: str, source: str | None) -> Iterator[Finding]:
     good = values.shape == (4,) and bool(torch.isfinite(values).all())
     yield Finding(
         "ok" if good else "bad",
-        f"{name}: " + ", ".join(f"{text} {value:.5f}" for text, value in zip(prompts, values.tolist())),
+        f"{name}: " + ", ".join(f"{text} {value:.5f}" for text, value in zip(prompts, values.tolist(), strict=False)),
     )
     with torch.no_grad():
         spread = float((reward(images, prompts) - values.detach()).abs().max())

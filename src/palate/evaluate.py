@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -89,8 +89,8 @@ def embedded_referee() -> Referee:
 class _Tower:
     """The image tower of a reward as a judge that knows no names."""
 
-    styles: list[str] = []
-    concepts: list[str] = []
+    styles: ClassVar[list[str]] = []
+    concepts: ClassVar[list[str]] = []
 
     def __init__(self, reward: Reward):
         self.features = reward.image_features
@@ -319,8 +319,9 @@ def _call(name: str, reward: Reward, images: Tensor, prompts: list[str]) -> tupl
         alone = [_call(name, reward, images[i : i + 1], prompts[i : i + 1]) for i in range(len(images))]
         return torch.cat([value for value, _ in alone]), {i: why[0] for i, (_, why) in enumerate(alone) if why}
     except (RuntimeError, OSError) as error:
-        raise type(error)(f"reward {name!r} failed on {len(images)} images, the first of {prompts[0]!r}: "
-                          f"{error}") from error
+        raise type(error)(
+            f"reward {name!r} failed on {len(images)} images, the first of {prompts[0]!r}: {error}"
+        ) from error
     if values.shape != (len(images),):
         raise ValueError(
             f"reward {name!r} returned shape {tuple(values.shape)}; expected ({len(images)},), one value an image"

@@ -75,12 +75,17 @@ def export_lora(run: Path, form: str, out: Path | None = None) -> Path:
         tensors, extra = to_kohya(layers, plan.model.name), {}
     ranks, alphas = sorted({lora.rank for lora in layers.values()}), sorted({lora.alpha for lora in layers.values()})
     metadata = {
-        "format": "pt", **extra,
-        "palate.version": version("palate"), "palate.recipe": recipes.fingerprint(plan),
+        "format": "pt",
+        **extra,
+        "palate.version": version("palate"),
+        "palate.recipe": recipes.fingerprint(plan),
         "palate.algorithm": plan.algorithm_name,
-        "palate.base_model": plan.model.folder or plan.model.name, "palate.family": plan.model.name,
-        "palate.rank": ",".join(map(str, ranks)), "palate.alpha": ",".join(f"{alpha:g}" for alpha in alphas),
-        "ss_network_dim": str(ranks[-1]), "ss_network_alpha": f"{alphas[-1]:g}",  # where kohya's tools look
+        "palate.base_model": plan.model.folder or plan.model.name,
+        "palate.family": plan.model.name,
+        "palate.rank": ",".join(map(str, ranks)),
+        "palate.alpha": ",".join(f"{alpha:g}" for alpha in alphas),
+        "ss_network_dim": str(ranks[-1]),
+        "ss_network_alpha": f"{alphas[-1]:g}",  # where kohya's tools look
     }
     folder = run / "export" / form if out is None else out
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +117,7 @@ def read_adapter(folder: Path) -> dict[str, Lora]:
         raise ValueError(f"{folder} holds no {WEIGHTS}, which a run writes at its end: finish the run first")
     try:
         with safe_open(path, "pt") as file:
-            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in list(file.keys())}
         config = json.loads(metadata["lora_adapter_metadata"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"{path} is not a LoRA that a run wrote ({error or type(error).__name__})") from error
@@ -140,7 +145,9 @@ def to_diffusers(layers: Mapping[str, Lora], part: str) -> tuple[dict[str, Tenso
     """Tensors under `part` ("unet" or "transformer"), and the metadata in which diffusers looks for rank and alpha."""
     first = next(iter(layers.values()))
     config = {
-        f"{part}.r": first.rank, f"{part}.lora_alpha": first.alpha, f"{part}.target_modules": sorted(layers),
+        f"{part}.r": first.rank,
+        f"{part}.lora_alpha": first.alpha,
+        f"{part}.target_modules": sorted(layers),
         f"{part}.rank_pattern": {name: lora.rank for name, lora in layers.items() if lora.rank != first.rank},
         f"{part}.alpha_pattern": {name: lora.alpha for name, lora in layers.items() if lora.alpha != first.alpha},
     }
@@ -175,13 +182,20 @@ def to_kohya(layers: Mapping[str, Lora], family: str) -> dict[str, Tensor]:
 
 
 _FLUX_DOUBLE = {  # the original name -> the layers of diffusers that it fuses, in the order of its rows
-    "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"), "img_attn_proj": ("attn.to_out.0",),
-    "txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), "txt_attn_proj": ("attn.to_add_out",),
-    "img_mlp_0": ("ff.net.0.proj",), "img_mlp_2": ("ff.net.2",), "txt_mlp_0": ("ff_context.net.0.proj",),
-    "txt_mlp_2": ("ff_context.net.2",), "img_mod_lin": ("norm1.linear",), "txt_mod_lin": ("norm1_context.linear",),
+    "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "img_attn_proj": ("attn.to_out.0",),
+    "txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "txt_attn_proj": ("attn.to_add_out",),
+    "img_mlp_0": ("ff.net.0.proj",),
+    "img_mlp_2": ("ff.net.2",),
+    "txt_mlp_0": ("ff_context.net.0.proj",),
+    "txt_mlp_2": ("ff_context.net.2",),
+    "img_mod_lin": ("norm1.linear",),
+    "txt_mod_lin": ("norm1_context.linear",),
 }
 _FLUX_SINGLE = {
-    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"), "linear2": ("proj_out",),
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
     "modulation_lin": ("norm.linear",),
 }
 
@@ -189,8 +203,10 @@ _FLUX_SINGLE = {
 def flux_layers(layers: Mapping[str, Lora]) -> dict[str, Lora]:
     """FLUX's layers under the names of the original program, which holds q, k, v (and a single block's MLP) in one."""
     left, renamed = dict(layers), {}
-    for kind, original, parts in (("transformer_blocks", "double_blocks", _FLUX_DOUBLE),
-                                  ("single_transformer_blocks", "single_blocks", _FLUX_SINGLE)):
+    for kind, original, parts in (
+        ("transformer_blocks", "double_blocks", _FLUX_DOUBLE),
+        ("single_transformer_blocks", "single_blocks", _FLUX_SINGLE),
+    ):
         for block in sorted({name.split(".")[1] for name in layers if name.startswith(f"{kind}.")}, key=int):
             for new, names in parts.items():
                 found = [left.pop(f"{kind}.{block}.{name}", None) for name in names]
@@ -218,7 +234,7 @@ def _fused(parts: Sequence[Lora | None], rows: Sequence[int]) -> Lora:
     row = column = 0
     for lora, height in zip(parts, rows, strict=True):
         if lora is not None:
-            up[row: row + height, column: column + lora.rank] = lora.up * (lora.alpha / lora.rank)
+            up[row : row + height, column : column + lora.rank] = lora.up * (lora.alpha / lora.rank)
             column += lora.rank
         row += height
     scale = present[0].alpha / present[0].rank  # kept outside where all agree, so that alpha still means what it says
@@ -233,15 +249,23 @@ def _fused(parts: Sequence[Lora | None], rows: Sequence[int]) -> Lora:
 def model_card(run: Path, plan: Any, form: str, ranks: Sequence[int], alphas: Sequence[float]) -> str:
     """Markdown: what it is, how to load it, the base model's licence, metrics before and after, the recipe."""
     base = plan.model.folder or plan.model.name
-    use = {"diffusers": "pipe.load_lora_weights(folder)", "kohya": "place the file in the LoRA folder of your program",
-           "comfyui": "place the file in ComfyUI/models/loras",
-           "merged": "diffusers' class of the network: from_pretrained(folder)"}[form]
+    use = {
+        "diffusers": "pipe.load_lora_weights(folder)",
+        "kohya": "place the file in the LoRA folder of your program",
+        "comfyui": "place the file in ComfyUI/models/loras",
+        "merged": "diffusers' class of the network: from_pretrained(folder)",
+    }[form]
     what = "Merged LoRA" if form == "merged" else "LoRA"
-    lines = [f"# {what} of {base}, trained with {plan.algorithm_name}", "",
-             f"Format {form}, rank {', '.join(map(str, ranks))}, alpha {', '.join(f'{a:g}' for a in alphas)}. "
-             f"To load: `{use}`.", "",
-             f"Base model: {base}. Its licence holds for this file too; the published {plan.model.name} is under: "
-             f"{LICENCES.get(plan.model.name, 'see its page')}.", ""]
+    lines = [
+        f"# {what} of {base}, trained with {plan.algorithm_name}",
+        "",
+        f"Format {form}, rank {', '.join(map(str, ranks))}, alpha {', '.join(f'{a:g}' for a in alphas)}. "
+        f"To load: `{use}`.",
+        "",
+        f"Base model: {base}. Its licence holds for this file too; the published {plan.model.name} is under: "
+        f"{LICENCES.get(plan.model.name, 'see its page')}.",
+        "",
+    ]
     evaluation = run / "evaluation.json"
     if evaluation.is_file():
         metrics = json.loads(evaluation.read_text("utf-8")).get("metrics", {})
@@ -301,7 +325,9 @@ def export_one_step(model: Any, settings: Any, folder: Path | str) -> Path:
     if record["family"] == "flux":  # its pipelines take latents as their network does
         packed = f"\nnoise = pipe._pack_latents(noise, 1, {size[0]}, {size[1]}, {size[2]})"
     drawn = "torch.randn" if scale == 1.0 else f"{scale:.9g} * torch.randn"
-    write_atomically(folder / "README.md", f"""# One-step generator, trained with Palate
+    write_atomically(
+        folder / "README.md",
+        f"""# One-step generator, trained with Palate
 
 ```python
 import torch
@@ -314,7 +340,8 @@ image = pipe("a prompt", latents=noise, guidance_scale={told}, {call}).images[0]
 
 One network evaluation an image, at time label {label}.
 Made with diffusers {diffusers.__version__}, palate {version("palate")}.
-""".encode())
+""".encode(),
+    )
     return folder
 
 
@@ -340,8 +367,10 @@ def load_one_step(folder: Path) -> tuple[Any, Any]:
         raise ValueError(f"{file} is not what an export wrote ({error or type(error).__name__})") from error
     module, kind, keys = recipes.MODELS.get(str(family), (None, None, ()))
     if module is None or not record.keys() <= set(keys):
-        raise ValueError(f"{file}: this version cannot draw a generator of {family!r}; draw it with diffusers, see "
-                         f"{folder / 'README.md'}")
+        raise ValueError(
+            f"{file}: this version cannot draw a generator of {family!r}; draw it with diffusers, see "
+            f"{folder / 'README.md'}"
+        )
     return getattr(importlib.import_module(module), kind).load(folder, training="none", **record), generator
 
 
@@ -386,10 +415,20 @@ def _one_step_scheduler(model: Any, t_init: float, label: int, denoiser: str) ->
         config = model.scheduler.config
         if abs(config.num_train_timesteps * t_init - (label + 1)) > 1e-6:
             raise ValueError(f"generator.t_init = {t_init}: expected a whole number of {config.num_train_timesteps}ths")
-        kept = {key: config[key] for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule",
-                                             "trained_betas", "prediction_type", "rescale_betas_zero_snr",
-                                             "steps_offset")
-                if key in config}
+        kept = {
+            key: config[key]
+            for key in (
+                "num_train_timesteps",
+                "beta_start",
+                "beta_end",
+                "beta_schedule",
+                "trained_betas",
+                "prediction_type",
+                "rescale_betas_zero_snr",
+                "steps_offset",
+            )
+            if key in config
+        }
         return LCMScheduler(**kept, clip_sample=False), f"num_inference_steps=1, timesteps=[{label}]"
     if denoiser == "transformer":
         return FlowMatchEulerDiscreteScheduler(shift=1.0), f"num_inference_steps=1, sigmas=[{t_init}]"
@@ -397,7 +436,10 @@ def _one_step_scheduler(model: Any, t_init: float, label: int, denoiser: str) ->
     if abs(1000 * t_init - label) > 1e-6 or not label < 1000:
         raise ValueError(f"generator.t_init = {t_init}: expected a whole number of thousandths, at most .999")
     scheduler = DPMSolverMultistepScheduler(
-        solver_order=1, prediction_type="flow_prediction", use_flow_sigmas=True, final_sigmas_type="zero",
+        solver_order=1,
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        final_sigmas_type="zero",
         flow_shift=target * (1 - first) / (first * (1 - target)),
     )
     scheduler.set_timesteps(1)

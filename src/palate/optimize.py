@@ -18,6 +18,7 @@ import contextlib
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -104,8 +105,10 @@ def optimize(
         ask_round(queries, number, size, draw, oracle, settings)
         images, words, scores, rounds = queries.answered(number)
         if len(scores) < 2:
-            raise ValueError(f"only {len(scores)} questions were answered in {queries.spent}; mend the oracle, and "
-                             "raise optimize.budget in another run.folder")
+            raise ValueError(
+                f"only {len(scores)} questions were answered in {queries.spent}; mend the oracle, and "
+                "raise optimize.budget in another run.folder"
+            )
         if scale is None:  # rewards in standard deviations of the base model's own answers: alpha_kl is per one of them
             scale = standard(scores[rounds == rounds.min()])
         targets = (scores - scale[0]) / scale[1]
@@ -115,17 +118,30 @@ def optimize(
         if len(newest):
             row |= {"oracle": float(newest.mean()), "oracle_best": float(newest.max())}
         _write_row(folder / "rounds.jsonl", row)
-        say(f"round {number}: {queries.spent} of {settings.budget} questions, mean answer "
-            f"{float(newest.mean()):.4g}; the surrogate explains {fit['explained']:.0%} of the variance")
+        say(
+            f"round {number}: {queries.spent} of {settings.budget} questions, mean answer "
+            f"{float(newest.mean()):.4g}; the surrogate explains {fit['explained']:.0%} of the variance"
+        )
 
         resume = bool(checkpoint.steps(here / "checkpoints"))
         if not resume:
             shutil.rmtree(here, ignore_errors=True)
         options = {**vars(trainer), "seed": trainer.seed + number}
         mark = hashlib.sha256(f"{identity}|{number}|{queries.digest(number)}".encode()).hexdigest()
-        outcome = train(model, make_algorithm(), surrogate, list(prompts), folder=here, **options, identity=mark,
-                        preview=preview, resume=resume, sample_steps=sample_steps,
-                        sample_guidance=sample_guidance, progress=progress)
+        outcome = train(
+            model,
+            make_algorithm(),
+            surrogate,
+            list(prompts),
+            folder=here,
+            **options,
+            identity=mark,
+            preview=preview,
+            resume=resume,
+            sample_steps=sample_steps,
+            sample_guidance=sample_guidance,
+            progress=progress,
+        )
         if outcome.exit_code:
             return outcome
         restore_result(model, here, warn=say)
@@ -135,7 +151,11 @@ def optimize(
 
 
 def ask_round(
-    queries: Queries, number: int, size: int, draw: Callable[[list[int]], tuple[Tensor, list[str]]], oracle: Oracle,
+    queries: Queries,
+    number: int,
+    size: int,
+    draw: Callable[[list[int]], tuple[Tensor, list[str]]],
+    oracle: Oracle,
     settings: OptimizeSettings,
 ) -> None:
     """Ask about the `size` images of a round that no earlier try has answered, never past the budget."""
@@ -156,9 +176,11 @@ def ask_round(
         for i in failed:
             tries[i] = tries.get(i, 0) + 1
         if any(tries[i] > settings.oracle.retries for i in failed):
-            raise OracleError(f"the oracle failed {settings.oracle.retries + 1} times on the same images: "
-                              f"{problem.splitlines()[0]}. {queries.spent} of {settings.budget} questions are spent "
-                              f"and kept in {queries.log}; mend the oracle and give the same command again")
+            raise OracleError(
+                f"the oracle failed {settings.oracle.retries + 1} times on the same images: "
+                f"{problem.splitlines()[0]}. {queries.spent} of {settings.budget} questions are spent "
+                f"and kept in {queries.log}; mend the oracle and give the same command again"
+            )
         pending = failed + pending[len(now) :]
 
 
@@ -171,7 +193,7 @@ def round_sizes(budget: int, rounds: int) -> list[int]:
     if budget < least:
         raise ValueError(f"optimize.budget = {budget} is too small for {rounds} rounds; expected at least {least}")
     ends = [budget * (2**k - 1) // (2**rounds - 1) for k in range(rounds + 1)]
-    return [b - a for a, b in zip(ends[:-1], ends[1:], strict=True)]
+    return [b - a for a, b in itertools.pairwise(ends)]
 
 
 def from_recipe(plan: Recipe, *, say: Callable[[str], None] = print) -> Outcome:
@@ -187,8 +209,10 @@ def from_recipe(plan: Recipe, *, say: Callable[[str], None] = print) -> Outcome:
     if begun.optimize is None:
         raise ValueError(f"{folder} holds a run of palate train; choose another run.folder, or replace it with --fresh")
     if identity_of(begun) != identity_of(plan):
-        raise ValueError(f"{folder} was begun with other settings (its recipe.yaml); only how the oracle is reached "
-                         "may change. Choose another run.folder, or replace it with --fresh, answers included")
+        raise ValueError(
+            f"{folder} was begun with other settings (its recipe.yaml); only how the oracle is reached "
+            "may change. Choose another run.folder, or replace it with --fresh, answers included"
+        )
     prompts, preview = recipes.prompts_of(plan)
     recipes.check_start(plan)
     torch.manual_seed(plan.trainer.seed)  # the LoRA's first weights
@@ -199,9 +223,19 @@ def from_recipe(plan: Recipe, *, say: Callable[[str], None] = print) -> Outcome:
     checkpoint.write_atomically(stored, recipes.dump(plan).encode())
     features = reward_features(recipes.load_reward(settings.features, settings.features_source), prompts)
     return optimize(
-        model, lambda: recipes.build_algorithm(plan), oracle, features, prompts, folder=folder, settings=settings,
-        trainer=plan.trainer, sample_steps=plan.sample.steps, sample_guidance=plan.sample.guidance,
-        preview=preview, identity=identity_of(plan), say=say,
+        model,
+        lambda: recipes.build_algorithm(plan),
+        oracle,
+        features,
+        prompts,
+        folder=folder,
+        settings=settings,
+        trainer=plan.trainer,
+        sample_steps=plan.sample.steps,
+        sample_guidance=plan.sample.guidance,
+        preview=preview,
+        identity=identity_of(plan),
+        say=say,
     )
 
 
@@ -267,14 +301,26 @@ class Queries:
         for k, (i, image, prompt) in enumerate(zip(ids, images, prompts, strict=True)):
             data, file = png(image), f"queries/{first + k:06d}.png"
             (self.folder / file).write_bytes(data)
-            rows.append({"query": first + k, "round": number, "index": i, "prompt": prompt, "file": file,
-                         "sha256": hashlib.sha256(data).hexdigest()})
+            rows.append(
+                {
+                    "query": first + k,
+                    "round": number,
+                    "index": i,
+                    "prompt": prompt,
+                    "file": file,
+                    "sha256": hashlib.sha256(data).hexdigest(),
+                }
+            )
         self._append(rows)
         return [row["query"] for row in rows]
 
     def answer(self, asked: Sequence[int], scores: Sequence[float], problem: str) -> None:
-        self._append([{"query": k, "score": score} if math.isfinite(score) else {"query": k, "failed": problem[:500]}
-                      for k, score in zip(asked, scores, strict=True)])
+        self._append(
+            [
+                {"query": k, "score": score} if math.isfinite(score) else {"query": k, "failed": problem[:500]}
+                for k, score in zip(asked, scores, strict=True)
+            ]
+        )
 
     def answered(self, last: int) -> tuple[Pictures, list[str], Tensor, Tensor]:
         """Images, prompts, scores (float64) and rounds of all answers up to round `last`, as they were asked."""
@@ -313,8 +359,10 @@ class Pictures:
         for row in self.rows[part]:
             data = (self.folder / row["file"]).read_bytes()
             if hashlib.sha256(data).hexdigest() != row["sha256"]:
-                raise checkpoint.CheckpointError(f"{self.folder / row['file']} is not the image that was asked about; "
-                                                 "restore it, or start again with --fresh")
+                raise checkpoint.CheckpointError(
+                    f"{self.folder / row['file']} is not the image that was asked about; "
+                    "restore it, or start again with --fresh"
+                )
             images.append(torch.from_numpy(np.array(Image.open(io.BytesIO(data)))).permute(2, 0, 1).float() / 255)
         return torch.stack(images)
 
@@ -345,8 +393,13 @@ class Surrogate:
 
 @torch.no_grad()
 def fit_surrogate(
-    features: Features, images: Tensor | Pictures, prompts: Sequence[str], targets: Tensor, settings: OptimizeSettings,
-    *, seed: int,
+    features: Features,
+    images: Tensor | Pictures,
+    prompts: Sequence[str],
+    targets: Tensor,
+    settings: OptimizeSettings,
+    *,
+    seed: int,
 ) -> tuple[Surrogate, dict[str, float]]:
     """The surrogate of `targets` (N,), and what it explains of answers it has not seen (leave-one-out)."""
     parts = [features(images[k : k + 64], prompts[k : k + 64]).double() for k in range(0, len(targets), 64)]
@@ -443,19 +496,28 @@ def load_oracle(settings: OracleSettings, *, seed: int = 0) -> Oracle:
             try:
                 found = getattr(importlib.import_module(module), name) if colon and name else None
             except Exception as error:  # importing runs the user's own code
-                raise ValueError(f"optimize.oracle.function: cannot import {settings.function!r} "
-                                 f"({type(error).__name__}: {error})") from error
+                raise ValueError(
+                    f"optimize.oracle.function: cannot import {settings.function!r} ({type(error).__name__}: {error})"
+                ) from error
         if not callable(found):
-            raise ValueError("optimize.oracle.function: expected module:function of something callable, got "
-                             f"{settings.function!r}")
+            raise ValueError(
+                f"optimize.oracle.function: expected module:function of something callable, got {settings.function!r}"
+            )
         return found
     if settings.command is not None:
         if shutil.which(settings.command[0]) is None:
             raise ValueError(f"optimize.oracle.command: there is no program {settings.command[0]!r}")
         return command_oracle(settings.command, settings.timeout)
     if settings.url is not None and (token := os.environ.get(TOKEN)):  # a reward service: with its id and token
-        return RemoteReward(settings.url, token, timeout=settings.timeout, retries=0, piece=settings.batch,
-                            concurrency=1, key="optimize.oracle.url")
+        return RemoteReward(
+            settings.url,
+            token,
+            timeout=settings.timeout,
+            retries=0,
+            piece=settings.batch,
+            concurrency=1,
+            key="optimize.oracle.url",
+        )
     if settings.url is not None:
         return http_oracle(settings.url, settings.timeout)
     return noisy(BUILT_IN[settings.name](), settings.noise, seed)
@@ -473,8 +535,10 @@ def noisy(oracle: Oracle, std: float, seed: int) -> Oracle:
         return oracle
 
     def noisy_oracle(images: Tensor, prompts: Sequence[str]) -> list[float]:
-        keys = [hashlib.blake2b(f"{seed}|{prompt}".encode() + png(image), digest_size=16).digest()
-                for image, prompt in zip(images, prompts, strict=True)]
+        keys = [
+            hashlib.blake2b(f"{seed}|{prompt}".encode() + png(image), digest_size=16).digest()
+            for image, prompt in zip(images, prompts, strict=True)
+        ]
         z = [np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).standard_normal() for key in keys]
         return [float(score) + std * float(e) for score, e in zip(oracle(images, prompts), z, strict=True)]
 
@@ -524,8 +588,9 @@ def colour_position() -> Oracle:
                 axis, sign = SIDES[caption.position]
                 parts.append((1 + sign * float(centre[k, axis])) / 2)
             if not parts:
-                raise ValueError(f"the colour and position oracle needs a background or a side; {prompts[k]!r} names "
-                                 "neither")
+                raise ValueError(
+                    f"the colour and position oracle needs a background or a side; {prompts[k]!r} names neither"
+                )
             scores.append(sum(parts) / len(parts))
         return scores
 
@@ -549,8 +614,13 @@ def command_oracle(command: Sequence[str], timeout: float) -> Oracle:
             for path, image in zip(paths, images, strict=True):
                 path.write_bytes(png(image))
             question = json.dumps({"images": [str(path) for path in paths], "prompts": list(prompts)}).encode()
-            process = subprocess.Popen(list(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       stderr=subprocess.PIPE, start_new_session=True)
+            process = subprocess.Popen(
+                list(command),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
             try:
                 out, err = process.communicate(question, timeout=timeout)
             except subprocess.TimeoutExpired as error:

@@ -98,8 +98,10 @@ def move(pred: Prediction, alpha: Coefficient, sigma: Coefficient, std: Coeffici
     if isinstance(std, Tensor) or std != 0:
         sigma, std = (torch.as_tensor(c, dtype=pred.x0.dtype, device=pred.x0.device) for c in (sigma, std))
         if bool((std > sigma * (1 + 1e-6)).any()):
-            raise ValueError(f"move got std {float(std.max()):.4g} above sigma {float(sigma.min()):.4g}; "
-                             "expected 0 <= std <= sigma: use a smaller eta")
+            raise ValueError(
+                f"move got std {float(std.max()):.4g} above sigma {float(sigma.min()):.4g}; "
+                "expected 0 <= std <= sigma: use a smaller eta"
+            )
         sigma = (sigma * sigma - std * std).clamp_min(0).sqrt()
     return alpha * pred.x0 + sigma * pred.eps
 
@@ -119,8 +121,12 @@ def _column(t: Tensor) -> Tensor:
 
 def _per_sample(x: Tensor, **coefficients: Coefficient) -> None:
     for name, c in coefficients.items():
-        if isinstance(c, Tensor) and c.ndim and not (
-            c.ndim == x.ndim and c.shape[0] in (1, x.shape[0]) and c[0].numel() == 1
+        if (
+            isinstance(c, Tensor)
+            and c.ndim
+            and not (c.ndim == x.ndim and c.shape[0] in (1, x.shape[0]) and c[0].numel() == 1)
         ):
-            raise ValueError(f"{name} has shape {tuple(c.shape)} beside a latent of shape {tuple(x.shape)}; expected "
-                             f"({x.shape[0]}, 1, ...) with size 1 in every axis but the first: .view(-1, 1, 1, 1)")
+            raise ValueError(
+                f"{name} has shape {tuple(c.shape)} beside a latent of shape {tuple(x.shape)}; expected "
+                f"({x.shape[0]}, 1, ...) with size 1 in every axis but the first: .view(-1, 1, 1, 1)"
+            )

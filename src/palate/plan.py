@@ -288,8 +288,10 @@ def measure(recipe: Recipe) -> dict[str, Unit]:
         return _measure_emoji(recipe)
     published = PUBLISHED.get(recipe.model.name)
     if published is None:
-        raise ValueError(f"palate plan does not know the shapes of {recipe.model.name}: they are not in its PUBLISHED; "
-                         "training does not need them")
+        raise ValueError(
+            f"palate plan does not know the shapes of {recipe.model.name}: they are not in its PUBLISHED; "
+            "training does not need them"
+        )
     vae_config = _local(recipe, "vae") or published.vae
     size = sides(recipe.model.image_size or published.image_size)
     shape = latent_shape(vae_config, size, family=recipe.model.name, patch=published.patch)
@@ -333,8 +335,9 @@ def _denoiser(
     else:
         with torch.device("meta"):
             config_of_lora = LoraConfig(
-                r=recipe.model.lora_rank, target_modules=list(recipe.model.lora_targets or module.LORA_TARGETS),
-                init_lora_weights=False
+                r=recipe.model.lora_rank,
+                target_modules=list(recipe.model.lora_targets or module.LORA_TARGETS),
+                init_lora_weights=False,
             )
             inject_adapter_in_model(config_of_lora, network, adapter_name="policy")
         for name, p in network.named_parameters():
@@ -362,7 +365,7 @@ def _rewards(recipe: Recipe) -> dict[str, Unit]:
         if tower is None:
             continue
         unit = _unit(tower, run, None)
-        total = Unit(*(a + b for a, b in zip(total, unit)))
+        total = Unit(*(a + b for a, b in zip(total, unit, strict=False)))
     return {"reward": total}
 
 
@@ -448,8 +451,9 @@ def _local(recipe: Recipe, part: str) -> dict[str, Any] | None:
             config = json.loads(file.read_text("utf-8"))
             expected = "AutoencoderKL" if part == "vae" else PUBLISHED[recipe.model.name].kind
             if (got := config.get("_class_name", expected)) != expected:
-                raise ValueError(f"model.folder {folder}: its {name} is a {got}, {recipe.model.name} needs a "
-                                 f"{expected}")
+                raise ValueError(
+                    f"model.folder {folder}: its {name} is a {got}, {recipe.model.name} needs a {expected}"
+                )
             return {key: value for key, value in config.items() if not key.startswith("_")}
     return None
 

@@ -25,7 +25,14 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from palate import models
 from palate.data import (
-    RecipeError, captioned_images, check_images, encode_images, preference_pairs, read_prompts, read_text, spread,
+    RecipeError,
+    captioned_images,
+    check_images,
+    encode_images,
+    preference_pairs,
+    read_prompts,
+    read_text,
+    spread,
 )  # fmt: skip
 
 if TYPE_CHECKING:
@@ -170,8 +177,9 @@ class RewardSettings:
     source: dict[Literal[tuple(PUBLISHED_REWARDS)], Annotated[str, Field(min_length=1)]] = field(default_factory=dict)
     # ^ of published weights: a file, a folder, a hub id; of "remote": a URL
     dtype: Literal["float32", "bfloat16"] | None = None  # of published rewards; None = bfloat16 for hpsv3, else float32
-    scale: dict[RewardName,
-                tuple[Finite, Annotated[float, Field(gt=0, allow_inf_nan=False)]]] = field(default_factory=dict)
+    scale: dict[RewardName, tuple[Finite, Annotated[float, Field(gt=0, allow_inf_nan=False)]]] = field(
+        default_factory=dict
+    )
     # ^ (mean, std) on images you trust: (R - mean) / std is what is weighed
     noised: dict[RewardName, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = field(default_factory=dict)
     # ^ std of the noised image that serves as the negative of a reward that reads no prompt
@@ -381,7 +389,8 @@ def _yaml(text: str, what: str) -> Any:
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
             raise RecipeError(
-                f"the {what} uses YAML aliases (*name), which can grow without limit; write the values out")
+                f"the {what} uses YAML aliases (*name), which can grow without limit; write the values out"
+            )
         if twice := _repeated_key(yaml.compose(text, Loader=yaml.SafeLoader)):
             raise RecipeError(f"{twice.value}: given twice (line {twice.start_mark.line + 1} of the {what}); keep one")
         return yaml.safe_load(text)
@@ -521,8 +530,10 @@ def _sentence(kind: type, problem: dict[str, Any], prefix: str) -> str:
     key = prefix + ".".join(where)
     if problem["type"] == "unexpected_keyword_argument":
         valid = [f.name for f in dataclasses.fields(_at(kind, where[:-1])) if f.name != "algorithm_name"]
-        hint = _near(where[-1], valid,
-                     prefix + "".join(f"{part}." for part in where[:-1])) or f"; valid keys: {', '.join(valid)}"
+        hint = (
+            _near(where[-1], valid, prefix + "".join(f"{part}." for part in where[:-1]))
+            or f"; valid keys: {', '.join(valid)}"
+        )
         return f"{key}: unknown key{hint}"
     key = key.rstrip(".") or "recipe"
     if problem["type"] == "value_error":  # the settings' own check, which says what it got
@@ -564,7 +575,8 @@ def _check_together(recipe: Recipe, mistakes: list[str]) -> None:
     if len(given) != 1:
         got = "none" if not given else " and ".join(f"prompts.{key}" for key in given)
         mistakes.append(
-            f"prompts: give exactly one of prompts.file, prompts.list, prompts.images, prompts.pairs; got {got}")
+            f"prompts: give exactly one of prompts.file, prompts.list, prompts.images, prompts.pairs; got {got}"
+        )
     if recipe.optimize is not None:
         _check_oracle(recipe, mistakes)
     elif (reward.name is None) == (not reward.weights):
@@ -574,8 +586,10 @@ def _check_together(recipe: Recipe, mistakes: list[str]) -> None:
         if model.name == "emoji":
             mistakes.append("evaluate.heldout: the embedded model has a judge and a held-out reward of its own")
         if recipe.evaluate.heldout in used:
-            mistakes.append(f"evaluate.heldout: {recipe.evaluate.heldout} is what is optimised; give another of "
-                            f"{', '.join(HELD_OUT)}")
+            mistakes.append(
+                f"evaluate.heldout: {recipe.evaluate.heldout} is what is optimised; give another of "
+                f"{', '.join(HELD_OUT)}"
+            )
     for key in ("source", "scale", "noised"):
         asked = used | ({heldout_of(recipe)} if key == "source" else set())
         if idle := sorted(set(getattr(reward, key)) - asked):
@@ -604,8 +618,10 @@ def _check_reward(reward: RewardSettings, algorithm: str, settings: Any, mistake
     idle = algorithm == "distar" and settings.reward_scale == 0
     if used and used <= set(WITHOUT_GRADIENT) and algorithm in CLIMBERS and not idle:
         alone = ", or algorithm.reward_scale=0" if algorithm == "distar" else ""
-        mistakes.append(f"{key}: {algorithm} needs the reward's gradient, and {names} gives none; use a differentiable "
-                        f"reward, algorithm.name=ddpo, flow_grpo or nft, or an oracle and palate optimize{alone}")
+        mistakes.append(
+            f"{key}: {algorithm} needs the reward's gradient, and {names} gives none; use a differentiable "
+            f"reward, algorithm.name=ddpo, flow_grpo or nft, or an oracle and palate optimize{alone}"
+        )
     if reward.relative is None:
         return
     if algorithm == "srpo":
@@ -613,8 +629,10 @@ def _check_reward(reward: RewardSettings, algorithm: str, settings: Any, mistake
     if reward.relative.positive == reward.relative.negative:
         mistakes.append("reward.relative: give positive, negative, or both, and not the same word twice")
     if used and used <= set(WITHOUT_WORDS):
-        mistakes.append(f"reward.relative: {names} reads no prompt, so no word changes it; use another reward, as "
-                        "emoji or hpsv2, or leave reward.relative out")
+        mistakes.append(
+            f"reward.relative: {names} reads no prompt, so no word changes it; use another reward, as "
+            "emoji or hpsv2, or leave reward.relative out"
+        )
 
 
 def _check_oracle(recipe: Recipe, mistakes: list[str]) -> None:
@@ -628,8 +646,10 @@ def _check_oracle(recipe: Recipe, mistakes: list[str]) -> None:
     if recipe.reward.name or recipe.reward.weights or recipe.reward.relative:
         mistakes.append("reward: leave it out with optimize, where the surrogate of the oracle is the reward")
     if recipe.trainer.guard.every:
-        mistakes.append("trainer.guard.every: set 0 with optimize, where a guard would compare each round with its own "
-                        "start; evaluate the result with palate evaluate")
+        mistakes.append(
+            "trainer.guard.every: set 0 with optimize, where a guard would compare each round with its own "
+            "start; evaluate the result with palate evaluate"
+        )
     if recipe.prompts.images is not None:
         mistakes.append("prompts.images: optimize draws its own images; give prompts.file or prompts.list")
 
@@ -676,9 +696,7 @@ def build(recipe: Recipe) -> Parts:
     latents = encode_images(model, images) if images else None
     if recipe.prompts.pairs is not None:
         latents = latents.unflatten(0, (-1, 2))  # (N, 2, C, h, w)
-    return Parts(
-        model, build_algorithm(recipe), reward, list(prompts), preview, latents
-    )
+    return Parts(model, build_algorithm(recipe), reward, list(prompts), preview, latents)
 
 
 def referee_of(recipe: Recipe) -> Referee:
@@ -689,8 +707,9 @@ def referee_of(recipe: Recipe) -> Referee:
     if recipe.model.name == "emoji":
         return embedded_referee()
     if name is None:
-        raise ValueError(f"reward.weights: {', '.join(HELD_OUT)} are all optimised, so none is left to judge; leave "
-                         "one out")
+        raise ValueError(
+            f"reward.weights: {', '.join(HELD_OUT)} are all optimised, so none is left to judge; leave one out"
+        )
     return published_referee(name, load_reward(name, recipe.reward.source.get(name), recipe.reward.dtype))
 
 
@@ -701,8 +720,9 @@ def guard_check(recipe: Recipe) -> Check | None:
     if recipe.model.name == "emoji" or not recipe.trainer.guard.every:
         return None
     referee, sampler = referee_of(recipe), getattr(build_algorithm(recipe), "sampler", None)
-    return lambda model, prompts, ids: quick_check(model, prompts, ids, seed=recipe.trainer.seed, referee=referee,
-                                                   sampler=sampler)
+    return lambda model, prompts, ids: quick_check(
+        model, prompts, ids, seed=recipe.trainer.seed, referee=referee, sampler=sampler
+    )
 
 
 def prompts_of(recipe: Recipe, captions: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
@@ -727,8 +747,13 @@ def build_model(recipe: Recipe) -> Model:
     module, kind, keys = MODELS[settings.name]
     options = {key: getattr(settings, key) for key in keys if getattr(settings, key, None) is not None}
     model = getattr(importlib.import_module(module), kind).load(
-        settings.folder, training=settings.weights, lora_rank=settings.lora_rank, lora_alpha=settings.lora_alpha,
-        lora_targets=settings.lora_targets, names=trained_names(recipe.algorithm_name), **options,
+        settings.folder,
+        training=settings.weights,
+        lora_rank=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_targets=settings.lora_targets,
+        names=trained_names(recipe.algorithm_name),
+        **options,
     )
     if settings.start is not None:
         try:
@@ -759,8 +784,10 @@ def check_start(recipe: Recipe) -> None:
     if parts is None:
         return
     if consistency and settings.consistency is None:
-        raise RecipeError("model.consistency: name the folder of an LCM-LoRA (pytorch_lora_weights.safetensors) "
-                          f"for {settings.name}, or use another algorithm.estimator: tweedie, rollout-2")
+        raise RecipeError(
+            "model.consistency: name the folder of an LCM-LoRA (pytorch_lora_weights.safetensors) "
+            f"for {settings.name}, or use another algorithm.estimator: tweedie, rollout-2"
+        )
     started = settings.start is not None and settings.weights == "lora"
     if started or consistency:
         from palate.models.repository import open_repository

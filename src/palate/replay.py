@@ -47,8 +47,9 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, *, memory: int = 1 << 30):
         if capacity < 1 or memory < 0:
-            raise ValueError(f"ReplayBuffer got capacity {capacity}, memory {memory}; expected at least 1 trajectory "
-                             "and 0 bytes")
+            raise ValueError(
+                f"ReplayBuffer got capacity {capacity}, memory {memory}; expected at least 1 trajectory and 0 bytes"
+            )
         self.capacity, self.memory = capacity, memory
         self.end = 0  # the id that the next trajectory gets
         self.prompts: deque[str] = deque()
@@ -96,8 +97,10 @@ class ReplayBuffer:
         """
         size, length = len(self), self._length() if len(self) else 0
         if not size or (law == "uniform" and size < len(rows)):
-            raise ValueError(f"the replay buffer holds {size} trajectories, fewer than the {len(rows)} to draw; "
-                             "expected algorithm.buffer_size >= trainer.batch_size and a finite reward for each")
+            raise ValueError(
+                f"the replay buffer holds {size} trajectories, fewer than the {len(rows)} to draw; "
+                "expected algorithm.buffer_size >= trainer.batch_size and a finite reward for each"
+            )
         if law == "uniform":
             chosen, index = without_replacement(rows, size), (steps * length).long()
             weight = torch.ones(len(rows), dtype=torch.float64)
@@ -120,13 +123,19 @@ class ReplayBuffer:
         return Draw(states, index, weight, [self.prompts[int(n)] for n in chosen], size - 1 - chosen)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"end": self.end, "prompts": list(self.prompts), "rewards": list(self.rewards),
-                "trajectories": [self._trajectory(k) for k in self.ids]}
+        return {
+            "end": self.end,
+            "prompts": list(self.prompts),
+            "rewards": list(self.rewards),
+            "trajectories": [self._trajectory(k) for k in self.ids],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if len(state["trajectories"]) > self.capacity:
-            raise ValueError(f"the checkpoint holds {len(state['trajectories'])} trajectories, buffer_size is "
-                             f"{self.capacity}; continue with the settings the run was started with")
+            raise ValueError(
+                f"the checkpoint holds {len(state['trajectories'])} trajectories, buffer_size is "
+                f"{self.capacity}; continue with the settings the run was started with"
+            )
         self.end = state["end"] - len(state["trajectories"])
         self.prompts, self.rewards, self._held, self._mapped, self._shards = deque(), deque(), {}, {}, deque()
         self._scratch = None  # what the old shards map stays readable until nobody holds it

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 import json
 import math
 import os
@@ -227,7 +228,7 @@ def _apart(places: Sequence[float], gap: float, low: float, high: float) -> list
     """The same places, moved as little as keeps them `gap` apart and, where they fit, inside [low, high]."""
     order = sorted(range(len(places)), key=places.__getitem__)
     moved = list(places)
-    for before, after in zip(order, order[1:], strict=False):
+    for before, after in itertools.pairwise(order):
         moved[after] = max(moved[after], moved[before] + gap)
     limit = high
     for index in reversed(order):
@@ -327,16 +328,23 @@ def question_curves(run_folder: Path, asked: Sequence[dict[str, Any]], recipe: d
         parts = [float(np.mean(values[max(0, end - size) : end])) for end in ends]
         return Line(name, [(answered[end - 1]["query"] + 1, y) for end, y in zip(ends, parts, strict=True)], accent)
 
-    lines = [line("answers", [row["score"] for row in answered], True),
-             Line("best so far", [(answered[end - 1]["query"] + 1, float(best[end - 1])) for end in ends])]
+    lines = [
+        line("answers", [row["score"] for row in answered], True),
+        Line("best so far", [(answered[end - 1]["query"] + 1, float(best[end - 1])) for end in ends]),
+    ]
     if true is not None:
         lines.append(line("without noise", true))
     rounds = [row for row in _rounds(run_folder) if "explained" in row]
     fit = [Line("explained", [(row["spent"], float(row["explained"])) for row in rounds], True)]
     marks = [Mark(row["spent"], f"round {row['round']}", "steer") for row in rounds]
-    found = [("The oracle's answers", f"over questions, means of {size}", chart("The oracle's answers", lines, marks)),
-             ("The surrogate", "share of the answers' variance that it explains, leave-one-out, after each round",
-              chart("The surrogate", fit, share=True))]
+    found = [
+        ("The oracle's answers", f"over questions, means of {size}", chart("The oracle's answers", lines, marks)),
+        (
+            "The surrogate",
+            "share of the answers' variance that it explains, leave-one-out, after each round",
+            chart("The surrogate", fit, share=True),
+        ),
+    ]
     return [item for item in found if item[2]]
 
 
@@ -373,8 +381,10 @@ def question_grid(run_folder: Path, asked: Sequence[dict[str, Any]]) -> dict[str
     for number in sorted({row["round"] for row in asked}):
         own = [row for row in asked if row["round"] == number and "score" in row]
         own.sort(key=lambda row: -row["score"])
-        cells = [{"src": picture(run_folder / row["file"]), "alt": f"{row['prompt']}, answer {row['score']:.4g}"}
-                 for row in own[:COLUMNS]]
+        cells = [
+            {"src": picture(run_folder / row["file"]), "alt": f"{row['prompt']}, answer {row['score']:.4g}"}
+            for row in own[:COLUMNS]
+        ]
         mean = f", mean answer {np.mean([row['score'] for row in own]):.4g}" if own else ""
         rows.append({"prompt": f"round {number}: {len(own)} answered{mean}", "seed": None, "cells": cells})
     heads = [("Best", "") if k == 0 else (f"{k + 1}.", "") for k in range(COLUMNS)]
@@ -389,8 +399,10 @@ def question_summary(
     oracle = settings.get("oracle") or {}
     who = next((f"{key} {oracle[key]}" for key in ("name", "function", "command", "url") if oracle.get(key)), "unknown")
     failed, told = (sum(key in row for row in asked) for key in ("failed", "score"))
-    pairs = [("Oracle", who.removeprefix("name ")),
-             ("Questions", f"{len(asked)} of {settings.get('budget')}: {told} answered, {failed} failed")]
+    pairs = [
+        ("Oracle", who.removeprefix("name ")),
+        ("Questions", f"{len(asked)} of {settings.get('budget')}: {told} answered, {failed} failed"),
+    ]
     if rounds := _rounds(run_folder):
         explained = f"explains {rounds[-1]['explained']:.0%} of the answers"
         pairs.append(("Surrogate", f"{settings.get('surrogate')}, {explained}"))
@@ -529,7 +541,7 @@ def extremes(run_folder: Path, evaluation: dict[str, Any]) -> list[dict[str, Any
                     "change": row[key] - row["base"][key],
                     "base": picture(folder / "base" / Path(row["file"]).name),
                     "result": picture(folder / "result" / Path(row["file"]).name),
-                }  # fmt: skip
+                }
                 for row in chosen
             ],
         }
@@ -801,9 +813,9 @@ def prompt_table(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
             {"prompt": prompt, "changes": changes, "up": up, "down": down}
             for prompt, changes, up, down in zip(
                 prompts,
-                zip(*columns),
-                zip(*map(_places, columns)),
-                zip(*(_places(c, True) for c in columns)),
+                zip(*columns, strict=False),
+                zip(*map(_places, columns), strict=False),
+                zip(*(_places(c, True) for c in columns), strict=False),
                 strict=True,
             )
         ],

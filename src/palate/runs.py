@@ -114,7 +114,7 @@ def check_same(rows: Sequence[dict], others: Sequence[dict], name: str, other_na
                     f"first, {other[key]!r} in the second; sample both with the same prompts and seeds"
                 )
     if len(rows) != len(others):
-        extra = list(islice((rows if len(rows) > len(others) else others), min(len(rows), len(others)), None))[0]
+        extra = next(iter(islice((rows if len(rows) > len(others) else others), min(len(rows), len(others)), None)))
         raise ValueError(
             f"{name} and {other_name} cannot be paired: {len(rows)} and {len(others)} images; the first without a "
             f"partner is prompt {extra['prompt']!r} seed {extra['seed']}; sample both with the same prompts and seeds"
@@ -283,8 +283,10 @@ def evaluate_run(
         "verdict": verdict(result["metrics"], optimised, referee.heldout, result["failed"]),
     }
     if f"{ORACLE}hidden-judge" in optimised:
-        result["verdict"]["warnings"].append("the oracle was the judge itself: concepts, diversity and drift are not "
-                                             "independent of what was optimised; the held-out reward is")
+        result["verdict"]["warnings"].append(
+            "the oracle was the judge itself: concepts, diversity and drift are not "
+            "independent of what was optimised; the held-out reward is"
+        )
     _write(run_folder / "evaluation.json", to_json(result))
     return result
 
@@ -325,8 +327,10 @@ def evaluate_runs(
         judges = [_judged_by(folder, recipe) for folder, recipe in zip(folders, recipes, strict=True)]
         for name, judge in zip(names, judges, strict=True):
             if judge != judges[0]:
-                raise ValueError(f"{names[0]} is judged by {judges[0]}, {name} by {judge}; set evaluate.heldout in the "
-                                 "recipe.yaml of both to one that neither optimised")
+                raise ValueError(
+                    f"{names[0]} is judged by {judges[0]}, {name} by {judge}; set evaluate.heldout in the "
+                    "recipe.yaml of both to one that neither optimised"
+                )
         referee = _referee(folders[0], recipes[0])
     for recipe in recipes:
         referee = referee._replace(rewards=_with_named(referee.rewards, recipe))
@@ -338,8 +342,10 @@ def evaluate_runs(
     first, ways = names[0], [_drawn(folder) for folder in folders]
     for name, way in zip(names, ways, strict=True):
         if way != ways[0]:
-            warn(f"{first} is drawn with {ways[0]}, {name} with {way}: more than the training differs between them; "
-                 "give both the same sample.guidance and sample.steps")
+            warn(
+                f"{first} is drawn with {ways[0]}, {name} with {way}: more than the training differs between them; "
+                "give both the same sample.guidance and sample.steps"
+            )
     return {"first": first, "runs": found, "between": {name: between(found[first], found[name]) for name in names[1:]}}
 
 
@@ -406,8 +412,9 @@ def _referee(run_folder: Path, recipe: dict[str, Any]) -> Referee:
     """The package's own for the embedded model, else one around the recipe's held-out reward."""
     from palate import recipe as recipes
 
-    return embedded_referee() if _embedded(recipe) else recipes.referee_of(
-        recipes.read(str(run_folder / "recipe.yaml")))
+    return (
+        embedded_referee() if _embedded(recipe) else recipes.referee_of(recipes.read(str(run_folder / "recipe.yaml")))
+    )
 
 
 def _check_stored(run_folder: Path) -> None:

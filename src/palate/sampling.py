@@ -37,8 +37,9 @@ def time_grid(steps: int, *, shift: float = 1.0, start: float = 1.0) -> Tensor:
     FLUX's pipeline does; a DDIMScheduler when timestep_spacing is "trailing".
     """
     if steps < 1 or shift <= 0 or not 0 < start <= 1:
-        raise ValueError(f"time_grid got steps {steps}, shift {shift}, start {start}; "
-                         "expected steps >= 1, shift > 0, 0 < start <= 1")
+        raise ValueError(
+            f"time_grid got steps {steps}, shift {shift}, start {start}; expected steps >= 1, shift > 0, 0 < start <= 1"
+        )
     first = start / (shift - (shift - 1) * start)  # shift_time(first) == start
     return shift_time(torch.linspace(first, 0.0, steps + 1, dtype=torch.float64), shift)
 
@@ -59,8 +60,9 @@ def stochastic_step(
 def log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """log N(x; mean, std^2 I) in nats, summed over all axes but the first: (B,). std > 0, one value per sample."""
     if bool((std <= 0).any()):
-        raise ValueError("log_prob got std = 0: a deterministic step has no density; use eta > 0 and leave the step to "
-                         "t = 0 out")
+        raise ValueError(
+            "log_prob got std = 0: a deterministic step has no density; use eta > 0 and leave the step to t = 0 out"
+        )
     per_element = -0.5 * ((x - mean) / std) ** 2 - torch.log(std) - 0.5 * math.log(2 * math.pi)
     return per_element.flatten(1).sum(1)
 

@@ -13,10 +13,12 @@ import contextlib
 import copy
 import dataclasses
 import errno
+import functools
 import hashlib
 import importlib.metadata
 import json
 import math
+import operator
 import os
 import platform
 import shutil
@@ -116,7 +118,8 @@ def train(
     if latents is not None and not torch.isfinite(latents).all():
         bad = int((~torch.isfinite(latents).flatten(1).all(1)).nonzero()[0])
         raise ValueError(
-            f"the latents of image {bad} ({prompts[bad]!r}) are not finite; expected numbers: encode it again")
+            f"the latents of image {bad} ({prompts[bad]!r}) are not finite; expected numbers: encode it again"
+        )
     if unknown := sorted(set(lrs or ()) - set(algorithm.trains)):
         raise ValueError(f"trainer.lrs.{unknown[0]}: the algorithm trains {', '.join(algorithm.trains)}")
     if hasattr(algorithm, "sampler") and (sample_steps is not None or sample_guidance is not None):
@@ -131,9 +134,7 @@ def train(
         return run.go(stop, resume=resume)
 
 
-def steer(
-    folder: str | Path, positive: Sequence[str] | None = None, negative: Sequence[str] | None = None
-) -> None:
+def steer(folder: str | Path, positive: Sequence[str] | None = None, negative: Sequence[str] | None = None) -> None:
     """Change the control words of the run in `folder`, from its next step on; None keeps a list."""
     folder = Path(folder)
     words = {"positive": positive, "negative": negative}
@@ -164,7 +165,7 @@ def _control_words(text: bytes) -> dict[str, Any]:
     words = json.loads(text)
     if not isinstance(words, dict) or set(words) != {"positive", "negative"}:
         raise ValueError("expected the keys positive and negative")
-    if not all(v is None or isinstance(v, list) and all(isinstance(w, str) for w in v) for v in words.values()):
+    if not all(v is None or (isinstance(v, list) and all(isinstance(w, str) for w in v)) for v in words.values()):
         raise ValueError("expected lists of words, or null")
     return words
 
@@ -195,8 +196,9 @@ def restore_result(model: Model, folder: Path, *, warn: Callable[[str], None]) -
     return saved.step
 
 
-def repeat(model: Model, algorithm: Algorithm, reward: Reward,
-           bundle: checkpoint.Checkpoint) -> tuple[dict[str, float], str]:
+def repeat(
+    model: Model, algorithm: Algorithm, reward: Reward, bundle: checkpoint.Checkpoint
+) -> tuple[dict[str, float], str]:
     """Run the step of a failure bundle again, exactly as the loop did: (metrics, what was not finite or "").
 
     Changes the weights of `model` and the state of `algorithm` to those that the step started from.
@@ -211,7 +213,8 @@ def repeat(model: Model, algorithm: Algorithm, reward: Reward,
     run._prepare()
     if run.base != state["base_fingerprint"]:
         raise checkpoint.CheckpointError(
-            "the bundle was made with other base weights; install the version it was made with")
+            "the bundle was made with other base weights; install the version it was made with"
+        )
     run.lr_scale = state["lr_scale"]
     run._load_tensors(bundle)
     run._load_algorithms(bundle)
@@ -223,16 +226,27 @@ class _Run:
     """One run's mutable state, and the loop."""
 
     def __init__(
-        self, model: Model, algorithm: Algorithm, reward: Reward, prompts: list[str], folder: Path,
-        settings: TrainerSettings
+        self,
+        model: Model,
+        algorithm: Algorithm,
+        reward: Reward,
+        prompts: list[str],
+        folder: Path,
+        settings: TrainerSettings,
     ):
         self.model, self.algorithm, self.reward, self.prompts = model, algorithm, reward, prompts
         self.folder, self.settings, self.ranks = folder, settings, distributed.ranks()
         self.step = self.skipped = self.bad_in_a_row = 0
         self.lr_scale = 1.0
         self.finished = ""
-        self.guard: dict[str, Any] = {"base": None, "best_step": None, "best_value": None, "rollbacks": 0, "sums": {},
-                                      "steps": 0}
+        self.guard: dict[str, Any] = {
+            "base": None,
+            "best_step": None,
+            "best_value": None,
+            "rollbacks": 0,
+            "sums": {},
+            "steps": 0,
+        }
         self.words: list[dict[str, Any]] = []  # steering events to replay, after a resume
         self.control = b""  # the control file as it was read
         self.best_checked = False  # whether trainer.guard.best is known to be a metric
@@ -256,8 +270,10 @@ class _Run:
         notes: list[str] = []
         self._resume(notes) if resume else self.ranks.on_first(self._begin)
         log = self.folder / "metrics.jsonl" if self.ranks.first else os.devnull
-        with open(log, "ab", buffering=0) as self.log, Progress(s.steps, done=self.step,
-                                                                visible=self.visible) as self.bar:
+        with (
+            open(log, "ab", buffering=0) as self.log,
+            Progress(s.steps, done=self.step, visible=self.visible) as self.bar,
+        ):
             for text in notes:
                 self.bar.note(text)
             if self.finished and not (self.finished == "finished" and self.step < s.steps):
@@ -299,7 +315,8 @@ class _Run:
         for name, parameters in self.parameters.items():
             if not parameters:
                 raise ValueError(
-                    f"the model has no trainable {name} parameters; load it with training='lora' or 'full'")
+                    f"the model has no trainable {name} parameters; load it with training='lora' or 'full'"
+                )
         self.optimizers = {
             name: torch.optim.AdamW(parameters, lr=self._rate(name), betas=s.betas, weight_decay=s.weight_decay)
             for name, parameters in self.parameters.items()
@@ -313,7 +330,8 @@ class _Run:
         weights = getattr(self.model, "weights", None)
         if getattr(weights, "training", None) != "full":
             raise ValueError(
-                "trainer.sharding is for model.weights = full; with lora set it to none: ranks hold copies")
+                "trainer.sharding is for model.weights = full; with lora set it to none: ranks hold copies"
+            )
         if self.ranks.size == 1:
             raise ValueError("trainer.sharding needs more than one rank; add --nproc, or start it with torchrun")
         return distributed.shard(weights.networks.values(), distributed.mesh(self.settings.sharding))
@@ -353,9 +371,7 @@ class _Run:
         last = step == s.steps or bool(self.finished)
         if s.preview_every and step % s.preview_every == 0 and not last:
             self._preview()
-        if not last and (
-            (s.checkpoint_every and step % s.checkpoint_every == 0) or self.guard["best_step"] == step
-        ):
+        if not last and ((s.checkpoint_every and step % s.checkpoint_every == 0) or self.guard["best_step"] == step):
             self._save()
 
     def _batch(self, step: int) -> tuple[list[str], Tensor, Tensor | None]:
@@ -476,9 +492,7 @@ class _Run:
         if loss.value.requires_grad:
             loss.value.backward()
         elif check_gradient:
-            raise ValueError(
-                f"the loss of step 1 carries no gradient. Likely cause: {self._gradient_cause()}"
-            )
+            raise ValueError(f"the loss of step 1 carries no gradient. Likely cause: {self._gradient_cause()}")
 
     def _optimize(self, name: str, step: int, problem: str, check_gradient: bool) -> tuple[float, str]:
         """Clip and update the named weights unless something is not finite: (gradient norm, what is wrong or "")."""
@@ -540,8 +554,10 @@ class _Run:
         if not pred.x0.requires_grad:
             return "model.predict loses the policy's gradient (run under no_grad, or another adapter left active)"
         if self._same_for_all_words():
-            return ("the reward does not read the prompt, so the relative preference is always 0: set "
-                    "algorithm.preference=absolute, with reward.noised (combine.noised_relative) for a negative")
+            return (
+                "the reward does not read the prompt, so the relative preference is always 0: set "
+                "algorithm.preference=absolute, with reward.noised (combine.noised_relative) for a negative"
+            )
         return "a reward past its hinge, fully saturated pixels, or a step length of zero"
 
     @torch.no_grad()
@@ -663,8 +679,9 @@ class _Run:
                 f"{self.folder} already holds a run: continue it with `palate resume {self.folder}`, choose another "
                 "run.folder, or replace it with --fresh"
             )
-        checkpoint.write_atomically(self.folder / "environment.json",
-                                    json.dumps(environment(self.base), indent=1).encode())
+        checkpoint.write_atomically(
+            self.folder / "environment.json", json.dumps(environment(self.base), indent=1).encode()
+        )
         (self.folder / "control.json").unlink(missing_ok=True)
 
     def _first_look(self) -> None:
@@ -758,8 +775,9 @@ class _Run:
     def _check_best(self, values: dict[str, float]) -> None:
         best = self.settings.guard.best
         if best is not None and best not in values:
-            raise ValueError(f"trainer.guard.best: there is no metric {best!r}; "
-                             f"expected null or one of {', '.join(sorted(values))}")
+            raise ValueError(
+                f"trainer.guard.best: there is no metric {best!r}; expected null or one of {', '.join(sorted(values))}"
+            )
 
     def _forget_best(self) -> None:
         """New words make rewards incomparable: the next check inside the limits becomes the best."""
@@ -884,7 +902,15 @@ class _Run:
         first: dict[str, Tensor] = {}
         plain = checkpoint.split(states[0], "algorithm", first)
         first = {key: distributed.full(value) for key, value in first.items()}
-        if total == 1 or len(set(sum(self.ranks.exchange([_state_digest(state) for state in states]), []))) == 1:
+        if (
+            total == 1
+            or len(
+                set(
+                    functools.reduce(operator.iadd, self.ranks.exchange([_state_digest(state) for state in states]), [])
+                )
+            )
+            == 1
+        ):
             tensors |= first
             return {"shares": total, "algorithm": plain}
         own: dict[str, Tensor] = {}
@@ -892,7 +918,11 @@ class _Run:
         trees = [checkpoint.split(state, f"algorithm/{start + k}", own) for k, state in enumerate(states)]
         for theirs in self.ranks.collect(own):
             tensors |= theirs
-        return {"shares": total, "algorithm": {}, "algorithms": sum(self.ranks.exchange(trees), [])}
+        return {
+            "shares": total,
+            "algorithm": {},
+            "algorithms": functools.reduce(operator.iadd, self.ranks.exchange(trees), []),
+        }
 
     def _moving(self) -> dict[str, Tensor]:
         """Everything that an update changes, by the names of a checkpoint: weights, averages, optimizer moments."""
@@ -974,7 +1004,8 @@ class _Run:
     def _load_tensors(self, saved: checkpoint.Checkpoint) -> None:
         if saved.state["trains"] != list(self.parameters):
             raise checkpoint.CheckpointError(
-                f"the checkpoint trains {saved.state['trains']}, this run {list(self.parameters)}")
+                f"the checkpoint trains {saved.state['trains']}, this run {list(self.parameters)}"
+            )
         for name, parameters in self.parameters.items():
             _copy_into(parameters, saved.tensors, f"weights/{name}")
             if self.ema:
@@ -1007,10 +1038,12 @@ def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> None
     if not isinstance(values, Tensor) or values.shape != (len(images),):
         got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(
-            f"the reward returned {got} for {len(images)} images; expected a tensor of shape ({len(images)},)")
+            f"the reward returned {got} for {len(images)} images; expected a tensor of shape ({len(images)},)"
+        )
     if not torch.isfinite(values).all():
         raise ValueError(
-            f"the reward returned {[round(float(v), 4) for v in values]} for images of noise; expected finite numbers")
+            f"the reward returned {[round(float(v), 4) for v in values]} for images of noise; expected finite numbers"
+        )
 
 
 def rewind(folder: Path, step: int) -> list[dict[str, Any]]:
@@ -1027,7 +1060,8 @@ def rewind(folder: Path, step: int) -> list[dict[str, Any]]:
         pass
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{waiting}: not the steering events of a run ({error}); delete it to continue without them") from error
+            f"{waiting}: not the steering events of a run ({error}); delete it to continue without them"
+        ) from error
     replay = [events[number] for number in sorted(events)]
     checkpoint.write_atomically(waiting, json.dumps(replay).encode())
     kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
@@ -1074,7 +1108,8 @@ def _copy_into(targets: Sequence[Tensor], tensors: dict[str, Tensor], prefix: st
     got = sorted(key for key in tensors if key.startswith(f"{prefix}/"))
     if got != expected:
         raise checkpoint.CheckpointError(
-            f"the checkpoint holds {len(got)} tensors of {prefix}, the model {len(expected)}")
+            f"the checkpoint holds {len(got)} tensors of {prefix}, the model {len(expected)}"
+        )
     for key, target in zip(expected, targets, strict=True):
         value = tensors[key]
         if value.shape != target.shape or value.dtype != target.dtype:
@@ -1089,15 +1124,19 @@ def _moments(parameters: Sequence[Tensor], tensors: dict[str, Tensor], prefix: s
     """AdamW's state in a checkpoint, cut as the parameters are; a parameter that never had a gradient has none."""
     moments: dict[int, dict[str, Tensor]] = {}
     for i, parameter in enumerate(parameters):
-        expected = {"step": (torch.float32, torch.Size()), "exp_avg": (parameter.dtype, parameter.shape),
-                    "exp_avg_sq": (parameter.dtype, parameter.shape)}
+        expected = {
+            "step": (torch.float32, torch.Size()),
+            "exp_avg": (parameter.dtype, parameter.shape),
+            "exp_avg_sq": (parameter.dtype, parameter.shape),
+        }
         found = {part: f"{prefix}/{i:04d}/{part}" for part in expected}
         parts = {part: tensors[key] for part, key in found.items() if key in tensors}
         if parts and {part: (value.dtype, value.shape) for part, value in parts.items()} != expected:
             raise checkpoint.CheckpointError(f"{prefix}/{i:04d} of the checkpoint does not fit the model's parameter")
         if parts:
-            moments[i] = {part: value if part == "step" else distributed.like(value, parameter)
-                          for part, value in parts.items()}
+            moments[i] = {
+                part: value if part == "step" else distributed.like(value, parameter) for part, value in parts.items()
+            }
     if sum(map(len, moments.values())) != sum(key.startswith(f"{prefix}/") for key in tensors):
         raise checkpoint.CheckpointError(f"the checkpoint holds tensors of {prefix} for which there is no parameter")
     return moments
@@ -1175,17 +1214,22 @@ def memory_levers(s: TrainerSettings, parameters: dict[str, list[torch.nn.Parame
         taken = 0 if peak is None else max(peak - 4 * trained, 0)
         share = "" if peak is None else f", of the {taken:.1f} GiB that images and activations took"
         lines.append(
-            f"trainer.micro_batches={finer}: {s.micro_batches / finer:.0%} of a step's activations at a time{share}")
+            f"trainer.micro_batches={finer}: {s.micro_batches / finer:.0%} of a step's activations at a time{share}"
+        )
     else:
         lines.append(
-            "a smaller image, fewer differentiated steps, or gradient checkpointing: one image at a time is reached")
-    lines.append(f"model.weights=lora, or a smaller model.lora_rank: training holds {4 * trained:.2f} GiB now "
-                 "(weights, gradients, two moments)")
+            "a smaller image, fewer differentiated steps, or gradient checkpointing: one image at a time is reached"
+        )
+    lines.append(
+        f"model.weights=lora, or a smaller model.lora_rank: training holds {4 * trained:.2f} GiB now "
+        "(weights, gradients, two moments)"
+    )
     if s.ema_decay:
         lines.append(f"trainer.ema_decay=0: {trained:.2f} GiB")
     lines.append(
         "--nproc N: each rank works on 1/N of the batch; with model.weights=full and trainer.sharding=full each "
-                 f"holds 1/N of the {4 * trained:.2f} GiB")
+        f"holds 1/N of the {4 * trained:.2f} GiB"
+    )
     return "\n".join(lines)
 
 

@@ -57,8 +57,14 @@ def known_words(prompt: str) -> list[str]:
     known = set(vocab.words)
     result, unknown = [], []
     for word in re.findall(r"[^\W_]+", prompt.lower()):
-        candidates = [word, vocab.synonyms.get(word), word.removesuffix("s"), word.removesuffix("es"),
-                      vocab.synonyms.get(word.removesuffix("s")), {"an": "a", "in": "on"}.get(word)]
+        candidates = [
+            word,
+            vocab.synonyms.get(word),
+            word.removesuffix("s"),
+            word.removesuffix("es"),
+            vocab.synonyms.get(word.removesuffix("s")),
+            {"an": "a", "in": "on"}.get(word),
+        ]
         match = next((c for c in candidates if c in known), None)
         if match is None:
             unknown.append(word)
@@ -87,5 +93,6 @@ def parse_prompt(prompt: str) -> Caption:
     def last(kind: Sequence[str]) -> str | None:
         return next((w for w in reversed(words) if w in kind), None)
 
-    return Caption(last(vocab.concepts), last(vocab.styles), last(list(vocab.colours)), last(vocab.sizes),
-                   last(vocab.positions))
+    return Caption(
+        last(vocab.concepts), last(vocab.styles), last(list(vocab.colours)), last(vocab.sizes), last(vocab.positions)
+    )

@@ -57,8 +57,10 @@ class DDPOSettings:
             ("clip: above 0", not self.clip > 0),
             ("advantage_clip: above 0", not self.advantage_clip > 0),
             ("density: 'per_element' or 'joint'", self.density not in ("per_element", "joint")),
-            ("history: 0, or at least enough, and enough at least 2",
-             self.history < 0 or self.enough < 2 or 0 < self.history < self.enough),
+            (
+                "history: 0, or at least enough, and enough at least 2",
+                self.history < 0 or self.enough < 2 or 0 < self.history < self.enough,
+            ),
         ):
             if wrong:
                 name = problem.split(":")[0]
@@ -67,8 +69,10 @@ class DDPOSettings:
     def check_batch(self, size: int) -> None:
         """ValueError for a batch that is too small."""
         if size < max(2, self.minibatches):
-            raise ValueError(f"trainer.batch_size is {size}; DDPO expected at least 2 and at least "
-                             f"algorithm.minibatches = {self.minibatches}: rewards are compared within the batch")
+            raise ValueError(
+                f"trainer.batch_size is {size}; DDPO expected at least 2 and at least "
+                f"algorithm.minibatches = {self.minibatches}: rewards are compared within the batch"
+            )
 
 
 class DDPO:
@@ -103,8 +107,11 @@ class DDPO:
                 mean, std = transition(model, now.x, now.t, now.t_next, cond, s)
                 rho = ratio(log_prob(now.x_next, mean, std), now.log_prob, now.x[0].numel(), s.density)
                 value = clipped_loss(rho, advantages[chosen.to(x0.device)], s.clip) / len(path)
-                metrics = {"reward": rewards.mean(), "ratio": rho.mean().detach(),
-                           "clipped": ((rho - 1).abs() > s.clip).double().mean()}
+                metrics = {
+                    "reward": rewards.mean(),
+                    "ratio": rho.mean().detach(),
+                    "clipped": ((rho - 1).abs() > s.clip).double().mean(),
+                }
                 yield Loss(value, metrics, "policy" if number == len(path) - 1 else None)
 
     def advantages(self, prompts: Sequence[str], rewards: Tensor) -> Tensor:
@@ -178,5 +185,9 @@ def calls_per_update(settings: DDPOSettings) -> dict[str, int]:
     forward = (2 steps - 1) g,  backward = (steps - 1) g,  decode = reward = 1,  g = 2 with guidance, else 1.
     """
     guided = 1 if settings.guidance == 1 else 2
-    return {"forward": (2 * settings.steps - 1) * guided, "backward": (settings.steps - 1) * guided, "decode": 1,
-            "reward": 1}
+    return {
+        "forward": (2 * settings.steps - 1) * guided,
+        "backward": (settings.steps - 1) * guided,
+        "decode": 1,
+        "reward": 1,
+    }

@@ -41,7 +41,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class Generator:
     output is the network's x0. Training with steps > 1 stops after a random one, whose x0 is used.
     """
 
-    __pydantic_config__ = {"extra": "forbid"}
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     t_init: float = 0.714  # a flow's sigma / alpha = 2.5 there, the level of the presets for SD1.5 and PixArt
     input_scale: float | None = None
@@ -74,8 +74,10 @@ class Generator:
     def __post_init__(self) -> None:
         for problem, wrong in (
             ("t_init: above 0 and at most 1", not 0 < self.t_init <= 1),
-            ("input_scale: above 0, or null for sigma(t_init)",
-             self.input_scale is not None and not self.input_scale > 0),
+            (
+                "input_scale: above 0, or null for sigma(t_init)",
+                self.input_scale is not None and not self.input_scale > 0,
+            ),
             ("steps: at least 1", self.steps < 1),
         ):
             if wrong:
@@ -134,8 +136,10 @@ class DistarSettings:
             ("divergence: 'distar' or 'kl'", self.divergence not in ("distar", "kl")),
             ("distance: 'pseudo_huber' or 'l2'", self.distance not in ("pseudo_huber", "l2")),
             ("gradient: 'paper' or 'total'", self.gradient not in ("paper", "total")),
-            ("gradient: 'paper' with divergence='kl', which has one gradient",
-             self.divergence == "kl" and self.gradient != "paper"),
+            (
+                "gradient: 'paper' with divergence='kl', which has one gradient",
+                self.divergence == "kl" and self.gradient != "paper",
+            ),
             ("weight: 'one' or 'normalised'", self.weight not in ("one", "normalised")),
             ("cfg: 'in' or 'out'", self.cfg not in ("in", "out")),
             ("assistant_error: 'eps', 'velocity' or 'x0'", self.assistant_error not in ("eps", "velocity", "x0")),
@@ -183,13 +187,17 @@ class Distar:
         told = []
         bound = assistant_rate_bound(rates["policy"], self.settings.assistant_steps)
         if rates["assistant"] < bound:
-            told.append(f"the assistant's learning rate {rates['assistant']:g} is below {bound:g} (4 x the generator's "
-                        "/ assistant_steps), where a linear analysis begins to oscillate; raise trainer.lrs.assistant "
-                        "or algorithm.assistant_steps if assistant_lag grows")
+            told.append(
+                f"the assistant's learning rate {rates['assistant']:g} is below {bound:g} (4 x the generator's "
+                "/ assistant_steps), where a linear analysis begins to oscillate; raise trainer.lrs.assistant "
+                "or algorithm.assistant_steps if assistant_lag grows"
+            )
         if self.updates >= LAG_STEPS and abs(self.lag) > LAG_LIMIT:
-            told.append(f"the assistant lags behind the generator (assistant_lag is beyond {LAG_LIMIT:g}), so the "
-                        "divergence pushes in wrong directions; raise trainer.lrs.assistant or "
-                        "algorithm.assistant_steps, or lower trainer.lr")
+            told.append(
+                f"the assistant lags behind the generator (assistant_lag is beyond {LAG_LIMIT:g}), so the "
+                "divergence pushes in wrong directions; raise trainer.lrs.assistant or "
+                "algorithm.assistant_steps, or lower trainer.lr"
+            )
         return told
 
     def step(self, model: Model, reward: Reward, batch: Batch, rng: Random) -> Iterator[Loss]:
@@ -231,14 +239,15 @@ class Distar:
         if s.reward_scale and rng.step > s.distil_steps:
             values = reward(model.decode(leaf), batch.prompts)
             if not values.requires_grad:
-                raise ValueError("the reward is not differentiable (a black box such as jpeg_size), and Diff-Instruct* "
-                                 "needs its gradient; use a differentiable one, or algorithm.reward_scale=0")
+                raise ValueError(
+                    "the reward is not differentiable (a black box such as jpeg_size), and Diff-Instruct* "
+                    "needs its gradient; use a differentiable one, or algorithm.reward_scale=0"
+                )
             wanted = -s.reward_scale * values.mean()
             (pull,) = torch.autograd.grad(wanted, leaf)
             share = capped_share(pull, push, s.reward_cap)
             loss, push = loss + wanted.detach(), push + share * pull
-            metrics |= {"reward": values.mean(), "force_reward": _norms(pull).mean(),
-                        "reward_share": share.mean()}
+            metrics |= {"reward": values.mean(), "force_reward": _norms(pull).mean(), "reward_share": share.mean()}
         value = (push * x0).sum()
         value = value + (loss - value).detach()  # reads as the loss, differentiates as the forces
         return value, {name: metric.detach() for name, metric in metrics.items()}
@@ -265,18 +274,17 @@ class Distar:
                     target = plain + s.alpha_cfg * (plain - unconditional)
             weight = normaliser(leaf, target) if s.weight == "normalised" else 1.0
             tractable = distar_loss(ours, target, leaf, distance=s.distance, c=c, weight=weight, gradient=s.gradient)
-            if s.divergence == "kl":
-                loss = kl_loss(ours, target, leaf, weight=weight).mean()
-            else:
-                loss = tractable.mean()
+            loss = kl_loss(ours, target, leaf, weight=weight).mean() if s.divergence == "kl" else tractable.mean()
             if s.alpha_cfg and s.cfg == "out":
                 loss = loss + implicit_reward_loss(plain, unconditional, leaf, s.alpha_cfg, weight=weight).mean()
             (push,) = torch.autograd.grad(loss, leaf)
         y = (ours - target).detach()
         gap = distance_of(y, s.distance, c)
         scale = _dot(slope_of(y, s.distance, c), y) * _column(weight)
-        self._follow(float((tractable.detach() - (gap * _column(weight) if s.gradient == "total" else 0)).mean()),
-                     float(scale.mean()))
+        self._follow(
+            float((tractable.detach() - (gap * _column(weight) if s.gradient == "total" else 0)).mean()),
+            float(scale.mean()),
+        )
         metrics = {
             "divergence": gap.mean(),
             "gap": y.square().flatten(1).sum(1).mean(),
@@ -298,8 +306,14 @@ class Distar:
 
 
 def distar_loss(
-    pred_assistant: Prediction | Tensor, pred_reference: Prediction | Tensor, x0: Tensor, *,
-    distance: Distance = "pseudo_huber", c: float, weight: Tensor | float = 1.0, gradient: Gradient = "paper",
+    pred_assistant: Prediction | Tensor,
+    pred_reference: Prediction | Tensor,
+    x0: Tensor,
+    *,
+    distance: Distance = "pseudo_huber",
+    c: float,
+    weight: Tensor | float = 1.0,
+    gradient: Gradient = "paper",
 ) -> Tensor:
     """w -d'(y) . (D_psi - x0), y = D_psi - D_ref: (B,), whose gradient is that of E d(y) for frozen samples.
 
@@ -339,7 +353,10 @@ def slope_of(y: Tensor, distance: Distance, c: float) -> Tensor:
 
 
 def kl_loss(
-    pred_assistant: Prediction | Tensor, pred_reference: Prediction | Tensor, x0: Tensor, *,
+    pred_assistant: Prediction | Tensor,
+    pred_reference: Prediction | Tensor,
+    x0: Tensor,
+    *,
     weight: Tensor | float = 1.0,
 ) -> Tensor:
     """w sg[D_psi - D_ref] . x0, (B,): Diff-Instruct(++)'s gradient of the integral KL. Its value means nothing."""
@@ -347,7 +364,11 @@ def kl_loss(
 
 
 def implicit_reward_loss(
-    pred_conditional: Prediction | Tensor, pred_null: Prediction | Tensor, x0: Tensor, alpha_cfg: float, *,
+    pred_conditional: Prediction | Tensor,
+    pred_null: Prediction | Tensor,
+    x0: Tensor,
+    alpha_cfg: float,
+    *,
     weight: Tensor | float = 1.0,
 ) -> Tensor:
     """-w alpha_cfg sg[D_c - D_0] . x0, (B,): guidance as a reward (DI++). Added to `kl_loss` it equals cfg="in"."""
@@ -410,8 +431,13 @@ def calls_per_update(
         return {"predict": alone, "decode": 0, "reward": 0, "assistant": s.assistant_steps, "policy": 0}
     images = (s.assistant_steps + 1) * (s.generator.steps + 1) / 2
     rewards = 0 if distilling or not s.reward_scale else 1
-    return {"predict": images + s.assistant_steps + 2 + (1 if s.alpha_cfg else 0), "decode": rewards, "reward": rewards,
-            "assistant": s.assistant_steps, "policy": 1}
+    return {
+        "predict": images + s.assistant_steps + 2 + (1 if s.alpha_cfg else 0),
+        "decode": rewards,
+        "reward": rewards,
+        "assistant": s.assistant_steps,
+        "policy": 1,
+    }
 
 
 @contextmanager

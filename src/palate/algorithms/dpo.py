@@ -47,8 +47,10 @@ class DPOSettings:
 
     def __post_init__(self) -> None:
         if not (self.beta > 0 and self.steps >= 1 and self.shift > 0):
-            raise ValueError("DPOSettings expected beta > 0, steps >= 1, shift > 0; "
-                             f"got beta = {self.beta}, steps = {self.steps}, shift = {self.shift}")
+            raise ValueError(
+                "DPOSettings expected beta > 0, steps >= 1, shift > 0; "
+                f"got beta = {self.beta}, steps = {self.steps}, shift = {self.shift}"
+            )
 
 
 class DPO:
@@ -69,8 +71,7 @@ class DPO:
         policy = model.predict(xt, t, cond).eps
         preferred, rejected = excess_error(policy, reference, eps).chunk(2)
         losses, right = dpo_loss(preferred, rejected, self.settings.beta)
-        metrics |= {"prefers": right.mean(), "excess_preferred": preferred.mean(),
-                    "excess_rejected": rejected.mean()}
+        metrics |= {"prefers": right.mean(), "excess_preferred": preferred.mean(), "excess_rejected": rejected.mean()}
         value = (weight * losses).mean()
         yield Loss(value, {name: number.detach() for name, number in metrics.items()}, "policy")
 
@@ -82,14 +83,23 @@ class DPO:
         kind = state_kind(model)
         if batch.latents is not None:
             if batch.latents.shape[1:] != (2, *model.latent_shape):
-                raise ValueError(f"DPO got latents of shape {tuple(batch.latents.shape)}; expected "
-                                 f"(B, 2, {', '.join(map(str, model.latent_shape))}), the preferred and the rejected "
-                                 "image of each prompt: give prompts.pairs, or prompts.file to have pairs drawn")
+                raise ValueError(
+                    f"DPO got latents of shape {tuple(batch.latents.shape)}; expected "
+                    f"(B, 2, {', '.join(map(str, model.latent_shape))}), the preferred and the rejected "
+                    "image of each prompt: give prompts.pairs, or prompts.file to have pairs drawn"
+                )
             return batch.latents.to(**kind), torch.ones(len(batch.prompts), **kind), {}
         rng = Random(rng.seed, rng.step, [2 * i + k for i in rng.ids for k in range(2)])
         prompts = [prompt for prompt in batch.prompts for _ in range(2)]
-        x0 = sample(model, model.encode_prompts(prompts), rng.normal("rollout", model.latent_shape).to(**kind), s.steps,
-                    guidance=s.guidance, shift=s.shift, weights="reference")
+        x0 = sample(
+            model,
+            model.encode_prompts(prompts),
+            rng.normal("rollout", model.latent_shape).to(**kind),
+            s.steps,
+            guidance=s.guidance,
+            shift=s.shift,
+            weights="reference",
+        )
         scores = reward(model.decode(x0), prompts).view(-1, 2)
         best = scores.argmax(1)
         rows = torch.arange(len(best), device=best.device)

@@ -39,8 +39,9 @@ class DRaFTSettings:
         if not 1 <= self.K <= self.steps:
             raise ValueError(f"DRaFTSettings expected 1 <= K <= steps; got K = {self.K}, steps = {self.steps}")
         if self.n < 0 or (self.n and self.K != 1):
-            raise ValueError("DRaFTSettings expected n >= 0, and K = 1 when n > 0 (DRaFT-LV); "
-                             f"got n = {self.n}, K = {self.K}")
+            raise ValueError(
+                f"DRaFTSettings expected n >= 0, and K = 1 when n > 0 (DRaFT-LV); got n = {self.n}, K = {self.K}"
+            )
         if not self.shift > 0:
             raise ValueError(f"DRaFTSettings expected shift > 0; got shift = {self.shift}")
 
@@ -74,5 +75,9 @@ def calls_per_update(settings: DRaFTSettings) -> dict[str, int]:
     forward = (steps + n) g,  backward = (K + n) g,  decode = reward = n + 1,  g = 2 with guidance, else 1.
     """
     guided = 1 if settings.guidance == 1 else 2
-    return {"forward": (settings.steps + settings.n) * guided, "backward": (settings.K + settings.n) * guided,
-            "decode": settings.n + 1, "reward": settings.n + 1}
+    return {
+        "forward": (settings.steps + settings.n) * guided,
+        "backward": (settings.K + settings.n) * guided,
+        "decode": settings.n + 1,
+        "reward": settings.n + 1,
+    }

@@ -68,8 +68,10 @@ class FlowGRPOSettings:
             ("eta: above 0 and at most 1", not 0 < self.eta <= 1),
             ("shift: above 0", not self.shift > 0),
             ("fraction: above 0 and at most 1", not 0 < self.fraction <= 1),
-            ("window: between 1 and steps - 1, or null for all steps",
-             self.window is not None and not 1 <= self.window < self.steps),
+            (
+                "window: between 1 and steps - 1, or null for all steps",
+                self.window is not None and not 1 <= self.window < self.steps,
+            ),
             ("window_every: at least 1", self.window_every < 1),
             ("baseline: 'group' or 'batch'", self.baseline not in ("group", "batch")),
             ("advantage_clip: above 0", not self.advantage_clip > 0),
@@ -177,7 +179,13 @@ def rollout(
 
 
 def transition(
-    model: Model, x: Tensor, t: Tensor, t_next: Tensor, cond: Cond, settings: FlowGRPOSettings, *,
+    model: Model,
+    x: Tensor,
+    t: Tensor,
+    t_next: Tensor,
+    cond: Cond,
+    settings: FlowGRPOSettings,
+    *,
     weights: str = "policy",
 ) -> tuple[Tensor, Tensor]:
     """Mean (N, C, h, w) and standard deviation (N, 1, 1, 1) of p_theta(x_next | x)."""
@@ -227,5 +235,9 @@ def calls_per_update(settings: FlowGRPOSettings) -> dict[str, int]:
     s = settings
     trained = math.ceil(s.fraction * len(random_steps(s, 1)) - 1e-9)
     each = s.group * (1 if s.guidance == 1 else 2)
-    return {"forward": each * (s.steps + trained * (2 if s.beta else 1)), "backward": each * trained, "decode": s.group,
-            "reward": s.group}
+    return {
+        "forward": each * (s.steps + trained * (2 if s.beta else 1)),
+        "backward": each * trained,
+        "decode": s.group,
+        "reward": s.group,
+    }

@@ -130,8 +130,11 @@ class NFT:
             else:
                 errors.append((v - (eps - x0)).square().flatten(1).mean(1))
         value = (r * errors[0] + (1 - r) * errors[1]).mean()
-        metrics = {"positive": errors[0].mean(), "negative": errors[1].mean(),
-                   "from_old": (v_theta - v_old).square().mean()}
+        metrics = {
+            "positive": errors[0].mean(),
+            "negative": errors[1].mean(),
+            "from_old": (v_theta - v_old).square().mean(),
+        }
         if s.kl:
             metrics["kl"] = apart = (v_theta - v_ref).square().mean()
             value = value + s.kl * apart

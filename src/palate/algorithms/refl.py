@@ -45,11 +45,14 @@ class ReFLSettings:
 
     def __post_init__(self) -> None:
         if not 1 <= self.T1 <= self.T2 <= self.T:
-            raise ValueError("ReFLSettings expected 1 <= T1 <= T2 <= T; "
-                             f"got T1 = {self.T1}, T2 = {self.T2}, T = {self.T}")
+            raise ValueError(
+                f"ReFLSettings expected 1 <= T1 <= T2 <= T; got T1 = {self.T1}, T2 = {self.T2}, T = {self.T}"
+            )
         if not (self.lam > 0 and self.pretrain >= 0 and self.shift > 0):
-            raise ValueError("ReFLSettings expected lam > 0, pretrain >= 0, shift > 0; "
-                             f"got lam = {self.lam}, pretrain = {self.pretrain}, shift = {self.shift}")
+            raise ValueError(
+                "ReFLSettings expected lam > 0, pretrain >= 0, shift > 0; "
+                f"got lam = {self.lam}, pretrain = {self.pretrain}, shift = {self.shift}"
+            )
 
 
 class ReFL:
@@ -62,8 +65,10 @@ class ReFL:
         """One update: the reward of a one-call prediction late in sampling, then L_pre if it has a weight."""
         s = self.settings
         if s.pretrain and batch.latents is None:
-            raise ValueError(f"algorithm.pretrain is {s.pretrain} but the run has no real images; give prompts.images "
-                             "a folder of captioned images, or set algorithm.pretrain=0")
+            raise ValueError(
+                f"algorithm.pretrain is {s.pretrain} but the run has no real images; give prompts.images "
+                "a folder of captioned images, or set algorithm.pretrain=0"
+            )
         left = rng.shared_integer("steps-left", s.T1, s.T2)
         noise = rng.normal("rollout", model.latent_shape).to(**state_kind(model))
         with torch.no_grad():

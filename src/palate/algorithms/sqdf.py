@@ -71,22 +71,35 @@ class SQDFSettings:
     def __post_init__(self) -> None:
         steps_of(self.estimator)
         for problem, wrong in (
-            ("rollout_steps, rollout_every and buffer_size: at least 1",
-             min(self.rollout_steps, self.rollout_every, self.buffer_size) < 1),
+            (
+                "rollout_steps, rollout_every and buffer_size: at least 1",
+                min(self.rollout_steps, self.rollout_every, self.buffer_size) < 1,
+            ),
             ("shift: above 0", not self.shift > 0),
-            ("final_time: above 0 and below 1; at 0 the last step has std = 0 and its KL is infinite",
-             not 0 < self.final_time < 1),
-            ("eta: above 0 and at most 1; with eta = 0 the sampler is deterministic, std = 0, and the KL between two "
-             "different steps is infinite: set eta = 1", not 0 < self.eta <= 1),
+            (
+                "final_time: above 0 and below 1; at 0 the last step has std = 0 and its KL is infinite",
+                not 0 < self.final_time < 1,
+            ),
+            (
+                "eta: above 0 and at most 1; with eta = 0 the sampler is deterministic, std = 0, and the KL between "
+                "two different steps is infinite: set eta = 1",
+                not 0 < self.eta <= 1,
+            ),
             ("alpha_kl: at least 0", not self.alpha_kl >= 0),
             ("gamma: 0 to 1", not 0 <= self.gamma <= 1),
-            ("buffer: none, uniform, prioritised or importance",
-             self.buffer not in ("none", "uniform", "prioritised", "importance")),
+            (
+                "buffer: none, uniform, prioritised or importance",
+                self.buffer not in ("none", "uniform", "prioritised", "importance"),
+            ),
             ("buffer_memory: at least 0 MiB", self.buffer_memory < 0),
-            ("rollout_every: 1 with buffer = 'none', where every update needs its own rollout",
-             self.buffer == "none" and self.rollout_every != 1),
-            ("estimator_guidance: 1 with estimator = 'consistency', whose guidance was fixed when it was distilled",
-             self.estimator == "consistency" and self.estimator_guidance != 1),
+            (
+                "rollout_every: 1 with buffer = 'none', where every update needs its own rollout",
+                self.buffer == "none" and self.rollout_every != 1,
+            ),
+            (
+                "estimator_guidance: 1 with estimator = 'consistency', whose guidance was fixed when it was distilled",
+                self.estimator == "consistency" and self.estimator_guidance != 1,
+            ),
         ):
             if wrong:
                 names = problem.split(":")[0].replace(" and ", ", ").split(", ")
@@ -96,8 +109,10 @@ class SQDFSettings:
     def check_batch(self, size: int) -> None:
         """ValueError for a batch that is too large."""
         if self.buffer != "none" and self.buffer_size < size:
-            raise ValueError(f"algorithm.buffer_size = {self.buffer_size} is smaller than a batch of {size}; expected "
-                             "at least trainer.batch_size")
+            raise ValueError(
+                f"algorithm.buffer_size = {self.buffer_size} is smaller than a batch of {size}; expected "
+                "at least trainer.batch_size"
+            )
 
 
 class SQDF:
@@ -225,8 +240,10 @@ def transition(
     std = transition_std(alpha, sigma, alpha_next, sigma_next, eta)
     if bool((std <= 0).any()):
         why = "eta = 0" if eta == 0 else "a step to sigma = 0" if bool((sigma_next <= 0).any()) else "equal levels"
-        raise ValueError(f"transition got std = 0 ({why}), where the KL is infinite; expected eta in (0, 1] and a last "
-                         "level with sigma > 0 (final_time)")
+        raise ValueError(
+            f"transition got std = 0 ({why}), where the KL is infinite; expected eta in (0, 1] and a last "
+            "level with sigma > 0 (final_time)"
+        )
     return move(pred, alpha_next, sigma_next, std), std
 
 
@@ -269,8 +286,9 @@ def steps_of(estimator: str) -> int:
         return 1
     if found := _ROLLOUT.fullmatch(estimator):
         return int(found[1])
-    raise ValueError(f"estimator: got {estimator!r}; expected tweedie, consistency or rollout-n with n in 1..99, as "
-                     "rollout-2")
+    raise ValueError(
+        f"estimator: got {estimator!r}; expected tweedie, consistency or rollout-n with n in 1..99, as rollout-2"
+    )
 
 
 def levels(steps: int, *, shift: float, final_time: float) -> Tensor:
@@ -295,5 +313,9 @@ def calls_per_update(settings: SQDFSettings, walked: int | None = None) -> dict[
     collected = float(s.buffer != "none" and walked != 0) / (s.rollout_every if walked is None else 1)
     if walked is None:
         walked = (s.rollout_steps - 1) / 2 if s.buffer == "none" else s.rollout_steps / s.rollout_every
-    return {"forward": (walked + 2) * guided + steps_of(s.estimator) * of_estimate, "backward": guided,
-            "decode": 1 + collected, "reward": 1 + collected}
+    return {
+        "forward": (walked + 2) * guided + steps_of(s.estimator) * of_estimate,
+        "backward": guided,
+        "decode": 1 + collected,
+        "reward": 1 + collected,
+    }

@@ -93,26 +93,37 @@ class SRPOSettings:
         for name in ("branches", "window", "train_timestep", "k_denoise", "k_inversion", "discount"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for problem, wrong in (
-            ("branches: one or both of 'denoise', 'inversion', each once",
-             not self.branches or len(set(self.branches)) < len(self.branches)
-             or not set(self.branches) <= {"denoise", "inversion"}),
+            (
+                "branches: one or both of 'denoise', 'inversion', each once",
+                not self.branches
+                or len(set(self.branches)) < len(self.branches)
+                or not set(self.branches) <= {"denoise", "inversion"},
+            ),
             ("n and rollout_steps: at least 1", self.n < 1 or self.rollout_steps < 1),
             ("noise: 'fresh' or 'rollout'", self.noise not in ("fresh", "rollout")),
             ("levels: 'window' or 'released'", self.levels not in ("window", "released")),
             ("preference: 'relative' or 'absolute'", self.preference not in ("relative", "absolute")),
-            ("template: a text with {control} and {prompt}",
-             "{control}" not in self.template or "{prompt}" not in self.template),
+            (
+                "template: a text with {control} and {prompt}",
+                "{control}" not in self.template or "{prompt}" not in self.template,
+            ),
             ("window: (low, high) with 0 <= low < high <= 1", not 0 <= self.window[0] < self.window[1] <= 1),
-            ("step: above 0 and at most half of the window, because both branches stay inside it",
-             not 0 < self.step <= (self.window[1] - self.window[0]) / 2 + 1e-12),
+            (
+                "step: above 0 and at most half of the window, because both branches stay inside it",
+                not 0 < self.step <= (self.window[1] - self.window[0]) / 2 + 1e-12,
+            ),
             ("timestep_length: at least 10", self.timestep_length < 10),
             ("groundtruth_ratio: between 0 and 1", not 0 < self.groundtruth_ratio <= 1),
-            ("train_timestep: (a, b) with 0 <= a < b <= vis_sampling_step",
-             not 0 <= self.train_timestep[0] < self.train_timestep[1] <= self.vis_sampling_step),
+            (
+                "train_timestep: (a, b) with 0 <= a < b <= vis_sampling_step",
+                not 0 <= self.train_timestep[0] < self.train_timestep[1] <= self.vis_sampling_step,
+            ),
             ("shift: above 0", not self.shift > 0),
             ("anchor: at least 0", not self.anchor >= 0),
-            ("k_denoise, k_inversion: (0, 0) with preference='absolute', which has no k",
-             self.preference == "absolute" and any(self.k_denoise + self.k_inversion)),
+            (
+                "k_denoise, k_inversion: (0, 0) with preference='absolute', which has no k",
+                self.preference == "absolute" and any(self.k_denoise + self.k_inversion),
+            ),
         ):
             if wrong:
                 names = problem.split(":")[0].split(", ")
@@ -143,8 +154,10 @@ class SRPO:
     def control_texts(self, prompt: str) -> dict[str, list[str]]:
         """What the reward is asked about a prompt, for each control word in force: the loop tries new words on it."""
         words = {"positive": self.positive, "negative": self.negative}
-        return {side: [with_control(word, [prompt], self.settings.template)[0] for word in given]
-                for side, given in words.items()}
+        return {
+            side: [with_control(word, [prompt], self.settings.template)[0] for word in given]
+            for side, given in words.items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         return {"positive": list(self.positive), "negative": list(self.negative)}
@@ -181,13 +194,27 @@ class SRPO:
             noise = rng.normal("rollout", model.latent_shape)
         noise = noise.to(**kind)
         with torch.no_grad():
-            x0 = sample(model, batch.cond, noise, s.rollout_steps, guidance=s.rollout_guidance, shift=s.shift,
-                        weights=s.rollout_weights)
+            x0 = sample(
+                model,
+                batch.cond,
+                noise,
+                s.rollout_steps,
+                guidance=s.rollout_guidance,
+                shift=s.shift,
+                weights=s.rollout_weights,
+            )
         return x0, noise if s.noise == "rollout" else None
 
     def _branch_loss(
-        self, model: Model, reward: Reward, batch: Batch, texts: dict[str, list[str]], x0: Tensor, eps: Tensor,
-        branch: Branch, levels: Levels,
+        self,
+        model: Model,
+        reward: Reward,
+        batch: Batch,
+        texts: dict[str, list[str]],
+        x0: Tensor,
+        eps: Tensor,
+        branch: Branch,
+        levels: Levels,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         s = self.settings
         levels = Levels(*(x.to(x0) for x in levels))
@@ -331,6 +358,7 @@ def calls_per_update(settings: SRPOSettings, *, offline: bool = False) -> dict[s
 
 def _word_list(name: str, words: Sequence[str]) -> tuple[str, ...]:
     if isinstance(words, str) or not words or not all(isinstance(w, str) and w.strip() for w in words):
-        raise ValueError(f"{name} control words: got {words!r}; expected a list of one or more words, "
-                         "like ['3d', 'glossy']")
+        raise ValueError(
+            f"{name} control words: got {words!r}; expected a list of one or more words, like ['3d', 'glossy']"
+        )
     return tuple(w.strip() for w in words)

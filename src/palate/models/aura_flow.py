@@ -19,8 +19,13 @@ from palate.models.schedules import flow_times
 from palate.path import Prediction, flow_schedule, from_velocity
 
 FAMILY = "aura-flow"
-PARTS = {"transformer": "AuraFlowTransformer2DModel", "vae": "AutoencoderKL", "text_encoder": "UMT5EncoderModel",
-         "tokenizer": "LlamaTokenizerFast", "scheduler": ""}
+PARTS = {
+    "transformer": "AuraFlowTransformer2DModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "UMT5EncoderModel",
+    "tokenizer": "LlamaTokenizerFast",
+    "scheduler": "",
+}
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # attention
 
 
@@ -37,10 +42,21 @@ class AuraFlow(LoadedModel):
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
-        lora_targets: Sequence[str] | None = None, names: Sequence[str] = ("policy",), dtype: str = "bfloat16",
-        device: str | None = None, gradient_checkpointing: bool = True, image_size: ImageSize | None = None,
-        file: str | None = None, text_cache: str | Path | None = None, text_tokens: int = 256,
+        cls,
+        folder: str | Path,
+        *,
+        training: str = "lora",
+        lora_rank: int = 16,
+        lora_alpha: float | None = None,
+        lora_targets: Sequence[str] | None = None,
+        names: Sequence[str] = ("policy",),
+        dtype: str = "bfloat16",
+        device: str | None = None,
+        gradient_checkpointing: bool = True,
+        image_size: ImageSize | None = None,
+        file: str | None = None,
+        text_cache: str | Path | None = None,
+        text_tokens: int = 256,
     ) -> AuraFlow:
         """From a diffusers folder or hub id; docs/models.md describes the options that all families share."""
         repository = open_repository(folder, family=FAMILY, parts=PARTS, file=file)
@@ -55,26 +71,44 @@ class AuraFlow(LoadedModel):
             umt5 = repository.read("text_encoder", UMT5EncoderModel, precision).to(where)
 
             def encode(prompt: str) -> dict[str, Tensor]:  # one prompt -> the fields of Cond, without a batch axis
-                tokens = tokenizer(prompt, padding="max_length", max_length=text_tokens, truncation=True,
-                                   return_tensors="pt").to(where)
+                tokens = tokenizer(
+                    prompt, padding="max_length", max_length=text_tokens, truncation=True, return_tensors="pt"
+                ).to(where)
                 text = umt5(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
                 return {"text": (text * tokens.attention_mask[..., None])[0]}
 
             return encode
 
         parts = load_parts(
-            repository, FAMILY, "transformer", AuraFlowTransformer2DModel, targets=lora_targets or LORA_TARGETS,
-            patch=config["patch_size"], default_size=min(1024, largest), load_encoders=load_encoders,
-            count_tokens=lambda prompt: len(tokenizer(prompt).input_ids), limit=text_tokens, training=training,
-            lora_rank=lora_rank, lora_alpha=lora_alpha, names=names, dtype=dtype, device=device,
-            gradient_checkpointing=gradient_checkpointing, image_size=image_size, file=file, text_cache=text_cache)
+            repository,
+            FAMILY,
+            "transformer",
+            AuraFlowTransformer2DModel,
+            targets=lora_targets or LORA_TARGETS,
+            patch=config["patch_size"],
+            default_size=min(1024, largest),
+            load_encoders=load_encoders,
+            count_tokens=lambda prompt: len(tokenizer(prompt).input_ids),
+            limit=text_tokens,
+            training=training,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            names=names,
+            dtype=dtype,
+            device=device,
+            gradient_checkpointing=gradient_checkpointing,
+            image_size=image_size,
+            file=file,
+            text_cache=text_cache,
+        )
         return cls(parts, FlowMatchEulerDiscreteScheduler.from_config(repository.config("scheduler")))
 
     def encode_prompts(self, prompts: Sequence[str]) -> Cond:
         return Cond(**self.parts.text(prompts))
 
-    def predict(self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0,
-                weights: str = "policy") -> Prediction:
+    def predict(
+        self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0, weights: str = "policy"
+    ) -> Prediction:
         output = self._guided(weights, xt, t, cond, lambda: self.encode_prompts([""]), guidance)
         return from_velocity(xt, output, *self.schedule(t))
 
@@ -84,5 +118,5 @@ class AuraFlow(LoadedModel):
 
     def time_grid(self, steps: int) -> Tensor:
         """The published times (steps + 1,): shift 1.73, which diffusers applies twice to the cleanest level."""
-        patches = self.latent_shape[1] * self.latent_shape[2] // self.parts.weights.network.config.patch_size ** 2
+        patches = self.latent_shape[1] * self.latent_shape[2] // self.parts.weights.network.config.patch_size**2
         return flow_times(self.scheduler, steps, patches=patches, even=False)

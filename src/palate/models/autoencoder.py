@@ -13,7 +13,6 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-
 ImageSize = int | Sequence[int]  # pixels a side, or height and width
 
 
@@ -34,8 +33,10 @@ def latent_shape(
     for side in sides(image_size):
         if side < multiple or side % multiple:
             below = max(multiple, side // multiple * multiple)
-            raise ValueError(f"model.image_size got {side}; {family} needs a multiple of {multiple} (near: {below}, "
-                             f"{below + multiple})")
+            raise ValueError(
+                f"model.image_size got {side}; {family} needs a multiple of {multiple} (near: {below}, "
+                f"{below + multiple})"
+            )
     height, width = sides(image_size)
     return config["latent_channels"], height // factor, width // factor
 

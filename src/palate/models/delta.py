@@ -54,12 +54,17 @@ def load(folder: Path, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     path = folder / FILE
     try:
         with safe_open(path, "pt") as file:
-            packed, of = {name: file.get_tensor(name) for name in file.keys()}, (file.metadata() or {}).get("base")
+            packed, of = (
+                {name: file.get_tensor(name) for name in list(file.keys())},
+                (file.metadata() or {}).get("base"),
+            )
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} could not be read: {error}") from error
     if of != _digest(base):
-        raise ValueError(f"{path} is the difference from another base model; train and pack the generator again, or "
-                         "give the weights themselves")
+        raise ValueError(
+            f"{path} is the difference from another base model; train and pack the generator again, or "
+            "give the weights themselves"
+        )
     return unpack(packed, base)
 
 

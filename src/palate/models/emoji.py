@@ -23,8 +23,19 @@ from palate.path import Prediction, flow_schedule, from_velocity
 from palate.vocabulary import known_words
 
 FAMILY = "emoji"
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1",
-                "conv2", "time_emb_proj")
+LORA_TARGETS = (
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "time_emb_proj",
+)
 
 
 class EmojiModel:
@@ -35,9 +46,19 @@ class EmojiModel:
     default_steps = 8
     default_guidance = 3.0
 
-    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: PreTrainedTokenizerFast,
-                 vae: AutoencoderTiny, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
-                 lora_targets: Sequence[str] | None = None, names: Sequence[str] = ("policy",)):
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        text_encoder: CLIPTextModel,
+        tokenizer: PreTrainedTokenizerFast,
+        vae: AutoencoderTiny,
+        *,
+        training: str = "lora",
+        lora_rank: int = 16,
+        lora_alpha: float | None = None,
+        lora_targets: Sequence[str] | None = None,
+        names: Sequence[str] = ("policy",),
+    ):
         self.folder: Path | None = None  # where the parts came from
         self.text_encoder = text_encoder.eval().requires_grad_(False)
         self.tokenizer = tokenizer
@@ -45,14 +66,27 @@ class EmojiModel:
         self._fingerprint = _digest(unet, text_encoder, vae)
         self.latent_shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
         self.training = training
-        self.weights = NamedWeights(unet.eval(), training=training, rank=lora_rank, alpha=lora_alpha,
-                                    targets=lora_targets or LORA_TARGETS, names=names)
+        self.weights = NamedWeights(
+            unet.eval(),
+            training=training,
+            rank=lora_rank,
+            alpha=lora_alpha,
+            targets=lora_targets or LORA_TARGETS,
+            names=names,
+        )
         self._null = self._encode([""])
 
     @classmethod
-    def load(cls, folder: Path | str | None = None, *, training: str = "lora", lora_rank: int = 16,
-             lora_alpha: float | None = None, lora_targets: Sequence[str] | None = None,
-             names: Sequence[str] = ("policy",)) -> EmojiModel:
+    def load(
+        cls,
+        folder: Path | str | None = None,
+        *,
+        training: str = "lora",
+        lora_rank: int = 16,
+        lora_alpha: float | None = None,
+        lora_targets: Sequence[str] | None = None,
+        names: Sequence[str] = ("policy",),
+    ) -> EmojiModel:
         """The embedded model, or one of the same layout from a diffusers folder. Weights are kept in float32.
 
         A folder may hold the UNet as its difference from the embedded one, and leave out other parts that are the same.
@@ -62,11 +96,14 @@ class EmojiModel:
         folder = embedded if folder is None else Path(folder)
         packed = (folder / delta.FILE).is_file()
         if not packed and not (folder / "unet").is_dir():
-            raise ValueError(f"model.folder {folder} is not a diffusers folder (no unet in it); leave it out for the "
-                             "embedded model")
+            raise ValueError(
+                f"model.folder {folder} is not a diffusers folder (no unet in it); leave it out for the embedded model"
+            )
         try:
-            own = {part: folder / part if (folder / part).is_dir() else embedded / part
-                   for part in ("unet", "text_encoder", "tokenizer", "vae")}
+            own = {
+                part: folder / part if (folder / part).is_dir() else embedded / part
+                for part in ("unet", "text_encoder", "tokenizer", "vae")
+            }
             parts = (
                 UNet2DConditionModel.from_pretrained(own["unet"], torch_dtype=torch.float32),
                 CLIPTextModel.from_pretrained(own["text_encoder"], dtype=torch.float32),
@@ -77,8 +114,14 @@ class EmojiModel:
             raise ValueError(f"model.folder {folder} could not be read: {error}") from error
         if packed:
             parts[0].load_state_dict(delta.load(folder, parts[0].state_dict()))
-        model = cls(*parts, training=training, lora_rank=lora_rank, lora_alpha=lora_alpha, lora_targets=lora_targets,
-                    names=names)
+        model = cls(
+            *parts,
+            training=training,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            lora_targets=lora_targets,
+            names=names,
+        )
         model.folder = folder
         return model
 
@@ -99,8 +142,9 @@ class EmojiModel:
     def decode(self, latents: Tensor) -> Tensor:
         return self.vae.decode(latents).sample.add(1).div(2).clamp(0, 1)
 
-    def predict(self, xt: Tensor, t: Tensor, cond: Tensor, *, guidance: float = 1.0,
-                weights: str = "policy") -> Prediction:
+    def predict(
+        self, xt: Tensor, t: Tensor, cond: Tensor, *, guidance: float = 1.0, weights: str = "policy"
+    ) -> Prediction:
         alpha, sigma = self.schedule(t)
         with self.weights.speaking_as(weights) as unet:
             if guidance == 1.0:
@@ -122,8 +166,10 @@ class EmojiModel:
         """
         folder = Path(str(files("palate") / "assets/emoji-consistency")) if folder is None else Path(folder)
         if not folder.is_dir():
-            raise ValueError(f"there is no consistency model in {folder}; distil one with tools/train_consistency.py "
-                             "and name its folder in model.consistency, or use another estimator (tweedie, rollout-2)")
+            raise ValueError(
+                f"there is no consistency model in {folder}; distil one with tools/train_consistency.py "
+                "and name its folder in model.consistency, or use another estimator (tweedie, rollout-2)"
+            )
         self.weights.add_frozen(folder, "consistency")
 
     def fingerprint(self) -> str:

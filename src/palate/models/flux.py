@@ -23,12 +23,28 @@ from palate.models.schedules import flow_times
 from palate.path import Prediction, flow_schedule, from_velocity
 
 FAMILY = "flux"
-PARTS = {"transformer": "FluxTransformer2DModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
-         "text_encoder_2": "T5EncoderModel", "tokenizer": "CLIPTokenizer", "tokenizer_2": "T5TokenizerFast",
-         "scheduler": ""}
+PARTS = {
+    "transformer": "FluxTransformer2DModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "T5EncoderModel",
+    "tokenizer": "CLIPTokenizer",
+    "tokenizer_2": "T5TokenizerFast",
+    "scheduler": "",
+}
 LORA_TARGETS = (  # both streams' attention and feed-forward layers, the single stream's attention
-    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj",
-    "attn.to_add_out", "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "attn.add_q_proj",
+    "attn.add_k_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "ff_context.net.0.proj",
+    "ff_context.net.2",
 )
 
 
@@ -47,8 +63,14 @@ class Flux(LoadedModel):
     schedule = staticmethod(flow_schedule)
     default_guidance = 1.0
 
-    def __init__(self, parts: Parts, scheduler: FlowMatchEulerDiscreteScheduler, *, distilled_guidance: float = 3.5,
-                 rollout_distilled_guidance: float | None = None):
+    def __init__(
+        self,
+        parts: Parts,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        *,
+        distilled_guidance: float = 3.5,
+        rollout_distilled_guidance: float | None = None,
+    ):
         super().__init__(parts, scheduler)
         self.distilled = parts.weights.network.config.guidance_embeds
         self.distilled_guidance, self.rollout_distilled_guidance = distilled_guidance, rollout_distilled_guidance
@@ -56,18 +78,32 @@ class Flux(LoadedModel):
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
-        lora_targets: Sequence[str] | None = None, names: Sequence[str] = ("policy",), dtype: str = "bfloat16",
-        device: str | None = None, gradient_checkpointing: bool = True, image_size: ImageSize | None = None,
-        file: str | None = None, text_cache: str | Path | None = None, text_tokens: int = 512,
-        distilled_guidance: float = 3.5, rollout_distilled_guidance: float | None = None,
+        cls,
+        folder: str | Path,
+        *,
+        training: str = "lora",
+        lora_rank: int = 16,
+        lora_alpha: float | None = None,
+        lora_targets: Sequence[str] | None = None,
+        names: Sequence[str] = ("policy",),
+        dtype: str = "bfloat16",
+        device: str | None = None,
+        gradient_checkpointing: bool = True,
+        image_size: ImageSize | None = None,
+        file: str | None = None,
+        text_cache: str | Path | None = None,
+        text_tokens: int = 512,
+        distilled_guidance: float = 3.5,
+        rollout_distilled_guidance: float | None = None,
     ) -> Flux:
         """From a diffusers folder or hub id; docs/models.md describes the options that all families share."""
         repository = open_repository(folder, family=FAMILY, parts=PARTS, file=file)
         channels = 4 * repository.config("vae")["latent_channels"]
         if (got := repository.config("transformer")["in_channels"]) != channels:
-            raise ValueError(f"model.folder {folder}: its transformer takes {got} channels (Fill, Depth, Canny?); a "
-                             f"text-to-image model's takes {channels}")
+            raise ValueError(
+                f"model.folder {folder}: its transformer takes {got} channels (Fill, Depth, Canny?); a "
+                f"text-to-image model's takes {channels}"
+            )
         clip_tokenizer = repository.tokenizer("tokenizer", CLIPTokenizer)
         t5_tokenizer = repository.tokenizer("tokenizer_2", T5TokenizerFast)
 
@@ -85,21 +121,41 @@ class Flux(LoadedModel):
             return encode
 
         parts = load_parts(
-            repository, FAMILY, "transformer", FluxTransformer2DModel, targets=lora_targets or LORA_TARGETS,
-            patch=2, default_size=1024, load_encoders=load_encoders,
+            repository,
+            FAMILY,
+            "transformer",
+            FluxTransformer2DModel,
+            targets=lora_targets or LORA_TARGETS,
+            patch=2,
+            default_size=1024,
+            load_encoders=load_encoders,
             count_tokens=lambda prompt: len(t5_tokenizer(prompt).input_ids),
-            limit=text_tokens, training=training, lora_rank=lora_rank, lora_alpha=lora_alpha, names=names, dtype=dtype,
-            device=device, gradient_checkpointing=gradient_checkpointing, image_size=image_size, file=file,
-            text_cache=text_cache)
+            limit=text_tokens,
+            training=training,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            names=names,
+            dtype=dtype,
+            device=device,
+            gradient_checkpointing=gradient_checkpointing,
+            image_size=image_size,
+            file=file,
+            text_cache=text_cache,
+        )
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(repository.config("scheduler"))
-        return cls(parts, scheduler, distilled_guidance=distilled_guidance,
-                   rollout_distilled_guidance=rollout_distilled_guidance)
+        return cls(
+            parts,
+            scheduler,
+            distilled_guidance=distilled_guidance,
+            rollout_distilled_guidance=rollout_distilled_guidance,
+        )
 
     def encode_prompts(self, prompts: Sequence[str]) -> Cond:
         return Cond(**self.parts.text(prompts))
 
-    def predict(self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0,
-                weights: str = "policy") -> Prediction:
+    def predict(
+        self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0, weights: str = "policy"
+    ) -> Prediction:
         output = self._guided(weights, xt, t, cond, lambda: self.encode_prompts([""]), guidance)
         return from_velocity(xt, output, *self.schedule(t))
 
@@ -109,9 +165,14 @@ class Flux(LoadedModel):
             rollout = self.rollout_distilled_guidance is not None and not torch.is_grad_enabled()
             told = torch.full_like(t, self.rollout_distilled_guidance if rollout else self.distilled_guidance)
         patches = transformer(
-            hidden_states=pack(xt), timestep=t, guidance=told, encoder_hidden_states=cond.text,
-            pooled_projections=cond.pooled, img_ids=positions(xt),
-            txt_ids=xt.new_zeros(cond.text.shape[1], 3)).sample
+            hidden_states=pack(xt),
+            timestep=t,
+            guidance=told,
+            encoder_hidden_states=cond.text,
+            pooled_projections=cond.pooled,
+            img_ids=positions(xt),
+            txt_ids=xt.new_zeros(cond.text.shape[1], 3),
+        ).sample
         return unpack(patches, xt.shape)
 
     def time_grid(self, steps: int) -> Tensor:

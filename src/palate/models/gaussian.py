@@ -31,7 +31,12 @@ def gaussian_prediction(xt: Tensor, mu: Tensor, s: Tensor | float, alpha: Tensor
 
 
 def gaussian_ode(
-    x: Tensor, mu: Tensor, s: Tensor | float, alpha: Coefficient, sigma: Coefficient, alpha_next: Coefficient,
+    x: Tensor,
+    mu: Tensor,
+    s: Tensor | float,
+    alpha: Coefficient,
+    sigma: Coefficient,
+    alpha_next: Coefficient,
     sigma_next: Coefficient,
 ) -> Tensor:
     """Where the probability-flow ODE carries x from level (alpha, sigma) to (alpha_next, sigma_next)."""
@@ -61,8 +66,10 @@ class GaussianModel:
     ):
         known = ("mean", "log_std", "velocity", "linear")
         if mean.ndim != 3 or not set(trains) <= set(known):
-            raise ValueError(f"GaussianModel got mean {tuple(mean.shape)}, trains {list(trains)}; "
-                             f"expected a mean (C, h, w) and names among {known}")
+            raise ValueError(
+                f"GaussianModel got mean {tuple(mean.shape)}, trains {list(trains)}; "
+                f"expected a mean (C, h, w) and names among {known}"
+            )
         if "reference" in networks:
             raise ValueError("GaussianModel got a network named 'reference'; that name is the frozen truth")
         self.mean, self.std, self.schedule = mean, float(std), schedule
@@ -76,10 +83,12 @@ class GaussianModel:
     def _network(self) -> nn.ParameterDict:
         size = self.mean.numel()
         shapes = {"mean": self.latent_shape, "log_std": (), "velocity": self.latent_shape, "linear": (size, size)}
-        return nn.ParameterDict({
-            name: nn.Parameter(torch.zeros(shape, dtype=self.mean.dtype), requires_grad=name in self.trains)
-            for name, shape in shapes.items()
-        })
+        return nn.ParameterDict(
+            {
+                name: nn.Parameter(torch.zeros(shape, dtype=self.mean.dtype), requires_grad=name in self.trains)
+                for name, shape in shapes.items()
+            }
+        )
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """The mean of each prompt, (B, C, h, w)."""

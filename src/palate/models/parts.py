@@ -77,8 +77,9 @@ class LoadedModel:
         """Encode all prompts to disk, then free the text encoders. Warns once about prompts that are too long."""
         self.parts.text.fill(prompts)
 
-    def _guided(self, weights: str, xt: Tensor, t: Tensor, cond: Any, null: Callable[[], Any],
-                guidance: float) -> Tensor:
+    def _guided(
+        self, weights: str, xt: Tensor, t: Tensor, cond: Any, null: Callable[[], Any], guidance: float
+    ) -> Tensor:
         """u + w (c - u) of `_output`, in one batch of twice the size; c alone at w = 1. At least float32.
 
         cond: a NamedTuple of tensors (B, ...). null: makes that of the empty prompt, (1, ...) or (B, ...) each. The
@@ -91,9 +92,9 @@ class LoadedModel:
             xt, t = torch.cat([xt, xt]), torch.cat([t, t])
             cond = type(cond)(*(torch.cat([n.expand_as(c), c]) for n, c in zip(null(), cond, strict=True)))
         cond = type(cond)(*(c.to(inside) if c.is_floating_point() else c for c in cond))
-        with self.weights.speaking_as(weights) as network:
-            with torch.autocast(self.device.type, dtype, enabled=full):
-                output = self._output(network, xt.to(inside), t, cond).to(outside)
+        autocast = torch.autocast(self.device.type, dtype, enabled=full)
+        with self.weights.speaking_as(weights) as network, autocast:
+            output = self._output(network, xt.to(inside), t, cond).to(outside)
         if guidance == 1.0:
             return output
         unconditional, conditional = output.chunk(2)
@@ -101,11 +102,27 @@ class LoadedModel:
 
 
 def load_parts(
-    repository: Repository, family: str, denoiser: str, kind: type, *, targets: Sequence[str],
-    load_encoders: Callable[[torch.dtype, torch.device], Encode], count_tokens: Callable[[str], int], limit: int,
-    training: str, lora_rank: int, lora_alpha: float | None, names: Sequence[str], dtype: str, device: str | None,
-    gradient_checkpointing: bool, image_size: ImageSize | None, file: str | None, text_cache: str | Path | None,
-    patch: int = 1, default_size: int | None = None,
+    repository: Repository,
+    family: str,
+    denoiser: str,
+    kind: type,
+    *,
+    targets: Sequence[str],
+    load_encoders: Callable[[torch.dtype, torch.device], Encode],
+    count_tokens: Callable[[str], int],
+    limit: int,
+    training: str,
+    lora_rank: int,
+    lora_alpha: float | None,
+    names: Sequence[str],
+    dtype: str,
+    device: str | None,
+    gradient_checkpointing: bool,
+    image_size: ImageSize | None,
+    file: str | None,
+    text_cache: str | Path | None,
+    patch: int = 1,
+    default_size: int | None = None,
 ) -> Parts:
     """Read VAE and denoiser; the text encoders wait until a prompt needs them. What can be wrong is checked first.
 
@@ -120,10 +137,17 @@ def load_parts(
     shape = latent_shape(vae_config, image_size, family=family, patch=patch)
     text_parts = [p for p in repository.index if p in repository and p.startswith(("text_encoder", "tokenizer"))]
     key = hashlib.sha256(f"{family} {limit} {dtype} {repository.version(text_parts)}".encode()).hexdigest()
-    text = TextCache(lambda: load_encoders(precision, where), key=key, count_tokens=count_tokens, limit=limit,
-                     device=where, folder=text_cache)
-    vae = Autoencoder(repository.read("vae", AutoencoderKL, precision), device=where,
-                      gradient_checkpointing=gradient_checkpointing)
+    text = TextCache(
+        lambda: load_encoders(precision, where),
+        key=key,
+        count_tokens=count_tokens,
+        limit=limit,
+        device=where,
+        folder=text_cache,
+    )
+    vae = Autoencoder(
+        repository.read("vae", AutoencoderKL, precision), device=where, gradient_checkpointing=gradient_checkpointing
+    )
     network = repository.read(denoiser, kind, precision, file=file).to(where)
     weights = NamedWeights(network, training=training, rank=lora_rank, alpha=lora_alpha, targets=targets, names=names)
     for name in names:
@@ -140,8 +164,10 @@ def _precision(name: str, training: str) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"model.dtype got {name!r}; expected one of {', '.join(DTYPES)}")
     if name == "float16" and training != "none":
-        raise ValueError("model.dtype float16 is for sampling only: gradients of rewards underflow in it. Train in "
-                         "bfloat16, or in float32 where that is missing")
+        raise ValueError(
+            "model.dtype float16 is for sampling only: gradients of rewards underflow in it. Train in "
+            "bfloat16, or in float32 where that is missing"
+        )
     return DTYPES[name]
 
 

@@ -23,8 +23,13 @@ from palate.models.schedules import training_step, vp_prediction, vp_times
 from palate.path import Prediction, vp_schedule
 
 FAMILY = "pixart"
-PARTS = {"transformer": "PixArtTransformer2DModel", "vae": "AutoencoderKL", "text_encoder": "T5EncoderModel",
-         "tokenizer": "T5Tokenizer", "scheduler": ""}
+PARTS = {
+    "transformer": "PixArtTransformer2DModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "T5EncoderModel",
+    "tokenizer": "T5Tokenizer",
+    "scheduler": "",
+}
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention
 
 
@@ -49,10 +54,20 @@ class PixArt(LoadedModel):
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
-        lora_targets: Sequence[str] | None = None, names: Sequence[str] = ("policy",), dtype: str = "bfloat16",
-        device: str | None = None, gradient_checkpointing: bool = True, image_size: ImageSize | None = None,
-        text_cache: str | Path | None = None, text_tokens: int | None = None,
+        cls,
+        folder: str | Path,
+        *,
+        training: str = "lora",
+        lora_rank: int = 16,
+        lora_alpha: float | None = None,
+        lora_targets: Sequence[str] | None = None,
+        names: Sequence[str] = ("policy",),
+        dtype: str = "bfloat16",
+        device: str | None = None,
+        gradient_checkpointing: bool = True,
+        image_size: ImageSize | None = None,
+        text_cache: str | Path | None = None,
+        text_tokens: int | None = None,
     ) -> PixArt:
         """From a diffusers folder or hub id; docs/models.md describes the options that all families share.
 
@@ -67,27 +82,48 @@ class PixArt(LoadedModel):
             t5 = repository.read("text_encoder", T5EncoderModel, precision).to(where)
 
             def encode(prompt: str) -> dict[str, Tensor]:
-                tokens = tokenizer(prompt.lower().strip(), padding="max_length", max_length=text_tokens,
-                                   truncation=True, return_tensors="pt").to(where)
+                tokens = tokenizer(
+                    prompt.lower().strip(),
+                    padding="max_length",
+                    max_length=text_tokens,
+                    truncation=True,
+                    return_tensors="pt",
+                ).to(where)
                 text = t5(tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state[0]
                 return {"text": text, "mask": tokens.attention_mask[0]}
 
             return encode
 
         parts = load_parts(
-            repository, FAMILY, "transformer", PixArtTransformer2DModel, targets=lora_targets or LORA_TARGETS,
-            patch=repository.config("transformer")["patch_size"], load_encoders=load_encoders,
-            count_tokens=lambda prompt: len(tokenizer(prompt).input_ids), limit=text_tokens, training=training,
-            lora_rank=lora_rank, lora_alpha=lora_alpha, names=names, dtype=dtype, device=device,
-            gradient_checkpointing=gradient_checkpointing, image_size=image_size, file=None, text_cache=text_cache)
+            repository,
+            FAMILY,
+            "transformer",
+            PixArtTransformer2DModel,
+            targets=lora_targets or LORA_TARGETS,
+            patch=repository.config("transformer")["patch_size"],
+            load_encoders=load_encoders,
+            count_tokens=lambda prompt: len(tokenizer(prompt).input_ids),
+            limit=text_tokens,
+            training=training,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            names=names,
+            dtype=dtype,
+            device=device,
+            gradient_checkpointing=gradient_checkpointing,
+            image_size=image_size,
+            file=None,
+            text_cache=text_cache,
+        )
         # the published scheduler is this one at order 2; its first-order form is the DDIM step
         return cls(parts, DPMSolverMultistepScheduler.from_config(repository.config("scheduler"), solver_order=1))
 
     def encode_prompts(self, prompts: Sequence[str]) -> Cond:
         return Cond(**self.parts.text(prompts))
 
-    def predict(self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0,
-                weights: str = "policy") -> Prediction:
+    def predict(
+        self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0, weights: str = "policy"
+    ) -> Prediction:
         output = self._guided(weights, xt, t, cond, lambda: self.encode_prompts([""]), guidance)
         return vp_prediction(self.scheduler.config.prediction_type, xt, output, *self.schedule(t))
 
@@ -96,10 +132,13 @@ class PixArt(LoadedModel):
         size = {"resolution": None, "aspect_ratio": None}
         if transformer.use_additional_conditions:
             height, width = self.image_size
-            size = {"resolution": xt.new_tensor([[height, width]]).expand(len(xt), -1),
-                    "aspect_ratio": xt.new_full((len(xt), 1), height / width)}
-        output = transformer(xt, encoder_hidden_states=cond.text, encoder_attention_mask=cond.mask, timestep=step,
-                             added_cond_kwargs=size).sample
+            size = {
+                "resolution": xt.new_tensor([[height, width]]).expand(len(xt), -1),
+                "aspect_ratio": xt.new_full((len(xt), 1), height / width),
+            }
+        output = transformer(
+            xt, encoder_hidden_states=cond.text, encoder_attention_mask=cond.mask, timestep=step, added_cond_kwargs=size
+        ).sample
         return output[:, : xt.shape[1]]
 
     def time_grid(self, steps: int) -> Tensor:

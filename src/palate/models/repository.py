@@ -71,9 +71,12 @@ class Repository:
             raise ValueError(f"{key}: no {file.name} in {folder}; expected the folder of a LoRA")
         _check_header(file)
         with safe_open(file, "pt") as lora:
-            shapes = {name: lora.get_slice(name).get_shape() for name in lora.keys()}
-        layers = {name: tuple(m.weight.shape) for name, m in self.skeleton(part).named_modules()
-                  if getattr(m, "weight", None) is not None}
+            shapes = {name: lora.get_slice(name).get_shape() for name in list(lora.keys())}
+        layers = {
+            name: tuple(m.weight.shape)
+            for name, m in self.skeleton(part).named_modules()
+            if getattr(m, "weight", None) is not None
+        }
         layers |= {name.replace(".", "_"): shape for name, shape in layers.items()}
         for name, shape in shapes.items():
             found = re.fullmatch(r"(?:unet\.|transformer\.|lora_unet_)?(.+)\.lora_(A|B|down|up)\.weight", name)
@@ -104,8 +107,10 @@ class Repository:
 
     def tokenizer(self, part: str, kind: type) -> Any:
         if not any((self.root / part / name).is_file() for name in VOCABULARIES):  # its class would make an empty one
-            raise ValueError(f"model.folder {self.source}: {part} holds no vocabulary ({', '.join(VOCABULARIES)}); "
-                             "complete the download")
+            raise ValueError(
+                f"model.folder {self.source}: {part} holds no vocabulary ({', '.join(VOCABULARIES)}); "
+                "complete the download"
+            )
         try:
             return kind.from_pretrained(self.source, subfolder=part)
         except (OSError, ValueError) as error:
@@ -126,16 +131,26 @@ class Repository:
         return total.hexdigest()
 
 
-def open_repository(folder: str | Path | None, *, family: str, parts: Mapping[str, str], file: str | None = None,
-                    optional: Iterable[str] = ()) -> Repository:
+def open_repository(
+    folder: str | Path | None,
+    *,
+    family: str,
+    parts: Mapping[str, str],
+    file: str | None = None,
+    optional: Iterable[str] = (),
+) -> Repository:
     """The repository, if it has every one of `parts` (name -> class) with safetensors weights; ValueError if not."""
     if folder is None:
-        raise ValueError(f"model.folder: {family} needs a diffusers folder or a hub id, like "
-                         "stabilityai/stable-diffusion-xl-base-1.0")
+        raise ValueError(
+            f"model.folder: {family} needs a diffusers folder or a hub id, like "
+            "stabilityai/stable-diffusion-xl-base-1.0"
+        )
     source, path = str(folder), Path(folder).expanduser()
     if path.is_file():
-        raise ValueError(f"model.folder {source} is a file; give the diffusers folder or hub id that it belongs to as "
-                         f"model.folder, and the file as model.file")
+        raise ValueError(
+            f"model.folder {source} is a file; give the diffusers folder or hub id that it belongs to as "
+            f"model.folder, and the file as model.file"
+        )
     local = path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
     if local:
         root, files = path, [p.relative_to(path).as_posix() for p in path.glob("*/*")]
@@ -143,8 +158,10 @@ def open_repository(folder: str | Path | None, *, family: str, parts: Mapping[st
         root, files = _from_hub(source)
     if not (root / "model_index.json").is_file():
         why = "does not exist" if not root.exists() else "has no model_index.json"
-        raise ValueError(f"model.folder {source} is not a diffusers folder: it {why}. Convert a checkpoint with "
-                         "diffusers' from_single_file(...).save_pretrained(folder), or give a hub id (owner/name)")
+        raise ValueError(
+            f"model.folder {source} is not a diffusers folder: it {why}. Convert a checkpoint with "
+            "diffusers' from_single_file(...).save_pretrained(folder), or give a hub id (owner/name)"
+        )
     index = _json(root / "model_index.json")
     repository = Repository(str(path) if local else source, root, index)
     for part, kind in parts.items():
@@ -154,13 +171,19 @@ def open_repository(folder: str | Path | None, *, family: str, parts: Mapping[st
         if got is None:
             other = next((FAMILIES[k] for k in map(repository.kind, index) if k in FAMILIES), None)
             if other is not None and part in ("unet", "transformer"):
-                raise ValueError(f"model.folder {source} holds {index.get('_class_name')}, not a {family} model; set "
-                                 f"model.name to {other}")
-            raise ValueError(f"model.folder {source} has no {part}, which {family} needs; complete the download, or "
-                             "use a repository that has it")
+                raise ValueError(
+                    f"model.folder {source} holds {index.get('_class_name')}, not a {family} model; set "
+                    f"model.name to {other}"
+                )
+            raise ValueError(
+                f"model.folder {source} has no {part}, which {family} needs; complete the download, or "
+                "use a repository that has it"
+            )
         if kind != got and part in ("unet", "transformer", "vae"):
-            raise ValueError(f"model.folder {source}: its {part} is a {got}, {family} needs a {kind}"
-                             + (f"; set model.name to {FAMILIES[got]}" if got in FAMILIES else ""))
+            raise ValueError(
+                f"model.folder {source}: its {part} is a {got}, {family} needs a {kind}"
+                + (f"; set model.name to {FAMILIES[got]}" if got in FAMILIES else "")
+            )
     weighty = [p for p in parts if p in repository and not p.startswith(("tokenizer", "scheduler"))]
     if file is not None:
         weighty = [p for p in weighty if p not in ("unet", "transformer")]
@@ -183,14 +206,20 @@ def _from_hub(source: str) -> tuple[Path, list[str] | None]:
     try:
         root = Path(snapshot_download(source, allow_patterns=SMALL))
     except errors.GatedRepoError as error:
-        raise ValueError(f"model.folder {source} is gated: accept its licence at https://huggingface.co/{source}, then "
-                         "log in with `hf auth login` or set HF_TOKEN") from error
+        raise ValueError(
+            f"model.folder {source} is gated: accept its licence at https://huggingface.co/{source}, then "
+            "log in with `hf auth login` or set HF_TOKEN"
+        ) from error
     except errors.RepositoryNotFoundError as error:
-        raise ValueError(f"model.folder {source}: no such folder, and the hub has no such repository. If it is "
-                         "private, log in with `hf auth login` or set HF_TOKEN") from error
+        raise ValueError(
+            f"model.folder {source}: no such folder, and the hub has no such repository. If it is "
+            "private, log in with `hf auth login` or set HF_TOKEN"
+        ) from error
     except (errors.HFValidationError, OSError) as error:
-        raise ValueError(f"model.folder {source}: no such folder, and the hub cannot be reached "
-                         f"({type(error).__name__}); download it first, `hf download {source}`") from error
+        raise ValueError(
+            f"model.folder {source}: no such folder, and the hub cannot be reached "
+            f"({type(error).__name__}); download it first, `hf download {source}`"
+        ) from error
     try:
         return root, HfApi().list_repo_files(source)
     except OSError:
@@ -204,16 +233,21 @@ def _check_weights(source: str, files: list[str], parts: Iterable[str]) -> None:
         if whole:
             shards = int(whole[0][3] or 1)  # of diffusion_pytorch_model-00001-of-00003.safetensors
             if len(whole) < shards and not any(match[3] is None for match in whole):
-                raise ValueError(f"model.folder {source}: {part} holds {len(whole)} of {shards} shards of its weights; "
-                                 "complete the download")
+                raise ValueError(
+                    f"model.folder {source}: {part} holds {len(whole)} of {shards} shards of its weights; "
+                    "complete the download"
+                )
             continue
         if any(name.endswith((".bin", ".pt", ".ckpt")) for name in found):
-            raise ValueError(f"model.folder {source}: the weights of {part} are pickles (.bin), which can run code "
-                             "when loaded. Convert them once, where you trust them: python -c \"from diffusers import "
-                             f"DiffusionPipeline as P; P.from_pretrained('{source}').save_pretrained('converted')\"")
+            raise ValueError(
+                f"model.folder {source}: the weights of {part} are pickles (.bin), which can run code "
+                'when loaded. Convert them once, where you trust them: python -c "from diffusers import '
+                f"DiffusionPipeline as P; P.from_pretrained('{source}').save_pretrained('converted')\""
+            )
         variants = " (variants as fp16 are not read)" if any(name.endswith(".safetensors") for name in found) else ""
-        raise ValueError(f"model.folder {source}: {part} holds no .safetensors weights{variants}; complete the "
-                         "download")
+        raise ValueError(
+            f"model.folder {source}: {part} holds no .safetensors weights{variants}; complete the download"
+        )
 
 
 def _json(file: Path) -> dict[str, Any]:

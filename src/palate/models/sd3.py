@@ -22,10 +22,17 @@ from palate.models.schedules import flow_times
 from palate.path import Prediction, flow_schedule, from_velocity
 
 FAMILY = "sd3"
-PARTS = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModelWithProjection",
-         "text_encoder_2": "CLIPTextModelWithProjection", "text_encoder_3": "T5EncoderModel",
-         "tokenizer": "CLIPTokenizer", "tokenizer_2": "CLIPTokenizer", "tokenizer_3": "T5TokenizerFast",
-         "scheduler": ""}
+PARTS = {
+    "transformer": "SD3Transformer2DModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModelWithProjection",
+    "text_encoder_2": "CLIPTextModelWithProjection",
+    "text_encoder_3": "T5EncoderModel",
+    "tokenizer": "CLIPTokenizer",
+    "tokenizer_2": "CLIPTokenizer",
+    "tokenizer_3": "T5TokenizerFast",
+    "scheduler": "",
+}
 OPTIONAL = ("text_encoder_3", "tokenizer_3")
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # attention
 
@@ -44,10 +51,21 @@ class StableDiffusion3(LoadedModel):
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
-        lora_targets: Sequence[str] | None = None, names: Sequence[str] = ("policy",), dtype: str = "bfloat16",
-        device: str | None = None, gradient_checkpointing: bool = True, image_size: ImageSize | None = None,
-        file: str | None = None, text_cache: str | Path | None = None, text_tokens: int = 256,
+        cls,
+        folder: str | Path,
+        *,
+        training: str = "lora",
+        lora_rank: int = 16,
+        lora_alpha: float | None = None,
+        lora_targets: Sequence[str] | None = None,
+        names: Sequence[str] = ("policy",),
+        dtype: str = "bfloat16",
+        device: str | None = None,
+        gradient_checkpointing: bool = True,
+        image_size: ImageSize | None = None,
+        file: str | None = None,
+        text_cache: str | Path | None = None,
+        text_tokens: int = 256,
     ) -> StableDiffusion3:
         """From a diffusers folder or hub id; docs/models.md describes the options that all families share."""
         repository = open_repository(folder, family=FAMILY, parts=PARTS, file=file, optional=OPTIONAL)
@@ -62,8 +80,10 @@ class StableDiffusion3(LoadedModel):
         t5_tokenizer = repository.tokenizer("tokenizer_3", T5TokenizerFast) if with_t5 else None
 
         def load_encoders(precision: torch.dtype, where: torch.device):
-            clips = [repository.read(name, CLIPTextModelWithProjection, precision).to(where)
-                     for name in ("text_encoder", "text_encoder_2")]
+            clips = [
+                repository.read(name, CLIPTextModelWithProjection, precision).to(where)
+                for name in ("text_encoder", "text_encoder_2")
+            ]
             t5 = repository.read("text_encoder_3", T5EncoderModel, precision).to(where) if with_t5 else None
             options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
 
@@ -86,27 +106,43 @@ class StableDiffusion3(LoadedModel):
 
         reader = t5_tokenizer or clip_tokenizers[0]
         parts = load_parts(
-            repository, FAMILY, "transformer", SD3Transformer2DModel, targets=lora_targets or LORA_TARGETS,
-            patch=config["patch_size"], load_encoders=load_encoders,
+            repository,
+            FAMILY,
+            "transformer",
+            SD3Transformer2DModel,
+            targets=lora_targets or LORA_TARGETS,
+            patch=config["patch_size"],
+            load_encoders=load_encoders,
             count_tokens=lambda prompt: len(reader(prompt).input_ids),
-            limit=text_tokens if with_t5 else reader.model_max_length, training=training, lora_rank=lora_rank,
-            lora_alpha=lora_alpha, names=names, dtype=dtype, device=device,
-            gradient_checkpointing=gradient_checkpointing, image_size=image_size, file=file, text_cache=text_cache)
+            limit=text_tokens if with_t5 else reader.model_max_length,
+            training=training,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            names=names,
+            dtype=dtype,
+            device=device,
+            gradient_checkpointing=gradient_checkpointing,
+            image_size=image_size,
+            file=file,
+            text_cache=text_cache,
+        )
         return cls(parts, FlowMatchEulerDiscreteScheduler.from_config(repository.config("scheduler")))
 
     def encode_prompts(self, prompts: Sequence[str]) -> Cond:
         return Cond(**self.parts.text(prompts))
 
-    def predict(self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0,
-                weights: str = "policy") -> Prediction:
+    def predict(
+        self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0, weights: str = "policy"
+    ) -> Prediction:
         output = self._guided(weights, xt, t, cond, lambda: self.encode_prompts([""]), guidance)
         return from_velocity(xt, output, *self.schedule(t))
 
     def _output(self, transformer: nn.Module, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return transformer(hidden_states=xt, timestep=t * 1000, encoder_hidden_states=cond.text,
-                           pooled_projections=cond.pooled).sample
+        return transformer(
+            hidden_states=xt, timestep=t * 1000, encoder_hidden_states=cond.text, pooled_projections=cond.pooled
+        ).sample
 
     def time_grid(self, steps: int) -> Tensor:
         """The published times (steps + 1,): shift 3, which diffusers applies twice to the cleanest level."""
-        patches = self.latent_shape[1] * self.latent_shape[2] // self.parts.weights.network.config.patch_size ** 2
+        patches = self.latent_shape[1] * self.latent_shape[2] // self.parts.weights.network.config.patch_size**2
         return flow_times(self.scheduler, steps, patches=patches, even=False)

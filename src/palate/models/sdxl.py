@@ -21,9 +21,15 @@ from palate.models.schedules import training_step, vp_prediction, vp_times
 from palate.path import Prediction, vp_schedule
 
 FAMILY = "sdxl"
-PARTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
-         "text_encoder_2": "CLIPTextModelWithProjection", "tokenizer": "CLIPTokenizer", "tokenizer_2": "CLIPTokenizer",
-         "scheduler": ""}
+PARTS = {
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "CLIPTextModelWithProjection",
+    "tokenizer": "CLIPTokenizer",
+    "tokenizer_2": "CLIPTokenizer",
+    "scheduler": "",
+}
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention
 
 
@@ -45,10 +51,20 @@ class StableDiffusionXL(LoadedModel):
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
-        lora_targets: Sequence[str] | None = None, names: Sequence[str] = ("policy",), dtype: str = "bfloat16",
-        device: str | None = None, gradient_checkpointing: bool = True, image_size: ImageSize | None = None,
-        file: str | None = None, text_cache: str | Path | None = None,
+        cls,
+        folder: str | Path,
+        *,
+        training: str = "lora",
+        lora_rank: int = 16,
+        lora_alpha: float | None = None,
+        lora_targets: Sequence[str] | None = None,
+        names: Sequence[str] = ("policy",),
+        dtype: str = "bfloat16",
+        device: str | None = None,
+        gradient_checkpointing: bool = True,
+        image_size: ImageSize | None = None,
+        file: str | None = None,
+        text_cache: str | Path | None = None,
     ) -> StableDiffusionXL:
         """From a diffusers folder or hub id; docs/models.md describes the options, which all families share."""
         repository = open_repository(folder, family=FAMILY, parts=PARTS, file=file)
@@ -58,14 +74,21 @@ class StableDiffusionXL(LoadedModel):
         scheduler = kind.from_config(repository.config("scheduler"))
 
         def load_encoders(precision: torch.dtype, where: torch.device):
-            encoders = (repository.read("text_encoder", CLIPTextModel, precision).to(where),
-                        repository.read("text_encoder_2", CLIPTextModelWithProjection, precision).to(where))
+            encoders = (
+                repository.read("text_encoder", CLIPTextModel, precision).to(where),
+                repository.read("text_encoder_2", CLIPTextModelWithProjection, precision).to(where),
+            )
 
             def encode(prompt: str) -> dict[str, Tensor]:
                 layers = []
                 for tokenizer, encoder in zip((first, second), encoders, strict=True):
-                    ids = tokenizer(prompt, padding="max_length", max_length=tokenizer.model_max_length,
-                                    truncation=True, return_tensors="pt").input_ids.to(where)
+                    ids = tokenizer(
+                        prompt,
+                        padding="max_length",
+                        max_length=tokenizer.model_max_length,
+                        truncation=True,
+                        return_tensors="pt",
+                    ).input_ids.to(where)
                     output = encoder(ids, output_hidden_states=True)
                     layers.append(output.hidden_states[-2][0])
                 return {"text": torch.cat(layers, -1), "pooled": output.text_embeds[0]}
@@ -73,18 +96,33 @@ class StableDiffusionXL(LoadedModel):
             return encode
 
         parts = load_parts(
-            repository, FAMILY, "unet", UNet2DConditionModel, targets=lora_targets or LORA_TARGETS,
+            repository,
+            FAMILY,
+            "unet",
+            UNet2DConditionModel,
+            targets=lora_targets or LORA_TARGETS,
             load_encoders=load_encoders,
-            count_tokens=lambda prompt: len(first(prompt).input_ids), limit=first.model_max_length, training=training,
-            lora_rank=lora_rank, lora_alpha=lora_alpha, names=names, dtype=dtype, device=device,
-            gradient_checkpointing=gradient_checkpointing, image_size=image_size, file=file, text_cache=text_cache)
+            count_tokens=lambda prompt: len(first(prompt).input_ids),
+            limit=first.model_max_length,
+            training=training,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            names=names,
+            dtype=dtype,
+            device=device,
+            gradient_checkpointing=gradient_checkpointing,
+            image_size=image_size,
+            file=file,
+            text_cache=text_cache,
+        )
         return cls(parts, scheduler)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Cond:
         return Cond(**self.parts.text(prompts))
 
-    def predict(self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0,
-                weights: str = "policy") -> Prediction:
+    def predict(
+        self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0, weights: str = "policy"
+    ) -> Prediction:
         def null() -> Cond:
             return Cond(*map(torch.zeros_like, cond)) if self.empty_prompt_is_zero else self.encode_prompts([""])
 

@@ -21,8 +21,13 @@ from palate.models.schedules import training_step, vp_prediction, vp_times
 from palate.path import Prediction, vp_schedule
 
 FAMILY = "stable-diffusion"
-PARTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel",
-         "tokenizer": "CLIPTokenizer", "scheduler": ""}
+PARTS = {
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
+    "text_encoder": "CLIPTextModel",
+    "tokenizer": "CLIPTokenizer",
+    "scheduler": "",
+}
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention
 
 
@@ -42,10 +47,20 @@ class StableDiffusion(LoadedModel):
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, training: str = "lora", lora_rank: int = 16, lora_alpha: float | None = None,
-        lora_targets: Sequence[str] | None = None, names: Sequence[str] = ("policy",), dtype: str = "bfloat16",
-        device: str | None = None, gradient_checkpointing: bool = True, image_size: ImageSize | None = None,
-        file: str | None = None, text_cache: str | Path | None = None,
+        cls,
+        folder: str | Path,
+        *,
+        training: str = "lora",
+        lora_rank: int = 16,
+        lora_alpha: float | None = None,
+        lora_targets: Sequence[str] | None = None,
+        names: Sequence[str] = ("policy",),
+        dtype: str = "bfloat16",
+        device: str | None = None,
+        gradient_checkpointing: bool = True,
+        image_size: ImageSize | None = None,
+        file: str | None = None,
+        text_cache: str | Path | None = None,
     ) -> StableDiffusion:
         """From a diffusers folder or hub id; docs/models.md describes the options, which all families share."""
         repository = open_repository(folder, family=FAMILY, parts=PARTS, file=file)
@@ -53,8 +68,10 @@ class StableDiffusion(LoadedModel):
             raise ValueError(f"model.folder {folder} has two text encoders; set model.name to sdxl")
         expected = repository.config("vae")["latent_channels"]
         if (got := repository.config("unet")["in_channels"]) != expected:
-            raise ValueError(f"model.folder {folder}: its UNet takes {got} channels (inpainting?); a text-to-image "
-                             f"model's takes {expected}")
+            raise ValueError(
+                f"model.folder {folder}: its UNet takes {got} channels (inpainting?); a text-to-image "
+                f"model's takes {expected}"
+            )
         tokenizer = repository.tokenizer("tokenizer", CLIPTokenizer)
         scheduler = DDIMScheduler.from_config(repository.config("scheduler"))  # the published PNDM is not one-step
 
@@ -62,26 +79,46 @@ class StableDiffusion(LoadedModel):
             encoder = repository.read("text_encoder", CLIPTextModel, precision).to(where)
 
             def encode(prompt: str) -> dict[str, Tensor]:
-                tokens = tokenizer(prompt, padding="max_length", max_length=tokenizer.model_max_length,
-                                   truncation=True, return_tensors="pt").to(where)
+                tokens = tokenizer(
+                    prompt,
+                    padding="max_length",
+                    max_length=tokenizer.model_max_length,
+                    truncation=True,
+                    return_tensors="pt",
+                ).to(where)
                 mask = tokens.attention_mask if getattr(encoder.config, "use_attention_mask", False) else None
                 return {"text": encoder(tokens.input_ids, attention_mask=mask).last_hidden_state[0]}
 
             return encode
 
         parts = load_parts(
-            repository, FAMILY, "unet", UNet2DConditionModel, targets=lora_targets or LORA_TARGETS,
-            load_encoders=load_encoders, count_tokens=lambda prompt: len(tokenizer(prompt).input_ids),
-            limit=tokenizer.model_max_length, training=training, lora_rank=lora_rank, lora_alpha=lora_alpha,
-            names=names, dtype=dtype, device=device, gradient_checkpointing=gradient_checkpointing,
-            image_size=image_size, file=file, text_cache=text_cache)
+            repository,
+            FAMILY,
+            "unet",
+            UNet2DConditionModel,
+            targets=lora_targets or LORA_TARGETS,
+            load_encoders=load_encoders,
+            count_tokens=lambda prompt: len(tokenizer(prompt).input_ids),
+            limit=tokenizer.model_max_length,
+            training=training,
+            lora_rank=lora_rank,
+            lora_alpha=lora_alpha,
+            names=names,
+            dtype=dtype,
+            device=device,
+            gradient_checkpointing=gradient_checkpointing,
+            image_size=image_size,
+            file=file,
+            text_cache=text_cache,
+        )
         return cls(parts, scheduler)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Cond:
         return Cond(**self.parts.text(prompts))
 
-    def predict(self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0,
-                weights: str = "policy") -> Prediction:
+    def predict(
+        self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0, weights: str = "policy"
+    ) -> Prediction:
         output = self._guided(weights, xt, t, cond, lambda: self.encode_prompts([""]), guidance)
         return vp_prediction(self.scheduler.config.prediction_type, xt, output, *self.schedule(t))
 

@@ -28,8 +28,16 @@ class TextCache:
     a prompt, before any is cut off; limit: how many the encoder reads. "" (guidance's other half) is always kept.
     """
 
-    def __init__(self, load: Callable[[], Encode], *, key: str, count_tokens: Callable[[str], int], limit: int,
-                 device: torch.device, folder: str | Path | None = None):
+    def __init__(
+        self,
+        load: Callable[[], Encode],
+        *,
+        key: str,
+        count_tokens: Callable[[str], int],
+        limit: int,
+        device: torch.device,
+        folder: str | Path | None = None,
+    ):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.folder = Path(folder).expanduser() if folder is not None else cache / "palate" / "text"
         self._load, self._key, self._count = load, key, count_tokens
@@ -100,5 +108,8 @@ class TextCache:
         long = sum(self._count(prompt) > self.limit for prompt in given)
         if long:
             self._warned = True
-            warnings.warn(f"{long} of {len(given)} prompts are longer than the {self.limit} tokens the text encoder "
-                          "reads; the rest of each is cut off", stacklevel=3)
+            warnings.warn(
+                f"{long} of {len(given)} prompts are longer than the {self.limit} tokens the text encoder "
+                "reads; the rest of each is cut off",
+                stacklevel=3,
+            )

@@ -45,7 +45,13 @@ class NamedWeights:
     """
 
     def __init__(
-        self, network: nn.Module, *, training: str, rank: int, alpha: float | None, targets: Sequence[str],
+        self,
+        network: nn.Module,
+        *,
+        training: str,
+        rank: int,
+        alpha: float | None,
+        targets: Sequence[str],
         names: Sequence[str] = ("policy",),
     ):
         if training not in ("lora", "full", "none"):
@@ -70,8 +76,10 @@ class NamedWeights:
             unknown = [end for end in targets if not any(f".{layer}".endswith(f".{end}") for layer in layers)]
             if unknown:
                 ends = sorted({layer.rpartition(".")[2] for layer in layers if not layer[-1].isdigit()})
-                raise ValueError(f"model.lora_targets: no layer's name ends with {', '.join(unknown)}; ends that are "
-                                 f"there: {', '.join(ends)}")
+                raise ValueError(
+                    f"model.lora_targets: no layer's name ends with {', '.join(unknown)}; ends that are "
+                    f"there: {', '.join(ends)}"
+                )
             config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=list(targets))
             for name in self.names:
                 with warnings.catch_warnings():  # peft warns at a second adapter
@@ -180,13 +188,16 @@ class NamedWeights:
         packed = path.name == delta.FILE
         saved = delta.load(Path(folder), self.networks["reference"].state_dict()) if packed else load_file(path)
         if lora:
-            saved = {key.replace(".lora_A.", f".lora_A.{name}.").replace(".lora_B.", f".lora_B.{name}."): tensor
-                     for key, tensor in saved.items()}
+            saved = {
+                key.replace(".lora_A.", f".lora_A.{name}.").replace(".lora_B.", f".lora_B.{name}."): tensor
+                for key, tensor in saved.items()
+            }
         if {n: p.shape for n, p in own.items()} != {n: t.shape for n, t in saved.items()}:
             ranks, its = ({len(t) for n, t in state.items() if ".lora_A." in n} for state in (own, saved))
             remedy = f"; set model.lora_rank={min(its)}" if len(its) == 1 and its != ranks else ""
             raise ValueError(
-                f"the adapter in {folder} does not fit this model: another rank, target or architecture{remedy}")
+                f"the adapter in {folder} does not fit this model: another rank, target or architecture{remedy}"
+            )
         with torch.no_grad():
             for key, parameter in own.items():
                 parameter.copy_(saved[key])

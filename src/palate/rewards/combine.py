@@ -119,12 +119,16 @@ def checked(reward: Reward, name: str) -> Reward:
     def check(values: Any, count: int) -> Tensor:
         if not isinstance(values, Tensor) or values.shape != (count,) or not values.is_floating_point():
             got = f"{tuple(values.shape)} {values.dtype}" if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(f"reward {name!r} returned {got} for {count} images; expected a float tensor of shape "
-                             f"({count},), one number per image")
+            raise ValueError(
+                f"reward {name!r} returned {got} for {count} images; expected a float tensor of shape "
+                f"({count},), one number per image"
+            )
         if not bool(torch.isfinite(values).all()):
             bad = int((~torch.isfinite(values)).sum())
-            raise ValueError(f"reward {name!r} returned {bad} values that are not finite out of {count}; "
-                             "look at its inputs, or compute it in float32")
+            raise ValueError(
+                f"reward {name!r} returned {bad} values that are not finite out of {count}; "
+                "look at its inputs, or compute it in float32"
+            )
         return values
 
     if hasattr(reward, "image_features") and hasattr(reward, "score"):

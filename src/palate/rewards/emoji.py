@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import (CLIPModel, PreTrainedTokenizerFast, ResNetForImageClassification,
-                          VisionTextDualEncoderModel)
+from transformers import CLIPModel, PreTrainedTokenizerFast, ResNetForImageClassification, VisionTextDualEncoderModel
 
 from palate.core import Reward
 from palate.rewards.clip import ClipReward, preprocess
@@ -41,8 +40,11 @@ def load_reward(name: str) -> Reward:
 
     def tokenize(prompts: Sequence[str]) -> dict[str, Tensor]:
         lines = [" ".join(known_words(prompt)) for prompt in prompts]
-        return dict(tokenizer(lines, padding="max_length", max_length=MAX_WORDS + 2, return_tensors="pt",
-                              return_token_type_ids=False))
+        return dict(
+            tokenizer(
+                lines, padding="max_length", max_length=MAX_WORDS + 2, return_tensors="pt", return_token_type_ids=False
+            )
+        )
 
     return ClipReward(kind.from_pretrained(folder, dtype=torch.float32), tokenize, image_size=64)
 

@@ -33,8 +33,9 @@ class JudgeReward:
     says "Score: N", or is a bare number. options: of `RemoteReward`.
     """
 
-    def __init__(self, url: str, token: str, *, model: str, question: str = QUESTION, concurrency: int = 4,
-                 **options: float):
+    def __init__(
+        self, url: str, token: str, *, model: str, question: str = QUESTION, concurrency: int = 4, **options: float
+    ):
         if question.count("{prompt}") != 1:
             raise ValueError("vlm-judge: the question must hold {prompt} exactly once")
         if not model:
@@ -50,17 +51,26 @@ class JudgeReward:
 
     def _score(self, array, prompt: str) -> float:
         picture = "data:image/png;base64," + base64.b64encode(png(array)).decode()
-        content = [{"type": "image_url", "image_url": {"url": picture}},
-                   {"type": "text", "text": self.question.replace("{prompt}", prompt)}]
-        answer = self.service.ask({"model": self.model, "temperature": 0, "max_tokens": 512,
-                                   "messages": [{"role": "user", "content": content}]})
+        content = [
+            {"type": "image_url", "image_url": {"url": picture}},
+            {"type": "text", "text": self.question.replace("{prompt}", prompt)},
+        ]
+        answer = self.service.ask(
+            {
+                "model": self.model,
+                "temperature": 0,
+                "max_tokens": 512,
+                "messages": [{"role": "user", "content": content}],
+            }
+        )
         try:
             text = json.loads(answer)["choices"][0]["message"]["content"]
             score = parse(text)
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise RemoteError(
                 f"vlm-judge {self.service.url}: a bad answer; expected a chat completion that says Score: N, N from 1 "
-                f"to 5, got {answer[:80]!r}. Nothing of this batch is used") from error
+                f"to 5, got {answer[:80]!r}. Nothing of this batch is used"
+            ) from error
         return score
 
 

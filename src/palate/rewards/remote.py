@@ -63,13 +63,9 @@ class RemoteReward:
     ):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
-            raise ValueError(
-                f"{key}: got {url!r}; expected a URL, as http://127.0.0.1:8411/score, without a password"
-            )
+            raise ValueError(f"{key}: got {url!r}; expected a URL, as http://127.0.0.1:8411/score, without a password")
         if parts.scheme == "http" and parts.hostname not in LOOPBACK:
-            raise ValueError(
-                f"{key}: {url} would send the token in the clear; use https, or tunnel to 127.0.0.1"
-            )
+            raise ValueError(f"{key}: {url} would send the token in the clear; use https, or tunnel to 127.0.0.1")
         if not token:
             raise ValueError(
                 f"{key}: no token; set the environment variable {TOKEN} to the one the server was started with"
