@@ -27,8 +27,8 @@ from methods import FAIR, METHODS, WORDS, Row, eval_like, measured, objective, p
 
 from palate import recipe
 from palate.evaluate import bootstrap_interval, embedded_referee, generate, matches, pairs, quantise
+from palate.models.vocabulary import parse_prompt
 from palate.train import train
-from palate.vocabulary import parse_prompt
 
 LIMIT = 0.05
 UNHELD = {"SRPO": ["algorithm.anchor=0"], "SQDF": ["algorithm.alpha_kl=0"], "DRaFT-LV": []}

@@ -37,12 +37,12 @@ from torch import Tensor
 from palate import recipe
 from palate.core import Batch, Loss, Random, Reward
 from palate.evaluate import Referee, diversity, embedded_referee, generate, matches, pairs, quantise
+from palate.models.vocabulary import vocabulary
 from palate.path import Prediction
 from palate.report import ticks
 from palate.rewards.combine import semantic_relative
 from palate.rewards.simple import saturation
-from palate.train import NonFinite, Outcome, train
-from palate.vocabulary import vocabulary
+from palate.train import NonFiniteError, Outcome, train
 
 STYLE, NEGATIVE, K = "3d", "flat", 4.0
 METHODS = {  # name -> recipe, what is swept as its strength in frontier.py
@@ -250,7 +250,7 @@ def watch(
 
     check(0)
     settings = {**vars(plan.trainer), "steps": 10**6}
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Enough, NonFinite):
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Enough, NonFiniteError):
         whole(
             train(
                 model,

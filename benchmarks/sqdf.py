@@ -36,8 +36,8 @@ from methods import RATES, Row, about, made, measured, parsed, rate, referees, s
 
 from palate import recipe
 from palate.evaluate import concept_accuracy, embedded_referee, generate, pairs, quantise
+from palate.models.vocabulary import vocabulary
 from palate.optimize import from_recipe, load_oracle
-from palate.vocabulary import vocabulary
 
 ALPHAS = (0.0, 1e-4, 3e-4, 1e-3, 3e-3)
 FIELD = (0.0, 3e-4, 3e-3)  # those that the frontier takes: as many runs as a rival has, chosen beforehand

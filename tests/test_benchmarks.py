@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from palate.models.gaussian import GaussianModel
-from palate.vocabulary import parse_prompt
+from palate.models.vocabulary import parse_prompt
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(FOLDER))

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from palate import checkpoint
+from palate.runtime import checkpoint
 
 TENSORS = {
     "weights/a": torch.randn(7, 5, generator=torch.Generator().manual_seed(0)),

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from tiny_flow import TinyFlow, reward
 
-from palate import checkpoint, cli, recipe
-from palate.progress import Progress, printable
+from palate import cli, recipe
+from palate.runtime import checkpoint
+from palate.runtime.progress import Progress, printable
 from palate.train import read_metrics
 
 RECIPE = """# tiny

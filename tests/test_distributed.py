@@ -26,8 +26,7 @@ from tiny_flow import TinyFlow, reward, srpo
 from torch import nn
 
 import palate
-from palate import checkpoint, distributed, failure
-from palate import launch as launcher
+from palate import failure
 from palate.algorithms.ddpo import DDPO, DDPOSettings
 from palate.algorithms.distar import Distar, DistarSettings, Generator
 from palate.algorithms.dpo import DPO, DPOSettings
@@ -38,7 +37,9 @@ from palate.algorithms.refl import ReFL, ReFLSettings
 from palate.algorithms.sqdf import SQDF, SQDFSettings
 from palate.core import Random
 from palate.recipe import GuardSettings
-from palate.train import NonFinite
+from palate.runtime import checkpoint, distributed
+from palate.runtime import launch as launcher
+from palate.train import NonFiniteError
 
 STEPS = 4
 MAKE = {
@@ -201,7 +202,7 @@ def together(folder: Path) -> None:
     for name, sharding in (("sick", "none"), ("sick-full", "full")):
         try:
             go(folder / name, reward=SickSample(), sharding=sharding)
-        except NonFinite as error:
+        except NonFiniteError as error:
             said[name] = str(error).split(":")[0]
     try:
         go(folder / "refused", reward=refuse)
@@ -367,7 +368,7 @@ def test_a_value_on_one_rank_that_is_not_finite_stops_the_update_on_all(pair, tm
     said = [json.loads((pair / f"said-{rank}.json").read_text()).get(name) for rank in (0, 1)]
     try:
         go(alone, reward=SickSample(), micro_batches=2)
-    except NonFinite as error:
+    except NonFiniteError as error:
         assert said == [str(error).split(":")[0]] * 2
     assert skipped and [row["step"] for row in rows(alone) if row["event"] == "skip"] == skipped
     last = checkpoint.steps(alone / "checkpoints")[-1]
@@ -393,7 +394,7 @@ def test_an_error_of_one_rank_ends_sharded_ones_too(tmp_path, monkeypatch):
 
 def test_an_error_of_one_rank_ends_all_with_its_exit_code(pair):
     said = [json.loads((pair / f"said-{rank}.json").read_text())["refused"] for rank in (0, 1)]
-    assert said[0] == ["Told", "rank 1: rank 1 does not know these words", 2]
+    assert said[0] == ["PeerAbortedError", "rank 1: rank 1 does not know these words", 2]
     assert said[1] == ["ValueError", "rank 1 does not know these words", 2]
 
 
@@ -456,7 +457,7 @@ if __name__ == "__main__":
     try:
         with distributed.join(timeout_seconds=float(os.environ.get("TIMEOUT", "60"))):
             globals()[sys.argv[1]](Path(sys.argv[2]))
-    except (ValueError, distributed.PeerLost) as error:  # with the exit codes of the command line
+    except (ValueError, distributed.RankLostError) as error:  # with the exit codes of the command line
         print(repr(error), file=sys.stderr)
         code = 2 if isinstance(error, ValueError) else launcher.LOST
     distributed.leave(code)

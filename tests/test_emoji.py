@@ -12,10 +12,10 @@ from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, UNet2DCo
 from PIL import Image
 
 from palate.models.emoji import EmojiModel
+from palate.models.vocabulary import Caption, known_words, vocabulary
 from palate.rewards.clip import preprocess
 from palate.rewards.emoji import COLOURS, Judge, background, load_reward, parse_prompt, position
 from palate.sampling import sample
-from palate.vocabulary import Caption, known_words, vocabulary
 
 ASSETS = files("palate") / "assets"
 

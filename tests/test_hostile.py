@@ -30,11 +30,12 @@ from test_report import fake_run
 from test_train import run
 from tiny_flow import reward
 
-from palate import checkpoint, recipe
+from palate import recipe
 from palate.data import RecipeError, captioned_images, load_images, read_prompts
-from palate.progress import printable
 from palate.report import write_report
 from palate.rewards.files import read_tensors, weights_file
+from palate.runtime import checkpoint
+from palate.runtime.progress import printable
 from palate.train import read_metrics
 
 CANARY = "canary-3f9a1c"  # a secret; and the name of the file that hostile code would write

@@ -15,7 +15,6 @@ from tiny_flow import PROMPTS, TinyFlow
 
 from palate import cli, recipe
 from palate.algorithms.sqdf import SQDF, SQDFSettings
-from palate.checkpoint import CheckpointError
 from palate.cli import _failed
 from palate.optimize import (
     OracleError,
@@ -38,6 +37,7 @@ from palate.optimize import (
     within,
 )
 from palate.recipe import GuardSettings, OptimizeSettings, OracleSettings, RecipeError, TrainerSettings
+from palate.runtime.checkpoint import CheckpointError
 
 D = torch.float64
 
@@ -420,7 +420,7 @@ def test_built_in_oracles():
     size = load_oracle(OracleSettings(name="jpeg-size"))(grey, ["a dog"] * 2)
     assert size[0] > size[1] and -1 < float(size[0]) < -0.3
     exact = load_oracle(OracleSettings(name="colour-position"))
-    from palate.vocabulary import vocabulary
+    from palate.models.vocabulary import vocabulary
 
     blue = torch.tensor(vocabulary().colours["blue"]).view(3, 1, 1) / 255
     image = blue.expand(3, 64, 64).clone()

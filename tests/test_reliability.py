@@ -26,9 +26,10 @@ from test_distributed import MAKE, go, identical, one_thread  # noqa: F401, fixt
 from test_train import rows
 from tiny_flow import TinyFlow, reward
 
-from palate import checkpoint, recipe
+from palate import recipe
 from palate.recipe import GuardSettings, TrainerSettings
-from palate.train import OutOfMemory, _Run, memory_levers, read_metrics
+from palate.runtime import checkpoint
+from palate.train import OutOfMemoryError, _Run, memory_levers, read_metrics
 from palate.train import train as palate_train
 
 SAVE_PARTS = ("_write", "_sync", "_replace", "save_file")
@@ -289,7 +290,7 @@ def test_a_step_that_does_not_fit_changes_nothing_and_says_what_needs_less(tmp_p
             torch.empty(1 << 50)
         return reward(images, prompts)
 
-    with pytest.raises(OutOfMemory) as caught:
+    with pytest.raises(OutOfMemoryError) as caught:
         go(tmp_path / "run", reward=hungry, checkpoint_every=1)
     for lever in (
         "trainer.micro_batches=2",

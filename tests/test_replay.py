@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from palate import checkpoint
-from palate.replay import (
+from palate.algorithms.replay_buffer import (
     UNIFORM_SHARE,
     ReplayBuffer,
     inverse_cdf,
@@ -19,6 +18,7 @@ from palate.replay import (
     trajectory_probabilities,
     without_replacement,
 )
+from palate.runtime import checkpoint
 
 D = torch.float64
 

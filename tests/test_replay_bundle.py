@@ -12,10 +12,11 @@ from test_cli import palate, short, tiny  # noqa: F401, fixtures
 from test_train import Quadratic, reward, rows, run, tensors
 from tiny_flow import TinyFlow, srpo
 
-from palate import checkpoint, failure
+from palate import failure
 from palate import recipe as recipes
 from palate.core import Loss
 from palate.path import Prediction
+from palate.runtime import checkpoint
 
 BAD = 3  # the step that is poisoned
 

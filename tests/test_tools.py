@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from palate.models.vocabulary import parse_prompt, vocabulary
 from palate.rewards.emoji import COLOURS, background, position
-from palate.vocabulary import parse_prompt, vocabulary
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 data = pytest.importorskip("data")

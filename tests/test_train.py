@@ -19,10 +19,10 @@ import torch
 from tiny_flow import PROMPTS, TinyFlow, reward, srpo
 
 import palate
-from palate import checkpoint
 from palate.core import Loss
 from palate.recipe import GuardSettings
-from palate.train import NonFinite, broken_limits, prompt_order, read_metrics, restore_result
+from palate.runtime import checkpoint
+from palate.train import NonFiniteError, broken_limits, prompt_order, read_metrics, restore_result
 
 STEPS = 8
 
@@ -170,7 +170,7 @@ KILLED = """
     import os, signal, sys
     sys.path.insert(0, {tests!r})
     from pathlib import Path
-    from palate import checkpoint
+    from palate.runtime import checkpoint
     from test_train import run
     folder, after = Path(sys.argv[1]), int(sys.argv[2])
     count, sync = [0], checkpoint._sync
@@ -322,7 +322,7 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(tmp_path, va
 
 
 def test_three_in_a_row_stop_the_run_and_keep_the_last_good_weights(tmp_path):
-    with pytest.raises(NonFinite, match=r"step 5.*3 times in a row"):
+    with pytest.raises(NonFiniteError, match=r"step 5.*3 times in a row"):
         run(tmp_path, reward=Sick({3, 4, 5}), checkpoint_every=0)
     assert checkpoint.steps(tmp_path / "checkpoints") == [5]
     run(tmp_path.with_name("good"), steps=2)
@@ -337,7 +337,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too(tmp_path):
             p = model.parameters()[0]
             yield Loss(((p - p.detach()).abs() + 0.0).sqrt().sum() + (p**2).sum(), {}, "policy")
 
-    with pytest.raises(NonFinite, match="norm of the policy gradient"):
+    with pytest.raises(NonFiniteError, match="norm of the policy gradient"):
         run(tmp_path, algorithm=Root())
 
 

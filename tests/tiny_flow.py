@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from palate.algorithms.srpo import SRPO, SRPOSettings
 from palate.path import Prediction, flow_schedule, from_velocity
+from palate.runtime.errors import InputError
 
 PROMPTS = ["a red fox", "a blue whale", "a green frog", "an old tree", "a tiny house"]
 
@@ -39,7 +40,7 @@ class TinyFlow:
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         if bad := [p for p in prompts if "unknownword" in p]:
-            raise ValueError(f"{bad[0]!r} holds an unknown word")
+            raise InputError(f"{bad[0]!r} holds an unknown word")
         return torch.stack([text_vector(p, 4) for p in prompts])
 
     def encode(self, images: Tensor) -> Tensor:

@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 
 from palate import recipe
 from palate.evaluate import generate, quantise
+from palate.models.vocabulary import vocabulary
 from palate.rewards.combine import with_control
 from palate.train import train
-from palate.vocabulary import vocabulary
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from data import ASSETS, held_out_pairs
 
-from palate.vocabulary import vocabulary
+from palate.models.vocabulary import vocabulary
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from palate.vocabulary import vocabulary
+from palate.models.vocabulary import vocabulary
 
 ASSETS = Path(__file__).parent.parent / "src/palate/assets"
 SIZE = 64

@@ -17,8 +17,8 @@ from data import ASSETS, compose, load_sprites, save_grid
 
 from palate.evaluate import diversity, embedded_referee, evaluate_model, generate, pairs
 from palate.models.emoji import EmojiModel
+from palate.models.vocabulary import vocabulary
 from palate.rewards.emoji import position
-from palate.vocabulary import vocabulary
 
 
 def read(name: str) -> list[str]:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 
-from palate.vocabulary import MAX_WORDS, known_words, vocabulary
+from palate.models.vocabulary import MAX_WORDS, known_words, vocabulary
 
 LENGTH = MAX_WORDS + 2
 BATCH, LR, EMA, DROP = 32, 6e-4, 0.999, 0.1

@@ -45,7 +45,7 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
-from palate.vocabulary import Caption, parse_prompt, vocabulary
+from palate.models.vocabulary import Caption, parse_prompt, vocabulary
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).reshape(1, 3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).reshape(1, 3, 1, 1)

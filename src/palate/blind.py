@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from palate.report import picture, render
 from palate.runs import check_same, read_index, run_names
+from palate.runtime.errors import InputError
 
 CHOICES = ("left", "right", "tie")
 
@@ -38,7 +39,7 @@ def write_study(
     page = runs["a"] / "compare-blind.html" if page is None else Path(page)
     key_path = page.with_name(f"{page.stem}-key.json")
     if key_path.exists():
-        raise ValueError(
+        raise InputError(
             f"{key_path} is there already and reads the choices of its page; move both, or name another page with --out"
         )
     folders = _folders(runs)
@@ -74,7 +75,7 @@ def _folders(runs: dict[str, Path]) -> dict[str, Path]:
     for side, run in runs.items():
         found = sorted(p for p in (run / "samples").glob("step-*") if (p / "index.jsonl").is_file())
         if not found:
-            raise ValueError(
+            raise InputError(
                 f"{run} has no pictures that {runs['b' if side == 'a' else 'a']} has too; run palate evaluate on both"
             )
         previews[side] = found[-1]
@@ -94,7 +95,7 @@ def read_choices(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
     seen: dict[tuple[str, str, int], dict[str, Any]] = {}
     for path in map(Path, paths):
         if not path.is_file():
-            raise ValueError(f"{path} does not exist; expected the file that the page's download button saves")
+            raise InputError(f"{path} does not exist; expected the file that the page's download button saves")
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
             if not line.strip():
                 continue
@@ -104,21 +105,21 @@ def read_choices(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
                 mark = (str(row["study"]), str(row["session"]), row["pair"])
                 good = row["choice"] in CHOICES and type(row["pair"]) is int
             except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(
+                raise InputError(
                     f'{where}: expected {{"study", "session", "pair", "choice"}}; got {line[:80]!r}'
                 ) from error
             if not good:
-                raise ValueError(
+                raise InputError(
                     f"{where}: choice must be one of {', '.join(CHOICES)} and pair a number; got {line[:80]!r}"
                 )
             if mark in seen and seen[mark]["choice"] != row["choice"]:
-                raise ValueError(
+                raise InputError(
                     f"{where}: pair {row['pair']} of session {mark[1]} was {seen[mark]['choice']!r} before and is "
                     f"{row['choice']!r} here; give one file a session, the last one"
                 )
             seen[mark] = row
     if not seen:
-        raise ValueError(f"{paths[0]} holds no choice; make some on the page and download them")
+        raise InputError(f"{paths[0]} holds no choice; make some on the page and download them")
     return list(seen.values())
 
 
@@ -135,7 +136,7 @@ def find_key(
         found = _read_key(path)
         if found["study"] == study:
             return found
-    raise ValueError(
+    raise InputError(
         f"the key of study {str(study)[:40]!r} is not in {', '.join(map(str, places[:3]))}; name it with --key"
     )
 
@@ -145,9 +146,9 @@ def _read_key(path: Path) -> dict[str, Any]:
         key = json.loads(path.read_text(encoding="utf-8"))
         _ = key["study"], key["runs"]["a"], key["runs"]["b"], [pair["left"] for pair in key["pairs"]]
     except FileNotFoundError as error:
-        raise ValueError(f"{path} does not exist; give the key that was written with the page") from error
+        raise InputError(f"{path} does not exist; give the key that was written with the page") from error
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{path} is not the key of a blind study; give the *-key.json that was written with the page"
         ) from error
     return key
@@ -171,12 +172,12 @@ def score(choices: Sequence[dict[str, Any]], key: dict[str, Any]) -> dict[str, A
     wins, ties = {"a": 0, "b": 0}, 0
     for row in choices:
         if row["study"] != key["study"]:
-            raise ValueError(
+            raise InputError(
                 f"a choice is of study {str(row['study'])[:40]!r}, the key of {key['study']!r}; "
                 "score one study at a time"
             )
         if not 0 <= row["pair"] < len(key["pairs"]):
-            raise ValueError(f"a choice is of pair {row['pair']}; this study has pairs 0 to {len(key['pairs']) - 1}")
+            raise InputError(f"a choice is of pair {row['pair']}; this study has pairs 0 to {len(key['pairs']) - 1}")
         left = key["pairs"][row["pair"]]["left"]
         if row["choice"] == "tie":
             ties += 1

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palate.progress import printable
+from palate.runtime.errors import CheckpointError, InputError, PalateError, PeerAbortedError
+from palate.runtime.progress import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -54,7 +55,7 @@ def train(
 
     plan = recipes.read(recipe, overrides or ())
     if plan.optimize is not None:
-        raise ValueError("optimize: this recipe asks an oracle; use `palate optimize`")
+        raise InputError("optimize: this recipe asks an oracle; use `palate optimize`")
     with _ranks(nproc, plan) as on_first:
         on_first(lambda: _check_room(Path(plan.run.folder), fresh))
         _go(plan, on_first, resume=False, fresh=fresh)
@@ -69,16 +70,16 @@ def resume(
     nproc: Ranks = 1,
 ) -> None:
     """Continue a run from its newest good checkpoint, as if it had never stopped."""
-    from palate import checkpoint
     from palate import recipe as recipes
+    from palate.runtime import checkpoint
 
     file = _recipe_file(run)
     started = recipes.read(str(file))
     if started.optimize is not None:
-        raise ValueError(f"{run} asks an oracle; continue it with `palate optimize {file}`")
+        raise InputError(f"{run} asks an oracle; continue it with `palate optimize {file}`")
     plan = recipes.read(str(file), [*(overrides or ()), f"run.folder={_quoted(run)}"])
     if recipes.fingerprint(started) != recipes.fingerprint(plan):
-        raise ValueError(
+        raise InputError(
             "these overrides would change the run itself; when resuming, only trainer.steps, previews, checkpoints, "
             "threads, sample and evaluate may change. Start a new run for the rest"
         )
@@ -99,7 +100,7 @@ def optimize(
 
     plan = recipes.read(recipe, overrides or ())
     if plan.optimize is None:
-        raise ValueError("optimize: this recipe has no such section; use `palate train`, or give optimize.oracle.name")
+        raise InputError("optimize: this recipe has no such section; use `palate train`, or give optimize.oracle.name")
     if fresh:
         recipes.prompts_of(plan)  # a missing file must not cost the old answers
         _remove_run(Path(plan.run.folder))
@@ -140,13 +141,13 @@ def sample(
     numbers = _numbers(seeds)
     prompts = list(prompt or ())
     if any(not text.strip() for text in prompts):
-        raise ValueError("--prompt: got an empty prompt")
+        raise InputError("--prompt: got an empty prompt")
     if prompts_file:
         prompts += read_prompts(prompts_file)
     if not prompts:
-        raise ValueError("no prompt: give --prompt or --prompts-file")
+        raise InputError("no prompt: give --prompt or --prompts-file")
     if (run is None) == (model is None):
-        raise ValueError("give either a run folder or --model, as --model emoji")
+        raise InputError("give either a run folder or --model, as --model emoji")
     source = model if model is not None else str(run)
     plain = source == "emoji" and not Path(source).is_dir()
     if plain:
@@ -161,7 +162,7 @@ def sample(
     from palate.runs import write_samples
 
     if sampler and (steps is not None or guidance is not None):
-        raise ValueError("--steps, --guidance: a generator draws as it was trained; leave them out")
+        raise InputError("--steps, --guidance: a generator draws as it was trained; leave them out")
     steps = sampler.steps if sampler else steps or loaded.default_steps
     guidance = 1.0 if sampler else loaded.default_guidance if guidance is None else guidance
     images = generate(loaded, prompts, numbers, steps=steps, guidance=guidance, sampler=sampler)
@@ -184,7 +185,7 @@ def evaluate(
     from palate.data import read_prompts
 
     if stored and (prompts_file or count or seeds):
-        raise ValueError("--stored judges the images that are there; leave out --prompts-file, --count and --seeds")
+        raise InputError("--stored judges the images that are there; leave out --prompts-file, --count and --seeds")
     for run in runs:
         _recipe_file(run)
     prompts = read_prompts(prompts_file) if prompts_file else None
@@ -224,15 +225,15 @@ def compare(
     }
     for option, (used, other) in needs.items():
         if used and not given[other]:
-            raise ValueError(f"{option} belongs to {other}; give both, or neither")
+            raise InputError(f"{option} belongs to {other}; give both, or neither")
     if blind and score:
-        raise ValueError("--blind writes a page, --score reads its choices; give one of them")
+        raise InputError("--blind writes a page, --score reads its choices; give one of them")
     if score:
         result = study.score(study.read_choices(score), study.find_key(score, key, run_a))
         print(printable(study.text_of(result)))
         return
     if run_a is None or run_b is None:
-        raise ValueError("give two runs, as palate compare runs/a runs/b; or --score with the choices of a blind study")
+        raise InputError("give two runs, as palate compare runs/a runs/b; or --score with the choices of a blind study")
     for run in (run_a, run_b):
         _recipe_file(run)
     if blind:
@@ -270,7 +271,7 @@ def export(
 
         plan = recipes.read(str(_recipe_file(run)))
         if plan.algorithm_name != "distar":
-            raise ValueError(
+            raise InputError(
                 f"--format one-step: {plan.algorithm_name} makes no generator; use the run of a distar recipe"
             )
         target = export_one_step(_trained_model(run)[0], plan.algorithm, out or run / "export" / form)
@@ -326,7 +327,7 @@ def recipes(
     from palate.recipe import published, text_of
 
     if words:
-        from palate.vocabulary import vocabulary
+        from palate.models.vocabulary import vocabulary
 
         vocab = vocabulary()
         for kind in ("styles", "colours", "sizes", "positions", "concepts"):
@@ -343,7 +344,7 @@ def recipes(
 @app.command()
 def checkpoints(run: Run) -> None:
     """List the checkpoints of a run and verify every byte of them."""
-    from palate import checkpoint
+    from palate.runtime import checkpoint
 
     folder = run / "checkpoints"
     found = checkpoint.steps(folder)
@@ -371,12 +372,13 @@ def replay(
     """Run a step again that was not finite, and say where the first such value arises."""
     import torch
 
-    from palate import checkpoint, failure
+    from palate import failure
     from palate import recipe as recipes
+    from palate.runtime import checkpoint
 
     saved = checkpoint.load(bundle)
     if not saved.state.get("recipe"):
-        raise ValueError(f"{bundle} is of a run that Python started, without a recipe; use palate.failure.replay there")
+        raise InputError(f"{bundle} is of a run that Python started, without a recipe; use palate.failure.replay there")
     plan = recipes.parse(saved.state["recipe"])
     torch.manual_seed(plan.trainer.seed)
     model, algorithm = recipes.build_model(plan), recipes.build_algorithm(plan)
@@ -394,12 +396,12 @@ def replay(
 def _ranks(nproc: int, plan: Recipe) -> Iterator[Callable[[Callable[[], Any]], Any]]:
     """Inside, this process is one of its run's ranks; gives what lets rank 0 alone act. Launches them if need be."""
     if "RANK" in os.environ:  # started by torchrun, by srun or by the lines below
-        from palate.distributed import join
+        from palate.runtime.distributed import join
 
         with join(timeout_seconds=plan.run.rank_timeout_seconds) as ranks:
             yield ranks.on_first
     elif nproc > 1:
-        from palate.launch import launch
+        from palate.runtime.launch import launch
 
         raise typer.Exit(launch([sys.executable, "-m", "palate", *sys.argv[1:]], nproc))
     else:
@@ -410,12 +412,12 @@ def _check_room(folder: Path, fresh: bool) -> None:
     if fresh:
         _check_removable(folder)
     elif (folder / "metrics.jsonl").exists():
-        raise ValueError(
+        raise InputError(
             f"{folder} already holds a run: continue it with `palate resume {folder}`, choose another run.folder, "
             "or replace it with --fresh"
         )
     elif (folder / "queries.jsonl").exists():
-        raise ValueError(
+        raise InputError(
             f"{folder} holds the answers of an oracle, by palate optimize; choose another run.folder, or "
             "replace it, answers included, with --fresh"
         )
@@ -425,7 +427,7 @@ def _go(plan: Recipe, on_first: Callable[[Callable[[], Any]], Any], *, resume: b
     import torch
 
     from palate import recipe as recipes
-    from palate.checkpoint import check_space, write_atomically
+    from palate.runtime.checkpoint import check_space, write_atomically
     from palate.train import train
 
     folder = Path(plan.run.folder)
@@ -476,7 +478,7 @@ def _warn(text: str) -> None:
 def _recipe_file(run: Path) -> Path:
     file = run / "recipe.yaml"
     if not file.is_file():
-        raise ValueError(f"{run} is not a run (it holds no recipe.yaml); give the folder of one, as runs/NAME")
+        raise InputError(f"{run} is not a run (it holds no recipe.yaml); give the folder of one, as runs/NAME")
     return file
 
 
@@ -491,7 +493,7 @@ def _check_removable(folder: Path) -> None:
     if not folder.exists():
         return
     if folder.is_symlink() or not folder.is_dir():
-        raise ValueError(f"run.folder: {folder} is not an ordinary folder")
+        raise InputError(f"run.folder: {folder} is not an ordinary folder")
     ours = {"recipe.yaml", "environment.json", "metrics.jsonl", "samples", "checkpoints", "adapter", "export",
             "report.html",
             "evaluation", "evaluation.json", "evaluation.html", "evaluations.json", "control.json",
@@ -499,13 +501,13 @@ def _check_removable(folder: Path) -> None:
             "queries.jsonl", "rounds.jsonl"}  # fmt: skip
     parts = (".tmp-", "compare", "round-")
     if keys := sorted(path.name for path in folder.glob("compare*-key.json")):
-        raise ValueError(
+        raise InputError(
             f"run.folder: {folder} holds {keys[0]}, without which the choices of its blind study cannot "
             "be read; move it elsewhere, or delete it, and then replace the run with --fresh"
         )
     foreign = sorted(p.name for p in folder.iterdir() if p.name not in ours and not p.name.startswith(parts))
     if foreign:
-        raise ValueError(f"run.folder: {folder} also holds {foreign[0]}, which no run wrote; --fresh leaves it alone")
+        raise InputError(f"run.folder: {folder} also holds {foreign[0]}, which no run wrote; --fresh leaves it alone")
 
 
 def _split(words: str) -> list[str]:
@@ -526,9 +528,9 @@ def _numbers(text: str) -> list[int]:
             if len(numbers) > 4096:
                 raise ValueError
     except ValueError as error:
-        raise ValueError(f"--seeds: expected whole numbers as 0-15 or 1,5,9 (at most 4096), got {text!r}") from error
+        raise InputError(f"--seeds: expected whole numbers as 0-15 or 1,5,9 (at most 4096), got {text!r}") from error
     if not numbers:
-        raise ValueError(f"--seeds: {text!r} names no seed")
+        raise InputError(f"--seeds: {text!r} names no seed")
     return numbers
 
 
@@ -582,7 +584,7 @@ def main() -> None:
             raise
         code = _failed(error)
     if "RANK" in os.environ:
-        from palate.distributed import leave
+        from palate.runtime.distributed import leave
 
         leave(code if isinstance(code, int) else 0)
     sys.exit(code if isinstance(code, int) else 0)
@@ -605,21 +607,12 @@ def _failed(error: BaseException) -> int:
     if usage := getattr(error, "format_message", None):  # a mistake in the options, from typer
         _say(usage() or "no command; see palate --help")
         return 2
-    kind = {base.__module__ + "." + base.__name__ for base in type(error).__mro__}  # without importing torch for it
-    if "palate.distributed.Told" in kind:  # another rank has said it
-        return error.code
-    if "palate.train.NonFinite" in kind:
-        code = 3
-    elif "palate.train.OutOfMemory" in kind:
-        code = 6
-    elif "palate.distributed.PeerLost" in kind:
-        code = 7
-    elif kind & {"palate.rewards.remote.RemoteError", "palate.optimize.OracleError"}:
-        code = 5
-    elif "palate.checkpoint.CheckpointError" in kind or isinstance(error, OSError):
-        code = 4
-    elif isinstance(error, ValueError):
-        code = 2
+    if isinstance(error, PeerAbortedError):  # another rank has said it
+        return error.exit_code
+    if isinstance(error, PalateError):
+        code = error.exit_code
+    elif isinstance(error, OSError):
+        code = CheckpointError.exit_code
     else:
         raise error
     _say(str(error))

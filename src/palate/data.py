@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from palate.runtime.errors import InputError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -32,7 +34,7 @@ ENCODED_TOGETHER = 32  # images
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-class RecipeError(ValueError):
+class RecipeError(InputError):
     """Everything that is wrong with a recipe or with a file that it names, a line each."""
 
 

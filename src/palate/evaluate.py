@@ -20,6 +20,7 @@ from torch import Tensor
 
 from palate.core import Cond, Model, Random, Reward
 from palate.rewards import simple
+from palate.runtime.errors import InputError
 
 CLOSED_FORM = {
     f.__name__: f
@@ -323,7 +324,7 @@ def _call(name: str, reward: Reward, images: Tensor, prompts: list[str]) -> tupl
             f"reward {name!r} failed on {len(images)} images, the first of {prompts[0]!r}: {error}"
         ) from error
     if values.shape != (len(images),):
-        raise ValueError(
+        raise InputError(
             f"reward {name!r} returned shape {tuple(values.shape)}; expected ({len(images)},), one value an image"
         )
     why = {int(i): f"the value {float(values[i])} is not finite" for i in (~values.isfinite()).nonzero()}
@@ -354,11 +355,11 @@ def evaluate_images(
     An image that a reward fails on (`failed`) is left out of that reward on both sides; ValueError where none is left.
     """
     if not len(images) == len(prompts) == len(seeds) or not len(images):
-        raise ValueError(
+        raise InputError(
             f"got {len(images)} images, {len(prompts)} prompts, {len(seeds)} seeds; expected one of each an image"
         )
     if base is not None and base.shape != images.shape:
-        raise ValueError(
+        raise InputError(
             f"base images have shape {tuple(base.shape)}; expected {tuple(images.shape)}, one for each image"
         )
     referee = Referee(rewards, "", judge, parse, background, colours, position)
@@ -405,7 +406,7 @@ def _leave_out_failures(sides: dict[str, _Columns]) -> list[tuple[str, str, int,
     for name, side, i, why in failed:
         if all(bool(columns.values[name].isnan().all()) for columns in sides.values()):
             name = name.removeprefix("reward/")
-            raise ValueError(
+            raise InputError(
                 f"reward {name!r} failed on every image, in image {i} of the {side} because {why}; "
                 "mend it or leave it out"
             )
@@ -586,7 +587,7 @@ def quick_check(
     (the first of the referee's), heldout, concept, background, diversity, saturation, style/<name>; a question that no
     prompt asks is left out. Diversity is that of one style, and needs a prompt that occurs twice."""
     if len(prompts) != len(ids):
-        raise ValueError(f"got {len(prompts)} prompts and {len(ids)} ids; expected one id an image")
+        raise InputError(f"got {len(prompts)} prompts and {len(ids)} ids; expected one id an image")
     referee = referee or embedded_referee()
     noises = _noises([Random(seed, 0, ids)], "quick_check", model.latent_shape, sampler)
     images = _draw(model, prompts, noises, steps=None, guidance=None, weights="policy", batch_size=64, sampler=sampler)
@@ -595,7 +596,7 @@ def quick_check(
     columns = _columns(images, prompts, referee._replace(rewards=rewards))
     for name, why in columns.failed.items():
         i = min(why)
-        raise ValueError(f"reward {name.removeprefix('reward/')!r} failed for prompt {prompts[i]!r}: {why[i]}")
+        raise InputError(f"reward {name.removeprefix('reward/')!r} failed for prompt {prompts[i]!r}: {why[i]}")
     values = columns.values
     result = {"reward": values[f"reward/{first}"], "heldout": values[f"reward/{referee.heldout}"]}
     result |= {name: values[name] for name in ("concept", "background", "saturation") if name in values}

@@ -27,8 +27,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from palate import recipe as recipes
-from palate.checkpoint import write_atomically
 from palate.path import flow_schedule
+from palate.runtime.checkpoint import write_atomically
+from palate.runtime.errors import InputError
 
 FORMATS = ("diffusers", "kohya", "comfyui")
 WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -59,12 +60,12 @@ class Lora(NamedTuple):
 def export_lora(run: Path, form: str, out: Path | None = None) -> Path:
     """Write the LoRA of a finished run as FORMATS say; the folder written to, `run`/export/`form` if left out."""
     if form not in FORMATS:
-        raise ValueError(f"--format: got {form!r}; expected one of {', '.join(FORMATS)}, merged")
+        raise InputError(f"--format: got {form!r}; expected one of {', '.join(FORMATS)}, merged")
     if not (run / "recipe.yaml").is_file():
-        raise ValueError(f"{run} is not a run (it holds no recipe.yaml); give the folder of one, as runs/NAME")
+        raise InputError(f"{run} is not a run (it holds no recipe.yaml); give the folder of one, as runs/NAME")
     plan = recipes.read(str(run / "recipe.yaml"))
     if plan.model.weights != "lora":
-        raise ValueError(f"{run} trained the full model; its network is in {run / 'adapter'}, for from_pretrained")
+        raise InputError(f"{run} trained the full model; its network is in {run / 'adapter'}, for from_pretrained")
     layers = read_adapter(run / "adapter")
     part = "unet" if plan.model.name in UNETS else "transformer"
     if form == "diffusers":
@@ -100,7 +101,7 @@ def export_merged(run: Path, model: Any, out: Path | None = None) -> Path:
     plan = recipes.read(str(run / "recipe.yaml"))
     folder = run / "export" / "merged" if out is None else out
     if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"--out: {folder} is not empty; give a new folder")
+        raise InputError(f"--out: {folder} is not empty; give a new folder")
     network = model.weights.merged()
     network.save_pretrained(folder / ("unet" if plan.model.name in UNETS else "transformer"))
     rank = plan.model.lora_rank
@@ -114,15 +115,15 @@ def read_adapter(folder: Path) -> dict[str, Lora]:
     """Layer path -> its LoRA, from what diffusers' save_lora_adapter wrote; alpha from the file's own metadata."""
     path = folder / WEIGHTS
     if not path.is_file():
-        raise ValueError(f"{folder} holds no {WEIGHTS}, which a run writes at its end: finish the run first")
+        raise InputError(f"{folder} holds no {WEIGHTS}, which a run writes at its end: finish the run first")
     try:
         with safe_open(path, "pt") as file:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in list(file.keys())}
         config = json.loads(metadata["lora_adapter_metadata"])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not a LoRA that a run wrote ({error or type(error).__name__})") from error
+        raise InputError(f"{path} is not a LoRA that a run wrote ({error or type(error).__name__})") from error
     if config.get("use_dora") or config.get("use_rslora"):
-        raise ValueError(f"{path} is a DoRA or a rank-stabilised LoRA; only plain ones can be exported")
+        raise InputError(f"{path} is a DoRA or a rank-stabilised LoRA; only plain ones can be exported")
     own = config.get("alpha_pattern") or {}
     layers = {}
     for name, down in tensors.items():
@@ -131,10 +132,10 @@ def read_adapter(folder: Path) -> dict[str, Lora]:
             continue
         up = tensors.get(f"{layer}.lora_B.{kind}")
         if up is None:
-            raise ValueError(f"{path}: {name} has no lora_B beside it")
+            raise InputError(f"{path}: {name} has no lora_B beside it")
         layers[layer] = Lora(down, up, float(own.get(layer, config["lora_alpha"])))
     if 2 * len(layers) != len(tensors):
-        raise ValueError(f"{path}: {len(tensors) - 2 * len(layers)} of {len(tensors)} tensors belong to no LoRA layer")
+        raise InputError(f"{path}: {len(tensors) - 2 * len(layers)} of {len(tensors)} tensors belong to no LoRA layer")
     return layers
 
 
@@ -170,7 +171,7 @@ def to_comfyui(layers: Mapping[str, Lora]) -> dict[str, Tensor]:
 def to_kohya(layers: Mapping[str, Lora], family: str) -> dict[str, Tensor]:
     """kohya's names: diffusers' path with underscores for UNets, the original program's for FLUX."""
     if family not in (*UNETS, "flux"):
-        raise ValueError(f"--format kohya: there is no such form of {family}; use comfyui or diffusers")
+        raise InputError(f"--format kohya: there is no such form of {family}; use comfyui or diffusers")
     plain = {name.replace(".", "_"): lora for name, lora in layers.items()}
     renamed = flux_layers(layers) if family == "flux" else plain
     tensors = {}
@@ -213,7 +214,7 @@ def flux_layers(layers: Mapping[str, Lora]) -> dict[str, Lora]:
                 if any(lora is not None for lora in found):
                     renamed[f"{original}_{block}_{new}"] = _fused(found, _rows(found, names))
     if left:
-        raise ValueError(f"--format kohya: {next(iter(left))} has no name in the original FLUX; use comfyui")
+        raise InputError(f"--format kohya: {next(iter(left))} has no name in the original FLUX; use comfyui")
     return renamed
 
 
@@ -289,11 +290,11 @@ def export_one_step(model: Any, settings: Any, folder: Path | str) -> Path:
 
     generator, folder = settings.generator, Path(folder)
     if generator.steps != 1:
-        raise ValueError(f"generator.steps = {generator.steps}: only a generator of one step can be exported as one")
+        raise InputError(f"generator.steps = {generator.steps}: only a generator of one step can be exported as one")
     repository = getattr(getattr(model, "parts", None), "repository", None)
     source = Path(model.folder if repository is None else repository.root)
     if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty; give a new folder")
+        raise InputError(f"{folder} is not empty; give a new folder")
     label = round(1000 * generator.t_init) if model.schedule is flow_schedule else round(1000 * generator.t_init) - 1
     index = json.loads((source / "model_index.json").read_text("utf-8"))
     denoiser = "unet" if "unet" in index else "transformer"
@@ -364,10 +365,10 @@ def load_one_step(folder: Path) -> tuple[Any, Any]:
         generator = Generator(**{key: record.pop(key) for key in ("t_init", "input_scale", "steps")})
         family = record.pop("family", "emoji")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is not what an export wrote ({error or type(error).__name__})") from error
+        raise InputError(f"{file} is not what an export wrote ({error or type(error).__name__})") from error
     module, kind, keys = recipes.MODELS.get(str(family), (None, None, ()))
     if module is None or not record.keys() <= set(keys):
-        raise ValueError(
+        raise InputError(
             f"{file}: this version cannot draw a generator of {family!r}; draw it with diffusers, see "
             f"{folder / 'README.md'}"
         )
@@ -393,7 +394,7 @@ def _copied(source: Path, index: Mapping[str, Any], denoiser: str) -> list[str]:
     parts = [part for part, kind in index.items() if isinstance(kind, list) and kind[0]]
     copied = [part for part in parts if part not in (denoiser, "scheduler")]
     if missing := [part for part in copied if not _whole(source / part)]:
-        raise ValueError(f"{source}: {', '.join(missing)} is not whole, and a pipeline needs it; complete the download")
+        raise InputError(f"{source}: {', '.join(missing)} is not whole, and a pipeline needs it; complete the download")
     return copied
 
 
@@ -414,7 +415,7 @@ def _one_step_scheduler(model: Any, t_init: float, label: int, denoiser: str) ->
     if model.schedule is not flow_schedule:
         config = model.scheduler.config
         if abs(config.num_train_timesteps * t_init - (label + 1)) > 1e-6:
-            raise ValueError(f"generator.t_init = {t_init}: expected a whole number of {config.num_train_timesteps}ths")
+            raise InputError(f"generator.t_init = {t_init}: expected a whole number of {config.num_train_timesteps}ths")
         kept = {
             key: config[key]
             for key in (
@@ -434,7 +435,7 @@ def _one_step_scheduler(model: Any, t_init: float, label: int, denoiser: str) ->
         return FlowMatchEulerDiscreteScheduler(shift=1.0), f"num_inference_steps=1, sigmas=[{t_init}]"
     first, target = 0.999, t_init * (1 + 1e-9)  # the scheduler's own first level, and ours a hair above a whole label
     if abs(1000 * t_init - label) > 1e-6 or not label < 1000:
-        raise ValueError(f"generator.t_init = {t_init}: expected a whole number of thousandths, at most .999")
+        raise InputError(f"generator.t_init = {t_init}: expected a whole number of thousandths, at most .999")
     scheduler = DPMSolverMultistepScheduler(
         solver_order=1,
         prediction_type="flow_prediction",
@@ -444,5 +445,5 @@ def _one_step_scheduler(model: Any, t_init: float, label: int, denoiser: str) ->
     )
     scheduler.set_timesteps(1)
     if int(scheduler.timesteps[0]) != label or abs(float(scheduler.sigmas[0]) - t_init) > 1e-6:
-        raise ValueError(f"generator.t_init = {t_init}: this diffusers starts at {scheduler.timesteps.tolist()}")
+        raise InputError(f"generator.t_init = {t_init}: this diffusers starts at {scheduler.timesteps.tolist()}")
     return scheduler, "num_inference_steps=1"

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from palate import checkpoint
 from palate.core import Algorithm, Batch, Loss, Model, Random, Reward
+from palate.runtime import checkpoint
 
 
 class Finding(NamedTuple):

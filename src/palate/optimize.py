@@ -40,11 +40,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from palate import checkpoint
 from palate.core import Algorithm, Model, Random, Reward
 from palate.evaluate import SIDES, quantise
 from palate.recipe import OptimizeSettings, OracleSettings, Recipe, TrainerSettings
 from palate.rewards.remote import TOKEN, RemoteReward
+from palate.runtime import checkpoint
+from palate.runtime.errors import InputError, RewardServiceError
 from palate.sampling import sample
 from palate.train import Outcome, prompt_order, restore_result, train
 
@@ -55,7 +56,7 @@ MAX_ANSWER = 1 << 20  # bytes of a command's or a server's answer
 RIDGES = tuple(10.0**k for k in range(-3, 6))  # candidates, by leave-one-out error
 
 
-class OracleError(RuntimeError):
+class OracleError(RewardServiceError):
     """The oracle failed as often as is allowed. Every question and answer so far is in queries.jsonl."""
 
 
@@ -105,7 +106,7 @@ def optimize(
         ask_round(queries, number, size, draw, oracle, settings)
         images, words, scores, rounds = queries.answered(number)
         if len(scores) < 2:
-            raise ValueError(
+            raise InputError(
                 f"only {len(scores)} questions were answered in {queries.spent}; mend the oracle, and "
                 "raise optimize.budget in another run.folder"
             )
@@ -191,7 +192,7 @@ def round_sizes(budget: int, rounds: int) -> list[int]:
     """
     least = 2 * (2**rounds - 1)
     if budget < least:
-        raise ValueError(f"optimize.budget = {budget} is too small for {rounds} rounds; expected at least {least}")
+        raise InputError(f"optimize.budget = {budget} is too small for {rounds} rounds; expected at least {least}")
     ends = [budget * (2**k - 1) // (2**rounds - 1) for k in range(rounds + 1)]
     return [b - a for a, b in itertools.pairwise(ends)]
 
@@ -207,9 +208,9 @@ def from_recipe(plan: Recipe, *, say: Callable[[str], None] = print) -> Outcome:
     stored = folder / "recipe.yaml"
     begun = recipes.parse(stored.read_text("utf-8")) if stored.is_file() else plan
     if begun.optimize is None:
-        raise ValueError(f"{folder} holds a run of palate train; choose another run.folder, or replace it with --fresh")
+        raise InputError(f"{folder} holds a run of palate train; choose another run.folder, or replace it with --fresh")
     if identity_of(begun) != identity_of(plan):
-        raise ValueError(
+        raise InputError(
             f"{folder} was begun with other settings (its recipe.yaml); only how the oracle is reached "
             "may change. Choose another run.folder, or replace it with --fresh, answers included"
         )
@@ -257,7 +258,7 @@ def newest_round(folder: Path) -> Path:
     """The last round's run that holds a checkpoint; ValueError when no round has come so far."""
     rounds = [path for path in sorted(folder.glob("round-*")) if checkpoint.steps(path / "checkpoints")]
     if not rounds:
-        raise ValueError(f"{folder} holds no trained round yet; continue it with palate optimize")
+        raise InputError(f"{folder} holds no trained round yet; continue it with palate optimize")
     return rounds[-1]
 
 
@@ -281,7 +282,7 @@ class Queries:
             except (ValueError, KeyError, TypeError) as error:
                 if place == len(lines):  # a crash cut it short, before its question was asked
                     break
-                raise ValueError(f"{self.log}, line {place}: not a query ({error})") from error
+                raise InputError(f"{self.log}, line {place}: not a query ({error})") from error
             kept.append(line + "\n")
         checkpoint.write_atomically(self.log, "".join(kept).encode())
 
@@ -496,17 +497,17 @@ def load_oracle(settings: OracleSettings, *, seed: int = 0) -> Oracle:
             try:
                 found = getattr(importlib.import_module(module), name) if colon and name else None
             except Exception as error:  # importing runs the user's own code
-                raise ValueError(
+                raise InputError(
                     f"optimize.oracle.function: cannot import {settings.function!r} ({type(error).__name__}: {error})"
                 ) from error
         if not callable(found):
-            raise ValueError(
+            raise InputError(
                 f"optimize.oracle.function: expected module:function of something callable, got {settings.function!r}"
             )
         return found
     if settings.command is not None:
         if shutil.which(settings.command[0]) is None:
-            raise ValueError(f"optimize.oracle.command: there is no program {settings.command[0]!r}")
+            raise InputError(f"optimize.oracle.command: there is no program {settings.command[0]!r}")
         return command_oracle(settings.command, settings.timeout)
     if settings.url is not None and (token := os.environ.get(TOKEN)):  # a reward service: with its id and token
         return RemoteReward(
@@ -562,7 +563,7 @@ def hidden_judge() -> Oracle:
     def judge_oracle(images: Tensor, prompts: Sequence[str]) -> Tensor:
         concepts = [parse_prompt(prompt).concept for prompt in prompts]
         if None in concepts:
-            raise ValueError(f"the hidden judge needs a concept; there is none in {prompts[concepts.index(None)]!r}")
+            raise InputError(f"the hidden judge needs a concept; there is none in {prompts[concepts.index(None)]!r}")
         found = judge.logits(images)[0].softmax(-1)
         return found[torch.arange(len(images)), [judge.concepts.index(concept) for concept in concepts]]
 
@@ -572,9 +573,9 @@ def hidden_judge() -> Oracle:
 def colour_position() -> Oracle:
     """Exact, in [0, 1]: how near the border is to the background that the prompt names, and how far the drawing is on
     the side that it names; the mean of what is named."""
+    from palate.models.vocabulary import vocabulary
     from palate.rewards.emoji import parse_prompt, position
     from palate.rewards.simple import border
-    from palate.vocabulary import vocabulary
 
     colours = {name: torch.tensor(rgb, dtype=torch.float32) / 255 for name, rgb in vocabulary().colours.items()}
 
@@ -588,7 +589,7 @@ def colour_position() -> Oracle:
                 axis, sign = SIDES[caption.position]
                 parts.append((1 + sign * float(centre[k, axis])) / 2)
             if not parts:
-                raise ValueError(
+                raise InputError(
                     f"the colour and position oracle needs a background or a side; {prompts[k]!r} names neither"
                 )
             scores.append(sum(parts) / len(parts))
@@ -673,15 +674,15 @@ def within(timeout: float, oracle: Oracle, images: Tensor, prompts: Sequence[str
 def numbers(answer: Any, count: int) -> list[float]:
     """The oracle's answer as `count` floats, not all of them finite perhaps. ValueError if it is something else."""
     if isinstance(answer, Tensor) and answer.ndim > 1:
-        raise ValueError(f"expected {count} numbers, one an image, got a tensor of shape {tuple(answer.shape)}")
+        raise InputError(f"expected {count} numbers, one an image, got a tensor of shape {tuple(answer.shape)}")
     if isinstance(answer, Tensor):
         answer = answer.detach().flatten().tolist()
     try:
         found = [float(score) for score in answer]
     except TypeError as error:
-        raise ValueError(f"expected {count} numbers, one an image, got {type(answer).__name__}") from error
+        raise InputError(f"expected {count} numbers, one an image, got {type(answer).__name__}") from error
     if len(found) != count:
-        raise ValueError(f"expected {count} numbers, one an image, got {len(found)}")
+        raise InputError(f"expected {count} numbers, one an image, got {len(found)}")
     return found
 
 
@@ -695,12 +696,12 @@ def png(image: Tensor) -> bytes:
 
 def _scores(data: bytes) -> Any:
     if len(data) > MAX_ANSWER:
-        raise ValueError(f"the answer is longer than {MAX_ANSWER >> 10} KiB")
+        raise InputError(f"the answer is longer than {MAX_ANSWER >> 10} KiB")
     try:
         return json.loads(data)["scores"]
     except (ValueError, KeyError, TypeError) as error:
         got = data[:60].decode("utf-8", "replace")
-        raise ValueError(f'expected {{"scores": [...]}} as JSON, got {got!r}') from error
+        raise InputError(f'expected {{"scores": [...]}} as JSON, got {got!r}') from error
 
 
 @contextlib.contextmanager

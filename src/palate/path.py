@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from palate.runtime.errors import InputError
+
 Schedule = Callable[[Tensor], tuple[Tensor, Tensor]]  # t (B,) -> alpha, sigma, each (B, 1, 1, 1)
 Coefficient = Tensor | float
 
@@ -42,7 +44,7 @@ def vp_schedule(alphas_cumprod: Tensor) -> Schedule:
     """
     table = torch.as_tensor(alphas_cumprod, dtype=torch.float64).flatten().cpu()
     if len(table) < 2 or not bool(((table >= 0) & (table <= 1)).all()) or bool((table.diff() > 0).any()):
-        raise ValueError("alphas_cumprod must fall from at most 1 to at least 0 over two or more training steps")
+        raise InputError("alphas_cumprod must fall from at most 1 to at least 0 over two or more training steps")
     levels = torch.cat([torch.ones(1, dtype=torch.float64), table])
 
     def schedule(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,7 +100,7 @@ def move(pred: Prediction, alpha: Coefficient, sigma: Coefficient, std: Coeffici
     if isinstance(std, Tensor) or std != 0:
         sigma, std = (torch.as_tensor(c, dtype=pred.x0.dtype, device=pred.x0.device) for c in (sigma, std))
         if bool((std > sigma * (1 + 1e-6)).any()):
-            raise ValueError(
+            raise InputError(
                 f"move got std {float(std.max()):.4g} above sigma {float(sigma.min()):.4g}; "
                 "expected 0 <= std <= sigma: use a smaller eta"
             )
@@ -115,7 +117,7 @@ def score(xt: Tensor, pred: Prediction, alpha: Coefficient, sigma: Coefficient) 
 def _column(t: Tensor) -> Tensor:
     if not isinstance(t, Tensor) or t.ndim != 1 or not t.is_floating_point():
         got = f"{tuple(t.shape)} {t.dtype}" if isinstance(t, Tensor) else type(t).__name__
-        raise ValueError(f"a schedule got t of {got}; expected a float tensor (B,), one time per sample")
+        raise InputError(f"a schedule got t of {got}; expected a float tensor (B,), one time per sample")
     return t.view(-1, 1, 1, 1)
 
 
@@ -126,7 +128,7 @@ def _per_sample(x: Tensor, **coefficients: Coefficient) -> None:
             and c.ndim
             and not (c.ndim == x.ndim and c.shape[0] in (1, x.shape[0]) and c[0].numel() == 1)
         ):
-            raise ValueError(
+            raise InputError(
                 f"{name} has shape {tuple(c.shape)} beside a latent of shape {tuple(x.shape)}; expected "
                 f"({x.shape[0]}, 1, ...) with size 1 in every axis but the first: .view(-1, 1, 1, 1)"
             )

@@ -33,6 +33,7 @@ from palate.models.autoencoder import latent_shape, recompute_pieces, sides
 from palate.models.gaussian import GaussianModel
 from palate.path import Prediction
 from palate.recipe import MODELS, Recipe, build_algorithm, trained_names
+from palate.runtime.errors import InputError
 
 GIB = 2**30
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -288,7 +289,7 @@ def measure(recipe: Recipe) -> dict[str, Unit]:
         return _measure_emoji(recipe)
     published = PUBLISHED.get(recipe.model.name)
     if published is None:
-        raise ValueError(
+        raise InputError(
             f"palate plan does not know the shapes of {recipe.model.name}: they are not in its PUBLISHED; "
             "training does not need them"
         )
@@ -417,7 +418,7 @@ def _reward_tower(name: str, dtype: torch.dtype) -> tuple[nn.Module | None, Call
 
         return towers, run
     if name == "hpsv3":
-        raise ValueError(
+        raise InputError(
             "plan: hpsv3 cannot be measured without its weights, because its vision tower reads the values of a grid; "
             "plan with another reward, and add 14.4 GiB for its 7.7e9 bfloat16 weights"
         )
@@ -451,7 +452,7 @@ def _local(recipe: Recipe, part: str) -> dict[str, Any] | None:
             config = json.loads(file.read_text("utf-8"))
             expected = "AutoencoderKL" if part == "vae" else PUBLISHED[recipe.model.name].kind
             if (got := config.get("_class_name", expected)) != expected:
-                raise ValueError(
+                raise InputError(
                     f"model.folder {folder}: its {name} is a {got}, {recipe.model.name} needs a {expected}"
                 )
             return {key: value for key, value in config.items() if not key.startswith("_")}
@@ -637,9 +638,9 @@ def levers(recipe: Recipe, made: Plan) -> list[tuple[str, float]]:
 def table(recipe: Recipe, made: Plan, *, device: str = "h100", utilisation: float = 0.35) -> str:
     """The plan as lines of text."""
     if device not in DEVICES:
-        raise ValueError(f"--device: got {device!r}; expected one of {', '.join(DEVICES)}")
+        raise InputError(f"--device: got {device!r}; expected one of {', '.join(DEVICES)}")
     if not 0 < utilisation <= 1:
-        raise ValueError(f"--utilisation: got {utilisation}; expected above 0 and at most 1")
+        raise InputError(f"--utilisation: got {utilisation}; expected above 0 and at most 1")
     tflops, gib = DEVICES[device]
     lines = [
         f"{recipe.algorithm_name} on {recipe.model.name}, {recipe.model.weights}, batch {recipe.trainer.batch_size}, "

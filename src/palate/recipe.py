@@ -34,6 +34,7 @@ from palate.data import (
     read_text,
     spread,
 )  # fmt: skip
+from palate.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,7 +120,7 @@ _STRICT = ConfigDict(extra="forbid")
 def _image_size(value: Any) -> int | tuple[int, int]:
     given = value if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
     if any(type(side) is not int or side < 1 for side in given):
-        raise ValueError(f"expected pixels a side, or [height, width], got {value!r}")
+        raise InputError(f"expected pixels a side, or [height, width], got {value!r}")
     return tuple(given) if len(given) == 2 else value
 
 
@@ -707,7 +708,7 @@ def referee_of(recipe: Recipe) -> Referee:
     if recipe.model.name == "emoji":
         return embedded_referee()
     if name is None:
-        raise ValueError(
+        raise InputError(
             f"reward.weights: {', '.join(HELD_OUT)} are all optimised, so none is left to judge; leave one out"
         )
     return published_referee(name, load_reward(name, recipe.reward.source.get(name), recipe.reward.dtype))
@@ -759,7 +760,7 @@ def build_model(recipe: Recipe) -> Model:
         try:
             model.weights.load(_start_folder(settings.start), "policy")
         except (ValueError, SafetensorError) as error:
-            raise ValueError(f"model.start: {error}") from error
+            raise InputError(f"model.start: {error}") from error
     return model
 
 

@@ -28,6 +28,7 @@ from PIL import Image
 
 from palate.evaluate import to_json
 from palate.runs import check_same, control_words, read_index, read_recipe, run_names
+from palate.runtime.errors import InputError
 
 COLUMNS, ROWS, PAIRS = 6, 12, 4  # previews across, pictures down, worst and best pairs shown
 LARGEST = 256  # pixels; larger pictures are embedded at this size
@@ -66,7 +67,7 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise ValueError(f"{path} line {number} is not JSON: {line[:60]!r}") from error
+                raise InputError(f"{path} line {number} is not JSON: {line[:60]!r}") from error
     return rows
 
 
@@ -76,7 +77,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); write it again with palate evaluate") from error
+        raise InputError(f"{path} is not JSON ({error}); write it again with palate evaluate") from error
 
 
 def read_rounds(run_folder: Path) -> list[dict[str, Any]]:
@@ -104,7 +105,7 @@ def read_questions(run_folder: Path) -> list[dict[str, Any]]:
         except (json.JSONDecodeError, KeyError, TypeError):
             break  # the line that a crash cut short is the last
         if Path(file).parts != ("queries", Path(file).name):
-            raise ValueError(f"{path} line {number}: expected a file in queries/, got {file[:60]!r}")
+            raise InputError(f"{path} line {number}: expected a file in queries/, got {file[:60]!r}")
     return [found[k] for k in sorted(found) if "file" in found[k]]
 
 
@@ -119,9 +120,9 @@ def picture(path: Path) -> str:
         with Image.open(path) as image:
             image = image.convert("RGB")
     except FileNotFoundError as error:
-        raise ValueError(f"image {path} is missing, though index.jsonl lists it; sample again") from error
+        raise InputError(f"image {path} is missing, though index.jsonl lists it; sample again") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"image {path} cannot be read ({error}); sample again") from error
+        raise InputError(f"image {path} cannot be read ({error}); sample again") from error
     image.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     image.save(stream, "PNG", optimize=True)
@@ -364,7 +365,7 @@ def _true_scores(run_folder: Path, answered: Sequence[dict[str, Any]], recipe: d
                 with Image.open(run_folder / row["file"]) as image:
                     pixels.append(np.asarray(image.convert("RGB")))
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                raise ValueError(f"image {run_folder / row['file']} cannot be read ({error})") from error
+                raise InputError(f"image {run_folder / row['file']} cannot be read ({error})") from error
         images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
         scores += reward(images, [row["prompt"] for row in part]).tolist()
     return scores
@@ -455,7 +456,7 @@ def compare_grid(runs: Sequence[Path]) -> dict[str, Any]:
     for run in runs:
         folders = _steps(run)
         if not folders:
-            raise ValueError(f"{run} has no samples/step-* folder to compare; train with trainer.preview_every > 0")
+            raise InputError(f"{run} has no samples/step-* folder to compare; train with trainer.preview_every > 0")
         if not columns:
             columns.append((folders[0], read_index(folders[0])))
             heads.append(("Base", _step_name(folders[0], 0, 2)[1]))

@@ -34,6 +34,7 @@ from palate.evaluate import (
     to_json,
     verdict,
 )
+from palate.runtime.errors import InputError
 
 ORACLE = "oracle-"  # begins the name under which a built-in oracle is a reward of an evaluation
 
@@ -58,7 +59,7 @@ def read_index(folder: str | Path) -> list[dict[str, Any]]:
     """The rows of folder/index.jsonl, checked. Raises ValueError naming the file, line and remedy."""
     index = Path(folder) / "index.jsonl"
     if not index.is_file():
-        raise ValueError(f"{index} is missing; expected a sample folder such as runs/NAME/samples/step-000000")
+        raise InputError(f"{index} is missing; expected a sample folder such as runs/NAME/samples/step-000000")
     rows = []
     for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), 1):
         try:
@@ -66,16 +67,16 @@ def read_index(folder: str | Path) -> list[dict[str, Any]]:
             file, prompt, seed = row["file"], row["prompt"], row["seed"]
             good = isinstance(file, str) and isinstance(prompt, str) and isinstance(seed, int)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
+            raise InputError(
                 f'{index} line {number}: expected {{"file", "prompt", "seed", ...}}; got {line[:80]!r}'
             ) from error
         if not good or file != Path(file).name or file in ("", ".", ".."):
-            raise ValueError(
+            raise InputError(
                 f"{index} line {number}: file must be a plain name, prompt a string, seed an integer; got {line[:80]!r}"
             )
         rows.append(row)
     if not rows:
-        raise ValueError(f"{index} is empty; expected one row an image")
+        raise InputError(f"{index} is empty; expected one row an image")
     return rows
 
 
@@ -90,13 +91,13 @@ def read_samples(folder: str | Path) -> tuple[Tensor, list[dict[str, Any]]]:
             with Image.open(path) as image:
                 array = np.asarray(image.convert("RGB"))
         except FileNotFoundError as error:
-            raise ValueError(f"image {path} is missing, though index.jsonl lists it; sample again") from error
+            raise InputError(f"image {path} is missing, though index.jsonl lists it; sample again") from error
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(
+            raise InputError(
                 f"image {path} cannot be read ({error}); sample again or remove its row from index.jsonl"
             ) from error
         if images and array.shape != images[0].shape:
-            raise ValueError(
+            raise InputError(
                 f"image {path} is {array.shape[1]}x{array.shape[0]}; "
                 f"expected {images[0].shape[1]}x{images[0].shape[0]} as the first"
             )
@@ -109,13 +110,13 @@ def check_same(rows: Sequence[dict], others: Sequence[dict], name: str, other_na
     for i, (row, other) in enumerate(zip(rows, others, strict=False)):
         for key in ("prompt", "seed"):
             if row[key] != other[key]:
-                raise ValueError(
+                raise InputError(
                     f"{name} and {other_name} cannot be paired: {key} of row {i} is {row[key]!r} in the "
                     f"first, {other[key]!r} in the second; sample both with the same prompts and seeds"
                 )
     if len(rows) != len(others):
         extra = next(iter(islice((rows if len(rows) > len(others) else others), min(len(rows), len(others)), None)))
-        raise ValueError(
+        raise InputError(
             f"{name} and {other_name} cannot be paired: {len(rows)} and {len(others)} images; the first without a "
             f"partner is prompt {extra['prompt']!r} seed {extra['seed']}; sample both with the same prompts and seeds"
         )
@@ -327,7 +328,7 @@ def evaluate_runs(
         judges = [_judged_by(folder, recipe) for folder, recipe in zip(folders, recipes, strict=True)]
         for name, judge in zip(names, judges, strict=True):
             if judge != judges[0]:
-                raise ValueError(
+                raise InputError(
                     f"{names[0]} is judged by {judges[0]}, {name} by {judge}; set evaluate.heldout in the "
                     "recipe.yaml of both to one that neither optimised"
                 )
@@ -354,7 +355,7 @@ def run_names(folders: Sequence[Path]) -> list[str]:
     whole = [str(folder.resolve()) for folder in folders]
     for i, path in enumerate(whole):
         if path in whole[:i]:
-            raise ValueError(f"run {folders[i]} is given twice; name each run once")
+            raise InputError(f"run {folders[i]} is given twice; name each run once")
     short = [folder.resolve().name for folder in folders]
     return [path if short.count(name) > 1 else name for path, name in zip(whole, short, strict=True)]
 
@@ -420,7 +421,7 @@ def _referee(run_folder: Path, recipe: dict[str, Any]) -> Referee:
 def _check_stored(run_folder: Path) -> None:
     for side in ("base", "result"):
         if not (run_folder / "evaluation" / side / "index.jsonl").is_file():
-            raise ValueError(
+            raise InputError(
                 f"{run_folder} has no stored images of the {side}; run palate evaluate on it without --stored"
             )
 
@@ -446,7 +447,7 @@ def _prompts(recipe: dict[str, Any], prompts: Sequence[str] | None = None, count
         prompts = read_prompts(file) if file else training.get("list")
         count = count or settings.get("prompts", 64)
     if not prompts:
-        raise ValueError(
+        raise InputError(
             "the recipe names no prompts to evaluate on; set evaluate.file to a text file, one prompt a line"
         )
     return spread(prompts, count or len(prompts))
@@ -456,13 +457,13 @@ def read_recipe(run_folder: Path) -> dict[str, Any]:
     """The run's recipe as plain values. Raises ValueError when the folder is not a run."""
     path = run_folder / "recipe.yaml"
     if not path.is_file():
-        raise ValueError(f"{path} is missing; expected a run folder such as runs/NAME")
+        raise InputError(f"{path} is missing; expected a run folder such as runs/NAME")
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+        raise InputError(f"{path} is not YAML: {error}") from error
     if not isinstance(recipe, dict):
-        raise ValueError(f"{path} holds {type(recipe).__name__}; expected a mapping")
+        raise InputError(f"{path} holds {type(recipe).__name__}; expected a mapping")
     return recipe
 
 

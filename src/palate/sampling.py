@@ -17,6 +17,7 @@ from torch import Tensor
 
 from palate.core import Cond, Model
 from palate.path import Coefficient, Prediction, move
+from palate.runtime.errors import InputError
 
 
 def state_kind(model: Model) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def time_grid(steps: int, *, shift: float = 1.0, start: float = 1.0) -> Tensor:
     FLUX's pipeline does; a DDIMScheduler when timestep_spacing is "trailing".
     """
     if steps < 1 or shift <= 0 or not 0 < start <= 1:
-        raise ValueError(
+        raise InputError(
             f"time_grid got steps {steps}, shift {shift}, start {start}; expected steps >= 1, shift > 0, 0 < start <= 1"
         )
     first = start / (shift - (shift - 1) * start)  # shift_time(first) == start
@@ -60,7 +61,7 @@ def stochastic_step(
 def log_prob(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """log N(x; mean, std^2 I) in nats, summed over all axes but the first: (B,). std > 0, one value per sample."""
     if bool((std <= 0).any()):
-        raise ValueError(
+        raise InputError(
             "log_prob got std = 0: a deterministic step has no density; use eta > 0 and leave the step to t = 0 out"
         )
     per_element = -0.5 * ((x - mean) / std) ** 2 - torch.log(std) - 0.5 * math.log(2 * math.pi)
@@ -100,11 +101,11 @@ def sample(
     equal steps so shifted; None = the grid the model was published with (its `time_grid`), equal steps if it has none.
     """
     if not 0 <= grad_steps <= steps:
-        raise ValueError(f"sample got grad_steps {grad_steps} with {steps} steps; expected 0..{steps}")
+        raise InputError(f"sample got grad_steps {grad_steps} with {steps} steps; expected 0..{steps}")
     if not 0 <= eta <= 1:
-        raise ValueError(f"sample got eta {eta}; expected 0 (deterministic) to 1 (ancestral)")
+        raise InputError(f"sample got eta {eta}; expected 0 (deterministic) to 1 (ancestral)")
     if eta > 0 and rng_noise is None:
-        raise ValueError("sample got eta > 0 without rng_noise; pass a function of the step index that returns noise")
+        raise InputError("sample got eta > 0 without rng_noise; pass a function of the step index that returns noise")
     state_dtype = torch.promote_types(noise.dtype, torch.float32)  # levels and state never in half precision
     published = getattr(model, "time_grid", None) if shift is None else None
     times = published(steps) if published else time_grid(steps, shift=1.0 if shift is None else shift)

@@ -35,22 +35,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from palate import checkpoint, distributed
 from palate.core import Algorithm, Batch, Loss, Model, Random, Reward
-from palate.progress import Progress
 from palate.recipe import HARMLESS, GuardSettings, TrainerSettings, check_trainer, spread
+from palate.runtime import checkpoint, distributed
+from palate.runtime.errors import CheckpointError, InputError, NonFiniteError, OutOfMemoryError
+from palate.runtime.progress import Progress
 
 MAX_BAD_STEPS = 3  # updates in a row that are not finite, then the run stops
 GUARD_SEEDS = 2  # images per guard prompt: diversity needs two, concept accuracy many prompts
 Check = Callable[[Model, list[str], list[int]], dict[str, float]]
-
-
-class NonFinite(RuntimeError):
-    """Losses or gradients were not finite several times in a row; the weights of the last good step are saved."""
-
-
-class OutOfMemory(RuntimeError):
-    """A step did not fit. The weights are those of the step before; the message lists what would make it fit."""
 
 
 class Outcome(NamedTuple):
@@ -100,8 +93,8 @@ def train(
     sample_guidance: how they are drawn (None = the model's default). latents (N, C, h, w): clean latents of N real
     images captioned by `prompts` (offline training). check: what the guard measures (None =
     `palate.evaluate.quick_check`); guard None = off. identity: a hash that a resumed run must share (None = hash of
-    the settings). Inside `palate.distributed.join` every rank calls this with the same arguments, and `batch_size` is
-    what all of them work on together. ValueError: what was given cannot work.
+    the settings). Inside `palate.runtime.distributed.join` every rank calls this with the same arguments, and
+    `batch_size` is what all of them work on together. ValueError: what was given cannot work.
     """
     settings = check_trainer({
         "steps": steps, "batch_size": batch_size, "lr": lr, "lrs": lrs, "weight_decay": weight_decay, "betas": betas,
@@ -112,18 +105,18 @@ def train(
     })  # fmt: skip
     prompts = list(prompts)
     if not prompts:
-        raise ValueError("got no prompts; give at least one")
+        raise InputError("got no prompts; give at least one")
     if latents is not None and len(latents) != len(prompts):
-        raise ValueError(f"got {len(latents)} latents and {len(prompts)} prompts; expected one prompt an image")
+        raise InputError(f"got {len(latents)} latents and {len(prompts)} prompts; expected one prompt an image")
     if latents is not None and not torch.isfinite(latents).all():
         bad = int((~torch.isfinite(latents).flatten(1).all(1)).nonzero()[0])
-        raise ValueError(
+        raise InputError(
             f"the latents of image {bad} ({prompts[bad]!r}) are not finite; expected numbers: encode it again"
         )
     if unknown := sorted(set(lrs or ()) - set(algorithm.trains)):
-        raise ValueError(f"trainer.lrs.{unknown[0]}: the algorithm trains {', '.join(algorithm.trains)}")
+        raise InputError(f"trainer.lrs.{unknown[0]}: the algorithm trains {', '.join(algorithm.trains)}")
     if hasattr(algorithm, "sampler") and (sample_steps is not None or sample_guidance is not None):
-        raise ValueError("sample.steps, sample.guidance: a generator draws as it was trained; leave them out")
+        raise InputError("sample.steps, sample.guidance: a generator draws as it was trained; leave them out")
     run = _Run(model, algorithm, reward, prompts, Path(folder), settings)
     run.guard_prompts = list(preview) if preview else spread(prompts)
     run.preview_prompts = run.guard_prompts[: settings.preview_prompts]
@@ -139,21 +132,21 @@ def steer(folder: str | Path, positive: Sequence[str] | None = None, negative: S
     folder = Path(folder)
     words = {"positive": positive, "negative": negative}
     if positive is None and negative is None:
-        raise ValueError("steer got neither positive nor negative words; give at least one list")
+        raise InputError("steer got neither positive nor negative words; give at least one list")
     for side, given in words.items():
         if given is None:
             continue
         if isinstance(given, str) or not given or not all(isinstance(word, str) and word.strip() for word in given):
-            raise ValueError(f"{side}: expected a list of words, none empty, got {given!r}")
+            raise InputError(f"{side}: expected a list of words, none empty, got {given!r}")
         words[side] = [word.strip() for word in given]
     if not (folder / "metrics.jsonl").is_file():
-        raise ValueError(f"{folder} is not a run (it holds no metrics.jsonl); give the folder of one, as runs/NAME")
+        raise InputError(f"{folder} is not a run (it holds no metrics.jsonl); give the folder of one, as runs/NAME")
     if (folder / "recipe.yaml").is_file():  # a run begun from Python has none
         from palate import recipe as recipes
 
         plan = recipes.read(str(folder / "recipe.yaml"))
         if not hasattr(recipes.build_algorithm(plan), "steer"):
-            raise ValueError(f"{folder} trains with {plan.algorithm_name}, which has no control words to change")
+            raise InputError(f"{folder} trains with {plan.algorithm_name}, which has no control words to change")
     control = folder / "control.json"
     with contextlib.suppress(FileNotFoundError, ValueError):  # what still waits for the next step is not lost
         waiting = _control_words(control.read_bytes())
@@ -164,9 +157,9 @@ def steer(folder: str | Path, positive: Sequence[str] | None = None, negative: S
 def _control_words(text: bytes) -> dict[str, Any]:
     words = json.loads(text)
     if not isinstance(words, dict) or set(words) != {"positive", "negative"}:
-        raise ValueError("expected the keys positive and negative")
+        raise InputError("expected the keys positive and negative")
     if not all(v is None or (isinstance(v, list) and all(isinstance(w, str) for w in v)) for v in words.values()):
-        raise ValueError("expected lists of words, or null")
+        raise InputError("expected lists of words, or null")
     return words
 
 
@@ -212,9 +205,7 @@ def repeat(
     run = _Run(model, algorithm, reward, state["prompts"], Path(), settings)
     run._prepare()
     if run.base != state["base_fingerprint"]:
-        raise checkpoint.CheckpointError(
-            "the bundle was made with other base weights; install the version it was made with"
-        )
+        raise CheckpointError("the bundle was made with other base weights; install the version it was made with")
     run.lr_scale = state["lr_scale"]
     run._load_tensors(bundle)
     run._load_algorithms(bundle)
@@ -303,7 +294,7 @@ class _Run:
             torch.set_num_threads(s.threads)
         shares = self.ranks.size * s.micro_batches
         if s.batch_size % shares:
-            raise ValueError(
+            raise InputError(
                 f"trainer.batch_size = {s.batch_size} cannot be cut into {shares} equal shares "
                 f"({self.ranks.size} ranks x {s.micro_batches} micro_batches); expected a multiple"
             )
@@ -314,7 +305,7 @@ class _Run:
         self.parameters = {name: list(self.model.parameters(name)) for name in self.algorithm.trains}
         for name, parameters in self.parameters.items():
             if not parameters:
-                raise ValueError(
+                raise InputError(
                     f"the model has no trainable {name} parameters; load it with training='lora' or 'full'"
                 )
         self.optimizers = {
@@ -323,17 +314,17 @@ class _Run:
         }
         self.ema = {n: [p.detach().clone() for p in ps] for n, ps in self.parameters.items()} if s.ema_decay else {}
         if self.ranks.size > 1 and len(set(self.ranks.exchange(self.base + _digest(self.parameters)))) > 1:
-            raise ValueError("the ranks begin with different weights; expected the same model and seed on all of them")
+            raise InputError("the ranks begin with different weights; expected the same model and seed on all of them")
 
     def _shard(self) -> list[torch.nn.Module]:
         """Cut the model's networks over the ranks (full training only); returns them."""
         weights = getattr(self.model, "weights", None)
         if getattr(weights, "training", None) != "full":
-            raise ValueError(
+            raise InputError(
                 "trainer.sharding is for model.weights = full; with lora set it to none: ranks hold copies"
             )
         if self.ranks.size == 1:
-            raise ValueError("trainer.sharding needs more than one rank; add --nproc, or start it with torchrun")
+            raise InputError("trainer.sharding needs more than one rank; add --nproc, or start it with torchrun")
         return distributed.shard(weights.networks.values(), distributed.mesh(self.settings.sharding))
 
     def _advance(self, *, check_gradient: bool) -> None:
@@ -464,7 +455,7 @@ class _Run:
                 p.grad = total
         said = self.ranks.exchange([sorted(names, key=str), problem])
         if len({name for theirs, _ in said for name in theirs}) > 1:
-            raise ValueError(f"the shares of a batch ask for different updates: {said}; an algorithm must not do that")
+            raise InputError(f"the shares of a batch ask for different updates: {said}; an algorithm must not do that")
         return said[0][0][0], next((wrong for _, wrong in said if wrong), "")
 
     def _share_to_next_update(
@@ -472,7 +463,7 @@ class _Run:
     ) -> tuple[str | None, str]:
         for loss in stream:
             if loss.value.ndim:
-                raise ValueError(f"the loss has shape {tuple(loss.value.shape)}; expected a scalar")
+                raise InputError(f"the loss has shape {tuple(loss.value.shape)}; expected a scalar")
             tally.metric(loss)
             if not problem and not torch.isfinite(loss.value):
                 problem = f"the loss is {float(loss.value.detach())}"
@@ -492,7 +483,7 @@ class _Run:
         if loss.value.requires_grad:
             loss.value.backward()
         elif check_gradient:
-            raise ValueError(f"the loss of step 1 carries no gradient. Likely cause: {self._gradient_cause()}")
+            raise InputError(f"the loss of step 1 carries no gradient. Likely cause: {self._gradient_cause()}")
 
     def _optimize(self, name: str, step: int, problem: str, check_gradient: bool) -> tuple[float, str]:
         """Clip and update the named weights unless something is not finite: (gradient norm, what is wrong or "")."""
@@ -503,7 +494,7 @@ class _Run:
         if not problem and not math.isfinite(norm):
             problem = f"the norm of the {name} gradient is {norm}"
         if not problem and check_gradient and norm == 0.0:
-            raise ValueError(
+            raise InputError(
                 f"the {name} gradient of step 1 is zero in all {len(parameters)} tensors. "
                 f"Likely cause: {self._gradient_cause()}"
             )
@@ -587,7 +578,7 @@ class _Run:
         if self.bad_in_a_row < MAX_BAD_STEPS:
             return
         self._save()
-        raise NonFinite(
+        raise NonFiniteError(
             f"stopped at step {self.step}: {problem}, {self.bad_in_a_row} times in a row. The weights of the last good "
             f"step are in {self.folder / 'checkpoints' / checkpoint.name(self.step)}. See where it arises with "
             f"`palate replay {bundle}`; lower trainer.lr or trainer.clip_norm, or look at the reward"
@@ -621,7 +612,7 @@ class _Run:
             try:
                 checkpoint.save(folder, self.step, tensors, state)
                 checkpoint.prune(folder, keep=1, also=set())
-            except checkpoint.CheckpointError as error:  # the run can go on without its bundle
+            except CheckpointError as error:  # the run can go on without its bundle
                 self.bar.note(str(error))
 
         self.ranks.on_first(write)
@@ -639,7 +630,7 @@ class _Run:
                 self.model.encode_prompts(self.guard_prompts)
             check_reward(self.reward, self._noise_images(2), [used[0], used[-1]])
         if problem := self._unknown_words():
-            raise ValueError(problem)
+            raise InputError(problem)
         sizes = sum(p.numel() * p.element_size() for ps in self.parameters.values() for p in ps)
         one = sizes * (4 if s.ema_decay else 3)  # weights, two moments, the average
         need = one * (s.keep_checkpoints + 2)
@@ -675,7 +666,7 @@ class _Run:
 
     def _begin(self) -> None:
         if checkpoint.steps(self.folder / "checkpoints") or (self.folder / "metrics.jsonl").exists():
-            raise ValueError(
+            raise InputError(
                 f"{self.folder} already holds a run: continue it with `palate resume {self.folder}`, choose another "
                 "run.folder, or replace it with --fresh"
             )
@@ -730,7 +721,7 @@ class _Run:
             self.control = control.read_bytes()
             words = _control_words(self.control)
             if not hasattr(self.algorithm, "steer"):
-                raise ValueError("this algorithm has no control words")
+                raise InputError("this algorithm has no control words")
             return words, True
         except FileNotFoundError:
             return None, False
@@ -775,7 +766,7 @@ class _Run:
     def _check_best(self, values: dict[str, float]) -> None:
         best = self.settings.guard.best
         if best is not None and best not in values:
-            raise ValueError(
+            raise InputError(
                 f"trainer.guard.best: there is no metric {best!r}; expected null or one of {', '.join(sorted(values))}"
             )
 
@@ -828,7 +819,7 @@ class _Run:
             if self.log.write(line) < len(line):  # the rest of the line did not fit; a reader ignores a cut one
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise checkpoint.CheckpointError(checkpoint.disk_message(self.folder, len(line), error)) from error
+            raise CheckpointError(checkpoint.disk_message(self.folder, len(line), error)) from error
 
     def _average(self) -> None:
         for name, averages in self.ema.items():
@@ -967,14 +958,14 @@ class _Run:
         saved = checkpoint.load_newest(self.folder / "checkpoints", warn=notes.append)
         state = saved.state
         if len(found := set(self.ranks.exchange(saved.step))) > 1:
-            raise checkpoint.CheckpointError(f"the ranks see different checkpoints ({sorted(found)}); share one folder")
+            raise CheckpointError(f"the ranks see different checkpoints ({sorted(found)}); share one folder")
         if state["base_fingerprint"] != self.base:
-            raise checkpoint.CheckpointError(
+            raise CheckpointError(
                 f"{self.folder} was trained from other base weights ({state['base_fingerprint'][:12]}, "
                 f"now {self.base[:12]}); install the version of the model it started from"
             )
         if state["identity"] != self.identity:
-            raise ValueError(
+            raise InputError(
                 f"the settings differ from those {self.folder} was started with; only its length, previews and "
                 "checkpoints may change. Start a new run for other settings"
             )
@@ -991,7 +982,7 @@ class _Run:
     def _load_algorithms(self, saved: checkpoint.Checkpoint) -> None:
         each, mine = saved.state.get("algorithms"), len(self.algorithms)
         if each and len(each) != self.ranks.size * mine:
-            raise ValueError(
+            raise InputError(
                 f"this run's algorithm keeps a state for each of its {len(each)} shares (ranks x "
                 "trainer.micro_batches), and "
                 f"now there are {self.ranks.size} x {mine}; continue with as many shares"
@@ -1003,9 +994,7 @@ class _Run:
 
     def _load_tensors(self, saved: checkpoint.Checkpoint) -> None:
         if saved.state["trains"] != list(self.parameters):
-            raise checkpoint.CheckpointError(
-                f"the checkpoint trains {saved.state['trains']}, this run {list(self.parameters)}"
-            )
+            raise CheckpointError(f"the checkpoint trains {saved.state['trains']}, this run {list(self.parameters)}")
         for name, parameters in self.parameters.items():
             _copy_into(parameters, saved.tensors, f"weights/{name}")
             if self.ema:
@@ -1037,11 +1026,11 @@ def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> None
     values = reward(images, prompts)
     if not isinstance(values, Tensor) or values.shape != (len(images),):
         got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(
+        raise InputError(
             f"the reward returned {got} for {len(images)} images; expected a tensor of shape ({len(images)},)"
         )
     if not torch.isfinite(values).all():
-        raise ValueError(
+        raise InputError(
             f"the reward returned {[round(float(v), 4) for v in values]} for images of noise; expected finite numbers"
         )
 
@@ -1059,7 +1048,7 @@ def rewind(folder: Path, step: int) -> list[dict[str, Any]]:
     except FileNotFoundError:
         pass
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
+        raise InputError(
             f"{waiting}: not the steering events of a run ({error}); delete it to continue without them"
         ) from error
     replay = [events[number] for number in sorted(events)]
@@ -1081,9 +1070,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+            raise InputError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise ValueError(f"{path}, line {number}: expected an object with a whole number as step")
+            raise InputError(f"{path}, line {number}: expected an object with a whole number as step")
         rows.append(row)
     return rows
 
@@ -1107,13 +1096,11 @@ def _copy_into(targets: Sequence[Tensor], tensors: dict[str, Tensor], prefix: st
     expected = [f"{prefix}/{i:04d}" for i in range(len(targets))]
     got = sorted(key for key in tensors if key.startswith(f"{prefix}/"))
     if got != expected:
-        raise checkpoint.CheckpointError(
-            f"the checkpoint holds {len(got)} tensors of {prefix}, the model {len(expected)}"
-        )
+        raise CheckpointError(f"the checkpoint holds {len(got)} tensors of {prefix}, the model {len(expected)}")
     for key, target in zip(expected, targets, strict=True):
         value = tensors[key]
         if value.shape != target.shape or value.dtype != target.dtype:
-            raise checkpoint.CheckpointError(
+            raise CheckpointError(
                 f"{key} is {value.dtype} {tuple(value.shape)} in the checkpoint, "
                 f"{target.dtype} {tuple(target.shape)} here"
             )
@@ -1132,13 +1119,13 @@ def _moments(parameters: Sequence[Tensor], tensors: dict[str, Tensor], prefix: s
         found = {part: f"{prefix}/{i:04d}/{part}" for part in expected}
         parts = {part: tensors[key] for part, key in found.items() if key in tensors}
         if parts and {part: (value.dtype, value.shape) for part, value in parts.items()} != expected:
-            raise checkpoint.CheckpointError(f"{prefix}/{i:04d} of the checkpoint does not fit the model's parameter")
+            raise CheckpointError(f"{prefix}/{i:04d} of the checkpoint does not fit the model's parameter")
         if parts:
             moments[i] = {
                 part: value if part == "step" else distributed.like(value, parameter) for part, value in parts.items()
             }
     if sum(map(len, moments.values())) != sum(key.startswith(f"{prefix}/") for key in tensors):
-        raise checkpoint.CheckpointError(f"the checkpoint holds tensors of {prefix} for which there is no parameter")
+        raise CheckpointError(f"the checkpoint holds tensors of {prefix} for which there is no parameter")
     return moments
 
 
@@ -1201,7 +1188,7 @@ def _memory_advice(s: TrainerSettings, parameters: dict[str, list[torch.nn.Param
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in signs)
         if not known:
             raise
-        raise OutOfMemory(memory_levers(s, parameters, str(error) or "the machine has no more")) from error
+        raise OutOfMemoryError(memory_levers(s, parameters, str(error) or "the machine has no more")) from error
 
 
 def memory_levers(s: TrainerSettings, parameters: dict[str, list[torch.nn.Parameter]], error: str) -> str:

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from palate.core import Batch, Cond, Loss, Model, Random, Reward
 from palate.path import move
+from palate.runtime.errors import InputError
 from palate.sampling import Transition, log_prob, state_kind, stochastic_step, time_grid, transition_std
 
 
@@ -64,12 +65,12 @@ class DDPOSettings:
         ):
             if wrong:
                 name = problem.split(":")[0]
-                raise ValueError(f"DDPOSettings expected {problem}; got {name} = {getattr(self, name)!r}")
+                raise InputError(f"DDPOSettings expected {problem}; got {name} = {getattr(self, name)!r}")
 
     def check_batch(self, size: int) -> None:
         """ValueError for a batch that is too small."""
         if size < max(2, self.minibatches):
-            raise ValueError(
+            raise InputError(
                 f"trainer.batch_size is {size}; DDPO expected at least 2 and at least "
                 f"algorithm.minibatches = {self.minibatches}: rewards are compared within the batch"
             )

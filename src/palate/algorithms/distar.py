@@ -48,6 +48,7 @@ from torch import Tensor, nn
 
 from palate.core import Batch, Cond, Loss, Model, Random, Reward
 from palate.path import Prediction, add_noise
+from palate.runtime.errors import InputError
 from palate.sampling import state_kind
 
 Distance = Literal["pseudo_huber", "l2"]
@@ -82,12 +83,12 @@ class Generator:
         ):
             if wrong:
                 name = problem.split(":")[0]
-                raise ValueError(f"generator expected {problem}; got {name} = {getattr(self, name)!r}")
+                raise InputError(f"generator expected {problem}; got {name} = {getattr(self, name)!r}")
 
     def __call__(self, model: Model, cond: Cond, noises: Sequence[Tensor], *, weights: str = "policy") -> Tensor:
         """x0 (B, C, h, w) after len(noises) <= steps evaluations; only the last one carries gradient."""
         if not 1 <= len(noises) <= self.steps:
-            raise ValueError(f"the generator got {len(noises)} noises; expected 1 to {self.steps}, one an evaluation")
+            raise InputError(f"the generator got {len(noises)} noises; expected 1 to {self.steps}, one an evaluation")
         want_grad, x0 = torch.is_grad_enabled(), torch.zeros_like(noises[0])
         for k, noise in enumerate(noises):
             with torch.set_grad_enabled(want_grad and k == len(noises) - 1):
@@ -154,7 +155,7 @@ class DistarSettings:
             if wrong:
                 names = problem.split(":")[0].split(" and ")
                 got = ", ".join(f"{n} = {getattr(self, n)!r}" for n in names)
-                raise ValueError(f"DistarSettings expected {problem}; got {got}")
+                raise InputError(f"DistarSettings expected {problem}; got {got}")
 
 
 class Distar:
@@ -239,7 +240,7 @@ class Distar:
         if s.reward_scale and rng.step > s.distil_steps:
             values = reward(model.decode(leaf), batch.prompts)
             if not values.requires_grad:
-                raise ValueError(
+                raise InputError(
                     "the reward is not differentiable (a black box such as jpeg_size), and Diff-Instruct* "
                     "needs its gradient; use a differentiable one, or algorithm.reward_scale=0"
                 )
@@ -322,9 +323,9 @@ def distar_loss(
     the derivative along the samples.
     """
     if distance == "pseudo_huber" and not c > 0:
-        raise ValueError(f"distar_loss got c = {c}; expected above 0 (in units of x0)")
+        raise InputError(f"distar_loss got c = {c}; expected above 0 (in units of x0)")
     if gradient not in ("paper", "total"):
-        raise ValueError(f"distar_loss got gradient {gradient!r}; expected paper or total")
+        raise InputError(f"distar_loss got gradient {gradient!r}; expected paper or total")
     ours, theirs, x0 = _wide(pred_assistant), _wide(pred_reference), _wide(x0)
     y = ours - theirs
     loss = -_dot(slope_of(y, distance, c), ours - x0)
@@ -339,7 +340,7 @@ def distance_of(y: Tensor, distance: Distance, c: float) -> Tensor:
     if distance == "l2":
         return square
     if distance != "pseudo_huber":
-        raise ValueError(f"distance got {distance!r}; expected pseudo_huber or l2")
+        raise InputError(f"distance got {distance!r}; expected pseudo_huber or l2")
     return square / ((square + c * c).sqrt() + c)
 
 
@@ -348,7 +349,7 @@ def slope_of(y: Tensor, distance: Distance, c: float) -> Tensor:
     if distance == "l2":
         return 2 * y
     if distance != "pseudo_huber":
-        raise ValueError(f"distance got {distance!r}; expected pseudo_huber or l2")
+        raise InputError(f"distance got {distance!r}; expected pseudo_huber or l2")
     return y / (_dot(y, y) + c * c).sqrt().view(-1, *[1] * (y.ndim - 1))
 
 

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from palate.core import Batch, Loss, Model, Random, Reward
 from palate.path import add_noise
+from palate.runtime.errors import InputError
 from palate.sampling import sample, state_kind
 
 
@@ -47,7 +48,7 @@ class DPOSettings:
 
     def __post_init__(self) -> None:
         if not (self.beta > 0 and self.steps >= 1 and self.shift > 0):
-            raise ValueError(
+            raise InputError(
                 "DPOSettings expected beta > 0, steps >= 1, shift > 0; "
                 f"got beta = {self.beta}, steps = {self.steps}, shift = {self.shift}"
             )
@@ -83,7 +84,7 @@ class DPO:
         kind = state_kind(model)
         if batch.latents is not None:
             if batch.latents.shape[1:] != (2, *model.latent_shape):
-                raise ValueError(
+                raise InputError(
                     f"DPO got latents of shape {tuple(batch.latents.shape)}; expected "
                     f"(B, 2, {', '.join(map(str, model.latent_shape))}), the preferred and the rejected "
                     "image of each prompt: give prompts.pairs, or prompts.file to have pairs drawn"

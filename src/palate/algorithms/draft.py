@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 from palate.core import Batch, Loss, Model, Random, Reward
 from palate.path import add_noise
+from palate.runtime.errors import InputError
 from palate.sampling import sample, state_kind, time_grid
 
 
@@ -37,13 +38,13 @@ class DRaFTSettings:
 
     def __post_init__(self) -> None:
         if not 1 <= self.K <= self.steps:
-            raise ValueError(f"DRaFTSettings expected 1 <= K <= steps; got K = {self.K}, steps = {self.steps}")
+            raise InputError(f"DRaFTSettings expected 1 <= K <= steps; got K = {self.K}, steps = {self.steps}")
         if self.n < 0 or (self.n and self.K != 1):
-            raise ValueError(
+            raise InputError(
                 f"DRaFTSettings expected n >= 0, and K = 1 when n > 0 (DRaFT-LV); got n = {self.n}, K = {self.K}"
             )
         if not self.shift > 0:
-            raise ValueError(f"DRaFTSettings expected shift > 0; got shift = {self.shift}")
+            raise InputError(f"DRaFTSettings expected shift > 0; got shift = {self.shift}")
 
 
 class DRaFT:

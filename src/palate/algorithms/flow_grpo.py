@@ -40,6 +40,7 @@ from torch import Tensor
 
 from palate.core import Batch, Cond, Loss, Model, Random, Reward
 from palate.path import move
+from palate.runtime.errors import InputError
 from palate.sampling import Transition, log_prob, state_kind, stochastic_step, time_grid, transition_std
 
 
@@ -82,7 +83,7 @@ class FlowGRPOSettings:
         ):
             if wrong:
                 name = problem.split(":")[0]
-                raise ValueError(f"FlowGRPOSettings expected {problem}; got {name} = {getattr(self, name)!r}")
+                raise InputError(f"FlowGRPOSettings expected {problem}; got {name} = {getattr(self, name)!r}")
 
 
 class FlowGRPO:

@@ -36,8 +36,9 @@ import torch
 from torch import Tensor
 
 from palate.core import Batch, Cond, Loss, Model, Random, Reward
-from palate.distributed import like
 from palate.path import Prediction, add_noise, from_velocity
+from palate.runtime.distributed import like
+from palate.runtime.errors import InputError
 from palate.sampling import sample, shift_time, state_kind
 
 
@@ -69,7 +70,7 @@ class NFTSettings:
         ):
             if wrong:
                 name = problem.split(":")[0]
-                raise ValueError(f"NFTSettings expected {problem}; got {name} = {getattr(self, name)!r}")
+                raise InputError(f"NFTSettings expected {problem}; got {name} = {getattr(self, name)!r}")
 
 
 class NFT:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from palate.core import Batch, Cond, Loss, Model, Random, Reward
 from palate.path import add_noise, move
+from palate.runtime.errors import InputError
 from palate.sampling import state_kind, time_grid
 
 
@@ -45,11 +46,11 @@ class ReFLSettings:
 
     def __post_init__(self) -> None:
         if not 1 <= self.T1 <= self.T2 <= self.T:
-            raise ValueError(
+            raise InputError(
                 f"ReFLSettings expected 1 <= T1 <= T2 <= T; got T1 = {self.T1}, T2 = {self.T2}, T = {self.T}"
             )
         if not (self.lam > 0 and self.pretrain >= 0 and self.shift > 0):
-            raise ValueError(
+            raise InputError(
                 "ReFLSettings expected lam > 0, pretrain >= 0, shift > 0; "
                 f"got lam = {self.lam}, pretrain = {self.pretrain}, shift = {self.shift}"
             )
@@ -65,7 +66,7 @@ class ReFL:
         """One update: the reward of a one-call prediction late in sampling, then L_pre if it has a weight."""
         s = self.settings
         if s.pretrain and batch.latents is None:
-            raise ValueError(
+            raise InputError(
                 f"algorithm.pretrain is {s.pretrain} but the run has no real images; give prompts.images "
                 "a folder of captioned images, or set algorithm.pretrain=0"
             )

@@ -39,10 +39,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from palate.algorithms.replay_buffer import Draw, ReplayBuffer
 from palate.core import Batch, Cond, Loss, Model, Random, Reward
-from palate.distributed import most
 from palate.path import Prediction, move
-from palate.replay import Draw, ReplayBuffer
+from palate.runtime.distributed import most
+from palate.runtime.errors import InputError
 from palate.sampling import shift_time, state_kind, transition_std
 
 _ROLLOUT = re.compile(r"rollout-([1-9][0-9]?)")
@@ -104,12 +105,12 @@ class SQDFSettings:
             if wrong:
                 names = problem.split(":")[0].replace(" and ", ", ").split(", ")
                 got = ", ".join(f"{n} = {getattr(self, n)!r}" for n in names if hasattr(self, n))
-                raise ValueError(f"SQDFSettings expected {problem}; got {got}")
+                raise InputError(f"SQDFSettings expected {problem}; got {got}")
 
     def check_batch(self, size: int) -> None:
         """ValueError for a batch that is too large."""
         if self.buffer != "none" and self.buffer_size < size:
-            raise ValueError(
+            raise InputError(
                 f"algorithm.buffer_size = {self.buffer_size} is smaller than a batch of {size}; expected "
                 "at least trainer.batch_size"
             )
@@ -240,7 +241,7 @@ def transition(
     std = transition_std(alpha, sigma, alpha_next, sigma_next, eta)
     if bool((std <= 0).any()):
         why = "eta = 0" if eta == 0 else "a step to sigma = 0" if bool((sigma_next <= 0).any()) else "equal levels"
-        raise ValueError(
+        raise InputError(
             f"transition got std = 0 ({why}), where the KL is infinite; expected eta in (0, 1] and a last "
             "level with sigma > 0 (final_time)"
         )
@@ -286,7 +287,7 @@ def steps_of(estimator: str) -> int:
         return 1
     if found := _ROLLOUT.fullmatch(estimator):
         return int(found[1])
-    raise ValueError(
+    raise InputError(
         f"estimator: got {estimator!r}; expected tweedie, consistency or rollout-n with n in 1..99, as rollout-2"
     )
 

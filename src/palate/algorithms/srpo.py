@@ -44,6 +44,7 @@ from torch import Tensor
 from palate.core import Batch, Loss, Model, Random, Reward
 from palate.path import Coefficient, Prediction, add_noise, from_velocity, move
 from palate.rewards.combine import TEMPLATE, relative, score_pair, with_control
+from palate.runtime.errors import InputError
 from palate.sampling import sample, shift_time, state_kind
 
 Branch = Literal["denoise", "inversion"]
@@ -128,7 +129,7 @@ class SRPOSettings:
             if wrong:
                 names = problem.split(":")[0].split(", ")
                 got = ", ".join(f"{n} = {getattr(self, n)!r}" for n in names if hasattr(self, n))
-                raise ValueError(f"SRPOSettings expected {problem}" + (f"; got {got}" if got else ""))
+                raise InputError(f"SRPOSettings expected {problem}" + (f"; got {got}" if got else ""))
 
 
 class SRPO:
@@ -358,7 +359,7 @@ def calls_per_update(settings: SRPOSettings, *, offline: bool = False) -> dict[s
 
 def _word_list(name: str, words: Sequence[str]) -> tuple[str, ...]:
     if isinstance(words, str) or not words or not all(isinstance(w, str) and w.strip() for w in words):
-        raise ValueError(
+        raise InputError(
             f"{name} control words: got {words!r}; expected a list of one or more words, like ['3d', 'glossy']"
         )
     return tuple(w.strip() for w in words)

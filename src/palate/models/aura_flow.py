@@ -17,6 +17,7 @@ from palate.models.parts import LoadedModel, load_parts
 from palate.models.repository import open_repository
 from palate.models.schedules import flow_times
 from palate.path import Prediction, flow_schedule, from_velocity
+from palate.runtime.errors import InputError
 
 FAMILY = "aura-flow"
 PARTS = {
@@ -64,7 +65,7 @@ class AuraFlow(LoadedModel):
         factor = 2 ** (len(repository.config("vae")["block_out_channels"]) - 1)
         largest = math.isqrt(config["pos_embed_max_size"]) * config["patch_size"] * factor
         if image_size is not None and max(sides(image_size)) > largest:
-            raise ValueError(f"model.image_size got {image_size}; this network's positions end at {largest} pixels")
+            raise InputError(f"model.image_size got {image_size}; this network's positions end at {largest} pixels")
         tokenizer = repository.tokenizer("tokenizer", AutoTokenizer)
 
         def load_encoders(precision: torch.dtype, where: torch.device):

@@ -13,6 +13,8 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from palate.runtime.errors import InputError
+
 ImageSize = int | Sequence[int]  # pixels a side, or height and width
 
 
@@ -33,7 +35,7 @@ def latent_shape(
     for side in sides(image_size):
         if side < multiple or side % multiple:
             below = max(multiple, side // multiple * multiple)
-            raise ValueError(
+            raise InputError(
                 f"model.image_size got {side}; {family} needs a multiple of {multiple} (near: {below}, "
                 f"{below + multiple})"
             )

@@ -14,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from palate.runtime.errors import InputError
+
 FILE = "delta.safetensors"
 SCALE = ".scale"  # ends the name of the scales that belong to a tensor
 
@@ -59,9 +61,9 @@ def load(folder: Path, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 (file.metadata() or {}).get("base"),
             )
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} could not be read: {error}") from error
+        raise InputError(f"{path} could not be read: {error}") from error
     if of != _digest(base):
-        raise ValueError(
+        raise InputError(
             f"{path} is the difference from another base model; train and pack the generator again, or "
             "give the weights themselves"
         )

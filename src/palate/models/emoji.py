@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
 from palate.models import delta
+from palate.models.vocabulary import known_words
 from palate.models.weights import NamedWeights
 from palate.path import Prediction, flow_schedule, from_velocity
-from palate.vocabulary import known_words
+from palate.runtime.errors import InputError
 
 FAMILY = "emoji"
 LORA_TARGETS = (
@@ -96,7 +97,7 @@ class EmojiModel:
         folder = embedded if folder is None else Path(folder)
         packed = (folder / delta.FILE).is_file()
         if not packed and not (folder / "unet").is_dir():
-            raise ValueError(
+            raise InputError(
                 f"model.folder {folder} is not a diffusers folder (no unet in it); leave it out for the embedded model"
             )
         try:
@@ -111,7 +112,7 @@ class EmojiModel:
                 AutoencoderTiny.from_pretrained(own["vae"], torch_dtype=torch.float32),
             )
         except (OSError, SafetensorError) as error:
-            raise ValueError(f"model.folder {folder} could not be read: {error}") from error
+            raise InputError(f"model.folder {folder} could not be read: {error}") from error
         if packed:
             parts[0].load_state_dict(delta.load(folder, parts[0].state_dict()))
         model = cls(
@@ -166,7 +167,7 @@ class EmojiModel:
         """
         folder = Path(str(files("palate") / "assets/emoji-consistency")) if folder is None else Path(folder)
         if not folder.is_dir():
-            raise ValueError(
+            raise InputError(
                 f"there is no consistency model in {folder}; distil one with tools/train_consistency.py "
                 "and name its folder in model.consistency, or use another estimator (tweedie, rollout-2)"
             )

@@ -21,6 +21,7 @@ from palate.models.parts import LoadedModel, Parts, load_parts
 from palate.models.repository import open_repository
 from palate.models.schedules import flow_times
 from palate.path import Prediction, flow_schedule, from_velocity
+from palate.runtime.errors import InputError
 
 FAMILY = "flux"
 PARTS = {
@@ -100,7 +101,7 @@ class Flux(LoadedModel):
         repository = open_repository(folder, family=FAMILY, parts=PARTS, file=file)
         channels = 4 * repository.config("vae")["latent_channels"]
         if (got := repository.config("transformer")["in_channels"]) != channels:
-            raise ValueError(
+            raise InputError(
                 f"model.folder {folder}: its transformer takes {got} channels (Fill, Depth, Canny?); a "
                 f"text-to-image model's takes {channels}"
             )

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from palate.path import Coefficient, Prediction, Schedule, flow_schedule
+from palate.runtime.errors import InputError
 
 
 def gaussian_prediction(xt: Tensor, mu: Tensor, s: Tensor | float, alpha: Tensor, sigma: Tensor) -> Prediction:
@@ -66,12 +67,12 @@ class GaussianModel:
     ):
         known = ("mean", "log_std", "velocity", "linear")
         if mean.ndim != 3 or not set(trains) <= set(known):
-            raise ValueError(
+            raise InputError(
                 f"GaussianModel got mean {tuple(mean.shape)}, trains {list(trains)}; "
                 f"expected a mean (C, h, w) and names among {known}"
             )
         if "reference" in networks:
-            raise ValueError("GaussianModel got a network named 'reference'; that name is the frozen truth")
+            raise InputError("GaussianModel got a network named 'reference'; that name is the frozen truth")
         self.mean, self.std, self.schedule = mean, float(std), schedule
         self.means = dict(means or {})
         self.latent_shape = tuple(mean.shape)
@@ -124,5 +125,5 @@ class GaussianModel:
 
     def _named(self, weights: str) -> nn.ParameterDict:
         if weights not in self.networks:
-            raise ValueError(f"weights {weights!r} unknown; expected 'reference' or one of {sorted(self.networks)}")
+            raise InputError(f"weights {weights!r} unknown; expected 'reference' or one of {sorted(self.networks)}")
         return self.networks[weights]

@@ -21,6 +21,7 @@ from palate.models.autoencoder import Autoencoder, ImageSize, latent_shape, side
 from palate.models.repository import Repository
 from palate.models.text_cache import Encode, TextCache
 from palate.models.weights import NamedWeights
+from palate.runtime.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -162,9 +163,9 @@ def load_parts(
 
 def _precision(name: str, training: str) -> torch.dtype:
     if name not in DTYPES:
-        raise ValueError(f"model.dtype got {name!r}; expected one of {', '.join(DTYPES)}")
+        raise InputError(f"model.dtype got {name!r}; expected one of {', '.join(DTYPES)}")
     if name == "float16" and training != "none":
-        raise ValueError(
+        raise InputError(
             "model.dtype float16 is for sampling only: gradients of rewards underflow in it. Train in "
             "bfloat16, or in float32 where that is missing"
         )
@@ -178,7 +179,7 @@ def _place(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"model.device got {name!r}; expected cpu, cuda or cuda:N") from error
+        raise InputError(f"model.device got {name!r}; expected cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"model.device {name}: this torch sees no such device; leave it out, or set it to cpu")
+        raise InputError(f"model.device {name}: this torch sees no such device; leave it out, or set it to cpu")
     return device

@@ -21,6 +21,8 @@ from huggingface_hub import HfApi, errors, snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from palate.runtime.errors import InputError
+
 FAMILIES = {  # denoiser's class -> model.name, to say what a folder of another family is
     "UNet2DConditionModel": "stable-diffusion or sdxl",
     "SD3Transformer2DModel": "sd3",
@@ -52,7 +54,7 @@ class Repository:
     def config(self, part: str) -> dict[str, Any]:
         file = self.root / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
         if not file.is_file():
-            raise ValueError(f"model.folder {self.source} has no {part}/{file.name}; the download is incomplete")
+            raise InputError(f"model.folder {self.source} has no {part}/{file.name}; the download is incomplete")
         return _json(file)
 
     def skeleton(self, part: str) -> nn.Module:
@@ -68,7 +70,7 @@ class Repository:
         """
         file = Path(folder) / "pytorch_lora_weights.safetensors"
         if not file.is_file():
-            raise ValueError(f"{key}: no {file.name} in {folder}; expected the folder of a LoRA")
+            raise InputError(f"{key}: no {file.name} in {folder}; expected the folder of a LoRA")
         _check_header(file)
         with safe_open(file, "pt") as lora:
             shapes = {name: lora.get_slice(name).get_shape() for name in list(lora.keys())}
@@ -85,9 +87,9 @@ class Repository:
             layer, down = found[1], found[2] in ("A", "down")
             if layer not in layers or layers[layer][1 if down else 0] != shape[1 if down else 0]:
                 what = f"its layer {layer} is not one" if layer not in layers else f"{layer} has another size in those"
-                raise ValueError(f"{key}: {folder} holds a LoRA of another model; {what} of {self.source}, {part}")
+                raise InputError(f"{key}: {folder} holds a LoRA of another model; {what} of {self.source}, {part}")
             if down and rank is not None and shape[0] != rank:
-                raise ValueError(f"{key}: the LoRA in {folder} has rank {shape[0]}; set model.lora_rank={shape[0]}")
+                raise InputError(f"{key}: the LoRA in {folder} has rank {shape[0]}; set model.lora_rank={shape[0]}")
 
     def read(self, part: str, kind: type, dtype: torch.dtype, *, file: str | None = None) -> nn.Module:
         """A network in `dtype`, in evaluation mode, frozen. `file`: its weights in place of the repository's own."""
@@ -100,14 +102,14 @@ class Repository:
         except (OSError, SafetensorError, RuntimeError, LookupError, AttributeError, TypeError) as error:
             what = file or f"{self.source}, {part}"
             why = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"{what}: cannot be read as {kind.__name__}; is it another model's? ({why})") from error
+            raise InputError(f"{what}: cannot be read as {kind.__name__}; is it another model's? ({why})") from error
         if any(p.is_meta for p in network.parameters()):
-            raise ValueError(f"{file or self.source}: holds no weights for parts of {kind.__name__}; is it whole?")
+            raise InputError(f"{file or self.source}: holds no weights for parts of {kind.__name__}; is it whole?")
         return network.eval().requires_grad_(False)
 
     def tokenizer(self, part: str, kind: type) -> Any:
         if not any((self.root / part / name).is_file() for name in VOCABULARIES):  # its class would make an empty one
-            raise ValueError(
+            raise InputError(
                 f"model.folder {self.source}: {part} holds no vocabulary ({', '.join(VOCABULARIES)}); "
                 "complete the download"
             )
@@ -115,7 +117,7 @@ class Repository:
             return kind.from_pretrained(self.source, subfolder=part)
         except (OSError, ValueError) as error:
             why = str(error).splitlines()[0]
-            raise ValueError(f"model.folder {self.source}: {part} cannot be read: {why}") from error
+            raise InputError(f"model.folder {self.source}: {part} cannot be read: {why}") from error
 
     def version(self, parts: Iterable[str]) -> str:
         """What changes when these parts do, whether or not they are here yet: on the hub the commit, else `digest`."""
@@ -141,13 +143,13 @@ def open_repository(
 ) -> Repository:
     """The repository, if it has every one of `parts` (name -> class) with safetensors weights; ValueError if not."""
     if folder is None:
-        raise ValueError(
+        raise InputError(
             f"model.folder: {family} needs a diffusers folder or a hub id, like "
             "stabilityai/stable-diffusion-xl-base-1.0"
         )
     source, path = str(folder), Path(folder).expanduser()
     if path.is_file():
-        raise ValueError(
+        raise InputError(
             f"model.folder {source} is a file; give the diffusers folder or hub id that it belongs to as "
             f"model.folder, and the file as model.file"
         )
@@ -158,7 +160,7 @@ def open_repository(
         root, files = _from_hub(source)
     if not (root / "model_index.json").is_file():
         why = "does not exist" if not root.exists() else "has no model_index.json"
-        raise ValueError(
+        raise InputError(
             f"model.folder {source} is not a diffusers folder: it {why}. Convert a checkpoint with "
             "diffusers' from_single_file(...).save_pretrained(folder), or give a hub id (owner/name)"
         )
@@ -171,16 +173,16 @@ def open_repository(
         if got is None:
             other = next((FAMILIES[k] for k in map(repository.kind, index) if k in FAMILIES), None)
             if other is not None and part in ("unet", "transformer"):
-                raise ValueError(
+                raise InputError(
                     f"model.folder {source} holds {index.get('_class_name')}, not a {family} model; set "
                     f"model.name to {other}"
                 )
-            raise ValueError(
+            raise InputError(
                 f"model.folder {source} has no {part}, which {family} needs; complete the download, or "
                 "use a repository that has it"
             )
         if kind != got and part in ("unet", "transformer", "vae"):
-            raise ValueError(
+            raise InputError(
                 f"model.folder {source}: its {part} is a {got}, {family} needs a {kind}"
                 + (f"; set model.name to {FAMILIES[got]}" if got in FAMILIES else "")
             )
@@ -188,7 +190,7 @@ def open_repository(
     if file is not None:
         weighty = [p for p in weighty if p not in ("unet", "transformer")]
         if not Path(file).is_file() or Path(file).suffix != ".safetensors":
-            raise ValueError(f"model.file {file}: expected a .safetensors file with the denoiser's weights")
+            raise InputError(f"model.file {file}: expected a .safetensors file with the denoiser's weights")
         _check_header(Path(file))
     for part in parts:
         if part in repository and not part.startswith("tokenizer"):
@@ -206,17 +208,17 @@ def _from_hub(source: str) -> tuple[Path, list[str] | None]:
     try:
         root = Path(snapshot_download(source, allow_patterns=SMALL))
     except errors.GatedRepoError as error:
-        raise ValueError(
+        raise InputError(
             f"model.folder {source} is gated: accept its licence at https://huggingface.co/{source}, then "
             "log in with `hf auth login` or set HF_TOKEN"
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise ValueError(
+        raise InputError(
             f"model.folder {source}: no such folder, and the hub has no such repository. If it is "
             "private, log in with `hf auth login` or set HF_TOKEN"
         ) from error
     except (errors.HFValidationError, OSError) as error:
-        raise ValueError(
+        raise InputError(
             f"model.folder {source}: no such folder, and the hub cannot be reached "
             f"({type(error).__name__}); download it first, `hf download {source}`"
         ) from error
@@ -233,19 +235,19 @@ def _check_weights(source: str, files: list[str], parts: Iterable[str]) -> None:
         if whole:
             shards = int(whole[0][3] or 1)  # of diffusion_pytorch_model-00001-of-00003.safetensors
             if len(whole) < shards and not any(match[3] is None for match in whole):
-                raise ValueError(
+                raise InputError(
                     f"model.folder {source}: {part} holds {len(whole)} of {shards} shards of its weights; "
                     "complete the download"
                 )
             continue
         if any(name.endswith((".bin", ".pt", ".ckpt")) for name in found):
-            raise ValueError(
+            raise InputError(
                 f"model.folder {source}: the weights of {part} are pickles (.bin), which can run code "
                 'when loaded. Convert them once, where you trust them: python -c "from diffusers import '
                 f"DiffusionPipeline as P; P.from_pretrained('{source}').save_pretrained('converted')\""
             )
         variants = " (variants as fp16 are not read)" if any(name.endswith(".safetensors") for name in found) else ""
-        raise ValueError(
+        raise InputError(
             f"model.folder {source}: {part} holds no .safetensors weights{variants}; complete the download"
         )
 
@@ -254,9 +256,9 @@ def _json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({str(error)[:100]}); download it again") from error
+        raise InputError(f"{file} is not valid JSON ({str(error)[:100]}); download it again") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{file} holds no settings; download it again")
+        raise InputError(f"{file} holds no settings; download it again")
     return found
 
 
@@ -266,7 +268,7 @@ def _check_header(file: Path) -> None:
         with safe_open(file, "pt"):
             pass
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file} is damaged or incomplete ({str(error)[:100]}); download it again") from error
+        raise InputError(f"{file} is damaged or incomplete ({str(error)[:100]}); download it again") from error
 
 
 def _sha256(path: Path) -> str:

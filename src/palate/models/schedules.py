@@ -19,6 +19,7 @@ from diffusers import (
 from torch import Tensor
 
 from palate.path import Prediction, from_eps, from_v, from_x0
+from palate.runtime.errors import InputError
 
 VPScheduler = DDIMScheduler | EulerDiscreteScheduler | DPMSolverMultistepScheduler
 
@@ -52,7 +53,7 @@ def vp_prediction(kind: str, xt: Tensor, output: Tensor, alpha: Tensor, sigma: T
     """What a network's output stands for, by its scheduler's prediction_type."""
     convert = {"epsilon": from_eps, "v_prediction": from_v, "sample": from_x0}
     if kind not in convert:
-        raise ValueError(f"the scheduler's prediction_type is {kind!r}; expected one of {', '.join(convert)}")
+        raise InputError(f"the scheduler's prediction_type is {kind!r}; expected one of {', '.join(convert)}")
     return convert[kind](xt, output, alpha, sigma)
 
 

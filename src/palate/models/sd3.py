@@ -20,6 +20,7 @@ from palate.models.parts import LoadedModel, load_parts
 from palate.models.repository import open_repository
 from palate.models.schedules import flow_times
 from palate.path import Prediction, flow_schedule, from_velocity
+from palate.runtime.errors import InputError
 
 FAMILY = "sd3"
 PARTS = {
@@ -74,7 +75,7 @@ class StableDiffusion3(LoadedModel):
         if image_size is not None:
             largest *= 2 ** (len(repository.config("vae")["block_out_channels"]) - 1)
             if max(sides(image_size)) > largest:
-                raise ValueError(f"model.image_size got {image_size}; this network's positions end at {largest} pixels")
+                raise InputError(f"model.image_size got {image_size}; this network's positions end at {largest} pixels")
         clip_tokenizers = [repository.tokenizer(name, CLIPTokenizer) for name in ("tokenizer", "tokenizer_2")]
         with_t5 = "text_encoder_3" in repository
         t5_tokenizer = repository.tokenizer("tokenizer_3", T5TokenizerFast) if with_t5 else None

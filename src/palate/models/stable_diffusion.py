@@ -19,6 +19,7 @@ from palate.models.parts import LoadedModel, Parts, load_parts
 from palate.models.repository import open_repository
 from palate.models.schedules import training_step, vp_prediction, vp_times
 from palate.path import Prediction, vp_schedule
+from palate.runtime.errors import InputError
 
 FAMILY = "stable-diffusion"
 PARTS = {
@@ -65,10 +66,10 @@ class StableDiffusion(LoadedModel):
         """From a diffusers folder or hub id; docs/models.md describes the options, which all families share."""
         repository = open_repository(folder, family=FAMILY, parts=PARTS, file=file)
         if "text_encoder_2" in repository:
-            raise ValueError(f"model.folder {folder} has two text encoders; set model.name to sdxl")
+            raise InputError(f"model.folder {folder} has two text encoders; set model.name to sdxl")
         expected = repository.config("vae")["latent_channels"]
         if (got := repository.config("unet")["in_channels"]) != expected:
-            raise ValueError(
+            raise InputError(
                 f"model.folder {folder}: its UNet takes {got} channels (inpainting?); a text-to-image "
                 f"model's takes {expected}"
             )

@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from palate.models import delta
+from palate.runtime.errors import InputError
 
 FILES = {"lora": ("pytorch_lora_weights.safetensors",), "full": ("diffusion_pytorch_model.safetensors", delta.FILE)}
 
@@ -34,7 +35,7 @@ def adapter_file(folder: Path | str, training: str) -> Path:
     other = "full" if training == "lora" else "lora"
     there = next((name for name in FILES[other] if (Path(folder) / name).is_file()), None)
     remedy = f"; it holds {there}: set model.weights={other}" if there else ""
-    raise ValueError(f"no {FILES[training][0]} in {folder}; expected the adapter folder of a {training} run{remedy}")
+    raise InputError(f"no {FILES[training][0]} in {folder}; expected the adapter folder of a {training} run{remedy}")
 
 
 class NamedWeights:
@@ -55,9 +56,9 @@ class NamedWeights:
         names: Sequence[str] = ("policy",),
     ):
         if training not in ("lora", "full", "none"):
-            raise ValueError(f"training got {training!r}; expected lora, full or none")
+            raise InputError(f"training got {training!r}; expected lora, full or none")
         if isinstance(names, str) or len(set(names)) < len(names) or "policy" not in names or "reference" in names:
-            raise ValueError(f"names got {names!r}; expected different names, 'policy' one of them, 'reference' none")
+            raise InputError(f"names got {names!r}; expected different names, 'policy' one of them, 'reference' none")
         self.training, self.names = training, tuple(names)
         network.requires_grad_(False)
         self.network = network  # the policy's; with LoRA everyone's
@@ -71,12 +72,12 @@ class NamedWeights:
                 self.networks[name].requires_grad_(True)
         if training == "lora":
             if rank < 1:
-                raise ValueError(f"lora_rank got {rank}; expected at least 1")
+                raise InputError(f"lora_rank got {rank}; expected at least 1")
             layers = [layer for layer, part in network.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
             unknown = [end for end in targets if not any(f".{layer}".endswith(f".{end}") for layer in layers)]
             if unknown:
                 ends = sorted({layer.rpartition(".")[2] for layer in layers if not layer[-1].isdigit()})
-                raise ValueError(
+                raise InputError(
                     f"model.lora_targets: no layer's name ends with {', '.join(unknown)}; ends that are "
                     f"there: {', '.join(ends)}"
                 )
@@ -101,9 +102,9 @@ class NamedWeights:
         """
         path = Path(folder) / "pytorch_lora_weights.safetensors"
         if name in self.networks:
-            raise ValueError(f"weights {name!r} are there already; expected a new name")
+            raise InputError(f"weights {name!r} are there already; expected a new name")
         if not path.is_file():
-            raise ValueError(f"no {path.name} in {folder}; expected the folder of a LoRA")
+            raise InputError(f"no {path.name} in {folder}; expected the folder of a LoRA")
         network = self.network if self.training == "lora" else copy.deepcopy(self.networks["reference"])
         flags = [p.requires_grad for p in self._adapters]
         lora: Any = load_file(path)
@@ -119,12 +120,12 @@ class NamedWeights:
                 warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
                 network.load_lora_adapter(lora, adapter_name=name, weight_name=path.name, local_files_only=True, **form)
         except (RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(f"the LoRA {path} does not fit this network: {str(error).splitlines()[0]}") from error
+            raise InputError(f"the LoRA {path} does not fit this network: {str(error).splitlines()[0]}") from error
         finally:
             for p, flag in zip(self._adapters, flags, strict=True):
                 p.requires_grad_(flag)
         if name not in getattr(network, "peft_config", {}):
-            raise ValueError(f"the LoRA {path} has no layer of this network; expected one of the same architecture")
+            raise InputError(f"the LoRA {path} has no layer of this network; expected one of the same architecture")
         self.networks[name] = network
         self._frozen.add(name)
         added = [p for key, p in network.named_parameters() if f".{name}." in key]
@@ -195,7 +196,7 @@ class NamedWeights:
         if {n: p.shape for n, p in own.items()} != {n: t.shape for n, t in saved.items()}:
             ranks, its = ({len(t) for n, t in state.items() if ".lora_A." in n} for state in (own, saved))
             remedy = f"; set model.lora_rank={min(its)}" if len(its) == 1 and its != ranks else ""
-            raise ValueError(
+            raise InputError(
                 f"the adapter in {folder} does not fit this model: another rank, target or architecture{remedy}"
             )
         with torch.no_grad():
@@ -214,7 +215,7 @@ class NamedWeights:
 
     def _known(self, weights: str) -> None:
         if weights not in self.networks:
-            raise ValueError(f"weights got {weights!r}; expected one of {', '.join(self.networks)}")
+            raise InputError(f"weights got {weights!r}; expected one of {', '.join(self.networks)}")
 
     def _own(self, name: str) -> dict[str, nn.Parameter]:
         self._known(name)

@@ -15,6 +15,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from palate.rewards.clip import preprocess
 from palate.rewards.files import pretrained, read_tensors, weights_file
+from palate.runtime.errors import InputError
 
 HOW = (
     "Download sac+logos+ava1-l14-linearMSE.pth from github.com/christophschuhmann/improved-aesthetic-predictor, "
@@ -42,7 +43,7 @@ def affine_head(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """weight (D,) and bias () of a stack of linear layers `layers.N` without activations, multiplied out in float64."""
     numbers = sorted({int(name.split(".")[1]) for name in state if name.startswith("layers.")})
     if not numbers or set(state) != {f"layers.{n}.{part}" for n in numbers for part in ("weight", "bias")}:
-        raise ValueError(f"expected layers.N.weight and layers.N.bias of a linear head, got {sorted(state)[:3]}")
+        raise InputError(f"expected layers.N.weight and layers.N.bias of a linear head, got {sorted(state)[:3]}")
     weight, bias = (
         torch.eye(state[f"layers.{numbers[0]}.weight"].shape[1], dtype=torch.float64),
         torch.zeros((), dtype=torch.float64),
@@ -57,12 +58,12 @@ def load_aesthetic(source: str | None = None, *, dtype: torch.dtype = torch.floa
     """`source` is the head's .safetensors file; the tower comes from a CLIP folder of the same place (a subfolder
     `clip-vit-large-patch14`), or from the hub."""
     if source is None:
-        raise ValueError(f"reward.source.aesthetic: the weights are published as a pickle only. {HOW}")
+        raise InputError(f"reward.source.aesthetic: the weights are published as a pickle only. {HOW}")
     path = weights_file("aesthetic", source, default="sac+logos+ava1-l14-linearMSE.safetensors", how=HOW)
     try:
         weight, bias = affine_head(read_tensors(path))
     except ValueError as error:
-        raise ValueError(f"reward.source.aesthetic: {path}: {error}") from error
+        raise InputError(f"reward.source.aesthetic: {path}: {error}") from error
     local = path.parent / "clip-vit-large-patch14"
     tower = pretrained(
         CLIPVisionModelWithProjection,
@@ -72,7 +73,7 @@ def load_aesthetic(source: str | None = None, *, dtype: torch.dtype = torch.floa
         dtype=dtype,
     )
     if tower.config.projection_dim != len(weight):
-        raise ValueError(
+        raise InputError(
             f"reward.source.aesthetic: the head reads {len(weight)} numbers, not {tower.config.projection_dim}; "
             "it belongs to CLIP ViT-L/14"
         )

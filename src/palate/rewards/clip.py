@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
 from palate.rewards.files import load_state, pretrained, read_tensors, weights_file
+from palate.runtime.errors import InputError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images (Radford et al. 2021)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -132,7 +133,7 @@ def load_hpsv2(
         "Download HPS_v2.1_compressed.pt (hf download xswu/HPSv2 HPS_v2.1_compressed.pt), convert it, and give the file"
     )
     if source is None:
-        raise ValueError(f"reward.source.hpsv2: the weights are published as a pickle only. {how}")
+        raise InputError(f"reward.source.hpsv2: the weights are published as a pickle only. {how}")
     path = weights_file("hpsv2", source, default="HPS_v2.1_compressed.safetensors", how=how)
     state = read_tensors(path)
     if "visual.conv1.weight" in state:
@@ -203,7 +204,7 @@ def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         prefix = max((p for p in _RENAMED if name.startswith(p)), key=len, default=None)
         if prefix is None:
-            raise ValueError(
+            raise InputError(
                 f"{name} is no tensor of an OpenCLIP ViT; expected visual.*, transformer.*, text_projection, ..."
             )
         new = _RENAMED[prefix] + name[len(prefix) :]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from palate.core import Reward
+from palate.runtime.errors import InputError
 
 TEMPLATE = "{control}. {prompt}"  # SRPO, arXiv 2509.06942: the control word stands before the prompt
 
@@ -86,7 +87,7 @@ def noised_relative(reward: Reward, std: float, *, weight: float = 1.0, seed: in
 def weighted(parts: Mapping[str, tuple[float, Reward]]) -> Reward:
     """sum of weight R over {"name": (weight, R)}. It is two-tower itself, so relative rewards of it stay cheap."""
     if not parts:
-        raise ValueError("weighted got no rewards; expected {'name': (weight, reward)} with at least one entry")
+        raise InputError("weighted got no rewards; expected {'name': (weight, reward)} with at least one entry")
     towers = {name: (weight, *_towers(reward)) for name, (weight, reward) in parts.items()}
 
     def image_features(images: Tensor) -> dict[str, Any]:
@@ -101,7 +102,7 @@ def weighted(parts: Mapping[str, tuple[float, Reward]]) -> Reward:
 def normalised(reward: Reward, mean: float, std: float) -> Reward:
     """(R - mean) / std, with the constants of `reward_scale` or of any reference set."""
     if not std > 0:
-        raise ValueError(f"normalised got std {std}; expected > 0: the reward does not vary on the reference images")
+        raise InputError(f"normalised got std {std}; expected > 0: the reward does not vary on the reference images")
     features, rate = _towers(reward)
     return _two_tower(features, lambda seen, prompts: (rate(seen, prompts) - mean) / std)
 
@@ -119,13 +120,13 @@ def checked(reward: Reward, name: str) -> Reward:
     def check(values: Any, count: int) -> Tensor:
         if not isinstance(values, Tensor) or values.shape != (count,) or not values.is_floating_point():
             got = f"{tuple(values.shape)} {values.dtype}" if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(
+            raise InputError(
                 f"reward {name!r} returned {got} for {count} images; expected a float tensor of shape "
                 f"({count},), one number per image"
             )
         if not bool(torch.isfinite(values).all()):
             bad = int((~torch.isfinite(values)).sum())
-            raise ValueError(
+            raise InputError(
                 f"reward {name!r} returned {bad} values that are not finite out of {count}; "
                 "look at its inputs, or compute it in float32"
             )

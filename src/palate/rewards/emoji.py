@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast, ResNetForImageClassification, VisionTextDualEncoderModel
 
 from palate.core import Reward
+from palate.models.vocabulary import MAX_WORDS, known_words, parse_prompt, vocabulary
 from palate.rewards.clip import ClipReward, preprocess
 from palate.rewards.simple import border
-from palate.vocabulary import MAX_WORDS, known_words, parse_prompt, vocabulary
+from palate.runtime.errors import InputError
 
 __all__ = ["COLOURS", "Judge", "background", "load_reward", "parse_prompt", "position"]
 
@@ -33,7 +34,7 @@ def _folder(name: str) -> Path:
 def load_reward(name: str) -> Reward:
     """An embedded reward by name: differentiable cosine(image, prompt), (B,)."""
     if name not in REWARDS:
-        raise ValueError(f"reward.name got {name!r}; expected one of {', '.join(REWARDS)}")
+        raise InputError(f"reward.name got {name!r}; expected one of {', '.join(REWARDS)}")
     asset, kind = REWARDS[name]
     folder = _folder(asset)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
+from palate.runtime.errors import InputError
+
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 CONVERT = (
     "python -c \"import sys, torch; from safetensors.torch import save_file; w = torch.load(sys.argv[1], 'cpu', "
@@ -42,37 +44,37 @@ def weights_file(reward: str, source: str, *, default: str, how: str) -> Path:
         if len(found) == 1 or (path / default).is_file():
             return path / default if (path / default).is_file() else found[0]
         if found:
-            raise ValueError(
+            raise InputError(
                 f"{key}: {path} holds {len(found)} .safetensors files; give one of them, or name it {default}"
             )
         pickled = sorted(p for p in path.iterdir() if p.suffix in PICKLES)
         if not pickled:
-            raise ValueError(f"{key}: {path} holds no weights. {how}")
+            raise InputError(f"{key}: {path} holds no weights. {how}")
         path = pickled[0]
     if path.suffix in PICKLES:
-        raise ValueError(
+        raise InputError(
             f"{key}: {path} is a pickle, which can run code when it is loaded; only .safetensors is read. "
             f"Convert it once with\n{convert_command(path)}"
         )
     if path.is_file():
         return path
     if path.is_absolute() or source.startswith(".") or source.count("/") != 1 or path.suffix == ".safetensors":
-        raise ValueError(f"{key}: {source} does not exist. {how}")
+        raise InputError(f"{key}: {source} does not exist. {how}")
     try:
         return Path(hf_hub_download(source, default))
     except GatedRepoError as error:
-        raise ValueError(
+        raise InputError(
             f"{key}: {source} is gated; accept its terms on huggingface.co and run `hf auth login`"
         ) from error
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"{key}: {source} holds no reachable {default} ({_first_line(error)}). {how}") from error
+        raise InputError(f"{key}: {source} holds no reachable {default} ({_first_line(error)}). {how}") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(
+        raise InputError(
             f"{path} cannot be read as safetensors ({_first_line(error)}); fetch or convert it again"
         ) from error
 
@@ -86,14 +88,14 @@ def pretrained(kind: Any, reward: str, source: str, *, how: str, **options: Any)
         what = (
             f"only a pickle; convert it once with\n{convert_command(pickled[0])}" if pickled else f"no weights. {how}"
         )
-        raise ValueError(f"{key}: {folder} holds {what}")
+        raise InputError(f"{key}: {folder} holds {what}")
     if weights:
         options["use_safetensors"] = True
     try:
         return kind.from_pretrained(source, **options)
     except (OSError, ValueError, SafetensorError) as error:
         hint = "accept its terms on huggingface.co and run `hf auth login`" if "gated" in str(error) else how
-        raise ValueError(
+        raise InputError(
             f"{key}: {source} cannot be loaded as {kind.__name__} ({_first_line(error)}). {hint}"
         ) from error
 
@@ -111,7 +113,7 @@ def load_state(
         if name not in own or name not in state or own[name] != state[name].shape
     )
     if wrong:
-        raise ValueError(
+        raise InputError(
             f"reward.source.{reward}: {path} holds another architecture: {len(wrong)} of {len(own)} tensors are "
             f"missing, left over or of another shape, {wrong[0]} for one"
         )

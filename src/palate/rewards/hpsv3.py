@@ -21,6 +21,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
 from palate.rewards.clip import normalised_pixels
 from palate.rewards.files import load_state, pretrained, read_tensors, weights_file
+from palate.runtime.errors import InputError
 
 REWARD_TOKEN = "<|Reward|>"
 PIXELS = 256 * 28 * 28  # of the resized image, as in training
@@ -34,7 +35,7 @@ HOW = (
 def resized_shape(height: int, width: int, *, unit: int = 28, pixels: int = PIXELS) -> tuple[int, int]:
     """Multiples of `unit` near the image's own ratio, with at most `pixels` and about as many."""
     if max(height, width) > 200 * min(height, width):
-        raise ValueError(f"hpsv3 got an image of {height} x {width}; expected sides at most 200 times apart")
+        raise InputError(f"hpsv3 got an image of {height} x {width}; expected sides at most 200 times apart")
     rows, columns = round(height / unit) * unit, round(width / unit) * unit
     if rows * columns > pixels:
         shrink = math.sqrt(height * width / pixels)
@@ -145,15 +146,15 @@ def split_checkpoint(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
 def load_hpsv3(source: str | None = None, *, dtype: torch.dtype = torch.bfloat16) -> HPSv3Reward:
     """`source` is a folder as HOW says. The head stays in float32, as it was trained."""
     if source is None or not Path(source).is_dir():
-        raise ValueError(f"reward.source.hpsv3: got {source}, not a folder. {HOW}")
+        raise InputError(f"reward.source.hpsv3: got {source}, not a folder. {HOW}")
     folder = Path(source)
     for name in ("config.json", "prompt.txt"):
         if not (folder / name).is_file():
-            raise ValueError(f"reward.source.hpsv3: {folder} holds no {name}. {HOW}")
+            raise InputError(f"reward.source.hpsv3: {folder} holds no {name}. {HOW}")
     template = (folder / "prompt.txt").read_text("utf-8")
     absent = [part for part in ("{prompt}", "{image}", REWARD_TOKEN) if template.count(part) != 1]
     if absent:
-        raise ValueError(f"reward.source.hpsv3: prompt.txt must hold {absent[0]} exactly once")
+        raise InputError(f"reward.source.hpsv3: prompt.txt must hold {absent[0]} exactly once")
     path = weights_file("hpsv3", source, default="HPSv3.safetensors", how=HOW)
     model_state, head_state = split_checkpoint(read_tensors(path))
     config = Qwen2VLConfig(**json.loads((folder / "config.json").read_text("utf-8")))

@@ -17,6 +17,7 @@ from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVi
 from palate.rewards.aesthetic import affine_head
 from palate.rewards.clip import preprocess, tokenizer_of
 from palate.rewards.files import load_state, read_tensors, weights_file
+from palate.runtime.errors import InputError
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw score on the authors' images
 LENGTH = 35  # tokens of a prompt
@@ -130,7 +131,7 @@ def split_checkpoint(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
 def load_image_reward(source: str | None = None, *, dtype: torch.dtype = torch.float32) -> ImageReward:
     """`source`: the converted ImageReward.safetensors, or a folder with it and perhaps BERT's uncased tokenizer."""
     if source is None:
-        raise ValueError(f"reward.source.image-reward: the weights are published as a pickle only. {HOW}")
+        raise InputError(f"reward.source.image-reward: the weights are published as a pickle only. {HOW}")
     path = weights_file("image-reward", source, default="ImageReward.safetensors", how=HOW)
     vision_state, text_state, head = split_checkpoint(read_tensors(path))
     vision_config, text_config = blip_large()
@@ -140,7 +141,7 @@ def load_image_reward(source: str | None = None, *, dtype: torch.dtype = torch.f
     try:
         weight, bias = affine_head(head)
     except ValueError as error:
-        raise ValueError(f"reward.source.image-reward: {path}: {error}") from error
+        raise InputError(f"reward.source.image-reward: {path}: {error}") from error
     folder = Path(source) if Path(source).is_dir() else path.parent
     tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else "bert-base-uncased"
     return ImageReward(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from palate.rewards.remote import TOKEN, RemoteError, RemoteReward, png
+from palate.runtime.errors import InputError
 
 QUESTION = (
     'How well does this picture show the following text, and how good is it as a picture?\nText: "{prompt}"\n'
@@ -37,9 +38,9 @@ class JudgeReward:
         self, url: str, token: str, *, model: str, question: str = QUESTION, concurrency: int = 4, **options: float
     ):
         if question.count("{prompt}") != 1:
-            raise ValueError("vlm-judge: the question must hold {prompt} exactly once")
+            raise InputError("vlm-judge: the question must hold {prompt} exactly once")
         if not model:
-            raise ValueError(f"reward.source.vlm-judge: {url} names no model; write it behind the URL, as {url}#MODEL")
+            raise InputError(f"reward.source.vlm-judge: {url} names no model; write it behind the URL, as {url}#MODEL")
         self.service = RemoteReward(url, token, key="reward.source.vlm-judge", **options)
         self.model, self.question, self.concurrency = model, question, concurrency
 
@@ -79,7 +80,7 @@ def parse(text: str) -> float:
     found = SCORE.findall(text)
     score = float(found[-1] if found else text.strip())
     if not 1 <= score <= 5:
-        raise ValueError(f"a score of {score}, not in 1..5")
+        raise InputError(f"a score of {score}, not in 1..5")
     return score
 
 

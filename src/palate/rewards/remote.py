@@ -31,6 +31,7 @@ from PIL import Image
 from torch import Tensor
 
 from palate.core import Reward
+from palate.runtime.errors import InputError, RewardServiceError
 
 TOKEN = "PALATE_REWARD_TOKEN"  # the environment variable of both sides
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -38,7 +39,7 @@ ANSWER_LIMIT = 1 << 20  # bytes of an answer
 AGAIN = (429, 502, 503, 504)  # answers after which another try makes sense
 
 
-class RemoteError(RuntimeError):
+class RemoteError(RewardServiceError):
     """The reward service failed, after every retry or with an answer that no retry mends. Exit code 5."""
 
 
@@ -63,11 +64,11 @@ class RemoteReward:
     ):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
-            raise ValueError(f"{key}: got {url!r}; expected a URL, as http://127.0.0.1:8411/score, without a password")
+            raise InputError(f"{key}: got {url!r}; expected a URL, as http://127.0.0.1:8411/score, without a password")
         if parts.scheme == "http" and parts.hostname not in LOOPBACK:
-            raise ValueError(f"{key}: {url} would send the token in the clear; use https, or tunnel to 127.0.0.1")
+            raise InputError(f"{key}: {url} would send the token in the clear; use https, or tunnel to 127.0.0.1")
         if not token:
-            raise ValueError(
+            raise InputError(
                 f"{key}: no token; set the environment variable {TOKEN} to the one the server was started with"
             )
         self.url, self._parts, self._token = url, parts, token
@@ -216,7 +217,7 @@ def make_app(
     from fastapi.responses import JSONResponse
 
     if len(token) < 16:
-        raise ValueError(
+        raise InputError(
             f"the token of a reward server needs at least 16 characters, got {len(token)}; "
             "make one with python -c 'import secrets; print(secrets.token_urlsafe())'"
         )

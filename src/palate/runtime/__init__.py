@@ -1,0 +1,1 @@
+"""The edges of a process: errors, files, images, logs, checkpoints, ranks, signals, progress."""

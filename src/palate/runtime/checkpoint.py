@@ -1,0 +1,241 @@
+"""Checkpoints that are whole or absent: tensors as safetensors, the rest as JSON, a SHA-256 manifest written last.
+
+`save` writes a hidden folder, makes every byte durable, and only then renames it to step-NNNNNN; `load` checks every
+byte before anything is used; `load_newest` falls back to the newest good one. Nothing here can run code on load.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from palate.runtime.errors import CheckpointError
+
+SCHEMA = 1
+TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+_NAME = re.compile(r"step-(\d{6,})")
+
+
+class Checkpoint(NamedTuple):
+    step: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps that have a checkpoint folder under `folder`, ascending. Unfinished (.tmp-*) ones do not count."""
+    if not folder.is_dir():
+        return []
+    found = (_NAME.fullmatch(path.name) for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
+    return sorted(int(match[1]) for match in found if match)
+
+
+def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+    """Write folder/step-NNNNNN durably. Raises CheckpointError; what was there is untouched until the end."""
+    final, temporary = folder / name(step), folder / f".tmp-{name(step)}"
+    plain = {key: value.detach().to("cpu").clone().contiguous() for key, value in tensors.items()}
+    need = sum(value.numel() * value.element_size() for value in plain.values())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _remove_unfinished(folder)
+        temporary.mkdir()
+        save_file(plain, str(temporary / TENSORS))
+        _write(temporary / STATE, _canonical({"schema": SCHEMA, "step": step, **state}))
+        _sync(temporary / TENSORS)
+        files = {part: _digest(temporary / part) for part in (STATE, TENSORS)}
+        _write(temporary / MANIFEST, _canonical({"schema": SCHEMA, "step": step, "files": files}))
+        _sync(temporary)
+        _replace(temporary, final)
+        _sync(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(disk_message(folder, need, error)) from error
+    return final
+
+
+def load(path: Path) -> Checkpoint:
+    """The checkpoint at `path`, every byte verified. Raises CheckpointError with the first problem found."""
+    manifest = _manifest(path)
+    for part, expected in manifest["files"].items():
+        try:
+            got = _digest(path / part)
+        except OSError as error:
+            raise CheckpointError(f"{path / part}: {error.strerror or error}") from error
+        if got != expected:
+            raise CheckpointError(f"{path / part}: the content does not match its SHA-256 in {MANIFEST}")
+    try:
+        state = json.loads((path / STATE).read_bytes())
+        tensors = load_file(str(path / TENSORS))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: unreadable ({error})") from error
+    if not isinstance(state, dict) or state.get("schema") != SCHEMA or state.get("step") != manifest["step"]:
+        raise CheckpointError(f"{path / STATE}: schema or step differs from {MANIFEST}")
+    bad = [key for key, value in tensors.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if bad:
+        raise CheckpointError(f"{path / TENSORS}: {bad[0]} holds values that are not finite")
+    return Checkpoint(manifest["step"], tensors, state)
+
+
+def load_newest(folder: Path, *, warn: Callable[[str], None]) -> Checkpoint:
+    """The newest good checkpoint under `folder`; `warn` hears of each one passed over. CheckpointError when none is."""
+    found = steps(folder)
+    for step in reversed(found):
+        try:
+            return load(folder / name(step))
+        except CheckpointError as error:
+            warn(f"checkpoint {name(step)} is damaged and passed over: {error}")
+    problem = f"all {len(found)} are damaged" if found else "there is none"
+    raise CheckpointError(f"no checkpoint to continue from in {folder}: {problem}; start the run again")
+
+
+def verify(path: Path) -> str | None:
+    """None if the checkpoint at `path` is whole, else what is wrong with it."""
+    try:
+        load(path)
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def prune(folder: Path, *, keep: int, also: set[int]) -> None:
+    """Delete all but the newest `keep` checkpoints and those at the steps `also`."""
+    for step in steps(folder)[: -max(keep, 1)]:
+        if step not in also:
+            doomed = folder / f".tmp-pruned-{name(step)}"
+            _replace(folder / name(step), doomed)  # a half-deleted folder must never look like a checkpoint
+            shutil.rmtree(doomed)
+
+
+def check_space(folder: Path, *, need: int) -> None:
+    """CheckpointError now rather than after an hour, if `folder` cannot be written or lacks `need` bytes."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".tmp-probe"
+        _write(probe, b"palate")
+        probe.unlink()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise CheckpointError(disk_message(folder, need, error)) from error
+    if free < need:
+        raise CheckpointError(disk_message(folder, need, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+
+
+def split(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON-able copy of `tree` with its tensors moved into `tensors` under `prefix/...`; `join` is the inverse.
+
+    Keys of dictionaries must be strings. Tuples come back as lists.
+    """
+    if isinstance(tree, Tensor):
+        tensors[prefix] = tree
+        return {"__tensor__": prefix}
+    if isinstance(tree, Mapping):
+        if wrong := [key for key in tree if not isinstance(key, str)]:
+            raise TypeError(f"{prefix}: keys of a saved state must be strings, got {wrong[0]!r}")
+        return {key: split(value, f"{prefix}/{key}", tensors) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [split(value, f"{prefix}/{i}", tensors) for i, value in enumerate(tree)]
+    return tree
+
+
+def join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(tree, dict):
+        if set(tree) == {"__tensor__"}:
+            return tensors[tree["__tensor__"]]
+        return {key: join(value, tensors) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [join(value, tensors) for value in tree]
+    return tree
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace the file at `path` by `data`: a reader, or a crash, sees the old content or the new, never a part."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    _write(temporary, data)
+    _replace(temporary, path)
+    _sync(path.parent)
+
+
+def _manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    try:
+        raw = file.read_bytes()
+        manifest = json.loads(raw)
+        whole = isinstance(manifest, dict) and _canonical(manifest) == raw
+        whole = whole and set(manifest["files"]) == {STATE, TENSORS}
+        known = whole and manifest["schema"] == SCHEMA
+        placed = whole and path.name == name(int(manifest["step"]))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is missing: the checkpoint was never finished") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{file}: unreadable ({error})") from error
+    if not whole:
+        raise CheckpointError(f"{file}: not a manifest of this program")
+    if not known:
+        raise CheckpointError(f"{file}: schema {manifest['schema']!r}, this version reads {SCHEMA}")
+    if not placed:
+        raise CheckpointError(f"{file}: belongs to step {manifest['step']}, not to {path.name}")
+    return manifest
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _replace(source: Path, target: Path) -> None:
+    if target.is_dir():  # the same step saved again, after a fall-back to an older one
+        shutil.rmtree(target)
+    os.replace(source, target)
+
+
+def _remove_unfinished(folder: Path) -> None:
+    for left_over in folder.glob(".tmp-*"):
+        shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+
+
+def disk_message(folder: Path, need: int, error: Exception) -> str:
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    return (
+        f"cannot write {folder}: {getattr(error, 'strerror', None) or error} "
+        f"(need about {need / 2**20:.1f} MiB, free {free / 2**20:.1f} MiB). "
+        "Free some space or set run.folder to another disk; what was saved before is intact"
+    )
