@@ -1,11 +1,18 @@
-"""A new family is one file, found by its FAMILY line; docs/adding.md shows one whole."""
+"""A new family is one file, found by its name; docs/adding.md shows one whole."""
 
 from __future__ import annotations
 
+import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
 
-from palate import models, recipe
+import pytest
+
+from palate import models
+from palate.models import families
+from palate.runtime.errors import InputError
 
 PACKAGE = Path(models.__file__).parent.parent
 SHOWN = PACKAGE / "models" / "aura_flow.py"
@@ -25,10 +32,55 @@ def test_a_file_beside_the_others_is_a_family_that_recipes_can_name(tmp_path, mo
     text = SHOWN.read_text().replace('"aura-flow"', '"own-flow"')
     text = text.replace("text_tokens: int = 256", "file_size: int = 1")
     (tmp_path / "own_flow.py").write_text(text)
-    (tmp_path / "helper.py").write_text("class NoFamily:\n    pass\n")
+    before = families.names()
     monkeypatch.setattr(models, "__path__", [*models.__path__, str(tmp_path)])
-    found = recipe._families()
-    assert found.keys() - recipe.MODELS.keys() == {"own-flow"}
-    module, kind, keys = found["own-flow"]
-    assert (module, kind) == ("palate.models.own_flow", "AuraFlow")
-    assert keys[-1] == "file_size" and "image_size" in keys and not {"folder", "training", "lora_rank"} & set(keys)
+    assert set(families.names()) - set(before) == {"own-flow"}
+    found = families.find("own-flow")
+    assert (found.module, found.kind) == ("palate.models.own_flow", "AuraFlow")
+    assert found.keys[-1] == "file_size" and "image_size" in found.keys
+    assert not {"folder", "training", "lora_rank"} & set(found.keys)
+
+
+def test_every_other_file_of_the_folder_is_a_family_of_its_own_name():
+    for name in families.names():
+        found = families.find(name)
+        assert found.load_class().__name__ == found.kind
+        assert name == sys.modules[found.module].FAMILY
+    for name in families.MECHANISM:
+        assert not hasattr(importlib.import_module(f"palate.models.{name}"), "FAMILY")
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """A package with an entry point, as pip leaves one."""
+    (tmp_path / "their_package.py").write_text(
+        "class Theirs:\n    @classmethod\n    def load(cls, folder, *, depth): ...\n"
+    )
+    info = tmp_path / "their_package-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their_package\nVersion: 1\n")
+    points = "theirs = their_package:Theirs\ngone = their_package_gone:Lost\nlost = their_package:Lost\n"
+    (info / "entry_points.txt").write_text(f"[palate.models]\n{points}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    families._installed.cache_clear()
+    yield
+    families._installed.cache_clear()
+
+
+def test_an_installed_package_adds_a_family_by_an_entry_point(installed):
+    found = families.find("theirs")
+    assert found.keys == ("depth",) and found.load_class().__module__ == "their_package"
+    for name in ("gone", "lost"):  # a broken package is an error where it is used, and nowhere else
+        with pytest.raises(InputError, match=f"model.name {name}: .*reinstall its package"):
+            families.find(name).load_class()
+
+
+def test_an_unknown_family_is_told_which_there_are():
+    with pytest.raises(InputError, match=r"got 'fluxx'; expected one of .*flux"):
+        families.find("fluxx")
+
+
+def test_looking_families_up_does_not_import_torch():
+    code = "import sys; from palate.models import families as f; [f.find(n) for n in f.names()]"
+    code += "; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -6,7 +6,6 @@ named without its folder or ending (`srpo-emoji`), any other by its path; overri
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import hashlib
@@ -23,7 +22,6 @@ import yaml
 from pydantic import ConfigDict, Field, PlainValidator, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from palate import models
 from palate.data import (
     RecipeError,
     captioned_images,
@@ -34,6 +32,7 @@ from palate.data import (
     read_text,
     spread,
 )  # fmt: skip
+from palate.models import families
 from palate.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -47,29 +46,8 @@ YAML_LIMIT = 256 * 1024  # bytes; a recipe is a page of text
 YAML_DEPTH = 100
 
 
-def _families() -> dict[str, tuple[str, str, tuple[str, ...]]]:
-    """model.name -> module, class, keys of ModelSettings that it reads beside those that all read.
-
-    Of every file in models/ that says FAMILY = "name": its class is the one with `load` and `predict`, its keys are the
-    arguments of `load`. Files are parsed, not imported, so that a recipe waits for its own family only.
-    """
-    found = {}
-    for path in sorted(file for folder in models.__path__ for file in Path(folder).glob("*.py")):
-        text = path.read_text("utf-8")
-        name = re.search(r'^FAMILY = "([\w-]+)"$', text, re.MULTILINE)
-        if name is None:
-            continue
-        for node in ast.parse(text).body:
-            methods = {part.name: part for part in getattr(node, "body", ()) if isinstance(part, ast.FunctionDef)}
-            if isinstance(node, ast.ClassDef) and {"load", "predict"} <= methods.keys():
-                taken = [a.arg for a in (*methods["load"].args.args, *methods["load"].args.kwonlyargs)]
-                everyone = ("cls", "folder", "training", "lora_rank", "lora_alpha", "lora_targets", "names")
-                keys = tuple(key for key in taken if key not in everyone)
-                found[name[1]] = (f"{models.__name__}.{path.stem}", node.name, keys)
-    return found
-
-
-MODELS = _families()
+# model.name -> module, class, keys of ModelSettings that it reads beside those that all read
+MODELS = {f.name: (f.module, f.kind, f.keys) for f in map(families.find, families.names())}
 ALGORITHMS = {  # name -> module, class, dataclass of its settings
     "srpo": ("palate.algorithms.srpo", "SRPO", "SRPOSettings"),
     "sqdf": ("palate.algorithms.sqdf", "SQDF", "SQDFSettings"),

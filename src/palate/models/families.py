@@ -1,0 +1,113 @@
+"""Model families by name, `model.name` of a recipe: Palate's own files in this folder, and those of installed packages.
+
+An installed package adds a family by an entry point, whose object is the class with `load` and `predict`:
+
+    [project.entry-points."palate.models"]
+    my-family = "my_package.my_family:MyFamily"
+
+Nothing here imports a family, or torch, before `Family.load_class` is called: a recipe waits for its own family alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from palate import models
+from palate.runtime.errors import InputError
+
+GROUP = "palate.models"
+# The modules beside the families. Every other file in this folder is a family, my_family.py that of "my-family".
+MECHANISM = frozenset(
+    {"autoencoder", "delta", "families", "gaussian", "parts", "repository", "schedules", "text_cache", "vocabulary"}
+    | {"weights"}
+)
+# What every family's `load` is given; the rest of its arguments are keys of `model` that it alone reads.
+GIVEN = frozenset({"cls", "folder", "training", "lora_rank", "lora_alpha", "lora_targets", "names"})
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family, not yet imported. keys: those of the recipe's `model` that its `load` reads beside what all read."""
+
+    name: str
+    module: str
+    kind: str  # the class
+    keys: tuple[str, ...]
+
+    def load_class(self) -> Any:
+        """The class, after importing its module. InputError: the package that names it does not have it."""
+        try:
+            return getattr(importlib.import_module(self.module), self.kind)
+        except ModuleNotFoundError as error:
+            if error.name is None or not self.module.startswith(error.name):
+                raise
+            raise InputError(
+                f"model.name {self.name}: there is no module {self.module}; reinstall its package"
+            ) from error
+        except AttributeError as error:
+            raise InputError(
+                f"model.name {self.name}: {self.module} has no {self.kind}; reinstall its package"
+            ) from error
+
+
+def names() -> tuple[str, ...]:
+    """Every family's name, sorted."""
+    return tuple(sorted(_places()))
+
+
+def find(name: str) -> Family:
+    """The family of that name. InputError: there is none."""
+    places = _places()
+    if name not in places:
+        raise InputError(f"model.name got {name!r}; expected one of {', '.join(sorted(places))}")
+    module, _, kind = places[name].partition(":")
+    kind, keys = _signature(module, kind)
+    return Family(name, module, kind, keys)
+
+
+def _places() -> dict[str, str]:
+    """Name -> "module" of Palate's own families, "module:Class" of entry points. Palate's own come first."""
+    found = {point.name: point.value for point in _installed()}
+    for module in pkgutil.iter_modules(models.__path__):
+        if module.name not in MECHANISM:
+            found[module.name.replace("_", "-")] = f"{models.__name__}.{module.name}"
+    return found
+
+
+@cache
+def _installed() -> tuple[EntryPoint, ...]:
+    return tuple(entry_points(group=GROUP))
+
+
+def _signature(module: str, kind: str) -> tuple[str, tuple[str, ...]]:
+    """The class of a family's module, the one with `load` and `predict`, and `load`'s own arguments.
+
+    The source is read, not run: importing it would import torch. A module without source gets no keys of its own.
+    """
+    try:
+        spec = find_spec(module)
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        return kind, ()
+    for node, methods in _classes(Path(spec.origin).read_text("utf-8")):
+        if node.name == kind or (not kind and {"load", "predict"} <= methods.keys()):
+            load = methods.get("load")
+            taken = [a.arg for a in (*load.args.args, *load.args.kwonlyargs)] if load else []
+            return node.name, tuple(key for key in taken if key not in GIVEN)
+    return kind, ()
+
+
+def _classes(source: str) -> Iterator[tuple[ast.ClassDef, Mapping[str, ast.FunctionDef]]]:
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef):
+            yield node, {part.name: part for part in node.body if isinstance(part, ast.FunctionDef)}
