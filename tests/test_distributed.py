@@ -39,6 +39,7 @@ from palate.core import Random
 from palate.recipe import GuardSettings
 from palate.runtime import checkpoint, distributed
 from palate.runtime import launch as launcher
+from palate.runtime.errors import InputError, PalateError
 from palate.train import NonFiniteError
 
 STEPS = 4
@@ -170,7 +171,7 @@ class SickSample:
 
 def refuse(images, prompts):
     if images.requires_grad and of_rank(1):
-        raise ValueError("rank 1 does not know these words")
+        raise InputError("rank 1 does not know these words")
     return reward(images, prompts)
 
 
@@ -206,8 +207,8 @@ def together(folder: Path) -> None:
             said[name] = str(error).split(":")[0]
     try:
         go(folder / "refused", reward=refuse)
-    except ValueError as error:
-        said["refused"] = [type(error).__name__, str(error), getattr(error, "code", 2)]
+    except PalateError as error:
+        said["refused"] = [type(error).__name__, str(error), error.exit_code]
     (folder / f"said-{distributed.ranks().rank}.json").write_text(json.dumps(said))
 
 
@@ -221,7 +222,7 @@ def killed(folder: Path) -> None:
 
 def refused(folder: Path) -> None:
     def fail():
-        raise ValueError("rank 1 does not know these words")
+        raise InputError("rank 1 does not know these words")
 
     go(folder / "run", algorithm=Noticed(2, fail), sharding="full")
 
@@ -395,7 +396,7 @@ def test_an_error_of_one_rank_ends_sharded_ones_too(tmp_path, monkeypatch):
 def test_an_error_of_one_rank_ends_all_with_its_exit_code(pair):
     said = [json.loads((pair / f"said-{rank}.json").read_text())["refused"] for rank in (0, 1)]
     assert said[0] == ["PeerAbortedError", "rank 1: rank 1 does not know these words", 2]
-    assert said[1] == ["ValueError", "rank 1 does not know these words", 2]
+    assert said[1] == ["InputError", "rank 1 does not know these words", 2]
 
 
 @pytest.mark.parametrize("sharding", ["none", "full"])
@@ -457,7 +458,7 @@ if __name__ == "__main__":
     try:
         with distributed.join(timeout_seconds=float(os.environ.get("TIMEOUT", "60"))):
             globals()[sys.argv[1]](Path(sys.argv[2]))
-    except (ValueError, distributed.RankLostError) as error:  # with the exit codes of the command line
+    except PalateError as error:  # with the exit codes of the command line
         print(repr(error), file=sys.stderr)
-        code = 2 if isinstance(error, ValueError) else launcher.LOST
+        code = error.exit_code
     distributed.leave(code)
