@@ -9,14 +9,15 @@ exact model as they are. For a variance-preserving schedule this is DDIM's eta (
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from palate.core import Cond, Model
-from palate.path import Coefficient, Prediction, move
+from palate.path import Coefficient, Prediction, add_noise, move
 from palate.runtime.errors import InputError
 
 
@@ -123,3 +124,45 @@ def sample(
                 std = transition_std(*model.schedule(t), alpha_next, sigma_next, eta)
                 x = stochastic_step(pred, alpha_next, sigma_next, std, rng_noise(i).to(x))
     return x
+
+
+@dataclass(frozen=True)
+class FewStepGenerator:
+    """g(z, c): `steps` network evaluations without guidance at t_k = t_init (1 - k / steps), in the model's time.
+
+    The first input is input_scale z, None = sigma(t_init) z; a later one is alpha x0 + sigma z_k with fresh noise. The
+    output is the network's x0. Training with steps > 1 stops after a random one, whose x0 is used.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    t_init: float = 0.714  # a flow's sigma / alpha = 2.5 there, the level of the presets for SD1.5 and PixArt
+    input_scale: float | None = None
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        for problem, wrong in (
+            ("t_init: above 0 and at most 1", not 0 < self.t_init <= 1),
+            (
+                "input_scale: above 0, or null for sigma(t_init)",
+                self.input_scale is not None and not self.input_scale > 0,
+            ),
+            ("steps: at least 1", self.steps < 1),
+        ):
+            if wrong:
+                name = problem.split(":")[0]
+                raise InputError(f"generator expected {problem}; got {name} = {getattr(self, name)!r}")
+
+    def __call__(self, model: Model, cond: Cond, noises: Sequence[Tensor], *, weights: str = "policy") -> Tensor:
+        """x0 (B, C, h, w) after len(noises) <= steps evaluations; only the last one carries gradient."""
+        if not 1 <= len(noises) <= self.steps:
+            raise InputError(f"the generator got {len(noises)} noises; expected 1 to {self.steps}, one an evaluation")
+        want_grad, x0 = torch.is_grad_enabled(), torch.zeros_like(noises[0])
+        for k, noise in enumerate(noises):
+            with torch.set_grad_enabled(want_grad and k == len(noises) - 1):
+                t = torch.full_like(noise[:, 0, 0, 0], self.t_init * (1 - k / self.steps))
+                alpha, sigma = model.schedule(t)
+                first = k == 0 and self.input_scale is not None
+                x = self.input_scale * noise if first else add_noise(x0, noise, alpha, sigma)
+                x0 = model.predict(x, t, cond, weights=weights).x0
+        return x0

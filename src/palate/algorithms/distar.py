@@ -41,15 +41,15 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from palate.core import Batch, Cond, Loss, Model, Random, Reward
+from palate.core import Batch, Loss, Model, Random, Reward
 from palate.path import Prediction, add_noise
 from palate.runtime.errors import InputError
-from palate.sampling import state_kind
+from palate.sampling import FewStepGenerator, state_kind
 
 Distance = Literal["pseudo_huber", "l2"]
 Gradient = Literal["paper", "total"]
@@ -58,47 +58,7 @@ LAG_STEPS = 50  # updates before the lag is judged
 LAG_LIMIT = 0.5  # see `Distar.advise`
 
 
-@dataclass(frozen=True)
-class Generator:
-    """g(z, c): `steps` network evaluations without guidance at t_k = t_init (1 - k / steps), in the model's time.
-
-    The first input is input_scale z, None = sigma(t_init) z; a later one is alpha x0 + sigma z_k with fresh noise. The
-    output is the network's x0. Training with steps > 1 stops after a random one, whose x0 is used.
-    """
-
-    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
-
-    t_init: float = 0.714  # a flow's sigma / alpha = 2.5 there, the level of the presets for SD1.5 and PixArt
-    input_scale: float | None = None
-    steps: int = 1
-
-    def __post_init__(self) -> None:
-        for problem, wrong in (
-            ("t_init: above 0 and at most 1", not 0 < self.t_init <= 1),
-            (
-                "input_scale: above 0, or null for sigma(t_init)",
-                self.input_scale is not None and not self.input_scale > 0,
-            ),
-            ("steps: at least 1", self.steps < 1),
-        ):
-            if wrong:
-                name = problem.split(":")[0]
-                raise InputError(f"generator expected {problem}; got {name} = {getattr(self, name)!r}")
-
-    def __call__(self, model: Model, cond: Cond, noises: Sequence[Tensor], *, weights: str = "policy") -> Tensor:
-        """x0 (B, C, h, w) after len(noises) <= steps evaluations; only the last one carries gradient."""
-        if not 1 <= len(noises) <= self.steps:
-            raise InputError(f"the generator got {len(noises)} noises; expected 1 to {self.steps}, one an evaluation")
-        want_grad, x0 = torch.is_grad_enabled(), torch.zeros_like(noises[0])
-        for k, noise in enumerate(noises):
-            with torch.set_grad_enabled(want_grad and k == len(noises) - 1):
-                t = torch.full_like(noise[:, 0, 0, 0], self.t_init * (1 - k / self.steps))
-                alpha, sigma = model.schedule(t)
-                first = k == 0 and self.input_scale is not None
-                x = self.input_scale * noise if first else add_noise(x0, noise, alpha, sigma)
-                x0 = model.predict(x, t, cond, weights=weights).x0
-        return x0
-
+Generator = FewStepGenerator
 
 # Published starting points. Time k / N of a table of N steps is its label k - 1 (see `path.vp_schedule`).
 SD15 = Generator(t_init=0.626)  # SiD-LSG: label 625, x = sigma z; sigma / alpha = 2.50

@@ -1,0 +1,95 @@
+"""What is known of a taste, in words and numbers that hold on votes it was not fitted to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from palate.taste.learner import Array, Posterior
+
+START, GOOD = 20, 40  # votes after which a first taste is shown, and after which one is worth aligning to
+LEARNT = 0.60  # held-out accuracy above which alignment is offered
+AGREEMENT, REPEATS = 0.60, 5  # below this share, of at least so many pairs asked twice, the votes disagree
+BINS = 10  # of the calibration error
+
+
+def wilson(successes: float, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval (1927) of a share successes / n, inside [0, 1] for any n > 0."""
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share, shrink = successes / n, 1 + z * z / n
+    middle = (share + z * z / (2 * n)) / shrink
+    half = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5 / shrink
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
+
+
+def accuracy(probabilities: Array, outcomes: Array) -> dict[str, Any]:
+    """How often held-out choices were foretold: {"accuracy", "low", "high", "of"}. Ties foretell nothing and are left
+    out; a prediction of exactly one half counts as half right. None where there is no choice."""
+    decided = outcomes != 0.5
+    p, y = probabilities[decided], outcomes[decided]
+    if not len(y):
+        return {"accuracy": None, "low": None, "high": None, "of": 0}
+    right = float(np.where(p == 0.5, 0.5, (p > 0.5) == (y > 0.5)).sum())
+    low, high = wilson(right, len(y))
+    return {"accuracy": right / len(y), "low": low, "high": high, "of": len(y)}
+
+
+def calibration_error(probabilities: Array, outcomes: Array) -> float | None:
+    """Expected calibration error over BINS bins of the confidence max(p, 1 - p); None without a choice."""
+    decided = outcomes != 0.5
+    p, y = probabilities[decided], outcomes[decided]
+    if not len(y):
+        return None
+    confidence, right = np.maximum(p, 1 - p), ((p > 0.5) == (y > 0.5)).astype(float)
+    bins = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    return float(sum(abs(confidence[bins == b].mean() - right[bins == b].mean()) * (bins == b).mean()
+                     for b in np.unique(bins)))  # fmt: skip
+
+
+def agreement(outcomes: Sequence[float], repeats: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Of pairs asked twice with the sides exchanged, (first, second) in `outcomes`: how many were answered alike. A tie
+    both times is alike, a tie once is half."""
+    alike = sum(1.0 - abs(outcomes[i] - (1 - outcomes[j])) for i, j in repeats)
+    share = alike / len(repeats) if repeats else None
+    return {"agreement": share, "of": len(repeats),
+            "disagree": bool(share is not None and len(repeats) >= REPEATS and share < AGREEMENT)}  # fmt: skip
+
+
+def telling_columns(posterior: Posterior, z: Array, columns: Sequence[str], count: int = 4) -> dict[str, list[str]]:
+    """The columns that go up with the utility over pictures z (N, D), and those that go down, strongest first; only
+    columns correlated by at least .3, one of a kind ("surely 3d" is "3d")."""
+    utility = z @ posterior.mean
+    liked: list[tuple[float, str]] = []
+    if utility.std() > 0:
+        for k, name in enumerate(columns):
+            if z[:, k].std() > 0:
+                liked.append((float(np.corrcoef(utility, z[:, k])[0, 1]), name.partition(": ")[2]))
+    liked.sort(key=lambda pair: -abs(pair[0]))
+    found: dict[str, list[str]] = {"wanted": [], "unwanted": []}
+    seen: set[str] = set()
+    for value, name in liked:
+        plain = name.removeprefix("surely ")
+        if abs(value) < 0.3 or plain in seen:
+            continue
+        seen.add(plain)
+        side = found["wanted" if value > 0 else "unwanted"]
+        if len(side) < count:
+            side.append(plain)
+    return found
+
+
+def verdict(found: dict[str, Any], votes: int) -> str:
+    """The state of a taste in one sentence; no percentage before START votes."""
+    if votes < START:
+        return f"{START - votes} more votes until a first taste."
+    if found["accuracy"] is None:
+        return "All votes are ties: there is nothing to learn from them yet."
+    percent, low, high = (math.floor(100 * found[key] + 0.5) for key in ("accuracy", "low", "high"))
+    text = f"Your choices are predicted in {percent} % ({low} to {high}) of cases."
+    if found["accuracy"] <= LEARNT:
+        return text + " That is not better than chance by enough: no taste is learnt yet, so aligning is not advised."
+    return text + ("" if votes >= GOOD else f" {GOOD - votes} more votes make it a good taste.")

@@ -1,0 +1,216 @@
+"""Votes from elsewhere: blind studies of Palate, folders of better and worse pictures, ranked folders, HPDv2,
+Pick-a-Pic, plain JSON. Each reader copies the pictures into the store.
+
+    win/ lose/       two folders; pictures of equal name are a pair, else each winner meets each loser in turn
+    1/ 2/ 3/ ...     ranked folders, 1 the best: pictures of neighbouring ranks
+    *.jsonl, *.json  rows {"prompt", "left": FILE, "right": FILE, "choice"}, or votes of Palate
+    train.json       HPDv2;   *.parquet   Pick-a-Pic (`palate.data.preference_pairs`)
+    choices          of `palate compare --blind`, with the key beside them
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from palate.data import IMAGE_ENDINGS, Pair, preference_pairs, read_rows
+from palate.runtime.errors import InputError
+from palate.taste.votes import CHOICES, Picture, Vote, VoteStore
+
+STUDY_KEYS = {"study", "session", "pair", "choice"}
+
+
+def import_votes(
+    source: str | Path,
+    store: VoteStore,
+    *,
+    prompt: str = "",
+    session: str = "",
+    rater: str = "",
+    key: Path | None = None,
+) -> int:
+    """Read the votes at `source`, whichever of the forms above it has, into the store; how many are new.
+
+    prompt: of pictures that come without one. key: of a blind study. InputError names what cannot be read; nothing is
+    stored then.
+    """
+    source = Path(source)
+    found = list(_read(source, store, prompt, key))
+    if not found:
+        raise InputError(f"{source} holds no vote")
+    named = [_named(vote, session or vote.session, rater or vote.rater) for vote in found]
+    return store.extend(named)
+
+
+def _named(vote: Vote, session: str, rater: str) -> Vote:
+    """The vote under an id made of what it says, so that the same import twice adds nothing."""
+    text = json.dumps([vote.prompt, vote.left.file, vote.right.file, vote.choice, session, rater, vote.id])
+    name = hashlib.sha256(text.encode()).hexdigest()[:16]
+    tree = {**vote.__dict__, "session": session, "rater": rater, "id": name}
+    return Vote(**tree)
+
+
+def _read(source: Path, store: VoteStore, prompt: str, key: Path | None) -> Iterator[Vote]:
+    if source.is_dir():
+        if (source / "votes.jsonl").is_file():
+            yield from _of_store(VoteStore(source), store)
+        elif (source / "win").is_dir() and (source / "lose").is_dir():
+            yield from _ranked([source / "win", source / "lose"], store, prompt)
+        else:
+            ranks = sorted((p for p in source.iterdir() if p.is_dir() and p.name.isdigit()), key=lambda p: int(p.name))
+            if len(ranks) < 2:
+                raise InputError(f"{source}: expected win/ and lose/, ranked folders 1/ 2/ ..., or a votes.jsonl in it")
+            yield from _ranked(ranks, store, prompt)
+        return
+    if not source.is_file():
+        raise InputError(f"{source} does not exist; give a file of votes or a folder with win/ and lose/")
+    if source.suffix.lower() == ".parquet":
+        yield from _of_pairs(source, store)
+        return
+    rows = read_rows(source)
+    if rows and rows[0].keys() >= STUDY_KEYS:
+        yield from _of_study(source, rows, store, key)
+    elif rows and "image_path" in rows[0]:
+        yield from _of_pairs(source, store)
+    elif rows and isinstance(rows[0].get("left"), dict):
+        yield from _of_store(VoteStore(source), store)
+    else:
+        yield from _of_rows(source, rows, store, prompt)
+
+
+def _of_store(other: VoteStore, store: VoteStore) -> Iterator[Vote]:
+    for vote in other.read():
+        for picture in (vote.left, vote.right):
+            store.keep(other.path_of(picture).read_bytes())
+        yield vote
+
+
+def _of_pairs(source: Path, store: VoteStore) -> Iterator[Vote]:
+    for number, pair in enumerate(preference_pairs(str(source))):
+        yield _of_pair(pair, store, f"{source.name}:{number}")
+
+
+def _of_pair(pair: Pair, store: VoteStore, name: str) -> Vote:
+    left, right = (
+        store.keep(image if isinstance(image, bytes) else _bytes(image)) for image in (pair.first, pair.second)
+    )
+    choice = "tie" if pair.preference == 0.5 else "left" if pair.preference > 0.5 else "right"
+    return Vote(pair.prompt, Picture(left, pair.prompt), Picture(right, pair.prompt), choice, id=name)
+
+
+def _ranked(folders: list[Path], store: VoteStore, prompt: str) -> Iterator[Vote]:
+    for better, worse in itertools.pairwise(folders):
+        winners, losers = _pictures(better), _pictures(worse)
+        by_name = {path.stem: path for path in losers}
+        same = [(path, by_name[path.stem]) for path in winners if path.stem in by_name]
+        longer = max(len(winners), len(losers))
+        crossed = [(winners[i % len(winners)], losers[i % len(losers)]) for i in range(longer)]
+        for number, (first, second) in enumerate(same or crossed):
+            text = _caption(first) or prompt
+            shown = [(first, "left"), (second, "right")]
+            if number % 2:  # half of the winners on either side
+                shown = [(second, "left"), (first, "right")]
+            sides = {side: Picture(store.keep(_bytes(path)), text) for path, side in shown}
+            yield Vote(text, sides["left"], sides["right"], "right" if number % 2 else "left",
+                       id=f"{better.name}/{first.name}:{worse.name}/{second.name}")  # fmt: skip
+
+
+def _pictures(folder: Path) -> list[Path]:
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_ENDINGS)
+    if not found:
+        raise InputError(f"{folder} holds no picture ({', '.join(IMAGE_ENDINGS)})")
+    return found
+
+
+def _caption(path: Path) -> str:
+    text = path.with_suffix(".txt")
+    return " ".join(text.read_text("utf-8").split()) if text.is_file() else ""
+
+
+def _of_rows(source: Path, rows: list[dict[str, Any]], store: VoteStore, prompt: str) -> Iterator[Vote]:
+    for number, row in enumerate(rows, 1):
+        where = f"{source}, row {number}"
+        choice = str(row.get("choice", "")).replace("neither", "both-bad").replace("both bad", "both-bad")
+        if choice not in CHOICES or not all(isinstance(row.get(side), str) for side in ("left", "right")):
+            raise InputError(
+                f'{where}: expected {{"prompt", "left": file, "right": file, "choice"}} with a choice of '
+                f"{', '.join(CHOICES)}; got {str(row)[:80]}"
+            )
+        text = str(row.get("prompt") or prompt)
+        files = {side: _inside(source.parent, row[side]) for side in ("left", "right")}
+        left, right = (Picture(store.keep(_bytes(files[side])), text) for side in ("left", "right"))
+        yield Vote(text, left, right, choice, id=str(row.get("id", number)),
+                   session=str(row.get("session", "")), rater=str(row.get("rater", "")))  # fmt: skip
+
+
+def _of_study(source: Path, rows: list[dict[str, Any]], store: VoteStore, key: Path | None) -> Iterator[Vote]:
+    """The choices of `palate compare --blind`; the key says which pictures were shown where."""
+    places = [key] if key else sorted(source.parent.glob("*-key.json"))
+    study = None
+    for path in places:
+        try:
+            tree = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} is not the key of a blind study ({str(error)[:60]})") from error
+        if isinstance(tree, dict) and tree.get("study") == rows[0]["study"]:
+            study = tree
+    if study is None:
+        raise InputError(f"{source}: the key of its study is not beside it; name it with --key")
+    pairs = {pair["pair"]: pair for pair in study["pairs"]}
+    for row in rows:
+        pair = pairs.get(row["pair"])
+        if pair is None or row["choice"] not in ("left", "right", "tie"):
+            raise InputError(f"{source}: {str(row)[:80]} is not a choice of this study")
+        run = {"left": pair["left"], "right": "b" if pair["left"] == "a" else "a"}
+        sides = {}
+        for side, name in run.items():
+            path = Path(study["folders"][name]) / Path(pair["files"][name]).name
+            sides[side] = Picture(store.keep(_bytes(path)), pair["prompt"], seed=pair["seed"], run=study["runs"][name])
+        yield Vote(pair["prompt"], sides["left"], sides["right"], row["choice"], id=f"{row['session']}:{row['pair']}",
+                   session=str(row["session"]))  # fmt: skip
+
+
+def _inside(folder: Path, name: str) -> Path:
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise InputError(f"{folder}: the picture {name!r} leaves the folder of its list")
+    return path
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read the picture {path}: {error.strerror or error}") from error
+
+
+def export_votes(store: VoteStore, folder: str | Path, form: str = "hpdv2") -> int:
+    """Write the votes with their pictures where other programs read them; how many.
+
+    hpdv2: train.json beside its images, for `prompts.pairs` of dpo. json: rows of file names. ValueError: another form.
+    """
+    folder = Path(folder)
+    if form not in ("hpdv2", "json"):
+        raise InputError(f"--format: expected hpdv2 or json, got {form!r}")
+    votes, _ = store.with_pictures()
+    if not votes:
+        raise InputError(f"{store.file} holds no vote whose pictures are there")
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for picture in {p.file: p for vote in votes for p in (vote.left, vote.right)}.values():
+        (folder / "images" / picture.file).write_bytes(store.path_of(picture).read_bytes())
+    rows: list[dict[str, Any]] = []
+    for vote in votes:
+        paths = [f"images/{vote.left.file}", f"images/{vote.right.file}"]
+        if form == "json":
+            rows.append({"id": vote.id, "prompt": vote.prompt, "left": paths[0], "right": paths[1],
+                         "choice": vote.choice, "session": vote.session, "rater": vote.rater})  # fmt: skip
+        else:
+            share = {1.0: [1, 0], 0.0: [0, 1], 0.5: [0, 0]}[vote.outcome]
+            rows.append({"prompt": vote.prompt, "image_path": paths, "human_preference": share})
+    name = "train.json" if form == "hpdv2" else "votes.json"
+    (folder / name).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return len(votes)

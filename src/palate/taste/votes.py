@@ -1,0 +1,249 @@
+"""Votes on disk: one JSON line per choice, only ever added to, each line durable before the next pair is shown.
+
+A line is a vote (`Vote.to_json`) or takes one back: {"undo": id}. Pictures lie beside the file in pictures/, named by
+the SHA-256 of their bytes, so that a vote keeps its meaning when the model that drew them is gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from palate.runtime.errors import CheckpointError, InputError
+
+CHOICES = ("left", "right", "tie", "both-bad")
+OUTCOMES = {"left": 1.0, "right": 0.0, "tie": 0.5, "both-bad": 0.5}  # y of the learner
+FILE = "votes.jsonl"
+PICTURES = "pictures"
+LINE_LIMIT = 64 * 1024  # bytes of a line
+PICTURE_LIMIT = 32 * 1024 * 1024  # bytes of a picture's file
+SIDE_LIMIT = 4096  # pixels of a picture's side
+_NAME = re.compile(r"[0-9a-f]{64}\.(png|jpg|webp|bmp)")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A stored picture, and how it was drawn where that is known. `prompt` is what the model was given, which may say
+    more than the vote's prompt does."""
+
+    file: str  # in the store's pictures folder, SHA-256 of its bytes and an ending
+    prompt: str = ""
+    model: str = ""  # fingerprint of the weights that drew it
+    seed: int | None = None
+    guidance: float | None = None
+    steps: int | None = None
+    run: str = ""
+    step: int | None = None  # of the run
+
+
+@dataclass(frozen=True)
+class Vote:
+    """One choice between two pictures of one prompt. `left` and `right` are where they were shown."""
+
+    prompt: str
+    left: Picture
+    right: Picture
+    choice: str  # one of CHOICES
+    id: str = field(default_factory=lambda: secrets.token_hex(8))
+    ms: int | None = None  # response time
+    session: str = ""
+    rater: str = ""
+    round: int = 1
+    repeat_of: str | None = None  # the vote whose pictures these are, sides exchanged
+
+    def __post_init__(self) -> None:
+        if self.choice not in CHOICES:
+            raise InputError(f"choice: expected one of {', '.join(CHOICES)}, got {self.choice!r}")
+
+    @property
+    def outcome(self) -> float:
+        """1 the left picture, 0 the right one, 1/2 neither."""
+        return OUTCOMES[self.choice]
+
+    def to_json(self) -> dict[str, Any]:
+        tree = {key: value for key, value in asdict(self).items() if value not in (None, "")}
+        for side in ("left", "right"):
+            tree[side] = {key: value for key, value in tree[side].items() if value not in (None, "")}
+        return tree
+
+
+class VoteStore:
+    """The votes of a folder, or of a .jsonl file. Reading passes over a last line that was cut short."""
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        self.file = path if path.suffix == ".jsonl" else path / FILE
+        self.folder = self.file.parent
+        self.pictures = self.folder / PICTURES
+
+    def read(self) -> list[Vote]:
+        """The votes in force, in order. InputError names the file and line of a row that is not a vote."""
+        votes: dict[str, Vote] = {}
+        for number, row in _rows(self.file):
+            if "undo" in row:
+                votes.pop(str(row["undo"]), None)
+                continue
+            vote = _vote(row, f"{self.file} line {number}")
+            votes[vote.id] = vote
+        return list(votes.values())
+
+    def append(self, vote: Vote) -> Vote:
+        self._add(vote.to_json())
+        return vote
+
+    def extend(self, votes: Iterable[Vote]) -> int:
+        known = {vote.id for vote in self.read()} if self.file.exists() else set()
+        new = [vote for vote in votes if vote.id not in known]
+        for vote in new:
+            self.append(vote)
+        return len(new)
+
+    def undo(self) -> Vote | None:
+        """Take back the newest vote in force, and return it."""
+        votes = self.read() if self.file.exists() else []
+        if not votes:
+            return None
+        self._add({"undo": votes[-1].id})
+        return votes[-1]
+
+    def keep(self, content: bytes) -> str:
+        """Store an encoded picture; the name of its file. InputError if it is not a picture, or too large."""
+        ending = picture_ending(content)
+        name = f"{hashlib.sha256(content).hexdigest()}.{ending}"
+        target = self.pictures / name
+        if not target.exists():
+            self.pictures.mkdir(parents=True, exist_ok=True)
+            temporary = target.with_name(f".tmp-{secrets.token_hex(4)}-{name}")
+            try:
+                temporary.write_bytes(content)
+                os.replace(temporary, target)
+            except OSError as error:
+                temporary.unlink(missing_ok=True)
+                raise _full(self.folder, error) from error
+        return name
+
+    def path_of(self, picture: Picture) -> Path:
+        """Where the picture lies. InputError when it is gone."""
+        path = self.pictures / picture.file
+        if not path.is_file():
+            raise InputError(
+                f"the picture {picture.file[:16]}... of a vote is gone from {self.pictures}; "
+                "copy it back, or take the vote out of the file"
+            )
+        return path
+
+    def with_pictures(self) -> tuple[list[Vote], int]:
+        """The votes whose two pictures are there, and how many are left out because one is gone."""
+        votes = self.read()
+        there = [v for v in votes if all((self.pictures / p.file).is_file() for p in (v.left, v.right))]
+        return there, len(votes) - len(there)
+
+    def _add(self, row: dict[str, Any]) -> None:
+        line = json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.file, "ab+", buffering=0) as out:
+                size = out.seek(0, os.SEEK_END)
+                if size:  # a line cut short by a crash must not swallow this one
+                    out.seek(size - 1)
+                    if out.read(1) != b"\n":
+                        line = b"\n" + line
+                if out.write(line) < len(line):
+                    os.ftruncate(out.fileno(), size)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(out.fileno())
+        except OSError as error:
+            raise _full(self.file, error) from error
+
+
+def _full(path: Path, error: OSError) -> CheckpointError:
+    remedy = "; free some space: nothing that was stored before is lost" if error.errno == errno.ENOSPC else ""
+    return CheckpointError(f"cannot write {path}: {error.strerror or error}{remedy}")
+
+
+def picture_ending(content: bytes) -> str:
+    """png, jpg, webp or bmp. InputError: not such a picture, damaged, or larger than the limits."""
+    if len(content) > PICTURE_LIMIT:
+        raise InputError(f"a picture of {len(content) >> 20} MiB; at most {PICTURE_LIMIT >> 20} MiB are allowed")
+    try:
+        with Image.open(io.BytesIO(content), formats=["PNG", "JPEG", "WEBP", "BMP"]) as image:
+            if max(image.size) > SIDE_LIMIT:
+                raise InputError(f"a picture of {image.size[0]} x {image.size[1]}; at most {SIDE_LIMIT} on a side")
+            ending = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "BMP": "bmp"}[image.format or ""]
+            image.load()
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"not a PNG, JPEG, WebP or BMP picture, or a damaged one ({str(error)[:80]})") from error
+    return ending
+
+
+def with_names(vote: Vote, *, session: str = "", rater: str = "") -> Vote:
+    """The same vote with a session or rater named, where it had none."""
+    return replace(vote, session=vote.session or session, rater=vote.rater or rater)
+
+
+def _rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist; make votes in palate studio, or bring some with palate votes import"
+                         ) from error  # fmt: skip
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    whole = content.endswith(b"\n")
+    lines = content.split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            if len(line) > LINE_LIMIT:
+                raise ValueError("longer than a vote")
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("not a mapping")
+        except (ValueError, RecursionError) as error:
+            if (number == len(lines) and not whole) or _cut(lines, number):
+                continue  # the process ended while it wrote this line
+            raise InputError(f"{path} line {number}: not a vote ({str(error)[:60]}); take the line out") from error
+        yield number, row
+
+
+def _cut(lines: list[bytes], number: int) -> bool:
+    """Whether this is the start of a vote that a crash cut, after which a later start wrote on."""
+    line = lines[number - 1]
+    return line.startswith(b"{") and not line.rstrip().endswith(b"}") and number < len(lines)
+
+
+def _vote(row: dict[str, Any], where: str) -> Vote:
+    try:
+        left, right = _picture(row["left"]), _picture(row["right"])
+        rest = {key: row[key] for key in ("id", "ms", "session", "rater", "round", "repeat_of") if key in row}
+        vote = Vote(prompt=row["prompt"], left=left, right=right, choice=row["choice"], **rest)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{where}: expected a vote with prompt, left, right and choice; it lacks {str(error)[:60]}"
+        ) from error
+    if not isinstance(vote.prompt, str) or not isinstance(vote.id, str):
+        raise InputError(f"{where}: prompt and id must be text")
+    return vote
+
+
+def _picture(row: Any) -> Picture:
+    if not isinstance(row, dict) or not isinstance(row.get("file"), str) or not _NAME.fullmatch(row["file"]):
+        raise InputError("a picture needs a file named by its SHA-256, as written by palate; use palate votes import")
+    known = {key: row[key] for key in Picture.__dataclass_fields__ if key in row}
+    return Picture(**known)

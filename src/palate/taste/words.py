@@ -1,0 +1,92 @@
+"""The third way to a taste, without training: known words of style, background and size that its pictures have.
+
+Where a taste has a word, the word beats every alignment at once; but it takes the choice of a background from the
+person, and a style may cost what the prompt asks for. So words are offered, and shown beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from palate.models.vocabulary import Caption, parse_prompt, vocabulary
+from palate.runtime.errors import InputError
+from palate.taste.learner import Array
+
+GAIN = 0.5  # standard deviations above plain prompts from which a word is offered
+FEWEST = 3  # pictures of a word before its mean counts
+
+
+class WordChoice(NamedTuple):
+    word: str
+    kind: str  # style, background, size
+    gain: float  # of the taste over plain prompts, in standard deviations of the pool
+    pictures: int
+
+
+def word_gains(utilities: Array, prompts: Sequence[str], std: float) -> list[WordChoice]:
+    """What each word adds to the taste's mean: pictures whose prompts name it against those that name no such word.
+
+    utilities (N,) w'z of pictures drawn for `prompts`; best first. Words with fewer than FEWEST pictures are left out.
+    """
+    captions = [_caption(prompt) for prompt in prompts]
+    found = []
+    vocab = vocabulary()
+    for kind, words in (("style", vocab.styles), ("background", list(vocab.colours)), ("size", vocab.sizes)):
+        named = np.array([getattr(caption, kind) or "" for caption in captions])
+        plain = utilities[named == ""]
+        for word in words:
+            own = utilities[named == word]
+            if len(own) >= FEWEST and len(plain) >= FEWEST:
+                found.append(WordChoice(word, kind, float(own.mean() - plain.mean()) / std, len(own)))
+    return sorted(found, key=lambda choice: -choice.gain)
+
+
+def offered(gains: Sequence[WordChoice], count: int = 3) -> list[WordChoice]:
+    """At most one word of each kind, of those worth offering."""
+    best: dict[str, WordChoice] = {}
+    for choice in gains:
+        if choice.gain > GAIN:
+            best.setdefault(choice.kind, choice)
+    return list(best.values())[:count]
+
+
+def with_words(prompt: str, words: Sequence[str]) -> str:
+    """The prompt with known words of style, size and background put in, in place of those of the same kind.
+
+    InputError for a prompt or a word that the vocabulary does not know.
+    """
+    vocab = vocabulary()
+    named = parse_prompt(prompt)._asdict()
+    for word in words:
+        caption = parse_prompt(word)
+        kinds = {kind: value for kind, value in caption._asdict().items() if value and kind != "concept"}
+        if not kinds:
+            raise InputError(
+                f"{word!r} is no word of style, size or background; expected one of "
+                f"{', '.join([*vocab.styles, *vocab.sizes, *vocab.colours])}"
+            )
+        named |= kinds
+    return caption_text(**named)
+
+
+def caption_text(
+    concept: str | None,
+    style: str | None = None,
+    background: str | None = None,
+    size: str | None = None,
+    position: str | None = None,
+) -> str:
+    """A caption as the embedded model was trained on: "large 3d fox at the left on a red background"."""
+    parts = [size, style, concept, f"at the {position}" if position else None,
+             f"on a {background} background" if background else None]  # fmt: skip
+    return " ".join(part for part in parts if part)
+
+
+def _caption(prompt: str) -> Caption:
+    try:
+        return parse_prompt(prompt)
+    except InputError:
+        return Caption(None)
