@@ -1,0 +1,307 @@
+"""benchmarks/: the mathematics of the frontier, the counter, and (soak) the quick form of both comparisons."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from support import ROOT
+
+from palate.models.gaussian import GaussianModel
+from palate.models.vocabulary import parse_prompt
+
+FOLDER = ROOT / "benchmarks"
+sys.path.insert(0, str(FOLDER))
+
+import distar  # noqa: E402
+import frontier  # noqa: E402
+import guard  # noqa: E402
+import methods  # noqa: E402
+import publish  # noqa: E402
+import sqdf  # noqa: E402
+import time_to_preference as time_to  # noqa: E402
+
+
+def test_envelope_is_the_best_of_what_reaches_as_far():
+    x, y = np.array([0.0, 1.0, 2.0]), np.array([3.0, 1.0, 2.0])
+    got = frontier.envelope(x, y, np.array([-1.0, 0.0, 0.5, 1.5, 2.0, 2.5]))
+    np.testing.assert_array_equal(got, [3.0, 3.0, 2.0, 2.0, 2.0, np.nan])
+
+
+def test_area_is_a_share_of_the_box():
+    both = np.array([0.0, 1.0])
+    assert frontier.area(both, np.array([5.0, 5.0]), 0, 1, 1.0, 5.0) == pytest.approx(1.0)
+    assert frontier.area(both, np.array([5.0, 3.0]), 0, 1, 1.0, 5.0) == pytest.approx((1 + 60 * 0.5) / 61)
+    half = frontier.area(np.array([0.0, 0.5]), np.array([5.0, 5.0]), 0, 1, 1.0, 5.0)  # reaches half of the range
+    assert half == pytest.approx(31 / 61)
+    many = frontier.area(np.stack([both, both / 2]), np.full((2, 2), 5.0), 0, 1, 1.0, 5.0)
+    np.testing.assert_allclose(many, [1.0, 31 / 61])
+
+
+def test_share_above():
+    high, low = (np.array([0.0, 1.0]), np.array([2.0, 2.0])), (np.array([0.0, 1.0]), np.array([1.0, 1.0]))
+    assert frontier.share_above(high, low, 0, 1) == 1.0 and frontier.share_above(low, high, 0, 1) == 0.0
+    short = (np.array([0.0, 0.5]), np.array([2.0, 2.0]))
+    assert frontier.share_above(short, low, 0, 1) == pytest.approx(31 / 61)
+    assert frontier.share_above(short, low, 0, 2) == pytest.approx(16 / 31)  # what neither reaches does not count
+
+
+def test_summary_of_known_points():
+    """Two methods on a line: one keeps the held-out value, the other pays for its reward; intervals hold the value."""
+
+    def point(reward, heldout):
+        spread = np.array([-0.1, 0.0, 0.1])
+        return {
+            "reward": (reward + spread).tolist(),
+            "heldout": (heldout + spread).tolist(),
+            "concept": [1.0, float("nan"), 0.0],
+            "diversity": [heldout] * 3,
+            "drift": [reward] * 3,
+        }
+
+    clouds = {"SQDF": [point(0, 0), point(1, 0)], "ReFL": [point(0, 0), point(1, -1)]}
+    result, text = frontier.summary(clouds)
+    kept, paid = (result["methods"][m]["area_heldout"] for m in clouds)
+    assert kept[0] == pytest.approx(1.0) and paid[0] == pytest.approx(1 / 61, abs=1e-6)
+    assert kept[1] <= kept[0] <= kept[2] + 1e-9
+    assert result["methods"]["ReFL"]["concept"] == 0.5 and result["SQDF above ReFL"] == [0.5] * 3  # equal everywhere
+    behind = result["methods"]["ReFL"]["area_heldout less than SQDF"]
+    assert behind[0] == pytest.approx(60 / 61) and behind[1] <= behind[0] <= behind[2]
+    assert "SQDF has the largest area of held-out reward; below it lie ReFL 0.98 (" in text
+    assert "| SQDF | 2 |" in text and "over 50% (50% to 50% over prompts) of the range" in text
+    better = {**point(1, 1), "diversity": [0.9] * 3}  # at diversity .9 to 1 only the base is left, where they are equal
+    start, spent = {**point(0, 0), "diversity": [1.0] * 3}, {**point(1, 0), "diversity": [0.2] * 3}
+    result, _ = frontier.summary({"SQDF": [start, spent], "ReFL": [start, better]})
+    assert result["SQDF above ReFL"] == pytest.approx([4 / 61] * 3)
+    result, _ = frontier.summary({"SQDF": [start, better], "ReFL": [start, spent]})
+    assert result["SQDF above ReFL"] == pytest.approx([57 / 61] * 3)
+
+
+def test_counted_counts_rows_times_network_calls():
+    model = methods.Counted(GaussianModel(torch.zeros(1, 2, 2), 1.0))
+    x, t = torch.zeros(3, 1, 2, 2), torch.full((3,), 0.5)
+    with torch.no_grad():
+        model.predict(x, t, x)
+        model.predict(x, t, x, guidance=3.0)
+    model.predict(x, t, x, guidance=1.0)
+    assert (model.forwards, model.differentiated) == (3 + 6 + 3, 3)
+    model.counting = False
+    model.predict(x, t, x)
+    assert model.forwards == 12 and model.latent_shape == (1, 2, 2)
+
+
+def test_rows_are_made_once_and_one_that_fails_stops_no_other(tmp_path, capfd):
+    """In processes of one thread; what lies on disk is read, never made again."""
+    rows = [
+        methods.Row(tmp_path / "known.json", math.sqrt, (4.0,)),
+        methods.Row(tmp_path / "bad.json", math.sqrt, (-1.0,)),
+        methods.Row(tmp_path / "threads.json", torch.get_num_threads),
+    ]
+    (tmp_path / "known.json").write_text('{"arguments": [4.0], "made": 5}')
+    with pytest.raises(ValueError):
+        methods.measured(rows, jobs=2)
+    assert methods.made(tmp_path / "threads.json") == 1 and not rows[1].path.exists()
+    assert "[2 of 2, " in capfd.readouterr().out
+    assert methods.measured([rows[0], rows[2]], jobs=2) == [5, 1]
+    with pytest.raises(ValueError, match=r"known.json was made with \[4.0\], not with \[9.0\]"):
+        methods.measured([rows[0]._replace(arguments=(9.0,))], jobs=1)
+
+
+def test_the_search_takes_the_best_that_kept_its_concepts(tmp_path, monkeypatch):
+    def found(*runs):
+        rows = [{"lr": lr, "heldout": h, "concept": c, "concept_base": 1.0, "finite": f} for lr, h, c, f in runs]
+        monkeypatch.setattr(methods, "measured", lambda wanted, jobs: rows)
+        return methods.tune(tmp_path, ["ReFL"], 100, 60, 4, 1)["ReFL"]
+
+    assert found((1, 0.2, 1.0, True), (2, 0.3, 0.91, True), (4, 0.4, 0.8, True)) == 2
+    assert found((1, 0.2, 0.5, True), (2, 0.3, 0.7, True), (4, 0.4, 0.8, False)) == 2  # none kept them: the most of it
+    with pytest.raises(ValueError, match="ReFL: no learning rate stayed finite"):
+        found((1, 0.2, 1.0, False), (2, 0.3, 1.0, False), (4, 0.4, 1.0, False))
+
+
+def test_a_run_that_a_signal_ended_is_no_row(tmp_path):
+    """`train` returns normally after SIGTERM, to be resumed; a table must not take such a run for a whole one."""
+    outcome = methods.Outcome(tmp_path, 7, "signal", 143)
+    with pytest.raises(RuntimeError, match="signal at step 7"):
+        methods.whole(outcome)
+    assert methods.whole(outcome._replace(reason="guard: concept fell", exit_code=0)).step == 7
+    row = methods.Row(tmp_path / "row.json", lambda: methods.whole(outcome))
+    with pytest.raises(RuntimeError, match="its row is not kept"):
+        methods.stored(row)
+    assert not row.path.exists() and not list(tmp_path.iterdir())
+    cut = {"points": [{"updates": 0, **dict.fromkeys(distar.KEYS, 0.5), "seconds": 0.0}]}
+    (tmp_path / f"{methods.slug('distar', 'family', 'DI*', 0, 60)}.json").write_text(json.dumps({"made": cut}))
+    with pytest.raises(ValueError, match="ends after 0 updates of 60"):
+        distar.family_table(argparse.Namespace(results=tmp_path, updates=60, seeds=[0]))
+
+
+def test_areas_and_shares_at_equal_reward():
+    """SQDF keeps all diversity up to held-out reward 1; ReFL loses it on the way and goes further."""
+
+    def points(*pairs):
+        return [{"heldout": h, "diversity": d, "concept": d} for h, d in pairs]
+
+    clouds = {"SQDF": {0: [points((0, 1), (1, 1))]}, "ReFL": {0: [points((0, 1), (1, 0), (2, 0))]}}
+    rows = sqdf.frontier_table(clouds).splitlines()[2:]
+    assert rows[0].startswith("| SQDF | 1 | 1.000 | 1.000 | 1.000 ")
+    assert rows[1].startswith("| ReFL | 1 | 2.000 | 0.016 |") and rows[1].endswith("| 99%, 99% |")
+    assert sqdf.at_reward(clouds["ReFL"][0][0], 0.5, "diversity") == 0.5
+    level = sqdf.levels(clouds).splitlines()
+    assert level[2].startswith("| 0.000 (base) |")
+    assert level[4] == "| 0.500 | 1.000, 1.000 (1 of 1 seeds) | 0.500, 0.500 (1 of 1 seeds) |"
+
+
+def test_forwards_to_a_share_and_their_ratio():
+    def row(method, seed, forwards, style, concept=0.7):
+        checks = [
+            {"forwards": 0, "style": 0.0, "concept": 0.7, "reward": 0.05, "heldout": 0.1},
+            {"forwards": forwards, "style": style, "concept": concept, "reward": 0.05 + style / 4, "heldout": 0.1},
+        ]
+        return {
+            "method": method,
+            "seed": seed,
+            "forwards": forwards,
+            "updates": 10,
+            "seconds": 1.0,
+            "differentiated": forwards / 4,
+            "checks": checks,
+        }
+
+    assert time_to.forwards_to(row("SRPO", 0, 100, 0.8)["checks"], 0.2) == 25  # on the line
+    assert time_to.forwards_to(row("SRPO", 0, 100, 0.8, concept=0.66)["checks"], 0.2) == math.inf
+    late = [*row("SRPO", 0, 100, 0.8, concept=0.6)["checks"], *row("SRPO", 0, 300, 0.9)["checks"][1:]]
+    assert time_to.forwards_to(late, 0.8) == 300  # the share was there before, the concepts were not
+    fast = [row("SRPO", seed, 100, 0.4) for seed in range(3)]
+    slow = [row("Flow-GRPO", seed, 600, 0.4 if seed == 0 else 0.1) for seed in range(3)]
+    value, low, high, bound = time_to.ratio(slow, fast, 0.2)
+    assert value == pytest.approx((300 + 2 * 600) / 3 / 50) and low <= value <= high and bound
+    assert not time_to.ratio(slow[:1], fast, 0.4)[3]
+    text = time_to.table([*fast, *slow])
+    assert "| SRPO | 50 ± 0 | 100 ± 0 | never | never | 20 ± 0 | 50 ± 0 | never | never | 10.0 | 10 | 25% |" in text
+    assert "| 0.40 | 0.70 (0.70) | +0.150 (3 of 3) |" in text
+    assert "| Flow-GRPO | 300 (1 of 3 seeds) | 600 (1 of 3 seeds) | never | never |" in text
+    assert "SRPO: to a share of 0.2 at least 10.0 (over seeds 6.0 to 12.0), = 1.7 in updates x 6.0 in for" in text
+    assert "to a share of 0.4 at least 6.0" in text and "to +0.02 of the objective 18.0 (over seeds" in text
+    early = [row("SRPO", seed, 100, 0.8) for seed in range(2)]
+    assert "| SRPO | 25 ± 0 | 50 ± 0 | 75 ± 0 | 100 ± 0 |" in time_to.table(early)
+    assert "| never | 1 | 10.0 |" not in time_to.table(early) and "| 1 | 10.0 | 10 |" in time_to.table(early)
+    assert "no ratio" in time_to.table([*slow, *(row("SRPO", seed, 100, 0.01) for seed in range(3))])
+
+
+def test_forwards_to_a_rise_of_the_objective():
+    checks = [
+        {"forwards": f, "style": 0.0, "concept": c, "reward": r}
+        for f, c, r in ((0, 0.9, 2.0), (100, 0.2, 1.9), (200, 0.1, 2.1), (300, 0.1, 2.3))
+    ]
+    assert time_to.forwards_to(checks, 0.1, "reward") == pytest.approx(200)  # whatever the concepts do
+    assert time_to.forwards_to(checks, 0.2, "reward") == pytest.approx(250)
+    assert time_to.forwards_to(checks, 0.4, "reward") == math.inf
+
+
+def quick(command, rows):
+    made = subprocess.run(
+        [sys.executable, str(FOLDER / command.split()[0]), *command.split()[1:], "--quick"],
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert made.returncode == 0, made.stderr[-2000:]
+    assert all(row in made.stdout for row in rows)
+
+
+@pytest.mark.parametrize(
+    "command, rows",
+    [
+        ("time_to_preference.py --methods SRPO Flow-GRPO", ["| SRPO |", "| Flow-GRPO |", "no ratio"]),
+        ("frontier.py --methods ReFL", ["| ReFL |"]),
+        ("guard.py --methods DRaFT-LV", ["| DRaFT-LV, seed 0 |"]),
+        ("sqdf.py blackbox", ["| jpeg-size | 1 |"]),
+    ],
+)
+def test_quick_comparison_of_a_method_or_two(command, rows):
+    """From the command to the table; with every method it is a soak test."""
+    quick(command, rows)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    "command, rows",
+    [
+        ("time_to_preference.py", [f"| {method} |" for method in methods.available()]),
+        ("frontier.py", [f"| {method} |" for method in methods.available()]),
+        ("guard.py", [f"| {method}, seed 0 |" for method in guard.UNHELD]),
+        ("sqdf.py sweep", ["| SQDF alpha_kl 0 |"]),
+        ("sqdf.py ablations", ["| gamma 0.8 |"]),
+        ("srpo.py pairs", ["| 3d against flat, outline | 1 |"]),
+    ],
+)
+def test_quick(command, rows):
+    quick(command, rows)
+
+
+def test_tables_go_where_the_page_marks_them(tmp_path):
+    """Between the marks, and nothing else; what was not measured stays; twice is once."""
+    page = (
+        "# A\n<!-- results: frontier -->\nold\n<!-- end -->\nprose\n<!-- results: guard -->\n\nNot measured yet.\n"
+        "<!-- end -->\n"
+    )
+    results, images = tmp_path / "results", tmp_path / "docs/images"
+    results.mkdir()
+    (results / "frontier.md").write_text("| a |\n|---|\n")
+    (results / "frontier-drift.svg").write_text("<svg/>")
+    once = publish.filled(page, tmp_path / "docs/algorithms", results, images)
+    assert once == (
+        "# A\n<!-- results: frontier -->\n\n| a |\n|---|\n\n"
+        "![frontier, drift](../images/frontier-drift.svg)\n\n<!-- end -->\n"
+        "prose\n<!-- results: guard -->\n\nNot measured yet.\n<!-- end -->\n"
+    )
+    assert publish.filled(once, tmp_path / "docs/algorithms", results, images) == once
+    assert (images / "frontier-drift.svg").is_file()
+    pages = "".join(path.read_text() for path in publish.DOCS.rglob("*.md"))
+    wanted = {found[2] for found in publish.MARK.finditer(pages)}
+    assert wanted == {
+        "time_to_preference",
+        "frontier",
+        "guard",
+        "sqdf",
+        "distar-teacher",
+        "distar-family",
+        "srpo-pairs",
+        "srpo-ablations",
+    }
+
+
+def test_the_guards_table():
+    """A run that was put back to the base model is not one in which the guard kept anything."""
+    row = {
+        "method": "SRPO",
+        "seed": 0,
+        "stopped": True,
+        "why": "guard: concept fell",
+        "step": 12,
+        "kept": 8,
+        "base": 0.95,
+        "guarded": 0.93,
+        "unguarded": 0.4,
+        "change_low": -0.04,
+        "change_high": 0.0,
+        "images": 256,
+    }
+    text = guard.table([row, {**row, "seed": 1, "guarded": 0.89}, {**row, "seed": 2, "kept": 0, "guarded": 0.95}])
+    assert "| SRPO, seed 0 | concept fell, 12 | 8 | 0.950 | 0.930 (-0.020, -0.040 to +0.000) | 0.400 | yes |" in text
+    assert "| 0.400 | no |" in text and "| 0.400 | the base itself |" in text
+    assert "1 of 3 runs kept a trained checkpoint that lost less than 0.05; 1 were put back" in text
+    assert "the worst change -0.060; without a guard -0.550 on average" in text
+
+
+def test_prompts_like_those_of_the_evaluation_were_never_trained_on():
+    prompts = distar.eval_like(512)
+    assert len(set(prompts)) == 512 and prompts[:208] == methods.recipe.read_prompts("emoji-eval")
+    assert not set(prompts) & set(methods.recipe.read_prompts("emoji-train"))
+    assert all(parse_prompt(prompt).concept and parse_prompt(prompt).style is None for prompt in prompts)

@@ -1,0 +1,47 @@
+"""Fixtures of all tests."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+import torch
+from support.commands import RECIPE
+
+from palate import cli, recipe
+from palate.testing import TinyFlow, tiny_reward
+
+
+@pytest.fixture
+def palate(monkeypatch, capfd):
+    """Runs the command in this process: palate("train", ...) -> (exit code, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["palate", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A recipe whose model and reward are the stand-ins."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipe, "build_model", lambda settings: TinyFlow())
+    monkeypatch.setattr(recipe, "build_reward", lambda settings: tiny_reward)
+    monkeypatch.setattr(cli, "_base_model", TinyFlow)
+    (tmp_path / "tiny.yaml").write_text(RECIPE.format(folder="runs/tiny"))
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """This process computes on one thread, as ranks do, and its children find what it finds."""
+    before, path = torch.get_num_threads(), os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    yield
+    torch.set_num_threads(before)
+    os.environ.pop("PYTHONPATH") if path is None else os.environ.update(PYTHONPATH=path)

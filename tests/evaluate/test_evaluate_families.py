@@ -1,0 +1,111 @@
+"""`palate train` with a guard and `palate evaluate` on models other than the embedded one: tiny random weights of the
+real classes, judged by a two-tower reward that the run did not optimise."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from support.tiny_families import clip_tokenizer, saved
+from transformers import CLIPConfig, CLIPModel
+
+from palate import cli, recipe, runs
+from palate.evaluate import published_referee
+from palate.recipe import RecipeError
+
+
+@pytest.fixture(scope="module")
+def towers(tmp_path_factory):
+    """A transformers folder of a tiny CLIP, as clip-score and pickscore are given."""
+    folder, tokenizer = tmp_path_factory.mktemp("clip"), clip_tokenizer()
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(
+        text_config={**size, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": 77},
+        vision_config={**size, "image_size": 16, "patch_size": 8}, projection_dim=8,
+    )).save_pretrained(folder)  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+PROMPTS = ["a grandmother in a garden", "a red boat", "two cats", "rain over a city"]
+
+
+def text(towers, run, **sections):
+    """A recipe that trains the tiny Stable Diffusion for two updates."""
+    tree = {
+        "run": {"folder": str(run)},
+        "model": {"name": "stable-diffusion", "folder": str(saved("stable-diffusion")[0]), "image_size": 32,
+                  "dtype": "float32", "device": "cpu", "lora_rank": 2, "text_cache": str(towers.parent / "text")},
+        "reward": {"name": "pickscore", "source": {"pickscore": str(towers), "clip-score": str(towers)}},
+        "algorithm": {"name": "draft", "K": 1, "n": 0, "steps": 2, "guidance": 1.0},
+        "prompts": {"list": PROMPTS},
+        "trainer": {"steps": 2, "batch_size": 2, "lr": 0.01, "preview_every": 0,
+                    "guard": {"every": 1, "prompts": 4, "action": "warn"}},
+        "sample": {"steps": 2, "guidance": 2.0},
+        "evaluate": {"prompts": 4, "seeds": 2},
+    }  # fmt: skip
+    return json.dumps({key: tree.get(key, {}) | sections.get(key, {}) for key in tree})
+
+
+def test_a_run_of_a_real_family_is_guarded_and_evaluated(towers, tmp_path, capsys):
+    run = tmp_path / "run"
+    (tmp_path / "mine.yaml").write_text(text(towers, run))
+    cli.train(str(tmp_path / "mine.yaml"), [], fresh=False, nproc=1)
+    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    checks = [row for row in log if row["event"] == "guard"]
+    assert [row["step"] for row in checks][-1] == 2 and all("heldout" in row and "diversity" in row for row in checks)
+    cli.evaluate([run], prompts_file=None, count=None, seeds=None, stored=False, out=None)
+    found = json.loads((run / "evaluation.json").read_text())
+    assert found["optimised"] == ["pickscore"] and found["heldout"] == "clip-score"
+    names = {"reward/pickscore", "reward/clip-score", "reward/jpeg_size", "diversity", "vendi", "copy", "saturation"}
+    assert names <= set(found["metrics"]) and not {"concept", "diversity_same_style"} & set(found["metrics"])
+    assert found["verdict"]["text"].startswith("Optimised reward") and found["images"] == 8
+    assert all(0 <= row["feature_distance"] < 1 and "style" not in row for row in found["rows"])
+    page = (run / "evaluation.html").read_text("utf-8")
+    assert "a grandmother in a garden" in page and "clip-score" in page
+    images, rows = runs.read_samples(run / "evaluation" / "result")
+    reward = recipe.load_reward("clip-score", str(towers))
+    again = float(reward(images, [row["prompt"] for row in rows]).mean())
+    assert found["metrics"]["reward/clip-score"]["value"] == pytest.approx(again, rel=1e-4)
+    before = (run / "evaluation.json").read_bytes()
+    cli.evaluate([run], prompts_file=None, count=None, seeds=None, stored=True, out=None)
+    assert (run / "evaluation.json").read_bytes() == before
+
+
+def test_who_judges(towers, tmp_path):
+    def plan(**sections):
+        return recipe.parse(text(towers, tmp_path, **sections))
+
+    assert recipe.heldout_of(plan()) == "clip-score"
+    assert recipe.heldout_of(plan(reward={"name": "clip-score"})) == "pickscore"
+    assert recipe.heldout_of(plan(evaluate={"heldout": "hpsv2"}, reward={"source": {"hpsv2": "x"}})) == "hpsv2"
+    every = {"name": None, "weights": {name: 1.0 for name in recipe.HELD_OUT}}
+    with pytest.raises(ValueError, match=r"reward.weights: clip-score, pickscore, hpsv2 are all optimised"):
+        recipe.referee_of(plan(reward=every))
+    assert recipe.heldout_of(recipe.read("srpo-emoji")) == "emoji-heldout"
+    assert recipe.guard_check(recipe.read("srpo-emoji")) is None
+    assert recipe.guard_check(plan(trainer={"guard": {"every": 0}})) is None
+    with pytest.raises(RecipeError, match=r"evaluate.heldout: pickscore is what is optimised; give another of clip"):
+        plan(evaluate={"heldout": "pickscore"})
+    with pytest.raises(RecipeError, match=r"evaluate.heldout: the embedded model has a judge"):
+        recipe.read("srpo-emoji", ["evaluate.heldout=hpsv2"])
+    with pytest.raises(RecipeError, match=r"reward.source.hpsv2: hpsv2 is in neither"):
+        plan(reward={"source": {"hpsv2": "x"}})
+
+
+def test_runs_that_others_judge_are_not_paired(towers, tmp_path):
+    for name, optimised in (("a", "pickscore"), ("b", "clip-score")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.yaml").write_text(text(towers, tmp_path / name, reward={"name": optimised}))
+    with pytest.raises(ValueError, match=r"a is judged by clip-score, b by pickscore; set evaluate.heldout"):
+        runs.evaluate_runs([tmp_path / "a", tmp_path / "b"])
+
+
+def test_its_features_are_the_image_tower(towers):
+    reward = recipe.load_reward("clip-score", str(towers))
+    referee = published_referee("clip-score", reward)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(referee.judge.features(images), reward.image_features(images)) and not referee.judge.styles

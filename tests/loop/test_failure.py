@@ -1,0 +1,211 @@
+"""A step that is not finite leaves a bundle from which it fails again, in the same place; six places are poisoned."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import ClassVar
+
+import pytest
+import torch
+from support.commands import short
+from support.loop import Quadratic, rows, run, srpo, tensors
+
+from palate import failure
+from palate import recipe as recipes
+from palate.core import Loss
+from palate.path import Prediction
+from palate.runtime import checkpoint
+from palate.testing import TinyFlow
+from palate.testing import tiny_reward as reward
+
+BAD = 3  # the step that is poisoned
+
+
+class Inner:
+    """Counts the algorithm's steps, so that a part can be poisoned in one of them."""
+
+    def __init__(self):
+        self.inner, self.step_number = srpo(), 0
+        self.trains = ("policy",)
+
+    def state_dict(self):
+        return {"words": self.inner.state_dict()}
+
+    def load_state_dict(self, state):
+        self.inner.load_state_dict(state["words"])
+
+    def step(self, model, reward, batch, rng):
+        self.step_number = rng.step
+        yield from self.inner.step(model, reward, batch, rng)
+        self.step_number = 0
+
+
+class PoisonedLoss(Inner):
+    def step(self, model, reward, batch, rng):
+        for loss in super().step(model, reward, batch, rng):
+            yield loss._replace(value=loss.value * (math.inf if rng.step == BAD else 1.0))
+
+
+class Steep(torch.autograd.Function):
+    """The identity, with an infinite gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * math.inf
+
+
+def poisoned(place: str):
+    """Model, algorithm and reward of which one goes wrong in step BAD."""
+    algorithm = PoisonedLoss() if place == "loss" else Inner()
+
+    def ill(value):
+        return value * (math.nan if algorithm.step_number == BAD else 1.0)
+
+    class Model(TinyFlow):
+        def predict(self, xt, t, cond, **options):
+            pred = super().predict(xt, t, ill(cond) if place == "cond" else cond, **options)
+            return Prediction(ill(pred.x0), pred.eps) if place == "predict" else pred
+
+        def decode(self, latents):
+            return ill(super().decode(latents)) if place == "decode" else super().decode(latents)
+
+    def rate(images, prompts):
+        if place == "gradient" and algorithm.step_number == BAD:
+            images = Steep.apply(images)
+        values = reward(images, prompts)
+        return torch.cat([values[:-1], ill(values[-1:])]) if place == "reward" else values
+
+    return Model(), algorithm, rate
+
+
+@pytest.mark.parametrize(("place", "first"), [
+    ("cond", r"model.predict \(policy\) at t = 1.000"),
+    ("predict", r"model.predict \(policy\) at t = 1.000"),
+    ("decode", r"model.decode, 576 of 576 numbers"),
+    ("reward", r"the reward of '.*' is nan"),
+    ("loss", r"loss 1 of the step, -?inf"),
+    ("gradient", r"the gradient of the reward for the images"),
+])  # fmt: skip
+def test_the_first_value_that_is_not_finite_is_found_again(tmp_path, place, first):
+    model, algorithm, rate = poisoned(place)
+    _, outcome = run(tmp_path, model=model, algorithm=algorithm, reward=rate, steps=4)
+    assert outcome.reason == "finished"
+    (skipped,) = (row for row in rows(tmp_path) if row["event"] == "skip")
+    assert skipped["step"] == BAD
+    before, after = tensors(tmp_path, BAD - 1), tensors(tmp_path, BAD)
+    assert all(torch.equal(before[key], after[key]) for key in before)  # no weight, moment or average moved
+
+    bundle = tmp_path / "failures" / checkpoint.name(BAD)
+    assert {part.name for part in bundle.iterdir()} == {"tensors.safetensors", "state.json", "manifest.json"}
+    again = failure.replay(bundle, *poisoned(place))
+    assert again.reproduced == again.reported == skipped["reason"]
+    assert re.match(first, again.trace[0]), again.trace
+    assert f"first value that is not finite: {again.trace[0]}" in again.text()
+
+
+def test_the_gradient_of_a_parameter_is_named(tmp_path):
+    """sqrt |p - p0| at p = p0: a finite loss, an infinite gradient, of the first of four tensors only."""
+
+    class Root(Quadratic):
+        def step(self, model, reward, batch, rng):
+            p = model.parameters()[0]
+            value = ((p - p.detach()).abs() + 0.0).sqrt().sum() + sum((q**2).sum() for q in model.parameters())
+            yield Loss(value, {}, "policy")
+
+    with pytest.raises(RuntimeError, match="palate replay"):
+        run(tmp_path, algorithm=Root())
+    again = failure.replay(tmp_path / "failures" / checkpoint.name(3), TinyFlow(), Root(), reward)
+    assert again.reproduced.startswith("the norm of the policy gradient is")
+    assert [entry.split(",")[0] for entry in again.trace] == ["the gradient of policy 0.weight"]
+
+
+def test_a_step_of_several_updates_starts_again_before_the_first(tmp_path):
+    """Two updates a step, the second one sick: the first is repeated from the weights and moments it had."""
+
+    class Twice(Quadratic):
+        seen: ClassVar[list] = []
+
+        def step(self, model, reward, batch, rng):
+            yield Loss(sum((p**2).sum() for p in model.parameters()), {}, "policy")
+            value = sum((p**2).sum() for p in model.parameters())
+            self.seen.append((rng.step, float(value.detach())))
+            yield Loss(value * (math.nan if rng.step in (1, 3) else 1.0), {"size": value.detach()}, "policy")
+
+    run(tmp_path, algorithm=Twice(), steps=3)
+    sizes = dict(Twice.seen)
+    assert checkpoint.steps(tmp_path / "failures") == [3]  # the newest one only
+    again = failure.replay(tmp_path / "failures" / checkpoint.name(3), TinyFlow(), Twice(), reward)
+    assert again.metrics["size"] == sizes[3] == Twice.seen[-1][1] and again.trace == ["loss 2 of the step, nan"]
+
+
+def test_the_algorithm_starts_from_its_own_state(tmp_path):
+    """One that goes wrong in its third step, by its own count: the bundle tells a new one that two are behind it."""
+
+    class Counting(Quadratic):
+        count = 0
+
+        def state_dict(self):
+            return {"count": self.count}
+
+        def load_state_dict(self, state):
+            self.count = state["count"]
+
+        def step(self, model, reward, batch, rng):
+            self.count += 1
+            for loss in super().step(model, reward, batch, rng):
+                yield loss._replace(value=loss.value * (math.nan if self.count == BAD else 1.0))
+
+    run(tmp_path, algorithm=Counting(), steps=4)
+    again = failure.replay(tmp_path / "failures" / checkpoint.name(BAD), TinyFlow(), Counting(), reward)
+    assert again.reproduced and again.trace == ["loss 1 of the step, nan"]
+
+
+def test_a_step_that_no_longer_fails_says_so(tmp_path):
+    run(tmp_path, model=(parts := poisoned("reward"))[0], algorithm=parts[1], reward=parts[2], steps=4)
+    healthy = failure.replay(tmp_path / "failures" / checkpoint.name(BAD), TinyFlow(), Inner(), reward)
+    assert not healthy.reproduced and healthy.trace == [] and "no longer fails" in healthy.text()
+
+
+def test_a_bundle_of_other_weights_or_damaged_is_refused(tmp_path):
+    run(tmp_path, model=(parts := poisoned("reward"))[0], algorithm=parts[1], reward=parts[2], steps=4)
+    bundle = tmp_path / "failures" / checkpoint.name(BAD)
+    other = TinyFlow()
+    with torch.no_grad():
+        next(other.reference.parameters()).add_(1e-3)
+    with pytest.raises(checkpoint.CheckpointError, match="other base weights"):
+        failure.replay(bundle, other, Inner(), reward)
+    with open(bundle / checkpoint.STATE, "ab") as file:
+        file.write(b" ")
+    with pytest.raises(checkpoint.CheckpointError, match="SHA-256"):
+        failure.replay(bundle, TinyFlow(), Inner(), reward)
+
+
+def test_latents_that_are_not_finite_are_refused_before_the_first_step(tmp_path):
+    latents = torch.zeros(5, 3, 4, 4)
+    latents[2, 0, 0, 0] = math.inf
+    with pytest.raises(ValueError, match=r"latents of image 2.*not finite"):
+        run(tmp_path / "run", latents=latents)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_names_the_place_and_its_exit_code_says_whether_it_fails(tiny, palate, monkeypatch):
+    def sick(images, prompts):
+        return reward(images, prompts) * (math.nan if images.requires_grad else 1.0)
+
+    monkeypatch.setattr(recipes, "build_reward", lambda settings: sick)
+    assert palate("train", "tiny.yaml")[0] == 3
+    bundle = "runs/tiny/failures/step-000003"
+    code, out, err = palate("replay", bundle)
+    assert (code, err) == (0, "")
+    assert "first value that is not finite: the reward of 'warm. a " in out and "is nan" in out
+    monkeypatch.setattr(recipes, "build_reward", lambda settings: reward)
+    code, out, _ = palate("replay", bundle)
+    assert code == 1 and "no longer fails" in out
+    code, _, err = palate("replay", "runs/tiny")
+    assert code == 4 and short(err)
+    assert palate("train", "tiny.yaml", "--fresh")[0] == 0  # a bundle is part of a run

@@ -1,0 +1,552 @@
+"""The loop's promises: exact resume, exact updates, no silent failure, words that change while it runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from importlib import resources
+
+import pytest
+import torch
+from support import ROOT
+from support.loop import STEPS, Quadratic, Steering, rows, run, same, srpo, tensors
+
+import palate
+from palate.core import Loss
+from palate.recipe import GuardSettings
+from palate.runtime import checkpoint
+from palate.testing import PROMPTS, TinyFlow
+from palate.testing import tiny_reward as reward
+from palate.train import NonFiniteError, broken_limits, prompt_order, restore_result
+
+# ------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    changes = {3: (["icy"], ["hot"]), 6: (None, ["grey", "pale"])}
+    run(folder, algorithm=Steering(folder, changes), ema_decay=0.7, warmup=4, preview_every=4,
+        guard=GuardSettings(every=2), check=lambda model, prompts, ids: {"heldout": 1.0})  # fmt: skip
+    return folder
+
+
+@pytest.mark.parametrize("k", range(1, STEPS))
+def test_resuming_at_any_step_equals_never_having_stopped(uninterrupted, tmp_path, k):
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    for step in range(k + 1, STEPS + 1):
+        shutil.rmtree(folder / "checkpoints" / checkpoint.name(step))
+    with open(folder / "metrics.jsonl", "a") as log:
+        log.write('{"step": 8, "eve')  # the crash cut a line short
+    run(folder, ema_decay=0.7, warmup=4, preview_every=4, resume=True,
+        guard=GuardSettings(every=2), check=lambda model, prompts, ids: {"heldout": 1.0})  # fmt: skip
+    assert same(tensors(folder), tensors(uninterrupted))
+    assert rows(folder) == rows(uninterrupted)
+    assert [(r["step"], r["positive"], r["negative"]) for r in rows(folder) if r["event"] == "steer"] == [
+        (4, ["icy"], ["hot"]), (7, None, ["grey", "pale"])
+    ]  # fmt: skip
+    saved = [checkpoint.load(f / "checkpoints" / checkpoint.name(STEPS)).state for f in (folder, uninterrupted)]
+    assert saved[0] == saved[1]
+    for name in ("adapter/tiny.safetensors", "samples/step-000008/0000.png"):
+        assert (folder / name).read_bytes() == (uninterrupted / name).read_bytes()
+
+
+def test_a_crash_while_resuming_does_not_lose_the_words(uninterrupted, tmp_path):
+    """Resume from 2, be killed at once, resume again: the words of steps 4 and 7 still come."""
+    from palate.train import rewind
+
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    first, second = rewind(folder, 2), rewind(folder, 2)
+    assert [row["step"] for row in first] == [4, 7] and first == second
+
+
+def test_frequencies_of_previews_and_checkpoints_change_nothing(uninterrupted, tmp_path):
+    folder = tmp_path / "run"
+    changes = {3: (["icy"], ["hot"]), 6: (None, ["grey", "pale"])}
+    run(folder, algorithm=Steering(folder, changes), ema_decay=0.7, warmup=4, checkpoint_every=0)
+    assert same(tensors(folder), tensors(uninterrupted))
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path):
+    run(tmp_path / "short", steps=5)
+    _, outcome = run(tmp_path / "short", resume=True)
+    run(tmp_path / "long")
+    assert outcome.step == STEPS and same(tensors(tmp_path / "short"), tensors(tmp_path / "long"))
+    _, again = run(tmp_path / "short", resume=True)
+    assert again == outcome
+
+
+def test_resume_refuses_other_settings_and_other_base_weights(tmp_path):
+    run(tmp_path, steps=2)
+    with pytest.raises(ValueError, match="settings differ"):
+        run(tmp_path, resume=True, lr=1e-3)
+    model = TinyFlow()
+    with torch.no_grad():
+        next(model.reference.parameters()).add_(1e-3)
+    with pytest.raises(checkpoint.CheckpointError, match="other base weights"):
+        run(tmp_path, resume=True, model=model)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path):
+    run(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    damaged = tmp_path / "b" / "checkpoints" / checkpoint.name(STEPS) / checkpoint.TENSORS
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    _, outcome = run(tmp_path / "b", resume=True)
+    assert outcome.step == STEPS and same(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
+    run(tmp_path, steps=1)
+    before = hashlib.sha256((tmp_path / "metrics.jsonl").read_bytes()).hexdigest()
+    with pytest.raises(ValueError, match="palate resume"):
+        run(tmp_path, steps=1)
+    assert hashlib.sha256((tmp_path / "metrics.jsonl").read_bytes()).hexdigest() == before
+
+
+KILLED = """
+    import os, signal, sys
+    from pathlib import Path
+    from palate.runtime import checkpoint
+    from support.loop import run
+    folder, after = Path(sys.argv[1]), int(sys.argv[2])
+    count, sync = [0], checkpoint._sync
+    def kill(path):
+        count[0] += 1
+        if count[0] == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(path)
+    checkpoint._sync = kill
+    run(folder, ema_decay=0.5, resume=(folder / "checkpoints").exists())
+"""
+
+
+def test_killed_in_the_middle_of_saves_it_ends_bit_identical(tmp_path):
+    """SIGKILL twice, each time inside a save (each save synchronises three times), then run to the end."""
+    run(tmp_path / "whole", ema_decay=0.5)
+    script = textwrap.dedent(KILLED)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }  # bit for bit holds for one number of threads
+    for after, code in ((12, -signal.SIGKILL), (7, -signal.SIGKILL), (10**6, 0)):
+        ended = subprocess.run([sys.executable, "-c", script, str(tmp_path / "killed"), str(after)], env=environment)
+        assert ended.returncode == code
+    assert same(tensors(tmp_path / "killed"), tensors(tmp_path / "whole"))
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_step_saves_and_resumes_exactly(tmp_path, number, code):
+    # a job in the background may have been told to ignore it
+    before = signal.signal(number, signal.default_int_handler)
+
+    class Signalled(Steering):
+        def step(self, model, reward, batch, rng):
+            if rng.step == 3:
+                os.kill(os.getpid(), number)
+            yield from self.inner.step(model, reward, batch, rng)
+
+    _, outcome = run(tmp_path / "a", algorithm=Signalled(tmp_path, {}), checkpoint_every=0)
+    assert (outcome.step, outcome.exit_code) == (3, code)
+    assert checkpoint.steps(tmp_path / "a" / "checkpoints") == [3]
+    assert signal.signal(number, before) is signal.default_int_handler
+    run(tmp_path / "a", resume=True, checkpoint_every=0)
+    run(tmp_path / "b", checkpoint_every=0)
+    assert same(tensors(tmp_path / "a"), tensors(tmp_path / "b")) and rows(tmp_path / "a") == rows(tmp_path / "b")
+
+
+# ------------------------------------------------------------------------------------------------ updates
+
+
+def test_the_first_update_is_that_of_adamw(tmp_path):
+    """p <- p (1 - lr wd) - lr g / (|g| + eps), g the gradient clipped to a global norm of 0.5 (Loshchilov 2019)."""
+    before = [p.detach().clone() for p in TinyFlow().parameters()]
+    model, _ = run(tmp_path, algorithm=Quadratic(), steps=1, lr=0.01, weight_decay=0.1, clip_norm=0.5)
+    norm = math.sqrt(sum(float((p**2).sum()) for p in before))
+    assert norm > 0.5
+    for p, q in zip(before, model.parameters(), strict=True):
+        g = p * 0.5 / norm
+        expected = p * (1 - 0.01 * 0.1) - 0.01 * g / (g.abs() + 1e-8)
+        torch.testing.assert_close(q.detach(), expected, rtol=1e-5, atol=1e-7)
+    moment = {k: v for k, v in tensors(tmp_path, 1).items() if k.endswith("exp_avg")}
+    clipped = math.sqrt(sum(float((v**2).sum()) for v in moment.values())) / 0.1
+    assert clipped == pytest.approx(0.5, rel=1e-5)
+    (row,) = rows(tmp_path)
+    assert row["grad_norm"] == pytest.approx(norm, rel=1e-5) and row["loss"] == pytest.approx(norm**2 / 2, rel=1e-5)
+
+
+def test_losses_without_an_update_accumulate(tmp_path):
+    one, _ = run(tmp_path / "one", algorithm=Quadratic(1), steps=2)
+    four, _ = run(tmp_path / "four", algorithm=Quadratic(4), steps=2)
+    for p, q in zip(one.parameters(), four.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+    assert rows(tmp_path / "four")[0]["loss"] == pytest.approx(rows(tmp_path / "one")[0]["loss"], rel=1e-5)
+
+
+def test_warmup_and_average_follow_their_formulas(tmp_path):
+    run(tmp_path, algorithm=Quadratic(), steps=5, lr=0.02, warmup=4, ema_decay=0.6)
+    assert [row["lr"] for row in rows(tmp_path)] == pytest.approx([0.005, 0.01, 0.015, 0.02, 0.02])
+    average = [p.detach().clone() for p in TinyFlow().parameters()]
+    for step in range(1, 6):
+        saved = tensors(tmp_path, step)
+        average = [0.6 * a + 0.4 * saved[f"weights/policy/{i:04d}"] for i, a in enumerate(average)]
+        for i, a in enumerate(average):
+            torch.testing.assert_close(saved[f"ema/policy/{i:04d}"], a, rtol=1e-5, atol=1e-7)
+
+
+def test_the_result_is_the_average_and_the_weights_stay(tmp_path):
+    from safetensors.torch import load_file
+
+    model, _ = run(tmp_path, algorithm=Quadratic(), steps=4, ema_decay=0.6)
+    saved, adapter = tensors(tmp_path, 4), load_file(str(tmp_path / "adapter" / "tiny.safetensors"))
+    fresh = TinyFlow()
+    assert restore_result(fresh, tmp_path, warn=pytest.fail) == 4
+    for i, p in enumerate(model.parameters()):
+        assert torch.equal(p, saved[f"weights/policy/{i:04d}"])
+        assert torch.equal(adapter[str(i)], saved[f"ema/policy/{i:04d}"])
+        assert torch.equal(fresh.parameters()[i], adapter[str(i)])
+        assert not torch.equal(p, adapter[str(i)])
+
+
+def test_prompts_each_come_once_an_epoch_in_an_order_that_any_slice_agrees_on():
+    whole = prompt_order(7, 3, 0, 21)
+    assert all(sorted(whole[e : e + 7]) == list(range(7)) for e in (0, 7, 14)) and whole[:7] != whole[7:14]
+    assert [i for first in range(0, 21, 3) for i in prompt_order(7, 3, first, 3)] == whole
+    assert prompt_order(7, 4, 0, 21) != whole
+
+
+def test_real_images_keep_their_captions(tmp_path):
+    """Offline: row i of the batch's latents belongs to row i of its prompts."""
+    seen = []
+
+    class Look(Quadratic):
+        def step(self, model, reward, batch, rng):
+            seen.extend(zip(batch.prompts, batch.latents[:, 0, 0, 0].tolist(), batch.ids.tolist(), strict=True))
+            yield from super().step(model, reward, batch, rng)
+
+    latents = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 3, 4, 4)
+    run(tmp_path, algorithm=Look(), latents=latents)
+    assert all(PROMPTS[int(value)] == prompt for prompt, value, _ in seen)
+    assert [i for *_, i in seen] == list(range(STEPS * 3))
+
+
+# ------------------------------------------------------------------------------------------------- failures
+
+
+class Sick:
+    """The reward, but not finite during the given steps (each step scores twice: once a branch)."""
+
+    def __init__(self, steps, value=math.nan):
+        self.steps, self.value, self.calls = set(steps), value, -1
+
+    def __call__(self, images, prompts):
+        self.calls += 1
+        step = self.calls // 4  # two branches, two words; before training one call for shapes and three for words
+        return reward(images, prompts) * (self.value if step in self.steps else 1.0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_changes_no_weight_and_is_counted(tmp_path, value):
+    _, outcome = run(tmp_path, reward=Sick({3, 5}, value))
+    assert outcome.reason == "finished"
+    skipped = [(row["step"], row["in_a_row"]) for row in rows(tmp_path) if row["event"] == "skip"]
+    assert skipped == [(3, 1), (5, 1)]
+    assert [row["step"] for row in rows(tmp_path) if row["event"] == "step"] == [1, 2, 4, 6, 7, 8]
+    assert same(tensors(tmp_path, 2), tensors(tmp_path, 3)) and not same(tensors(tmp_path, 3), tensors(tmp_path, 4))
+    assert checkpoint.load(tmp_path / "checkpoints" / checkpoint.name(8)).state["skipped"] == 2
+
+
+def test_three_in_a_row_stop_the_run_and_keep_the_last_good_weights(tmp_path):
+    with pytest.raises(NonFiniteError, match=r"step 5.*3 times in a row"):
+        run(tmp_path, reward=Sick({3, 4, 5}), checkpoint_every=0)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [5]
+    run(tmp_path.with_name("good"), steps=2)
+    assert same(tensors(tmp_path, 5), tensors(tmp_path.with_name("good"), 2))
+    bundle = checkpoint.load(tmp_path / "failures" / checkpoint.name(5))
+    assert bundle.step == 5 and len(bundle.state["prompts"]) == 3
+
+
+def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too(tmp_path):
+    class Root(Quadratic):
+        def step(self, model, reward, batch, rng):
+            p = model.parameters()[0]
+            yield Loss(((p - p.detach()).abs() + 0.0).sqrt().sum() + (p**2).sum(), {}, "policy")
+
+    with pytest.raises(NonFiniteError, match="norm of the policy gradient"):
+        run(tmp_path, algorithm=Root())
+
+
+def test_a_loss_without_gradient_is_refused_with_its_likely_cause(tmp_path):
+    with pytest.raises(ValueError, match=r"no gradient.*reward is not differentiable"):
+        run(tmp_path / "a", reward=lambda images, prompts: reward(images.detach(), prompts), algorithm=srpo())
+
+    class Detached(TinyFlow):
+        def predict(self, *arguments, **options):
+            with torch.no_grad():
+                return super().predict(*arguments, **options)
+
+    with pytest.raises(ValueError, match=r"no gradient.*model.predict loses"):
+        run(tmp_path / "b", model=Detached())
+
+    class Blind(TinyFlow):
+        def decode(self, latents):
+            return super().decode(latents).detach()
+
+    with pytest.raises(ValueError, match=r"no gradient.*model.decode"):
+        run(tmp_path / "c", model=Blind())
+
+    class OtherNetwork(Quadratic):
+        def step(self, model, reward, batch, rng):
+            yield Loss(torch.ones(1, requires_grad=True).sum(), {}, "policy")
+
+    with pytest.raises(ValueError, match="policy gradient of step 1 is zero in all 4 tensors"):
+        run(tmp_path / "d", algorithm=OtherNetwork())
+    with pytest.raises(ValueError, match=r"does not read the prompt.*algorithm.preference=absolute"):
+        run(tmp_path / "e", reward=lambda images, prompts: images.mean((1, 2, 3)))
+    run(tmp_path / "f", reward=lambda images, prompts: images.mean((1, 2, 3)), algorithm=srpo(preference="absolute"))
+
+
+def test_the_reward_of_the_page_on_adding_trains(tmp_path):
+    page = (ROOT / "docs" / "adding.md").read_text("utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    for part, small in (
+        ("runs/contrast", str(tmp_path)),
+        ("steps=10", "steps=1, batch_size=2, progress=False"),
+        ("SRPOSettings(", "SRPOSettings(rollout_steps=2, "),
+    ):
+        assert part in code
+        code = code.replace(part, small)
+    exec(code, {})
+    assert [row["event"] for row in rows(tmp_path)] == ["step"]
+
+
+@pytest.mark.parametrize(("bad", "message"), [
+    (lambda images, prompts: reward(images, prompts)[:, None],
+     r"shape \(2, 1\) for 2 images; expected a tensor of shape \(2,\)"),
+    (lambda images, prompts: float(images.mean()), "returned float"),
+    (lambda images, prompts: reward(images, prompts) * math.nan, "expected finite numbers"),
+])  # fmt: skip
+def test_a_reward_of_the_wrong_kind_is_refused_before_the_first_step(tmp_path, bad, message):
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "run", reward=bad)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_bad_arguments_are_all_named(tmp_path):
+    with pytest.raises(ValueError) as caught:
+        run(tmp_path, steps=0, lr=-1.0, ema_decay=1.0, keep_checkpoints=1)
+    assert all(name in str(caught.value) for name in ("steps", "lr", "ema_decay", "keep_checkpoints"))
+    with pytest.raises(ValueError, match="no prompts"):
+        run(tmp_path, prompts=[])
+    with pytest.raises(ValueError, match="unknown word"):
+        run(tmp_path, prompts=["fine", "an unknownword"], seed=0)
+    with pytest.raises(ValueError, match="2 latents and 5 prompts"):
+        run(tmp_path, latents=torch.zeros(2, 3, 4, 4))
+
+
+# ------------------------------------------------------------------------------------------------- steering
+
+
+def test_new_words_hold_from_the_next_step_and_equal_a_run_that_began_with_them(tmp_path):
+    """Words changed during step 1 = words of the state from step 2: same losses as if loaded at a resume of step 1."""
+    run(tmp_path / "a", algorithm=Steering(tmp_path / "a", {1: (["icy"], ["hot"])}), steps=3)
+    run(tmp_path / "b", steps=3)
+    a, b = ([row for row in rows(tmp_path / name) if row["event"] == "step"] for name in "ab")
+    assert a[0] == b[0] and a[1] != b[1]
+    assert not (tmp_path / "a" / "control.json").exists()
+    saved = checkpoint.load(tmp_path / "a" / "checkpoints" / "step-000002")
+    assert saved.state["algorithm"] == {"positive": ["icy"], "negative": ["hot"]}
+
+
+def test_words_that_are_refused_do_not_end_the_run(tmp_path):
+    def fussy(images, prompts):
+        if any("gibberish" in p for p in prompts):
+            raise ValueError("unknown word gibberish")
+        return reward(images, prompts)
+
+    a, b = tmp_path / "a", tmp_path / "b"
+    changes = {1: (["gibberish"], None), 3: (["icy", "gibberish"], None), 4: (["icy"], ["hot", "gibberish"])}
+    run(a, algorithm=Steering(a, changes), reward=fussy)
+    run(b)
+    refused = [row for row in rows(a) if row["event"] == "steer_refused"]
+    assert [(row["step"], row["reason"].split(":")[0]) for row in refused] == [
+        (2, "algorithm.positive"),
+        (4, "algorithm.positive"),
+        (5, "algorithm.negative"),
+    ]
+    assert [row for row in rows(a) if row not in refused] == rows(b) and same(tensors(a), tensors(b))
+    assert not (a / "control.json").exists()
+    with open(b / "metrics.jsonl", "a") as log:  # a run that an earlier version let take such words up
+        log.write('{"step": 9, "event": "steer", "positive": ["icy", "gibberish"], "negative": null}\n')
+    assert run(b, reward=fussy, resume=True, steps=10)[1].reason == "finished"
+    assert rows(b)[STEPS]["event"] == "steer_refused"
+
+
+def test_unknown_words_of_the_recipe_are_refused_before_the_run_begins(tmp_path):
+    def fussy(images, prompts):
+        if "gibberish" in prompts[0]:
+            raise ValueError("unknown word gibberish")
+        return reward(images, prompts)
+
+    for side in ("positive", "negative"):
+        with pytest.raises(ValueError, match=f"algorithm.{side}: unknown word"):
+            run(tmp_path / "run", reward=fussy, algorithm=srpo(**{side: ("fine", "gibberish")}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_words_given_while_others_wait_join_them(tmp_path):
+    class Twice(Steering):
+        def step(self, model, reward, batch, rng):
+            if rng.step in (2, 3):  # in step 3 those of step 2 have been read, but not yet been logged
+                palate.steer(self.folder, [f"icy{rng.step}"])
+                palate.steer(self.folder, None, ["hot"])
+            yield from self.inner.step(model, reward, batch, rng)
+
+    run(tmp_path, algorithm=Twice(tmp_path, {}), steps=4)
+    steered = [(row["step"], row["positive"], row["negative"]) for row in rows(tmp_path) if row["event"] == "steer"]
+    assert steered == [(3, ["icy2"], ["hot"]), (4, ["icy3"], ["hot"])]
+
+
+@pytest.mark.parametrize(
+    "junk", [b"", b"{", b"[]", b'{"positive": 3}', b"\xff\xfe", b'{"positive": 3, "negative": null}']
+)
+def test_a_broken_control_file_is_ignored(tmp_path, junk):
+    class Junk(Steering):
+        def step(self, model, reward, batch, rng):
+            if rng.step == 2:
+                (self.folder / "control.json").write_bytes(junk)
+            yield from self.inner.step(model, reward, batch, rng)
+
+    _, outcome = run(tmp_path, algorithm=Junk(tmp_path, {}))
+    assert outcome.reason == "finished" and not (tmp_path / "control.json").exists()
+    assert all(row["event"] == "step" for row in rows(tmp_path))
+
+
+def test_steer_checks_what_it_is_given(tmp_path):
+    with pytest.raises(ValueError, match="not a run"):
+        palate.steer(tmp_path, ["3d"])
+    (tmp_path / "metrics.jsonl").touch()
+    for words in ((None, None), ([], None), (["3d", " "], None), ("3d", None), (None, [3])):
+        with pytest.raises(ValueError):
+            palate.steer(tmp_path, *words)
+    palate.steer(tmp_path, [" 3d "])
+    assert json.loads((tmp_path / "control.json").read_text()) == {"positive": ["3d"], "negative": None}
+    recipe = resources.files("palate") / "recipes"
+    (tmp_path / "recipe.yaml").write_text((recipe / "refl-emoji.yaml").read_text("utf-8"))
+    with pytest.raises(ValueError, match="trains with refl, which has no control words"):
+        palate.steer(tmp_path, ["3d"])
+    (tmp_path / "recipe.yaml").write_text((recipe / "srpo-emoji.yaml").read_text("utf-8"))
+    palate.steer(tmp_path, None, ["flat"])
+    assert json.loads((tmp_path / "control.json").read_text()) == {"positive": ["3d"], "negative": ["flat"]}
+
+
+# --------------------------------------------------------------------------------------------------- guard
+
+
+class Checks:
+    """Scripted measurements: the value at each call, the first one being the base model's."""
+
+    def __init__(self, *values, key="heldout"):
+        self.values, self.key = list(values), key
+
+    def __call__(self, model, prompts, ids):
+        assert len(prompts) == len(ids) == len(set(ids)) and len(set(prompts)) * 2 == len(prompts)
+        return {self.key: self.values.pop(0)}
+
+
+def test_the_guard_stops_and_the_result_is_the_best_step(tmp_path):
+    guard = GuardSettings(every=2, heldout_drop=0.1)
+    _model, outcome = run(tmp_path, guard=guard, check=Checks(1.0, 0.95, 0.92, 0.85), checkpoint_every=0)
+    assert outcome.step == 6 and outcome.exit_code == 0 and "heldout fell from 1 to 0.85" in outcome.reason
+    run(tmp_path.with_name("four"), steps=4)
+    assert same(tensors(tmp_path, 6), tensors(tmp_path.with_name("four"), 4))
+    events = [
+        (row["step"], row["verdict"] == "ok", row.get("best_step")) for row in rows(tmp_path) if row["event"] == "guard"
+    ]
+    assert events == [(0, False, None), (2, True, 2), (4, True, 4), (6, False, 4)]
+
+
+def test_the_guard_keeps_the_highest_of_the_named_metric(tmp_path):
+    checks = Checks(1.0, 3.0, 2.0, 2.5, -9.0)
+    _, outcome = run(
+        tmp_path, guard=GuardSettings(every=2, best="heldout"), check=checks, checkpoint_every=1, keep_checkpoints=2
+    )
+    assert "guard" in outcome.reason
+    assert checkpoint.steps(tmp_path / "checkpoints") == [2, 7, 8]
+    assert same({k: v for k, v in tensors(tmp_path).items()}, tensors(tmp_path, 2))
+
+
+def test_a_best_metric_that_does_not_exist_is_refused_after_one_step(tmp_path):
+    with pytest.raises(ValueError, match=r"trainer.guard.best: there is no metric 'nope'.*grad_norm, heldout, loss"):
+        run(tmp_path, guard=GuardSettings(every=4, best="nope"), check=Checks(1.0))
+    assert [row["step"] for row in rows(tmp_path)] == [0, 1]
+
+
+def test_the_guard_rolls_back_with_half_the_rate_and_then_stops(tmp_path):
+    guard = GuardSettings(every=2, action="rollback", rollbacks=1)
+    _, outcome = run(tmp_path, guard=guard, check=Checks(1.0, 1.0, 0.0, 0.0), checkpoint_every=2)
+    assert outcome.step == 6 and "guard" in outcome.reason
+    assert same(tensors(tmp_path, 4), tensors(tmp_path, 2)) and same(tensors(tmp_path, 6), tensors(tmp_path, 2))
+    assert [row["lr"] for row in rows(tmp_path) if row["event"] == "step"] == pytest.approx([1e-2] * 4 + [5e-3] * 2)
+
+
+def test_the_guard_can_only_warn(tmp_path):
+    run(tmp_path / "a", guard=GuardSettings(every=2, action="warn"), check=Checks(1.0, 0.0, 0.0, 0.0, 0.0))
+    run(tmp_path / "b")
+    assert same(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
+
+
+def test_limits_are_absolute_falls_and_a_ratio():
+    guard = GuardSettings(heldout_drop=0.1, concept_drop=0.05, diversity_ratio=0.8)
+    base = {"heldout": 0.5, "concept": 0.9, "diversity": 0.5}
+    assert broken_limits({"heldout": 0.41, "concept": 0.86, "diversity": 0.41}, base, guard) == []
+    for key, value in (("heldout", 0.39), ("concept", 0.84), ("diversity", 0.39)):
+        (broken,) = broken_limits({**base, key: value}, base, guard)
+        assert broken.startswith(key)
+    assert len(broken_limits({"heldout": math.nan, "concept": 0.0, "diversity": math.nan}, base, guard)) == 3
+
+
+# --------------------------------------------------------------------------------------------------- records
+
+
+def test_the_run_folder_holds_what_is_promised(uninterrupted):
+    names = {path.name for path in uninterrupted.iterdir()}
+    assert {"metrics.jsonl", "environment.json", "samples", "checkpoints", "adapter"} <= names
+    assert sorted(p.name for p in (uninterrupted / "samples").iterdir()) == [
+        "step-000000",
+        "step-000004",
+        "step-000008",
+    ]
+    index = [(p / "index.jsonl").read_text() for p in sorted((uninterrupted / "samples").iterdir())]
+    assert index[0] == index[1] == index[2] and len(index[0].splitlines()) == len(PROMPTS)
+    first = json.loads(index[0].splitlines()[0])
+    assert set(first) == {"file", "prompt", "seed", "guidance", "steps"}
+    assert not list(uninterrupted.rglob(".tmp-*"))
+
+
+@pytest.mark.soak
+def test_two_thousand_steps_leave_memory_and_files_flat(tmp_path):
+    import gc
+
+    import psutil
+
+    process, marks = psutil.Process(), []
+
+    def look(model, prompts, ids):
+        gc.collect()
+        marks.append((process.memory_info().rss, process.num_fds()))
+        return {"heldout": 1.0}
+
+    run(tmp_path, steps=2000, keep_checkpoints=2, checkpoint_every=50, guard=GuardSettings(every=200), check=look)
+    assert marks[-1][0] - marks[3][0] < 8 << 20 and marks[-1][1] == marks[3][1]

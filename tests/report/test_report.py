@@ -1,0 +1,222 @@
+"""The report is one inert, self-contained file: what a run's files say is shown, and nothing in them can act."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+from support.pages import HOSTILE, Page, fake_run
+
+from palate import report
+from palate import runs as folders
+from palate.report import Line, Mark
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    return fake_run(root / "a"), fake_run(root / "b", lift=0.5)
+
+
+def test_the_report_shows_what_the_run_says(runs):
+    path = report.write_report(runs[0])
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert path == runs[0] / "report.html" and page.text.count("seed 0") >= 4
+    evaluation = json.loads((runs[0] / "evaluation.json").read_text())
+    assert evaluation["verdict"]["text"] in page.text
+    assert page.tags.count("img") == 4 * 5 + 16  # prompts x previews, then 4 worst and 4 best pairs
+    assert page.text.count("optimised") >= 2 and "held out" in page.text
+    assert "+outline −3d" in page.text and "rollback: concept fell by 0.06" in page.text
+    row = re.search(r"emoji-heldout.*?</tr>", text, re.S).group()
+    assert report._number(evaluation["metrics"]["reward/emoji-heldout"]["base"]) in row
+    assert report.write_report(runs[0]).read_text(encoding="utf-8") == text  # deterministic
+
+
+def test_the_page_loads_and_runs_nothing(runs):
+    text = report.write_report(runs[0]).read_text(encoding="utf-8")
+    page = Page(text)
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in text
+    assert not {"script", "link", "iframe", "object", "embed", "form"} & set(page.tags)
+    assert page.handlers == [] and all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert "@import" not in text and "url(" not in text
+    assert len(page.alts) == page.tags.count("img") and all(page.alts)
+
+
+def test_hostile_words_are_shown_and_inert(tmp_path):
+    folder = fake_run(tmp_path / "a", prompts=(HOSTILE, "a dog"))
+    recipe = json.loads((folder / "recipe.yaml").read_text())
+    recipe["algorithm"]["positive"] = [HOSTILE]
+    recipe["reward"]["name"] = HOSTILE.replace("\x00", "")
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    (folder / "environment.json").write_text(json.dumps({HOSTILE: HOSTILE}))
+    with (folder / "metrics.jsonl").open("a") as log:
+        log.write(json.dumps({"event": "steer", "step": 3, "positive": [HOSTILE], "negative": []}) + "\n")
+        log.write(
+            json.dumps(
+                {
+                    "event": "guard",
+                    "step": 4,
+                    "verdict": "\x1b\x00\u202e" + HOSTILE,
+                    "action": "stop",
+                    "style/\x1b[0m": 0.1,
+                    f"style/{HOSTILE}": 0.5,
+                }
+            )
+            + "\n"
+        )
+    for path in (report.write_report(folder), report.write_report(folder, compare=(folder,))):
+        text = path.read_text(encoding="utf-8")
+        page = Page(text)
+        assert "script" not in page.tags and page.handlers == []
+        assert all(source.startswith("data:") for source in page.sources)
+        assert "{{ 7*7 }}" in page.text and "49" not in re.sub(r"\d*\.\d+", "", page.text).split()
+        assert "<script>alert(1)</script>" in page.text  # as text
+        assert not {"\x00", "\x1b", "\u202e"} & set(text) and "\\u202e" in text
+
+
+def test_comparison_needs_the_same_prompts_and_seeds(runs, tmp_path):
+    path = report.write_report(runs[0], compare=(runs[1],))
+    page = Page(path.read_text(encoding="utf-8"))
+    assert path == runs[0] / "compare.html" and page.tags.count("img") == 4 * 3  # base, a, b
+    with pytest.raises(
+        ValueError, match=r"cannot be paired: prompt of row 0 is 'an apple on a blue background'.*'a cat'"
+    ):
+        report.write_report(runs[0], compare=(fake_run(tmp_path / "c", prompts=("a cat", "a dog")),))
+    with pytest.raises(ValueError, match="cannot be paired: seed of row 0"):
+        report.write_report(runs[0], compare=(fake_run(tmp_path / "d", seeds=(5,)),))
+
+
+def evaluated(*paths):
+    found = {path.name: json.loads((path / "evaluation.json").read_text()) for path in paths}
+    first = paths[0].name
+    between = {path.name: folders.between(found[first], found[path.name]) for path in paths[1:]}
+    return {"first": first, "runs": found, "between": between}
+
+
+def test_the_evaluation_of_several_runs_is_one_page(runs):
+    found = evaluated(*runs)
+    path = report.write_evaluation(runs, found)
+    text = path.read_text(encoding="utf-8")
+    page = Page(text)
+    assert (
+        path == runs[0] / "evaluation.html" and report.write_evaluation(runs, found).read_text(encoding="utf-8") == text
+    )
+    assert json.loads((runs[0] / "evaluations.json").read_text()) == found
+    for name, evaluation in found["runs"].items():
+        assert evaluation["verdict"]["text"] in page.text and name in page.text
+        change = evaluation["metrics"]["reward/emoji-heldout"]["change"]
+        assert (
+            report._signed(change) in re.search(r'<th scope="row"><bdi>emoji-heldout</bdi>.*?</tr>', text, re.S).group()
+        )
+    for part in (
+        "Run against run",
+        "colour cast",
+        "duplicate images",
+        "feature distance",
+        "Vendi score",
+        "Worst",
+        "Best",
+    ):
+        assert part in page.text
+    assert page.tags.count("img") == 2 * 16  # four worst and four best pairs a run
+    assert not {"script", "link", "iframe", "form"} & set(page.tags) and page.handlers == []
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    one = report.write_evaluation(runs[:1], evaluated(runs[0]), runs[0] / "other" / "one.html")
+    assert "Run against run" not in one.read_text(encoding="utf-8") and not one.with_suffix(".json").exists()
+
+
+def test_prompts_are_sorted_by_change_in_the_style_sheet_alone(runs):
+    evaluations = list(evaluated(*runs)["runs"].values())
+    table = report.prompt_table(evaluations)
+    heads = ["optimised", "held out", "object right"]
+    assert table["heads"] == [(i, name) for i in (0, 1) for name in heads]
+
+    def of(p, key, e=evaluations[1]):
+        return [r[key] - r["base"][key] for r in e["rows"] if r["prompt"] == p and key in r]
+
+    for row in table["rows"]:
+        values = of(row["prompt"], "reward/emoji-heldout")
+        assert row["changes"][4] == pytest.approx(sum(values) / len(values))
+    changes = [row["changes"][4] for row in table["rows"]]
+    assert [changes[i] for i in sorted(range(4), key=lambda i: table["rows"][i]["up"][4])] == sorted(changes)
+    assert [changes[i] for i in sorted(range(4), key=lambda i: table["rows"][i]["down"][4])] == sorted(
+        changes, reverse=True
+    )
+    assert report._places([0.2, None, -1.0, 0.2]) == [1, 3, 0, 2] and report._places([0.2, None, -1.0], True) == [
+        0,
+        2,
+        1,
+    ]
+    text = report.write_evaluation(runs, evaluated(*runs)).read_text(encoding="utf-8")
+    assert (
+        "#down4:checked ~ .list .row { order: var(--down4); }" in text
+        and f"--down4:{table['rows'][0]['down'][4]};" in text
+    )
+    assert text.count('type="radio"') == 1 + 2 * 6 and 'label for="up5"' in text
+
+
+def test_other_words_get_rows_of_their_own(runs):
+    found = evaluated(*runs)
+
+    def names():
+        return [row["name"] for table in report.metric_tables(found["runs"]) for row in table["rows"]]
+
+    assert names().count("emoji-relative") == 1
+    found["runs"]["b"]["words"] = {"positive": ["outline"], "negative": []}
+    assert {"emoji-relative (+3d −flat, outline)", "emoji-relative (+outline)"} <= set(names())
+    rows = {row["name"]: row for table in report.metric_tables(found["runs"]) for row in table["rows"]}
+    assert rows["emoji-relative (+outline)"]["cells"][0] is None and rows["emoji"]["cells"][1]["tag"] == "optimised"
+
+
+def test_hostile_words_are_inert_on_the_page_of_an_evaluation(tmp_path):
+    folder = fake_run(tmp_path / "a", prompts=(HOSTILE, "a dog"))
+    found = evaluated(folder)
+    why = {"metric": f"reward/{HOSTILE}", "prompt": HOSTILE, "seed": 0, "side": "base", "why": HOSTILE}
+    found["runs"]["a"] |= {"failed": [why], "words": {"positive": [HOSTILE], "negative": []}, "optimised": [HOSTILE]}
+    found["runs"]["a"]["metrics"][f"reward/{HOSTILE}"] = found["runs"]["a"]["metrics"]["reward/emoji"]
+    text = report.write_evaluation([folder], found).read_text(encoding="utf-8")
+    page = Page(text)
+    assert "script" not in page.tags and page.handlers == [] and all(s.startswith("data:") for s in page.sources)
+    assert "<script>alert(1)</script>" in page.text and "{{ 7*7 }}" in page.text and "Left out" in page.text
+    assert not {"\x00", "\x1b", "\u202e"} & set(text)
+
+
+def test_a_run_that_has_only_begun_is_reported_and_a_broken_one_is_refused(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("model: {name: emoji}\n")
+    assert "Not measured yet" in report.write_report(tmp_path).read_text(encoding="utf-8")
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"event": "step", "step": 1, "reward": 0.5}\n{"event": "st'
+    )  # killed while writing
+    assert "Optimised reward" in report.write_report(tmp_path).read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match=r"recipe.yaml is missing"):
+        report.write_report(tmp_path / "nowhere")
+    folder = fake_run(tmp_path / "run")
+    (folder / "samples/step-000000/0001.png").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"0001.png cannot be read"):
+        report.write_report(folder)
+
+
+def test_a_chart_places_values_where_they_belong():
+    svg = str(
+        report.chart("t", [Line("up", [(0, 0.0), (10, 0.5), (20, 1.0)], True)], [Mark(10, "now", "steer")], share=True)
+    )
+    points = [tuple(map(float, p.split(","))) for p in re.search(r'points="([^"]+)"', svg).group(1).split()]
+    right, bottom = report.WIDTH - report.RIGHT, report.HEIGHT - report.BOTTOM
+    assert points[0] == (report.LEFT, bottom) and points[2] == (right, report.TOP)
+    assert points[1] == ((report.LEFT + right) / 2, (bottom + report.TOP) / 2)
+    assert f'class="mark steer" x1="{points[1][0]}"' in svg and 'aria-label="t: up from 0 to 1; step 10: now"' in svg
+    assert report.chart("t", [Line("none", [(0, math.nan)])]) == ""
+
+
+def test_ticks_are_round_and_labels_keep_apart():
+    assert report.ticks(0, 1) == [0, 0.5, 1] and report.ticks(0, 40, 5) == [0, 10, 20, 30, 40]
+    assert report.ticks(-0.13, 0.31) == [0, 0.2]
+    places = report._apart([50, 51, 20, 52, 240], 14, 0, 240)
+    assert (
+        all(b - a >= 14 for a, b in zip(sorted(places), sorted(places)[1:], strict=False))
+        and places[4] == 240
+        and places[2] == 20
+    )

@@ -1,0 +1,67 @@
+"""The tools that build the embedded assets: what they draw is what they say, and it is a function of the seed."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from support import ROOT
+
+from palate.models.vocabulary import parse_prompt, vocabulary
+from palate.rewards.emoji import COLOURS, background, position
+
+sys.path.insert(0, str(ROOT / "tools"))
+data = pytest.importorskip("data")
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return data.compose(np.random.default_rng(0), data.load_sprites(), 400)
+
+
+def test_composition_is_a_function_of_the_seed(samples):
+    again = data.compose(np.random.default_rng(0), data.load_sprites(), 400)
+    assert torch.equal(again.images, samples.images) and again.captions == samples.captions
+
+
+def test_captions_are_true_of_their_images(samples):
+    vocab = vocabulary()
+    found, centre = background(samples.images), position(samples.images)
+    right = sided = 0
+    for k, caption in enumerate(map(parse_prompt, samples.captions)):
+        assert caption.concept == vocab.concepts[samples.concept[k]]
+        assert caption.style in (None, vocab.styles[samples.style[k]])
+        assert caption.background in (None, COLOURS[samples.colour[k]])
+        right += int(found[k] == samples.colour[k])
+        if caption.position in ("left", "right") and not centre[k].isnan().any():
+            sided += 1
+            assert float(centre[k, 0]) * (1 if caption.position == "right" else -1) > 0, samples.captions[k]
+    assert right >= 396 and sided > 20
+
+
+def test_unnamed_things_are_random_and_follow_the_prior(samples):
+    unnamed = [k for k, c in enumerate(samples.captions) if parse_prompt(c).style is None]
+    flat = np.mean([vocabulary().styles[samples.style[k]] == "flat" for k in unnamed])
+    assert abs(flat - data.STYLE_PRIOR["flat"]) < 4 * np.sqrt(0.25 / len(unnamed))
+    assert (
+        len({int(samples.colour[k]) for k, c in enumerate(samples.captions) if parse_prompt(c).background is None})
+        == 10
+    )
+
+
+def test_held_out_pairs_are_left_out():
+    pairs = data.held_out_pairs()
+    drawn = data.compose(np.random.default_rng(1), data.load_sprites(), 600, exclude=pairs)
+    assert len(pairs) == 12 and not pairs & set(zip(drawn.concept.tolist(), drawn.style.tolist(), strict=True))
+
+
+def test_outline_is_white_on_dark_colours():
+    """Line art must be seen: its ink differs from the background wherever it is drawn."""
+    drawn = data.compose(np.random.default_rng(2), data.load_sprites(), 400)
+    ink = [k for k in range(400) if vocabulary().styles[drawn.style[k]] == "outline"]
+    for k in ink:
+        image = drawn.images[k]
+        corner = torch.tensor(vocabulary().colours[COLOURS[drawn.colour[k]]]) / 255
+        assert (image - corner[:, None, None]).abs().amax(0).max() > 0.4
