@@ -4,6 +4,13 @@ One transition serves every schedule. The forward process has a posterior q(x_ne
     sigma_next sqrt(1 - (alpha sigma_next / (alpha_next sigma))^2),
 and `eta` scales it: 0 is the ODE (DDIM, Euler), 1 the ancestral sampler. Any eta in [0, 1] leaves the marginals of an
 exact model as they are. For a variance-preserving schedule this is DDIM's eta (arXiv 2010.02502, eq. 16).
+
+The published policy-gradient programs draw their steps otherwise; `random_step` has all four, by the name of `Noise`:
+    posterior      std as above,                                mean keeps the marginals
+    coefficients   std = sigma_next sin(a pi / 2),              mean keeps the marginals    Flow-CPS, arXiv 2509.05952
+    flow_sde       std = a sqrt(t / (1 - t)) sqrt(t - t_next),  Euler-Maruyama              Flow-GRPO, arXiv 2505.05470
+    constant_sde   std = a sqrt(t - t_next),                    Euler-Maruyama              DanceGRPO, arXiv 2505.07818
+The last two keep the marginals only for steps of length 0; `eta_of_noise_level` says by how much they differ.
 """
 
 from __future__ import annotations
@@ -11,14 +18,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from palate.core import Cond, Model
-from palate.path import Coefficient, Prediction, add_noise, move
+from palate.path import Coefficient, Prediction, add_noise, from_velocity, move
 from palate.runtime.errors import InputError
+
+Noise = Literal["posterior", "coefficients", "flow_sde", "constant_sde"]
 
 
 def state_kind(model: Model) -> dict[str, Any]:
@@ -52,6 +61,56 @@ def transition_std(alpha: Tensor, sigma: Tensor, alpha_next: Tensor, sigma_next:
     return eta * sigma_next * (1 - ratio * ratio).clamp_min(0).sqrt()
 
 
+def random_step(
+    pred: Prediction,
+    now: tuple[Tensor, Tensor],
+    following: tuple[Tensor, Tensor],
+    level: float,
+    noise: Noise = "posterior",
+) -> tuple[Tensor, Tensor]:
+    """Mean (B, C, h, w) and standard deviation (B, 1, 1, 1) of a random step between two levels (alpha, sigma).
+
+    `level` is eta of "posterior", in [0, 1], and the published programs' noise level a of the others. The two SDEs are
+    those of a flow (alpha + sigma = 1) and raise ValueError elsewhere. For them the Euler-Maruyama step is
+    mean = alpha_next x0 + (sigma_next - std^2 / (2 sigma)) eps, the first order of what keeps the marginals.
+    """
+    (alpha, sigma), (alpha_next, sigma_next) = now, following
+    if noise in ("posterior", "coefficients"):
+        std = (
+            transition_std(alpha, sigma, alpha_next, sigma_next, level)
+            if noise == "posterior"
+            else sigma_next * math.sin(level * math.pi / 2)
+        )
+        return move(pred, alpha_next, sigma_next, std), std
+    if bool(((alpha + sigma - 1).abs() > 1e-4).any()):
+        raise InputError(
+            f"noise = {noise!r} is the step of a rectified flow, and this model's schedule is none; "
+            "use noise = 'posterior' or 'coefficients'"
+        )
+    std = flow_sde_std(sigma, sigma_next, level) if noise == "flow_sde" else level * (sigma - sigma_next).sqrt()
+    return alpha_next * pred.x0 + (sigma_next - std * std / (2 * sigma)) * pred.eps, std
+
+
+def flow_sde_std(sigma: Tensor, sigma_next: Tensor, level: float) -> Tensor:
+    """level sqrt(t / (1 - t)) sqrt(t - t_next), with t = sigma (Flow-GRPO, arXiv 2505.05470, eq. 8).
+
+    At t = 1 the factor is infinite; there t_next stands for t below the line, as in the authors' program.
+    """
+    rest = 1 - torch.where(sigma >= 1, sigma_next, sigma)
+    return level * (sigma / rest * (sigma - sigma_next)).sqrt()
+
+
+def eta_of_noise_level(level: float, t: Tensor, t_next: Tensor) -> Tensor:
+    """The eta of "posterior" that adds as much noise to the step t -> t_next > 0 of a flow as Flow-GRPO's `level` does.
+
+    eta = level t (1 - t_next) / t_next sqrt(t / ((1 - t) (t + t_next - 2 t t_next))), with 1 - t_next for 1 - t at
+    t = 1. It tends to level / sqrt(2) for short steps; for level .7 and eight equal steps it runs from .8 to 1.27,
+    where eta = 1 is the most that keeps the marginals.
+    """
+    rest = 1 - torch.where(t >= 1, t_next, t)
+    return level * t * (1 - t_next) / t_next * (t / (rest * (t + t_next - 2 * t * t_next))).sqrt()
+
+
 def stochastic_step(
     pred: Prediction, alpha: Coefficient, sigma: Coefficient, std: Coefficient, noise: Tensor
 ) -> Tensor:
@@ -77,9 +136,10 @@ class Transition(NamedTuple):
     t: Tensor  # (B,)
     t_next: Tensor  # (B,)
     log_prob: Tensor  # (B,) under the policy that drew it
+    mean: Tensor | None = None  # (B, C, h, w) of that policy's step, where it is asked for
 
     def rows(self, chosen: Tensor) -> Transition:
-        return Transition(*(value[chosen] for value in self))
+        return Transition(*(None if value is None else value[chosen] for value in self))
 
 
 def sample(
@@ -94,12 +154,14 @@ def sample(
     grad_steps: int = 0,
     weights: str = "policy",
     rng_noise: Callable[[int], Tensor] | None = None,
+    told: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Clean latents (B, C, h, w) from standard normal `noise` of that shape.
 
     The last `grad_steps` steps carry gradient, the others run under no_grad. `rng_noise(i)` gives the standard normal
     of step i and is needed when eta > 0, for example `lambda i: rng.normal(f"sde-{i}", model.latent_shape)`. shift:
     equal steps so shifted; None = the grid the model was published with (its `time_grid`), equal steps if it has none.
+    told: what the network is told of a time t (B,), as a program that truncates it does; the state moves at t itself.
     """
     if not 0 <= grad_steps <= steps:
         raise InputError(f"sample got grad_steps {grad_steps} with {steps} steps; expected 0..{steps}")
@@ -117,7 +179,11 @@ def sample(
         with torch.set_grad_enabled(want_grad and i >= steps - grad_steps):
             t, t_next = times[i].expand(len(x)), times[i + 1].expand(len(x))
             alpha_next, sigma_next = model.schedule(t_next)
-            pred = model.predict(x, t, cond, guidance=guidance, weights=weights)
+            if told is None:
+                pred = model.predict(x, t, cond, guidance=guidance, weights=weights)
+            else:  # what the network puts out stands for its velocity, and x is at t
+                pred = model.predict(x, told(t), cond, guidance=guidance, weights=weights)
+                pred = from_velocity(x, pred.eps - pred.x0, *model.schedule(t))
             if eta == 0:
                 x = move(pred, alpha_next, sigma_next)
             else:

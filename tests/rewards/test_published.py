@@ -559,28 +559,38 @@ def test_hpsv3_sizes_are_the_processors(size):
     assert hpsv3.resized_shape(*size) == smart_resize(*size, min_pixels=hpsv3.PIXELS, max_pixels=hpsv3.PIXELS)
 
 
-def test_hpsv3_equals_the_whole_model_and_does_not_see_its_neighbours(qwen):
+def test_hpsv3_equals_the_model_without_positions_and_does_not_see_its_neighbours(qwen):
+    """The authors call the language model with embeddings and no positions: 0, 1, 2, ... on all axes. Qwen2-VL's own
+    forward numbers image tokens by row and column, which gives other scores."""
     images = draw(2, 3, 112, 112).requires_grad_()
     prompts = ["a red fox", "a blue whale 3d fox"]
-    got = qwen(images, prompts)
-    model, head = qwen.parts["model"], qwen.parts["head"]
-    for i, prompt in enumerate(prompts):  # one at a time, by the class's own forward
+    model, head = qwen.parts["model"], torch.nn.Linear(16, 2)  # the published head's random weights hide any difference
+    with torch.no_grad():
+        head.weight.copy_(10 * torch.randn(2, 16, generator=torch.Generator().manual_seed(3)))
+    got = hpsv3.HPSv3Reward(model, head, qwen._ids, qwen.reward_id, pixels=qwen.pixels)(images, prompts)
+    for i, prompt in enumerate(prompts):  # one at a time
         ids = torch.tensor([qwen._ids(prompt, 16)])
         rows, (h, w) = hpsv3.patches(clip.normalised_pixels(images[i : i + 1]))
-        hidden = model(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            pixel_values=rows,
-            image_grid_thw=torch.tensor([[1, h, w]]),
-            mm_token_type_ids=(ids == len(WORDS) + 1).int(),
-        ).last_hidden_state
-        expected = head(hidden[:, (ids[0] == len(WORDS) + 2).int().argmax()])[0, 0]
+        seen = model.get_image_features(rows, torch.tensor([[1, h, w]])).pooler_output[0]
+        placed = ids == len(WORDS) + 1
+        embedded = model.get_input_embeddings()(ids).masked_scatter(placed[..., None], seen)
+        at = (ids[0] == len(WORDS) + 2).int().argmax()
+        hidden = model.language_model(inputs_embeds=embedded, attention_mask=torch.ones_like(ids)).last_hidden_state
+        expected = head(hidden[:, at])[0, 0]
         close(got[i].detach(), expected.detach())
         close(
             torch.autograd.grad(got[i], images, retain_graph=True)[0][i],
             torch.autograd.grad(expected, images)[0][i],
             2e-5,
         )
+        by_row_and_column = model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=rows.detach(),
+            image_grid_thw=torch.tensor([[1, h, w]]),
+            mm_token_type_ids=placed.int(),
+        ).last_hidden_state
+        assert float((head(by_row_and_column[:, at])[0, 0] - expected).detach().abs()) > 1e-4
 
 
 def test_hpsv3_real_size_and_published_names():

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from palate.core import Batch, Cond, Loss, Model, Random, Reward
 from palate.path import move
+from palate.rewards.groups import differences, divided, standard_scores
 from palate.runtime.errors import InputError
 from palate.sampling import Transition, log_prob, state_kind, stochastic_step, time_grid, transition_std
 
@@ -44,7 +45,7 @@ class DDPOSettings:
     shift: float = 1.0
     minibatches: int = 2  # updates per batch of samples
     clip: float = 1e-4
-    advantage_clip: float = 10.0
+    advantage_clip: float = 5.0  # the authors' configuration
     density: Literal["per_element", "joint"] = "per_element"
     history: int = 16  # rewards remembered per prompt; 0 = statistics of the batch only
     enough: int = 16  # rewards of a prompt from which on its own mean and standard deviation are used
@@ -125,7 +126,8 @@ class DDPO:
             for i, prompt in enumerate(prompts):
                 if len(self.seen[prompt]) >= s.enough:
                     own = torch.tensor(self.seen[prompt], dtype=torch.float64)
-                    values[i] = (rewards[i] - own.mean()) / (own.std(correction=0) + 1e-8)
+                    equal = not bool(differences(own.to(rewards.dtype), len(own)).any())
+                    values[i] = 0.0 if equal else divided(rewards[i] - own.mean(), own.std(correction=0))
         return values.clamp(-s.advantage_clip, s.advantage_clip)
 
 
@@ -164,9 +166,8 @@ def transition(
 
 
 def standardised(rewards: Tensor) -> Tensor:
-    """(R - mean R) / std R over the batch (B,); 0 where all are equal."""
-    apart = rewards - rewards[:1]  # equal rewards become exact zeros; their mean would be rounded
-    return (apart - apart.mean()) / (apart.std(correction=0) + 1e-8)
+    """(R - mean R) / std R over the batch (B,); 0 where all are equal, up to rounding."""
+    return standard_scores(rewards, len(rewards))
 
 
 def ratio(log_prob_now: Tensor, log_prob_old: Tensor, elements: int, density: str) -> Tensor:

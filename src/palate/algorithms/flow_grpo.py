@@ -3,7 +3,7 @@
 "Flow-GRPO: Training Flow Matching Models via Online RL", 2025, arXiv 2505.05470, by Jie Liu, Gongye Liu, Jiajun Liang,
 Yangguang Li, Jiaheng Liu, Xintao Wang, Pengfei Wan, Di Zhang and Wanli Ouyang.
 "DanceGRPO: Unleashing GRPO on Visual Generation", 2025, arXiv 2505.07818, by Zeyue Xue and others: recipe
-dance-grpo-emoji (one initial noise a group, a random share of the steps trained, no KL).
+dance-grpo-emoji (one initial noise per group, a random share of the steps trained, no KL).
 "MixGRPO: Unlocking Flow-based GRPO Efficiency with Mixed ODE-SDE", 2025, arXiv 2507.21802, by Junzhe Li and others:
 recipe mix-grpo-emoji (noise and training only in a window of steps that slides from high to low noise).
 
@@ -19,13 +19,27 @@ mean is the baseline, so no value network and no gradient of the reward is neede
 Groups: the loop gives B prompts; `step` repeats each `group` times. Image k of sample id i has the id i * group + k,
 from which alone its random numbers come; so a batch draws B * group images and a group never crosses ranks.
 
-Deviations from the papers and their programs:
-- The transition is `sampling.stochastic_step`, which keeps the marginals at any step length. For short steps its eta
-  is the paper's noise level a through eta = a / sqrt(2): a = .7 is eta = .5. (Flow-GRPO and DanceGRPO take
-  Euler-Maruyama steps with noise a sqrt(t / (1 - t)) sqrt(dt) and a sqrt(dt): the marginals hold only for dt -> 0.)
-- The step to t = 0 adds no noise, so it has no density and is not trained.
+Safeguards of later papers, each a setting, off by default:
+    trust = "kl"        the gradient is blocked where KL(p_theta | p_old) > kl_limit and the update would move further
+                        away, in place of the clip: Flow-DPPO, arXiv 2606.11025               `divergence_mask`
+    ratio = "guard"     log rho + KL(p_theta | p_old), times std, and the loss divided by t - t_next: every step has the
+                        same mean ratio 1 and the same gradient: GRPO-Guard, arXiv 2510.22319 `guarded_ratio`
+    noise               "coefficients" is Flow-CPS, arXiv 2509.05952                          `sampling.random_step`
+    per_reward          each part of reward.weights is standardised by itself: GDPO, arXiv 2601.05242
+    compare             "win_rate" inside the group in place of the reward: Pref-GRPO, arXiv 2508.20751
+
+Deviations from the papers and their programs, with the setting that repeats the program:
+- noise = "posterior" keeps the marginals at any step length. Flow-GRPO and DanceGRPO take Euler-Maruyama steps
+  ("flow_sde", "constant_sde"), which do so only for short ones. `sampling.eta_of_noise_level` relates the two.
+- The step to t = 0 adds no noise, so it has no density and is not trained. (In the programs it adds noise.)
 - density = "per_element" divides log-densities and KL by the number of latent elements, as the programs do, and
   the small clip and beta belong to that; "joint" is what the papers write.
+- Flow-GRPO's program leaves the time step out of the KL: kl_unit = "released". Its .04 is .04 (t - t_next) of "exact".
+- DanceGRPO: unbiased = True, fraction_rounding = "down", steps_per = "sample". Its and MixGRPO's images of a group
+  share their first noise.
+- Flow-GRPO's SD3 configurations: baseline = "batch", minibatches = 2. With one update per batch of samples every ratio
+  is 1, and the clip never acts.
+- Rewards that are equal up to rounding give exactly no update; the programs divide the rounding by 1e-4 or 1e-8.
 """
 
 from __future__ import annotations
@@ -40,8 +54,10 @@ from torch import Tensor
 
 from palate.core import Batch, Cond, Loss, Model, Random, Reward
 from palate.path import move
+from palate.rewards.combine import parts_of
+from palate.rewards.groups import decoupled, standard_scores, win_rate
 from palate.runtime.errors import InputError
-from palate.sampling import Transition, log_prob, state_kind, stochastic_step, time_grid, transition_std
+from palate.sampling import Noise, Transition, log_prob, random_step, state_kind, time_grid
 
 
 @dataclass(frozen=True)
@@ -51,14 +67,24 @@ class FlowGRPOSettings:
     eta: float = 0.5  # the paper's a = .7
     guidance: float = 4.5
     shift: float = 3.0
-    same_noise: bool = False  # one initial noise for a group (DanceGRPO)
+    noise: Noise = "posterior"  # what a random step adds; eta is then its level (`sampling.random_step`)
+    same_noise: bool = False  # one initial noise for a group (DanceGRPO, MixGRPO)
     fraction: float = 1.0  # share of the random steps that is trained, drawn anew each step (DanceGRPO: .6)
+    fraction_rounding: Literal["up", "down"] = "up"  # of fraction times the random steps (DanceGRPO: down)
+    steps_per: Literal["batch", "sample"] = "batch"  # whether the images share the trained steps (DanceGRPO: sample)
     window: int | None = None  # steps with noise; the others are deterministic (MixGRPO: 4). None = all
     window_every: int = 25  # training steps until the window moves one towards low noise; at the end it starts again
     baseline: Literal["group", "batch"] = "group"  # whose standard deviation divides; the mean is always the group's
+    unbiased: bool = False  # standard deviation with n - 1 (DanceGRPO)
+    compare: Literal["reward", "win_rate"] = "reward"  # what is compared inside a group (Pref-GRPO: win_rate)
+    per_reward: bool = False  # standardise each part of reward.weights by itself (GDPO)
     advantage_clip: float = 5.0
+    ratio: Literal["plain", "guard"] = "plain"  # GRPO-Guard: guard
+    trust: Literal["clip", "kl"] = "clip"  # what stops a step that went too far (Flow-DPPO: kl)
     clip: float = 1e-4
+    kl_limit: float = 1e-6  # of trust = "kl", in the unit of `density`; Flow-DPPO's program
     beta: float = 0.04  # weight of the KL to the reference; 0 skips its network calls
+    kl_unit: Literal["exact", "released"] = "exact"  # released: times the length of the time step, as Flow-GRPO's
     density: Literal["per_element", "joint"] = "per_element"
     minibatches: int = 1  # updates per batch of samples
 
@@ -66,7 +92,14 @@ class FlowGRPOSettings:
         for problem, wrong in (
             ("group: at least 2, because its images are compared with each other", self.group < 2),
             ("steps: at least 2, because the last one adds no noise", self.steps < 2),
-            ("eta: above 0 and at most 1", not 0 < self.eta <= 1),
+            (
+                "eta: above 0, and at most 1 with noise = 'posterior' or 'coefficients'",
+                not self.eta > 0 or (self.eta > 1 and self.noise in ("posterior", "coefficients")),
+            ),
+            (
+                "noise: 'posterior', 'coefficients', 'flow_sde' or 'constant_sde'",
+                self.noise not in ("posterior", "coefficients", "flow_sde", "constant_sde"),
+            ),
             ("shift: above 0", not self.shift > 0),
             ("fraction: above 0 and at most 1", not 0 < self.fraction <= 1),
             (
@@ -75,6 +108,17 @@ class FlowGRPOSettings:
             ),
             ("window_every: at least 1", self.window_every < 1),
             ("baseline: 'group' or 'batch'", self.baseline not in ("group", "batch")),
+            ("fraction_rounding: 'up' or 'down'", self.fraction_rounding not in ("up", "down")),
+            ("steps_per: 'batch' or 'sample'", self.steps_per not in ("batch", "sample")),
+            ("compare: 'reward' or 'win_rate'", self.compare not in ("reward", "win_rate")),
+            (
+                "compare: 'reward' with per_reward, which compares the parts of the reward",
+                self.per_reward and self.compare != "reward",
+            ),
+            ("ratio: 'plain' or 'guard'", self.ratio not in ("plain", "guard")),
+            ("trust: 'clip' or 'kl'", self.trust not in ("clip", "kl")),
+            ("kl_limit: above 0", not self.kl_limit > 0),
+            ("kl_unit: 'exact' or 'released'", self.kl_unit not in ("exact", "released")),
             ("advantage_clip: above 0", not self.advantage_clip > 0),
             ("clip: above 0", not self.clip > 0),
             ("beta: at least 0", not self.beta >= 0),
@@ -84,6 +128,12 @@ class FlowGRPOSettings:
             if wrong:
                 name = problem.split(":")[0]
                 raise InputError(f"FlowGRPOSettings expected {problem}; got {name} = {getattr(self, name)!r}")
+        count = len(random_steps(self, 1))
+        if trained_count(count, self.fraction, self.fraction_rounding) < 1:
+            raise InputError(
+                f"FlowGRPOSettings expected fraction: at least 1 / {count}, so that a random step is left to train; "
+                f"got fraction = {self.fraction}"
+            )
 
 
 class FlowGRPO:
@@ -100,9 +150,14 @@ class FlowGRPO:
         shared = rng if s.same_noise else None
         with torch.no_grad():
             x0, path = rollout(model, model.encode_prompts(prompts), images_rng, shared, s)
-            rewards = reward(model.decode(x0), prompts).detach()
-        advantages = group_advantages(rewards, s.group, s.baseline).clamp(-s.advantage_clip, s.advantage_clip)
-        path = [path[i] for i in trained_steps(len(path), s.fraction, rng)]
+            images = model.decode(x0)
+            parts = parts_of(reward, images, prompts) if s.per_reward else {"reward": (1.0, reward(images, prompts))}
+        rewards = sum(weight * part.detach() for weight, part in parts.values())
+        advantages = self._advantages(parts, rewards).clamp(-s.advantage_clip, s.advantage_clip)
+        if s.steps_per == "sample":
+            path = own_steps(path, trained_count(len(path), s.fraction, s.fraction_rounding), images_rng)
+        else:
+            path = [path[i] for i in trained_steps(len(path), s.fraction, rng, s.fraction_rounding)]
         spread = rewards.view(-1, s.group).std(1, correction=0).mean()
         for part in range(s.minibatches):
             chosen = torch.arange(part, len(rewards), s.minibatches, device=x0.device)
@@ -114,6 +169,13 @@ class FlowGRPO:
                 metrics |= {"reward": rewards.mean(), "reward_std": spread}
                 yield Loss(value / len(path), metrics, "policy" if number == len(path) - 1 else None)
 
+    def _advantages(self, parts: dict[str, tuple[float, Tensor]], rewards: Tensor) -> Tensor:
+        s = self.settings
+        if s.per_reward:
+            return decoupled({n: (w, p.detach()) for n, (w, p) in parts.items()}, s.group, unbiased=s.unbiased)
+        values = win_rate(rewards, s.group) if s.compare == "win_rate" else rewards
+        return group_advantages(values, s.group, s.baseline, unbiased=s.unbiased)
+
     def _loss(self, model: Model, now: Transition, cond: Cond, advantages: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         s = self.settings
         elements = now.x[0].numel() if s.density == "per_element" else 1
@@ -121,11 +183,27 @@ class FlowGRPO:
             with torch.no_grad():  # before the policy's call: a switch of adapters after it would lose its gradient
                 reference, _ = transition(model, now.x, now.t, now.t_next, cond, s, weights="reference")
         mean, std = transition(model, now.x, now.t, now.t_next, cond, s)
-        rho = ratio(log_prob(now.x_next, mean, std), now.log_prob, elements)
-        value = clipped_loss(rho, advantages, s.clip)
-        metrics = {"ratio": rho.mean(), "clipped": ((rho - 1).abs() > s.clip).double().mean()}
+        length = (now.t - now.t_next).to(mean)
+        now_log_prob = log_prob(now.x_next, mean, std)
+        moved = kl(mean, now.mean, std) if now.mean is not None else None  # KL(p_theta | p_old)
+        if s.ratio == "guard":
+            rho = guarded_ratio(now_log_prob, now.log_prob, moved, std, elements)
+            advantages = advantages / length
+        else:
+            rho = ratio(now_log_prob, now.log_prob, elements)
+        metrics = {"ratio": rho.mean()}
+        if s.trust == "kl":
+            kept = divergence_mask(rho, advantages, moved / elements, s.kl_limit)
+            value = -(kept * rho * advantages.to(rho)).mean()
+            metrics["masked"] = 1 - kept.mean()
+        else:
+            value = clipped_loss(rho, advantages, s.clip)
+            metrics["clipped"] = ((rho - 1).abs() > s.clip).double().mean()
+        if s.trust == "kl" or s.ratio == "guard":
+            metrics["kl_old"] = moved.mean() / elements
         if s.beta:
-            apart = kl(mean, reference, std).mean() / elements
+            unit = length if s.kl_unit == "released" else 1.0
+            apart = (unit * kl(mean, reference, std)).mean() / elements
             value, metrics["kl"] = value + s.beta * apart, apart
         return value, {name: number.detach() for name, number in metrics.items()}
 
@@ -142,12 +220,27 @@ def random_steps(settings: FlowGRPOSettings, step: int) -> range:
     return range(first, first + s.window)
 
 
-def trained_steps(count: int, fraction: float, rng: Random) -> list[int]:
-    """Which of `count` random steps are trained: ceil(fraction count) of them, ascending, the same on every rank."""
-    left = list(range(count))
-    while len(left) > math.ceil(fraction * count - 1e-9):
+def trained_count(count: int, fraction: float, rounding: str = "up") -> int:
+    """fraction times `count` random steps, rounded up or down."""
+    exact = fraction * count
+    return math.ceil(exact - 1e-9) if rounding == "up" else math.floor(exact + 1e-9)
+
+
+def trained_steps(count: int, fraction: float, rng: Random, rounding: str = "up") -> list[int]:
+    """Which of `count` random steps are trained: `trained_count` of them, ascending, the same for every image and on
+    every rank."""
+    left, kept = list(range(count)), trained_count(count, fraction, rounding)
+    while len(left) > kept:
         del left[rng.shared_integer(f"leave-out-{len(left)}", 0, len(left) - 1)]
     return left
+
+
+def own_steps(path: list[Transition], kept: int, rng: Random) -> list[Transition]:
+    """`kept` transitions in which each image has random steps of its own, without repetition (DanceGRPO)."""
+    order = torch.stack([rng.uniform(f"step-order-{i}") for i in range(len(path))]).argsort(0)  # (steps, N)
+    rows = torch.arange(order.shape[1], device=path[0].x.device)
+    stacked = [None if part[0] is None else torch.stack(part) for part in zip(*path, strict=True)]
+    return [Transition(*(None if p is None else p[order[k].to(rows), rows] for p in stacked)) for k in range(kept)]
 
 
 def rollout(
@@ -172,9 +265,10 @@ def rollout(
         if i not in random_steps(s, rng.step):
             x = move(pred, *following)
             continue
-        std = transition_std(*model.schedule(t), *following, s.eta)
-        x_next = stochastic_step(pred, *following, std, rng.normal(f"sde-{i}", model.latent_shape).to(x))
-        path.append(Transition(x, x_next, t, t_next, log_prob(x_next, move(pred, *following, std), std)))
+        mean, std = random_step(pred, model.schedule(t), following, s.eta, s.noise)
+        x_next = mean + std * rng.normal(f"sde-{i}", model.latent_shape).to(x)
+        kept = mean if s.trust == "kl" or s.ratio == "guard" else None
+        path.append(Transition(x, x_next, t, t_next, log_prob(x_next, mean, std), kept))
         x = x_next
     return x, path
 
@@ -190,30 +284,40 @@ def transition(
     weights: str = "policy",
 ) -> tuple[Tensor, Tensor]:
     """Mean (N, C, h, w) and standard deviation (N, 1, 1, 1) of p_theta(x_next | x)."""
-    following = model.schedule(t_next)
-    std = transition_std(*model.schedule(t), *following, settings.eta)
     pred = model.predict(x, t, cond, guidance=settings.guidance, weights=weights)
-    return move(pred, *following, std), std
+    return random_step(pred, model.schedule(t), model.schedule(t_next), settings.eta, settings.noise)
 
 
 # The equations
 
 
-def group_advantages(rewards: Tensor, group: int, baseline: str = "group") -> Tensor:
+def group_advantages(rewards: Tensor, group: int, baseline: str = "group", *, unbiased: bool = False) -> Tensor:
     """(R - mean R) / std R with rewards (B * group,), a group's images in a row; 0 in a group of equal rewards.
 
     The mean is the group's; the standard deviation is the group's or, with baseline "batch", that of all rewards.
     """
-    grouped = rewards.view(-1, group)
-    grouped = grouped - grouped[:, :1]  # equal rewards become exact zeros; their mean would be rounded
-    centred = grouped - grouped.mean(1, keepdim=True)
-    scale = grouped.std(1, correction=0, keepdim=True) if baseline == "group" else rewards.std(correction=0)
-    return (centred / (scale + 1e-8)).flatten()
+    return standard_scores(rewards, group, baseline=baseline, unbiased=unbiased)
 
 
 def ratio(log_prob_now: Tensor, log_prob_old: Tensor, elements: int) -> Tensor:
     """rho (N,): exp of the difference of log-densities over `elements` (1 = the joint density)."""
     return ((log_prob_now - log_prob_old) / elements).exp()
+
+
+def guarded_ratio(log_prob_now: Tensor, log_prob_old: Tensor, moved: Tensor, std: Tensor, elements: int) -> Tensor:
+    """rho (N,) of GRPO-Guard: exp(std (log p_theta - log p_old + KL(p_theta | p_old)) / elements).
+
+    With x_next = mean_old + std z the exponent is z . (mean_theta - mean_old) / elements: mean 0 under the old policy
+    at every step, where the plain log-ratio has the mean -KL and a spread that grows as std shrinks.
+    """
+    return (std.flatten() * (log_prob_now - log_prob_old + moved) / elements).exp()
+
+
+def divergence_mask(rho: Tensor, advantages: Tensor, moved: Tensor, limit: float) -> Tensor:
+    """0 where KL(p_theta | p_old) > limit and the update would move further away (rho > 1 with A > 0, rho < 1 with
+    A < 0), else 1; (N,), without gradient (Flow-DPPO)."""
+    away = (rho - 1) * advantages.to(rho) > 0
+    return (~(away & (moved > limit))).to(rho).detach()
 
 
 def clipped_loss(rho: Tensor, advantages: Tensor, clip: float) -> Tensor:
@@ -230,11 +334,11 @@ def kl(mean: Tensor, reference: Tensor, std: Tensor) -> Tensor:
 def calls_per_update(settings: FlowGRPOSettings) -> dict[str, int]:
     """Denoiser evaluations of one step (= `minibatches` updates) per prompt of the batch, a guided call counted twice.
 
-    With r random steps of which m = ceil(fraction r) are trained: backward = group m g,
+    With m = `trained_count` trained steps: backward = group m g,
     forward = group (steps + m (2 with beta, else 1)) g,  decode = reward = group,  g = 2 with guidance, else 1.
     """
     s = settings
-    trained = math.ceil(s.fraction * len(random_steps(s, 1)) - 1e-9)
+    trained = trained_count(len(random_steps(s, 1)), s.fraction, s.fraction_rounding)
     each = s.group * (1 if s.guidance == 1 else 2)
     return {
         "forward": each * (s.steps + trained * (2 if s.beta else 1)),

@@ -21,8 +21,11 @@ Groups: the loop gives B prompts; `step` repeats each `group` times. Image k of 
 Deviations from the paper:
 - adaptive = True is its self-normalised x0 form of the square error, |x0+ - x0|^2 / stop_grad(mean |x0+ - x0|);
   False is the loss above. `velocity` is eps - x0 for every schedule, so it works for variance-preserving models.
-- z is in units of the group's standard deviation of R, and the mean is the group's.
+- z is in units of the group's standard deviation of R, and the mean is the group's. The program: z = 5, and the
+  standard deviation of all rewards (baseline = "batch").
+- Its policy loss is 5 / beta times ours, so its KL weight is ours times 5 / beta: `kl_of_released` converts.
 - Times are uniform (then shifted), n for each image, where the program takes the sampler's own.
+- shared_noise, shared_time and stratified (Palate's) change the variance of the gradient and not its mean.
 """
 
 from __future__ import annotations
@@ -30,13 +33,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from palate.core import Batch, Cond, Loss, Model, Random, Reward
 from palate.path import Prediction, add_noise, from_velocity
+from palate.rewards.groups import differences, divided
 from palate.runtime.distributed import like
 from palate.runtime.errors import InputError
 from palate.sampling import sample, shift_time, state_kind
@@ -50,11 +54,16 @@ class NFTSettings:
     shift: float = 3.0  # of the sampling grid and of the trained times
     n: int = 4  # trained times per image
     beta: float = 1.0  # how far the implicit policies are from the old one, for a given change: smaller = larger steps
-    z: float = 1.0  # Z_c, in standard deviations of the group's rewards
+    z: float = 1.0  # Z_c, in standard deviations of the rewards (the program: 5)
+    baseline: Literal["group", "batch"] = "group"  # whose standard deviation that is (the program: batch)
     kl: float = 1e-4  # weight of |v_theta - v_ref|^2; 0 skips its network calls
     adaptive: bool = True
     old_rate: float = 0.001  # eta_i = min(old_rate * i, old_most); 0 = theta_old is the current policy
     old_most: float = 0.5
+    old_from: int = 0  # steps before i begins to count; until then theta_old is the policy (the program's OCR run: 75)
+    shared_noise: bool = False  # a group's images are noised alike
+    shared_time: bool = False  # and at the same times
+    stratified: bool = False  # times from equal parts of the law: no two images of a group in the same part
 
     def __post_init__(self) -> None:
         for problem, wrong in (
@@ -67,6 +76,8 @@ class NFTSettings:
             ("kl: at least 0", not self.kl >= 0),
             ("old_rate: at least 0", not self.old_rate >= 0),
             ("old_most: at least 0 and below 1", not 0 <= self.old_most < 1),
+            ("old_from: at least 0", self.old_from < 0),
+            ("baseline: 'group' or 'batch'", self.baseline not in ("group", "batch")),
         ):
             if wrong:
                 name = problem.split(":")[0]
@@ -96,6 +107,7 @@ class NFT:
             self.old = [p.detach().clone() for p in parameters]
         self.old = [like(old, p) for old, p in zip(self.old, parameters, strict=True)]  # a checkpoint's are whole
         prompts = [prompt for prompt in batch.prompts for _ in range(s.group)]
+        of_groups = rng
         rng = Random(rng.seed, rng.step, [i * s.group + k for i in rng.ids for k in range(s.group)])
         noise = rng.normal("rollout", model.latent_shape).to(**state_kind(model))
         with torch.no_grad():
@@ -103,15 +115,25 @@ class NFT:
             with _speaking(parameters, self.old):
                 x0 = sample(model, cond, noise, s.steps, guidance=s.guidance, shift=s.shift)
             rewards = reward(model.decode(x0), prompts).detach()
-        r = optimality(rewards, s.group, s.z)
+        r = optimality(rewards, s.group, s.z, s.baseline)
         for j in range(s.n):
-            t = shift_time(1 - rng.uniform(f"level-{j}"), s.shift).to(x0)  # in (0, 1]
-            eps = rng.normal(f"inject-{j}", model.latent_shape).to(x0)
+            t = shift_time(1 - self._uniform(rng, of_groups, j), s.shift).to(x0)  # in (0, 1]
+            eps = (of_groups if s.shared_noise else rng).normal(f"inject-{j}", model.latent_shape).to(x0)
+            eps = eps.repeat_interleave(s.group, 0) if s.shared_noise else eps
             value, metrics = self._loss(model, x0, eps, t, cond, r.to(x0))
             yield Loss(value / s.n, metrics | {"reward": rewards.mean()}, "policy" if j == s.n - 1 else None)
-        decay = old_decay(rng.step, s.old_rate, s.old_most)
+        decay = old_decay(rng.step, s.old_rate, s.old_most, s.old_from)
         with torch.no_grad():
             self.old = [p + decay * (old.to(p) - p) for old, p in zip(self.old, parameters, strict=True)]
+
+    def _uniform(self, rng: Random, of_groups: Random, j: int) -> Tensor:
+        """The j-th of n uniform numbers in [0, 1) of each image, (B * group,)."""
+        s = self.settings
+        if s.shared_time:
+            u = of_groups.uniform(f"level-{j}")
+            return ((j + u) / s.n if s.stratified else u).repeat_interleave(s.group)
+        u = rng.uniform(f"level-{j}")
+        return stratified(u, rng.uniform(f"cell-{j}"), s.group, j, s.n) if s.stratified else u
 
     def _loss(
         self, model: Model, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond, r: Tensor
@@ -145,13 +167,15 @@ class NFT:
 # The equations
 
 
-def optimality(rewards: Tensor, group: int, z: float) -> Tensor:
-    """r = 1/2 + 1/2 clip((R - mean R) / (z std R), -1, 1), (B * group,) in [0, 1]; 1/2 in a group of equal rewards."""
-    grouped = rewards.view(-1, group)
-    grouped = grouped - grouped[:, :1]  # equal rewards become exact zeros; their mean would be rounded
-    centred = grouped - grouped.mean(1, keepdim=True)
-    scale = z * grouped.std(1, correction=0, keepdim=True) + 1e-8
-    return (0.5 + 0.5 * (centred / scale).clamp(-1, 1)).flatten()
+def optimality(rewards: Tensor, group: int, z: float, baseline: str = "group") -> Tensor:
+    """r = 1/2 + 1/2 clip((R - mean R) / (z std R), -1, 1), (B * group,) in [0, 1]; 1/2 in a group of equal rewards.
+
+    std R is the group's or, with baseline "batch", that of all rewards, as in the program.
+    """
+    apart = differences(rewards, group)
+    centred = apart - apart.mean(1, keepdim=True)
+    scale = apart.std(1, correction=0, keepdim=True) if baseline == "group" else rewards.std(correction=0)
+    return (0.5 + 0.5 * divided(centred, z * scale).clamp(-1, 1)).flatten()
 
 
 def velocity(pred: Prediction) -> Tensor:
@@ -171,9 +195,24 @@ def self_normalised(x0hat: Tensor, x0: Tensor) -> Tensor:
     return error.square().mean(1) / error.detach().abs().mean(1).clamp_min(1e-5)
 
 
-def old_decay(step: int, rate: float, most: float) -> float:
-    """eta_i = min(rate i, most)."""
-    return min(rate * step, most)
+def old_decay(step: int, rate: float, most: float, start: int = 0) -> float:
+    """eta_i = min(rate (i - start), most), and 0 up to `start`."""
+    return min(rate * max(step - start, 0), most)
+
+
+def stratified(u: Tensor, order: Tensor, group: int, j: int, n: int) -> Tensor:
+    """Uniform numbers, one in each of group n equal cells of [0, 1) over j = 0..n-1; (B * group,).
+
+    The j-th numbers of a group lie in [j / n, (j + 1) / n), each image in a cell of its own there, in the order of the
+    independent uniform numbers `order`: so every image's cell is equally likely, and each number is uniform there.
+    """
+    rank = order.view(-1, group).argsort(1).argsort(1).flatten()
+    return (j + (rank + u) / group) / n
+
+
+def kl_of_released(kl: float, beta: float) -> float:
+    """The `kl` here that equals the released program's KL weight: its policy loss is multiplied by 5 / beta."""
+    return kl * beta / 5
 
 
 @contextmanager

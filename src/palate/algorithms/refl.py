@@ -16,12 +16,13 @@ Deviations from the paper:
 - The paper alternates a step on L_pre and a step on L_reward; here one update takes their weighted sum. L_pre is off
   (pretrain = 0) unless asked for, because it needs captioned images (`Batch.latents`).
 - hinge = None gives -r, without the threshold. phi and lambda are those of the authors' program (hinge 2, lambda 1e-3).
-- t is drawn once per update for the whole batch, as there; the sampler is DDIM or Euler instead of PNDM.
+- t is drawn once per update for the whole batch, as there.
+- The paper names PNDM; its program samples by DDPM's ancestral sampler, eta = 1. Here eta = 0, DDIM or Euler.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor
 from palate.core import Batch, Cond, Loss, Model, Random, Reward
 from palate.path import add_noise, move
 from palate.runtime.errors import InputError
-from palate.sampling import state_kind, time_grid
+from palate.sampling import random_step, state_kind, time_grid
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,17 @@ class ReFLSettings:
     pretrain: float = 0.0  # weight of L_pre; above 0 it needs real images
     guidance: float = 7.5  # of every call but L_pre's, the differentiated one included
     shift: float = 1.0  # of the sampling grid
+    eta: float = 0.0  # of the steps before the look: 0 is deterministic, 1 the ancestral sampler, as in the program
 
     def __post_init__(self) -> None:
         if not 1 <= self.T1 <= self.T2 <= self.T:
             raise InputError(
                 f"ReFLSettings expected 1 <= T1 <= T2 <= T; got T1 = {self.T1}, T2 = {self.T2}, T = {self.T}"
             )
-        if not (self.lam > 0 and self.pretrain >= 0 and self.shift > 0):
+        if not (self.lam > 0 and self.pretrain >= 0 and self.shift > 0 and 0 <= self.eta <= 1):
             raise InputError(
-                "ReFLSettings expected lam > 0, pretrain >= 0, shift > 0; "
-                f"got lam = {self.lam}, pretrain = {self.pretrain}, shift = {self.shift}"
+                "ReFLSettings expected lam > 0, pretrain >= 0, shift > 0, 0 <= eta <= 1; "
+                f"got lam = {self.lam}, pretrain = {self.pretrain}, shift = {self.shift}, eta = {self.eta}"
             )
 
 
@@ -73,7 +75,7 @@ class ReFL:
         left = rng.shared_integer("steps-left", s.T1, s.T2)
         noise = rng.normal("rollout", model.latent_shape).to(**state_kind(model))
         with torch.no_grad():
-            xt, t = approach(model, batch.cond, noise, s, left)
+            xt, t = approach(model, batch.cond, noise, s, left, lambda i: rng.normal(f"sde-{i}", model.latent_shape))
         x0hat = model.predict(xt, t, batch.cond, guidance=s.guidance).x0
         r = reward(model.decode(x0hat), batch.prompts)
         metrics = {"reward": r.mean().detach(), "steps_left": torch.tensor(float(left)), "t": t[0]}
@@ -85,13 +87,28 @@ class ReFL:
             yield Loss(s.pretrain * value, {"pretrain": value.detach()}, "policy")
 
 
-def approach(model: Model, cond: Cond, noise: Tensor, settings: ReFLSettings, left: int) -> tuple[Tensor, Tensor]:
-    """x_t (B, C, h, w) and t (B,) with `left` of the T steps still to come, the call that predicts x0 included."""
+def approach(
+    model: Model,
+    cond: Cond,
+    noise: Tensor,
+    settings: ReFLSettings,
+    left: int,
+    rng_noise: Callable[[int], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x_t (B, C, h, w) and t (B,) with `left` of the T steps still to come, the call that predicts x0 included.
+
+    rng_noise(i) is the standard normal of step i, needed with eta > 0.
+    """
     times = time_grid(settings.T, shift=settings.shift).to(noise)
     x = noise
     for i in range(settings.T - left):
-        pred = model.predict(x, times[i].expand(len(x)), cond, guidance=settings.guidance)
-        x = move(pred, *model.schedule(times[i + 1].expand(len(x))))
+        t, t_next = times[i].expand(len(x)), times[i + 1].expand(len(x))
+        pred = model.predict(x, t, cond, guidance=settings.guidance)
+        if settings.eta:
+            mean, std = random_step(pred, model.schedule(t), model.schedule(t_next), settings.eta)
+            x = mean + std * rng_noise(i).to(x)
+        else:
+            x = move(pred, *model.schedule(t_next))
     return x, times[settings.T - left].expand(len(x))
 
 

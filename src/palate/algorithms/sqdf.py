@@ -54,6 +54,7 @@ class SQDFSettings:
     """Defaults are those of the paper's small experiment (SD1.5, D = 16384)."""
 
     rollout_steps: int = 50  # T
+    grid: Literal["even", "released"] = "even"  # released: the program's training steps 981, ..., 1 of 1000, then 0
     shift: float = 1.0  # of the sampler's grid
     final_time: float = 0.001  # the last level; sigma there is the floor of std. About 0.02 for a flow of 20 steps
     eta: float = 1.0  # noise of a step as a share of the ancestral sampler's
@@ -75,6 +76,15 @@ class SQDFSettings:
             (
                 "rollout_steps, rollout_every and buffer_size: at least 1",
                 min(self.rollout_steps, self.rollout_every, self.buffer_size) < 1,
+            ),
+            ("grid: 'even' or 'released'", self.grid not in ("even", "released")),
+            (
+                "shift, final_time: 1 and 0.001 with grid = 'released', which has its own",
+                self.grid == "released" and (self.shift != 1 or self.final_time != 0.001),
+            ),
+            (
+                "rollout_steps: at most 500 with grid = 'released', which takes whole training steps of 1000",
+                self.grid == "released" and self.rollout_steps > 500,
             ),
             ("shift: above 0", not self.shift > 0),
             (
@@ -137,7 +147,10 @@ class SQDF:
     def step(self, model: Model, reward: Reward, batch: Batch, rng: Random) -> Iterator[Loss]:
         """One update: states (a rollout, the buffer, or both), then one differentiated step of the policy."""
         s = self.settings
-        times = levels(s.rollout_steps, shift=s.shift, final_time=s.final_time)
+        if s.grid == "released":
+            times = released_levels(s.rollout_steps)
+        else:
+            times = levels(s.rollout_steps, shift=s.shift, final_time=s.final_time)
         if self.buffer is None:
             index = rng.integers("index", 0, s.rollout_steps - 1)
             states = self._walk(model, batch, rng, times, stop=index)
@@ -296,6 +309,18 @@ def levels(steps: int, *, shift: float, final_time: float) -> Tensor:
     """Times (steps + 1,) from 1 down to final_time, float64, equal steps before the shift."""
     last = final_time / (shift - (shift - 1) * final_time)  # shift_time(last) == final_time
     return shift_time(torch.linspace(1.0, last, steps + 1, dtype=torch.float64), shift)
+
+
+def released_levels(steps: int) -> Tensor:
+    """The released program's times (steps + 1,), float64: training steps 981, 961, ..., 1 of 1000 for 50 steps, then 0.
+
+    Training step k is the time (k + 1) / 1000 (`path.vp_schedule`). The last step is short, 1 to 0 where the others are
+    20 long: its std is small, and so the same change of the network costs about twenty times less KL there than on
+    `levels`, whose steps are equal.
+    """
+    length = 1000 // steps
+    labels = [length * i + 1 for i in reversed(range(steps))]
+    return (torch.tensor([*labels, 0], dtype=torch.float64) + 1) / 1000
 
 
 # Cost

@@ -26,8 +26,9 @@ Deviations from the paper and from the released program:
 - The program's "discount" is the k above (k_denoise, k_inversion); the paper's lambda(t) is `discount`. No hinge by
   default.
 - Levels are drawn per sample, uniformly; levels="released" reproduces the program's index map instead, its truncation
-  of the time told to the network included. There, as in the program, all injections of a sample repeat the same draw:
-  with noise="rollout" its gradient accumulation G is n * len(branches), G = 1 is branches=("inversion",), G = 4 is n=2.
+  of the time told to the network included, in the rollout as in the trained forward. There, as in the program, all
+  injections of a sample repeat the same draw: with noise="rollout" its gradient accumulation G is n * len(branches),
+  G = 1 is branches=("inversion",), G = 4 is n=2.
 - `anchor` (Palate's, off by default) keeps the policy's prediction of x0 near the frozen reference's.
 """
 
@@ -203,6 +204,7 @@ class SRPO:
                 guidance=s.rollout_guidance,
                 shift=s.shift,
                 weights=s.rollout_weights,
+                told=truncated if s.levels == "released" else None,
             )
         return x0, noise if s.noise == "rollout" else None
 
@@ -324,7 +326,12 @@ def released_levels(settings: SRPOSettings, branch: Branch, m0: Tensor) -> Level
     noisier = (cleaner + k).clamp_max(n)
     start, end = (noisier, cleaner) if branch == "denoise" else (cleaner, noisier)
     sigma_s = sigmas[n - start]
-    return Levels(sigma_s, sigmas[n - end], (1000 * sigma_s).floor() / 1000, cleaner.double() / (n - 1))
+    return Levels(sigma_s, sigmas[n - end], truncated(sigma_s), cleaner.double() / (n - 1))
+
+
+def truncated(t: Tensor) -> Tensor:
+    """Whole thousandths, as the program tells the network its time; the state itself is at t."""
+    return (1000 * t).floor() / 1000
 
 
 def released_sigmas(settings: SRPOSettings) -> Tensor:

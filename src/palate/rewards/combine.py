@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -96,7 +96,31 @@ def weighted(parts: Mapping[str, tuple[float, Reward]]) -> Reward:
     def score(seen: dict[str, Any], prompts: Sequence[str]) -> Tensor:
         return sum(weight * rate(seen[name], prompts) for name, (weight, _, rate) in towers.items())
 
-    return _two_tower(image_features, score)
+    def parts(images: Tensor, prompts: Sequence[str]) -> dict[str, tuple[float, Tensor]]:
+        seen = image_features(images)
+        return {name: (weight, rate(seen[name], prompts)) for name, (weight, _, rate) in towers.items()}
+
+    reward = _two_tower(image_features, score)
+    reward.parts = parts
+    return reward
+
+
+@runtime_checkable
+class HasParts(Protocol):
+    """A reward that is a weighted sum and can return its parts."""
+
+    def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, tuple[float, Tensor]]:
+        """{name: (weight, values (B,))}; the reward is the weighted sum of the values."""
+
+
+def parts_of(reward: Reward, images: Tensor, prompts: Sequence[str]) -> dict[str, tuple[float, Tensor]]:
+    """{name: (weight, values (B,))} of a reward made by `weighted`. ValueError for any other: it has no parts."""
+    if not isinstance(reward, HasParts):
+        raise InputError(
+            "algorithm.per_reward compares the parts of a reward, and this one has none; give two or more in "
+            "reward.weights, without reward.relative, or set algorithm.per_reward=false"
+        )
+    return reward.parts(images, prompts)
 
 
 def normalised(reward: Reward, mean: float, std: float) -> Reward:

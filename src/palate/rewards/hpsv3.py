@@ -101,7 +101,7 @@ class HPSv3Reward:
         return torch.stack(list(model.get_image_features(rows, grid).pooler_output)), (h, w)
 
     def score(self, features: tuple[Tensor, tuple[int, int]], prompts: Sequence[str]) -> Tensor:
-        seen, (h, w) = features
+        seen, _ = features
         model = self.parts["model"]
         texts = [torch.tensor(self._ids(prompt, seen.shape[1])) for prompt in prompts]
         ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(seen.device)  # right padding: causal, so harmless
@@ -110,8 +110,9 @@ class HPSv3Reward:
         placed = (ids == model.config.image_token_id) & mask.bool()
         embedded = model.get_input_embeddings()(ids)
         embedded = embedded.masked_scatter(placed[..., None], seen.to(embedded.dtype))
-        grid = torch.tensor([[1, h, w]] * len(texts), device=seen.device)
-        positions, _ = model.get_rope_index(ids, placed.int(), image_grid_thw=grid, attention_mask=mask)
+        # 0, 1, 2, ... on all three axes, image tokens too: the authors pass no positions, in training and inference,
+        # and so never number an image's tokens by row and column, as Qwen2-VL does
+        positions = torch.arange(ids.shape[1], device=seen.device).expand(3, len(texts), -1)
         hidden = model.language_model(
             inputs_embeds=embedded, attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state

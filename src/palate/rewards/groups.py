@@ -1,0 +1,64 @@
+"""Rewards of a group of images of one prompt, compared with each other: what every group-relative method begins with.
+
+All take rewards (B * group,), a group's images in a row, and return as many numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from palate.runtime.errors import InputError
+
+FLOOR = 1e-8  # added to a standard deviation, or 1e-4 of it where that is less: tiny units change nothing
+ROUNDING = 4  # units in the last place up to which rewards count as equal
+
+
+def differences(rewards: Tensor, group: int) -> Tensor:
+    """(B, group): each reward minus its group's first; exactly 0 in a group that is equal up to rounding.
+
+    Without this a group that differs in the last bit only has advantages of size 1, made of nothing else.
+    """
+    grouped = rewards.view(-1, group)
+    apart = grouped - grouped[:, :1]  # equal rewards become exact zeros; their mean would be rounded
+    tolerance = ROUNDING * torch.finfo(rewards.dtype).eps * grouped.abs().amax(1, keepdim=True)
+    return torch.where(apart.abs().amax(1, keepdim=True) <= tolerance, torch.zeros_like(apart), apart)
+
+
+def divided(centred: Tensor, scale: Tensor) -> Tensor:
+    """centred / scale with a floor in proportion to the scale; 0 where the scale is 0."""
+    floored = scale + (1e-4 * scale).clamp_max(FLOOR)
+    return torch.where(floored > 0, centred / torch.where(floored > 0, floored, torch.ones_like(floored)), 0.0)
+
+
+def standard_scores(rewards: Tensor, group: int, *, baseline: str = "group", unbiased: bool = False) -> Tensor:
+    """(R - mean R) / std R, (B * group,). The mean is the group's; the standard deviation is the group's or, with
+    baseline "batch", that of all rewards. unbiased: divide by n - 1."""
+    apart = differences(rewards, group)
+    centred = apart - apart.mean(1, keepdim=True)
+    scale = apart.std(1, correction=int(unbiased), keepdim=True)
+    if baseline == "batch":
+        scale = rewards.std(correction=int(unbiased))
+    return divided(centred, scale).flatten()
+
+
+def win_rate(rewards: Tensor, group: int) -> Tensor:
+    """The share of the group's other images that an image beats, a tie counting half: in [0, 1] (Pref-GRPO, arXiv
+    2508.20751). It does not change under any increasing map of the reward."""
+    apart = differences(rewards, group)
+    wins = torch.sign(apart[:, :, None] - apart[:, None, :]).sum(2)  # wins minus losses against the others
+    return ((wins / (group - 1) + 1) / 2).flatten()
+
+
+def decoupled(parts: Mapping[str, tuple[float, Tensor]], group: int, *, unbiased: bool = False) -> Tensor:
+    """GDPO (arXiv 2601.05242): the weighted sum of each reward's own standard scores in its group, then divided by the
+    standard deviation of these sums over the batch. `parts` is {name: (weight, rewards)}.
+
+    A reward with a small spread so counts as much as its weight says, where a sum of rewards would drown it.
+    """
+    if not parts:
+        raise InputError("decoupled got no rewards; expected {'name': (weight, rewards)} with at least one entry")
+    total = sum(weight * standard_scores(rewards, group, unbiased=unbiased) for weight, rewards in parts.values())
+    return divided(total, total.std(correction=int(unbiased)))
