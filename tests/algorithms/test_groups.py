@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from counted import D
+from support.gaussian import D
 
 from palate.algorithms import ddpo, flow_grpo, nft
 from palate.algorithms.ddpo import DDPO, DDPOSettings

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from counted import VP, C, Counted, D, linear, model_of
+from support.gaussian import VP, C, Counted, D, linear, model_of
 
 from palate.algorithms.ddpo import DDPOSettings
 from palate.algorithms.dpo import DPOSettings
