@@ -69,7 +69,7 @@ def steering(run: Path, steps: int, to: str) -> None:
         for style in ("3d", "outline", "flat", "cartoon")
     ]
     swap = next(row["step"] for row in read_metrics(run) if row.get("event") == "steer")
-    svg = str(chart("Style share", shares, [Mark(swap, f"words swapped: +{to} -3d", "steer")], share=True))
+    svg = str(chart("Style share", shares, [Mark(swap, f"words swapped: +{to} -3d", "steer")], unit_range=True))
     svg = re.sub(r"<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', svg, count=1)
     IMAGES.mkdir(parents=True, exist_ok=True)
     (IMAGES / "steering.svg").write_text(svg.replace(">", ">" + STYLE, 1))

@@ -166,7 +166,7 @@ def plot(rows: list[dict], path: Path) -> None:
             now = [run[min(i, len(run) - 1)] for run in runs]
             points.append(tuple(float(np.mean([check[key] for check in now])) for key in ("forwards", "style")))
         curves.append(Line(method, points, method == "SRPO"))
-    svg = str(chart(f"Share of {STYLE}", curves, share=True)).replace(">step<", ">forwards<")
+    svg = str(chart(f"Share of {STYLE}", curves, unit_range=True)).replace(">step<", ">forwards<")
     svg = re.sub(r"<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', svg, count=1)
     path.write_text(svg.replace(">", ">" + CSS, 1))
     print(path)

@@ -214,7 +214,7 @@ def compare(
     key: Annotated[Path | None, typer.Option(help="With --score: the page's key, where it is not found.")] = None,
 ) -> None:
     """Two runs side by side on the same prompts and seeds; or a blind study of them, and its result."""
-    from palate import blind as study
+    from palate.report import study
 
     given = {"--blind": blind, "--score": bool(score)}
     needs = {

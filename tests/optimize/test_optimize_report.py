@@ -11,6 +11,7 @@ import yaml
 
 from palate import recipe, report, runs
 from palate.optimize import from_recipe
+from palate.report import blackbox
 from palate.rewards.simple import jpeg_size
 
 
@@ -66,13 +67,13 @@ def test_a_judge_that_was_the_oracle_is_no_independent_check(folder, tmp_path):
 def test_the_report_shows_what_was_asked(folder):
     page = report.write_report(folder).read_text("utf-8")
     assert "12 of 12: 12 answered, 0 failed" in page and "palate optimize " in page and "jpeg-size" in page
-    asked = report.read_questions(folder)
+    asked = report.read_queries(folder)
     assert [row["query"] for row in asked] == list(range(12)) and {row["round"] for row in asked} == {1, 2}
     best = max((row for row in asked if row["round"] == 2), key=lambda row: row["score"])
-    assert report.question_grid(folder, asked)["rows"][1]["cells"][0]["src"] == report.picture(folder / best["file"])
+    assert blackbox.query_grid(folder, asked)["rows"][1]["cells"][0]["src"] == report.picture(folder / best["file"])
     steps = [row["step"] for row in report.read_rounds(folder) if row.get("event") == "step"]
     assert steps == [1, 2]  # one update in each round, one after the other
-    curve = report._true_scores(folder, asked, recipe.as_tree(recipe.read(str(folder / "recipe.yaml"))))
+    curve = blackbox.noiseless_scores(folder, asked, recipe.as_tree(recipe.read(str(folder / "recipe.yaml"))))
     noise = torch.tensor([row["score"] for row in asked]) - torch.tensor(curve)
     assert 0.1 < float(noise.std()) < 0.6
     images, _, _, _ = runs_answers(folder)
@@ -95,11 +96,11 @@ def test_curves_over_questions(tmp_path):
         del asked[k]["score"]
         asked[k]["failed"] = "no"
     plain = {"optimize": {"oracle": {"function": "mine:score"}, "budget": 100, "surrogate": "ucb"}}
-    (title, what, svg), *_ = report.question_curves(tmp_path, asked, plain)
-    assert title == "The oracle's answers" and "means of 2" in what and "best so far" in svg
+    (title, what, svg), *_ = blackbox.query_curves(tmp_path, asked, plain)
+    assert title == "Scores of the queries" and "means of 2" in what and "best so far" in svg
     assert "without noise" not in svg  # a question to one's own oracle would be a further one
-    facts = dict(report.question_summary(tmp_path, asked, plain))
-    assert facts == {"Oracle": "function mine:score", "Questions": "82 of 100: 80 answered, 2 failed"}
+    facts = dict(blackbox.query_summary(tmp_path, asked, plain))
+    assert facts == {"Objective": "function mine:score", "Queries": "82 of 100: 80 answered, 2 failed"}
 
 
 def test_an_oracle_of_ones_own_is_not_asked_again(folder, tmp_path):
@@ -111,7 +112,7 @@ def test_an_oracle_of_ones_own_is_not_asked_again(folder, tmp_path):
     shutil.copy(folder / "recipe.yaml", tmp_path / "recipe.yaml")
     with pytest.raises(ValueError, match="no trained round yet"):
         runs.trained_model(tmp_path)
-    assert "Questions" in report.write_report(tmp_path).read_text("utf-8")
+    assert "Queries" in report.write_report(tmp_path).read_text("utf-8")
 
 
 def test_a_hostile_log_reads_nothing_outside(folder, tmp_path):

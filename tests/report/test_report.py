@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import io
 import json
 import math
 import re
@@ -11,7 +14,9 @@ from support.pages import HOSTILE, Page, fake_run
 
 from palate import report
 from palate import runs as folders
-from palate.report import Line, Mark
+from palate.report import Line, Mark, tables
+from palate.report.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, separate_labels, ticks
+from palate.report.html import number, signed
 
 
 @pytest.fixture(scope="module")
@@ -20,29 +25,72 @@ def runs(tmp_path_factory):
     return fake_run(root / "a"), fake_run(root / "b", lift=0.5)
 
 
+def policy_of(text: str) -> dict[str, str]:
+    """The content security policy of a page, by directive."""
+    content = re.search(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text).group(1)
+    return dict(part.strip().split(" ", 1) for part in content.split(";"))
+
+
+def digest(text: str) -> str:
+    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
+
+
 def test_the_report_shows_what_the_run_says(runs):
     path = report.write_report(runs[0])
     text = path.read_text(encoding="utf-8")
     page = Page(text)
     assert path == runs[0] / "report.html" and page.text.count("seed 0") >= 4
     evaluation = json.loads((runs[0] / "evaluation.json").read_text())
-    assert evaluation["verdict"]["text"] in page.text
-    assert page.tags.count("img") == 4 * 5 + 16  # prompts x previews, then 4 worst and 4 best pairs
+    assert report.sentence(evaluation) in page.text
+    assert "Asked for 3d, away from flat and outline: " in page.text
+    # four pairs that open the page, prompts x previews, typical, best and worst pairs; two for the enlarged picture
+    assert page.tags.count("img") == 4 * 2 + 4 * 5 + 3 * 4 * 2 + 2
     assert page.text.count("optimised") >= 2 and "held out" in page.text
     assert "+outline −3d" in page.text and "rollback: concept fell by 0.06" in page.text
-    row = re.search(r"emoji-heldout.*?</tr>", text, re.S).group()
-    assert report._number(evaluation["metrics"]["reward/emoji-heldout"]["base"]) in row
+    row = re.search(r"<bdi>emoji-heldout</bdi>.*?</tr>", text, re.S).group()
+    assert number(evaluation["metrics"]["reward/emoji-heldout"]["base"]) in row
     assert report.write_report(runs[0]).read_text(encoding="utf-8") == text  # deterministic
 
 
-def test_the_page_loads_and_runs_nothing(runs):
-    text = report.write_report(runs[0]).read_text(encoding="utf-8")
-    page = Page(text)
-    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in text
-    assert not {"script", "link", "iframe", "object", "embed", "form"} & set(page.tags)
-    assert page.handlers == [] and all(source.startswith("data:image/png;base64,") for source in page.sources)
-    assert "@import" not in text and "url(" not in text
-    assert len(page.alts) == page.tags.count("img") and all(page.alts)
+def test_the_page_loads_nothing_and_runs_its_own_script_alone(runs):
+    found = evaluated(*runs)
+    for path in (report.write_report(runs[0]), report.write_evaluation(runs, found)):
+        text = path.read_text(encoding="utf-8")
+        page, policy = Page(text), policy_of(text)
+        (script,) = re.findall(r"<script>(.*?)</script>", text, re.S)
+        (style,) = re.findall(r"<style>(.*?)</style>", text, re.S)
+        assert policy == {
+            "default-src": "'none'",
+            "img-src": "data:",
+            "style-src": digest(style),
+            "script-src": digest(script),
+            "base-uri": "'none'",
+            "form-action": "'none'",
+        }
+        assert not {"link", "iframe", "object", "embed", "form"} & set(page.tags) and page.tags.count("script") == 1
+        assert page.handlers == [] and " style=" not in text
+        assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+        assert "@import" not in text and "url(" not in text and "http" not in script
+        assert len(page.alts) == page.tags.count("img") and all(page.alts[:-2])  # the enlarged picture is filled later
+
+
+def test_columns_after_steering_say_under_which_words_they_were_made(runs):
+    page = report.write_report(runs[0]).read_text(encoding="utf-8")
+    head = re.search(r'<table class="pictures course">\n<thead>(.*?)</thead>', page, re.S).group(1)
+    columns = re.findall(r"step (\d+)(?:<span class=\"words\"><bdi>(.*?)</bdi>)?", head)
+    first, second = "+3d −flat, outline", "+outline −3d"
+    assert columns == [("0", ""), ("10", first), ("20", second), ("30", second), ("40", second)]
+    assert f"{first} → step 20: {second}" in page
+
+
+def test_hostile_pictures_of_any_size_are_embedded_whole(tmp_path):
+    sketch(0, 0.0, 96).save(tmp_path / "small.png")
+    sketch(0, 0.0, 1000).save(tmp_path / "large.png")
+    small, large = (report.picture(tmp_path / name) for name in ("small.png", "large.png"))
+    decoded = Image.open(io.BytesIO(base64.b64decode(small.split(",")[1])))
+    assert small.startswith("data:image/png") and decoded.tobytes() == sketch(0, 0.0, 96).tobytes()
+    assert large.startswith("data:image/jpeg")
+    assert Image.open(io.BytesIO(base64.b64decode(large.split(",")[1]))).size == (512, 512)
 
 
 def test_hostile_words_are_shown_and_inert(tmp_path):
@@ -70,7 +118,7 @@ def test_hostile_words_are_shown_and_inert(tmp_path):
     for path in (report.write_report(folder), report.write_report(folder, compare=(folder,))):
         text = path.read_text(encoding="utf-8")
         page = Page(text)
-        assert "script" not in page.tags and page.handlers == []
+        assert page.tags.count("script") == 1 and page.handlers == []
         assert all(source.startswith("data:") for source in page.sources)
         assert "{{ 7*7 }}" in page.text and "49" not in re.sub(r"\d*\.\d+", "", page.text).split()
         assert "<script>alert(1)</script>" in page.text  # as text
@@ -80,7 +128,9 @@ def test_hostile_words_are_shown_and_inert(tmp_path):
 def test_comparison_needs_the_same_prompts_and_seeds(runs, tmp_path):
     path = report.write_report(runs[0], compare=(runs[1],))
     page = Page(path.read_text(encoding="utf-8"))
-    assert path == runs[0] / "compare.html" and page.tags.count("img") == 4 * 3  # base, a, b
+    assert (
+        path == runs[0] / "compare.html" and page.tags.count("img") == 4 * 3 + 2 * 8 + 2
+    )  # base, a, b; the pairs of each; the enlarged
     with pytest.raises(
         ValueError, match=r"cannot be paired: prompt of row 0 is 'an apple on a blue background'.*'a cat'"
     ):
@@ -106,32 +156,29 @@ def test_the_evaluation_of_several_runs_is_one_page(runs):
     )
     assert json.loads((runs[0] / "evaluations.json").read_text()) == found
     for name, evaluation in found["runs"].items():
-        assert evaluation["verdict"]["text"] in page.text and name in page.text
+        assert report.sentence(evaluation) in page.text and name in page.text
         change = evaluation["metrics"]["reward/emoji-heldout"]["change"]
-        assert (
-            report._signed(change) in re.search(r'<th scope="row"><bdi>emoji-heldout</bdi>.*?</tr>', text, re.S).group()
-        )
+        assert signed(change) in re.search(r'<th scope="row"><bdi>emoji-heldout</bdi>.*?</tr>', text, re.S).group()
     for part in (
         "Run against run",
         "colour cast",
-        "duplicate images",
+        "cross-prompt duplicates",
         "feature distance",
         "Vendi score",
         "Worst",
         "Best",
     ):
         assert part in page.text
-    assert page.tags.count("img") == 2 * 16  # four worst and four best pairs a run
-    assert not {"script", "link", "iframe", "form"} & set(page.tags) and page.handlers == []
-    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    # per run four pairs at the top and typical, best and worst ones; a card per prompt; the enlarged picture
+    assert page.tags.count("img") == 2 * (8 + 3 * 8) + 4 * 3 + 2
     one = report.write_evaluation(runs[:1], evaluated(runs[0]), runs[0] / "other" / "one.html")
     assert "Run against run" not in one.read_text(encoding="utf-8") and not one.with_suffix(".json").exists()
 
 
-def test_prompts_are_sorted_by_change_in_the_style_sheet_alone(runs):
+def test_prompts_are_sorted_by_change(runs):
     evaluations = list(evaluated(*runs)["runs"].values())
-    table = report.prompt_table(evaluations)
-    heads = ["optimised", "held out", "object right"]
+    table = tables.prompt_table(evaluations)
+    heads = ["optimised", "held out", "right object"]
     assert table["heads"] == [(i, name) for i in (0, 1) for name in heads]
 
     def of(p, key, e=evaluations[1]):
@@ -141,33 +188,25 @@ def test_prompts_are_sorted_by_change_in_the_style_sheet_alone(runs):
         values = of(row["prompt"], "reward/emoji-heldout")
         assert row["changes"][4] == pytest.approx(sum(values) / len(values))
     changes = [row["changes"][4] for row in table["rows"]]
-    assert [changes[i] for i in sorted(range(4), key=lambda i: table["rows"][i]["up"][4])] == sorted(changes)
-    assert [changes[i] for i in sorted(range(4), key=lambda i: table["rows"][i]["down"][4])] == sorted(
-        changes, reverse=True
-    )
-    assert report._places([0.2, None, -1.0, 0.2]) == [1, 3, 0, 2] and report._places([0.2, None, -1.0], True) == [
-        0,
-        2,
-        1,
-    ]
+    ordered = sorted(range(4), key=lambda i: table["rows"][i]["ranks"][4])
+    assert [changes[i] for i in ordered] == sorted(changes, reverse=True)
+    assert tables.sort_ranks([0.2, None, -1.0, 0.2]) == [0, 3, 2, 1]
     text = report.write_evaluation(runs, evaluated(*runs)).read_text(encoding="utf-8")
-    assert (
-        "#down4:checked ~ .list .row { order: var(--down4); }" in text
-        and f"--down4:{table['rows'][0]['down'][4]};" in text
-    )
-    assert text.count('type="radio"') == 1 + 2 * 6 and 'label for="up5"' in text
+    cards = re.findall(r'<figure data-changes="([^"]*)">', text)
+    first = [float(card.split()[0]) for card in cards]
+    assert first == sorted(first, reverse=True) and text.count("<option") == 2 * 6
 
 
 def test_other_words_get_rows_of_their_own(runs):
     found = evaluated(*runs)
 
     def names():
-        return [row["name"] for table in report.metric_tables(found["runs"]) for row in table["rows"]]
+        return [row["name"] for table in tables.metric_tables(found["runs"]) for row in table["rows"]]
 
     assert names().count("emoji-relative") == 1
     found["runs"]["b"]["words"] = {"positive": ["outline"], "negative": []}
     assert {"emoji-relative (+3d −flat, outline)", "emoji-relative (+outline)"} <= set(names())
-    rows = {row["name"]: row for table in report.metric_tables(found["runs"]) for row in table["rows"]}
+    rows = {row["name"]: row for table in tables.metric_tables(found["runs"]) for row in table["rows"]}
     assert rows["emoji-relative (+outline)"]["cells"][0] is None and rows["emoji"]["cells"][1]["tag"] == "optimised"
 
 
@@ -179,7 +218,7 @@ def test_hostile_words_are_inert_on_the_page_of_an_evaluation(tmp_path):
     found["runs"]["a"]["metrics"][f"reward/{HOSTILE}"] = found["runs"]["a"]["metrics"]["reward/emoji"]
     text = report.write_evaluation([folder], found).read_text(encoding="utf-8")
     page = Page(text)
-    assert "script" not in page.tags and page.handlers == [] and all(s.startswith("data:") for s in page.sources)
+    assert page.tags.count("script") == 1 and page.handlers == [] and all(s.startswith("data:") for s in page.sources)
     assert "<script>alert(1)</script>" in page.text and "{{ 7*7 }}" in page.text and "Left out" in page.text
     assert not {"\x00", "\x1b", "\u202e"} & set(text)
 
@@ -190,7 +229,7 @@ def test_a_run_that_has_only_begun_is_reported_and_a_broken_one_is_refused(tmp_p
     (tmp_path / "metrics.jsonl").write_text(
         '{"event": "step", "step": 1, "reward": 0.5}\n{"event": "st'
     )  # killed while writing
-    assert "Optimised reward" in report.write_report(tmp_path).read_text(encoding="utf-8")
+    assert "The objective" in report.write_report(tmp_path).read_text(encoding="utf-8")
     with pytest.raises(ValueError, match=r"recipe.yaml is missing"):
         report.write_report(tmp_path / "nowhere")
     folder = fake_run(tmp_path / "run")
@@ -201,20 +240,22 @@ def test_a_run_that_has_only_begun_is_reported_and_a_broken_one_is_refused(tmp_p
 
 def test_a_chart_places_values_where_they_belong():
     svg = str(
-        report.chart("t", [Line("up", [(0, 0.0), (10, 0.5), (20, 1.0)], True)], [Mark(10, "now", "steer")], share=True)
+        report.chart(
+            "t", [Line("up", [(0, 0.0), (10, 0.5), (20, 1.0)], True)], [Mark(10, "now", "steer")], unit_range=True
+        )
     )
     points = [tuple(map(float, p.split(","))) for p in re.search(r'points="([^"]+)"', svg).group(1).split()]
-    right, bottom = report.WIDTH - report.RIGHT, report.HEIGHT - report.BOTTOM
-    assert points[0] == (report.LEFT, bottom) and points[2] == (right, report.TOP)
-    assert points[1] == ((report.LEFT + right) / 2, (bottom + report.TOP) / 2)
+    right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
+    assert points[0] == (LEFT, bottom) and points[2] == (right, TOP)
+    assert points[1] == ((LEFT + right) / 2, (bottom + TOP) / 2)
     assert f'class="mark steer" x1="{points[1][0]}"' in svg and 'aria-label="t: up from 0 to 1; step 10: now"' in svg
     assert report.chart("t", [Line("none", [(0, math.nan)])]) == ""
 
 
 def test_ticks_are_round_and_labels_keep_apart():
-    assert report.ticks(0, 1) == [0, 0.5, 1] and report.ticks(0, 40, 5) == [0, 10, 20, 30, 40]
-    assert report.ticks(-0.13, 0.31) == [0, 0.2]
-    places = report._apart([50, 51, 20, 52, 240], 14, 0, 240)
+    assert ticks(0, 1) == [0, 0.5, 1] and ticks(0, 40, 5) == [0, 10, 20, 30, 40]
+    assert ticks(-0.13, 0.31) == [0, 0.2]
+    places = separate_labels([50, 51, 20, 52, 240], 14, 0, 240)
     assert (
         all(b - a >= 14 for a, b in zip(sorted(places), sorted(places)[1:], strict=False))
         and places[4] == 240

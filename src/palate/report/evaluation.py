@@ -1,0 +1,98 @@
+"""`palate evaluate`: the page of one or more evaluations, the pictures first and every number after."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from palate.evaluate import to_json
+from palate.report.html import render, write_page
+from palate.report.pictures import clearest_pairs, picture, ranked_pairs
+from palate.report.story import gauges, sentence, wanted_styles
+from palate.report.tables import between_table, drift_rows, headline_keys, metric_tables, prompt_table
+from palate.report.words import spell
+from palate.runs import read_index, run_names
+
+CARDS, CARD_PIXELS = 120, 192  # prompts shown with pictures, and the size at which they are embedded
+
+
+def write_evaluation(run_folders: Sequence[str | Path], found: dict[str, Any], path: str | Path | None = None) -> Path:
+    """One page of what `runs.evaluate_runs` found, with the pictures that lie in the run folders; returns its path
+    (None = evaluation.html in the first run). Of several runs the numbers are written too: beside a given path as
+    .json, else evaluations.json in the first run. InputError names a picture that cannot be read."""
+    runs = [Path(folder) for folder in run_folders]
+    evaluations = list(found["runs"].values())
+    styles = wanted_styles(evaluations[0])
+    headline = headline_keys(evaluations[0], styles)
+    tables = metric_tables(found["runs"])
+    rows = [row for table in tables for row in table["rows"]]
+    text = render(
+        "evaluation.html",
+        title=" · ".join(found["runs"]),
+        runs=[judged_run(run, name, found["runs"][name]) for run, name in zip(runs, run_names(runs), strict=True)],
+        prompts=evaluations[0]["prompts"],
+        seeds=evaluations[0]["seeds"],
+        headline=sorted((row for row in rows if row["key"] in headline), key=lambda row: headline.index(row["key"])),
+        num_metrics=len(rows),
+        tables=tables,
+        between=between_table(found),
+        drift=drift_rows(evaluations),
+        cards=prompt_cards(runs, evaluations),
+        command="palate evaluate " + " ".join(shlex.quote(str(run)) for run in runs) + " --stored",
+    )
+    page = runs[0] / "evaluation.html" if path is None else Path(path)
+    write_page(page, text)
+    if len(runs) > 1:
+        write_page(runs[0] / "evaluations.json" if path is None else page.with_suffix(".json"), to_json(found))
+    return page
+
+
+def judged_run(run: Path, name: str, evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The story of one run: sentence, gauges, pictures, warnings, facts."""
+    how = read_index(run / "evaluation" / "result")[0]
+    words = evaluation.get("words") or {}
+    facts = [
+        ("Optimised", ", ".join(evaluation.get("optimised") or ["nothing"])),
+        ("Held out", evaluation.get("heldout")),
+        ("Words", spell(words) if words.get("positive") or words.get("negative") else None),
+        ("Sampling", f"{how.get('steps')} steps, guidance {how.get('guidance')}"),
+    ]
+    return {
+        "name": name,
+        "lede": sentence(evaluation),
+        "gauges": gauges(evaluation),
+        "pairs": clearest_pairs(run, evaluation, wanted_styles(evaluation)),
+        "summary": [(key, value) for key, value in facts if value],
+        "verdict": evaluation["verdict"],
+        "failed": evaluation["failed"],
+        "ranked": ranked_pairs(run, evaluation),
+    }
+
+
+def prompt_cards(runs: Sequence[Path], evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A card per prompt, the largest change first: the base's picture of the first seed beside each run's, and the mean
+    changes. {"heads": [name], "cards", "num_hidden"}: of more than CARDS prompts those in the middle are left out."""
+    table = prompt_table(evaluations)
+    several = len(evaluations) > 1
+    heads = [f"{runs[run].resolve().name}: {name}" if several else name for run, name in table["heads"]]
+    files: dict[str, str] = {}
+    for row in evaluations[0]["rows"]:
+        if "file" in row:
+            files.setdefault(row["prompt"], Path(row["file"]).name)
+    rows = sorted(table["rows"], key=lambda row: row["ranks"][0] if row["ranks"] else 0)
+    half = CARDS // 2
+    shown = rows if len(rows) <= CARDS else rows[:half] + rows[-half:]
+    cards = []
+    for row in shown:
+        pictures = []
+        if (file := files.get(row["prompt"])) and (runs[0] / "evaluation/base" / file).is_file():
+            sides = [("before", runs[0] / "evaluation/base")]
+            sides += [((run.resolve().name if several else "after"), run / "evaluation/result") for run in runs]
+            pictures = [
+                {"src": picture(folder / file, CARD_PIXELS), "alt": f"{row['prompt']}, {name}"}
+                for name, folder in sides
+            ]
+        cards.append({**row, "pictures": pictures})
+    return {"heads": heads, "cards": cards, "num_hidden": len(rows) - len(shown)}

@@ -1,0 +1,116 @@
+"""`palate report`: one self-contained page per run, or several runs side by side."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from palate.report.blackbox import query_curves, query_grid, query_summary, read_queries, read_rounds
+from palate.report.curves import curves, event_marks, read_json
+from palate.report.html import flatten, render, write_page
+from palate.report.pictures import clearest_pairs, compare_grid, grid, preview_pairs, ranked_pairs
+from palate.report.story import gauges, sentence, wanted_styles
+from palate.report.tables import DRIFT, compare_table, headline_keys, metric_rows
+from palate.report.words import WordChange, history, spell, word_changes
+from palate.runs import check_same, read_recipe
+
+
+def write_report(run_folder: str | Path, *, compare: Sequence[str | Path] = ()) -> Path:
+    """Write report.html into the run folder, or with other runs in `compare`, compare.html; return its path.
+
+    Raises InputError when a folder is not a run, a picture cannot be read, or compared runs differ in prompts or seeds.
+    """
+    runs = [Path(run_folder), *map(Path, compare)]
+    pages = [run_page(run) for run in runs]
+    title = " · ".join(page["name"] for page in pages)
+    if not compare:
+        return write_page(runs[0] / "report.html", render("report.html", title=title, run=pages[0]))
+    evaluations = [page["evaluation"] for page in pages]
+    for run, evaluation in zip(runs, evaluations, strict=True):
+        if evaluation and evaluations[0]:
+            check_same(evaluations[0]["rows"], evaluation["rows"], f"the evaluations of {runs[0]}", str(run))
+    text = render(
+        "compare.html",
+        title=title,
+        pages=pages,
+        grid=compare_grid(runs, [page["words"] for page in pages]),
+        table=compare_table(evaluations),
+    )
+    return write_page(runs[0] / "compare.html", text)
+
+
+def run_page(run: Path) -> dict[str, Any]:
+    """Everything that the page of a run shows, as plain values for the template."""
+    recipe, rows, evaluation = read_recipe(run), read_rounds(run), read_json(run / "evaluation.json")
+    queries = read_queries(run) if recipe.get("optimize") else []
+    changes = word_changes(recipe, rows)
+    drift = (evaluation or {}).get("drift") or {}
+    last = max((row["step"] for row in rows if isinstance(row.get("step"), int)), default=0)
+    styles = wanted_styles(evaluation) if evaluation else []
+    wanted = styles or [word for change in changes for word in change.positive]
+    table = metric_rows(evaluation) if evaluation else []
+    headline = headline_keys(evaluation, styles) if evaluation else []
+    return {
+        "name": run.resolve().name,
+        "words": spell(changes[-1]._asdict()) if changes else "",
+        "lede": sentence(evaluation) if evaluation else unjudged(recipe, changes, last),
+        "gauges": gauges(evaluation) if evaluation else [],
+        "summary": summary(recipe, changes) + (query_summary(run, queries, recipe) if recipe.get("optimize") else []),
+        "queries": query_grid(run, queries),
+        "last_step": last,
+        "evaluation": evaluation,
+        "verdict": (evaluation or {}).get("verdict") or {},
+        "pairs": clearest_pairs(run, evaluation, styles) if evaluation else preview_pairs(run),
+        "grid": grid(run, changes),
+        "charts": (query_curves(run, queries, recipe) if queries else []) + curves(rows, wanted),
+        "notes": [
+            f"step {mark.step}: {'words ' if mark.kind == 'steer' else 'guard '}{mark.text}"
+            for mark in event_marks(rows)
+        ],
+        "headline": sorted((row for row in table if row["key"] in headline), key=lambda r: headline.index(r["key"])),
+        "table": [row for row in table if row["key"] not in headline],
+        "drift": [(*DRIFT[key], drift[key]) for key in DRIFT if key in drift],
+        "ranked": ranked_pairs(run, evaluation) if evaluation else [],
+        "environment": flatten(read_json(run / "environment.json") or {}),
+        "recipe": flatten(recipe),
+        "command": command(run, recipe),
+    }
+
+
+def unjudged(recipe: dict[str, Any], changes: Sequence[WordChange], last_step: int) -> str:
+    """The first sentence for a run that palate evaluate has not seen yet."""
+    words = f" towards {history(changes)}" if changes else ""
+    steps = (recipe.get("trainer") or {}).get("steps")
+    progress = f"{last_step} of {steps} steps" if steps and recipe.get("optimize") is None else f"{last_step} steps"
+    return f"Trained for {progress}{words}. Not measured yet: palate evaluate does that."
+
+
+def summary(recipe: dict[str, Any], changes: Sequence[WordChange]) -> list[tuple[str, str]]:
+    """What was asked for, in a few (name, value) pairs."""
+
+    def get(section: str) -> dict[str, Any]:
+        return recipe.get(section) or {}
+
+    algorithm, reward, trainer = get("algorithm"), get("reward"), get("trainer")
+    weighted = ", ".join(f"{weight:g} × {name}" for name, weight in (reward.get("weights") or {}).items())
+    k = (reward.get("relative") or {}).get("k")
+    pairs = [
+        ("Algorithm", algorithm.get("name")),
+        ("Model", get("model").get("name")),
+        ("Reward", reward.get("name") or weighted),
+        ("Words", history(changes) + (f" k {k:g}" if k else "") if changes else None),
+        ("Steps", trainer.get("steps")),
+        ("Batch", trainer.get("batch_size")),
+        ("Learning rate", trainer.get("lr")),
+        ("Seed", trainer.get("seed")),
+    ]
+    return [(name, str(value)) for name, value in pairs if value not in (None, "")]
+
+
+def command(run_folder: Path, recipe: dict[str, Any]) -> str:
+    """The command that repeats the run, from its own recipe into a new folder."""
+    again = f"{(recipe.get('run') or {}).get('folder') or run_folder}-again"
+    verb = "train" if recipe.get("optimize") is None else "optimize"
+    return f"palate {verb} {shlex.quote(str(run_folder / 'recipe.yaml'))} {shlex.quote('run.folder=' + again)}"

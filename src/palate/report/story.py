@@ -1,0 +1,198 @@
+"""An evaluation in one sentence and three gauges: what was wanted, what was kept, what it cost.
+
+Limits and warnings are those of the verdict (`palate.evaluate`); here they only become words and colours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from palate.evaluate import CONCEPT_LIMIT, DIVERSITY_LIMIT
+from palate.models.vocabulary import vocabulary
+from palate.report.html import number
+from palate.report.tables import metric_name
+
+FEW = 50  # pictures below which a sentence counts them instead of saying "of 100"
+PORTIONS = ((0.1, "a tenth"), (0.2, "a fifth"), (0.25, "a quarter"), (1 / 3, "a third"), (0.4, "two fifths"),
+            (0.5, "half"), (2 / 3, "two thirds"), (0.75, "three quarters"), (0.9, "nine tenths"))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Gauge:
+    """One bar from 0 to 1 with the base's place and the limit; `state` is its colour: good, fair, bad or none."""
+
+    title: str
+    figure: str
+    state: str
+    word: str  # the state in a word, for those who do not see the colour
+    value: float
+    base: float | None
+    limit: float | None
+    text: str
+
+
+def wanted_styles(evaluation: dict[str, Any]) -> list[str]:
+    """The judge's styles that the run's positive words name, synonyms included; empty where it knows none of them."""
+    synonyms = vocabulary().synonyms
+    words = [str(word).lower() for word in (evaluation.get("words") or {}).get("positive") or ()]
+    asked = {synonyms.get(word, word) for word in words}
+    return [key[6:] for key in evaluation["metrics"] if key.startswith("style/") and key[6:].lower() in asked]
+
+
+def sentence(evaluation: dict[str, Any]) -> str:
+    """What was asked for, how much of it came, what is still right, and what it cost."""
+    metrics, styles = evaluation["metrics"], wanted_styles(evaluation)
+    parts = [_wanted_clause(evaluation, styles)]
+    if concept := metrics.get("concept"):
+        parts.append(f"{_count(evaluation, concept['value'], 'concept')} still show the right thing")
+    elif (heldout := f"reward/{evaluation.get('heldout')}") in metrics and (won := pairs_won(evaluation, heldout)):
+        parts.append(f"the held-out judge {evaluation['heldout']} prefers the new picture in {won}")
+    if cost := _variety(metrics.get("diversity")):
+        parts.append(cost)
+    return f"{asked_for(evaluation)}: {'; '.join(part for part in parts if part)}."
+
+
+def asked_for(evaluation: dict[str, Any]) -> str:
+    """ "Asked for 3d, away from flat and outline"; of a run without words, the reward that it optimised."""
+    words = evaluation.get("words") or {}
+    positive, negative = (_listed(words.get(side) or ()) for side in ("positive", "negative"))
+    if positive and negative:
+        return f"Asked for {positive}, away from {negative}"
+    if positive or negative:
+        return f"Asked for {positive}" if positive else f"Asked for less of {negative}"
+    optimised = evaluation.get("optimised") or []
+    return f"Asked for a higher {metric_name('reward/' + optimised[0])}" if optimised else "Base and result"
+
+
+def _wanted_clause(evaluation: dict[str, Any], styles: Sequence[str]) -> str:
+    metrics = evaluation["metrics"]
+    if styles:
+        now, before = (sum(metrics[f"style/{style}"].get(key) or 0.0 for style in styles) for key in ("value", "base"))
+        told = _count(evaluation, now, "style/")
+        return (
+            f"{told} pictures are {_listed(styles, 'or')} now, {_count(evaluation, before, 'style/').split()[0]} before"
+        )
+    key = f"reward/{(evaluation.get('optimised') or [None])[0]}"
+    won = pairs_won(evaluation, key)
+    return f"the optimised reward prefers the new picture in {won}" if won else ""
+
+
+def _count(evaluation: dict[str, Any], share: float, key: str) -> str:
+    """A fraction as "69 of 100", or of the pictures themselves where they are few."""
+    rows = evaluation.get("rows") or []
+    if key == "style/":
+        count = sum("style_named" not in row for row in rows)
+    else:
+        count = sum(row.get(key) is not None for row in rows)
+    total = count if 0 < count < FEW else 100
+    return f"{round(share * total)} of {total}"
+
+
+def pairs_won(evaluation: dict[str, Any], key: str) -> str | None:
+    """ "83 of 100 pairs": how often the picture after training has more of a measurement; ties are half."""
+    changes = [
+        row[key] - row["base"][key]
+        for row in evaluation.get("rows") or ()
+        if row.get(key) is not None and row.get("base", {}).get(key) is not None
+    ]
+    if not changes:
+        return None
+    share = sum(1.0 if change > 0 else 0.5 if change == 0 else 0.0 for change in changes) / len(changes)
+    total = len(changes) if len(changes) < FEW else 100
+    return f"{round(share * total)} of {total} pairs"
+
+
+def _variety(metric: dict[str, float] | None) -> str:
+    """ "a third of the variety went"; empty where it was not measured."""
+    if not metric or not metric.get("base"):
+        return ""
+    lost = 1 - metric["value"] / metric["base"]
+    if abs(lost) < 0.05 or (metric["change_low"] <= 0 <= metric["change_high"]):
+        return "the variety stayed"
+    if lost < 0:
+        return f"the variety grew by {-lost:.0%}".replace("%", " %")
+    return f"{min(PORTIONS, key=lambda portion: abs(portion[0] - lost))[1]} of the variety went"
+
+
+def _listed(words: Sequence[Any], last: str = "and") -> str:
+    told = [str(word) for word in words]
+    return told[0] if len(told) == 1 else f"{', '.join(told[:-1])} {last} {told[-1]}" if told else ""
+
+
+# --- gauges -----------------------------------------------------------------------------------------------------------
+
+
+def gauges(evaluation: dict[str, Any]) -> list[Gauge]:
+    """Wanted, kept and cost, as far as they were measured."""
+    found = [_wanted_gauge(evaluation), _kept_gauge(evaluation), _cost_gauge(evaluation["metrics"])]
+    return [gauge for gauge in found if gauge]
+
+
+def direction(metric: dict[str, float]) -> int:
+    """1 or -1 where the interval of the change excludes 0, else 0."""
+    return 1 if metric["change_low"] > 0 else -1 if metric["change_high"] < 0 else 0
+
+
+STATES = {1: ("good", "up"), 0: ("none", "unchanged"), -1: ("bad", "down")}
+
+
+def _wanted_gauge(evaluation: dict[str, Any]) -> Gauge | None:
+    metrics, styles = evaluation["metrics"], wanted_styles(evaluation)
+    optimised = (evaluation.get("optimised") or [None])[0]
+    objective = metrics.get(f"reward/{optimised}")
+    told = ""
+    if objective and "change" in objective:
+        told = f"objective {number(objective['base'])} → {number(objective['value'])}"
+    if styles and "change" in metrics[f"style/{styles[0]}"]:
+        metric = metrics[f"style/{styles[0]}"]
+        state, word = STATES[direction(metric)]
+        text = f"pictures in the wanted style, {metric['base']:.0%} before; {told}".rstrip("; ")
+        return Gauge("Wanted", f"{metric['value']:.0%}", state, word, metric["value"], metric["base"], None, text)
+    if objective is None or "change" not in objective:
+        return None
+    state, word = STATES[direction(objective)]
+    share = _win_share(evaluation, f"reward/{optimised}")
+    return Gauge("Wanted", f"{share:.0%}", state, word, share, 0.5, None, f"pairs that the objective prefers; {told}")
+
+
+def _win_share(evaluation: dict[str, Any], key: str) -> float:
+    changes = [row[key] - row["base"][key] for row in evaluation.get("rows") or ()
+               if row.get(key) is not None and row.get("base", {}).get(key) is not None]  # fmt: skip
+    return sum((c > 0) + 0.5 * (c == 0) for c in changes) / len(changes) if changes else 0.5
+
+
+def _kept_gauge(evaluation: dict[str, Any]) -> Gauge | None:
+    metrics = evaluation["metrics"]
+    if (concept := metrics.get("concept")) and "change" in concept:
+        limit = concept["base"] - CONCEPT_LIMIT
+        past, sure = concept["value"] < limit, concept["change_high"] < 0
+        state, word = ("bad", "fell") if past and sure else ("fair", "perhaps fell") if past else ("good", "kept")
+        text = f"pictures of the right thing, {concept['base']:.0%} before; limit {limit:.0%}"
+        return Gauge("Kept", f"{concept['value']:.0%}", state, word, concept["value"], concept["base"], limit, text)
+    key = f"reward/{evaluation.get('heldout')}"
+    if key not in metrics or "change" not in metrics[key]:
+        return None
+    state, word = {1: ("good", "up"), 0: ("good", "kept"), -1: ("bad", "fell")}[direction(metrics[key])]
+    share, held = _win_share(evaluation, key), metrics[key]
+    text = f"pairs that the held-out {evaluation['heldout']} prefers; {number(held['base'])} → {number(held['value'])}"
+    return Gauge("Kept", f"{share:.0%}", state, word, share, 0.5, None, text)
+
+
+def _cost_gauge(metrics: dict[str, dict[str, float]]) -> Gauge | None:
+    metric = metrics.get("diversity")
+    if not metric or not metric.get("base"):
+        return None
+    ratio, inside = metric["value"] / metric["base"], metrics.get("diversity_same_style")
+    same = inside["value"] / inside["base"] if inside and inside.get("base") else None
+    text = f"of the base model's variety per prompt is left; limit {DIVERSITY_LIMIT:.0%}"
+    if same is not None:
+        text += f"; within one style {same:.0%}"
+    if ratio >= DIVERSITY_LIMIT or metric["change_high"] >= 0:
+        state, word = "good", "small"
+    elif same is not None and same >= DIVERSITY_LIMIT:
+        state, word = "fair", "fewer styles are mixed"
+    else:
+        state, word = "bad", "high"
+    return Gauge("Cost", f"{ratio:.0%}", state, word, min(ratio, 1.0), 1.0, DIVERSITY_LIMIT, text)

@@ -1,0 +1,213 @@
+"""A blind study: people choose between two runs' pictures without knowing whose they are; from it, the win rate.
+
+The page holds everything it needs and sends nothing: choices are downloaded from it as JSONL. Which run is on which
+side is in the key alone; sides and order come from a secret seed, and pictures are encoded anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+from palate.report.html import render
+from palate.report.pictures import picture
+from palate.runs import check_same, read_index, run_names
+from palate.runtime.errors import InputError
+
+CHOICES = ("left", "right", "tie")
+
+
+def write_study(
+    run_a: str | Path, run_b: str | Path, *, page: str | Path | None = None, count: int = 40, seed: int | None = None
+) -> tuple[Path, Path]:
+    """Write the page (None = compare-blind.html in run_a) and beside it its key, *-key.json; return both paths.
+
+    Shown are the images of the last evaluation when both runs have one, else their last previews: at most `count`
+    pairs, drawn at random. `seed` fixes the draw; None = a secret one. ValueError when the runs differ in prompts or
+    seeds, a picture cannot be read, or a key is there already, without which its page's choices could not be read.
+    """
+    runs = {"a": Path(run_a), "b": Path(run_b)}
+    names = run_names(list(runs.values()))
+    page = runs["a"] / "compare-blind.html" if page is None else Path(page)
+    key_path = page.with_name(f"{page.stem}-key.json")
+    if key_path.exists():
+        raise InputError(
+            f"{key_path} is there already and reads the choices of its page; move both, or name another page with --out"
+        )
+    folders = _folders(runs)
+    rows = {side: read_index(folder) for side, folder in folders.items()}
+    check_same(rows["a"], rows["b"], *names)
+    seed = secrets.randbits(128) if seed is None else seed
+    order = sorted(range(len(rows["a"])), key=lambda i: _draw(seed, "order", i))[:count]
+    pairs, shown = [], []
+    for number, i in enumerate(order):
+        left, right = ("a", "b") if _draw(seed, "side", i)[0] % 2 else ("b", "a")
+        row = rows["a"][i]
+        pairs.append({"pair": number, "left": left, "prompt": row["prompt"], "seed": row["seed"], "files": {
+            side: rows[side][i]["file"] for side in folders}})  # fmt: skip
+        shown.append({"prompt": row["prompt"], "left": picture(folders[left] / rows[left][i]["file"]),
+                      "right": picture(folders[right] / rows[right][i]["file"])})  # fmt: skip
+    study = _draw(seed, "study", 0).hex()[:16]
+    text = render("study.html", styles=("style.css", "study.css"), script="study.js", title="Which is better?",
+                  study=study, pairs=shown)  # fmt: skip
+    key = {"study": study, "seed": seed, "runs": dict(zip("ab", names, strict=True)), "pairs": pairs,
+           "folders": {side: str(folder) for side, folder in folders.items()}}  # fmt: skip
+    page.parent.mkdir(parents=True, exist_ok=True)
+    key_path.write_text(json.dumps(key, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    page.write_text(text, encoding="utf-8")
+    return page, key_path
+
+
+def _folders(runs: dict[str, Path]) -> dict[str, Path]:
+    judged = {side: run / "evaluation" / "result" for side, run in runs.items()}
+    if all((folder / "index.jsonl").is_file() for folder in judged.values()):
+        return judged
+    previews = {}
+    for side, run in runs.items():
+        found = sorted(p for p in (run / "samples").glob("step-*") if (p / "index.jsonl").is_file())
+        if not found:
+            raise InputError(
+                f"{run} has no pictures that {runs['b' if side == 'a' else 'a']} has too; run palate evaluate on both"
+            )
+        previews[side] = found[-1]
+    return previews
+
+
+def _draw(seed: int, purpose: str, i: int) -> bytes:
+    return hashlib.blake2b(f"{seed}|{purpose}|{i}".encode(), digest_size=16).digest()
+
+
+# --- the result -----------------------------------------------------------------------------------------------------
+
+
+def read_choices(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """The rows of one or more downloaded files, {"study", "session", "pair", "choice"}; a row that comes twice counts
+    once. ValueError names the file and line of a row that is not a choice, or that contradicts an earlier one."""
+    seen: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise InputError(f"{path} does not exist; expected the file that the page's download button saves")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            where = f"{path} line {number}"
+            try:
+                row = json.loads(line)
+                mark = (str(row["study"]), str(row["session"]), row["pair"])
+                good = row["choice"] in CHOICES and type(row["pair"]) is int
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise InputError(
+                    f'{where}: expected {{"study", "session", "pair", "choice"}}; got {line[:80]!r}'
+                ) from error
+            if not good:
+                raise InputError(
+                    f"{where}: choice must be one of {', '.join(CHOICES)} and pair a number; got {line[:80]!r}"
+                )
+            if mark in seen and seen[mark]["choice"] != row["choice"]:
+                raise InputError(
+                    f"{where}: pair {row['pair']} of session {mark[1]} was {seen[mark]['choice']!r} before and is "
+                    f"{row['choice']!r} here; give one file a session, the last one"
+                )
+            seen[mark] = row
+    if not seen:
+        raise InputError(f"{paths[0]} holds no choice; make some on the page and download them")
+    return list(seen.values())
+
+
+def find_key(
+    choices: Sequence[str | Path], key: str | Path | None = None, run: str | Path | None = None
+) -> dict[str, Any]:
+    """The key of the study that the first choice belongs to: `key`, or the *-key.json with its name among those beside
+    the choices, in `run` and in the folders of runs/. ValueError where there is none."""
+    study = read_choices(choices[:1])[0]["study"]
+    if key is not None:
+        return _read_key(Path(key))
+    places = [Path(choices[0]).parent, *([Path(run)] if run else []), *sorted(Path("runs").glob("*/"))]
+    for path in [path for place in places for path in sorted(place.glob("*-key.json"))]:
+        found = _read_key(path)
+        if found["study"] == study:
+            return found
+    raise InputError(
+        f"the key of study {str(study)[:40]!r} is not in {', '.join(map(str, places[:3]))}; name it with --key"
+    )
+
+
+def _read_key(path: Path) -> dict[str, Any]:
+    try:
+        key = json.loads(path.read_text(encoding="utf-8"))
+        _ = key["study"], key["runs"]["a"], key["runs"]["b"], [pair["left"] for pair in key["pairs"]]
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist; give the key that was written with the page") from error
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is not the key of a blind study; give the *-key.json that was written with the page"
+        ) from error
+    return key
+
+
+def wilson(successes: float, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval (1927) of a share successes / n, inside [0, 1] for any n > 0."""
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share, shrink = successes / n, 1 + z * z / n
+    middle = (share + z * z / (2 * n)) / shrink
+    half = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5 / shrink
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))  # whatever rounding does
+
+
+def score(choices: Sequence[dict[str, Any]], key: dict[str, Any]) -> dict[str, Any]:
+    """How often run a was preferred: {"wins": {"a", "b"}, "ties", "choices", "sessions", "win_rate", "low", "high"} and
+    the same among the choices that were not ties ("decided", None when all were).
+
+    A tie counts as half a win for each, with Wilson's 95 % interval over all choices, which is wide enough since a half
+    varies less than a win. Intervals take choices as independent; several people on few pairs are less so."""
+    wins, ties = {"a": 0, "b": 0}, 0
+    for row in choices:
+        if row["study"] != key["study"]:
+            raise InputError(
+                f"a choice is of study {str(row['study'])[:40]!r}, the key of {key['study']!r}; "
+                "score one study at a time"
+            )
+        if not 0 <= row["pair"] < len(key["pairs"]):
+            raise InputError(f"a choice is of pair {row['pair']}; this study has pairs 0 to {len(key['pairs']) - 1}")
+        left = key["pairs"][row["pair"]]["left"]
+        if row["choice"] == "tie":
+            ties += 1
+        else:
+            wins[left if row["choice"] == "left" else "ab".replace(left, "")] += 1
+    decided = wins["a"] + wins["b"]
+    return {
+        "runs": key["runs"],
+        "wins": wins,
+        "ties": ties,
+        "choices": len(choices),
+        "sessions": len({row["session"] for row in choices}),
+        **_rate(wins["a"] + ties / 2, len(choices)),
+        "decided": _rate(wins["a"], decided) if decided else None,
+    }
+
+
+def _rate(successes: float, n: int) -> dict[str, float]:
+    low, high = wilson(successes, n)
+    return {"win_rate": successes / n, "low": low, "high": high}
+
+
+def text_of(result: dict[str, Any]) -> str:
+    """The result in a few lines."""
+    a, b = result["runs"]["a"], result["runs"]["b"]
+    lead = a if result["low"] > 0.5 else b if result["high"] < 0.5 else None
+    lines = [
+        f"{a}: {result['wins']['a']} wins, {b}: {result['wins']['b']} wins, {result['ties']} ties "
+        f"({result['choices']} choices, {result['sessions']} sessions)",
+        f"win rate of {a}: {result['win_rate']:.3f}, 95 % interval {result['low']:.3f} to {result['high']:.3f} "
+        "(a tie is half a win)",
+    ]
+    if rate := result["decided"]:
+        lines.append(f"without ties: {rate['win_rate']:.3f}, {rate['low']:.3f} to {rate['high']:.3f}")
+    return "\n".join(
+        [*lines, f"{lead} is preferred" if lead else "no preference is shown: the interval holds one half"]
+    )
