@@ -22,8 +22,8 @@ CRISP = 128  # pixels up to which a picture is embedded without loss and scaled 
 def picture(path: Path, largest: int = LARGEST) -> str:
     """A data URI of at most `largest` pixels a side: PNG up to CRISP, JPEG above. InputError names a broken file."""
     try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
+        with Image.open(path) as stored:
+            image = stored.convert("RGB")
     except FileNotFoundError as error:
         raise InputError(f"image {path} is missing, though index.jsonl lists it; sample again") from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -94,7 +94,8 @@ def grid_rows(
 def compare_grid(runs: Sequence[Path], words: Sequence[str]) -> dict[str, Any]:
     """The base model and each run's last preview, on the same prompts and seeds; `words` stand over the runs' columns.
     InputError where prompts or seeds differ."""
-    columns, heads = [], []
+    columns: list[tuple[Path, list[dict[str, Any]]]] = []
+    heads: list[dict[str, str]] = []
     for run, told in zip(runs, words, strict=True):
         folders = preview_folders(run)
         if not folders:
@@ -132,6 +133,8 @@ def preference(evaluation: dict[str, Any]) -> str | None:
 
 def change(row: dict[str, Any], key: str | None) -> float | None:
     """A row's change of a measurement from the base's picture; None where one of the two is missing."""
+    if key is None:
+        return None
     now, before = row.get(key), row.get("base", {}).get(key)
     return None if now is None or before is None else now - before
 
