@@ -10,7 +10,8 @@ import math
 import re
 
 import pytest
-from support.pages import HOSTILE, Page, fake_run
+from PIL import Image
+from support.pages import HOSTILE, Page, fake_run, sketch
 
 from palate import report
 from palate import runs as folders
