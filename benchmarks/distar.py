@@ -34,13 +34,13 @@ from methods import PLAIN, Counted, Row, Watched, about, eval_like, made, measur
 from palate import recipe
 from palate.evaluate import (
     diversity,
-    embedded_referee,
+    embedded_panel,
+    evaluate_images,
     frechet_distance,
     generate,
-    matches,
+    label_correct,
     pairs,
     quantise,
-    referee_images,
 )
 from palate.sampling import sample
 from palate.train import train
@@ -71,14 +71,14 @@ def against_teacher(folder: str, count: int, repeats: int) -> dict:
     if found is None:
         raise ValueError(f"{folder} holds no generator.json; expected what palate export --format one-step writes")
     (student, sampler), teacher = load_one_step(found), EmojiModel.load(training="none")
-    referee, result = embedded_referee(), {}
-    referee.rewards.pop("jpeg_size")
+    panel, result = embedded_panel(), {}
+    panel.rewards.pop("jpeg_size")
     for name, prompts in (("plain", eval_like(count)), ("styled", recipe.read_prompts("emoji-styled")[:count])):
         theirs, again = (quantise(generate(teacher, prompts, (seed,))) for seed in (0, 1))
         ours = quantise(generate(student, prompts, (0,), sampler=sampler))
-        judged = referee_images(ours, *pairs(prompts, (0,)), referee=referee, base=theirs).summary
+        judged = evaluate_images(ours, *pairs(prompts, (0,)), panel, base=theirs).summary
         rows = {key: judged["metrics"][key] for key in JUDGED if key in judged["metrics"]}
-        of = [features(referee.judge, images) for images in (ours, theirs, again)]
+        of = [features(panel.classifier, images) for images in (ours, theirs, again)]
         result[name] = {
             "prompts": len(prompts),
             **rows,
@@ -88,7 +88,7 @@ def against_teacher(folder: str, count: int, repeats: int) -> dict:
     few = recipe.spread(eval_like(count), 64)
     for side, model, how in (("teacher", teacher, None), ("generator", student, sampler)):
         images = quantise(generate(model, few, (0, 1, 2, 3), sampler=how))
-        spread = diversity(features(referee.judge, images), pairs(few, (0, 1, 2, 3))[0])
+        spread = diversity(features(panel.classifier, images), pairs(few, (0, 1, 2, 3))[0])
         result[f"diversity_{side}"] = float(spread.nanmean())
     return result | {"seconds": clock(teacher, student, sampler, repeats)}
 
@@ -170,22 +170,24 @@ def teacher_table(results: Path) -> str:
 def teacher_features(prompts: tuple[str, ...], seeds: tuple[int, ...]) -> torch.Tensor:
     from palate.models.emoji import EmojiModel
 
-    return features(embedded_referee().judge, quantise(generate(EmojiModel.load(training="none"), prompts, seeds)))
+    return features(embedded_panel().classifier, quantise(generate(EmojiModel.load(training="none"), prompts, seeds)))
 
 
 @torch.no_grad()
 def judge(model, sampler, prompts: tuple[str, ...], seeds: tuple[int, ...]) -> dict[str, float]:
-    referee, (words, _) = embedded_referee(), pairs(prompts, seeds)
+    panel, (words, _) = embedded_panel(), pairs(prompts, seeds)
     images = quantise(generate(model, prompts, seeds, sampler=sampler))
-    seen, captions = features(referee.judge, images), [referee.parse(word) for word in words]
+    seen, captions = features(panel.classifier, images), [panel.parse(word) for word in words]
     columns: dict[str, list[torch.Tensor]] = {}
     for start in range(0, len(images), 64):
         part, text, asked = (x[start : start + 64] for x in (images, words, captions))
         for name, value in {
-            "reward": referee.rewards["emoji"](part, text),
-            "heldout": referee.rewards[referee.heldout](part, text),
-            "concept": matches(referee.judge.concept(part), referee.judge.concepts, [c.concept for c in asked]),
-            "background": matches(referee.background(part), referee.colours, [c.background for c in asked]),
+            "reward": panel.rewards["emoji"](part, text),
+            "heldout": panel.rewards[panel.heldout](part, text),
+            "concept": label_correct(
+                panel.classifier.concept(part), panel.classifier.concepts, [c.concept for c in asked]
+            ),
+            "background": label_correct(panel.background(part), panel.colours, [c.background for c in asked]),
         }.items():
             columns.setdefault(name, []).append(value.double())
     means = {name: float(torch.cat(parts).nanmean()) for name, parts in columns.items()}

@@ -26,7 +26,7 @@ import torch
 from methods import FAIR, METHODS, WORDS, Row, eval_like, measured, objective, parsed, rate, slug, whole
 
 from palate import recipe
-from palate.evaluate import bootstrap_interval, embedded_referee, generate, matches, pairs, quantise
+from palate.evaluate import bootstrap_interval, embedded_panel, generate, label_correct, pairs, quantise
 from palate.models.vocabulary import parse_prompt
 from palate.train import train
 
@@ -59,10 +59,10 @@ def build(method: str, seed: int, lr: float, overrides: list[str]):
 @torch.no_grad()
 def concepts(model, prompts: list[str], weights: str = "policy") -> torch.Tensor:
     """(N,) 1 where the judge reads the concept that the prompt names."""
-    judge, (words, _) = embedded_referee().judge, pairs(prompts, (0, 1))
+    judge, (words, _) = embedded_panel().classifier, pairs(prompts, (0, 1))
     images = quantise(generate(model, prompts, (0, 1), weights=weights))
     seen = torch.cat([judge.concept(part) for part in images.split(64)])
-    return matches(seen, judge.concepts, [parse_prompt(word).concept for word in words]).double()
+    return label_correct(seen, judge.concepts, [parse_prompt(word).concept for word in words]).double()
 
 
 @cache

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from palate import recipe
 from palate.core import Batch, Loss, Random, Reward
-from palate.evaluate import Referee, diversity, embedded_referee, generate, matches, pairs, quantise
+from palate.evaluate import EvaluationPanel, diversity, embedded_panel, generate, label_correct, pairs, quantise
 from palate.models.vocabulary import vocabulary
 from palate.path import Prediction
 from palate.report import ticks
@@ -123,7 +123,7 @@ class Watched:
 class Referees(NamedTuple):
     """Who judges, on what. `base` are the base model's measurements from the same noise, filled at the first check."""
 
-    referee: Referee
+    panel: EvaluationPanel
     prompts: list[str]
     seeds: tuple[int, ...]
     base: dict[str, Any]
@@ -133,7 +133,7 @@ class Referees(NamedTuple):
 def referees(count: int, seeds: tuple[int, ...], tuning: bool = False) -> Referees:
     """Loaded once a process, with the base model's measurements. tuning: on prompts that no table uses."""
     prompts = eval_like(208 + count)[208:] if tuning else recipe.spread(recipe.read_prompts("emoji-eval"), count)
-    return Referees(embedded_referee(), prompts, seeds, {})
+    return Referees(embedded_panel(), prompts, seeds, {})
 
 
 def eval_like(count: int) -> list[str]:
@@ -154,21 +154,23 @@ def objective(reward: Reward) -> Reward:
 def measure(model: Any, who: Referees, weights: str = "policy") -> dict[str, list[float]]:
     """One value a prompt (means over seeds): optimised and held-out objective, style share, concept, diversity inside
     the prompt and style (with two seeds), drift (judge's cosine distance from the base's image), saturation."""
-    referee, (words, _) = who.referee, pairs(who.prompts, who.seeds)
+    panel, (words, _) = who.panel, pairs(who.prompts, who.seeds)
     images = quantise(generate(model, who.prompts, who.seeds, weights=weights))
     found: dict[str, list[Tensor]] = {}
     for start in range(0, len(images), 64):
         batch, text = images[start : start + 64], words[start : start + 64]
-        seen = referee.judge.style(batch)
-        captions = [referee.parse(prompt) for prompt in text]
+        seen = panel.classifier.style(batch)
+        captions = [panel.parse(prompt) for prompt in text]
         for name, value in {
-            "reward": objective(referee.rewards["emoji"])(batch, text),
-            "heldout": objective(referee.rewards[referee.heldout])(batch, text),
-            "style": (seen == referee.judge.styles.index(STYLE)).double(),
-            "concept": matches(referee.judge.concept(batch), referee.judge.concepts, [c.concept for c in captions]),
+            "reward": objective(panel.rewards["emoji"])(batch, text),
+            "heldout": objective(panel.rewards[panel.heldout])(batch, text),
+            "style": (seen == panel.classifier.styles.index(STYLE)).double(),
+            "concept": label_correct(
+                panel.classifier.concept(batch), panel.classifier.concepts, [c.concept for c in captions]
+            ),
             "saturation": saturation(batch),
             "kind": seen,
-            "features": referee.judge.features(batch),
+            "features": panel.classifier.features(batch),
         }.items():
             found.setdefault(name, []).append(value.double())
     columns = {name: torch.cat(parts) for name, parts in found.items()}

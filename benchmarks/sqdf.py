@@ -35,7 +35,7 @@ from frontier import area, share_above
 from methods import RATES, Row, about, made, measured, parsed, rate, referees, scatter, slug, small, watch, whole
 
 from palate import recipe
-from palate.evaluate import concept_accuracy, embedded_referee, generate, pairs, quantise
+from palate.evaluate import concept_accuracy, embedded_panel, generate, pairs, quantise
 from palate.models.vocabulary import vocabulary
 from palate.optimize import from_recipe, load_oracle
 
@@ -255,7 +255,7 @@ def search_images(seed: int, prompts: tuple[str, ...], each: int):
 def black_box(oracle: str, seed: int, prompts: int, queries: int, overrides: list[str]) -> dict[str, float]:
     """Noiseless score on evaluation prompts of: one draw of the base; of as many draws a prompt as the same number of
     questions allows, the best by the noisy oracle; the same draws weighted by exp(score / std); one draw of SQDF."""
-    referee, words_of = embedded_referee(), recipe.spread(recipe.read_prompts("emoji-eval"), prompts)
+    panel, words_of = embedded_panel(), recipe.spread(recipe.read_prompts("emoji-eval"), prompts)
     asked_about = []
     if oracle == "colour-position":
         judged, rest = (
@@ -294,7 +294,7 @@ def black_box(oracle: str, seed: int, prompts: int, queries: int, overrides: lis
         return np.array([float(score) for part in parts for score in part])
 
     def concept(images, words) -> float:
-        return concept_accuracy(referee.judge, images, [referee.parse(word) for word in words])
+        return concept_accuracy(panel.classifier, images, [panel.parse(word) for word in words])
 
     each = max(1, queries // len(words_of))
     drawn, words = search_images(seed, tuple(words_of), each)

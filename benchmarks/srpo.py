@@ -24,7 +24,16 @@ from methods import Row, about, made, measured, parsed, slug, whole
 from torch import Tensor
 
 from palate import recipe
-from palate.evaluate import Referee, diversity, drift, embedded_referee, evaluate_images, generate, pairs, quantise
+from palate.evaluate import (
+    EvaluationPanel,
+    diversity,
+    drift,
+    embedded_panel,
+    evaluate_images,
+    generate,
+    pairs,
+    quantise,
+)
 from palate.rewards.combine import score_pair, with_control
 from palate.train import train
 
@@ -53,7 +62,7 @@ RUNS: dict[str, dict[str, tuple[str, list[str]]]] = {
 
 QUICK = ["trainer.steps=1", "trainer.batch_size=2"]
 
-referee: Callable[[], Referee] = cache(embedded_referee)
+panel: Callable[[], EvaluationPanel] = cache(embedded_panel)
 
 
 @cache
@@ -98,18 +107,14 @@ def measure(source: str, overrides: list[str], seed: int, count: int) -> dict:
     base = drawn_by_the_base(tuple(prompts))
     images = quantise(generate(parts.model, prompts, SEEDS_PER_PROMPT))
     positive, negative = plan.algorithm.positive, plan.algorithm.negative
-    who = referee()
+    who = panel()
     rewards = dict(who.rewards)
     rewards.pop("jpeg_size")
     judged = evaluate_images(
         images,
         words,
         seeds,
-        rewards=rewards,
-        judge=who.judge,
-        parse=who.parse,
-        background=who.background,
-        colours=who.colours,
+        who._replace(rewards=rewards, position=None),
         base=base,
     ).summary
     metrics = judged["metrics"]
@@ -138,9 +143,9 @@ def measure(source: str, overrides: list[str], seed: int, count: int) -> dict:
     # the colours of the style itself: the base model asked for it by name, same prompts and noise
     asked = drawn_by_the_base(tuple(prompt.replace("a ", f"a {positive[0]} ", 1) for prompt in prompts))
     groups = [prompt for prompt in prompts for _ in SEEDS_PER_PROMPT]
-    inside = [float(diversity(who.judge.features(side), groups).nanmean()) for side in (images, asked)]
+    inside = [float(diversity(who.classifier.features(side), groups).nanmean()) for side in (images, asked)]
     row["diversity_of_style"] = inside[0] / inside[1]
-    cast = drift(images, asked, who.judge.features(images), who.judge.features(asked))
+    cast = drift(images, asked, who.classifier.features(images), who.classifier.features(asked))
     row["cast"] = {key: cast[key] for key in ("saturation_ratio", "red_ratio", "green_ratio", "blue_ratio")}
     return row
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from data import ASSETS, compose, load_sprites, save_grid
 
-from palate.evaluate import diversity, embedded_referee, evaluate_model, generate, pairs
+from palate.evaluate import diversity, embedded_panel, evaluate_model, generate, pairs
 from palate.models.emoji import EmojiModel
 from palate.models.vocabulary import vocabulary
 from palate.rewards.emoji import position
@@ -25,15 +25,15 @@ def read(name: str) -> list[str]:
     return (ASSETS / f"prompts/{name}.txt").read_text().splitlines()
 
 
-def judge_accuracy(referee) -> dict[str, float]:
+def judge_accuracy(panel) -> dict[str, float]:
     """The judge and the oracle on 2,000 fresh compositions: how far their word can be trusted."""
     import numpy as np
 
     samples = compose(np.random.default_rng((99, 0)), load_sprites(), 2000)
     pieces = samples.images.split(100)
-    concept = torch.cat([referee.judge.concept(piece) for piece in pieces])
-    style = torch.cat([referee.judge.style(piece) for piece in pieces])
-    colour = torch.cat([referee.background(piece) for piece in pieces])
+    concept = torch.cat([panel.classifier.concept(piece) for piece in pieces])
+    style = torch.cat([panel.classifier.style(piece) for piece in pieces])
+    colour = torch.cat([panel.background(piece) for piece in pieces])
     right = {
         "concept": concept == samples.concept,
         "style": style == samples.style,
@@ -42,22 +42,22 @@ def judge_accuracy(referee) -> dict[str, float]:
     figures = {name: float(values.float().mean()) for name, values in right.items()}
     names = vocabulary()
     captions = [
-        f"{names.styles[s]} {names.concepts[c]} on {referee.colours[b]}"
+        f"{names.styles[s]} {names.concepts[c]} on {panel.colours[b]}"
         for s, c, b in zip(samples.style, samples.concept, samples.colour, strict=True)
     ]
     for name in ("emoji", "emoji-heldout"):  # the true caption above the same with a wrong style / concept / background
-        reward = referee.rewards[name]
+        reward = panel.rewards[name]
         shifts = {
             "style": [
-                f"{names.styles[(s + 1 + k % 3) % 4]} {names.concepts[c]} on {referee.colours[b]}"
+                f"{names.styles[(s + 1 + k % 3) % 4]} {names.concepts[c]} on {panel.colours[b]}"
                 for k, (s, c, b) in enumerate(zip(samples.style, samples.concept, samples.colour, strict=True))
             ],
             "concept": [
-                f"{names.styles[s]} {names.concepts[(c + 1 + k % 97) % len(names.concepts)]} on {referee.colours[b]}"
+                f"{names.styles[s]} {names.concepts[(c + 1 + k % 97) % len(names.concepts)]} on {panel.colours[b]}"
                 for k, (s, c, b) in enumerate(zip(samples.style, samples.concept, samples.colour, strict=True))
             ],
             "background": [
-                f"{names.styles[s]} {names.concepts[c]} on {referee.colours[(b + 1 + k % 9) % 10]}"
+                f"{names.styles[s]} {names.concepts[c]} on {panel.colours[(b + 1 + k % 9) % 10]}"
                 for k, (s, c, b) in enumerate(zip(samples.style, samples.concept, samples.colour, strict=True))
             ],
         }
@@ -74,10 +74,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--grid", type=Path, default=Path(".cache/base/evaluation.png"))
     args = parser.parse_args()
-    referee, model = embedded_referee(), EmojiModel.load(training="none")
-    figures = {"judge": judge_accuracy(referee)}
+    panel, model = embedded_panel(), EmojiModel.load(training="none")
+    figures = {"judge": judge_accuracy(panel)}
     for name in ("emoji-styled", "emoji-heldout", "emoji-eval"):
-        found = evaluate_model(model, read(name), range(args.seeds), referee=referee).summary["metrics"]
+        found = evaluate_model(model, read(name), range(args.seeds), panel=panel).summary["metrics"]
         figures[name] = {
             key: round(metric["value"], 4)
             for key, metric in found.items()
@@ -99,7 +99,7 @@ def main() -> None:
     words = ["a cat", "a rose", "a car", "a 3d dog", "an apple on a blue background", "a rocket", "a fish", "a cake"]
     images = generate(model, words, range(16))
     groups, _ = pairs(words, range(16))
-    values = diversity(referee.judge.features(images), groups)
+    values = diversity(panel.classifier.features(images), groups)
     figures["diversity"] = {word: round(float(v), 4) for word, v in zip(words, values, strict=True)}
     save_grid(images, args.grid, columns=16, zoom=1)
     print(json.dumps(figures, indent=1))

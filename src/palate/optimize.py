@@ -555,9 +555,9 @@ def small_file() -> Oracle:
 
 def hidden_judge() -> Oracle:
     """How sure a judge that no surrogate sees is of the prompt's concept: its probability, in [0, 1]."""
-    from palate.rewards.emoji import Judge, parse_prompt
+    from palate.rewards.emoji import EmojiClassifier, parse_prompt
 
-    judge = Judge()
+    judge = EmojiClassifier()
 
     @torch.no_grad()
     def judge_oracle(images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from palate.core import Algorithm, Model, Reward
-    from palate.evaluate import Referee
+    from palate.evaluate import EvaluationPanel
     from palate.train import Check
 
 YAML_LIMIT = 256 * 1024  # bytes; a recipe is a page of text
@@ -678,29 +678,29 @@ def build(recipe: Recipe) -> Parts:
     return Parts(model, build_algorithm(recipe), reward, list(prompts), preview, latents)
 
 
-def referee_of(recipe: Recipe) -> Referee:
+def panel_of(recipe: Recipe) -> EvaluationPanel:
     """Who judges the recipe's results."""
-    from palate.evaluate import embedded_referee, published_referee
+    from palate.evaluate import embedded_panel, published_panel
 
     name = heldout_of(recipe)
     if recipe.model.name == "emoji":
-        return embedded_referee()
+        return embedded_panel()
     if name is None:
         raise InputError(
             f"reward.weights: {', '.join(HELD_OUT)} are all optimised, so none is left to judge; leave one out"
         )
-    return published_referee(name, load_reward(name, recipe.reward.source.get(name), recipe.reward.dtype))
+    return published_panel(name, load_reward(name, recipe.reward.source.get(name), recipe.reward.dtype))
 
 
 def guard_check(recipe: Recipe) -> Check | None:
     """What the guard of a run measures; None = what `palate.train` measures of the embedded model."""
-    from palate.evaluate import quick_check
+    from palate.evaluate import measure_for_guard
 
     if recipe.model.name == "emoji" or not recipe.trainer.guard.every:
         return None
-    referee, sampler = referee_of(recipe), getattr(build_algorithm(recipe), "sampler", None)
-    return lambda model, prompts, ids: quick_check(
-        model, prompts, ids, seed=recipe.trainer.seed, referee=referee, sampler=sampler
+    panel, sampler = panel_of(recipe), getattr(build_algorithm(recipe), "sampler", None)
+    return lambda model, prompts, ids: measure_for_guard(
+        model, prompts, ids, seed=recipe.trainer.seed, panel=panel, sampler=sampler
     )
 
 

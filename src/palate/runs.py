@@ -11,135 +11,37 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import yaml
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from palate.core import Model, Reward
 from palate.evaluate import (
-    Referee,
+    EvaluationPanel,
     Sampler,
-    embedded_referee,
+    check_same,
+    embedded_panel,
+    evaluate_samples,
     generate,
-    measured,
+    mean_and_interval,
     pairs,
-    plain,
-    referee_images,
+    read_index,
+    read_samples,
+    round_floats,
     to_json,
     verdict,
+    write_samples,
 )
 from palate.runtime.errors import InputError
 
+__all__ = [
+    "between", "check_same", "control_words", "evaluate_run", "evaluate_runs", "evaluate_samples", "read_index",
+    "read_recipe", "read_samples", "run_names", "trained_model", "words_in_force", "write_samples",
+]  # fmt: skip
 ORACLE = "oracle-"  # begins the name under which a built-in oracle is a reward of an evaluation
-
-# --- sample folders -------------------------------------------------------------------------------------------------
-
-
-def write_samples(
-    folder: str | Path, images: Tensor, prompts: Sequence[str], seeds: Sequence[int], *, guidance: float, steps: int
-) -> None:
-    """PNGs 0000.png ... and index.jsonl, one row an image: {"file", "prompt", "seed", "guidance", "steps"}."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    pixels = (images.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    rows = []
-    for i, (array, prompt, seed) in enumerate(zip(pixels, prompts, seeds, strict=True)):
-        Image.fromarray(array).save(folder / f"{i:04d}.png")
-        rows.append({"file": f"{i:04d}.png", "prompt": prompt, "seed": int(seed), "guidance": guidance, "steps": steps})
-    _write(folder / "index.jsonl", "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows))
-
-
-def read_index(folder: str | Path) -> list[dict[str, Any]]:
-    """The rows of folder/index.jsonl, checked. Raises ValueError naming the file, line and remedy."""
-    index = Path(folder) / "index.jsonl"
-    if not index.is_file():
-        raise InputError(f"{index} is missing; expected a sample folder such as runs/NAME/samples/step-000000")
-    rows = []
-    for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            file, prompt, seed = row["file"], row["prompt"], row["seed"]
-            good = isinstance(file, str) and isinstance(prompt, str) and isinstance(seed, int)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InputError(
-                f'{index} line {number}: expected {{"file", "prompt", "seed", ...}}; got {line[:80]!r}'
-            ) from error
-        if not good or file != Path(file).name or file in ("", ".", ".."):
-            raise InputError(
-                f"{index} line {number}: file must be a plain name, prompt a string, seed an integer; got {line[:80]!r}"
-            )
-        rows.append(row)
-    if not rows:
-        raise InputError(f"{index} is empty; expected one row an image")
-    return rows
-
-
-def read_samples(folder: str | Path) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Images (N, 3, H, W) in [0, 1] and the rows of index.jsonl. A missing or broken image: a ValueError names it."""
-    folder = Path(folder)
-    rows = read_index(folder)
-    images = []
-    for row in rows:
-        path = folder / row["file"]
-        try:
-            with Image.open(path) as image:
-                array = np.asarray(image.convert("RGB"))
-        except FileNotFoundError as error:
-            raise InputError(f"image {path} is missing, though index.jsonl lists it; sample again") from error
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise InputError(
-                f"image {path} cannot be read ({error}); sample again or remove its row from index.jsonl"
-            ) from error
-        if images and array.shape != images[0].shape:
-            raise InputError(
-                f"image {path} is {array.shape[1]}x{array.shape[0]}; "
-                f"expected {images[0].shape[1]}x{images[0].shape[0]} as the first"
-            )
-        images.append(array)
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255, rows
-
-
-def check_same(rows: Sequence[dict], others: Sequence[dict], name: str, other_name: str) -> None:
-    """Raise ValueError unless both hold the same (prompt, seed) in the same order; the message says which differ."""
-    for i, (row, other) in enumerate(zip(rows, others, strict=False)):
-        for key in ("prompt", "seed"):
-            if row[key] != other[key]:
-                raise InputError(
-                    f"{name} and {other_name} cannot be paired: {key} of row {i} is {row[key]!r} in the "
-                    f"first, {other[key]!r} in the second; sample both with the same prompts and seeds"
-                )
-    if len(rows) != len(others):
-        extra = next(iter(islice((rows if len(rows) > len(others) else others), min(len(rows), len(others)), None)))
-        raise InputError(
-            f"{name} and {other_name} cannot be paired: {len(rows)} and {len(others)} images; the first without a "
-            f"partner is prompt {extra['prompt']!r} seed {extra['seed']}; sample both with the same prompts and seeds"
-        )
-
-
-def evaluate_samples(
-    samples_folder: str | Path, *, base_folder: str | Path | None = None, referee: Referee | None = None
-) -> dict[str, Any]:
-    """Judge the PNGs of a folder, in pairs with `base_folder` when given. Returns the summary and the rows."""
-    images, rows = read_samples(samples_folder)
-    base = None
-    if base_folder is not None:
-        base, base_rows = read_samples(base_folder)
-        check_same(rows, base_rows, str(samples_folder), str(base_folder))
-    prompts, seeds = [row["prompt"] for row in rows], [row["seed"] for row in rows]
-    referee = referee or embedded_referee()
-    result = referee_images(images, prompts, seeds, referee=referee, base=base).to_dict()
-    for row, source in zip(result["rows"], rows, strict=True):
-        row["file"] = source["file"]
-    for failure in result["failed"]:
-        failure["file"] = rows[failure["image"]]["file"]
-    return result
-
 
 # --- run folders ----------------------------------------------------------------------------------------------------
 
@@ -245,7 +147,7 @@ def evaluate_run(
     prompts: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
     model: Model | None = None,
-    referee: Referee | None = None,
+    panel: EvaluationPanel | None = None,
     sampler: Sampler | None = None,
     stored: bool = False,
 ) -> dict[str, Any]:
@@ -254,9 +156,9 @@ def evaluate_run(
     the latter. None = what the recipe's evaluate section says. `stored`: judge the images that lie there already."""
     run_folder = Path(run_folder)
     recipe = read_recipe(run_folder)
-    referee = referee or _referee(run_folder, recipe)
+    panel = panel or _panel(run_folder, recipe)
     words = words_in_force(run_folder, recipe)
-    rewards, optimised = _with_optimised(referee.rewards, referee.heldout, recipe, words)
+    rewards, optimised = _with_optimised(panel.rewards, panel.heldout, recipe, words)
     folders = {side: run_folder / "evaluation" / side for side in ("base", "result")}
     if stored:
         _check_stored(run_folder)
@@ -275,13 +177,13 @@ def evaluate_run(
             write_samples(
                 folders[side], images, *columns, guidance=1.0 if own else guidance, steps=own.steps if own else steps
             )
-    result = evaluate_samples(folders["result"], base_folder=folders["base"], referee=referee._replace(rewards=rewards))
+    result = evaluate_samples(folders["result"], base_folder=folders["base"], panel=panel._replace(rewards=rewards))
     result |= {
         "optimised": optimised,
-        "heldout": referee.heldout,
+        "heldout": panel.heldout,
         "objective": _objective(recipe),
         "words": {"positive": words[0], "negative": words[1]} | ({"k": k} if (k := _absolute(recipe)) else {}),
-        "verdict": verdict(result["metrics"], optimised, referee.heldout, result["failed"]),
+        "verdict": verdict(result["metrics"], optimised, panel.heldout, result["failed"]),
     }
     if f"{ORACLE}hidden-judge" in optimised:
         result["verdict"]["warnings"].append(
@@ -299,7 +201,7 @@ def evaluate_runs(
     count: int | None = None,
     seeds: Sequence[int] | None = None,
     stored: bool = False,
-    referee: Referee | None = None,
+    panel: EvaluationPanel | None = None,
     load: Callable[[Path], tuple[Model, Sampler | None]] | None = None,
     warn: Callable[[str], None] = warnings.warn,
 ) -> dict[str, Any]:
@@ -324,7 +226,7 @@ def evaluate_runs(
             drawn = pairs(words, _seeds(recipe) if seeds is None else seeds)
             asked.append([{"prompt": p, "seed": s} for p, s in zip(*drawn, strict=True)])
         check_same(asked[0], asked[-1], names[0], names[len(asked) - 1])
-    if referee is None:
+    if panel is None:
         judges = [_judged_by(folder, recipe) for folder, recipe in zip(folders, recipes, strict=True)]
         for name, judge in zip(names, judges, strict=True):
             if judge != judges[0]:
@@ -332,14 +234,14 @@ def evaluate_runs(
                     f"{names[0]} is judged by {judges[0]}, {name} by {judge}; set evaluate.heldout in the "
                     "recipe.yaml of both to one that neither optimised"
                 )
-        referee = _referee(folders[0], recipes[0])
+        panel = _panel(folders[0], recipes[0])
     for recipe in recipes:
-        referee = referee._replace(rewards=_with_named(referee.rewards, recipe))
+        panel = panel._replace(rewards=_with_named(panel.rewards, recipe))
     found = {}
     for name, folder, recipe in zip(names, folders, recipes, strict=True):
         model, sampler = (None, None) if stored else (load or trained_model)(folder)
         drawn = {} if stored else {"prompts": _prompts(recipe, prompts, count), "seeds": seeds}
-        found[name] = evaluate_run(folder, model=model, sampler=sampler, referee=referee, stored=stored, **drawn)
+        found[name] = evaluate_run(folder, model=model, sampler=sampler, panel=panel, stored=stored, **drawn)
     first, ways = names[0], [_drawn(folder) for folder in folders]
     for name, way in zip(names, ways, strict=True):
         if way != ways[0]:
@@ -374,10 +276,10 @@ def between(first: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str,
         values = [_column(evaluation, key, of_prompts) for evaluation in (other, first)]
         gap = values[0].isnan() | values[1].isnan()
         if not bool(gap.all()):
-            found[key] = measured(
+            found[key] = mean_and_interval(
                 *(value.masked_fill(gap, math.nan) for value in values), None if of_prompts else prompts
             )
-    return plain(found)
+    return round_floats(found)
 
 
 def _asked(evaluation: dict[str, Any], key: str) -> Any:
@@ -409,13 +311,11 @@ def _judged_by(run_folder: Path, recipe: dict[str, Any]) -> str | None:
     return "emoji-heldout" if _embedded(recipe) else recipes.heldout_of(recipes.read(str(run_folder / "recipe.yaml")))
 
 
-def _referee(run_folder: Path, recipe: dict[str, Any]) -> Referee:
+def _panel(run_folder: Path, recipe: dict[str, Any]) -> EvaluationPanel:
     """The package's own for the embedded model, else one around the recipe's held-out reward."""
     from palate import recipe as recipes
 
-    return (
-        embedded_referee() if _embedded(recipe) else recipes.referee_of(recipes.read(str(run_folder / "recipe.yaml")))
-    )
+    return embedded_panel() if _embedded(recipe) else recipes.panel_of(recipes.read(str(run_folder / "recipe.yaml")))
 
 
 def _check_stored(run_folder: Path) -> None:

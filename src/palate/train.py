@@ -743,11 +743,11 @@ class _Run:
         different = max(1, self.settings.guard.prompts // GUARD_SEEDS)
         prompts = [p for p in spread(self.guard_prompts, different) for _ in range(GUARD_SEEDS)]
         if self.check is None:
-            from palate.evaluate import embedded_referee, quick_check
+            from palate.evaluate import embedded_panel, measure_for_guard
 
-            referee = embedded_referee()
-            self.check = lambda model, words, ids: quick_check(
-                model, words, ids, seed=self.settings.seed, referee=referee, sampler=self.sampler
+            panel = embedded_panel()
+            self.check = lambda model, words, ids: measure_for_guard(
+                model, words, ids, seed=self.settings.seed, panel=panel, sampler=self.sampler
             )
         with self._averaged(), torch.no_grad():
             values = self.check(self.model, prompts, list(range(len(prompts))))

@@ -1076,10 +1076,10 @@ def test_the_guard_draws_as_the_generator_does(tmp_path, monkeypatch):
     import palate.evaluate
 
     asked = []
-    monkeypatch.setattr(palate.evaluate, "embedded_referee", lambda: None)
+    monkeypatch.setattr(palate.evaluate, "embedded_panel", lambda: None)
     monkeypatch.setattr(
         palate.evaluate,
-        "quick_check",
+        "measure_for_guard",
         lambda model, words, ids, **how: asked.append(how["sampler"]) or {"concept": 1.0},
     )
     trained(tmp_path, 1, guard=recipe.GuardSettings(every=1, action="warn"))

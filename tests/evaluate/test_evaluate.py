@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from palate import evaluate, runs
-from palate.evaluate import Referee
+from palate.evaluate import EvaluationPanel
 from palate.path import Prediction, flow_schedule
 
 
-class FakeJudge:
+class FakeClassifier:
     """Concept = is the image bright in red; style = is it bright in green. Features = the pooled image."""
 
     concepts = ("apple", "dog")
@@ -38,8 +38,8 @@ def parse(prompt):
     words = prompt.split()
     pick = lambda names: next((word for word in words if word in names), None)  # noqa: E731
     named = {
-        "concept": FakeJudge.concepts,
-        "style": FakeJudge.styles,
+        "concept": FakeClassifier.concepts,
+        "style": FakeClassifier.styles,
         "background": COLOURS,
         "position": ["left", "bottom"],
     }
@@ -50,12 +50,12 @@ def background(images):
     return (images[:, 2, 0, 0] > 0.5).long()
 
 
-def referee() -> Referee:
+def panel() -> EvaluationPanel:
     rewards = {
         "emoji": lambda images, prompts: images.mean((1, 2, 3)),
         "emoji-heldout": lambda images, prompts: images[:, 2].mean((1, 2)),
     }
-    return Referee(rewards, "emoji-heldout", FakeJudge(), parse, background, COLOURS)
+    return EvaluationPanel(rewards, "emoji-heldout", FakeClassifier(), parse, background, COLOURS)
 
 
 def flat_image(red, green, blue, size=8):
@@ -179,16 +179,20 @@ def test_concept_accuracy_reads_the_judge():
         [flat_image(0.9, 0.9, 0.9), flat_image(0.9, 0.1, 0.1), flat_image(0.1, 0.9, 0.1), flat_image(0.1, 0.9, 0.9)]
     )
     captions = [parse(prompt) for prompt in ("dog blue", "dog blue", "dog", "apple blue")]
-    assert evaluate.concept_accuracy(FakeJudge(), images, captions) == pytest.approx(0.75)
+    assert evaluate.concept_accuracy(FakeClassifier(), images, captions) == pytest.approx(0.75)
 
 
 # --- evaluation ---
 
 
+def only(rewards):
+    """A panel of these rewards that reads no prompt."""
+    return evaluate.EvaluationPanel(rewards, "", FakeClassifier())
+
+
 def judged(images, prompts, seeds, base=None):
-    r = referee()
-    ask = {"rewards": r.rewards, "judge": r.judge, "parse": r.parse, "background": r.background, "colours": r.colours}
-    return evaluate.evaluate_images(images, prompts, seeds, base=base, **ask)
+    r = panel()
+    return evaluate.evaluate_images(images, prompts, seeds, r, base=base)
 
 
 def test_evaluation_by_hand():
@@ -220,7 +224,10 @@ def test_a_reward_of_the_wrong_shape_is_named():
     images = torch.rand(2, 3, 8, 8)
     with pytest.raises(ValueError, match="'bad' returned shape"):
         evaluate.evaluate_images(
-            images, ["a", "b"], [0, 0], rewards={"bad": lambda i, p: torch.zeros(2, 1)}, judge=FakeJudge()
+            images,
+            ["a", "b"],
+            [0, 0],
+            only({"bad": lambda i, p: torch.zeros(2, 1)}),
         )
 
 
@@ -229,7 +236,7 @@ def test_a_reward_that_breaks_is_named():
         raise RuntimeError("the service answered 503")
 
     with pytest.raises(RuntimeError, match="reward 'far' failed on 2 images, the first of 'a': the service answered"):
-        evaluate.evaluate_images(torch.rand(2, 3, 8, 8), ["a", "b"], [0, 0], rewards={"far": broken}, judge=FakeJudge())
+        evaluate.evaluate_images(torch.rand(2, 3, 8, 8), ["a", "b"], [0, 0], only({"far": broken}))
 
 
 def picky(images, prompts):
@@ -244,8 +251,8 @@ def test_images_that_a_reward_fails_on_are_named_and_left_out_on_both_sides():
     base = torch.stack([flat_image(g, g, g) for g in (0.3, 0.3, 0.3, 0.1)])
     prompts = ["apple", "dog", "apple blue", "a"]
     rewards = {"picky": picky, "sure": lambda i, p: i.mean((1, 2, 3))}
-    ask = {"rewards": rewards, "judge": FakeJudge(), "parse": parse}
-    result = evaluate.evaluate_images(images, prompts, [0, 1, 2, 3], base=base, **ask).to_dict()
+    asked = evaluate.EvaluationPanel(rewards, "", FakeClassifier(), parse)
+    result = evaluate.evaluate_images(images, prompts, [0, 1, 2, 3], asked, base=base).to_dict()
     found = {(f["metric"], f["side"], f["prompt"], f["seed"]): f["why"] for f in result["failed"]}
     assert found == {
         ("reward/picky", "base", "dog", 1): "I do not know dogs",
@@ -262,32 +269,37 @@ def test_images_that_a_reward_fails_on_are_named_and_left_out_on_both_sides():
     with pytest.raises(
         ValueError, match="'picky' failed on every image, in image 0 of the base because I do not know dogs"
     ):
-        evaluate.evaluate_images(images, ["dog"] * 4, [0, 1, 2, 3], base=base, **ask)
+        evaluate.evaluate_images(images, ["dog"] * 4, [0, 1, 2, 3], asked, base=base)
 
     many = torch.stack([flat_image(0.5, 0.5, 0.5)] * 70 + [flat_image(0.1, 0.1, 0.1)])  # more than one batch
-    late = evaluate.evaluate_images(many, ["a"] * 71, range(71), rewards={"picky": picky}, judge=FakeJudge())
+    late = evaluate.evaluate_images(many, ["a"] * 71, range(71), only({"picky": picky}))
     assert [(f["image"], f["seed"]) for f in late.summary["failed"]] == [(70, 70)]
 
     def dead(images, prompts):
         raise RuntimeError("the service is down")  # not about one image: it ends the evaluation
 
     with pytest.raises(RuntimeError, match="service"):
-        evaluate.evaluate_images(images, prompts, [0] * 4, rewards={"dead": dead}, judge=FakeJudge())
+        evaluate.evaluate_images(images, prompts, [0] * 4, only({"dead": dead}))
     with pytest.raises(ValueError, match="reward 'emoji' failed for prompt 'dog': I do not know dogs"):
-        strict = referee()._replace(rewards={"emoji": picky, "emoji-heldout": picky})
-        evaluate.quick_check(FakeModel(), ["apple", "dog"], [0, 1], seed=0, referee=strict)
+        strict = panel()._replace(rewards={"emoji": picky, "emoji-heldout": picky})
+        evaluate.measure_for_guard(FakeModel(), ["apple", "dog"], [0, 1], seed=0, panel=strict)
 
 
 def test_what_the_prompt_names_is_checked_part_by_part_and_as_a_whole():
     centres = torch.tensor([[-0.3, 0.4], [0.3, 0.4], [-0.3, -0.1], [math.nan, math.nan]])
-    assert evaluate.placed(centres, ["left"] * 4).tolist() == [1, 0, 1, 0]
-    assert evaluate.placed(centres, ["right", "right", "top", "bottom"]).tolist() == [0, 1, 1, 0]
-    assert evaluate.placed(centres, [None, "bottom", "top", None]).isnan().tolist() == [True, False, False, True]
-    assert evaluate.placed(torch.tensor([[0.3, -0.1], [-0.3, 0.1]]), ["top", "bottom"]).tolist() == [1, 1]
+    assert evaluate.position_correct(centres, ["left"] * 4).tolist() == [1, 0, 1, 0]
+    assert evaluate.position_correct(centres, ["right", "right", "top", "bottom"]).tolist() == [0, 1, 1, 0]
+    assert evaluate.position_correct(centres, [None, "bottom", "top", None]).isnan().tolist() == [
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert evaluate.position_correct(torch.tensor([[0.3, -0.1], [-0.3, 0.1]]), ["top", "bottom"]).tolist() == [1, 1]
     images = torch.stack([flat_image(0.9, 0.9, 0.9), flat_image(0.1, 0.9, 0.9), flat_image(0.9, 0.1, 0.1)])
-    r = referee()._replace(position=lambda images: torch.tensor([[-0.3, 0.0], [0.2, 0.3], [0.1, 0.1]]))
+    r = panel()._replace(position=lambda images: torch.tensor([[-0.3, 0.0], [0.2, 0.3], [0.1, 0.1]]))
     prompts = ["3d dog left blue", "dog bottom", "nothing said"]
-    metrics = evaluate.referee_images(images, prompts, [0, 0, 0], referee=r).summary["metrics"]
+    metrics = evaluate.evaluate_images(images, prompts, [0, 0, 0], r).summary["metrics"]
     right = {name: metrics[name]["value"] for name in ("concept", "background", "style_named", "position", "correct")}
     assert right == {"concept": 0.5, "background": 1.0, "style_named": 1.0, "position": 1.0, "correct": 0.5}
 
@@ -295,13 +307,13 @@ def test_what_the_prompt_names_is_checked_part_by_part_and_as_a_whole():
 def test_copies_are_pictures_that_another_prompt_has_too():
     one, other = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     images = torch.stack([one, one, other, (one + 0.01).clamp(0, 1), other.flip(-1)])
-    assert evaluate.copies(images, ["a", "a", "b", "c", "c"]).tolist() == [1, 1, 0, 1, 0]
-    assert evaluate.copies(images[:2], ["a", "a"]).isnan().all()  # nothing to be a copy of
+    assert evaluate.cross_prompt_duplicates(images, ["a", "a", "b", "c", "c"]).tolist() == [1, 1, 0, 1, 0]
+    assert evaluate.cross_prompt_duplicates(images[:2], ["a", "a"]).isnan().all()  # nothing to be a copy of
     grey = torch.full((2, 3, 8, 8), 0.5)
     grey[1] += torch.tensor([0.0499, 0.0499, 0.0499]).view(3, 1, 1)  # the difference is the distance
-    assert evaluate.copies(grey, "ab").tolist() == [1, 1]
+    assert evaluate.cross_prompt_duplicates(grey, "ab").tolist() == [1, 1]
     grey[1] += 0.0002
-    assert evaluate.copies(grey, "ab").tolist() == [0, 0]
+    assert evaluate.cross_prompt_duplicates(grey, "ab").tolist() == [0, 0]
 
 
 def test_a_colour_cast_is_the_coloured_part_of_the_mean_shift():
@@ -327,8 +339,8 @@ def test_noise_belongs_to_prompt_and_seed_whatever_the_batch_or_the_weights():
 
 def test_quick_check_agrees_with_the_full_evaluation():
     prompts, ids = ["dog", "dog", "apple blue", "3d apple"], [4, 9, 2, 7]
-    result = evaluate.quick_check(FakeModel(), prompts, ids, seed=1, referee=referee())
-    assert result == evaluate.quick_check(FakeModel(), prompts, ids, seed=1, referee=referee())
+    result = evaluate.measure_for_guard(FakeModel(), prompts, ids, seed=1, panel=panel())
+    assert result == evaluate.measure_for_guard(FakeModel(), prompts, ids, seed=1, panel=panel())
     assert set(result) == {
         "reward",
         "heldout",
@@ -341,15 +353,15 @@ def test_quick_check_agrees_with_the_full_evaluation():
     }
     assert result["style/flat"] + result["style/3d"] == pytest.approx(1)
     shuffled = [2, 0, 3, 1]  # the noise follows the id, not the place
-    again = evaluate.quick_check(
-        FakeModel(), [prompts[i] for i in shuffled], [ids[i] for i in shuffled], seed=1, referee=referee()
+    again = evaluate.measure_for_guard(
+        FakeModel(), [prompts[i] for i in shuffled], [ids[i] for i in shuffled], seed=1, panel=panel()
     )
     assert again == pytest.approx(result, rel=1e-4)
 
 
 def test_evaluate_run_measures_the_result_against_the_base_and_repeats_to_the_byte(tmp_path):
     (tmp_path / "recipe.yaml").write_text("reward: {name: emoji}\n")
-    ask = {"prompts": ["dog", "apple blue"], "seeds": [0, 1], "referee": referee()}
+    ask = {"prompts": ["dog", "apple blue"], "seeds": [0, 1], "panel": panel()}
     result = runs.evaluate_run(tmp_path, model=FakeModel(0.2), **ask)
     first = (tmp_path / "evaluation.json").read_bytes()
     assert result["metrics"]["reward/emoji"]["change"] == pytest.approx(0.2, abs=0.003)  # 8-bit PNG
@@ -357,7 +369,7 @@ def test_evaluate_run_measures_the_result_against_the_base_and_repeats_to_the_by
     runs.evaluate_run(tmp_path, model=FakeModel(0.2), **ask)
     assert (tmp_path / "evaluation.json").read_bytes() == first
     again = runs.evaluate_samples(
-        tmp_path / "evaluation/result", base_folder=tmp_path / "evaluation/base", referee=referee()
+        tmp_path / "evaluation/result", base_folder=tmp_path / "evaluation/base", panel=panel()
     )
     assert again["metrics"] == result["metrics"]  # the stored images are the judged images
 
@@ -379,7 +391,7 @@ def load(folder):
 
 def test_several_runs_are_paired_on_the_same_prompts_and_noise(tmp_path):
     a, b = run_folder(tmp_path / "a"), run_folder(tmp_path / "b")
-    found = runs.evaluate_runs([a, b], referee=referee(), load=load)
+    found = runs.evaluate_runs([a, b], panel=panel(), load=load)
     assert found["first"] == "a" and list(found["runs"]) == ["a", "b"] and list(found["between"]) == ["b"]
     gain = found["between"]["b"]["reward/emoji"]
     assert (
@@ -392,16 +404,16 @@ def test_several_runs_are_paired_on_the_same_prompts_and_noise(tmp_path):
     expected = (sum(vendi["b"]) - sum(vendi["a"])) / 2
     assert found["between"]["b"]["vendi"]["change"] == pytest.approx(expected, rel=1e-4)
     text = (a / "evaluation.json").read_bytes()
-    again = runs.evaluate_runs([a, b], referee=referee(), load=load)
+    again = runs.evaluate_runs([a, b], panel=panel(), load=load)
     assert evaluate.to_json(again) == evaluate.to_json(found) and (a / "evaluation.json").read_bytes() == text
-    stored = runs.evaluate_runs([a, b], referee=referee(), stored=True)  # the images that lie there, no model
+    stored = runs.evaluate_runs([a, b], panel=panel(), stored=True)  # the images that lie there, no model
     assert evaluate.to_json(stored) == evaluate.to_json(found)
 
 
 def test_relative_rewards_of_other_words_are_other_questions(tmp_path):
     folders = [run_folder(tmp_path / n, "reward: {name: emoji}\nprompts: {list: [dog, apple]}\n"
                           f"algorithm: {{positive: [{w}]}}\n") for n, w in (("a", "3d"), ("b", "flat"))]  # fmt: skip
-    between = runs.evaluate_runs(folders, referee=referee(), load=load)["between"]["b"]
+    between = runs.evaluate_runs(folders, panel=panel(), load=load)["between"]["b"]
     assert "reward/emoji" in between and not any(key.endswith("-relative") for key in between)
 
 
@@ -415,7 +427,7 @@ def test_sums_of_other_weights_are_other_questions_and_other_guidance_is_said(tm
             [run_folder(tmp_path / case / n, text.format(*kind)) for n, kind in zip("ab", kinds, strict=False)],
             [],
         )
-        between = runs.evaluate_runs(folders, referee=referee(), load=load, warn=said.append)["between"]["b"]
+        between = runs.evaluate_runs(folders, panel=panel(), load=load, warn=said.append)["between"]["b"]
         assert ("reward/weighted" in between) == (case != "weights") and "reward/warmth" in between
         assert bool(said) == (case == "guidance") and all("a is drawn with guidance 3" in line for line in said)
 
@@ -426,14 +438,14 @@ def test_prompts_that_are_given_are_all_asked(tmp_path):
         for name, count in (("a", 2), ("b", 3))
     ]
     prompts = ["dog", "apple", "apple blue", "dog blue"]
-    found = runs.evaluate_runs(folders, prompts=prompts, seeds=[0], referee=referee(), load=load)["runs"]
+    found = runs.evaluate_runs(folders, prompts=prompts, seeds=[0], panel=panel(), load=load)["runs"]
     assert all([row["prompt"] for row in run["rows"]] == prompts for run in found.values())
 
 
 def test_what_one_run_optimised_is_asked_of_all(tmp_path):
     a = run_folder(tmp_path / "a", "reward: {name: warmth}\nprompts: {list: [dog, apple]}\n")
     b = run_folder(tmp_path / "b", "reward: {name: emoji, scale: {emoji: [0.5, 0.1]}}\nprompts: {list: [dog, apple]}\n")
-    found = runs.evaluate_runs([a, b], referee=referee(), load=load)
+    found = runs.evaluate_runs([a, b], panel=panel(), load=load)
     assert found["runs"]["a"]["optimised"] == ["warmth"] and "reward/warmth" in found["between"]["b"]
 
 
@@ -448,18 +460,18 @@ def test_runs_on_other_prompts_or_seeds_are_refused_before_anything_is_drawn(tmp
     with pytest.raises(
         ValueError, match="a and b cannot be paired: prompt of row 2 is 'apple blue' in the first, 'dog' in"
     ):
-        runs.evaluate_runs([a, b], referee=referee(), load=never)
+        runs.evaluate_runs([a, b], panel=panel(), load=never)
     with pytest.raises(ValueError, match="given twice"):
-        runs.evaluate_runs([a, tmp_path / "b" / ".." / "a"], referee=referee(), load=never)
+        runs.evaluate_runs([a, tmp_path / "b" / ".." / "a"], panel=panel(), load=never)
     with pytest.raises(ValueError, match="no stored images of the base; run palate evaluate"):
-        runs.evaluate_runs([a], referee=referee(), stored=True)
-    runs.evaluate_runs([a], referee=referee(), load=load)
-    runs.evaluate_runs([b], referee=referee(), load=load, seeds=[0, 5], prompts=["dog", "apple blue"])
+        runs.evaluate_runs([a], panel=panel(), stored=True)
+    runs.evaluate_runs([a], panel=panel(), load=load)
+    runs.evaluate_runs([b], panel=panel(), load=load, seeds=[0, 5], prompts=["dog", "apple blue"])
     with pytest.raises(ValueError, match=r"a and b cannot be paired: .* of row [01] is"):
-        runs.evaluate_runs([a, b], referee=referee(), stored=True)
+        runs.evaluate_runs([a, b], panel=panel(), stored=True)
     (a / "evaluation/result/0001.png").unlink()
     with pytest.raises(ValueError, match=r"0001.png is missing"):
-        runs.evaluate_runs([a], referee=referee(), stored=True)
+        runs.evaluate_runs([a], panel=panel(), stored=True)
 
 
 def test_runs_of_one_name_are_told_apart_by_their_path(tmp_path):
@@ -542,9 +554,9 @@ def test_runs_with_other_prompts_or_seeds_are_not_paired(tmp_path):
     cases = {"prompt of row 2 is 'apple'.*'dog blue'": ("dog", "dog blue"), "4 and 2 images.*'apple' seed 0": ("dog",)}
     for words, prompts in cases.items():
         with pytest.raises(ValueError, match=words):
-            runs.evaluate_samples(a, base_folder=samples(tmp_path / prompts[-1], prompts), referee=referee())
+            runs.evaluate_samples(a, base_folder=samples(tmp_path / prompts[-1], prompts), panel=panel())
     with pytest.raises(ValueError, match="seed of row 1 is 1 in the first, 7 in the second"):
-        runs.evaluate_samples(a, base_folder=samples(tmp_path / "s", seeds=(0, 7)), referee=referee())
+        runs.evaluate_samples(a, base_folder=samples(tmp_path / "s", seeds=(0, 7)), panel=panel())
 
 
 def test_missing_and_broken_images_are_named(tmp_path):
@@ -577,8 +589,8 @@ def test_diversity_of_one_style_leaves_the_distance_between_styles_out():
 def test_500_images_are_judged_by_every_embedded_metric_in_a_minute():
     images = torch.rand(500, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     prompts = [f"a {concept} on a blue background" for concept in ("cat", "dog", "key", "bee", "wolf")] * 100
-    referee = evaluate.embedded_referee()
+    panel = evaluate.embedded_panel()
     began = time.process_time()
-    found = evaluate.referee_images(images, sorted(prompts), [i % 100 for i in range(500)], referee=referee)
+    found = evaluate.evaluate_images(images, sorted(prompts), [i % 100 for i in range(500)], panel)
     assert found.summary["images"] == 500 and len(found.rows) == 500
     assert time.process_time() - began < 60

@@ -11,7 +11,7 @@ from support.tiny_families import clip_tokenizer, saved
 from transformers import CLIPConfig, CLIPModel
 
 from palate import cli, recipe, runs
-from palate.evaluate import published_referee
+from palate.evaluate import published_panel
 from palate.recipe import RecipeError
 
 
@@ -84,7 +84,7 @@ def test_who_judges(towers, tmp_path):
     assert recipe.heldout_of(plan(evaluate={"heldout": "hpsv2"}, reward={"source": {"hpsv2": "x"}})) == "hpsv2"
     every = {"name": None, "weights": {name: 1.0 for name in recipe.HELD_OUT}}
     with pytest.raises(ValueError, match=r"reward.weights: clip-score, pickscore, hpsv2 are all optimised"):
-        recipe.referee_of(plan(reward=every))
+        recipe.panel_of(plan(reward=every))
     assert recipe.heldout_of(recipe.read("srpo-emoji")) == "emoji-heldout"
     assert recipe.guard_check(recipe.read("srpo-emoji")) is None
     assert recipe.guard_check(plan(trainer={"guard": {"every": 0}})) is None
@@ -106,6 +106,6 @@ def test_runs_that_others_judge_are_not_paired(towers, tmp_path):
 
 def test_its_features_are_the_image_tower(towers):
     reward = recipe.load_reward("clip-score", str(towers))
-    referee = published_referee("clip-score", reward)
+    panel = published_panel("clip-score", reward)
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(referee.judge.features(images), reward.image_features(images)) and not referee.judge.styles
+    assert torch.equal(panel.classifier.features(images), reward.image_features(images)) and not panel.classifier.styles

@@ -115,11 +115,15 @@ def fake_run(
     return folder
 
 
-class FakeJudge:
+class FakeClassifier:
     styles, concepts = ["3d", "flat"], ["apple", "dog"]
     features = staticmethod(lambda images: torch.nn.functional.adaptive_avg_pool2d(images, 4).flatten(1))
     concept = staticmethod(lambda images: torch.zeros(len(images), dtype=torch.long))
     style = staticmethod(lambda images: (images.std((1, 2, 3)) < 0.22).long())
+
+
+def all_blue(images):
+    return torch.zeros(len(images))
 
 
 def referee():
@@ -133,7 +137,7 @@ def referee():
     def parse(prompt):
         return SimpleNamespace(concept="apple" if "apple" in prompt else None, style=None, background=None)
 
-    return evaluate.Referee(rewards, "emoji-heldout", FakeJudge(), parse, lambda i: torch.zeros(len(i)), ["blue"])
+    return evaluate.EvaluationPanel(rewards, "emoji-heldout", FakeClassifier(), parse, all_blue, ["blue"])
 
 
 class Page(HTMLParser):

@@ -19,9 +19,10 @@ from palate.core import Reward
 from palate.models.vocabulary import MAX_WORDS, known_words, parse_prompt, vocabulary
 from palate.rewards.clip import ClipReward, preprocess
 from palate.rewards.simple import border
+from palate.runtime.deprecated import old_names
 from palate.runtime.errors import InputError
 
-__all__ = ["COLOURS", "Judge", "background", "load_reward", "parse_prompt", "position"]
+__all__ = ["COLOURS", "EmojiClassifier", "background", "load_reward", "parse_prompt", "position"]
 
 REWARDS = {"emoji": ("reward-emoji", CLIPModel), "emoji-heldout": ("reward-heldout", VisionTextDualEncoderModel)}
 COLOURS = list(vocabulary().colours)
@@ -50,7 +51,7 @@ def load_reward(name: str) -> Reward:
     return ClipReward(kind.from_pretrained(folder, dtype=torch.float32), tokenize, image_size=64)
 
 
-class Judge:
+class EmojiClassifier:
     """Names the concept and the style of images. A classifier, trained apart from the rewards."""
 
     def __init__(self) -> None:
@@ -91,3 +92,6 @@ def position(images: Tensor) -> Tensor:
     y = torch.linspace(-1 + 1 / height, 1 - 1 / height, height, device=images.device)
     mass = apart.float().sum((1, 2))
     return torch.stack([(apart * x).sum((1, 2)) / mass, (apart * y[:, None]).sum((1, 2)) / mass], dim=1)
+
+
+__getattr__ = old_names(__name__, {"Judge": EmojiClassifier})

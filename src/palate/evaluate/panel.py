@@ -1,0 +1,94 @@
+"""The panel that judges a run: rewards, a classifier of images, and exact measures of the embedded model's drawings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar, NamedTuple, Protocol
+
+from torch import Tensor
+
+from palate.core import Reward
+from palate.evaluate.metrics import label_correct
+from palate.rewards import emoji, simple
+from palate.rewards.clip import ClipReward
+
+
+class ImageClassifier(Protocol):
+    """A network that was never optimised against. Features for distances, and names for what it sees; it may know no
+    names, and is then asked for none."""
+
+    styles: list[str]
+    concepts: list[str]
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, D), for distances and diversity."""
+
+    def concept(self, images: Tensor) -> Tensor:
+        """(B,) index into `concepts`."""
+
+    def style(self, images: Tensor) -> Tensor:
+        """(B,) index into `styles`."""
+
+
+class Caption(Protocol):
+    """What a prompt asks for; None = not said."""
+
+    @property
+    def concept(self) -> str | None: ...
+    @property
+    def style(self) -> str | None: ...
+    @property
+    def background(self) -> str | None: ...
+    @property
+    def position(self) -> str | None:
+        """One of `metrics.SIDES`; read only where there is an exact measure of it."""
+
+
+class EvaluationPanel(NamedTuple):
+    """Every evaluator of a run. `heldout` names the reward that no recipe may optimise."""
+
+    rewards: dict[str, Reward]
+    heldout: str
+    classifier: ImageClassifier
+    parse: Callable[[str], Caption] | None = None  # None: prompts ask for nothing that could be checked
+    background: Callable[[Tensor], Tensor] | None = None  # images -> (B,) index into colours
+    colours: Sequence[str] = ()
+    position: Callable[[Tensor], Tensor] | None = None  # images -> (B, 2) centre (x, y) in [-1, 1], NaN if empty
+
+
+def embedded_panel() -> EvaluationPanel:
+    """The rewards, the classifier and the exact measures that come with the package."""
+    rewards: dict[str, Reward] = {name: emoji.load_reward(name) for name in ("emoji", "emoji-heldout")}
+    rewards["jpeg_size"] = simple.jpeg_size
+    classifier, colours = emoji.EmojiClassifier(), list(emoji.COLOURS)
+    return EvaluationPanel(
+        rewards, "emoji-heldout", classifier, emoji.parse_prompt, emoji.background, colours, emoji.position
+    )
+
+
+class _Tower:
+    """The image tower of a reward as a classifier that knows no names."""
+
+    styles: ClassVar[list[str]] = []
+    concepts: ClassVar[list[str]] = []
+
+    def __init__(self, reward: ClipReward):
+        self.features = reward.image_features
+
+    def concept(self, images: Tensor) -> Tensor:
+        raise AssertionError("this classifier knows no concepts")
+
+    def style(self, images: Tensor) -> Tensor:
+        raise AssertionError("this classifier knows no styles")
+
+
+def published_panel(heldout: str, reward: ClipReward) -> EvaluationPanel:
+    """For any model: a two-tower reward that was not optimised. Its image features give distances and diversity; what a
+    prompt asks for is not checked."""
+    return EvaluationPanel({heldout: reward, "jpeg_size": simple.jpeg_size}, heldout, _Tower(reward))
+
+
+def concept_accuracy(classifier: ImageClassifier, images: Tensor, captions: Sequence[Caption]) -> float:
+    """Fraction of the images whose concept the classifier reads as the prompt says; NaN when no prompt names one."""
+    wanted = [caption.concept for caption in captions]
+    return float(label_correct(classifier.concept(images), classifier.concepts, wanted).nanmean())

@@ -1,0 +1,182 @@
+"""Prompts x seeds -> images -> a folder of PNGs, and back.
+
+A sample folder holds 0000.png ... and index.jsonl, one row per image.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from palate.core import Cond, Model, Random
+from palate.runtime.checkpoint import write_atomically
+from palate.runtime.errors import InputError
+from palate.sampling import sample
+
+
+class Sampler(Protocol):
+    """How an algorithm draws from its policy: `steps` evaluations without guidance, each with a noise of its own."""
+
+    steps: int
+
+    def __call__(self, model: Model, cond: Cond, noises: Sequence[Tensor], *, weights: str = "policy") -> Tensor: ...
+
+
+class Drawing(NamedTuple):
+    """How images are drawn. None = the model's default; a `sampler` takes the place of steps and guidance."""
+
+    steps: int | None = None
+    guidance: float | None = None
+    weights: str = "policy"
+    batch_size: int = 32
+    sampler: Sampler | None = None
+
+
+# --- drawing --------------------------------------------------------------------------------------------------------
+
+
+def pairs(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[int]]:
+    """The rows of prompts x seeds, all seeds of the first prompt first, as `generate` draws them."""
+    return [p for p in prompts for _ in seeds], [int(s) for _ in prompts for s in seeds]
+
+
+def quantise(images: Tensor) -> Tensor:
+    """The images as an 8-bit PNG would give them back, so that drawn and stored images are judged alike."""
+    return (images.clamp(0, 1) * 255).round() / 255
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    weights: str = "policy",
+    batch_size: int = 32,
+    sampler: Sampler | None = None,
+) -> Tensor:
+    """Images (len(prompts) * len(seeds), 3, H, W) on the CPU, in the order of `pairs`. The noise is a function of
+    (seed, index of the prompt) alone: every model and batch size starts from the same. None = the model's default;
+    a `sampler` takes the place of steps and guidance."""
+    repeated, _ = pairs(prompts, seeds)
+    rows = [Random(int(s), 0, [i]) for i in range(len(prompts)) for s in seeds]
+    noises = noises_of(rows, "evaluate", model.latent_shape, sampler)
+    return draw(model, repeated, noises, Drawing(steps, guidance, weights, batch_size, sampler))
+
+
+def noises_of(rows: Sequence[Random], purpose: str, shape: Sequence[int], sampler: Sampler | None) -> list[Tensor]:
+    """What sampling starts from, and for a sampler that needs more than one noise the others; each (B, *shape)."""
+    purposes = [purpose, *(f"{purpose}-{k}" for k in range(1, sampler.steps if sampler else 1))]
+    return [torch.cat([row.normal(name, shape) for row in rows]) for name in purposes]
+
+
+@torch.no_grad()
+def draw(model: Model, prompts: Sequence[str], noises: Sequence[Tensor], how: Drawing) -> Tensor:
+    """Images (B, 3, H, W) on the CPU, one for each prompt, from the noises (B, C, h, w)."""
+    own = next((p.device for p in model.parameters("policy")), torch.device("cpu"))
+    device = getattr(model, "device", own)  # a frozen model has no parameters to ask
+    images = []
+    for start in range(0, len(prompts), how.batch_size):
+        cond = model.encode_prompts(list(prompts[start : start + how.batch_size]))
+        parts = [noise[start : start + how.batch_size].to(device) for noise in noises]
+        if how.sampler is None:
+            steps = model.default_steps if how.steps is None else how.steps
+            guidance = model.default_guidance if how.guidance is None else how.guidance
+            latents = sample(model, cond, parts[0], steps, guidance=guidance, weights=how.weights)
+        else:
+            latents = how.sampler(model, cond, parts, weights=how.weights)
+        images.append(model.decode(latents).float().cpu())
+    return torch.cat(images)
+
+
+# --- folders --------------------------------------------------------------------------------------------------------
+
+
+def write_samples(
+    folder: str | Path, images: Tensor, prompts: Sequence[str], seeds: Sequence[int], *, guidance: float, steps: int
+) -> None:
+    """PNGs 0000.png ... and index.jsonl, one row an image: {"file", "prompt", "seed", "guidance", "steps"}."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = (images.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    rows = []
+    for i, (array, prompt, seed) in enumerate(zip(pixels, prompts, seeds, strict=True)):
+        Image.fromarray(array).save(folder / f"{i:04d}.png")
+        rows.append({"file": f"{i:04d}.png", "prompt": prompt, "seed": int(seed), "guidance": guidance, "steps": steps})
+    write_atomically(folder / "index.jsonl", "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows).encode())
+
+
+def read_index(folder: str | Path) -> list[dict[str, Any]]:
+    """The rows of folder/index.jsonl, checked. Raises ValueError naming the file, line and remedy."""
+    index = Path(folder) / "index.jsonl"
+    if not index.is_file():
+        raise InputError(f"{index} is missing; expected a sample folder such as runs/NAME/samples/step-000000")
+    rows = []
+    for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            file, prompt, seed = row["file"], row["prompt"], row["seed"]
+            good = isinstance(file, str) and isinstance(prompt, str) and isinstance(seed, int)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise InputError(
+                f'{index} line {number}: expected {{"file", "prompt", "seed", ...}}; got {line[:80]!r}'
+            ) from error
+        if not good or file != Path(file).name or file in ("", ".", ".."):
+            raise InputError(
+                f"{index} line {number}: file must be a plain name, prompt a string, seed an integer; got {line[:80]!r}"
+            )
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{index} is empty; expected one row an image")
+    return rows
+
+
+def read_samples(folder: str | Path) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Images (N, 3, H, W) in [0, 1] and the rows of index.jsonl. A missing or broken image: a ValueError names it."""
+    folder = Path(folder)
+    rows = read_index(folder)
+    images = []
+    for row in rows:
+        path = folder / row["file"]
+        try:
+            with Image.open(path) as image:
+                array = np.asarray(image.convert("RGB"))
+        except FileNotFoundError as error:
+            raise InputError(f"image {path} is missing, though index.jsonl lists it; sample again") from error
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise InputError(
+                f"image {path} cannot be read ({error}); sample again or remove its row from index.jsonl"
+            ) from error
+        if images and array.shape != images[0].shape:
+            raise InputError(
+                f"image {path} is {array.shape[1]}x{array.shape[0]}; "
+                f"expected {images[0].shape[1]}x{images[0].shape[0]} as the first"
+            )
+        images.append(array)
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255, rows
+
+
+def check_same(rows: Sequence[dict], others: Sequence[dict], name: str, other_name: str) -> None:
+    """Raise ValueError unless both hold the same (prompt, seed) in the same order; the message says which differ."""
+    for i, (row, other) in enumerate(zip(rows, others, strict=False)):
+        for key in ("prompt", "seed"):
+            if row[key] != other[key]:
+                raise InputError(
+                    f"{name} and {other_name} cannot be paired: {key} of row {i} is {row[key]!r} in the "
+                    f"first, {other[key]!r} in the second; sample both with the same prompts and seeds"
+                )
+    if len(rows) != len(others):
+        extra = next(iter(islice((rows if len(rows) > len(others) else others), min(len(rows), len(others)), None)))
+        raise InputError(
+            f"{name} and {other_name} cannot be paired: {len(rows)} and {len(others)} images; the first without a "
+            f"partner is prompt {extra['prompt']!r} seed {extra['seed']}; sample both with the same prompts and seeds"
+        )
