@@ -1,13 +1,23 @@
 """The protocols that models, rewards and algorithms meet at, and the one source of randomness.
 
 A model hides its parametrisation behind `predict`, a reward is a function, an algorithm is a generator of losses.
+
+`Model`, `Reward` and `Algorithm` are what every one of them must do. What some can do besides has a protocol of its
+own, with its name: it is enough to have the members, nothing needs to be inherited. Nothing outside this file asks an
+object for a member that no protocol lists.
+
+    a model may be      Sampleable, PublishedGrid, Fingerprinted, TextCached, SavesAdapter, TakesConsistency,
+                        HasNetworks
+    a reward may be     TwoTower
+    an algorithm may be Stateful, Steerable, DrawsOwnSamples, Warns, ChecksBatch
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,11 +29,18 @@ Cond = Any  # what a model's text encoder returns: opaque to algorithms, indexab
 Reward = Callable[[Tensor, Sequence[str]], Tensor]  # images (B, 3, H, W) in [0, 1], B prompts -> (B,), larger is better
 
 
+# ------------------------------------------------------------------------------------------------------------- models
+
+
 class Model(Protocol):
     """A text-to-image model in the units of `palate.path`: latents in, `Prediction` out."""
 
-    schedule: Schedule
-    latent_shape: tuple[int, int, int]  # (C, h, w)
+    @property
+    def schedule(self) -> Schedule: ...
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, h, w)"""
 
     def encode_prompts(self, prompts: Sequence[str]) -> Cond: ...
 
@@ -36,10 +53,109 @@ class Model(Protocol):
     def predict(
         self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0, weights: str = "policy"
     ) -> Prediction:
-        """Clean latent and noise in xt (B, C, h, w) at times t (B,). `weights` names the network that speaks."""
+        """Clean latent and noise in xt (B, C, h, w) at times t (B,). `weights` names the network that predicts."""
 
     def parameters(self, weights: str = "policy") -> list[nn.Parameter]:
         """The trainable parameters of the named weights, in a fixed order."""
+
+
+@runtime_checkable
+class Sampleable(Model, Protocol):
+    """A model that says how it is sampled when nobody else does: previews, the guard and evaluations need it."""
+
+    @property
+    def default_steps(self) -> int: ...
+
+    @property
+    def default_guidance(self) -> float: ...
+
+    @property
+    def image_size(self) -> int | tuple[int, int]:
+        """In pixels: the side of a square, or (height, width)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes; noise is moved there."""
+
+
+@runtime_checkable
+class PublishedGrid(Protocol):
+    """A model that was published with times of its own."""
+
+    def time_grid(self, steps: int) -> Tensor:
+        """Times (steps + 1,) from the first down to 0, float64."""
+
+
+@runtime_checkable
+class Fingerprinted(Protocol):
+    """A model that can tell which base weights it holds."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the base weights, in hexadecimal; adapters are not included."""
+
+
+@runtime_checkable
+class TextCached(Protocol):
+    """A model that can encode prompts ahead of time and then free its text encoders."""
+
+    def cache_prompts(self, prompts: Sequence[str]) -> None: ...
+
+
+@runtime_checkable
+class SavesAdapter(Protocol):
+    """A model that writes what was trained in the form in which others read it."""
+
+    def save_adapter(self, folder: Path) -> None: ...
+
+    def load_adapter(self, folder: Path) -> None:
+        """Read back what `save_adapter` wrote, into a model of the same training mode, rank and names."""
+
+
+@runtime_checkable
+class TakesConsistency(Protocol):
+    """A model that can be given the frozen weights "consistency"."""
+
+    def load_consistency(self, folder: Path | str | None = None) -> None: ...
+
+
+class Networks(Protocol):
+    """Networks by name."""
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]: ...
+
+    @property
+    def training(self) -> str:
+        """One of lora, full, none."""
+
+
+@runtime_checkable
+class HasNetworks(Protocol):
+    """A model whose networks can be cut over ranks, and named in messages."""
+
+    @property
+    def weights(self) -> Networks: ...
+
+
+# ------------------------------------------------------------------------------------------------------------ rewards
+
+
+@runtime_checkable
+class TwoTower(Protocol):
+    """A reward that looks at images and at prompts separately, so that several texts share one look at the images."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor: ...
+
+    @property
+    def image_features(self) -> Callable[[Tensor], Any]:
+        """Images (B, 3, H, W) -> what `score` takes."""
+
+    @property
+    def score(self) -> Callable[[Any, Sequence[str]], Tensor]:
+        """Features of B images and B prompts -> (B,)."""
+
+
+# --------------------------------------------------------------------------------------------------------- algorithms
 
 
 class Batch(NamedTuple):
@@ -52,15 +168,90 @@ class Batch(NamedTuple):
 
 
 class Loss(NamedTuple):
-    value: Tensor  # scalar; train.py calls backward on it
+    value: Tensor  # scalar; the loop calls backward on it
     metrics: dict[str, Tensor]
     update: str | None = None  # the named weights to step after this backward; None accumulates
 
 
 class Algorithm(Protocol):
-    trains: tuple[str, ...]
+    """A generator of losses; the loop does the rest. Code after a `yield` runs after the update."""
+
+    @property
+    def trains(self) -> tuple[str, ...]:
+        """The names of the weights that it updates: ("policy",) or ("policy", "assistant")."""
 
     def step(self, model: Model, reward: Reward, batch: Batch, rng: Random) -> Iterator[Loss]: ...
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What a checkpoint must hold besides weights: a tree of tensors, numbers and texts with string keys."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class Steerable(Stateful, Protocol):
+    """An algorithm whose control words may change between two steps."""
+
+    @property
+    def relative(self) -> bool:
+        """Whether it trains the difference between positive and negative words, so that a reward must know words."""
+
+    def steer(self, positive: Sequence[str] | None = None, negative: Sequence[str] | None = None) -> None:
+        """Replace the control words from the next step on; None keeps a list. ValueError: they cannot be used."""
+
+    def control_texts(self, prompt: str) -> dict[str, list[str]]:
+        """What the reward is asked about a prompt, by side ("positive", "negative"), one text for each word."""
+
+
+class Sampler(Protocol):
+    """How an algorithm draws from its policy: `steps` evaluations without guidance, each with a noise of its own."""
+
+    @property
+    def steps(self) -> int: ...
+
+    def __call__(self, model: Model, cond: Cond, noises: Sequence[Tensor], *, weights: str = "policy") -> Tensor: ...
+
+
+@runtime_checkable
+class DrawsOwnSamples(Protocol):
+    """An algorithm whose policy is not sampled along a time grid, such as a few-step generator."""
+
+    @property
+    def sampler(self) -> Sampler: ...
+
+
+@runtime_checkable
+class Warns(Protocol):
+    """An algorithm that knows when its settings are at odds; the loop says each sentence once."""
+
+    def warnings(self, learning_rates: Mapping[str, float]) -> list[str]: ...
+
+
+@runtime_checkable
+class ChecksBatch(Protocol):
+    """An algorithm that cannot work with every batch size."""
+
+    def check_batch(self, size: int) -> None:
+        """ValueError: a step of `size` samples cannot work; the message says why."""
+
+
+GuardMeasure = Callable[[Model, list[str], list[int]], dict[str, float]]  # model, prompts, sample ids -> named values
+
+
+def prompt_order(count: int, seed: int, first: int, size: int) -> list[int]:
+    """Which of `count` prompts the samples first .. first + size - 1 use: each once an epoch, shuffled anew."""
+    order: dict[int, np.ndarray] = {}
+    chosen = []
+    for i in range(first, first + size):
+        epoch, place = divmod(i, count)
+        if epoch not in order:
+            order[epoch] = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
+        chosen.append(int(order[epoch][place]))
+    return chosen
 
 
 class Random:

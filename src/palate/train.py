@@ -21,7 +21,6 @@ import math
 import operator
 import os
 import platform
-import shutil
 import signal
 import sys
 import threading
@@ -31,19 +30,21 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from palate.core import Algorithm, Batch, Loss, Model, Random, Reward
+from palate.core import Algorithm, Batch, GuardMeasure, Loss, Model, Random, Reward, prompt_order
 from palate.recipe import HARMLESS, GuardSettings, TrainerSettings, check_trainer, spread
 from palate.runtime import checkpoint, distributed
 from palate.runtime.errors import CheckpointError, InputError, NonFiniteError, OutOfMemoryError
+from palate.runtime.files import new_folder, write_atomically, write_problem
 from palate.runtime.progress import Progress
+from palate.runtime.runlog import read_metrics as read_metrics
+from palate.runtime.runlog import rewind as rewind
 
 MAX_BAD_STEPS = 3  # updates in a row that are not finite, then the run stops
 GUARD_SEEDS = 2  # images per guard prompt: diversity needs two, concept accuracy many prompts
-Check = Callable[[Model, list[str], list[int]], dict[str, float]]
+Check = GuardMeasure
 
 
 class Outcome(NamedTuple):
@@ -151,7 +152,7 @@ def steer(folder: str | Path, positive: Sequence[str] | None = None, negative: S
     with contextlib.suppress(FileNotFoundError, ValueError):  # what still waits for the next step is not lost
         waiting = _control_words(control.read_bytes())
         words = {side: waiting[side] if given is None else given for side, given in words.items()}
-    checkpoint.write_atomically(control, json.dumps(words).encode())
+    write_atomically(control, json.dumps(words).encode())
 
 
 def _control_words(text: bytes) -> dict[str, Any]:
@@ -161,18 +162,6 @@ def _control_words(text: bytes) -> dict[str, Any]:
     if not all(v is None or (isinstance(v, list) and all(isinstance(w, str) for w in v)) for v in words.values()):
         raise InputError("expected lists of words, or null")
     return words
-
-
-def prompt_order(count: int, seed: int, first: int, size: int) -> list[int]:
-    """Which of `count` prompts the samples first .. first + size - 1 use: each once an epoch, shuffled anew."""
-    order: dict[int, np.ndarray] = {}
-    chosen = []
-    for i in range(first, first + size):
-        epoch, place = divmod(i, count)
-        if epoch not in order:
-            order[epoch] = np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
-        chosen.append(int(order[epoch][place]))
-    return chosen
 
 
 def learning_rate(step: int, lr: float, warmup: int) -> float:
@@ -670,9 +659,7 @@ class _Run:
                 f"{self.folder} already holds a run: continue it with `palate resume {self.folder}`, choose another "
                 "run.folder, or replace it with --fresh"
             )
-        checkpoint.write_atomically(
-            self.folder / "environment.json", json.dumps(environment(self.base), indent=1).encode()
-        )
+        write_atomically(self.folder / "environment.json", json.dumps(environment(self.base), indent=1).encode())
         (self.folder / "control.json").unlink(missing_ok=True)
 
     def _first_look(self) -> None:
@@ -819,7 +806,7 @@ class _Run:
             if self.log.write(line) < len(line):  # the rest of the line did not fit; a reader ignores a cut one
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise CheckpointError(checkpoint.disk_message(self.folder, len(line), error)) from error
+            raise CheckpointError(write_problem(self.folder, len(line), error)) from error
 
     def _average(self) -> None:
         for name, averages in self.ema.items():
@@ -854,7 +841,7 @@ class _Run:
         words, seeds = pairs(self.preview_prompts, [0])
 
         def write() -> None:
-            with _new_folder(self.folder / "samples" / checkpoint.name(self.step)) as temporary:
+            with new_folder(self.folder / "samples" / checkpoint.name(self.step)) as temporary:
                 write_samples(temporary, images, words, seeds, guidance=guidance, steps=steps)
 
         self.ranks.on_first(write)
@@ -872,12 +859,12 @@ class _Run:
         self._save()
 
     def _save_networks(self, networks: dict[str, torch.nn.Module], whole: dict[str, dict[str, Tensor]]) -> None:
-        with _new_folder(self.folder / "adapter") as temporary:
+        with new_folder(self.folder / "adapter") as temporary:
             for name, network in networks.items():
                 distributed.save_network(network, whole[name], temporary if name == "policy" else temporary / name)
 
     def _save_adapter(self) -> None:
-        with _new_folder(self.folder / "adapter") as temporary:
+        with new_folder(self.folder / "adapter") as temporary:
             self.model.save_adapter(temporary)
 
     def _sync_log(self) -> None:
@@ -891,7 +878,7 @@ class _Run:
         """
         total = self.ranks.size * len(states)
         first: dict[str, Tensor] = {}
-        plain = checkpoint.split(states[0], "algorithm", first)
+        plain = checkpoint.flatten_state(states[0], "algorithm", first)
         first = {key: distributed.full(value) for key, value in first.items()}
         if (
             total == 1
@@ -906,7 +893,7 @@ class _Run:
             return {"shares": total, "algorithm": plain}
         own: dict[str, Tensor] = {}
         start = self.ranks.rank * len(states)
-        trees = [checkpoint.split(state, f"algorithm/{start + k}", own) for k, state in enumerate(states)]
+        trees = [checkpoint.flatten_state(state, f"algorithm/{start + k}", own) for k, state in enumerate(states)]
         for theirs in self.ranks.collect(own):
             tensors |= theirs
         return {
@@ -990,7 +977,7 @@ class _Run:
         for k, algorithm in enumerate(self.algorithms):
             tree = each[self.ranks.rank * mine + k] if each else saved.state["algorithm"]
             if tree:
-                algorithm.load_state_dict(checkpoint.join(tree, saved.tensors))
+                algorithm.load_state_dict(checkpoint.unflatten_state(tree, saved.tensors))
 
     def _load_tensors(self, saved: checkpoint.Checkpoint) -> None:
         if saved.state["trains"] != list(self.parameters):
@@ -1033,48 +1020,6 @@ def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> None
         raise InputError(
             f"the reward returned {[round(float(v), 4) for v in values]} for images of noise; expected finite numbers"
         )
-
-
-def rewind(folder: Path, step: int) -> list[dict[str, Any]]:
-    """Cut metrics.jsonl back to `step`; returns the steering events after it, which the resumed run replays.
-
-    They are first made durable in steering.json, so that a crash while resuming does not lose them.
-    """
-    log, waiting = folder / "metrics.jsonl", folder / "steering.json"
-    rows = read_metrics(log)
-    events = {row["step"]: row for row in rows if row.get("event") == "steer" and row["step"] > step}
-    try:
-        events = {row["step"]: row for row in json.loads(waiting.read_bytes()) if row["step"] > step} | events
-    except FileNotFoundError:
-        pass
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            f"{waiting}: not the steering events of a run ({error}); delete it to continue without them"
-        ) from error
-    replay = [events[number] for number in sorted(events)]
-    checkpoint.write_atomically(waiting, json.dumps(replay).encode())
-    kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
-    checkpoint.write_atomically(log, kept.encode())
-    return replay
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl; a last line that a crash cut short does not count."""
-    if not path.is_file():
-        return []
-    lines = path.read_text("utf-8").splitlines()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise InputError(f"{path}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise InputError(f"{path}, line {number}: expected an object with a whole number as step")
-        rows.append(row)
-    return rows
 
 
 def versions() -> dict[str, str]:
@@ -1164,7 +1109,7 @@ def _state(algorithm: Algorithm) -> dict[str, Any]:
 
 def _state_digest(state: dict[str, Any]) -> str:
     tensors: dict[str, Tensor] = {}
-    plain = checkpoint.split(state, "algorithm", tensors)
+    plain = checkpoint.flatten_state(state, "algorithm", tensors)
     return _hash([plain, _digest({"": [distributed.full(tensor) for tensor in tensors.values()]})])
 
 
@@ -1231,21 +1176,6 @@ def _plain(value: Any) -> Any:
 
 def _words(values: dict[str, Any]) -> str:
     return ", ".join(f"{k} {v if isinstance(v, str) else ', '.join(v)}" for k, v in values.items() if v is not None)
-
-
-@contextlib.contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `target` when the block ends well."""
-    temporary = target.with_name(f".tmp-{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class _Stop:

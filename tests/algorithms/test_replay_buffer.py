@@ -166,11 +166,11 @@ def test_what_is_not_finite_is_left_out():
 @pytest.mark.parametrize("memory", [1 << 30, 3000], ids=["memory", "spilled"])
 def test_state_travels_through_a_checkpoint(tmp_path, memory):
     buffer, tensors = filled(9, 6, memory=memory), {}
-    tree = checkpoint.split(buffer.state_dict(), "algorithm", tensors)
+    tree = checkpoint.flatten_state(buffer.state_dict(), "algorithm", tensors)
     checkpoint.save(tmp_path, 1, tensors, {"algorithm": tree})
     saved = checkpoint.load(tmp_path / "step-000001")
     back = ReplayBuffer(6, memory=memory)
-    back.load_state_dict(checkpoint.join(saved.state["algorithm"], saved.tensors))
+    back.load_state_dict(checkpoint.unflatten_state(saved.state["algorithm"], saved.tensors))
     assert list(back.ids) == list(buffer.ids) and back.held_bytes <= memory
     for law in ("uniform", "prioritised", "importance"):
         for one, other in zip(buffer.draw(law, *uniforms(5)), back.draw(law, *uniforms(5)), strict=True):

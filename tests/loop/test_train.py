@@ -116,16 +116,16 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
 KILLED = """
     import os, signal, sys
     from pathlib import Path
-    from palate.runtime import checkpoint
+    from palate.runtime import checkpoint, files
     from support.loop import run
     folder, after = Path(sys.argv[1]), int(sys.argv[2])
-    count, sync = [0], checkpoint._sync
+    count, sync = [0], files.sync
     def kill(path):
         count[0] += 1
         if count[0] == after:
             os.kill(os.getpid(), signal.SIGKILL)
         sync(path)
-    checkpoint._sync = kill
+    checkpoint.sync = files.sync = kill
     run(folder, ema_decay=0.5, resume=(folder / "checkpoints").exists())
 """
 

@@ -162,9 +162,9 @@ def test_a_pickle_inside_a_checkpoint_is_never_loaded(tmp_path, part):
 
 
 def manifest(path: Path, **changes) -> None:
-    files = {part: checkpoint._digest(path / part) for part in (checkpoint.STATE, checkpoint.TENSORS)}
+    files = {part: checkpoint.file_digest(path / part) for part in (checkpoint.STATE, checkpoint.TENSORS)}
     forged = {"schema": checkpoint.SCHEMA, "step": 1, "files": files} | changes
-    (path / checkpoint.MANIFEST).write_bytes(checkpoint._canonical(forged))
+    (path / checkpoint.MANIFEST).write_bytes(checkpoint.canonical_json(forged))
 
 
 @pytest.mark.parametrize("changes", [

@@ -60,8 +60,8 @@ def test_a_forged_manifest_does_not_make_bad_content_good(tmp_path, content):
     elif content == "pickle":
         (path / checkpoint.TENSORS).write_bytes(pickle.dumps([1, 2]))
     schema = 0 if content == "schema" else checkpoint.SCHEMA
-    files = {part: checkpoint._digest(path / part) for part in (checkpoint.STATE, checkpoint.TENSORS)}
-    (path / checkpoint.MANIFEST).write_bytes(checkpoint._canonical({"schema": schema, "step": 3, "files": files}))
+    files = {part: checkpoint.file_digest(path / part) for part in (checkpoint.STATE, checkpoint.TENSORS)}
+    (path / checkpoint.MANIFEST).write_bytes(checkpoint.canonical_json({"schema": schema, "step": 3, "files": files}))
     assert checkpoint.verify(path)
 
 
@@ -77,7 +77,7 @@ def test_a_crash_at_any_point_of_a_save_leaves_a_good_checkpoint(tmp_path, monke
         write(folder, 1)
         left = [point]
         with monkeypatch.context() as patch:
-            for name in ("_write", "_sync", "_replace", "save_file"):
+            for name in ("write_durably", "sync", "replace", "save_file"):
                 original = getattr(checkpoint, name)
 
                 def crash(*arguments, original=original, left=left):
@@ -141,10 +141,10 @@ def test_without_a_good_one_the_error_says_so(tmp_path):
 def test_split_and_join_are_inverse():
     tree = {"a": [1, {"b": torch.arange(3)}], "c": {"d": torch.ones(2), "e": "text", "f": None}}
     tensors: dict[str, torch.Tensor] = {}
-    plain = checkpoint.split(tree, "x", tensors)
+    plain = checkpoint.flatten_state(tree, "x", tensors)
     assert len(tensors) == 2 and all(key.startswith("x/") for key in tensors)
-    back = checkpoint.join(plain, tensors)
+    back = checkpoint.unflatten_state(plain, tensors)
     assert back["c"]["e"] == "text" and back["a"][0] == 1 and back["c"]["f"] is None
     assert torch.equal(back["a"][1]["b"], torch.arange(3)) and torch.equal(back["c"]["d"], torch.ones(2))
     with pytest.raises(TypeError, match="must be strings"):
-        checkpoint.split({1: 2}, "x", {})
+        checkpoint.flatten_state({1: 2}, "x", {})

@@ -142,6 +142,11 @@ class SRPO:
         self.settings = settings
         self.positive, self.negative = settings.positive, settings.negative
 
+    @property
+    def relative(self) -> bool:
+        """Whether the difference between the control words is what is trained."""
+        return self.settings.preference == "relative"
+
     def words(self, step: int) -> tuple[str, str]:
         """The positive and the negative control word of a step."""
         i = step + self.settings.word_offset

@@ -46,6 +46,7 @@ class EmojiModel:
     image_size = 64
     default_steps = 8
     default_guidance = 3.0
+    device = torch.device("cpu")
 
     def __init__(
         self,

@@ -53,6 +53,9 @@ class GaussianModel:
     that gradients keep their closed form.
     """
 
+    default_steps = 8
+    default_guidance = 1.0
+
     def __init__(
         self,
         mean: Tensor,
@@ -75,8 +78,8 @@ class GaussianModel:
             raise InputError("GaussianModel got a network named 'reference'; that name is the frozen truth")
         self.mean, self.std, self.schedule = mean, float(std), schedule
         self.means = dict(means or {})
-        self.latent_shape = tuple(mean.shape)
-        self.image_size = mean.shape[-1]
+        self.latent_shape: tuple[int, int, int] = (mean.shape[0], mean.shape[1], mean.shape[2])
+        self.image_size, self.device = mean.shape[-1], mean.device
         self.trains = tuple(trains)
         self.decode_scale, self.decode_offset = decode_scale, decode_offset
         self.networks = {name: self._network() for name in networks}

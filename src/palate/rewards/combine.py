@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from palate.core import Reward
+from palate.core import Reward, TwoTower
 from palate.runtime.errors import InputError
 
 TEMPLATE = "{control}. {prompt}"  # SRPO, arXiv 2509.06942: the control word stands before the prompt
@@ -88,21 +89,29 @@ def weighted(parts: Mapping[str, tuple[float, Reward]]) -> Reward:
     """sum of weight R over {"name": (weight, R)}. It is two-tower itself, so relative rewards of it stay cheap."""
     if not parts:
         raise InputError("weighted got no rewards; expected {'name': (weight, reward)} with at least one entry")
-    towers = {name: (weight, *_towers(reward)) for name, (weight, reward) in parts.items()}
+    return WeightedTowers({name: (weight, *_towers(reward)) for name, (weight, reward) in parts.items()})
 
-    def image_features(images: Tensor) -> dict[str, Any]:
-        return {name: features(images) for name, (_, features, _) in towers.items()}
 
-    def score(seen: dict[str, Any], prompts: Sequence[str]) -> Tensor:
-        return sum(weight * rate(seen[name], prompts) for name, (weight, _, rate) in towers.items())
+@dataclass(frozen=True)
+class WeightedTowers:
+    """The weighted sum of rewards, each as (weight, image_features, score); what `weighted` returns."""
 
-    def parts(images: Tensor, prompts: Sequence[str]) -> dict[str, tuple[float, Tensor]]:
-        seen = image_features(images)
-        return {name: (weight, rate(seen[name], prompts)) for name, (weight, _, rate) in towers.items()}
+    towers: Mapping[str, tuple[float, Callable[[Tensor], Any], Callable[[Any, Sequence[str]], Tensor]]]
 
-    reward = _two_tower(image_features, score)
-    reward.parts = parts
-    return reward
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.score(self.image_features(images), prompts)
+
+    def image_features(self, images: Tensor) -> dict[str, Any]:
+        return {name: features(images) for name, (_, features, _) in self.towers.items()}
+
+    def score(self, seen: dict[str, Any], prompts: Sequence[str]) -> Tensor:
+        values = [weight * rate(seen[name], prompts) for name, (weight, _, rate) in self.towers.items()]
+        return sum(values[1:], start=0 + values[0])
+
+    def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, tuple[float, Tensor]]:
+        """{name: (weight, values (B,))} over one look at the images."""
+        seen = self.image_features(images)
+        return {name: (weight, rate(seen[name], prompts)) for name, (weight, _, rate) in self.towers.items()}
 
 
 @runtime_checkable
@@ -128,7 +137,7 @@ def normalised(reward: Reward, mean: float, std: float) -> Reward:
     if not std > 0:
         raise InputError(f"normalised got std {std}; expected > 0: the reward does not vary on the reference images")
     features, rate = _towers(reward)
-    return _two_tower(features, lambda seen, prompts: (rate(seen, prompts) - mean) / std)
+    return Towers(features, lambda seen, prompts: (rate(seen, prompts) - mean) / std)
 
 
 def reward_scale(reward: Reward, images: Tensor, prompts: Sequence[str]) -> tuple[float, float]:
@@ -156,21 +165,24 @@ def checked(reward: Reward, name: str) -> Reward:
             )
         return values
 
-    if hasattr(reward, "image_features") and hasattr(reward, "score"):
-        return _two_tower(reward.image_features, lambda seen, prompts: check(reward.score(seen, prompts), len(prompts)))
+    if isinstance(reward, TwoTower):
+        return Towers(reward.image_features, lambda seen, prompts: check(reward.score(seen, prompts), len(prompts)))
     return lambda images, prompts: check(reward(images, prompts), len(prompts))
 
 
 def _towers(reward: Reward) -> tuple[Callable[[Tensor], Any], Callable[[Any, Sequence[str]], Tensor]]:
     """image_features and score; a plain reward's features are the images themselves."""
-    if hasattr(reward, "image_features") and hasattr(reward, "score"):
+    if isinstance(reward, TwoTower):
         return reward.image_features, reward.score
     return (lambda images: images), reward
 
 
-def _two_tower(image_features: Callable[[Tensor], Any], score: Callable[[Any, Sequence[str]], Tensor]) -> Reward:
-    def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return score(image_features(images), prompts)
+@dataclass(frozen=True)
+class Towers:
+    """A reward of two functions, `palate.core.TwoTower`."""
 
-    reward.image_features, reward.score = image_features, score
-    return reward
+    image_features: Callable[[Tensor], Any]
+    score: Callable[[Any, Sequence[str]], Tensor]
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.score(self.image_features(images), prompts)

@@ -17,8 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from palate.rewards.remote import TOKEN, RemoteError, RemoteReward, png
+from palate.rewards.remote import TOKEN, RemoteError, RemoteReward
 from palate.runtime.errors import InputError
+from palate.runtime.images import encode_png, to_pixels
 
 QUESTION = (
     'How well does this picture show the following text, and how good is it as a picture?\nText: "{prompt}"\n'
@@ -45,13 +46,13 @@ class JudgeReward:
         self.model, self.question, self.concurrency = model, question, concurrency
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        pixels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        pixels = to_pixels(images)
         with ThreadPoolExecutor(self.concurrency) as pool:
             scores = list(pool.map(self._score, pixels, prompts))
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 
     def _score(self, array, prompt: str) -> float:
-        picture = "data:image/png;base64," + base64.b64encode(png(array)).decode()
+        picture = "data:image/png;base64," + base64.b64encode(encode_png(array, compress_level=1)).decode()
         content = [
             {"type": "image_url", "image_url": {"url": picture}},
             {"type": "text", "text": self.question.replace("{prompt}", prompt)},

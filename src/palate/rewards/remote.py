@@ -32,6 +32,7 @@ from torch import Tensor
 
 from palate.core import Reward
 from palate.runtime.errors import InputError, RewardServiceError
+from palate.runtime.images import UNREADABLE, encode_png, from_pixels, to_pixels
 
 TOKEN = "PALATE_REWARD_TOKEN"  # the environment variable of both sides
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -75,7 +76,7 @@ class RemoteReward:
         self.timeout, self.retries, self.wait, self.piece, self.concurrency = timeout, retries, wait, piece, concurrency
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        pixels = (images.detach().float().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        pixels = to_pixels(images)
         starts = range(0, len(pixels), self.piece)
         with ThreadPoolExecutor(self.concurrency) as pool:
             pieces = list(
@@ -84,7 +85,8 @@ class RemoteReward:
         return torch.tensor([score for piece in pieces for score in piece], dtype=torch.float32, device=images.device)
 
     def _scores(self, pixels: np.ndarray, prompts: list[str]) -> list[float]:
-        content = {"prompts": prompts, "images": [base64.b64encode(png(array)).decode() for array in pixels]}
+        pictures = [base64.b64encode(encode_png(array, compress_level=1)).decode() for array in pixels]
+        content = {"prompts": prompts, "images": pictures}
         name = hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
         return self._checked(self.ask({"id": name, **content}), name, len(prompts))
 
@@ -172,12 +174,6 @@ def _hang_up(connection: http.client.HTTPConnection) -> None:
         return  # it was closed a moment before
 
 
-def png(array: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    Image.fromarray(array).save(stream, "PNG", compress_level=1)
-    return stream.getvalue()
-
-
 def _error_of(answer: bytes) -> str:
     try:
         return str(json.loads(answer)["error"])[:200]
@@ -235,9 +231,7 @@ def make_app(
                 groups.setdefault(image.size, []).append(i)
             scores = [math.nan] * len(images)
             for rows in groups.values():
-                batch = torch.stack(
-                    [torch.from_numpy(np.array(images[i])).permute(2, 0, 1).float() / 255 for i in rows]
-                )
+                batch = from_pixels([np.asarray(images[i]) for i in rows])
                 with torch.no_grad():
                     values = reward(batch, [prompts[i] for i in rows]).tolist()
                 for i, value in zip(rows, values, strict=True):
@@ -324,5 +318,5 @@ def _opened(text: str, max_side: int) -> Image.Image:
             if max(image.size) > max_side:  # known from the header, before anything is unpacked
                 raise _Refused(413, f"an image of {image.size[0]} x {image.size[1]}; at most {max_side} on a side")
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise _Refused(400, "an image is not a base64 PNG") from error

@@ -6,12 +6,12 @@ All but `jpeg_size` are differentiable. Prompts are accepted and ignored: each f
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import torch
-from PIL import Image
 from torch import Tensor
+
+from palate.runtime.images import encode_jpeg, to_pixels
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the weights that JPEG uses
 
@@ -71,10 +71,5 @@ def high_frequency(images: Tensor, prompts: Sequence[str] = (), *, cutoff: float
 
 def jpeg_size(images: Tensor, prompts: Sequence[str] = (), *, quality: int = 75) -> Tensor:
     """Bytes of each image as a baseline JPEG. A black box: no gradient. Its negative is DDPO's compressibility."""
-    pixels = (images.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    sizes = []
-    for array in pixels:
-        stream = io.BytesIO()
-        Image.fromarray(array).save(stream, "JPEG", quality=quality)
-        sizes.append(float(stream.tell()))
+    sizes = [float(len(encode_jpeg(pixels, quality=quality))) for pixels in to_pixels(images)]
     return torch.tensor(sizes, device=images.device)

@@ -7,7 +7,6 @@ byte before anything is used; `load_newest` falls back to the newest good one. N
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -22,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from palate.runtime.errors import CheckpointError
+from palate.runtime.files import canonical_json, file_digest, replace, sync, write_durably, write_problem
+from palate.runtime.files import write_atomically as write_atomically
 
 SCHEMA = 1
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
@@ -56,16 +57,16 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
         _remove_unfinished(folder)
         temporary.mkdir()
         save_file(plain, str(temporary / TENSORS))
-        _write(temporary / STATE, _canonical({"schema": SCHEMA, "step": step, **state}))
-        _sync(temporary / TENSORS)
-        files = {part: _digest(temporary / part) for part in (STATE, TENSORS)}
-        _write(temporary / MANIFEST, _canonical({"schema": SCHEMA, "step": step, "files": files}))
-        _sync(temporary)
-        _replace(temporary, final)
-        _sync(folder)
+        write_durably(temporary / STATE, canonical_json({"schema": SCHEMA, "step": step, **state}))
+        sync(temporary / TENSORS)
+        files = {part: file_digest(temporary / part) for part in (STATE, TENSORS)}
+        write_durably(temporary / MANIFEST, canonical_json({"schema": SCHEMA, "step": step, "files": files}))
+        sync(temporary)
+        replace(temporary, final)
+        sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(disk_message(folder, need, error)) from error
+        raise CheckpointError(write_problem(folder, need, error)) from error
     return final
 
 
@@ -74,7 +75,7 @@ def load(path: Path) -> Checkpoint:
     manifest = _manifest(path)
     for part, expected in manifest["files"].items():
         try:
-            got = _digest(path / part)
+            got = file_digest(path / part)
         except OSError as error:
             raise CheckpointError(f"{path / part}: {error.strerror or error}") from error
         if got != expected:
@@ -118,7 +119,7 @@ def prune(folder: Path, *, keep: int, also: set[int]) -> None:
     for step in steps(folder)[: -max(keep, 1)]:
         if step not in also:
             doomed = folder / f".tmp-pruned-{name(step)}"
-            _replace(folder / name(step), doomed)  # a half-deleted folder must never look like a checkpoint
+            replace(folder / name(step), doomed)  # a half-deleted folder must never look like a checkpoint
             shutil.rmtree(doomed)
 
 
@@ -127,19 +128,19 @@ def check_space(folder: Path, *, need: int) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".tmp-probe"
-        _write(probe, b"palate")
+        write_durably(probe, b"palate")
         probe.unlink()
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise CheckpointError(disk_message(folder, need, error)) from error
+        raise CheckpointError(write_problem(folder, need, error)) from error
     if free < need:
-        raise CheckpointError(disk_message(folder, need, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
+        raise CheckpointError(write_problem(folder, need, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
 
 
-def split(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON-able copy of `tree` with its tensors moved into `tensors` under `prefix/...`; `join` is the inverse.
+def flatten_state(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON-able copy of `tree` with its tensors moved into `tensors` under `prefix/...`.
 
-    Keys of dictionaries must be strings. Tuples come back as lists.
+    `unflatten_state` is the inverse. Keys of dictionaries must be strings. Tuples come back as lists.
     """
     if isinstance(tree, Tensor):
         tensors[prefix] = tree
@@ -147,28 +148,21 @@ def split(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(tree, Mapping):
         if wrong := [key for key in tree if not isinstance(key, str)]:
             raise TypeError(f"{prefix}: keys of a saved state must be strings, got {wrong[0]!r}")
-        return {key: split(value, f"{prefix}/{key}", tensors) for key, value in tree.items()}
+        return {key: flatten_state(value, f"{prefix}/{key}", tensors) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return [split(value, f"{prefix}/{i}", tensors) for i, value in enumerate(tree)]
+        return [flatten_state(value, f"{prefix}/{i}", tensors) for i, value in enumerate(tree)]
     return tree
 
 
-def join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+def unflatten_state(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The tree that `flatten_state` took apart."""
     if isinstance(tree, dict):
         if set(tree) == {"__tensor__"}:
             return tensors[tree["__tensor__"]]
-        return {key: join(value, tensors) for key, value in tree.items()}
+        return {key: unflatten_state(value, tensors) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [join(value, tensors) for value in tree]
+        return [unflatten_state(value, tensors) for value in tree]
     return tree
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace the file at `path` by `data`: a reader, or a crash, sees the old content or the new, never a part."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    _write(temporary, data)
-    _replace(temporary, path)
-    _sync(path.parent)
 
 
 def _manifest(path: Path) -> dict[str, Any]:
@@ -176,7 +170,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     try:
         raw = file.read_bytes()
         manifest = json.loads(raw)
-        whole = isinstance(manifest, dict) and _canonical(manifest) == raw
+        whole = isinstance(manifest, dict) and canonical_json(manifest) == raw
         whole = whole and set(manifest["files"]) == {STATE, TENSORS}
         known = whole and manifest["schema"] == SCHEMA
         placed = whole and path.name == name(int(manifest["step"]))
@@ -193,49 +187,6 @@ def _manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _replace(source: Path, target: Path) -> None:
-    if target.is_dir():  # the same step saved again, after a fall-back to an older one
-        shutil.rmtree(target)
-    os.replace(source, target)
-
-
 def _remove_unfinished(folder: Path) -> None:
     for left_over in folder.glob(".tmp-*"):
         shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
-
-
-def disk_message(folder: Path, need: int, error: Exception) -> str:
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    return (
-        f"cannot write {folder}: {getattr(error, 'strerror', None) or error} "
-        f"(need about {need / 2**20:.1f} MiB, free {free / 2**20:.1f} MiB). "
-        "Free some space or set run.folder to another disk; what was saved before is intact"
-    )

@@ -1,0 +1,126 @@
+r"""Files that are whole or absent: atomic writes, folders swapped in, JSON lines, digests.
+
+A reader, or a crash, sees the old content or the new one, never a part. Lines end at \n, \r\n or \r, nowhere else:
+str.splitlines also cuts at U+2028, U+0085 and form feeds, which may stand inside a prompt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from palate.runtime.errors import InputError
+
+_LINE_END = re.compile(r"\r\n|\r|\n")
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write the file and wait until the disk has it."""
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace the file at `path` by `data`: a reader, or a crash, sees the old content or the new, never a part."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    write_durably(temporary, data)
+    replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has the file, or the names in the folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename a file or a folder; a folder at `target` is deleted first."""
+    if target.is_dir():
+        shutil.rmtree(target)
+    os.replace(source, target)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `target` when the block ends well."""
+    temporary = target.with_name(f".tmp-{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def split_lines(text: str) -> list[str]:
+    """The lines of a text, without their ends; a last line end opens no empty line."""
+    lines = _LINE_END.split(text)
+    return lines[:-1] if lines[-1] == "" else lines
+
+
+def json_line(row: Any) -> bytes:
+    """One line of a JSON lines file, in ASCII, with its end."""
+    return json.dumps(row).encode() + b"\n"
+
+
+def read_json_lines(path: Path, *, cut_short: bool = False) -> list[tuple[int, Any]]:
+    """(line number, value) of each line that is not empty. InputError: a line that is not JSON.
+
+    cut_short: a last line that a crash cut does not count, and is no error.
+    """
+    try:
+        lines = split_lines(path.read_text("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append((number, json.loads(line)))
+        except ValueError as error:
+            if cut_short and number == len(lines):
+                break
+            raise InputError(f"{path}, line {number}: not JSON ({error})") from error
+    return rows
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one JSON text of a value: keys sorted, no spaces. ValueError: NaN or infinity."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of a value's JSON text with sorted keys, in hexadecimal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_problem(folder: Path, need: int, error: Exception) -> str:
+    """The message for a write under `folder` that failed: what was needed, what is free, what to do."""
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return (
+        f"cannot write {folder}: {reason} (need about {need / 2**20:.1f} MiB, free {free / 2**20:.1f} MiB). "
+        "Free some space or set run.folder to another disk; what was saved before is intact"
+    )

@@ -1,0 +1,66 @@
+"""Files of a run: lines, JSON lines, folders that are whole or absent."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+
+from palate.runtime.errors import CheckpointError, InputError
+from palate.runtime.files import file_digest, json_line, new_folder, read_json_lines, split_lines, write_atomically
+from palate.runtime.runlog import RunLog, read_metrics
+
+ODD = "a\u2028b\u0085c\x0cd\x1ce"
+
+
+def test_only_line_ends_end_a_line():
+    assert split_lines("a\nb\r\nc\rd") == ["a", "b", "c", "d"]
+    assert split_lines(f"{ODD}\n\n") == [ODD, ""] and split_lines("") == []
+
+
+def test_json_lines_keep_every_character(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    raw = "a\u2028b\u0085c"
+    path.write_bytes(json_line({"prompt": ODD}) + f'{{"prompt": "{raw}"}}\n\n'.encode())
+    assert [number for number, _ in read_json_lines(path)] == [1, 2]
+    assert [row["prompt"] for _, row in read_json_lines(path)] == [ODD, raw]
+    path.write_bytes(b'{"a": 1}\n{"a"')
+    assert read_json_lines(path, cut_short=True) == [(1, {"a": 1})]
+    with pytest.raises(InputError, match="line 2"):
+        read_json_lines(path)
+    path.write_bytes(b"{\n{}\n")
+    with pytest.raises(InputError, match="line 1"):
+        read_json_lines(path, cut_short=True)
+
+
+def test_a_folder_that_fails_leaves_the_old_one(tmp_path):
+    for text in ("old", "new"):
+        with new_folder(tmp_path / "x") as folder:
+            (folder / "f").write_text(text)
+    with pytest.raises(KeyError), new_folder(tmp_path / "x") as folder:
+        (folder / "f").write_text("broken")
+        raise KeyError
+    assert (tmp_path / "x/f").read_text() == "new" and sorted(p.name for p in tmp_path.iterdir()) == ["x"]
+
+
+def test_a_digest_is_that_of_the_bytes(tmp_path):
+    write_atomically(tmp_path / "f", b"palate" * 1000)
+    assert file_digest(tmp_path / "f") == hashlib.sha256(b"palate" * 1000).hexdigest()
+
+
+def test_a_log_appends_rows_and_writes_no_nan(tmp_path):
+    for step in (1, 2):
+        with RunLog(tmp_path) as log:
+            log.write({"step": step, "event": "step", "loss": float("nan")})
+            log.sync()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": s, "event": "step", "loss": "nan"} for s in (1, 2)]
+    with RunLog(tmp_path / "nowhere", writes=False) as log:
+        log.write({"step": 1})
+        log.sync()
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_full_disk_is_told(tmp_path):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with RunLog(tmp_path) as log, pytest.raises(CheckpointError, match="MiB"):
+        log.write({"step": 1})
