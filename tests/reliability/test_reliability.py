@@ -34,7 +34,7 @@ from palate.train import OutOfMemoryError, _Run, memory_levers, read_metrics
 from palate.train import train as palate_train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-SAVE_PARTS = ("_write", "_sync", "_replace", "save_file")
+SAVE_PARTS = ("write_durably", "sync", "replace", "save_file")
 OTHERS = [name for name in MAKE if name != "srpo"]
 
 

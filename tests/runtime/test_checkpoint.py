@@ -109,7 +109,7 @@ def test_a_full_disk_names_path_need_and_free_and_keeps_the_last_one(tmp_path, m
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for part in ("_write", "_sync", "save_file", "_replace"):
+    for part in ("write_durably", "sync", "save_file", "replace"):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, part, full)
             with pytest.raises(checkpoint.CheckpointError, match=r"No space left.*need about.*free.*intact") as caught:
