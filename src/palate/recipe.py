@@ -71,7 +71,7 @@ PUBLISHED_REWARDS = {  # name -> module, function that loads it from reward.sour
     "image-reward": ("palate.rewards.image_reward", "load_image_reward"),
     "hpsv3": ("palate.rewards.hpsv3", "load_hpsv3"),
     "remote": ("palate.rewards.remote", "load_remote"),
-    "vlm-judge": ("palate.rewards.judge", "load_judge"),
+    "vlm-judge": ("palate.rewards.vlm", "load_vlm"),
 }
 SERVICES = {  # rewards behind a URL, with an example of one
     "remote": "http://127.0.0.1:8411/score", "vlm-judge": "http://127.0.0.1:8000/v1/chat/completions#MODEL",

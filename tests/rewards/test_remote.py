@@ -24,7 +24,8 @@ pytest.importorskip("fastapi")
 from palate import cli, recipe  # noqa: E402
 from palate.optimize import load_oracle  # noqa: E402
 from palate.recipe import OracleSettings  # noqa: E402
-from palate.rewards.remote import TOKEN, RemoteError, RemoteReward, load_remote, make_app  # noqa: E402
+from palate.rewards.remote import TOKEN, RemoteError, RemoteReward, load_remote  # noqa: E402
+from palate.rewards.server import Limits, make_app  # noqa: E402
 
 SECRET = "a-token-of-twenty-six-bytes"
 
@@ -53,7 +54,7 @@ class Brightness:
 def served():
     """(port, the reward behind it)."""
     reward = Brightness()
-    app = make_app(reward, SECRET, max_bytes=40_000, max_images=4, max_side=64, waiting=2, remembered=8)
+    app = make_app(reward, SECRET, limits=Limits(max_bytes=40_000, max_images=4, max_side=64, waiting=2, remembered=8))
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

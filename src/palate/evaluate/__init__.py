@@ -42,13 +42,13 @@ from palate.evaluate.samples import (
     check_same,
     generate,
     pairs,
-    quantise,
     read_index,
     read_samples,
     write_samples,
 )
 from palate.evaluate.verdicts import CONCEPT_LIMIT, DIVERSITY_LIMIT, verdict
 from palate.runtime.deprecated import old_names
+from palate.runtime.images import quantise
 
 __all__ = [
     "CLOSED_FORM", "CONCEPT_LIMIT", "DIVERSITY_LIMIT", "SIDES", "Caption", "Evaluation", "EvaluationPanel",

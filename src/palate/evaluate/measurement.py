@@ -25,10 +25,10 @@ from palate.evaluate.samples import (
     generate,
     noises_of,
     pairs,
-    quantise,
     read_samples,
 )
 from palate.runtime.errors import InputError
+from palate.runtime.images import quantise
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,11 @@ def evaluate_images(
     inside = _inside_prompts(now, prompts)
     inside_before = None if before is None else _inside_prompts(before, prompts)
     metrics = {
-        name: mean_and_interval(column, before and before.values[name], prompts) for name, column in now.values.items()
+        name: mean_and_interval(column, before.values[name] if before else None, prompts)
+        for name, column in now.values.items()
     }
     for name, column in inside.items():
-        metrics[name] = mean_and_interval(column, inside_before and inside_before[name], None)
+        metrics[name] = mean_and_interval(column, inside_before[name] if inside_before else None, None)
     by_prompt = [{"prompt": p, **_at(inside, i)} for i, p in enumerate(dict.fromkeys(prompts))]
     summary: dict[str, Any] = {
         "images": len(images),

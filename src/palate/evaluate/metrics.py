@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from palate.rewards import simple
+from palate.rewards.simple import SIDES
 
 CLOSED_FORM: dict[str, Callable[[Tensor], Tensor]] = {
     f.__name__: f
     for f in (simple.saturation, simple.brightness, simple.warmth, simple.colourfulness, simple.high_frequency)
 }
 SAME_PICTURE = 0.05  # root mean square difference of the pixels below which two images are the same picture
-SIDES = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1)}  # axis and sign of a centre (x, y)
 
 
 def diversity(features: Tensor, groups: Sequence, labels: Sequence | None = None) -> Tensor:

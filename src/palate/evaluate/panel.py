@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -69,11 +69,13 @@ def embedded_panel() -> EvaluationPanel:
 class _Tower:
     """The image tower of a reward as a classifier that knows no names."""
 
-    styles: ClassVar[list[str]] = []
-    concepts: ClassVar[list[str]] = []
-
     def __init__(self, reward: ClipReward):
-        self.features = reward.image_features
+        self.tower = reward.image_features
+        self.styles: list[str] = []
+        self.concepts: list[str] = []
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.tower(images)
 
     def concept(self, images: Tensor) -> Tensor:
         raise AssertionError("this classifier knows no concepts")

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from palate.core import Cond, Model, Random
-from palate.runtime.checkpoint import write_atomically
 from palate.runtime.errors import InputError
+from palate.runtime.files import split_lines, write_atomically
+from palate.runtime.images import UNREADABLE, encode_png, from_pixels, read_pixels, to_pixels
 from palate.sampling import sample
 
 
@@ -46,11 +46,6 @@ class Drawing(NamedTuple):
 def pairs(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[int]]:
     """The rows of prompts x seeds, all seeds of the first prompt first, as `generate` draws them."""
     return [p for p in prompts for _ in seeds], [int(s) for _ in prompts for s in seeds]
-
-
-def quantise(images: Tensor) -> Tensor:
-    """The images as an 8-bit PNG would give them back, so that drawn and stored images are judged alike."""
-    return (images.clamp(0, 1) * 255).round() / 255
 
 
 def generate(
@@ -104,13 +99,13 @@ def draw(model: Model, prompts: Sequence[str], noises: Sequence[Tensor], how: Dr
 def write_samples(
     folder: str | Path, images: Tensor, prompts: Sequence[str], seeds: Sequence[int], *, guidance: float, steps: int
 ) -> None:
-    """PNGs 0000.png ... and index.jsonl, one row an image: {"file", "prompt", "seed", "guidance", "steps"}."""
+    """PNGs 0000.png ... and index.jsonl, one row per image: {"file", "prompt", "seed", "guidance", "steps"}."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    pixels = (images.detach().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = to_pixels(images)
     rows = []
     for i, (array, prompt, seed) in enumerate(zip(pixels, prompts, seeds, strict=True)):
-        Image.fromarray(array).save(folder / f"{i:04d}.png")
+        (folder / f"{i:04d}.png").write_bytes(encode_png(array))
         rows.append({"file": f"{i:04d}.png", "prompt": prompt, "seed": int(seed), "guidance": guidance, "steps": steps})
     write_atomically(folder / "index.jsonl", "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows).encode())
 
@@ -121,7 +116,7 @@ def read_index(folder: str | Path) -> list[dict[str, Any]]:
     if not index.is_file():
         raise InputError(f"{index} is missing; expected a sample folder such as runs/NAME/samples/step-000000")
     rows = []
-    for number, line in enumerate(index.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(split_lines(index.read_text(encoding="utf-8")), 1):
         try:
             row = json.loads(line)
             file, prompt, seed = row["file"], row["prompt"], row["seed"]
@@ -136,7 +131,7 @@ def read_index(folder: str | Path) -> list[dict[str, Any]]:
             )
         rows.append(row)
     if not rows:
-        raise InputError(f"{index} is empty; expected one row an image")
+        raise InputError(f"{index} is empty; expected one row per image")
     return rows
 
 
@@ -144,15 +139,14 @@ def read_samples(folder: str | Path) -> tuple[Tensor, list[dict[str, Any]]]:
     """Images (N, 3, H, W) in [0, 1] and the rows of index.jsonl. A missing or broken image: a ValueError names it."""
     folder = Path(folder)
     rows = read_index(folder)
-    images = []
+    images: list[np.ndarray] = []
     for row in rows:
         path = folder / row["file"]
         try:
-            with Image.open(path) as image:
-                array = np.asarray(image.convert("RGB"))
+            array = read_pixels(path)
         except FileNotFoundError as error:
             raise InputError(f"image {path} is missing, though index.jsonl lists it; sample again") from error
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except UNREADABLE as error:
             raise InputError(
                 f"image {path} cannot be read ({error}); sample again or remove its row from index.jsonl"
             ) from error
@@ -162,7 +156,7 @@ def read_samples(folder: str | Path) -> tuple[Tensor, list[dict[str, Any]]]:
                 f"expected {images[0].shape[1]}x{images[0].shape[0]} as the first"
             )
         images.append(array)
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255, rows
+    return from_pixels(images), rows
 
 
 def check_same(rows: Sequence[dict], others: Sequence[dict], name: str, other_name: str) -> None:

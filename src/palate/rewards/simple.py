@@ -13,6 +13,7 @@ from torch import Tensor
 
 from palate.runtime.images import encode_jpeg, to_pixels
 
+SIDES = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1)}  # axis and sign of a centre (x, y)
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, the weights that JPEG uses
 
 

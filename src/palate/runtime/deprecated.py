@@ -15,7 +15,7 @@ def old_names(module: str, renamed: Mapping[str, Any]) -> Callable[[str], Any]:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         now = renamed[name]
         warnings.warn(
-            f"{module}.{name} is now {module}.{now.__name__}; the old name ends with the next release",
+            f"{module}.{name} is now {now.__module__}.{now.__name__}; the old name ends with the next release",
             DeprecationWarning,
             stacklevel=2,
         )

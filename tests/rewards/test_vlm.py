@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from palate import recipe
-from palate.rewards.judge import JudgeReward, load_judge, parse
+from palate.rewards.client import Patience
 from palate.rewards.remote import TOKEN, RemoteError
+from palate.rewards.vlm import VLMReward, load_vlm, parse
 
 SECRET = "a-token-of-twenty-six-bytes"
 
@@ -41,7 +42,7 @@ def judge():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_address[1]}/v1/chat/completions"
-    yield JudgeReward(url, SECRET, model="owner/judge", retries=0), told
+    yield VLMReward(url, SECRET, model="owner/judge", patience=Patience(retries=0)), told
     server.shutdown()
 
 
@@ -89,14 +90,14 @@ def test_any_other_answer_drops_the_batch(text, judge):
 
 def test_a_recipe_names_url_and_model(monkeypatch):
     monkeypatch.setenv(TOKEN, SECRET)
-    made = load_judge("http://127.0.0.1:8000/v1/chat/completions#owner/judge")
-    assert (made.model, made.service.url) == ("owner/judge", "http://127.0.0.1:8000/v1/chat/completions")
+    made = load_vlm("http://127.0.0.1:8000/v1/chat/completions#owner/judge")
+    assert (made.model, made.client.url) == ("owner/judge", "http://127.0.0.1:8000/v1/chat/completions")
     with pytest.raises(ValueError, match="names no model; write it behind the URL"):
-        load_judge("http://127.0.0.1:8000/v1/chat/completions")
+        load_vlm("http://127.0.0.1:8000/v1/chat/completions")
     with pytest.raises(ValueError, match=r"reward.source.vlm-judge: http://far.example/v1 would send the token"):
-        load_judge("http://far.example/v1#m")
+        load_vlm("http://far.example/v1#m")
     with pytest.raises(ValueError, match=r"must hold .prompt. exactly once"):
-        JudgeReward("http://127.0.0.1:1", SECRET, model="m", question="How good?")
+        VLMReward("http://127.0.0.1:1", SECRET, model="m", question="How good?")
     with pytest.raises(
         recipe.RecipeError, match=r"reward.source.vlm-judge: give the server's URL, as http://127.0.0.1"
     ):

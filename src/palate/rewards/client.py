@@ -1,0 +1,111 @@
+"""The one HTTP client of the package: JSON by POST, patient, bounded in time and size, and it follows no redirect."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import random
+import socket
+import threading
+import time
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from palate.runtime.errors import InputError, RewardServiceError
+
+TOKEN = "PALATE_REWARD_TOKEN"  # the environment variable of both sides
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ANSWER_LIMIT = 1 << 20  # bytes of an answer
+AGAIN = (429, 502, 503, 504)  # answers after which another try makes sense
+REMEDY = {
+    401: f"Set {TOKEN} to the token that the server was started with",
+    403: "Call it by the host name that it allows, and from no web page",
+    404: "The path of the URL is usually /score",
+    413: "Lower trainer.batch_size or the image size, or raise the server's limits",
+}
+
+
+class RemoteError(RewardServiceError):
+    """The reward service failed, after every retry or with an answer that no retry fixes. Exit code 5."""
+
+
+class Patience(NamedTuple):
+    """`timeout` is in seconds and holds for a whole try; between tries the wait doubles from `wait`, up to 30 s."""
+
+    timeout: float = 120.0
+    retries: int = 4
+    wait: float = 0.5
+
+
+class JsonClient:
+    """POSTs JSON to `url`. With a token, plain http is for the same machine only. `key` is what its errors name."""
+
+    def __init__(self, url: str, token: str | None, patience: Patience, *, key: str):
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
+            raise InputError(f"{key}: got {url!r}; expected a URL, as http://127.0.0.1:8411/score, without a password")
+        if token is not None and parts.scheme == "http" and parts.hostname not in LOOPBACK:
+            raise InputError(f"{key}: {url} would send the token in the clear; use https, or tunnel to 127.0.0.1")
+        if token is not None and not token:
+            raise InputError(
+                f"{key}: no token; set the environment variable {TOKEN} to the one the server was started with"
+            )
+        self.url, self.patience, self._parts, self._host, self._token = url, patience, parts, parts.hostname, token
+
+    def ask(self, content: dict[str, Any]) -> bytes:
+        """The body of the answer to a POST of `content` as JSON; RemoteError when every try failed."""
+        body = json.dumps(content).encode()
+        for attempt in range(self.patience.retries + 1):
+            try:
+                status, answer = self._post(body)
+            except (OSError, http.client.HTTPException) as error:
+                problem = f"no answer ({error or type(error).__name__})"
+            else:
+                if status == 200:
+                    return answer
+                problem = f"HTTP {status} ({_error_of(answer)})"
+                if status not in AGAIN:
+                    raise RemoteError(f"reward service {self.url}: {problem}. {REMEDY.get(status, 'Look at its log')}")
+            if attempt < self.patience.retries:
+                time.sleep(min(30.0, self.patience.wait * 2**attempt) * (0.5 + random.random()))
+        raise RemoteError(
+            f"reward service {self.url}: {problem}, {self.patience.retries + 1} times. Is it running? Continue with "
+            "`palate resume` when it is"
+        )
+
+    def _post(self, body: bytes) -> tuple[int, bytes]:
+        """Status and body. Redirects are not followed, so the token goes nowhere else."""
+        kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
+        connection = kind(self._host, self._parts.port, timeout=self.patience.timeout)
+        # a socket's own time-out starts anew at each byte
+        watchdog = threading.Timer(self.patience.timeout, _hang_up, [connection])
+        try:
+            connection.connect()
+            watchdog.start()
+            path = (self._parts.path or "/") + (f"?{self._parts.query}" if self._parts.query else "")
+            headers = {"Content-Type": "application/json"}
+            if self._token is not None:
+                headers["Authorization"] = f"Bearer {self._token}"
+            connection.request("POST", path, body, headers)
+            response = connection.getresponse()
+            answer = response.read(ANSWER_LIMIT + 1)
+            if len(answer) > ANSWER_LIMIT:
+                raise RemoteError(f"reward service {self.url}: its answer is larger than {ANSWER_LIMIT // 1024} KiB")
+            return response.status, answer
+        finally:
+            watchdog.cancel()
+            connection.close()
+
+
+def _hang_up(connection: http.client.HTTPConnection) -> None:
+    try:
+        connection.sock.shutdown(socket.SHUT_RDWR)
+    except (AttributeError, OSError):
+        return  # it was closed a moment before
+
+
+def _error_of(answer: bytes) -> str:
+    try:
+        return str(json.loads(answer)["error"])[:200]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return answer[:80].decode("utf-8", "replace")
