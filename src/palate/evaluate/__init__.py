@@ -7,6 +7,7 @@ first rises and the others fall, the run is over-optimised. The run folders them
 
 from __future__ import annotations
 
+from palate.core import Sampler
 from palate.evaluate.measurement import (
     Evaluation,
     evaluate_images,
@@ -38,7 +39,6 @@ from palate.evaluate.panel import (
     published_panel,
 )
 from palate.evaluate.samples import (
-    Sampler,
     check_same,
     generate,
     pairs,

@@ -13,13 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from palate.core import Model, Random
+from palate.core import Model, Random, Sampler
 from palate.evaluate.columns import Columns, columns_of, leave_out_failures
 from palate.evaluate.metrics import bootstrap_interval, diversity, drift, members, vendi
 from palate.evaluate.panel import EvaluationPanel, embedded_panel
 from palate.evaluate.samples import (
     Drawing,
-    Sampler,
     check_same,
     draw,
     generate,

@@ -9,25 +9,19 @@ import json
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from palate.core import Cond, Model, Random
+from palate.core import Model, Random, Sampleable, Sampler
 from palate.runtime.errors import InputError
 from palate.runtime.files import split_lines, write_atomically
 from palate.runtime.images import UNREADABLE, encode_png, from_pixels, read_pixels, to_pixels
 from palate.sampling import sample
 
-
-class Sampler(Protocol):
-    """How an algorithm draws from its policy: `steps` evaluations without guidance, each with a noise of its own."""
-
-    steps: int
-
-    def __call__(self, model: Model, cond: Cond, noises: Sequence[Tensor], *, weights: str = "policy") -> Tensor: ...
+DEFAULT_STEPS = 25  # of a model that names none of its own
 
 
 class Drawing(NamedTuple):
@@ -77,15 +71,18 @@ def noises_of(rows: Sequence[Random], purpose: str, shape: Sequence[int], sample
 @torch.no_grad()
 def draw(model: Model, prompts: Sequence[str], noises: Sequence[Tensor], how: Drawing) -> Tensor:
     """Images (B, 3, H, W) on the CPU, one for each prompt, from the noises (B, C, h, w)."""
-    own = next((p.device for p in model.parameters("policy")), torch.device("cpu"))
-    device = getattr(model, "device", own)  # a frozen model has no parameters to ask
+    if isinstance(model, Sampleable):
+        device, default_steps, default_guidance = model.device, model.default_steps, model.default_guidance
+    else:
+        device = next((p.device for p in model.parameters("policy")), torch.device("cpu"))
+        default_steps, default_guidance = DEFAULT_STEPS, 1.0
     images = []
     for start in range(0, len(prompts), how.batch_size):
         cond = model.encode_prompts(list(prompts[start : start + how.batch_size]))
         parts = [noise[start : start + how.batch_size].to(device) for noise in noises]
         if how.sampler is None:
-            steps = model.default_steps if how.steps is None else how.steps
-            guidance = model.default_guidance if how.guidance is None else how.guidance
+            steps = how.steps or default_steps
+            guidance = default_guidance if how.guidance is None else how.guidance
             latents = sample(model, cond, parts[0], steps, guidance=guidance, weights=how.weights)
         else:
             latents = how.sampler(model, cond, parts, weights=how.weights)
