@@ -15,7 +15,6 @@ import statistics
 import time
 from types import SimpleNamespace
 
-import diffusers
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler
 from torch import nn
@@ -26,8 +25,8 @@ from palate import recipe
 from palate.core import Batch, Random
 from palate.models import flux, sdxl
 from palate.models.autoencoder import Autoencoder, latent_shape
-from palate.models.parts import Parts
-from palate.models.weights import NamedWeights
+from palate.models.facts import facts_of
+from palate.models.parts import Options, Parts, named_weights
 from palate.rewards.clip import ClipReward, vit_h_14
 
 RECIPES = {"flux": "srpo-flux", "sdxl": "srpo-sdxl-24gb"}
@@ -54,21 +53,18 @@ def random_network(kind: type, config: dict, dtype: torch.dtype, device: torch.d
 
 def build(name: str, made: recipe.Recipe, size: int, device: torch.device, *, small: bool):
     """Model, reward, and the text of one prompt."""
-    published = planner.PUBLISHED[name]
+    facts = facts_of(name)
+    published = facts.published
     config = {**published.config, **(SMALL[name] if small else {})}
     vae_config = {**published.vae, **({"block_out_channels": (32, 32, 64, 64)} if small else {})}
     dtype = torch.bfloat16
-    network = random_network(getattr(diffusers, published.kind), config, dtype, device)
-    module = {"flux": flux, "sdxl": sdxl}[name]
-    weights = NamedWeights(network, training="lora", rank=made.model.lora_rank, alpha=None, targets=module.LORA_TARGETS)
-    for parameter in weights.parameters():
-        parameter.data = parameter.data.float()
-    weights.checkpoint_activations()
+    network = random_network(facts.network, config, dtype, device)
+    weights = named_weights(network, facts, Options(lora_rank=made.model.lora_rank))
     vae = Autoencoder(
         random_network(AutoencoderKL, vae_config, dtype, device), device=device, gradient_checkpointing=True
     )
-    shape = latent_shape(vae_config, size, family=name, patch=published.patch)
-    parts = Parts(SimpleNamespace(index={}), "denoiser", weights, vae, None, shape, (size, size), dtype, device, None)
+    shape = latent_shape(vae_config, size, family=name, patch=facts.patch or 1)
+    parts = Parts(SimpleNamespace(index={}), facts, weights, vae, None, shape, (size, size), dtype, device, None)
     model = flux.Flux(parts, None) if name == "flux" else sdxl.StableDiffusionXL(parts, EulerDiscreteScheduler())
     towers = vit_h_14()
     if small:
@@ -78,8 +74,9 @@ def build(name: str, made: recipe.Recipe, size: int, device: torch.device, *, sm
         lambda prompts: {"input_ids": torch.full((len(prompts), 77), 49407)},
         image_size=224,
     )
-    vectors = {field: torch.randn(1, *length, device=device) for field, length in published.cond.items()}
-    return model, reward, module.Cond(**vectors)
+    with device:
+        cond = published.condition(published.text_tokens, torch.float32)
+    return model, reward, type(cond)(*(torch.randn_like(tensor) for tensor in cond))
 
 
 def main() -> None:

@@ -264,7 +264,7 @@ def export(
     out: Annotated[Path | None, typer.Option(help="The folder to write to; RUN/export/FORMAT if left out.")] = None,
 ) -> None:
     """Write the LoRA of a run in the form that another program loads, or a generator as a whole diffusers pipeline."""
-    from palate.export import WEIGHTS, export_lora, export_one_step
+    from palate.export import export_lora, export_one_step, lora_file
 
     if form == "one-step":
         from palate import recipe as recipes
@@ -282,7 +282,18 @@ def export(
 
         print(f"network: {printable(str(export_merged(run, _trained_model(run)[0], out)))}")
         return
-    print(f"LoRA: {printable(str(export_lora(run, form, out) / WEIGHTS))}")
+    target = export_lora(run, form, out, _words_of(run)) / lora_file(run, form)
+    print(f"LoRA: {printable(str(target))}")
+
+
+def _words_of(run: Path) -> dict[str, str]:
+    """The control words in force at the end of the run."""
+    from palate import runs
+
+    if not (run / "recipe.yaml").is_file():
+        return {}
+    positive, negative = runs.words_in_force(run, runs.read_recipe(run))
+    return {"positive": ", ".join(positive), "negative": ", ".join(negative)}
 
 
 @app.command("plan")
@@ -290,15 +301,19 @@ def plan_recipe(
     recipe: Annotated[str, typer.Argument(help="A published recipe or the path of a YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, as trainer.batch_size=2")] = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that share the batch.")] = 1,
-    device: Annotated[str, typer.Option(help="As rtx-4090, l40s, a100-40, a100-80, h100, h200, b200.")] = "h100",
-    utilisation: Annotated[float, typer.Option(help="The share of the peak that is reached.")] = 0.35,
+    device: Annotated[str | None, typer.Option(help="For example rtx-4090 or cpu; left out: this machine.")] = None,
+    utilisation: Annotated[float, typer.Option(help="The fraction of the peak that is reached.")] = 0.35,
+    price: Annotated[float | None, typer.Option(min=0, help="Of one GPU for one hour, to add up the cost.")] = None,
 ) -> None:
     """What a recipe costs: FLOPs, memory and time of an update, without loading weights."""
     from palate import plan as planner
     from palate import recipe as recipes
 
     read = recipes.read(recipe, overrides or ())
-    print(planner.table(read, planner.plan(read, gpus=gpus), device=device, utilisation=utilisation))
+    made = planner.plan(read, gpus=gpus)
+    print(planner.table(read, made, device=device, utilisation=utilisation, price=price))
+    if not planner.can_fit(read, made, device):
+        raise typer.Exit(1)
 
 
 @app.command()

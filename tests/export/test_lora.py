@@ -29,12 +29,14 @@ from palate.export import (
     Lora,
     export_lora,
     export_merged,
-    flux_layers,
+    lora_file,
     read_adapter,
     to_comfyui,
     to_diffusers,
     to_kohya,
 )
+from palate.models.facts import facts_of
+from palate.models.lora import fuse
 from palate.models.weights import NamedWeights
 
 RANK, ALPHA = 3, 7.0  # alpha != rank on purpose
@@ -209,7 +211,7 @@ def test_kohya_of_a_unet_is_read_by_a_small_reader_with_its_alpha(tmp_path):
     trained("stable-diffusion", tmp_path, targets=("to_q", "conv1", "proj_in", "ff.net.2"))
     layers = read_adapter(tmp_path / "adapter")
     for form in ("kohya", "comfyui"):
-        tensors = load_file(export_lora(tmp_path, form) / WEIGHTS)
+        tensors = load_file(export_lora(tmp_path, form) / lora_file(tmp_path, form))
         changes = kohya_changes(tensors)
         assert changes.keys() == {name.replace(".", "_") for name in layers}
         for name, lora in layers.items():
@@ -220,7 +222,7 @@ def test_kohya_of_a_unet_is_read_by_a_small_reader_with_its_alpha(tmp_path):
 def test_comfyui_of_a_transformer_is_read_by_a_small_reader_with_its_alpha(tmp_path):
     trained("flux", tmp_path)
     layers = read_adapter(tmp_path / "adapter")
-    left = load_file(export_lora(tmp_path, "comfyui") / WEIGHTS)
+    left = load_file(export_lora(tmp_path, "comfyui") / lora_file(tmp_path, "comfyui"))
     for name, lora in layers.items():
         down, up, alpha = (
             left.pop(f"transformer.{name}.{kind}") for kind in ("lora_A.weight", "lora_B.weight", "alpha")
@@ -248,7 +250,7 @@ def flux_expected(layers, original, parts, rows):
 def test_kohya_of_flux_stacks_q_k_v_in_the_original_layers(tmp_path, targets):
     trained("flux", tmp_path, targets)
     layers = read_adapter(tmp_path / "adapter")
-    changes = kohya_changes(load_file(export_lora(tmp_path, "kohya") / WEIGHTS))
+    changes = kohya_changes(load_file(export_lora(tmp_path, "kohya") / lora_file(tmp_path, "kohya")))
     expected = {}
     for i in range(2):
         double, single = f"transformer_blocks.{i}.", f"single_transformer_blocks.{i}."
@@ -286,7 +288,7 @@ def test_parts_of_different_alpha_and_rank_are_fused_exactly():
         )
         for x, r, a in (("q", 2, 1.0), ("k", 3, 5.0), ("v", 1, 2.0))
     }
-    ((name, fused),) = flux_layers(layers).items()
+    ((name, fused),) = fuse(layers, facts_of("flux").original).items()
     assert name == "double_blocks_0_img_attn_qkv" and fused.rank == 6
     torch.testing.assert_close(exact(fused), torch.cat([exact(lora) for lora in layers.values()]))
     tensors, metadata = to_diffusers(layers, "transformer")
@@ -296,8 +298,8 @@ def test_parts_of_different_alpha_and_rank_are_fused_exactly():
         "transformer_blocks.0.attn.to_v": 2.0,
     }
     assert len(tensors) == 6 and len(to_comfyui(layers)) == 9
-    with pytest.raises(ValueError, match="x_embedder has no name in the original FLUX"):
-        to_kohya({"x_embedder": layers["transformer_blocks.0.attn.to_q"]}, "flux")
+    with pytest.raises(ValueError, match="x_embedder has no name in the original program"):
+        to_kohya({"x_embedder": layers["transformer_blocks.0.attn.to_q"]}, facts_of("flux"))
 
 
 def test_the_file_says_what_it_is_and_the_card_how_it_was_made(run, tmp_path):
@@ -334,7 +336,7 @@ def test_what_cannot_be_exported_says_why(run, tmp_path):
         ({k: v for k, v in whole.items() if k != first}, metadata, "has no lora_B"),
         (whole | {"stray": torch.zeros(1)}, metadata, "1 of .* tensors belong to no LoRA"),
         (whole, None, "not a LoRA that a run wrote"),
-        (whole, {"lora_adapter_metadata": '{"lora_alpha": 1, "use_dora": true}'}, "DoRA"),
+        (whole, {"lora_adapter_metadata": '{"lora_alpha": 1, "use_rslora": true}'}, "rank-stabilised"),
     ):
         save_file(tensors, weights, metadata=said)
         with pytest.raises(ValueError, match=words):

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from support.tiny_families import SIZE, load, saved
 
 from palate import cli
-from palate import plan as planner
+from palate.models import flux
 from palate.models.repository import Repository
+from palate.plan.measure import local_config
 
 DENOISER = "transformer/diffusion_pytorch_model"
 
@@ -124,7 +125,7 @@ def test_a_reward_that_is_not_there_is_named_before_the_model_loads(train, nothi
 
 
 def test_a_plan_of_another_familys_folder_is_refused(monkeypatch, capfd):
-    monkeypatch.setattr(planner, "measure", lambda recipe: planner._local(recipe, "denoiser"))
+    monkeypatch.setattr("palate.plan.memory.measure", lambda recipe: local_config(recipe, flux.FACTS, "transformer"))
     monkeypatch.setattr(sys, "argv", ["palate", "plan", "srpo-flux", f"model.folder={saved('sdxl')[0]}"])
     with pytest.raises(SystemExit) as ended:
         cli.main()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
 import inspect
 import json
 import shutil
@@ -21,9 +21,10 @@ from support.tiny_families import FAMILIES, SIZE, load, saved, sd3
 
 import palate
 from palate import recipe
-from palate.models import aura_flow, flux, pixart, repository, sdxl, stable_diffusion, z_image
+from palate.models import aura_flow, families, flux, pixart, repository, sdxl, stable_diffusion, z_image
 from palate.models import sd3 as sd3_family
 from palate.models.flux import pack, unpack
+from palate.models.parts import Options
 from palate.models.repository import Repository
 from palate.sampling import sample
 
@@ -548,8 +549,9 @@ def test_recipes_know_which_family_reads_which_key():
         recipe.read("srpo-flux", ["model.name=flx"])
 
 
-@pytest.mark.parametrize("name", [name for name in recipe.MODELS if name != "emoji"])
+@pytest.mark.parametrize("name", [name for name in families.names() if name != "emoji"])
 def test_the_table_of_keys_is_what_the_families_take(name):
-    module, kind, keys = recipe.MODELS[name]
-    taken = inspect.signature(getattr(importlib.import_module(module), kind).load).parameters
-    assert set(keys) == set(taken) - {"folder", "training", "lora_rank", "lora_alpha", "lora_targets", "names"}
+    found = families.find(name)
+    own = {key for key in inspect.signature(found.load_class().load).parameters if key not in ("folder", "options")}
+    assert set(found.keys) == own | families.LoadOptions.__annotations__.keys() - set(families.GIVEN)
+    assert [f.name for f in dataclasses.fields(Options)] == list(families.LoadOptions.__annotations__)

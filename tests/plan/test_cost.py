@@ -13,14 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import CLIPModel
 
-from palate import plan as planner
 from palate.algorithms.srpo import SRPO, SRPOSettings
 from palate.core import Batch, Random
 from palate.models import flux
 from palate.models.autoencoder import Autoencoder
+from palate.models.facts import VAE_16
 from palate.models.parts import Parts
 from palate.models.weights import NamedWeights
 from palate.plan import GIB
+from palate.plan.activations import fused_attention
 from palate.rewards.clip import ClipReward, vit_h_14
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -67,7 +68,7 @@ def real():
     """FLUX.1-dev, its VAE and HPSv2's tower at their real sizes, on the meta device."""
     with torch.device("meta"):
         network = FluxTransformer2DModel(guidance_embeds=True).bfloat16()
-        vae = AutoencoderKL(**planner.VAE_16).bfloat16()
+        vae = AutoencoderKL(**VAE_16).bfloat16()
         clip = CLIPModel(vit_h_14()).bfloat16()
     weights = NamedWeights(network, training="lora", rank=16, alpha=None, targets=flux.LORA_TARGETS)
     for parameter in weights.parameters():
@@ -88,7 +89,7 @@ def test_an_update_of_flux_keeps_no_more_than_its_backward_pass_needs(real):
     latents = torch.empty(1, 16, 128, 128, device="meta")  # real images: the rollout keeps nothing anyway
     batch = Batch(["a dog"], cond, torch.arange(1), latents)
     steps = SRPO(SRPOSettings()).step(model, reward, batch, Random(0, 1, [0]))
-    with planner._fused_attention(), Alive(weights) as alive:
+    with fused_attention(), Alive(weights) as alive:
         loss = next(steps)
     needed = unavoidable()
     print(f"kept {alive.bytes() / GIB:.3f} GiB; needed", {name: f"{n / GIB:.3f}" for name, n in needed.items()})

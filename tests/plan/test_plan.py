@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from functools import partial
 
@@ -12,11 +13,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from palate import cli, recipe
-from palate import plan as planner
 from palate.algorithms.srpo import calls_per_update
 from palate.core import Batch, Random
 from palate.doctor import FLOORS, Finding, check_reward, findings
-from palate.plan import GIB, Unit, count, levers, measure, plan, table
+from palate.plan import (
+    DEVICES,
+    GIB,
+    Unit,
+    count,
+    duration,
+    measure,
+    measure_unit,
+    memory_savings,
+    plan,
+    table,
+    this_machine,
+)
+from palate.plan.activations import fused_attention, kept_bytes
 
 BASE = """
 run: {{folder: runs/x}}
@@ -100,14 +113,14 @@ def test_kept_bytes_are_what_autograd_keeps():
     net = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width)).requires_grad_(False)
     net[0].requires_grad_(True)
     x = torch.randn(rows, width, requires_grad=True)
-    unit = planner._unit(net, lambda: net(x), lambda run: setattr(net, "forward", partial(run, net.forward)))
+    unit = measure_unit(net, lambda: net(x), lambda run: setattr(net, "forward", partial(run, net.forward)))
     assert unit.parameters == 2 * (width * width + width) and unit.trained == width * width + width
     assert unit.forward == 2 * 2 * rows * width * width and unit.backward == (2 + 1) * 2 * rows * width * width
     assert unit.kept == 2 * rows * width * 4  # x for the weight's gradient, and what GELU saw
     assert unit.kept_checkpointed == rows * width * 4 and unit.block == rows * width * 4
     with torch.device("meta"):
         q, k, v = (torch.empty(1, 2, n, width, requires_grad=True) for n in (5, 7, 7))
-    with planner._fused_attention(), planner._kept(set()) as kept, FlopCounterMode(display=False) as counter:
+    with fused_attention(), kept_bytes(set()) as kept, FlopCounterMode(display=False) as counter:
         output = torch.nn.functional.scaled_dot_product_attention(q, k, v)
         assert counter.get_total_flops() == 2 * 2 * 2 * 5 * 7 * width
         output.sum().backward()
@@ -123,7 +136,7 @@ UNITS = {
 }
 
 
-def test_sums_times_and_levers():
+def test_sums_times_and_savings():
     made = recipe_of("flux", "trainer.ema_decay=0.9")
     whole = plan(made, units=UNITS)
     calls = count(made)
@@ -133,23 +146,23 @@ def test_sums_times_and_levers():
     assert whole.seconds(100, 0.5) == pytest.approx(checked / 5e13)
     assert plan(made, units=UNITS, gpus=2).seconds(100, 0.5) == pytest.approx(checked / 1e14)
     assert whole.memory["Adam's two moments (float32)"] == 8e7 and whole.memory["moving average"] == 4e7
-    assert whole.memory["denoiser, frozen"] == 2e10 and whole.memory["kept: denoiser"] == 2 * GIB
+    assert whole.memory["denoiser, frozen"] == 2e10 and whole.memory["activations: denoiser"] == 2 * GIB
     slack = plan(recipe_of("flux", "model.gradient_checkpointing=false"), units=UNITS)
-    assert slack.memory["kept: denoiser"] == 16 * GIB and slack.flops < whole.flops
+    assert slack.memory["activations: denoiser"] == 16 * GIB and slack.flops < whole.flops
     full = plan(
         recipe_of("flux", "model.weights=full"),
         units={**UNITS, "denoiser": UNITS["denoiser"]._replace(trained=10**10)},
         gpus=4,
     )
     assert full.memory["Adam's two moments (float32)"] == 2e10 and full.memory["frozen reference"] > 2e10
-    small = dict(levers(made, whole))
-    assert small["trainer.batch_size=1"] < whole.bytes and small["reward.dtype=bfloat16"] == pytest.approx(
+    small = dict(memory_savings(made, whole))
+    assert small["trainer.micro_batches=2"] < whole.bytes and small["reward.dtype=bfloat16"] == pytest.approx(
         whole.bytes - 2.5 * GIB + 0, rel=0.05
     )
     text = table(made, whole, device="rtx-3090")
     assert (
         "does not fit into 24 GiB" in text
-        and "trainer.batch_size=1" in text
+        and "trainer.micro_batches=2" in text
         and "published architecture of flux is assumed" in text
     )
     assert "does not fit" not in table(made, whole, device="h200")
@@ -158,12 +171,47 @@ def test_sums_times_and_levers():
             table(made, whole, **options)
 
 
+def test_a_plan_that_no_change_makes_fit_says_what_comes_nearest(monkeypatch, capfd):
+    """Exit 1, so that a script sees it; and 0 where a change is enough."""
+    monkeypatch.setattr("palate.plan.memory.measure", lambda recipe: UNITS)
+    flux = ["srpo-flux", "trainer.batch_size=2", "trainer.micro_batches=1"]
+    for device, ends in (("rtx-3060", 1), ("h200", 0)):
+        monkeypatch.setattr(sys, "argv", ["palate", "plan", *flux, "--device", device])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        text = capfd.readouterr().out
+        assert (ended.value.code or 0) == ends and ("Nothing here makes it fit" in text) == bool(ends)
+    made = recipe_of("flux", "trainer.ema_decay=0.9")
+    savings = memory_savings(made, plan(made, units=UNITS))
+    assert savings[-1][0] == "all of these" and savings[-1][1] < min(value for _, value in savings[:-1])
+
+
+def test_no_cost_of_planning_grows_with_the_batch():
+    """The calls are the formula's, and nothing of the batch's size is allocated."""
+    made = recipe_of("emoji", "trainer.batch_size=100000000")
+    calls, formula = count(made, updates=1), calls_per_update(made.algorithm)
+    assert calls["denoiser"] == 1e8 * formula["predict"] and calls["reward"] == 1e8 * formula["image_towers"]
+    odd = count(recipe_of("emoji", "trainer.batch_size=100003"), updates=1)  # a prime
+    assert odd["denoiser"] == pytest.approx(100003 * formula["predict"])
+
+
+def test_time_and_cost_follow_the_device_and_the_price():
+    made = recipe_of("flux")
+    whole = plan(made, units=UNITS)
+    hours = whole.seconds(DEVICES["h200"].tflops, 0.5) * made.trainer.steps / 3600
+    text = table(made, whole, device="h200", utilisation=0.5, price=3.0)
+    assert f"{3.0 * hours:.2f} at 3 per GPU and hour" in text
+    name, device = this_machine()
+    assert device.tflops > 0 and device.gib > 0.5
+    assert f"1 x {name}" in table(made, whole, device=None) and (name == "cpu") != torch.cuda.is_available()
+
+
 def test_doctor_names_floors_and_tries_a_reward(monkeypatch):
     found = list(findings())
     assert all(any(text.startswith(f"{name} ") and state == "ok" for state, text in found) for name in FLOORS)
     assert any("embedded model" in text for _, text in found)
     versions = {"torch": "2.9.1", "peft": None, "pyiqa": "0.1"}
-    original = planner.importlib.import_module("palate.doctor")._version
+    original = importlib.import_module("palate.doctor")._version
     monkeypatch.setattr("palate.doctor._version", lambda name: versions.get(name, original(name)))
     bad = [text for state, text in findings() if state == "bad"]
     assert len(bad) == 3 and "needs >= 2.10" in bad[0] and "peft missing" in bad[1] and "non-commercial" in bad[2]
@@ -184,17 +232,17 @@ def test_the_commands_answer_in_text_and_refuse_in_a_line(monkeypatch, capfd, tm
             cli.main()
         return ended.value.code or 0, *capfd.readouterr()
 
-    monkeypatch.setattr(planner, "measure", lambda recipe: UNITS)
+    monkeypatch.setattr("palate.plan.memory.measure", lambda recipe: UNITS)
     well = [Finding("ok", "all is well"), Finding("note", "no GPU")]
     monkeypatch.setattr("palate.doctor.findings", lambda: iter(well))
     code, out, _ = palate("plan", "srpo-emoji", "trainer.batch_size=4", "--device", "h200", "--gpus", "2")
     assert code == 0 and "batch 4, 2 x h200" in out and "GiB on each GPU" in out
-    assert [planner._duration(seconds) for seconds in (0.5, 90, 600, 9000)] == ["0.5 s", "90 s", "10 min", "2.5 h"]
+    assert [duration(seconds) for seconds in (0.5, 90, 600, 9000)] == ["0.5 s", "90 s", "10 min", "2.5 h"]
     assert palate("doctor")[:2] == (0, "ok   all is well\nnote no GPU\n")
     monkeypatch.setattr("palate.doctor.findings", lambda: iter([Finding("bad", "torch 1.0; needs >= 2.10")]))
     assert palate("doctor")[0] == 2
     for arguments, words in (
-        (("plan", "srpo-emoji", "--device", "abacus"), "--device: got 'abacus'; expected one of rtx-3090"),
+        (("plan", "srpo-emoji", "--device", "abacus"), "--device: got 'abacus'; expected one of rtx-4060"),
         (("plan", "srpo-emojy"), "did you mean srpo-emoji"),
         (("export", str(tmp_path)), "is not a run"),
         (("doctor", "--reward", "hpsv2"), "published as a pickle only"),

@@ -5,17 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from diffusers import AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from palate.models.autoencoder import ImageSize, sides
-from palate.models.parts import LoadedModel, load_parts
+from palate.models.autoencoder import sides
+from palate.models.facts import VAE_4, Facts, NetworkCall, Published
+from palate.models.families import LoadOptions
+from palate.models.parts import LoadedModel, Options, TextReader, load_parts
 from palate.models.repository import open_repository
 from palate.models.schedules import flow_times
+from palate.models.text_cache import Encode
 from palate.path import Prediction, flow_schedule, from_velocity
 from palate.runtime.errors import InputError
 
@@ -34,9 +37,25 @@ class Cond(NamedTuple):  # tensors (B, ...): what a prompt becomes
     text: Tensor  # (B, text_tokens, 2048), zero where the prompt has ended
 
 
+def _condition(tokens: int, dtype: torch.dtype) -> Cond:
+    return Cond(torch.empty(1, tokens, 2048, dtype=dtype))
+
+
+FACTS = Facts(
+    FAMILY,
+    PARTS,
+    AuraFlowTransformer2DModel,
+    LORA_TARGETS,
+    licence="Apache-2.0",
+    licences={"fal/AuraFlow-v0.3": "apache-2.0"},
+    published=Published({"pos_embed_max_size": 4096}, VAE_4, 1024, 256, _condition, 1.23),
+)
+
+
 class AuraFlow(LoadedModel):
     """The `Model` protocol over AuraFlow."""
 
+    facts = FACTS
     schedule = staticmethod(flow_schedule)
     default_steps = 50
     default_guidance = 3.5
@@ -46,29 +65,20 @@ class AuraFlow(LoadedModel):
         cls,
         folder: str | Path,
         *,
-        training: str = "lora",
-        lora_rank: int = 16,
-        lora_alpha: float | None = None,
-        lora_targets: Sequence[str] | None = None,
-        names: Sequence[str] = ("policy",),
-        dtype: str = "bfloat16",
-        device: str | None = None,
-        gradient_checkpointing: bool = True,
-        image_size: ImageSize | None = None,
-        file: str | None = None,
-        text_cache: str | Path | None = None,
         text_tokens: int = 256,
+        **options: Unpack[LoadOptions],
     ) -> AuraFlow:
         """From a diffusers folder or hub id; docs/models.md describes the options that all families share."""
-        repository = open_repository(folder, family=FAMILY, parts=PARTS, file=file)
+        repository = open_repository(folder, family=FAMILY, parts=PARTS, file=options.get("file"))
         config = repository.config("transformer")
         factor = 2 ** (len(repository.config("vae")["block_out_channels"]) - 1)
         largest = math.isqrt(config["pos_embed_max_size"]) * config["patch_size"] * factor
+        image_size = options.get("image_size")
         if image_size is not None and max(sides(image_size)) > largest:
             raise InputError(f"model.image_size got {image_size}; this network's positions end at {largest} pixels")
         tokenizer = repository.tokenizer("tokenizer", AutoTokenizer)
 
-        def load_encoders(precision: torch.dtype, where: torch.device):
+        def load_encoders(precision: torch.dtype, where: torch.device) -> Encode:
             umt5 = repository.read("text_encoder", UMT5EncoderModel, precision).to(where)
 
             def encode(prompt: str) -> dict[str, Tensor]:  # one prompt -> the fields of Cond, without a batch axis
@@ -80,28 +90,8 @@ class AuraFlow(LoadedModel):
 
             return encode
 
-        parts = load_parts(
-            repository,
-            FAMILY,
-            "transformer",
-            AuraFlowTransformer2DModel,
-            targets=lora_targets or LORA_TARGETS,
-            patch=config["patch_size"],
-            default_size=min(1024, largest),
-            load_encoders=load_encoders,
-            count_tokens=lambda prompt: len(tokenizer(prompt).input_ids),
-            limit=text_tokens,
-            training=training,
-            lora_rank=lora_rank,
-            lora_alpha=lora_alpha,
-            names=names,
-            dtype=dtype,
-            device=device,
-            gradient_checkpointing=gradient_checkpointing,
-            image_size=image_size,
-            file=file,
-            text_cache=text_cache,
-        )
+        text = TextReader(load_encoders, lambda prompt: len(tokenizer(prompt).input_ids), text_tokens)
+        parts = load_parts(repository, FACTS, text, Options(**options), default_size=min(1024, largest))
         return cls(parts, FlowMatchEulerDiscreteScheduler.from_config(repository.config("scheduler")))
 
     def encode_prompts(self, prompts: Sequence[str]) -> Cond:
@@ -113,7 +103,8 @@ class AuraFlow(LoadedModel):
         output = self._guided(weights, xt, t, cond, lambda: self.encode_prompts([""]), guidance)
         return from_velocity(xt, output, *self.schedule(t))
 
-    def _output(self, transformer: nn.Module, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    @staticmethod
+    def output(transformer: nn.Module, xt: Tensor, t: Tensor, cond: Cond, call: NetworkCall) -> Tensor:
         """One call of the network: its units of time, its packing if it has one."""
         return transformer(xt, encoder_hidden_states=cond.text, timestep=t).sample
 

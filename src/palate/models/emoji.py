@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
 from palate.models import delta
+from palate.models.facts import Facts
 from palate.models.vocabulary import known_words
 from palate.models.weights import NamedWeights
 from palate.path import Prediction, flow_schedule, from_velocity
@@ -39,9 +40,21 @@ LORA_TARGETS = (
 )
 
 
+FACTS = Facts(
+    FAMILY,
+    {"unet": "UNet2DConditionModel", "vae": "AutoencoderTiny", "text_encoder": "CLIPTextModel", "tokenizer": ""},
+    UNet2DConditionModel,
+    LORA_TARGETS,
+    licence="Apache-2.0 (Palate)",
+    licences={"emoji": "apache-2.0"},
+    vae=AutoencoderTiny,
+)
+
+
 class EmojiModel:
     """The `Model` protocol over the embedded weights, or over a folder of the same layout."""
 
+    facts = FACTS
     schedule = staticmethod(flow_schedule)
     image_size = 64
     default_steps = 8

@@ -13,13 +13,13 @@ from __future__ import annotations
 import ast
 import importlib
 import pkgutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from palate import models
 from palate.runtime.errors import InputError
@@ -27,11 +27,38 @@ from palate.runtime.errors import InputError
 GROUP = "palate.models"
 # The modules beside the families. Every other file in this folder is a family, my_family.py that of "my-family".
 MECHANISM = frozenset(
-    {"autoencoder", "delta", "families", "gaussian", "parts", "repository", "schedules", "text_cache", "vocabulary"}
+    {
+        "autoencoder",
+        "delta",
+        "facts",
+        "families",
+        "gaussian",
+        "lora",
+        "parts",
+        "repository",
+        "schedules",
+        "text_cache",
+        "vocabulary",
+    }
     | {"weights"}
 )
-# What every family's `load` is given; the rest of its arguments are keys of `model` that it alone reads.
-GIVEN = frozenset({"cls", "folder", "training", "lora_rank", "lora_alpha", "lora_targets", "names"})
+GIVEN = ("training", "lora_rank", "lora_alpha", "lora_targets", "names")  # what a recipe gives to every `load`
+
+
+class LoadOptions(TypedDict, total=False):
+    """What the `load` of every family over a diffusers folder takes; `models.parts.Options` has the defaults."""
+
+    training: str
+    lora_rank: int
+    lora_alpha: float | None
+    lora_targets: Sequence[str] | None
+    names: Sequence[str]
+    dtype: str
+    device: str | None
+    gradient_checkpointing: bool
+    image_size: int | Sequence[int] | None
+    file: str | None
+    text_cache: str | Path | None
 
 
 @dataclass(frozen=True)
@@ -102,8 +129,11 @@ def _signature(module: str, kind: str) -> tuple[str, tuple[str, ...]]:
     for node, methods in _classes(Path(spec.origin).read_text("utf-8")):
         if node.name == kind or (not kind and {"load", "predict"} <= methods.keys()):
             load = methods.get("load")
-            taken = [a.arg for a in (*load.args.args, *load.args.kwonlyargs)] if load else []
-            return node.name, tuple(key for key in taken if key not in GIVEN)
+            if load is None:
+                return node.name, ()
+            shared = LoadOptions.__annotations__ if load.args.kwarg else ()  # **options: Unpack[LoadOptions]
+            taken = [*shared, *(a.arg for a in (*load.args.args, *load.args.kwonlyargs))]
+            return node.name, tuple(key for key in taken if key not in (*GIVEN, "cls", "folder"))
     return kind, ()
 
 

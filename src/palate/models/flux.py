@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from palate.models.autoencoder import ImageSize
-from palate.models.parts import LoadedModel, Parts, load_parts
+from palate.models.facts import VAE_16, Facts, NetworkCall, OriginalBlocks, Published
+from palate.models.families import LoadOptions
+from palate.models.parts import LoadedModel, Options, Parts, TextReader, load_parts
 from palate.models.repository import open_repository
 from palate.models.schedules import flow_times
+from palate.models.text_cache import Encode
 from palate.path import Prediction, flow_schedule, from_velocity
-from palate.runtime.errors import InputError
 
 FAMILY = "flux"
 PARTS = {
@@ -54,6 +55,54 @@ class Cond(NamedTuple):
     pooled: Tensor  # (B, 768), CLIP
 
 
+def _condition(tokens: int, dtype: torch.dtype) -> Cond:
+    return Cond(torch.empty(1, tokens, 4096, dtype=dtype), torch.empty(1, 768, dtype=dtype))
+
+
+FACTS = Facts(
+    FAMILY,
+    PARTS,
+    FluxTransformer2DModel,
+    LORA_TARGETS,
+    licence="FLUX.1-dev: FLUX.1 [dev] Non-Commercial License; FLUX.1-schnell: Apache-2.0",
+    licences={
+        "black-forest-labs/FLUX.1-dev": "flux-1-dev-non-commercial-license",
+        "black-forest-labs/FLUX.1-schnell": "apache-2.0",
+    },
+    packing=4,
+    patch=2,
+    published=Published({"guidance_embeds": True}, VAE_16, 1024, 512, _condition, 4.88),
+    original=(
+        OriginalBlocks(
+            "transformer_blocks",
+            "double_blocks",
+            {
+                "img_attn_qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+                "img_attn_proj": ("attn.to_out.0",),
+                "txt_attn_qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+                "txt_attn_proj": ("attn.to_add_out",),
+                "img_mlp_0": ("ff.net.0.proj",),
+                "img_mlp_2": ("ff.net.2",),
+                "txt_mlp_0": ("ff_context.net.0.proj",),
+                "txt_mlp_2": ("ff_context.net.2",),
+                "img_mod_lin": ("norm1.linear",),
+                "txt_mod_lin": ("norm1_context.linear",),
+            },
+        ),
+        OriginalBlocks(
+            "single_transformer_blocks",
+            "single_blocks",
+            {
+                "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+                "linear2": ("proj_out",),
+                "modulation_lin": ("norm.linear",),
+            },
+        ),
+    ),
+    packs_noise=True,
+)
+
+
 class Flux(LoadedModel):
     """The `Model` protocol over FLUX.1 dev and schnell.
 
@@ -61,6 +110,7 @@ class Flux(LoadedModel):
     in rollouts, previews and by the reference; None = the same. schnell reads neither.
     """
 
+    facts = FACTS
     schedule = staticmethod(flow_schedule)
     default_guidance = 1.0
 
@@ -82,33 +132,17 @@ class Flux(LoadedModel):
         cls,
         folder: str | Path,
         *,
-        training: str = "lora",
-        lora_rank: int = 16,
-        lora_alpha: float | None = None,
-        lora_targets: Sequence[str] | None = None,
-        names: Sequence[str] = ("policy",),
-        dtype: str = "bfloat16",
-        device: str | None = None,
-        gradient_checkpointing: bool = True,
-        image_size: ImageSize | None = None,
-        file: str | None = None,
-        text_cache: str | Path | None = None,
         text_tokens: int = 512,
         distilled_guidance: float = 3.5,
         rollout_distilled_guidance: float | None = None,
+        **options: Unpack[LoadOptions],
     ) -> Flux:
         """From a diffusers folder or hub id; docs/models.md describes the options that all families share."""
-        repository = open_repository(folder, family=FAMILY, parts=PARTS, file=file)
-        channels = 4 * repository.config("vae")["latent_channels"]
-        if (got := repository.config("transformer")["in_channels"]) != channels:
-            raise InputError(
-                f"model.folder {folder}: its transformer takes {got} channels (Fill, Depth, Canny?); a "
-                f"text-to-image model's takes {channels}"
-            )
+        repository = open_repository(folder, family=FAMILY, parts=PARTS, file=options.get("file"))
         clip_tokenizer = repository.tokenizer("tokenizer", CLIPTokenizer)
         t5_tokenizer = repository.tokenizer("tokenizer_2", T5TokenizerFast)
 
-        def load_encoders(precision: torch.dtype, where: torch.device):
+        def load_encoders(precision: torch.dtype, where: torch.device) -> Encode:
             clip = repository.read("text_encoder", CLIPTextModel, precision).to(where)
             t5 = repository.read("text_encoder_2", T5EncoderModel, precision).to(where)
 
@@ -121,28 +155,8 @@ class Flux(LoadedModel):
 
             return encode
 
-        parts = load_parts(
-            repository,
-            FAMILY,
-            "transformer",
-            FluxTransformer2DModel,
-            targets=lora_targets or LORA_TARGETS,
-            patch=2,
-            default_size=1024,
-            load_encoders=load_encoders,
-            count_tokens=lambda prompt: len(t5_tokenizer(prompt).input_ids),
-            limit=text_tokens,
-            training=training,
-            lora_rank=lora_rank,
-            lora_alpha=lora_alpha,
-            names=names,
-            dtype=dtype,
-            device=device,
-            gradient_checkpointing=gradient_checkpointing,
-            image_size=image_size,
-            file=file,
-            text_cache=text_cache,
-        )
+        text = TextReader(load_encoders, lambda prompt: len(t5_tokenizer(prompt).input_ids), text_tokens)
+        parts = load_parts(repository, FACTS, text, Options(**options), default_size=1024)
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(repository.config("scheduler"))
         return cls(
             parts,
@@ -150,6 +164,13 @@ class Flux(LoadedModel):
             distilled_guidance=distilled_guidance,
             rollout_distilled_guidance=rollout_distilled_guidance,
         )
+
+    @property
+    def call(self) -> NetworkCall:
+        told = self.distilled_guidance
+        if self.rollout_distilled_guidance is not None and not torch.is_grad_enabled():
+            told = self.rollout_distilled_guidance
+        return NetworkCall(self.image_size, guidance_embed=told)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Cond:
         return Cond(**self.parts.text(prompts))
@@ -160,15 +181,13 @@ class Flux(LoadedModel):
         output = self._guided(weights, xt, t, cond, lambda: self.encode_prompts([""]), guidance)
         return from_velocity(xt, output, *self.schedule(t))
 
-    def _output(self, transformer: nn.Module, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        told = None
-        if self.distilled:
-            rollout = self.rollout_distilled_guidance is not None and not torch.is_grad_enabled()
-            told = torch.full_like(t, self.rollout_distilled_guidance if rollout else self.distilled_guidance)
+    @staticmethod
+    def output(transformer: nn.Module, xt: Tensor, t: Tensor, cond: Cond, call: NetworkCall) -> Tensor:
+        guidance = torch.full_like(t, call.guidance_embed) if transformer.config.guidance_embeds else None
         patches = transformer(
             hidden_states=pack(xt),
             timestep=t,
-            guidance=told,
+            guidance=guidance,
             encoder_hidden_states=cond.text,
             pooled_projections=cond.pooled,
             img_ids=positions(xt),

@@ -11,13 +11,14 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers.loaders import FromOriginalModelMixin
 from torch import Tensor, nn
 
 from palate.models.autoencoder import Autoencoder, ImageSize, latent_shape, sides
+from palate.models.facts import Facts, NetworkCall
 from palate.models.repository import Repository
 from palate.models.text_cache import Encode, TextCache
 from palate.models.weights import NamedWeights
@@ -27,11 +28,36 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass(frozen=True)
+class Options:
+    """What every family's `load` takes, `families.LoadOptions`, with its defaults; docs/models.md describes them."""
+
+    training: str = "lora"
+    lora_rank: int = 16
+    lora_alpha: float | None = None
+    lora_targets: Sequence[str] | None = None
+    names: Sequence[str] = ("policy",)
+    dtype: str = "bfloat16"
+    device: str | None = None
+    gradient_checkpointing: bool = True
+    image_size: ImageSize | None = None
+    file: str | None = None
+    text_cache: str | Path | None = None
+
+
+class TextReader(NamedTuple):
+    """How a family reads prompts. load: (dtype, device) -> the function that encodes one prompt."""
+
+    load: Callable[[torch.dtype, torch.device], Encode]
+    count_tokens: Callable[[str], int]  # of a prompt, before any is cut off
+    limit: int  # how many tokens are read
+
+
+@dataclass(frozen=True)
 class Parts:
     """What `load_parts` has loaded."""
 
     repository: Repository
-    denoiser: str  # the name of its part
+    facts: Facts
     weights: NamedWeights
     vae: Autoencoder
     text: TextCache
@@ -45,13 +71,24 @@ class Parts:
 class LoadedModel:
     """What every family does in the same way of the `Model` protocol.
 
-    A family adds what it is told (`encode_prompts`), its network's call (`_output`) and its times.
+    A family adds how it reads prompts (`encode_prompts`), its network's call (`output`), what that stands for
+    (`predict`) and its times (`time_grid`).
     """
+
+    @staticmethod
+    def output(network: nn.Module, xt: Tensor, t: Tensor, cond: Any, call: NetworkCall) -> Tensor:
+        """One call of the denoiser in its own units: (B, C, h, w). `palate plan` calls it without a model."""
+        raise NotImplementedError
 
     def __init__(self, parts: Parts, scheduler: Any):
         self.parts, self.scheduler = parts, scheduler
         self.weights, self.training = parts.weights, parts.weights.training
         self.latent_shape, self.image_size, self.device = parts.latent_shape, parts.image_size, parts.device
+
+    @property
+    def call(self) -> NetworkCall:
+        """What the network is told besides; a family whose call depends on more has its own."""
+        return NetworkCall(self.image_size, training_steps=self.scheduler.config.num_train_timesteps)
 
     def encode(self, images: Tensor) -> Tensor:
         return self.parts.vae.encode(images)
@@ -64,7 +101,7 @@ class LoadedModel:
 
     def fingerprint(self) -> str:
         """SHA-256 of the files of the denoiser and the VAE; adapters and text encoders are not included."""
-        return self.parts.repository.digest([self.parts.denoiser, "vae"], self.parts.file)
+        return self.parts.repository.digest([self.parts.facts.denoiser, "vae"], self.parts.file)
 
     def save_adapter(self, folder: Path | str) -> None:
         """What was trained: the policy's LoRA file (full training: its network), other names in folders below."""
@@ -81,7 +118,7 @@ class LoadedModel:
     def _guided(
         self, weights: str, xt: Tensor, t: Tensor, cond: Any, null: Callable[[], Any], guidance: float
     ) -> Tensor:
-        """u + w (c - u) of `_output`, in one batch of twice the size; c alone at w = 1. At least float32.
+        """u + w (c - u) of `output`, in one batch of twice the size; c alone at w = 1. At least float32.
 
         cond: a NamedTuple of tensors (B, ...). null: makes that of the empty prompt, (1, ...) or (B, ...) each. The
         network gets xt and cond in its own precision, and t as it is.
@@ -95,7 +132,7 @@ class LoadedModel:
         cond = type(cond)(*(c.to(inside) if c.is_floating_point() else c for c in cond))
         autocast = torch.autocast(self.device.type, dtype, enabled=full)
         with self.weights.speaking_as(weights) as network, autocast:
-            output = self._output(network, xt.to(inside), t, cond).to(outside)
+            output = self.output(network, xt.to(inside), t, cond, self.call).to(outside)
         if guidance == 1.0:
             return output
         unconditional, conditional = output.chunk(2)
@@ -103,62 +140,82 @@ class LoadedModel:
 
 
 def load_parts(
-    repository: Repository,
-    family: str,
-    denoiser: str,
-    kind: type,
-    *,
-    targets: Sequence[str],
-    load_encoders: Callable[[torch.dtype, torch.device], Encode],
-    count_tokens: Callable[[str], int],
-    limit: int,
-    training: str,
-    lora_rank: int,
-    lora_alpha: float | None,
-    names: Sequence[str],
-    dtype: str,
-    device: str | None,
-    gradient_checkpointing: bool,
-    image_size: ImageSize | None,
-    file: str | None,
-    text_cache: str | Path | None,
-    patch: int = 1,
-    default_size: int | None = None,
+    repository: Repository, facts: Facts, text: TextReader, options: Options, *, default_size: int | None = None
 ) -> Parts:
     """Read VAE and denoiser; the text encoders wait until a prompt needs them. What can be wrong is checked first.
 
-    denoiser, kind: its folder and class; targets: default LoRA targets; patch: latents a patch's side; default_size: in
-    pixels, None = the size in the denoiser's configuration.
+    default_size: in pixels, None = the size in the denoiser's configuration.
     """
-    precision, where = _precision(dtype, training), _place(device)
-    vae_config = repository.config("vae")
+    precision, where = _precision(options.dtype, options.training), _place(options.device)
+    _check_channels(repository, facts)
+    if options.file is not None and not issubclass(facts.network, FromOriginalModelMixin):
+        raise InputError(f"model.file: diffusers reads no single file of {facts.name}; give its folder as model.folder")
+    vae_config, image_size = repository.config("vae"), options.image_size
     if image_size is None:
         factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
-        image_size = default_size or repository.config(denoiser)["sample_size"] * factor
-    shape = latent_shape(vae_config, image_size, family=family, patch=patch)
-    text_parts = [p for p in repository.index if p in repository and p.startswith(("text_encoder", "tokenizer"))]
-    key = hashlib.sha256(f"{family} {limit} {dtype} {repository.version(text_parts)}".encode()).hexdigest()
-    text = TextCache(
-        lambda: load_encoders(precision, where),
-        key=key,
-        count_tokens=count_tokens,
-        limit=limit,
-        device=where,
-        folder=text_cache,
-    )
+        image_size = default_size or repository.config(facts.denoiser)["sample_size"] * factor
+    patch = facts.patch or repository.config(facts.denoiser).get("patch_size", 1)
+    shape = latent_shape(vae_config, image_size, family=facts.name, patch=patch)
+    cache = _text_cache(repository, facts.name, text, options, precision, where)
     vae = Autoencoder(
-        repository.read("vae", AutoencoderKL, precision), device=where, gradient_checkpointing=gradient_checkpointing
+        repository.read("vae", facts.vae, precision),
+        device=where,
+        gradient_checkpointing=options.gradient_checkpointing,
     )
-    network = repository.read(denoiser, kind, precision, file=file).to(where)
-    weights = NamedWeights(network, training=training, rank=lora_rank, alpha=lora_alpha, targets=targets, names=names)
-    for name in names:
-        if training == "full":
+    network = repository.read(facts.denoiser, facts.network, precision, file=options.file).to(where)
+    weights = named_weights(network, facts, options)
+    return Parts(repository, facts, weights, vae, cache, shape, sides(image_size), precision, where, options.file)
+
+
+def named_weights(network: nn.Module, facts: Facts, options: Options) -> NamedWeights:
+    """The network under its names; what is trained in float32, activations recomputed if the options say so."""
+    weights = NamedWeights(
+        network,
+        training=options.training,
+        rank=options.lora_rank,
+        alpha=options.lora_alpha,
+        targets=options.lora_targets or facts.lora_targets,
+        names=options.names,
+    )
+    for name in options.names:
+        if options.training == "full":
             weights.networks[name].float()
         for parameter in weights.parameters(name):
             parameter.data = parameter.data.float()
-    if gradient_checkpointing:
+    if options.gradient_checkpointing:
         weights.checkpoint_activations()
-    return Parts(repository, denoiser, weights, vae, text, shape, sides(image_size), precision, where, file)
+    return weights
+
+
+def _text_cache(
+    repository: Repository,
+    family: str,
+    text: TextReader,
+    options: Options,
+    precision: torch.dtype,
+    where: torch.device,
+) -> TextCache:
+    read = [p for p in repository.index if p in repository and p.startswith(("text_encoder", "tokenizer"))]
+    key = f"{family} {text.limit} {options.dtype} {repository.version(read)}"
+    return TextCache(
+        lambda: text.load(precision, where),
+        key=hashlib.sha256(key.encode()).hexdigest(),
+        count_tokens=text.count_tokens,
+        limit=text.limit,
+        device=where,
+        folder=options.text_cache,
+    )
+
+
+def _check_channels(repository: Repository, facts: Facts) -> None:
+    """InputError for networks that take more than the noisy latents: inpainting, control, editing."""
+    expected = facts.packing * repository.config("vae")["latent_channels"]
+    got = repository.config(facts.denoiser).get("in_channels", expected)
+    if got != expected:
+        raise InputError(
+            f"model.folder {repository.source}: its {facts.denoiser} takes {got} channels (inpainting, control or "
+            f"editing?); a text-to-image model's takes {expected}"
+        )
 
 
 def _precision(name: str, training: str) -> torch.dtype:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import diffusers
 import torch
@@ -16,10 +16,12 @@ from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 from transformers import T5EncoderModel, T5TokenizerFast
 
-from palate.models.autoencoder import ImageSize
-from palate.models.parts import LoadedModel, Parts, load_parts
+from palate.models.facts import VAE_4, Facts, NetworkCall, Published
+from palate.models.families import LoadOptions
+from palate.models.parts import LoadedModel, Options, Parts, TextReader, load_parts
 from palate.models.repository import open_repository
 from palate.models.schedules import training_step, vp_prediction, vp_times
+from palate.models.text_cache import Encode
 from palate.path import Prediction, vp_schedule
 
 FAMILY = "pixart"
@@ -42,9 +44,29 @@ class Cond(NamedTuple):
     mask: Tensor  # (B, text_tokens), 1 = a token, 0 = padding
 
 
+def _condition(tokens: int, dtype: torch.dtype) -> Cond:
+    return Cond(torch.empty(1, tokens, 4096, dtype=dtype), torch.empty(1, tokens, dtype=dtype))
+
+
+FACTS = Facts(
+    FAMILY,
+    PARTS,
+    PixArtTransformer2DModel,
+    LORA_TARGETS,
+    licence="CreativeML Open RAIL++-M",
+    licences={"PixArt-alpha/PixArt-Sigma-XL-2-1024-MS": "openrail++"},
+    published=Published(  # alpha at 512
+        {"sample_size": 64, "caption_channels": 4096}, VAE_4, 512, 120, _condition, 4.76
+    ),
+    # its pipelines would draw at a size of their own list and rewrite the prompt
+    one_step_call=", use_resolution_binning=False, clean_caption=False",
+)
+
+
 class PixArt(LoadedModel):
     """The `Model` protocol over PixArt-alpha and PixArt-Sigma."""
 
+    facts = FACTS
     default_steps = 20
     default_guidance = 4.5
 
@@ -57,17 +79,8 @@ class PixArt(LoadedModel):
         cls,
         folder: str | Path,
         *,
-        training: str = "lora",
-        lora_rank: int = 16,
-        lora_alpha: float | None = None,
-        lora_targets: Sequence[str] | None = None,
-        names: Sequence[str] = ("policy",),
-        dtype: str = "bfloat16",
-        device: str | None = None,
-        gradient_checkpointing: bool = True,
-        image_size: ImageSize | None = None,
-        text_cache: str | Path | None = None,
         text_tokens: int | None = None,
+        **options: Unpack[LoadOptions],
     ) -> PixArt:
         """From a diffusers folder or hub id; docs/models.md describes the options that all families share.
 
@@ -78,7 +91,7 @@ class PixArt(LoadedModel):
             text_tokens = 300 if repository.index.get("_class_name") == "PixArtSigmaPipeline" else 120
         tokenizer = repository.tokenizer("tokenizer", T5TokenizerFast)
 
-        def load_encoders(precision: torch.dtype, where: torch.device):
+        def load_encoders(precision: torch.dtype, where: torch.device) -> Encode:
             t5 = repository.read("text_encoder", T5EncoderModel, precision).to(where)
 
             def encode(prompt: str) -> dict[str, Tensor]:
@@ -94,27 +107,8 @@ class PixArt(LoadedModel):
 
             return encode
 
-        parts = load_parts(
-            repository,
-            FAMILY,
-            "transformer",
-            PixArtTransformer2DModel,
-            targets=lora_targets or LORA_TARGETS,
-            patch=repository.config("transformer")["patch_size"],
-            load_encoders=load_encoders,
-            count_tokens=lambda prompt: len(tokenizer(prompt).input_ids),
-            limit=text_tokens,
-            training=training,
-            lora_rank=lora_rank,
-            lora_alpha=lora_alpha,
-            names=names,
-            dtype=dtype,
-            device=device,
-            gradient_checkpointing=gradient_checkpointing,
-            image_size=image_size,
-            file=None,
-            text_cache=text_cache,
-        )
+        text = TextReader(load_encoders, lambda prompt: len(tokenizer(prompt).input_ids), text_tokens)
+        parts = load_parts(repository, FACTS, text, Options(**options))
         # the published scheduler is this one at order 2; its first-order form is the DDIM step
         return cls(parts, DPMSolverMultistepScheduler.from_config(repository.config("scheduler"), solver_order=1))
 
@@ -127,11 +121,12 @@ class PixArt(LoadedModel):
         output = self._guided(weights, xt, t, cond, lambda: self.encode_prompts([""]), guidance)
         return vp_prediction(self.scheduler.config.prediction_type, xt, output, *self.schedule(t))
 
-    def _output(self, transformer: nn.Module, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        step = training_step(t, self.scheduler.config.num_train_timesteps)
+    @staticmethod
+    def output(transformer: nn.Module, xt: Tensor, t: Tensor, cond: Cond, call: NetworkCall) -> Tensor:
+        step = training_step(t, call.training_steps)
         size = {"resolution": None, "aspect_ratio": None}
         if transformer.use_additional_conditions:
-            height, width = self.image_size
+            height, width = call.image_size
             size = {
                 "resolution": xt.new_tensor([[height, width]]).expand(len(xt), -1),
                 "aspect_ratio": xt.new_full((len(xt), 1), height / width),

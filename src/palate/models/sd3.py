@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
-from palate.models.autoencoder import ImageSize, sides
-from palate.models.parts import LoadedModel, load_parts
+from palate.models.autoencoder import sides
+from palate.models.facts import VAE_16, Facts, NetworkCall, Published
+from palate.models.families import LoadOptions
+from palate.models.parts import LoadedModel, Options, TextReader, load_parts
 from palate.models.repository import open_repository
 from palate.models.schedules import flow_times
+from palate.models.text_cache import Encode
 from palate.path import Prediction, flow_schedule, from_velocity
 from palate.runtime.errors import InputError
 
@@ -43,9 +46,47 @@ class Cond(NamedTuple):
     pooled: Tensor  # (B, 2048), both CLIP encoders
 
 
+def _condition(tokens: int, dtype: torch.dtype) -> Cond:
+    return Cond(torch.empty(1, 77 + tokens, 4096, dtype=dtype), torch.empty(1, 2048, dtype=dtype))
+
+
+FACTS = Facts(
+    FAMILY,
+    PARTS,
+    SD3Transformer2DModel,
+    LORA_TARGETS,
+    licence="Stability AI Community License",
+    licences={"stabilityai/stable-diffusion-3.5-medium": "stabilityai-ai-community"},
+    optional=OPTIONAL,
+    published=Published(  # 3.5 medium
+        {
+            "sample_size": 128,
+            "patch_size": 2,
+            "in_channels": 16,
+            "out_channels": 16,
+            "num_layers": 24,
+            "attention_head_dim": 64,
+            "num_attention_heads": 24,
+            "joint_attention_dim": 4096,
+            "caption_projection_dim": 1536,
+            "pooled_projection_dim": 2048,
+            "pos_embed_max_size": 384,
+            "dual_attention_layers": tuple(range(13)),
+            "qk_norm": "rms_norm",
+        },
+        VAE_16,
+        1024,
+        256,
+        _condition,
+        5.58,
+    ),
+)
+
+
 class StableDiffusion3(LoadedModel):
     """The `Model` protocol over Stable Diffusion 3 and 3.5 (medium, large, large turbo)."""
 
+    facts = FACTS
     schedule = staticmethod(flow_schedule)
     default_steps = 28
     default_guidance = 7.0
@@ -55,24 +96,14 @@ class StableDiffusion3(LoadedModel):
         cls,
         folder: str | Path,
         *,
-        training: str = "lora",
-        lora_rank: int = 16,
-        lora_alpha: float | None = None,
-        lora_targets: Sequence[str] | None = None,
-        names: Sequence[str] = ("policy",),
-        dtype: str = "bfloat16",
-        device: str | None = None,
-        gradient_checkpointing: bool = True,
-        image_size: ImageSize | None = None,
-        file: str | None = None,
-        text_cache: str | Path | None = None,
         text_tokens: int = 256,
+        **options: Unpack[LoadOptions],
     ) -> StableDiffusion3:
         """From a diffusers folder or hub id; docs/models.md describes the options that all families share."""
-        repository = open_repository(folder, family=FAMILY, parts=PARTS, file=file, optional=OPTIONAL)
+        repository = open_repository(folder, family=FAMILY, parts=PARTS, file=options.get("file"), optional=OPTIONAL)
         config = repository.config("transformer")
         largest = config["pos_embed_max_size"] * config["patch_size"]
-        if image_size is not None:
+        if (image_size := options.get("image_size")) is not None:
             largest *= 2 ** (len(repository.config("vae")["block_out_channels"]) - 1)
             if max(sides(image_size)) > largest:
                 raise InputError(f"model.image_size got {image_size}; this network's positions end at {largest} pixels")
@@ -80,7 +111,7 @@ class StableDiffusion3(LoadedModel):
         with_t5 = "text_encoder_3" in repository
         t5_tokenizer = repository.tokenizer("tokenizer_3", T5TokenizerFast) if with_t5 else None
 
-        def load_encoders(precision: torch.dtype, where: torch.device):
+        def load_encoders(precision: torch.dtype, where: torch.device) -> Encode:
             clips = [
                 repository.read(name, CLIPTextModelWithProjection, precision).to(where)
                 for name in ("text_encoder", "text_encoder_2")
@@ -106,27 +137,12 @@ class StableDiffusion3(LoadedModel):
             return encode
 
         reader = t5_tokenizer or clip_tokenizers[0]
-        parts = load_parts(
-            repository,
-            FAMILY,
-            "transformer",
-            SD3Transformer2DModel,
-            targets=lora_targets or LORA_TARGETS,
-            patch=config["patch_size"],
-            load_encoders=load_encoders,
-            count_tokens=lambda prompt: len(reader(prompt).input_ids),
-            limit=text_tokens if with_t5 else reader.model_max_length,
-            training=training,
-            lora_rank=lora_rank,
-            lora_alpha=lora_alpha,
-            names=names,
-            dtype=dtype,
-            device=device,
-            gradient_checkpointing=gradient_checkpointing,
-            image_size=image_size,
-            file=file,
-            text_cache=text_cache,
+        text = TextReader(
+            load_encoders,
+            lambda prompt: len(reader(prompt).input_ids),
+            text_tokens if with_t5 else reader.model_max_length,
         )
+        parts = load_parts(repository, FACTS, text, Options(**options))
         return cls(parts, FlowMatchEulerDiscreteScheduler.from_config(repository.config("scheduler")))
 
     def encode_prompts(self, prompts: Sequence[str]) -> Cond:
@@ -138,7 +154,8 @@ class StableDiffusion3(LoadedModel):
         output = self._guided(weights, xt, t, cond, lambda: self.encode_prompts([""]), guidance)
         return from_velocity(xt, output, *self.schedule(t))
 
-    def _output(self, transformer: nn.Module, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    @staticmethod
+    def output(transformer: nn.Module, xt: Tensor, t: Tensor, cond: Cond, call: NetworkCall) -> Tensor:
         return transformer(
             hidden_states=xt, timestep=t * 1000, encoder_hidden_states=cond.text, pooled_projections=cond.pooled
         ).sample

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from palate.models.autoencoder import ImageSize
-from palate.models.parts import LoadedModel, Parts, load_parts
+from palate.models.facts import VAE_4, Facts, NetworkCall, Published
+from palate.models.families import LoadOptions
+from palate.models.parts import LoadedModel, Options, Parts, TextReader, load_parts
 from palate.models.repository import open_repository
 from palate.models.schedules import training_step, vp_prediction, vp_times
+from palate.models.text_cache import Encode
 from palate.path import Prediction, vp_schedule
 
 FAMILY = "sdxl"
@@ -38,9 +40,44 @@ class Cond(NamedTuple):
     pooled: Tensor  # (B, width) of the second encoder
 
 
+def _condition(tokens: int, dtype: torch.dtype) -> Cond:
+    return Cond(torch.empty(1, tokens, 2048, dtype=dtype), torch.empty(1, 1280, dtype=dtype))
+
+
+FACTS = Facts(
+    FAMILY,
+    PARTS,
+    UNet2DConditionModel,
+    LORA_TARGETS,
+    licence="CreativeML Open RAIL++-M",
+    licences={"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"},
+    published=Published(
+        {
+            "sample_size": 128,
+            "cross_attention_dim": 2048,
+            "attention_head_dim": (5, 10, 20),
+            "block_out_channels": (320, 640, 1280),
+            "transformer_layers_per_block": (1, 2, 10),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        },
+        VAE_4,
+        1024,
+        77,
+        _condition,
+        0.818,
+    ),
+)
+
+
 class StableDiffusionXL(LoadedModel):
     """The `Model` protocol over SDXL. Images are told to be uncropped and of the size that is drawn."""
 
+    facts = FACTS
     default_steps = 50
     default_guidance = 5.0
 
@@ -53,27 +90,16 @@ class StableDiffusionXL(LoadedModel):
     def load(
         cls,
         folder: str | Path,
-        *,
-        training: str = "lora",
-        lora_rank: int = 16,
-        lora_alpha: float | None = None,
-        lora_targets: Sequence[str] | None = None,
-        names: Sequence[str] = ("policy",),
-        dtype: str = "bfloat16",
-        device: str | None = None,
-        gradient_checkpointing: bool = True,
-        image_size: ImageSize | None = None,
-        file: str | None = None,
-        text_cache: str | Path | None = None,
+        **options: Unpack[LoadOptions],
     ) -> StableDiffusionXL:
         """From a diffusers folder or hub id; docs/models.md describes the options, which all families share."""
-        repository = open_repository(folder, family=FAMILY, parts=PARTS, file=file)
+        repository = open_repository(folder, family=FAMILY, parts=PARTS, file=options.get("file"))
         first, second = (repository.tokenizer(name, CLIPTokenizer) for name in ("tokenizer", "tokenizer_2"))
         published = repository.index["scheduler"][1]
         kind = EulerDiscreteScheduler if published == "EulerDiscreteScheduler" else DDIMScheduler
         scheduler = kind.from_config(repository.config("scheduler"))
 
-        def load_encoders(precision: torch.dtype, where: torch.device):
+        def load_encoders(precision: torch.dtype, where: torch.device) -> Encode:
             encoders = (
                 repository.read("text_encoder", CLIPTextModel, precision).to(where),
                 repository.read("text_encoder_2", CLIPTextModelWithProjection, precision).to(where),
@@ -95,26 +121,8 @@ class StableDiffusionXL(LoadedModel):
 
             return encode
 
-        parts = load_parts(
-            repository,
-            FAMILY,
-            "unet",
-            UNet2DConditionModel,
-            targets=lora_targets or LORA_TARGETS,
-            load_encoders=load_encoders,
-            count_tokens=lambda prompt: len(first(prompt).input_ids),
-            limit=first.model_max_length,
-            training=training,
-            lora_rank=lora_rank,
-            lora_alpha=lora_alpha,
-            names=names,
-            dtype=dtype,
-            device=device,
-            gradient_checkpointing=gradient_checkpointing,
-            image_size=image_size,
-            file=file,
-            text_cache=text_cache,
-        )
+        text = TextReader(load_encoders, lambda prompt: len(first(prompt).input_ids), first.model_max_length)
+        parts = load_parts(repository, FACTS, text, Options(**options))
         return cls(parts, scheduler)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Cond:
@@ -129,11 +137,12 @@ class StableDiffusionXL(LoadedModel):
         output = self._guided(weights, xt, t, cond, null, guidance)
         return vp_prediction(self.scheduler.config.prediction_type, xt, output, *self.schedule(t))
 
-    def _output(self, unet: nn.Module, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        height, width = self.image_size
-        told = xt.new_tensor([[height, width, 0, 0, height, width]])  # original size, crop, target size
-        step = training_step(t, self.scheduler.config.num_train_timesteps)
-        added = {"text_embeds": cond.pooled, "time_ids": told.expand(len(xt), -1)}
+    @staticmethod
+    def output(unet: nn.Module, xt: Tensor, t: Tensor, cond: Cond, call: NetworkCall) -> Tensor:
+        height, width = call.image_size
+        time_ids = xt.new_tensor([[height, width, 0, 0, height, width]])  # original size, crop, target size
+        step = training_step(t, call.training_steps)
+        added = {"text_embeds": cond.pooled, "time_ids": time_ids.expand(len(xt), -1)}
         return unet(xt, step, encoder_hidden_states=cond.text, added_cond_kwargs=added).sample
 
     def time_grid(self, steps: int) -> Tensor:

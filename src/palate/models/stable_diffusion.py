@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from palate.models.autoencoder import ImageSize
-from palate.models.parts import LoadedModel, Parts, load_parts
+from palate.models.facts import VAE_4, Facts, NetworkCall, Published
+from palate.models.families import LoadOptions
+from palate.models.parts import LoadedModel, Options, Parts, TextReader, load_parts
 from palate.models.repository import open_repository
 from palate.models.schedules import training_step, vp_prediction, vp_times
+from palate.models.text_cache import Encode
 from palate.path import Prediction, vp_schedule
 from palate.runtime.errors import InputError
 
@@ -36,9 +38,27 @@ class Cond(NamedTuple):
     text: Tensor  # (B, 77, width)
 
 
+def _condition(tokens: int, dtype: torch.dtype) -> Cond:
+    return Cond(torch.empty(1, tokens, 768, dtype=dtype))
+
+
+FACTS = Facts(
+    FAMILY,
+    PARTS,
+    UNet2DConditionModel,
+    LORA_TARGETS,
+    licence="CreativeML Open RAIL-M (1.x), CreativeML Open RAIL++-M (2.x)",
+    licences={"stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m"},
+    published=Published(  # 1.5
+        {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}, VAE_4, 512, 77, _condition, 0.123
+    ),
+)
+
+
 class StableDiffusion(LoadedModel):
     """The `Model` protocol over Stable Diffusion 1.x and 2.x."""
 
+    facts = FACTS
     default_steps = 50
     default_guidance = 7.5
 
@@ -50,33 +70,16 @@ class StableDiffusion(LoadedModel):
     def load(
         cls,
         folder: str | Path,
-        *,
-        training: str = "lora",
-        lora_rank: int = 16,
-        lora_alpha: float | None = None,
-        lora_targets: Sequence[str] | None = None,
-        names: Sequence[str] = ("policy",),
-        dtype: str = "bfloat16",
-        device: str | None = None,
-        gradient_checkpointing: bool = True,
-        image_size: ImageSize | None = None,
-        file: str | None = None,
-        text_cache: str | Path | None = None,
+        **options: Unpack[LoadOptions],
     ) -> StableDiffusion:
         """From a diffusers folder or hub id; docs/models.md describes the options, which all families share."""
-        repository = open_repository(folder, family=FAMILY, parts=PARTS, file=file)
+        repository = open_repository(folder, family=FAMILY, parts=PARTS, file=options.get("file"))
         if "text_encoder_2" in repository:
             raise InputError(f"model.folder {folder} has two text encoders; set model.name to sdxl")
-        expected = repository.config("vae")["latent_channels"]
-        if (got := repository.config("unet")["in_channels"]) != expected:
-            raise InputError(
-                f"model.folder {folder}: its UNet takes {got} channels (inpainting?); a text-to-image "
-                f"model's takes {expected}"
-            )
         tokenizer = repository.tokenizer("tokenizer", CLIPTokenizer)
         scheduler = DDIMScheduler.from_config(repository.config("scheduler"))  # the published PNDM is not one-step
 
-        def load_encoders(precision: torch.dtype, where: torch.device):
+        def load_encoders(precision: torch.dtype, where: torch.device) -> Encode:
             encoder = repository.read("text_encoder", CLIPTextModel, precision).to(where)
 
             def encode(prompt: str) -> dict[str, Tensor]:
@@ -92,26 +95,8 @@ class StableDiffusion(LoadedModel):
 
             return encode
 
-        parts = load_parts(
-            repository,
-            FAMILY,
-            "unet",
-            UNet2DConditionModel,
-            targets=lora_targets or LORA_TARGETS,
-            load_encoders=load_encoders,
-            count_tokens=lambda prompt: len(tokenizer(prompt).input_ids),
-            limit=tokenizer.model_max_length,
-            training=training,
-            lora_rank=lora_rank,
-            lora_alpha=lora_alpha,
-            names=names,
-            dtype=dtype,
-            device=device,
-            gradient_checkpointing=gradient_checkpointing,
-            image_size=image_size,
-            file=file,
-            text_cache=text_cache,
-        )
+        text = TextReader(load_encoders, lambda prompt: len(tokenizer(prompt).input_ids), tokenizer.model_max_length)
+        parts = load_parts(repository, FACTS, text, Options(**options))
         return cls(parts, scheduler)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Cond:
@@ -123,8 +108,9 @@ class StableDiffusion(LoadedModel):
         output = self._guided(weights, xt, t, cond, lambda: self.encode_prompts([""]), guidance)
         return vp_prediction(self.scheduler.config.prediction_type, xt, output, *self.schedule(t))
 
-    def _output(self, unet: nn.Module, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        step = training_step(t, self.scheduler.config.num_train_timesteps)
+    @staticmethod
+    def output(unet: nn.Module, xt: Tensor, t: Tensor, cond: Cond, call: NetworkCall) -> Tensor:
+        step = training_step(t, call.training_steps)
         return unet(xt, step, encoder_hidden_states=cond.text).sample
 
     def time_grid(self, steps: int) -> Tensor:

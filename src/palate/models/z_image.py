@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
-from palate.models.autoencoder import ImageSize
-from palate.models.parts import LoadedModel, load_parts
+from palate.models.facts import VAE_16, Facts, NetworkCall, Published
+from palate.models.families import LoadOptions
+from palate.models.parts import LoadedModel, Options, TextReader, load_parts
 from palate.models.repository import open_repository
 from palate.models.schedules import flow_times
+from palate.models.text_cache import Encode
 from palate.path import Prediction, flow_schedule, from_velocity
 
 FAMILY = "z-image"
@@ -33,12 +35,29 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention, refin
 
 class Cond(NamedTuple):
     text: Tensor  # (B, text_tokens, 2560); the network sees only what the mask keeps
-    mask: Tensor  # (B, text_tokens) bool
+    mask: Tensor | None  # (B, text_tokens) bool; None = all
+
+
+def _condition(tokens: int, dtype: torch.dtype) -> Cond:
+    return Cond(torch.empty(1, tokens, 2560, dtype=dtype), None)
+
+
+FACTS = Facts(
+    FAMILY,
+    PARTS,
+    ZImageTransformer2DModel,
+    LORA_TARGETS,
+    licence="Apache-2.0",
+    licences={"Tongyi-MAI/Z-Image-Turbo": "apache-2.0"},
+    patch=2,
+    published=Published({}, VAE_16, 1024, 512, _condition, 4.02),
+)
 
 
 class ZImage(LoadedModel):
     """The `Model` protocol over Z-Image. The defaults are those of Turbo; the base model wants 50 steps, guidance 5."""
 
+    facts = FACTS
     schedule = staticmethod(flow_schedule)
     default_steps = 8
     default_guidance = 1.0
@@ -48,21 +67,11 @@ class ZImage(LoadedModel):
         cls,
         folder: str | Path,
         *,
-        training: str = "lora",
-        lora_rank: int = 16,
-        lora_alpha: float | None = None,
-        lora_targets: Sequence[str] | None = None,
-        names: Sequence[str] = ("policy",),
-        dtype: str = "bfloat16",
-        device: str | None = None,
-        gradient_checkpointing: bool = True,
-        image_size: ImageSize | None = None,
-        file: str | None = None,
-        text_cache: str | Path | None = None,
         text_tokens: int = 512,
+        **options: Unpack[LoadOptions],
     ) -> ZImage:
         """From a diffusers folder or hub id; docs/models.md describes the options that all families share."""
-        repository = open_repository(folder, family=FAMILY, parts=PARTS, file=file)
+        repository = open_repository(folder, family=FAMILY, parts=PARTS, file=options.get("file"))
         tokenizer = repository.tokenizer("tokenizer", AutoTokenizer)
 
         def as_chat(prompt: str) -> str:
@@ -70,7 +79,7 @@ class ZImage(LoadedModel):
                 [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=True
             )
 
-        def load_encoders(precision: torch.dtype, where: torch.device):
+        def load_encoders(precision: torch.dtype, where: torch.device) -> Encode:
             qwen = repository.read("text_encoder", AutoModel, precision).to(where)
 
             def encode(prompt: str) -> dict[str, Tensor]:
@@ -87,28 +96,8 @@ class ZImage(LoadedModel):
 
             return encode
 
-        parts = load_parts(
-            repository,
-            FAMILY,
-            "transformer",
-            ZImageTransformer2DModel,
-            targets=lora_targets or LORA_TARGETS,
-            patch=2,
-            default_size=1024,
-            load_encoders=load_encoders,
-            count_tokens=lambda prompt: len(tokenizer(as_chat(prompt)).input_ids),
-            limit=text_tokens,
-            training=training,
-            lora_rank=lora_rank,
-            lora_alpha=lora_alpha,
-            names=names,
-            dtype=dtype,
-            device=device,
-            gradient_checkpointing=gradient_checkpointing,
-            image_size=image_size,
-            file=file,
-            text_cache=text_cache,
-        )
+        text = TextReader(load_encoders, lambda prompt: len(tokenizer(as_chat(prompt)).input_ids), text_tokens)
+        parts = load_parts(repository, FACTS, text, Options(**options), default_size=1024)
         return cls(parts, FlowMatchEulerDiscreteScheduler.from_config(repository.config("scheduler")))
 
     def encode_prompts(self, prompts: Sequence[str]) -> Cond:
@@ -120,9 +109,12 @@ class ZImage(LoadedModel):
         output = self._guided(weights, xt, t, cond, lambda: self.encode_prompts([""]), guidance)
         return from_velocity(xt, -output, *self.schedule(t))
 
-    def _output(self, transformer: nn.Module, xt: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    @staticmethod
+    def output(transformer: nn.Module, xt: Tensor, t: Tensor, cond: Cond, call: NetworkCall) -> Tensor:
         frames = list(xt.unsqueeze(2).unbind(0))
-        words = [text[mask] for text, mask in zip(cond.text, cond.mask, strict=True)]
+        words = list(cond.text)
+        if cond.mask is not None:
+            words = [text[mask] for text, mask in zip(words, cond.mask, strict=True)]
         return torch.stack(transformer(frames, 1 - t, words, return_dict=False)[0]).squeeze(2)
 
     def time_grid(self, steps: int) -> Tensor:

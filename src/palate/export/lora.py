@@ -1,0 +1,117 @@
+"""The LoRA of a run as a file for other programs, and the network with it merged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from palate import recipe as recipes
+from palate.export.card import model_card
+from palate.export.names import FORMATS, to_form
+from palate.models.facts import Facts, facts_of
+from palate.models.lora import FILE, METADATA, Lora, write
+from palate.runtime.checkpoint import write_atomically
+from palate.runtime.errors import InputError
+
+Words = Mapping[str, str]  # "positive", "negative": the control words at the end of the run
+
+
+def lora_file(run: Path, form: str) -> str:
+    """The file's name: diffusers looks for its own; other programs list files by name, so there it is the run's."""
+    return FILE if form == "diffusers" else f"{run.resolve().name}.safetensors"
+
+
+def export_lora(run: Path, form: str, out: Path | None = None, words: Words | None = None) -> Path:
+    """Write the LoRA of a finished run as `names` says; the folder written to, `run`/export/`form` if left out."""
+    if form not in FORMATS:
+        raise InputError(f"--format: got {form!r}; expected one of {', '.join(FORMATS)}, merged")
+    recipe = _recipe(run)
+    if recipe.model.weights != "lora":
+        raise InputError(f"{run} trained the full model; its network is in {run / 'adapter'}, for from_pretrained")
+    facts = facts_of(recipe.model.name)
+    if recipe.model.name == "emoji" and form != "diffusers":
+        raise InputError(f"--format {form}: no other program loads the embedded model; use diffusers")
+    layers = read_adapter(run / "adapter")
+    tensors, extra = to_form(layers, form, facts)
+    metadata = {"format": "pt", **extra, **describe(run, recipe, layers, words)}
+    folder = run / "export" / form if out is None else out
+    write(folder / lora_file(run, form), tensors, metadata)
+    write_atomically(folder / "README.md", model_card(run, recipe, form, layers, words).encode())
+    write_atomically(folder / "recipe.yaml", recipes.dump(recipe).encode())
+    return folder
+
+
+def export_merged(run: Path, model: Any, out: Path | None = None) -> Path:
+    """The trained network of a run with its LoRA added to the weights, as a diffusers folder; `model` is the run's."""
+    recipe = _recipe(run)
+    folder = run / "export" / "merged" if out is None else out
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"--out: {folder} is not empty; give a new folder")
+    model.weights.merged().save_pretrained(folder / facts_of(recipe.model.name).denoiser)
+    write_atomically(folder / "README.md", model_card(run, recipe, "merged", None, None).encode())
+    write_atomically(folder / "recipe.yaml", recipes.dump(recipe).encode())
+    return folder
+
+
+def describe(run: Path, recipe: Any, layers: Mapping[str, Lora], words: Words | None) -> dict[str, str]:
+    """What the file says of itself: palate's own keys, kohya's, and those of the modelspec standard that lists show."""
+    ranks, alphas = sorted({lora.rank for lora in layers.values()}), sorted({lora.alpha for lora in layers.values()})
+    said = {side: text for side, text in (words or {}).items() if text}
+    facts: Facts = facts_of(recipe.model.name)
+    wanted = "".join(f"; {side}: {text}" for side, text in said.items())
+    return {
+        "palate.version": version("palate"),
+        "palate.recipe": recipes.fingerprint(recipe),
+        "palate.algorithm": recipe.algorithm_name,
+        "palate.base_model": recipe.model.folder or recipe.model.name,
+        "palate.family": recipe.model.name,
+        "palate.rank": ",".join(map(str, ranks)),
+        "palate.alpha": ",".join(f"{alpha:g}" for alpha in alphas),
+        **{f"palate.{side}": text for side, text in said.items()},
+        "ss_network_dim": str(ranks[-1]),
+        "ss_network_alpha": f"{alphas[-1]:g}",  # where kohya's tools look
+        "ss_output_name": run.resolve().name,
+        "modelspec.title": run.resolve().name,
+        "modelspec.architecture": f"{facts.name}/lora",
+        "modelspec.description": f"{recipe.algorithm_name} on {facts.name}{wanted}",
+    }
+
+
+def read_adapter(folder: Path) -> dict[str, Lora]:
+    """Layer path -> its LoRA, from what a run wrote; alpha from the file's own metadata."""
+    path = folder / FILE
+    if not path.is_file():
+        raise InputError(f"{folder} holds no {FILE}, which a run writes at its end: finish the run first")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in list(file.keys())}
+        config = json.loads(metadata[METADATA])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise InputError(f"{path} is not a LoRA that a run wrote ({error or type(error).__name__})") from error
+    if config.get("use_rslora"):
+        raise InputError(f"{path} is a rank-stabilised LoRA; only plain ones and DoRA can be exported")
+    alphas = config.get("alpha_pattern") or {}
+    layers, taken = {}, 0
+    for name, down in tensors.items():
+        layer, dot, kind = name.partition(".lora_A.")
+        if not dot:
+            continue
+        up, magnitude = tensors.get(f"{layer}.lora_B.{kind}"), tensors.get(f"{layer}.lora_magnitude_vector")
+        if up is None:
+            raise InputError(f"{path}: {name} has no lora_B beside it")
+        layers[layer] = Lora(down, up, float(alphas.get(layer, config["lora_alpha"])), magnitude)
+        taken += 2 if magnitude is None else 3
+    if taken != len(tensors):
+        raise InputError(f"{path}: {len(tensors) - taken} of {len(tensors)} tensors belong to no LoRA layer")
+    return layers
+
+
+def _recipe(run: Path) -> Any:
+    if not (run / "recipe.yaml").is_file():
+        raise InputError(f"{run} is not a run (it holds no recipe.yaml); give the folder of one, as runs/NAME")
+    return recipes.read(str(run / "recipe.yaml"))

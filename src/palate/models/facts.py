@@ -1,0 +1,96 @@
+"""What is known about a family before any weight loads; each family's file holds its own `FACTS`.
+
+Loading, `palate plan`, `palate export` and error messages read them, and know no family by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+from palate.models import families
+from palate.runtime.errors import InputError
+
+
+class NetworkCall(NamedTuple):
+    """What a network is told beside latents, time and text."""
+
+    image_size: tuple[int, int]  # height, width in pixels
+    training_steps: int = 1000
+    guidance_embed: float = 3.5  # of networks distilled from guided predictions
+
+
+@dataclass(frozen=True)
+class Published:
+    """The architecture that `palate plan` assumes where no local folder says another.
+
+    condition: (tokens of the long text encoder, dtype) -> the family's Cond of one prompt, on torch's default device.
+    """
+
+    config: Mapping[str, Any]  # of the denoiser's class
+    vae: Mapping[str, Any]  # of the VAE's class
+    image_size: int
+    text_tokens: int
+    condition: Callable[[int, torch.dtype], Any]
+    text_parameters: float  # of the text encoders, in units of 1e9
+
+
+class OriginalBlocks(NamedTuple):
+    """A kind of block under two names. layers: the original name -> the layers of diffusers that it fuses, by rows."""
+
+    blocks: str  # in diffusers, "transformer_blocks"
+    original: str  # "double_blocks"
+    layers: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """name is `model.name`; parts: name in model_index.json -> class, "" = any."""
+
+    name: str
+    parts: Mapping[str, str]
+    network: type[nn.Module]  # diffusers' class of the denoiser
+    lora_targets: tuple[str, ...]  # ends of the names of layers that a LoRA adapts by default
+    licence: str  # of the published base models; a folder of one's own may have another
+    licences: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))  # hub id -> the hub's licence id
+    optional: tuple[str, ...] = ()  # parts that may be missing
+    vae: type[nn.Module] = AutoencoderKL
+    packing: int = 1  # channels of the denoiser's input per channel of the VAE's latents
+    patch: int | None = None  # side of the denoiser's patches, in latents; None = its configuration's patch_size
+    published: Published | None = None
+    original: tuple[OriginalBlocks, ...] = ()  # the names of the original program, which kohya's form uses
+    one_step_call: str = ""  # what a pipeline is told besides when a one-step generator of this family draws
+    packs_noise: bool = False  # whether its pipelines take latents as their network does, packed
+
+    @property
+    def denoiser(self) -> str:
+        """The part that is trained: "unet" or "transformer"; also the prefix of its LoRA's names in diffusers' form."""
+        return "unet" if "unet" in self.parts else "transformer"
+
+
+VAE_4: Mapping[str, Any] = MappingProxyType(
+    {
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "latent_channels": 4,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+    }
+)
+VAE_16: Mapping[str, Any] = MappingProxyType(
+    {**VAE_4, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
+)
+
+
+def facts_of(name: str) -> Facts:
+    """The facts of a family by `model.name`. InputError: it has none."""
+    family = families.find(name).load_class()
+    if not isinstance(getattr(family, "facts", None), Facts):  # of an installed package, it may be
+        raise InputError(f"model.name {name}: {family.__name__} says nothing about itself; give it `facts`")
+    return family.facts

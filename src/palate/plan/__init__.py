@@ -1,0 +1,36 @@
+"""FLOPs, bytes and time of a recipe, without weights.
+
+How: the recipe's own algorithm runs a few updates on a two-by-two model that only counts (images per call, with and
+without backward); the real networks are built on the meta device and run once on one image, under torch's FLOP counter
+and under hooks that see what autograd keeps. A plan is counts times units. Nothing in it is fitted.
+
+Bytes leave out kernels' workspace, the allocator's fragmentation and the CUDA context: leave 10 to 15 % free.
+"""
+
+from __future__ import annotations
+
+from palate.plan.activations import Unit, measure_unit
+from palate.plan.count import count
+from palate.plan.measure import measure
+from palate.plan.memory import Plan, memory_savings, plan
+from palate.plan.table import DEVICES, GIB, Device, can_fit, duration, table, this_machine
+
+levers = memory_savings  # its name before 0.2
+
+__all__ = [
+    "DEVICES",
+    "GIB",
+    "Device",
+    "Plan",
+    "Unit",
+    "can_fit",
+    "count",
+    "duration",
+    "levers",
+    "measure",
+    "measure_unit",
+    "memory_savings",
+    "plan",
+    "table",
+    "this_machine",
+]

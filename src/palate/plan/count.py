@@ -1,0 +1,129 @@
+"""How often a recipe's update calls each network: its own algorithm runs on a two-by-two model that only counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from palate.core import Batch, Random
+from palate.models.gaussian import GaussianModel
+from palate.path import Prediction
+from palate.recipe import Recipe, build_algorithm, trained_names
+
+LARGEST_BATCH = 256  # that is run; a larger one is counted on one of its divisors
+
+
+class _Counted(GaussianModel):
+    """Exact predictions of a known Gaussian on 2 x 2 latents; every call is added up, per image."""
+
+    def __init__(self, names: Sequence[str]):
+        super().__init__(torch.zeros(1, 2, 2), 0.6, networks=[*names, "consistency"])
+        self.calls: Counter[str] = Counter()
+        self.trained = names
+        self.default_steps, self.default_guidance = 28, 1.0
+
+    def predict(
+        self, xt: Tensor, t: Tensor, cond: Tensor, *, guidance: float = 1.0, weights: str = "policy"
+    ) -> Prediction:
+        images = len(xt) * (1 if guidance == 1.0 else 2)
+        self.calls["denoiser"] += images
+        pred = super().predict(xt, t, cond, guidance=guidance, weights=weights)
+        learns = weights in self.trained and any(p.requires_grad for p in self.parameters(weights))
+        return Prediction(*self.watched(torch.stack(pred), "denoiser" if learns else "denoiser frozen", images))
+
+    def encode(self, images: Tensor) -> Tensor:
+        self.calls["encoder"] += len(images)
+        return super().encode(images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        self.calls["decoder"] += len(latents)
+        return self.watched(super().decode(latents), "decoder", len(latents))
+
+    def watched(self, output: Tensor, part: str, images: int) -> Tensor:
+        """The output, which adds to "`part` backward" when a backward pass comes through it."""
+        if output.requires_grad:
+            output.register_hook(lambda gradient: self.calls.update({f"{part} backward": images}))
+        return output
+
+
+def count(recipe: Recipe, *, updates: int = 8) -> dict[str, float]:
+    """Images per update that go through each part, forward and backward, the mean over the first `updates`.
+
+    Calls are proportional to the batch, so a large one is counted on a part of it: nothing here grows with it.
+    """
+    whole, size = recipe.trainer.batch_size, _counted_batch(recipe)
+    algorithm = build_algorithm(recipe)
+    model = _Counted(trained_names(recipe.algorithm_name))
+    if (every := getattr(recipe.algorithm, "rollout_every", 1)) > 1:
+        updates = every * max(1, updates // every)
+    reward = _CountedTowers(model) if _two_tower(recipe) else _CountedReward(model)
+    prompts = [f"prompt {'x' * i}" for i in range(size)]
+    for step in range(1, updates + 1):
+        rng = Random(0, step, range(size))
+        batch = Batch(prompts, model.encode_prompts(prompts), torch.arange(size), _latents(recipe, rng))
+        for loss in algorithm.step(model, reward, batch, rng):
+            loss.value.backward()
+            if loss.update is not None:
+                for name in algorithm.trains:
+                    for p in model.parameters(name):
+                        p.grad = None
+    return {name: total / updates * (whole / size) for name, total in model.calls.items()}
+
+
+def _counted_batch(recipe: Recipe) -> int:
+    """The batch that is run: the recipe's own, or the largest divisor of it that is small and fits the algorithm."""
+    whole = recipe.trainer.batch_size
+    if whole <= LARGEST_BATCH:
+        return whole
+    fits = getattr(recipe.algorithm, "check_batch", None)
+    for size in range(LARGEST_BATCH, 0, -1):
+        if whole % size == 0:
+            try:
+                if fits is not None:
+                    fits(size)
+            except ValueError:
+                continue
+            return size
+    return LARGEST_BATCH
+
+
+def _latents(recipe: Recipe, rng: Random) -> Tensor | None:
+    """Clean latents (B, 1, 2, 2) of offline training; (B, 2, 1, 2, 2) of pairs."""
+    if recipe.prompts.pairs is not None:
+        return torch.stack([rng.normal("x", (1, 2, 2))] * 2, 1)
+    return rng.normal("x", (1, 2, 2)) if recipe.prompts.images is not None else None
+
+
+class _CountedReward:
+    """A function of the mean pixel and the prompt's length; every image that is looked at is counted."""
+
+    def __init__(self, model: _Counted):
+        self.model = model
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self._score(self._features(images), prompts)
+
+    def _features(self, images: Tensor) -> Tensor:
+        self.model.calls["reward"] += len(images)
+        return self.model.watched(images.mean((1, 2, 3)) + 0 * images.sum(), "reward", len(images))
+
+    def _score(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
+        return features + torch.tensor([0.01 * len(prompt) for prompt in prompts])
+
+
+class _CountedTowers(_CountedReward):
+    """The same in two towers, so that an algorithm may look once and score several prompts."""
+
+    def image_features(self, images: Tensor) -> Tensor:
+        return self._features(images)
+
+    def score(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self._score(features, prompts)
+
+
+def _two_tower(recipe: Recipe) -> bool:
+    names = {recipe.reward.name} if recipe.reward.name else set(recipe.reward.weights or ())
+    return bool(names & {"emoji", "emoji-heldout", "clip-score", "pickscore", "hpsv2", "image-reward", "hpsv3"})

@@ -1,0 +1,150 @@
+"""The bytes of one GPU by term, what would need fewer, and what an update costs in all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+from palate.plan.activations import Unit
+from palate.plan.count import count
+from palate.plan.measure import family_of, local_config, measure
+from palate.recipe import PUBLISHED_REWARDS, Recipe, trained_names
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Of one update; memory of one GPU. FLOPs are multiply and add apart; bytes in `memory` are by term."""
+
+    calls: dict[str, float]  # images per update, all GPUs together
+    units: dict[str, Unit]
+    flops: float  # all GPUs together
+    memory: dict[str, float]
+    gpus: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.memory.values())
+
+    @property
+    def passes(self) -> float:
+        """FLOPs in denoiser forwards of one image."""
+        return self.flops / self.units["denoiser"].forward
+
+    def seconds(self, tflops: float, utilisation: float) -> float:
+        """Of one update, if every GPU reaches that share of its peak."""
+        return self.flops / self.gpus / (tflops * 1e12 * utilisation)
+
+
+def plan(recipe: Recipe, *, gpus: int = 1, units: Mapping[str, Unit] | None = None) -> Plan:
+    """What an update of the recipe costs. `units` measured before save the meta device another run."""
+    units = dict(units or measure(recipe))
+    calls = count(recipe)
+    checkpointed = recipe.model.gradient_checkpointing is not False and recipe.model.name != "emoji"
+    flops = 0.0
+    for part, unit in units.items():
+        again = unit.forward if checkpointed and part in ("denoiser", "decoder") else 0.0
+        frozen = calls.get(f"{part} frozen backward", 0.0)
+        flops += calls.get(part, 0.0) * unit.forward + calls.get(f"{part} backward", 0.0) * (unit.backward + again)
+        flops += frozen * (min(unit.backward, 1.2 * unit.forward) + again)  # no gradient of its own weights
+    notes = []
+    facts = family_of(recipe).facts if recipe.model.name != "emoji" else None
+    if facts is not None and recipe.model.folder and not local_config(recipe, facts, facts.denoiser):
+        notes.append(
+            f"{recipe.model.folder} is not a local folder: the published architecture of {recipe.model.name} is assumed"
+        )
+    return Plan(calls, units, flops, memory_of(recipe, units, calls, gpus, checkpointed), gpus, tuple(notes))
+
+
+def memory_of(
+    recipe: Recipe, units: Mapping[str, Unit], calls: Mapping[str, float], gpus: int, checkpointed: bool
+) -> dict[str, float]:
+    """Bytes of one GPU by term. Full training shards what is trained over the GPUs; a LoRA is on each."""
+    denoiser, names = units["denoiser"], len(trained_names(recipe.algorithm_name))
+    full = recipe.model.weights == "full"
+    width = DTYPE_BYTES[recipe.model.dtype or ("float32" if recipe.model.name == "emoji" else "bfloat16")]
+    base = (denoiser.parameters - (0 if full else denoiser.trained)) * width
+    shards = gpus if full else 1
+    trained = names * denoiser.trained * 4 / shards
+    ema = denoiser.trained * 4 / shards if recipe.trainer.ema_decay else 0.0
+    batch = max(1.0, recipe.trainer.batch_size / gpus / recipe.trainer.micro_batches)
+    kept = "kept_checkpointed" if checkpointed else "kept"
+    backward = any(calls.get(f"denoiser{frozen} backward") for frozen in ("", " frozen"))
+    through = {part: calls.get(f"{part} backward", 0.0) > 0 for part in ("decoder", "reward")}
+    depth = _graph_depth(calls, recipe)
+    return {
+        "denoiser, frozen" if not full else "frozen reference": base,
+        "trained weights (float32)": trained,
+        "gradients (float32)": trained,
+        "Adam's two moments (float32)": 2 * trained,
+        "moving average": ema,
+        "VAE": units["decoder"].weight_bytes + units["encoder"].weight_bytes,
+        "rewards": units["reward"].weight_bytes,
+        "activations: denoiser": batch * depth * getattr(denoiser, kept) if backward else 0.0,
+        "activations: VAE decoder": batch * getattr(units["decoder"], kept) if through["decoder"] else 0.0,
+        "activations: rewards": batch * units["reward"].kept if through["reward"] else 0.0,
+        "the block being recomputed": batch * max(denoiser.block, units["decoder"].block)
+        if checkpointed and backward
+        else 0.0,
+    }
+
+
+def _graph_depth(calls: Mapping[str, float], recipe: Recipe) -> int:
+    """Denoiser calls in one graph: those that share a backward pass (DRaFT's last K steps)."""
+    backward = calls.get("denoiser backward", 0.0) + calls.get("denoiser frozen backward", 0.0)
+    graphs = calls.get("decoder backward", 0.0)
+    return max(1, round(backward / graphs)) if graphs else 1
+
+
+def memory_savings(recipe: Recipe, made: Plan) -> list[tuple[str, float]]:
+    """Changes of the recipe with the bytes of one GPU after each alone, the smallest first; the last is all of them."""
+    changes = _changes(recipe, made.gpus)
+    found = sorted(((name, _bytes(recipe, changed, made)) for name, changed in changes), key=lambda pair: pair[1])
+    if len(changes) > 1:
+        every = recipe
+        for _, changed in changes:
+            every = _both(recipe, every, changed)
+        found.append(("all of these", _bytes(recipe, every, made)))
+    return found
+
+
+def _changes(recipe: Recipe, gpus: int) -> list[tuple[str, Recipe]]:
+    """Each change of one key that needs less memory, and the recipe with it."""
+    model, trainer, found = recipe.model, recipe.trainer, []
+    if trainer.batch_size // gpus > trainer.micro_batches:
+        each = trainer.batch_size // gpus
+        found.append((f"trainer.micro_batches={each}", replace(recipe, trainer=replace(trainer, micro_batches=each))))
+    if model.gradient_checkpointing is False:
+        on = replace(recipe, model=replace(model, gradient_checkpointing=True))
+        found.append(("model.gradient_checkpointing=true", on))
+    if trainer.ema_decay:
+        found.append(("trainer.ema_decay=0", replace(recipe, trainer=replace(trainer, ema_decay=0.0))))
+    if model.weights == "full":
+        found.append(("model.weights=lora", replace(recipe, model=replace(model, weights="lora"))))
+    names = {recipe.reward.name} if recipe.reward.name else set(recipe.reward.weights or ())
+    if recipe.reward.dtype != "bfloat16" and names & set(PUBLISHED_REWARDS):
+        found.append(("reward.dtype=bfloat16", replace(recipe, reward=replace(recipe.reward, dtype="bfloat16"))))
+    return found
+
+
+def _both(recipe: Recipe, one: Recipe, other: Recipe) -> Recipe:
+    """`one` with the sections that `other` has changed of `recipe`; changes of one section are joined key by key."""
+    for section in ("model", "trainer", "reward"):
+        before, after = getattr(recipe, section), getattr(other, section)
+        changed = {f.name: getattr(after, f.name) for f in fields(after)}
+        changed = {key: value for key, value in changed.items() if value != getattr(before, key)}
+        one = replace(one, **{section: replace(getattr(one, section), **changed)})
+    return one
+
+
+def _bytes(recipe: Recipe, changed: Recipe, made: Plan) -> float:
+    if changed.model.weights != recipe.model.weights:
+        return plan(changed, gpus=made.gpus).bytes
+    units = dict(made.units)
+    if changed.reward.dtype != recipe.reward.dtype:
+        reward = units["reward"]
+        units["reward"] = reward._replace(weight_bytes=reward.weight_bytes / 2, kept=reward.kept / 2)
+    checkpointed = changed.model.gradient_checkpointing is not False
+    return sum(memory_of(changed, units, made.calls, made.gpus, checkpointed).values())
