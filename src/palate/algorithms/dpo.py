@@ -1,113 +1,261 @@
-"""Diffusion-DPO: offline preference optimisation from pairs of images.
+"""Diffusion-DPO: preference optimisation from pairs of images, offline or online, with a safeguard.
 
 "Diffusion Model Alignment Using Direct Preference Optimization", 2023, arXiv 2311.12908, by Bram Wallace, Meihua Dang,
 Rafael Rafailov, Linqi Zhou, Aaron Lou, Senthil Purushwalkam, Stefano Ermon, Caiming Xiong, Shafiq Joty and Nikhil Naik.
+"Diffusion-SDPO: Safeguarded Direct Preference Optimization for Diffusion Models", 2025, arXiv 2511.03317: `safeguard`.
+"Offline Preference Optimization for Rectified Flow with Noise-Tracked Pairs" (PNAPO), 2026, arXiv 2605.09433:
+noise = "tracked".
 
-Idea: no reward model and no sampling. Of two images for a prompt one is preferred; the network should denoise that one
-better than the reference does, and the other one worse.
+Idea: no reward's gradient. Of two images for a prompt one is preferred; the network should denoise that one better than
+the reference does, and the other one worse.
 
     x_t^w, x_t^l = alpha x0 + sigma eps for the preferred and the rejected image, same eps and t
     m(x)         = |eps - eps_theta(x_t)|^2 - |eps - eps_ref(x_t)|^2                   `excess_error`
-    loss         = -E log sigmoid(-beta/2 (m(x^w) - m(x^l)))                           `dpo_loss`     (eq. 14)
+    s            = -beta/2 (m(x^w) - m(x^l))
+    loss         = E -log sigmoid(s)                                                   `pair_loss`     (eq. 14)
 
-Squares are means over the latent's elements and the half is the authors' program's; its beta (2000 for SD1.5, 5000 for
-SDXL) stands for the paper's beta T omega. For a flow the error of eps is (1 - t) times that of the velocity, so this
-is Flow-DPO (arXiv 2501.13918) with beta_t = beta (1 - t)^2.
+Making the rejected image worse is easy and unbounded, and drags the preferred one along: plain DPO collapses that way.
+The safeguard scales the rejected image's gradient by lambda <= 1, as large as keeps a step from raising that error:
 
-Pairs come in one of two ways:
+    <g_w, g_w - lambda g_l> >= mu |g_w|^2,   g the gradients of the two square errors   `safe_scale` (SDPO, eq. 15-17)
+
+Squares are means over the latent's elements and the half is the authors' program's; its beta is 5000 in both launchers
+and stands for the paper's beta T omega. For a flow the error of eps is (1 - t) times that of the velocity, so this is
+Flow-DPO (arXiv 2501.13918) with beta_t = beta (1 - t)^2.
+
+Pairs come in one of these ways:
 - `Batch.latents` (B, 2, C, h, w): [:, 0] the preferred, [:, 1] the rejected image's latent. In a recipe: prompts.pairs,
   a file in the layout of HPDv2 or Pick-a-Pic (`palate.data.preference_pairs`), encoded once before training.
-- Without them, two samples of the frozen reference are drawn for each prompt and the reward says which is preferred.
-  They depend on nothing that is trained, so this is the offline method on a labelled data set made on the way. Equal
-  rewards are no preference and weigh 0.
+  (B, 4, C, h, w) has the noises that the two were made from as well, for noise = "tracked". A side that is NaN is
+  absent, which only loss = "kto" takes: a like, or a dislike, by itself.
+- Without them, `candidates` samples are drawn for each prompt and the reward says which is the best and which the
+  worst. pairs_from = "reference": of the frozen reference, the offline method on a data set labelled on the way.
+  "policy": of the policy as it is, online DPO. refresh_every > 0 makes the policy the new reference every so many
+  steps: iterative DPO.
 
-Deviation from the paper: the drawn pairs; times are uniform in (0, 1], as its discrete ones are.
+Deviations from the papers and their programs:
+- The drawn pairs; times are uniform in (0, 1], as the paper's discrete ones are.
+- safeguard = "output" is SDPO's proxy, gradients in the network's output, but for each pair by itself, where its
+  program has one lambda per batch. "parameters" takes the gradients in the parameters, to which the guarantee belongs,
+  for the rank's whole batch; it costs three more backwards.
+- PNAPO's dynamic beta is left out.
+- Flips are of latents, where the program flips images before it encodes them; latents are the encoder's mode, where the
+  program samples its posterior.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from palate.algorithms.snapshot import sharded_like, taken, using
 from palate.core import Batch, Loss, Model, Random, Reward
 from palate.path import add_noise
 from palate.runtime.errors import InputError
 from palate.sampling import sample, state_kind
 
+PairLoss = Literal["sigmoid", "hinge", "ipo", "kto"]
+
 
 @dataclass(frozen=True)
 class DPOSettings:
-    beta: float = 5000.0
-    steps: int = 25  # this and the next two: how pairs are drawn when none are given
+    beta: float = 5000.0  # both of the authors' launchers
+    loss: PairLoss = "sigmoid"
+    safeguard: Literal["off", "output", "parameters"] = "off"  # SDPO
+    mu: float = 0.9  # how much of the preferred image's own descent must remain (SDPO's SD1.5 script)
+    noise: Literal["fresh", "tracked"] = "fresh"  # tracked: each image with the noise it was made from (PNAPO)
+
+    pairs_from: Literal["reference", "policy"] = "reference"  # this and the next five: how pairs are drawn
+    candidates: int = 2  # images per prompt, of which the best and the worst make the pair
+    steps: int = 25
     guidance: float = 7.5
     shift: float = 1.0
+    tie_margin: float = 0.0  # rewards no further apart are a tie
+    ties: Literal["drop", "equal"] = "drop"  # equal: a pair without preference, whose loss is least at s = 0
+    refresh_every: int = 0  # steps after which the policy becomes the reference; 0 = never
+
+    caption_dropout: float = 0.0  # share of pairs trained without their prompt (the authors' program: .2)
+    flip: bool = False  # mirror half of the pairs (the authors' program does)
 
     def __post_init__(self) -> None:
-        if not (self.beta > 0 and self.steps >= 1 and self.shift > 0):
-            raise InputError(
-                "DPOSettings expected beta > 0, steps >= 1, shift > 0; "
-                f"got beta = {self.beta}, steps = {self.steps}, shift = {self.shift}"
-            )
+        for problem, wrong in (
+            ("beta: above 0", not self.beta > 0),
+            ("loss: 'sigmoid', 'hinge', 'ipo' or 'kto'", self.loss not in ("sigmoid", "hinge", "ipo", "kto")),
+            ("safeguard: 'off', 'output' or 'parameters'", self.safeguard not in ("off", "output", "parameters")),
+            ("mu: between 0 and 1", not 0 <= self.mu <= 1),
+            ("noise: 'fresh' or 'tracked'", self.noise not in ("fresh", "tracked")),
+            ("pairs_from: 'reference' or 'policy'", self.pairs_from not in ("reference", "policy")),
+            ("candidates: at least 2", self.candidates < 2),
+            ("steps: at least 1", self.steps < 1),
+            ("shift: above 0", not self.shift > 0),
+            ("tie_margin: at least 0", not self.tie_margin >= 0),
+            ("ties: 'drop' or 'equal'", self.ties not in ("drop", "equal")),
+            ("refresh_every: at least 0", self.refresh_every < 0),
+            ("caption_dropout: at least 0 and below 1", not 0 <= self.caption_dropout < 1),
+        ):
+            if wrong:
+                name = problem.split(":")[0]
+                raise InputError(f"DPOSettings expected {problem}; got {name} = {getattr(self, name)!r}")
+
+
+class Pairs(NamedTuple):
+    """B pairs, the preferred image first. `preference` is 1, or 1/2 for a tie; `weight` 0 leaves a pair out."""
+
+    x0: Tensor  # (B, 2, C, h, w)
+    noise: Tensor | None  # (B, 2, C, h, w), what they were made from, where it is known
+    preference: Tensor  # (B,)
+    weight: Tensor  # (B,)
+    present: Tensor  # (B, 2), 0 where a side is absent
 
 
 class DPO:
+    """Its state is the moving reference, once the policy has become one."""
+
     trains = ("policy",)
 
     def __init__(self, settings: DPOSettings):
         self.settings = settings
+        self.reference: list[Tensor] | None = None  # None = the frozen one
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reference": self.reference}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.reference = None if state["reference"] is None else [tensor.clone() for tensor in state["reference"]]
 
     def step(self, model: Model, reward: Reward, batch: Batch, rng: Random) -> Iterator[Loss]:
-        """One update on a pair for each prompt."""
+        """One update on a pair for each prompt; then, every `refresh_every` steps, a new reference."""
+        s = self.settings
+        if self.reference is not None:
+            self.reference = sharded_like(self.reference, model.parameters("policy"))
         with torch.no_grad():
-            pairs, weight, metrics = self._pairs(model, reward, batch, rng)
-            cond = model.encode_prompts(batch.prompts * 2)
-            eps = rng.normal("inject", model.latent_shape).to(pairs).repeat(2, 1, 1, 1)
-            t = (1 - rng.uniform("level")).to(pairs).repeat(2)
-            xt = add_noise(torch.cat([pairs[:, 0], pairs[:, 1]]), eps, *model.schedule(t))
-            reference = model.predict(xt, t, cond, weights="reference").eps
+            pairs, metrics = self._pairs(model, reward, batch, rng)
+            cond = model.encode_prompts(self._captions(batch.prompts, rng) * 2)
+            x0, eps = self._noised(model, pairs, rng)
+            t = (1 - rng.uniform("level")).to(x0).repeat(2)
+            xt = add_noise(x0, eps, *model.schedule(t))
+            with self._speaks(model) as weights:
+                reference = model.predict(xt, t, cond, weights=weights).eps
         policy = model.predict(xt, t, cond).eps
         preferred, rejected = excess_error(policy, reference, eps).chunk(2)
-        losses, right = dpo_loss(preferred, rejected, self.settings.beta)
-        metrics |= {"prefers": right.mean(), "excess_preferred": preferred.mean(), "excess_rejected": rejected.mean()}
-        value = (weight * losses).mean()
+        if s.safeguard != "off":
+            scale = self._safe_scale(model, policy, eps, preferred, rejected, pairs)
+            rejected = scaled_gradient(rejected, scale)
+            metrics["safe_scale"] = scale.mean()
+        losses, right = dpo_loss(preferred, rejected, s.beta, s.loss, pairs.preference, pairs.present)
+        metrics |= {
+            "prefers": right.mean(),
+            "excess_preferred": preferred.mean(),
+            "excess_rejected": rejected.mean(),
+        }
+        value = (pairs.weight * losses).mean()
         yield Loss(value, {name: number.detach() for name, number in metrics.items()}, "policy")
+        if s.refresh_every and rng.step % s.refresh_every == 0:
+            self.reference = taken(model.parameters("policy"))
 
-    def _pairs(
-        self, model: Model, reward: Reward, batch: Batch, rng: Random
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Pairs (B, 2, C, h, w), preferred first, and their weights (B,). Run it under no_grad."""
+    def _speaks(self, model: Model) -> Any:
+        """A context in which the weights it names are the reference. For calls without gradient only."""
+        if self.reference is None:
+            return nullcontext("reference")
+        return _named(using(model.parameters("policy"), self.reference), "policy")
+
+    def _captions(self, prompts: list[str], rng: Random) -> list[str]:
+        if not self.settings.caption_dropout:
+            return list(prompts)
+        dropped = rng.uniform("caption") < self.settings.caption_dropout
+        return ["" if gone else prompt for gone, prompt in zip(dropped.tolist(), prompts, strict=True)]
+
+    def _noised(self, model: Model, pairs: Pairs, rng: Random) -> tuple[Tensor, Tensor]:
+        """Clean latents and noises (2 B, C, h, w), first all preferred images, then all rejected ones."""
+        x0, noise = pairs.x0, pairs.noise
+        if self.settings.noise == "fresh":
+            noise = rng.normal("inject", model.latent_shape).to(x0)[:, None].expand_as(x0)
+        if self.settings.flip:
+            flip = (rng.uniform("flip") < 0.5).to(x0.device).view(-1, 1, 1, 1, 1)
+            x0, noise = torch.where(flip, x0.flip(-1), x0), torch.where(flip, noise.flip(-1), noise)
+        return torch.cat([x0[:, 0], x0[:, 1]]), torch.cat([noise[:, 0], noise[:, 1]])
+
+    def _safe_scale(
+        self, model: Model, policy: Tensor, eps: Tensor, preferred: Tensor, rejected: Tensor, pairs: Pairs
+    ) -> Tensor:
+        """lambda (B,), detached."""
         s = self.settings
-        kind = state_kind(model)
-        if batch.latents is not None:
-            if batch.latents.shape[1:] != (2, *model.latent_shape):
-                raise InputError(
-                    f"DPO got latents of shape {tuple(batch.latents.shape)}; expected "
-                    f"(B, 2, {', '.join(map(str, model.latent_shape))}), the preferred and the rejected "
-                    "image of each prompt: give prompts.pairs, or prompts.file to have pairs drawn"
-                )
-            return batch.latents.to(**kind), torch.ones(len(batch.prompts), **kind), {}
-        rng = Random(rng.seed, rng.step, [2 * i + k for i in rng.ids for k in range(2)])
-        prompts = [prompt for prompt in batch.prompts for _ in range(2)]
-        x0 = sample(
-            model,
-            model.encode_prompts(prompts),
-            rng.normal("rollout", model.latent_shape).to(**kind),
-            s.steps,
-            guidance=s.guidance,
-            shift=s.shift,
-            weights="reference",
+        if s.safeguard == "output":
+            errors = (policy - eps).detach()
+            return safe_scale(*errors.flatten(1).chunk(2), s.mu)
+        with torch.no_grad():  # by how much each pair's own loss pulls at either error
+            pull = pair_slope(preferred, rejected, s.beta, s.loss, pairs.preference, pairs.present)
+        weight = pairs.weight / len(preferred)
+        own = model.parameters("policy")
+        protected = torch.autograd.grad(preferred.mean(), own, retain_graph=True)
+        ours = torch.autograd.grad((weight * pull[0] * preferred).sum(), own, retain_graph=True)
+        theirs = torch.autograd.grad((weight * pull[1] * rejected).sum(), own, retain_graph=True)
+        lift, drag = (
+            torch.stack([(a * b).sum() for a, b in zip(protected, side, strict=True)]).sum() for side in (ours, theirs)
         )
-        scores = reward(model.decode(x0), prompts).view(-1, 2)
-        best = scores.argmax(1)
+        return bounded(lift, -drag, s.mu).expand(len(preferred))
+
+    def _pairs(self, model: Model, reward: Reward, batch: Batch, rng: Random) -> tuple[Pairs, dict[str, Tensor]]:
+        """Pairs, given or drawn, and metrics of the drawing. Run it under no_grad."""
+        s, kind = self.settings, state_kind(model)
+        if batch.latents is not None:
+            return given_pairs(batch.latents.to(**kind), model.latent_shape, s), {}
+        n = s.candidates
+        rng = Random(rng.seed, rng.step, [n * i + k for i in rng.ids for k in range(n)])
+        prompts = [prompt for prompt in batch.prompts for _ in range(n)]
+        noise = rng.normal("rollout", model.latent_shape).to(**kind)
+        speaks = nullcontext("policy") if s.pairs_from == "policy" else self._speaks(model)
+        with speaks as weights:
+            x0 = sample(
+                model,
+                model.encode_prompts(prompts),
+                noise,
+                s.steps,
+                guidance=s.guidance,
+                shift=s.shift,
+                weights=weights,
+            )
+        scores = reward(model.decode(x0), prompts).detach().view(-1, n)
+        best, worst = scores.argmax(1), scores.argmin(1)
+        worst = torch.where(best == worst, (best + 1) % n, worst)  # all equal
         rows = torch.arange(len(best), device=best.device)
-        x0 = x0.view(-1, 2, *model.latent_shape)
-        pairs = torch.stack([x0[rows, best], x0[rows, 1 - best]], 1)
-        gap = (scores[:, 0] - scores[:, 1]).abs()
-        return pairs, (gap > 0).to(pairs), {"reward_gap": gap.mean()}
+        both = [values.view(-1, n, *model.latent_shape) for values in (x0, noise)]
+        x0, noise = (torch.stack([values[rows, best], values[rows, worst]], 1) for values in both)
+        gap = scores[rows, best] - scores[rows, worst]
+        tie = gap <= s.tie_margin
+        preference = torch.where(tie, 0.5, 1.0).to(x0)
+        weight = (~tie).to(x0) if s.ties == "drop" else torch.ones_like(preference)
+        metrics = {"reward": scores.mean(), "reward_gap": gap.mean(), "ties": tie.to(x0).mean()}
+        return Pairs(x0, noise, preference, weight, torch.ones(len(x0), 2, **kind)), metrics
+
+
+def given_pairs(latents: Tensor, shape: tuple[int, ...], settings: DPOSettings) -> Pairs:
+    """Pairs of `Batch.latents`, (B, 2, C, h, w) or (B, 4, C, h, w); ValueError for what the settings cannot use."""
+    sides = latents.shape[1] if latents.ndim == 5 else 0
+    if latents.shape[2:] != tuple(shape) or sides not in (2, 4):
+        raise InputError(
+            f"DPO got latents of shape {tuple(latents.shape)}; expected "
+            f"(B, 2, {', '.join(map(str, shape))}), the preferred and the rejected "
+            "image of each prompt: give prompts.pairs, or prompts.file to have pairs drawn"
+        )
+    if settings.noise == "tracked" and sides == 2:
+        raise InputError(
+            "algorithm.noise = 'tracked' needs the noise that each image was made from, and these pairs have none; "
+            "let pairs be drawn (prompts.file), give latents (B, 4, ...) from Python, or set algorithm.noise=fresh"
+        )
+    present = torch.isfinite(latents[:, :2]).flatten(2).all(2)
+    if settings.loss != "kto" and not bool(present.all()):
+        raise InputError("DPO got a pair with one image only; only algorithm.loss = 'kto' learns from single likes")
+    x0 = torch.where(present.view(-1, 2, 1, 1, 1), latents[:, :2], 0.0)
+    noise = torch.nan_to_num(latents[:, 2:]) if sides == 4 else None
+    ones = torch.ones(len(x0), dtype=x0.dtype, device=x0.device)
+    return Pairs(x0, noise, ones, ones, present.to(x0))
 
 
 # The equations
@@ -118,17 +266,87 @@ def excess_error(policy: Tensor, reference: Tensor, eps: Tensor) -> Tensor:
     return ((policy - eps).square() - (reference - eps).square()).flatten(1).mean(1)
 
 
-def dpo_loss(preferred: Tensor, rejected: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """-log sigmoid(-beta/2 (m_w - m_l)), (B,), and 1 where the policy agrees with the preference, (B,)."""
-    logits = -beta / 2 * (preferred - rejected)
-    return -F.logsigmoid(logits), (logits > 0).to(logits)
+def dpo_loss(preferred: Tensor, rejected: Tensor, beta: float, *options: Any) -> tuple[Tensor, Tensor]:
+    """`pair_loss` (B,), and 1 where the policy agrees with the preference, m_w < m_l, (B,)."""
+    return pair_loss(preferred, rejected, beta, *options), (preferred < rejected).to(preferred)
+
+
+def pair_loss(
+    preferred: Tensor,
+    rejected: Tensor,
+    beta: float,
+    loss: PairLoss = "sigmoid",
+    preference: Tensor | float = 1.0,
+    present: Tensor | None = None,
+) -> Tensor:
+    """(B,), of s = -beta/2 (m_w - m_l): preference l(s) + (1 - preference) l(-s), with l(s) one of
+
+    sigmoid  -log sigmoid(s)
+    hinge    max(0, 1 - s)       SLiC, arXiv 2305.10425
+    ipo      (s - 1/2)^2         IPO, arXiv 2310.12036
+    kto has two terms that do not see each other, 1/2 [1 - sigmoid(-beta/2 m_w)] + 1/2 [1 - sigmoid(beta/2 m_l)]
+    (Diffusion-KTO, arXiv 2404.04465, with the reference as the reference point); `present` (B, 2) leaves a side out.
+    """
+    if loss == "kto":
+        each = torch.stack([torch.sigmoid(beta / 2 * preferred), torch.sigmoid(-beta / 2 * rejected)], 1)
+        return (each if present is None else each * present).sum(1) / 2
+    s = -beta / 2 * (preferred - rejected)
+    forth, back = {
+        "sigmoid": (-F.logsigmoid(s), -F.logsigmoid(-s)),
+        "hinge": ((1 - s).relu(), (1 + s).relu()),
+        "ipo": ((s - 0.5) ** 2, (s + 0.5) ** 2),
+    }[loss]
+    return preference * forth + (1 - preference) * back
+
+
+def pair_slope(preferred: Tensor, rejected: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    """d loss / d m_w and d loss / d m_l of each pair, (B,) each; `options` as of `pair_loss`."""
+    with torch.enable_grad():
+        m_w, m_l = preferred.detach().requires_grad_(), rejected.detach().requires_grad_()
+        return torch.autograd.grad(pair_loss(m_w, m_l, *options).sum(), (m_w, m_l))
+
+
+def safe_scale(error_preferred: Tensor, error_rejected: Tensor, mu: float) -> Tensor:
+    """lambda (B,) from the errors eps_theta - eps of both images, (B, D), to which the gradients are proportional."""
+    square = error_preferred.square().sum(1)
+    return bounded(square, (error_preferred * error_rejected).sum(1), mu)
+
+
+def bounded(lift: Tensor, drag: Tensor, mu: float) -> Tensor:
+    """The largest lambda in [0, 1] with lift - lambda drag >= mu lift; 1 where drag <= 0, 0 where lift <= 0 < drag.
+
+    lift is the protected descent, <g_w, own gradient>, and drag what the rejected image takes away at lambda = 1.
+    """
+    positive = drag > 0
+    most = (1 - mu) * lift.clamp_min(0) / torch.where(positive, drag, torch.ones_like(drag))
+    return torch.where(positive, most.clamp(0, 1), torch.ones_like(drag))
+
+
+def scaled_gradient(x: Tensor, scale: Tensor) -> Tensor:
+    """x to the last bit, with `scale` times its gradient."""
+    return x.detach() + scale * (x - x.detach())
+
+
+class _named:
+    """A context manager that enters another one and returns a name."""
+
+    def __init__(self, inner: Any, name: str):
+        self.inner, self.name = inner, name
+
+    def __enter__(self) -> str:
+        self.inner.__enter__()
+        return self.name
+
+    def __exit__(self, *reason: Any) -> Any:
+        return self.inner.__exit__(*reason)
 
 
 def calls_per_update(settings: DPOSettings, *, given: bool = False) -> dict[str, int]:
     """Denoiser evaluations of one update per prompt of the batch, a guided call counted twice; `given`: pairs are.
 
-    forward = 4 + (0 given, else 2 steps g),  backward = 2,  decode = reward = (0 given, else 2),  g = 2 with guidance.
+    forward = 4 + (0 given, else candidates steps g),  backward = 2,  decode = reward = (0 given, else candidates),
+    g = 2 with guidance.
     """
-    drawn = 0 if given else 2
+    drawn = 0 if given else settings.candidates
     guided = 1 if settings.guidance == 1 else 2
     return {"forward": 4 + drawn * settings.steps * guided, "backward": 2, "decode": drawn, "reward": drawn}

@@ -31,17 +31,16 @@ Deviations from the paper:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from palate.algorithms.snapshot import sharded_like, taken, using
 from palate.core import Batch, Cond, Loss, Model, Random, Reward
 from palate.path import Prediction, add_noise, from_velocity
 from palate.rewards.groups import differences, divided
-from palate.runtime.distributed import like
 from palate.runtime.errors import InputError
 from palate.sampling import sample, shift_time, state_kind
 
@@ -104,15 +103,15 @@ class NFT:
         s = self.settings
         parameters = model.parameters("policy")
         if self.old is None:
-            self.old = [p.detach().clone() for p in parameters]
-        self.old = [like(old, p) for old, p in zip(self.old, parameters, strict=True)]  # a checkpoint's are whole
+            self.old = taken(parameters)
+        self.old = sharded_like(self.old, parameters)
         prompts = [prompt for prompt in batch.prompts for _ in range(s.group)]
         of_groups = rng
         rng = Random(rng.seed, rng.step, [i * s.group + k for i in rng.ids for k in range(s.group)])
         noise = rng.normal("rollout", model.latent_shape).to(**state_kind(model))
         with torch.no_grad():
             cond = model.encode_prompts(prompts)
-            with _speaking(parameters, self.old):
+            with using(parameters, self.old):
                 x0 = sample(model, cond, noise, s.steps, guidance=s.guidance, shift=s.shift)
             rewards = reward(model.decode(x0), prompts).detach()
         r = optimality(rewards, s.group, s.z, s.baseline)
@@ -142,7 +141,7 @@ class NFT:
         alpha, sigma = model.schedule(t)
         xt = add_noise(x0, eps, alpha, sigma)
         with torch.no_grad():  # before the policy's call: the graph must not see weights change
-            with _speaking(model.parameters("policy"), self.old):
+            with using(model.parameters("policy"), self.old):
                 v_old = velocity(model.predict(xt, t, cond))
             v_ref = velocity(model.predict(xt, t, cond, weights="reference")) if s.kl else v_old
         v_theta = velocity(model.predict(xt, t, cond))
@@ -213,20 +212,6 @@ def stratified(u: Tensor, order: Tensor, group: int, j: int, n: int) -> Tensor:
 def kl_of_released(kl: float, beta: float) -> float:
     """The `kl` here that equals the released program's KL weight: its policy loss is multiplied by 5 / beta."""
     return kl * beta / 5
-
-
-@contextmanager
-def _speaking(parameters: list[Tensor], values: list[Tensor]) -> Iterator[None]:
-    """Inside, the policy speaks with `values`. Only for calls without gradient, and never across a yield of `step`."""
-    kept = [p.detach().clone() for p in parameters]
-    with torch.no_grad():
-        try:
-            for p, value in zip(parameters, values, strict=True):
-                p.copy_(value)
-            yield
-        finally:
-            for p, value in zip(parameters, kept, strict=True):
-                p.copy_(value)
 
 
 def calls_per_update(settings: NFTSettings) -> dict[str, int]:
