@@ -1,9 +1,11 @@
-"""Build the sprite atlas and the vocabulary from freely licensed emoji packages.
+"""Build the sprite atlas and the vocabulary from freely licensed drawings.
 
-    python tools/build_atlas.py [--packages .cache/packages]
+    python tools/build_atlas.py [--packages .cache/packages] [--assets FOLDER]
 
-Fetches the packages with `npm pack` (names and versions below), draws every concept in every style at 64 x 64 RGBA
-and writes src/palate/assets/atlas/{sprites.webp, vocabulary.json}. Deterministic; a package already fetched is reused.
+Fetches the packages with `npm pack` (names and versions below), draws every emoji of every concept in every style at
+64 x 64 RGBA, one drawing per source, and writes atlas/{sprites.webp, sprites.json, vocabulary.json} below the assets.
+Deterministic; a package already fetched is reused. sprites.json names concept, style and source of each drawing, and
+its main colour where one colour covers most of it, so that the drawing can be turned to another.
 """
 
 from __future__ import annotations
@@ -15,21 +17,37 @@ import re
 import subprocess
 import tarfile
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import resvg_py
+import torch
 from concepts import CONCEPTS
+from data import ASSETS
 from PIL import Image
+from recolour import main_colour
 
-ASSETS = Path(__file__).parent.parent / "src/palate/assets/atlas"
 SIZE = 64
-PACKAGES = {  # style: (npm package, version, licence)
-    "3d": ("@lobehub/fluent-emoji-3d", "1.1.0", "MIT"),
-    "flat": ("@iconify-json/fluent-emoji-flat", "1.2.6", "MIT"),
-    "cartoon": ("@iconify-json/noto", "1.2.9", "Apache-2.0"),
-    "outline": ("@iconify-json/fluent-emoji-high-contrast", "1.2.6", "MIT"),
+COLUMNS = 32  # drawings per row of the sheet
+PACKAGES = {  # source: (npm package, version, licence)
+    "fluent-3d": ("@lobehub/fluent-emoji-3d", "1.1.0", "MIT"),
+    "fluent-flat": ("@iconify-json/fluent-emoji-flat", "1.2.6", "MIT"),
+    "noto": ("@iconify-json/noto", "1.2.9", "Apache-2.0"),
+    "noto-v1": ("@iconify-json/noto-v1", "1.2.5", "Apache-2.0"),
+    "fluent-line": ("@iconify-json/fluent-emoji-high-contrast", "1.2.6", "MIT"),
+    "phosphor": ("@iconify-json/ph", "1.2.2", "MIT"),
+}
+STYLES = {
+    "3d": ["fluent-3d"],
+    "flat": ["fluent-flat"],
+    "cartoon": ["noto", "noto-v1"],
+    "outline": ["fluent-line", "phosphor"],
 }
 NAMES = ("unicode-emoji-json", "0.9.0", "MIT")
 KEYWORDS = ("cldr-annotations-full", "48.2.0", "Unicode-3.0")
+REJECTED: dict[str, set[str]] = {  # drawings that show another thing than the concept's other drawings
+    "phosphor": {"mouse", "pepper", "phone", "scooter"},
+}
 
 COLOURS = {
     "white": (255, 255, 255),
@@ -43,6 +61,7 @@ COLOURS = {
     "purple": (136, 84, 208),
     "pink": (248, 165, 194),
 }
+PAINTS = ["red", "orange", "yellow", "green", "blue", "purple", "pink"]  # colours that a drawing can be turned to
 SYNONYMS = {  # words people type for what the model knows; CLDR adds the concepts' own
     "3d": ["glossy", "shiny", "rendered", "render", "realistic", "plastic", "clay", "volumetric", "shaded", "soft"],
     "flat": ["minimal", "minimalist", "minimalistic", "simple", "vector", "2d", "plain"],
@@ -61,13 +80,23 @@ SYNONYMS = {  # words people type for what the model knows; CLDR adds the concep
     "large": ["big", "huge", "giant"],
     "left": ["leftmost"],
     "right": ["rightmost"],
-    "top": ["upper", "above"],
-    "bottom": ["lower", "below"],
+    "top": ["upper"],
+    "bottom": ["lower"],
+    "above": ["over", "atop"],
+    "below": ["under", "beneath", "underneath"],
+    "and": ["with", "plus"],
+    "two": ["2", "pair"],
+    "three": ["3", "trio"],
+    "four": ["4"],
+    "a": ["one", "1", "single"],
     "dog": ["puppy", "doggy"],
     "cat": ["kitten", "kitty"],
     "rabbit": ["bunny"],
+    "mouse": ["mice"],
+    "wolf": ["wolves"],
     "cow": ["cattle"],
     "bee": ["honeybee"],
+    "dinosaur": ["dino", "trex", "sauropod"],
     "fir": ["pine", "tree", "evergreen"],
     "donut": ["doughnut"],
     "burger": ["hamburger"],
@@ -75,23 +104,60 @@ SYNONYMS = {  # words people type for what the model knows; CLDR adds the concep
     "bulb": ["lightbulb", "lamp"],
     "fire": ["flame"],
     "car": ["automobile"],
+    "truck": ["lorry", "van"],
+    "airplane": ["plane", "aeroplane", "jet"],
+    "bicycle": ["bike"],
+    "motorcycle": ["motorbike"],
+    "ufo": ["saucer"],
     "gift": ["present"],
     "house": ["home"],
     "pumpkin": ["halloween"],
     "tangerine": ["mandarin", "clementine"],
     "corn": ["maize"],
     "cherry": ["cherries"],
+    "strawberry": ["strawberries"],
     "grapes": ["grape"],
     "eggplant": ["aubergine"],
+    "coffee": ["tea", "cup", "mug"],
+    "icecream": ["gelato", "cone"],
+    "smiley": ["emoji", "smile", "face"],
+    "robot": ["android", "bot"],
+    "ghost": ["spirit", "phantom"],
+    "skull": ["skeleton"],
     "sailboat": ["boat", "yacht"],
     "ladybug": ["ladybird"],
     "crocodile": ["alligator"],
     "turtle": ["tortoise"],
     "horse": ["pony"],
     "pig": ["piglet"],
+    "sheep": ["lamb", "ewe"],
     "fish": ["trout"],
+    "television": ["tv"],
+    "phone": ["smartphone", "mobile"],
+    "sofa": ["couch"],
+    "hat": ["tophat"],
+    "glasses": ["spectacles", "sunglasses"],
+    "sneaker": ["shoe", "trainer"],
+    "gem": ["diamond", "jewel"],
+    "lock": ["padlock"],
+    "gear": ["cog"],
+    "soccer": ["ball"],
+    "globe": ["earth", "world"],
+    "bell": ["bells"],
+    "lightning": ["bolt"],
 }
-GLUE = ["a", "on", "background", "style", "at", "the"]
+GLUE = ["a", "on", "background", "style", "at", "the", "and", "to", "of"]
+SIZES = ["small", "large"]
+POSITIONS = ["left", "right", "top", "bottom"]
+COUNTS = ["two", "three", "four"]
+RELATIONS = ["above", "below"]
+
+
+class Drawing(NamedTuple):
+    concept: str
+    style: str
+    source: str  # "package/emoji or icon"
+    image: Image.Image
 
 
 def fetch(name: str, version: str, folder: Path) -> tarfile.TarFile:
@@ -117,82 +183,123 @@ def fit(image: Image.Image) -> Image.Image:
     return canvas
 
 
-def draw(icons: dict, slug: str) -> Image.Image:
-    width, height = icons.get("width", 16), icons.get("height", 16)
-    body = icons["icons"][slug]["body"].replace("currentColor", "#000")
+def draw(icons: dict, name: str) -> Image.Image | None:
+    """The icon of that name in an iconify set, 256 pixels on its longer side; None where the set lacks it."""
+    icon = icons["icons"].get(icons.get("aliases", {}).get(name, {}).get("parent", name))
+    if icon is None:
+        return None
+    width, height = (icon.get(side, icons.get(side, 16)) for side in ("width", "height"))
+    body = icon["body"].replace("currentColor", "#000")
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">{body}</svg>'
     return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=256, height=256)))).convert("RGBA")
 
 
-def synonyms(concept: str, emoji: str, cldr: dict) -> list[str]:
-    """Single words that CLDR files under this emoji, and ours."""
-    entry = cldr.get(emoji) or cldr.get(emoji.replace("\ufe0f", "")) or {}
-    words = [w.lower() for phrase in entry.get("default", []) for w in [phrase] if re.fullmatch(r"[A-Za-z]+", phrase)]
-    return [w for w in words if w != concept]
+def rendered(archive: tarfile.TarFile, emoji: str) -> Image.Image | None:
+    """The 3D render of an emoji, which its package files under the code points, with or without the selector."""
+    codes = "-".join(f"{ord(c):04x}" for c in emoji)
+    members = set(archive.getnames())
+    for name in (codes, codes.replace("-fe0f", ""), codes + "-fe0f"):
+        if (member := f"package/assets/{name}.webp") in members:
+            return Image.open(io.BytesIO(archive.extractfile(member).read())).convert("RGBA")
+    return None
+
+
+def drawings(folder: Path) -> list[Drawing]:
+    """Every drawing of every concept, in the order of concepts, styles and sources. KeyError for a style without."""
+    emoji_of = {
+        row["name"]: (emoji, row["slug"].replace("_", "-"))
+        for emoji, row in read_json(fetch(*NAMES[:2], folder), "package/data-by-emoji.json").items()
+    }
+    archives = {source: fetch(name, version, folder) for source, (name, version, _) in PACKAGES.items()}
+    icons = {s: read_json(archive, "package/icons.json") for s, archive in archives.items() if s != "fluent-3d"}
+    found = []
+    for concept, names in CONCEPTS.items():
+        for style, sources in STYLES.items():
+            before = len(found)
+            for source in sources:
+                if concept in REJECTED.get(source, ()):
+                    continue
+                if source == "phosphor":
+                    pictures = [(f"{concept}-bold", draw(icons[source], f"{concept}-bold"))]
+                elif source == "fluent-3d":
+                    pictures = [(name, rendered(archives[source], emoji_of[name][0])) for name in names]
+                else:
+                    pictures = [(name, draw(icons[source], emoji_of[name][1])) for name in names]
+                found += [Drawing(concept, style, f"{source}/{n}", fit(p)) for n, p in pictures if p is not None]
+            if len(found) == before:
+                raise KeyError(f"no drawing of {concept} in style {style}")
+    return found
+
+
+def keywords(folder: Path) -> dict[str, list[str]]:
+    """Single words that CLDR files under the first emoji of each concept."""
+    emoji_of = {row["name"]: e for e, row in read_json(fetch(*NAMES[:2], folder), "package/data-by-emoji.json").items()}
+    cldr = read_json(fetch(*KEYWORDS[:2], folder), "package/annotations/en/annotations.json")
+    cldr = cldr["annotations"]["annotations"]
+    found = {}
+    for concept, names in CONCEPTS.items():
+        emoji = emoji_of[names[0]]
+        entry = cldr.get(emoji) or cldr.get(emoji.replace("\ufe0f", "")) or {}
+        words = [phrase.lower() for phrase in entry.get("default", []) if re.fullmatch(r"[A-Za-z]+", phrase)]
+        found[concept] = [word for word in words if word != concept]
+    return found
+
+
+def synonyms(found: dict[str, list[str]]) -> dict[str, str]:
+    """Word -> what it stands for: ours, and CLDR's where only one concept claims it ("fruit" names none)."""
+    known = {*CONCEPTS, *STYLES, *COLOURS, *GLUE, *SIZES, *POSITIONS, *COUNTS, *RELATIONS}
+    chosen = {word: target for target, words in SYNONYMS.items() for word in words if word not in known}
+    counts: dict[str, int] = {}
+    for words in found.values():
+        for word in set(words):
+            counts[word] = counts.get(word, 0) + 1
+    for concept, words in found.items():
+        chosen |= {w: concept for w in words if counts[w] == 1 and w not in known and w not in chosen and len(w) > 2}
+    return dict(sorted(chosen.items()))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--packages", type=Path, default=Path(".cache/packages"))
-    folder = parser.parse_args().packages
+    parser.add_argument("--assets", type=Path, default=ASSETS)
+    args = parser.parse_args()
+    folder = args.assets / "atlas"
+    folder.mkdir(parents=True, exist_ok=True)
 
-    emoji_of = {
-        row["name"]: (emoji, row["slug"].replace("_", "-"))
-        for emoji, row in read_json(fetch(*NAMES[:2], folder), "package/data-by-emoji.json").items()
+    sprites = drawings(args.packages)
+    sheet = Image.new("RGBA", (SIZE * COLUMNS, SIZE * -(-len(sprites) // COLUMNS)))
+    rows = []
+    for number, sprite in enumerate(sprites):
+        sheet.paste(sprite.image, (SIZE * (number % COLUMNS), SIZE * (number // COLUMNS)))
+        pixels = torch.from_numpy(np.asarray(sprite.image, dtype=np.float32) / 255).permute(2, 0, 1)
+        colour = None if sprite.style == "outline" else main_colour(pixels)
+        rows.append([sprite.concept, sprite.style, sprite.source, colour and [round(value, 4) for value in colour]])
+    sheet.save(folder / "sprites.webp", lossless=True, quality=100, method=6, exact=False)
+    lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (folder / "sprites.json").write_text(f'{{"columns": {COLUMNS}, "sprites": [\n{lines}\n]}}\n')
+
+    turnable = {
+        style: {row[0] for row in rows if row[1] == style and row[3] is not None} for style in ("3d", "flat", "cartoon")
     }
-    cldr = read_json(fetch(*KEYWORDS[:2], folder), "package/annotations/en/annotations.json")
-    cldr = cldr["annotations"]["annotations"]
-    archives = {style: fetch(name, version, folder) for style, (name, version, _) in PACKAGES.items()}
-    icons = {style: read_json(archive, "package/icons.json") for style, archive in archives.items() if style != "3d"}
-
-    atlas = Image.new("RGBA", (SIZE * len(PACKAGES), SIZE * len(CONCEPTS)))
-    found: dict[str, list[str]] = {}
-    for row, (concept, name) in enumerate(CONCEPTS.items()):
-        emoji, slug = emoji_of[name]
-        codes = "-".join(f"{ord(c):04x}" for c in emoji)
-        for column, style in enumerate(PACKAGES):
-            if style == "3d":
-                members = set(archives[style].getnames())
-                member = next(
-                    m
-                    for m in (f"package/assets/{c}.webp" for c in (codes, codes.replace("-fe0f", ""), codes + "-fe0f"))
-                    if m in members
-                )
-                picture = Image.open(io.BytesIO(archives[style].extractfile(member).read()))
-            else:
-                picture = draw(icons[style], slug)
-            atlas.paste(fit(picture.convert("RGBA")), (SIZE * column, SIZE * row))
-        found[concept] = synonyms(concept, emoji, cldr)
-
-    known = (
-        set(CONCEPTS) | set(PACKAGES) | set(COLOURS) | set(GLUE) | {"small", "large", "left", "right", "top", "bottom"}
+    table = {
+        "concepts": list(CONCEPTS),
+        "styles": list(STYLES),
+        "colours": COLOURS,
+        "sizes": SIZES,
+        "positions": POSITIONS,
+        "glue": GLUE,
+        "synonyms": synonyms(keywords(args.packages)),
+        "counts": COUNTS,
+        "relations": RELATIONS,
+        "paints": PAINTS,
+        "turnable": [concept for concept in CONCEPTS if all(concept in names for names in turnable.values())],
+        "max_words": 20,
+    }
+    (folder / "vocabulary.json").write_text(json.dumps(table, indent=1) + "\n")
+    print(
+        f"{len(CONCEPTS)} concepts, {len(sprites)} drawings, {sum(row[3] is not None for row in rows)} of them can be "
+        f"turned, {len(table['turnable'])} concepts in every style; {len(table['synonyms'])} synonyms -> {folder}"
     )
-    chosen = {word: target for target, words in SYNONYMS.items() for word in words}
-    counts: dict[str, int] = {}
-    for words in found.values():
-        for word in set(words):
-            counts[word] = counts.get(word, 0) + 1
-    for concept, words in found.items():  # an ambiguous keyword ("fruit") names no concept
-        chosen |= {w: concept for w in words if counts[w] == 1 and w not in known and w not in chosen and len(w) > 2}
-
-    ASSETS.mkdir(parents=True, exist_ok=True)
-    atlas.save(ASSETS / "sprites.webp", lossless=True, quality=100, method=6, exact=False)
-    (ASSETS / "vocabulary.json").write_text(
-        json.dumps(
-            {
-                "concepts": list(CONCEPTS),
-                "styles": list(PACKAGES),
-                "colours": COLOURS,
-                "sizes": ["small", "large"],
-                "positions": ["left", "right", "top", "bottom"],
-                "glue": GLUE,
-                "synonyms": dict(sorted(chosen.items())),
-            },
-            indent=1,
-        )
-        + "\n"
-    )
-    print(f"{len(CONCEPTS)} concepts x {len(PACKAGES)} styles, {len(chosen)} synonyms -> {ASSETS}")
 
 
 if __name__ == "__main__":

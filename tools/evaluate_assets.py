@@ -1,109 +1,228 @@
-"""Measure the embedded base model and write the figures into its model card (src/palate/assets/README.md).
+"""Measure the embedded base model, its autoencoder, judges and rewards: the figures of the model card.
 
-    python tools/evaluate_assets.py [--seeds 1]
+    python tools/evaluate_assets.py [--model FOLDER] [--only autoencoder judges styled ...] [--out figures.json]
 
-The judge and the background oracle speak, neither was used in training the base model. Bars: concept and style >= .90,
-background >= .98 on trained (concept, style) pairs.
+The judge, the detector and the exact oracles speak; none was used in training the base model. --model measures another
+model (an earlier one, say) by the same judges, on the words that it knows; figures that it cannot have are left out.
+What was measured before stays in the file, so that parts can be run one by one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
-from data import ASSETS, compose, load_sprites, save_grid
+from data import ASSETS, Atlas, Composer, save_grid
+from shown import wrong
+from torch import Tensor
+from train_autoencoder import fidelity, fresh, laplacian
+from train_detector import Lessons, check
+from transformers import PreTrainedTokenizerFast
 
-from palate.evaluate import diversity, embedded_panel, evaluate_model, generate, pairs
+from palate.evaluate import diversity, frechet_distance, generate
 from palate.models.emoji import EmojiModel
-from palate.models.vocabulary import vocabulary
-from palate.rewards.emoji import position
+from palate.models.vocabulary import parse_prompt, vocabulary, with_article
+from palate.rewards.emoji import COLOURS, EmojiClassifier, background, load_reward, position
+from palate.rewards.tasks import TaskReward, load_detector, task_prompts, task_scores
+
+SIDES = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1)}
 
 
-def read(name: str) -> list[str]:
-    return (ASSETS / f"prompts/{name}.txt").read_text().splitlines()
+class Bench:
+    """The model that is measured, who judges it, and what it may be asked."""
 
+    def __init__(self, folder: Path | None, grids: Path, shared: Path | None = None):
+        self.model = EmojiModel.load(folder, training="none")
+        self.judge, self.grids = EmojiClassifier(), grids
+        known = set(self.model.tokenizer.get_vocab())
+        self.scenes = all(word in known for word in vocabulary().counts)
+        if shared:
+            known &= set(PreTrainedTokenizerFast.from_pretrained(shared / "tokenizer").get_vocab())
+        self.concepts = [concept for concept in vocabulary().concepts if concept in known]
+        self.composer = Composer(Atlas.load())
 
-def judge_accuracy(panel) -> dict[str, float]:
-    """The judge and the oracle on 2,000 fresh compositions: how far their word can be trusted."""
-    import numpy as np
+    def draw(self, prompts: list[str], seeds: range | tuple[int, ...] = (0,)) -> Tensor:
+        return generate(self.model, prompts, seeds)
 
-    samples = compose(np.random.default_rng((99, 0)), load_sprites(), 2000)
-    pieces = samples.images.split(100)
-    concept = torch.cat([panel.classifier.concept(piece) for piece in pieces])
-    style = torch.cat([panel.classifier.style(piece) for piece in pieces])
-    colour = torch.cat([panel.background(piece) for piece in pieces])
-    right = {
-        "concept": concept == samples.concept,
-        "style": style == samples.style,
-        "background": colour == samples.colour,
-    }
-    figures = {name: float(values.float().mean()) for name, values in right.items()}
-    names = vocabulary()
-    captions = [
-        f"{names.styles[s]} {names.concepts[c]} on {panel.colours[b]}"
-        for s, c, b in zip(samples.style, samples.concept, samples.colour, strict=True)
-    ]
-    for name in ("emoji", "emoji-heldout"):  # the true caption above the same with a wrong style / concept / background
-        reward = panel.rewards[name]
-        shifts = {
-            "style": [
-                f"{names.styles[(s + 1 + k % 3) % 4]} {names.concepts[c]} on {panel.colours[b]}"
-                for k, (s, c, b) in enumerate(zip(samples.style, samples.concept, samples.colour, strict=True))
-            ],
-            "concept": [
-                f"{names.styles[s]} {names.concepts[(c + 1 + k % 97) % len(names.concepts)]} on {panel.colours[b]}"
-                for k, (s, c, b) in enumerate(zip(samples.style, samples.concept, samples.colour, strict=True))
-            ],
-            "background": [
-                f"{names.styles[s]} {names.concepts[c]} on {panel.colours[(b + 1 + k % 9) % 10]}"
-                for k, (s, c, b) in enumerate(zip(samples.style, samples.concept, samples.colour, strict=True))
-            ],
+    def seen(self, images: Tensor, prompts: list[str]) -> dict[str, float]:
+        """How often concept, style and background are as the prompt says."""
+        asked = [parse_prompt(prompt) for prompt in prompts]
+        parts = list(zip(images.split(100), (asked[k : k + 100] for k in range(0, len(asked), 100)), strict=True))
+        names = {"concept": self.judge.concepts, "style": self.judge.styles, "background": COLOURS}
+        ask = {"concept": self.judge.concept, "style": self.judge.style, "background": background}
+        return {
+            kind: float(
+                np.mean(
+                    [
+                        names[kind][int(k)] == getattr(caption, kind)
+                        for part, captions in parts
+                        for k, caption in zip(ask[kind](part), captions, strict=True)
+                        if getattr(caption, kind) is not None
+                    ]
+                )
+            )
+            for kind in names
         }
+
+    def features(self, images: Tensor) -> Tensor:
+        return torch.cat([self.judge.features(part) for part in images.split(100)])
+
+
+def autoencoder(bench: Bench) -> dict:
+    """Encode and decode 256 fresh compositions."""
+    return fidelity(bench.model.vae, fresh())
+
+
+def judges(bench: Bench) -> dict:
+    """The judge and the oracle on 2,000 fresh compositions; the rewards: the true caption above a wrong one."""
+    samples = Composer(bench.composer.atlas, mix={"one": 1}).compose(np.random.default_rng((99, 2)), 2000)
+    parts = samples.images.split(100)
+    seen = {
+        "concept": torch.cat([bench.judge.concept(part) for part in parts]) == samples.concept,
+        "style": torch.cat([bench.judge.style(part) for part in parts]) == samples.style,
+        "background": torch.cat([background(part) for part in parts]) == samples.colour,
+    }
+    found: dict = {"judge": {name: float(right.float().mean()) for name, right in seen.items()}}
+    mixed = bench.composer.compose(np.random.default_rng((99, 3)), 2000)
+    true = [
+        scene.caption if parse_prompt(scene.caption).style else f"{vocabulary().styles[scene.style]}. {scene.caption}"
+        for scene in mixed.scenes
+    ]
+    lies = [
+        wrong(scene._replace(caption=text), np.random.default_rng((99, 4, k)))
+        for k, (scene, text) in enumerate(zip(mixed.scenes, true, strict=True))
+    ]
+    for name in ("emoji", "emoji-heldout"):
+        reward = load_reward(name)
         with torch.no_grad():
-            features = torch.cat([reward.image_features(piece) for piece in pieces])
-            own = reward.score(features, captions)
-            for what, wrong in shifts.items():
-                figures[f"{name} {what}"] = float((own > reward.score(features, wrong)).float().mean())
-    return figures
+            features = torch.cat([reward.image_features(part) for part in mixed.images.split(100)])
+            own = reward.score(features, true)
+            found[name] = {
+                what: float((own > reward.score(features, [row[kind] for row in lies])).float().mean())
+                for kind, what in enumerate(("style", "background", "concept", "detail"))
+            }
+    return found
+
+
+def detector(bench: Bench) -> dict:
+    """The detector on 2,000 fresh compositions of all kinds."""
+    samples = bench.composer.compose(np.random.default_rng((99, 1)), 2000)
+    return check(load_detector(), Lessons(bench.composer.atlas), samples.images, samples.scenes)
+
+
+def styled(bench: Bench) -> dict:
+    """Concept and style that are named, on trained pairs; how fine the pictures are beside real ones of the prompts."""
+    prompts = [p for p in _read("emoji-styled") if parse_prompt(p).concept in bench.concepts]
+    images = bench.draw(prompts)
+    save_grid(images[:128], bench.grids / "styled.png", zoom=2)
+    real = bench.composer.paint(
+        [bench.composer.fulfil(np.random.default_rng((99, 5, k)), p) for k, p in enumerate(prompts)]
+    )
+    energy = [float(laplacian(x).square().mean()) for x in (images, real)]
+    return bench.seen(images, prompts) | {"prompts": len(prompts), "high frequency": energy[0] / energy[1]}
+
+
+def unseen(bench: Bench) -> dict:
+    """The same for (concept, style) pairs that the base model never saw."""
+    prompts = [p for p in _read("emoji-heldout") if parse_prompt(p).concept in bench.concepts]
+    return bench.seen(bench.draw(prompts), prompts) | {"prompts": len(prompts)}
+
+
+def unstyled(bench: Bench) -> dict:
+    """Without a style word: which style is drawn."""
+    prompts = [p for p in _read("emoji-eval") if parse_prompt(p).concept in bench.concepts]
+    images = bench.draw(prompts)
+    style = torch.cat([bench.judge.style(part) for part in images.split(100)])
+    shares = {name: float((style == k).float().mean()) for k, name in enumerate(bench.judge.styles)}
+    return {"concept": bench.seen(images, prompts)["concept"]} | shares
+
+
+def frechet(bench: Bench) -> dict:
+    """Distance of 2,000 samples from 2,000 compositions of the same words, judge features; one thing each."""
+    count, rng, prompts = 2000, np.random.default_rng((99, 6)), []
+    for _ in range(count):
+        concept, colour = rng.choice(bench.concepts), rng.choice(COLOURS)
+        prompts.append(f"{rng.choice(vocabulary().styles)} {concept} on a {colour} background")
+    real = bench.composer.paint([bench.composer.fulfil(rng, prompt) for prompt in prompts])
+    return {"distance": frechet_distance(bench.features(bench.draw(prompts)), bench.features(real))}
+
+
+def sides(bench: Bench) -> dict:
+    """A side that is named: the middle of the drawing is there."""
+    asked = [
+        (f"a small {concept} at the {side} on a blue background", side)
+        for concept in bench.concepts[:: max(1, len(bench.concepts) // 50)]
+        for side in SIDES
+    ]
+    centres = position(bench.draw([prompt for prompt, _ in asked]))
+    right = [
+        float(SIDES[side][1] * centre[SIDES[side][0]] > 0.08) for centre, (_, side) in zip(centres, asked, strict=True)
+    ]
+    return {"right": float(np.mean(right)), "prompts": len(asked)}
+
+
+def tasks(bench: Bench, seeds: int = 4) -> dict:
+    """The six tasks, strict."""
+    if not bench.scenes:
+        return {}
+    reward, prompts, right = TaskReward(strict=True), task_prompts(), {}
+    for task, asked in prompts.items():
+        images = bench.draw(asked, range(seeds))
+        repeated = [prompt for prompt in asked for _ in range(seeds)]
+        right[task] = [
+            float(x)
+            for k, part in enumerate(images.split(100))
+            for x in reward(part, repeated[100 * k : 100 * k + len(part)])
+        ]
+        save_grid(images[:96], bench.grids / f"{task.replace(' ', '-')}.png", columns=16, zoom=1)
+    return task_scores(prompts, right)
+
+
+def variety(bench: Bench) -> dict:
+    """Diversity inside a prompt that names its style: mean judge distance of eight pictures, 52 prompts."""
+    rng, styles = np.random.default_rng((99, 7)), vocabulary().styles
+    shared = bench.concepts[:: max(1, len(bench.concepts) // 52)][:52]
+    prompts = [f"{with_article(f'{styles[k % 4]} {c}')} on a blue background" for k, c in enumerate(shared)]
+    images = bench.draw(prompts, range(8))
+    groups = [prompt for prompt in prompts for _ in range(8)]
+    real = bench.composer.paint([bench.composer.fulfil(rng, prompt) for prompt in groups])
+    return {
+        name: float(diversity(bench.features(x), groups).mean()) for name, x in (("samples", images), ("real", real))
+    }
+
+
+PARTS: dict[str, Callable[[Bench], dict]] = {
+    part.__name__: part
+    for part in (autoencoder, judges, detector, styled, unseen, unstyled, frechet, sides, tasks, variety)
+}
+
+
+def _read(name: str) -> list[str]:
+    return (ASSETS / f"prompts/{name}.txt").read_text().splitlines()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--grid", type=Path, default=Path(".cache/base/evaluation.png"))
+    parser.add_argument("--model", type=Path, help="a model folder; the embedded one if left out")
+    parser.add_argument("--shared", type=Path, help="ask only for what this model folder knows as well, to compare")
+    parser.add_argument("--only", nargs="*", choices=list(PARTS), help="these parts; all if left out")
+    parser.add_argument("--out", type=Path, default=ASSETS / "figures.json")
+    parser.add_argument("--grids", type=Path, default=Path(".cache/evaluation"))
     args = parser.parse_args()
-    panel, model = embedded_panel(), EmojiModel.load(training="none")
-    figures = {"judge": judge_accuracy(panel)}
-    for name in ("emoji-styled", "emoji-heldout", "emoji-eval"):
-        found = evaluate_model(model, read(name), range(args.seeds), panel=panel).summary["metrics"]
-        figures[name] = {
-            key: round(metric["value"], 4)
-            for key, metric in found.items()
-            if key.split("/")[0] in ("concept", "background", "style_named", "style", "reward")
-        }
+    bench = Bench(args.model, args.grids, args.shared)
+    figures = json.loads(args.out.read_text()) if args.out.exists() else {}
+    for name in args.only or PARTS:
+        figures[name] = _rounded(PARTS[name](bench))
         print(name, json.dumps(figures[name]), flush=True)
-    sides = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1)}
-    asked = [
-        f"a small {concept} at the {side} on a blue background"
-        for concept in vocabulary().concepts[::4]
-        for side in sides
-    ]
-    centre = position(generate(model, asked, [0]))
-    right = [
-        float(sign * place[axis] > 0.08)
-        for place, (axis, sign) in zip(centre, list(sides.values()) * len(asked), strict=False)
-    ]
-    figures["position"] = round(sum(right) / len(right), 4)
-    words = ["a cat", "a rose", "a car", "a 3d dog", "an apple on a blue background", "a rocket", "a fish", "a cake"]
-    images = generate(model, words, range(16))
-    groups, _ = pairs(words, range(16))
-    values = diversity(panel.classifier.features(images), groups)
-    figures["diversity"] = {word: round(float(v), 4) for word, v in zip(words, values, strict=True)}
-    save_grid(images, args.grid, columns=16, zoom=1)
-    print(json.dumps(figures, indent=1))
-    (ASSETS / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+        args.out.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _rounded(value):
+    return {k: _rounded(v) for k, v in value.items()} if isinstance(value, dict) else round(value, 4)
 
 
 if __name__ == "__main__":

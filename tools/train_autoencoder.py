@@ -1,10 +1,15 @@
-"""Train the embedded model's autoencoder: 64 x 64 images to 6 x 16 x 16 latents, diffusers' AutoencoderTiny.
+"""Train the embedded model's autoencoder: 64 x 64 images to 16 x 16 latents, diffusers' AutoencoderTiny.
 
-    python tools/train_autoencoder.py [--minutes 8] [--seed 0]
+    python tools/pool.py --chunks 30
+    python tools/train_autoencoder.py [--minutes 60] [--channels 8] [--width 48]
 
-Loss: L1 + L1 of image gradients, noise on the latents (so that the decoder is smooth where a diffusion model lands),
-and a pull of every latent channel to mean 0, variance 1 (so that the scaling factor is 1). Resumes from its own state
-file.
+Loss: L1 of pixels, of image gradients and of the Laplacian, and of how strong the Laplacian is in each neighbourhood:
+the last term pays for fine detail as such, where L1 alone prefers none to a misplaced one. Noise on the latents keeps
+the decoder smooth where a diffusion model lands, and each latent channel is pulled to mean 0, variance 1, so that the
+scaling factor is 1. State is saved every two minutes; the same command resumes, and --minutes counts in all.
+
+--anchor FOLDER begins with that autoencoder's encoder, adds channels to its latents, and holds the channels that it had
+to what it makes of the images: a denoiser of the narrower latents then goes on on the wider ones.
 """
 
 from __future__ import annotations
@@ -12,86 +17,188 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pool
 import torch
-from data import compose, load_sprites, save_grid
+import torch.nn.functional as F
+from data import Atlas, Composer, save_grid
 from diffusers import AutoencoderTiny
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+BATCH, EMA = 16, 0.998
+_LAPLACE = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]]).expand(3, 1, 3, 3).contiguous()
 
 
-def build() -> AutoencoderTiny:
+def build(channels: int, width: int, encoder_width: int) -> AutoencoderTiny:
     return AutoencoderTiny(
-        latent_channels=6,
-        encoder_block_out_channels=(40, 40, 40),
-        decoder_block_out_channels=(40, 40, 40),
+        latent_channels=channels,
+        encoder_block_out_channels=(encoder_width,) * 3,
+        decoder_block_out_channels=(width,) * 3,
         num_encoder_blocks=(1, 2, 2),
-        num_decoder_blocks=(2, 2, 1),
+        num_decoder_blocks=(3, 3, 1),
         scaling_factor=1.0,
     )
 
 
-def gradients(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def begin_with(model: AutoencoderTiny, anchor: AutoencoderTiny) -> None:
+    """Give the encoder the anchor's weights; channels that the anchor lacks keep their own start."""
+    own = model.encoder.state_dict()
+    for name, value in anchor.encoder.state_dict().items():
+        own[name][: len(value)] = value
+    model.encoder.load_state_dict(own)
+
+
+@torch.no_grad()
+def targets(anchor: AutoencoderTiny, images: Tensor, folder: Path, chunks: Sequence[int]) -> Tensor:
+    """The anchor's latents of the images (float16), kept on disk per chunk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for chunk, part in zip(chunks, images.split(pool.CHUNK), strict=True):
+        if not (path := folder / f"anchor-{chunk}.safetensors").exists():
+            with torch.autocast("cpu", torch.bfloat16):
+                found = [anchor.encode(piece.float() / 255 * 2 - 1).latents.half() for piece in part.split(100)]
+            save_file({"latents": torch.cat(found)}, path)
+    return torch.cat([load_file(folder / f"anchor-{chunk}.safetensors")["latents"] for chunk in chunks])
+
+
+def gradients(x: Tensor) -> tuple[Tensor, Tensor]:
     return x[..., 1:] - x[..., :-1], x[..., 1:, :] - x[..., :-1, :]
+
+
+def laplacian(images: Tensor) -> Tensor:
+    """(N, 3, H - 2, W - 2): what is fine in an image."""
+    return F.conv2d(images, _LAPLACE, groups=3)
+
+
+def losses(decoded: Tensor, images: Tensor) -> dict[str, Tensor]:
+    """The terms of the reconstruction loss, before their weights."""
+    fine, true = laplacian(decoded), laplacian(images)
+    strength = [F.avg_pool2d(x.abs().mean(1, keepdim=True), 5, 2) for x in (fine, true)]
+    return {
+        "pixel": (decoded - images).abs().mean(),
+        "edge": sum((a - b).abs().mean() for a, b in zip(gradients(decoded), gradients(images), strict=True)),
+        "fine": (fine - true).abs().mean(),
+        "strength": (strength[0] - strength[1]).abs().mean(),
+        "square": (decoded - images).square().mean(),
+    }
+
+
+WEIGHTS = {"pixel": 1.0, "edge": 1.0, "fine": 0.25, "strength": 0.5, "square": 8.0, "spread": 0.02, "anchor": 0.05}
+
+
+@torch.no_grad()
+def fidelity(vae: AutoencoderTiny, images: Tensor) -> dict[str, float]:
+    """PSNR in dB (mean over images), Laplacian energy decoded / original, and the latents' statistics."""
+    latents = torch.cat([vae.encode(part * 2 - 1).latents for part in images.split(64)])
+    decoded = torch.cat([vae.decode(part).sample.add(1).div(2).clamp(0, 1) for part in latents.split(64)])
+    energy = [laplacian(x).square().mean() for x in (decoded, images)]
+    return {
+        "psnr": float(-10 * (decoded - images).square().mean((1, 2, 3)).log10().mean()),
+        "energy": float(energy[0] / energy[1]),
+        "smallest std": float(latents.std((0, 2, 3)).min()),
+        "largest std": float(latents.std((0, 2, 3)).max()),
+    }
+
+
+def fresh(count: int = 256, seed: int = 99) -> Tensor:
+    """Compositions that no training sees."""
+    return Composer(Atlas.load()).compose(np.random.default_rng((seed, 0)), count).images
+
+
+def save(vae: AutoencoderTiny, folder: Path) -> None:
+    vae.save_pretrained(folder)
+    config = folder / "config.json"  # without a key that diffusers adds on saving and complains of on loading
+    table = {k: v for k, v in json.loads(config.read_text()).items() if k != "block_out_channels"}
+    config.write_text(json.dumps(table, indent=2) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--minutes", type=float, default=60, help="of training in all, resumed time included")
+    parser.add_argument("--anchor", type=Path, help="an autoencoder's folder")
+    parser.add_argument("--channels", type=int, default=10)
+    parser.add_argument("--width", type=int, default=48)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pool", type=Path, default=pool.POOL)
     parser.add_argument("--work", type=Path, default=Path(".cache/autoencoder"))
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(args.seed)
-    sprites, model = load_sprites(), build()
-    state = args.work / "state.safetensors"
+    anchor = AutoencoderTiny.from_pretrained(args.anchor).float().eval() if args.anchor else None
+    encoder_width = anchor.config.encoder_block_out_channels[0] if anchor else args.width
+    model = build(args.channels, args.width, encoder_width).to(memory_format=torch.channels_last)
+    if anchor:
+        begin_with(model, anchor)
+    average = build(args.channels, args.width, encoder_width)
+    average.load_state_dict(model.state_dict())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, betas=(0.9, 0.99))
+    state, step, spent = args.work / "state.pt", 0, 0.0
     if state.exists():
-        model.load_state_dict(load_file(state))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.0)
-    start, step = time.time(), 0
-    while (progress := (time.time() - start) / 60 / args.minutes) < 1:
+        found = torch.load(state, weights_only=True)
+        model.load_state_dict(found["model"])
+        average.load_state_dict(found["average"])
+        optimizer.load_state_dict(found["optimizer"])
+        step, spent = found["step"], found["spent"]
+    chunks, log, check = pool.ready(args.pool), [], fresh()
+    images = pool.images(args.pool, chunks)
+    held = targets(anchor, images, args.work / "anchor", chunks) if anchor else None
+    start, saved = time.time() - spent, time.time()
+
+    def keep() -> None:
+        parts = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save(parts | {"step": step, "spent": time.time() - start}, state.with_suffix(".new"))
+        state.with_suffix(".new").rename(state)
+
+    while (spent := time.time() - start) < args.minutes * 60:
         step += 1
+        left = 1 - spent / 60 / args.minutes
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, step / 50) * (0.5 + 0.5 * np.cos(np.pi * progress)) + 1e-5
-        images = compose(np.random.default_rng((args.seed, step)), sprites, 24).images
+            group["lr"] = args.lr * min(1, step / 100) * min(1, max(0.01, 1.8 * left))
+        if step % 500 == 0 and len(found := pool.ready(args.pool)) > len(chunks):
+            chunks, images = found, pool.images(args.pool, found)
+            held = targets(anchor, images, args.work / "anchor", chunks) if anchor else None
+        rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        pick = torch.randint(len(images), (BATCH,), generator=rng)
+        batch = images[pick].float() / 255
         with torch.autocast("cpu", torch.bfloat16):
-            latents = model.encoder(images * 2 - 1)
+            latents = model.encoder((batch * 2 - 1).contiguous(memory_format=torch.channels_last))
         latents = latents.float()
         spread = latents.var((0, 2, 3)).sub(1).square().mean() + latents.mean((0, 2, 3)).square().mean()
-        noisy = latents + 0.1 * torch.rand(len(images), 1, 1, 1) * torch.randn_like(latents)
+        noisy = latents + 0.1 * torch.rand(BATCH, 1, 1, 1, generator=rng) * torch.randn(latents.shape, generator=rng)
         with torch.autocast("cpu", torch.bfloat16):
             decoded = model.decoder(noisy)
-        decoded = decoded.float().add(1).div(2)
-        error = (decoded - images).abs().mean()
-        edges = sum((a - b).abs().mean() for a, b in zip(gradients(decoded), gradients(images), strict=True))
+        terms = losses(decoded.float().add(1).div(2).contiguous(), batch) | {"spread": spread}
+        if held is not None:
+            terms["anchor"] = (latents[:, : held.shape[1]] - held[pick].float()).square().mean()
+        loss = sum(WEIGHTS[name] * value for name, value in terms.items())
         optimizer.zero_grad()
-        (error + edges + 0.02 * spread).backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        with torch.no_grad():
+            decay = min(EMA, (step + 1) / (step + 10))
+            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+        log.append({name: value.item() for name, value in terms.items()})
         if step % 100 == 0:
-            psnr = -10 * (decoded.clamp(0, 1) - images).square().mean().log10()
-            print(f"step {step} {progress:.0%} l1 {error:.4f} psnr {psnr:.2f} dB spread {spread:.3f}", flush=True)
-            save_file(model.state_dict(), state)
-    save_file(model.state_dict(), state)
-
-    model.eval()
-    images = compose(np.random.default_rng((args.seed, 0)), sprites, 256).images
+            recent = {name: round(float(np.mean([row[name] for row in log[-100:]])), 5) for name in log[-1]}
+            print(f"step {step} {spent / 60:.1f} min {recent}", flush=True)
+        if time.time() - saved > 120:
+            keep()
+            saved = time.time()
+        if step % 1000 == 0:
+            print(f"step {step} fresh {fidelity(average.eval(), check)}", flush=True)
+            save(average, args.work / "vae")
+    keep()
+    print(f"{step} steps of {BATCH}, {spent / 60:.1f} minutes, fresh {fidelity(average.eval(), check)}", flush=True)
     with torch.no_grad():
-        latents = model.encode(images * 2 - 1).latents
-        decoded = model.decode(latents).sample.add(1).div(2).clamp(0, 1)
-    print(
-        f"held-out psnr {-10 * (decoded - images).square().mean((1, 2, 3)).log10().mean():.2f} dB, "
-        f"latent std {latents.std((0, 2, 3)).tolist()}, {step} steps of 24"
-    )
-    save_grid(torch.stack([images[:32], decoded[:32]], 1).flatten(0, 1), args.work / "grid.png", zoom=2)
-    model.save_pretrained(args.work / "vae")
-    config = args.work / "vae/config.json"  # a key that diffusers adds on saving and complains of on loading
-    config.write_text(
-        json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "block_out_channels"}, indent=2)
-        + "\n"
-    )
+        decoded = average.decode(average.encode(check[:48] * 2 - 1).latents).sample.add(1).div(2).clamp(0, 1)
+    save_grid(torch.stack([check[:48], decoded], 1).flatten(0, 1), args.work / "grid.png", columns=12, zoom=2)
+    save(average, args.work / "vae")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,13 @@
 """Train the embedded base model: a rectified flow on autoencoder latents, saved as a diffusers folder.
 
-    python tools/train_base.py [--minutes 55] [--seed 0] [--vae .cache/autoencoder/vae]
+    python tools/pool.py --chunks 30
+    python tools/train_base.py [--minutes 120] [--vae .cache/autoencoder/vae] [--init src/palate/assets/emoji]
 
-UNet2DConditionModel 64/160 with a CLIPTextModel and a word-level tokenizer, all trained together. Latents of a pool of
-compositions are made once. State is saved every 500 steps; the same command resumes, and --minutes counts in all.
+UNet2DConditionModel 64/160 with a CLIPTextModel and a word-level tokenizer, all trained together. Latents of the pool
+are made once. State is saved every five minutes; the same command resumes, and --minutes counts in all.
+
+--init FOLDER begins with that model's weights. It may know fewer words, read shorter captions and have fewer latent
+channels, if the autoencoder's first channels are its own (`train_autoencoder.py --anchor`): what it lacks begins anew.
 """
 
 from __future__ import annotations
@@ -12,38 +16,20 @@ import argparse
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pool
 import torch
-from data import compose, held_out_pairs, load_sprites, save_grid
+from data import held_out_pairs, save_grid
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
+from words import LENGTH, build_tokenizer, tokenize
 
-from palate.models.vocabulary import MAX_WORDS, known_words, vocabulary
-
-LENGTH = MAX_WORDS + 2
-BATCH, LR, EMA, DROP = 32, 6e-4, 0.999, 0.1
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    words = ["<pad>", "<start>", "<unk>", "<end>", *vocabulary().words]  # id 2 as end means another thing to CLIP
-    tokenizer = Tokenizer(models.WordLevel({word: k for k, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<start> $A <end>", special_tokens=[("<start>", 1), ("<end>", 3)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<start>",
-        eos_token="<end>",
-        unk_token="<unk>",
-        model_max_length=LENGTH,
-    )
+BATCH, EMA, DROP = 32, 0.9995, 0.1
 
 
 def build_text_encoder(words: int) -> CLIPTextModel:
@@ -64,11 +50,11 @@ def build_text_encoder(words: int) -> CLIPTextModel:
     )
 
 
-def build_unet() -> UNet2DConditionModel:
+def build_unet(channels: int) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=16,
-        in_channels=6,
-        out_channels=6,
+        in_channels=channels,
+        out_channels=channels,
         block_out_channels=(64, 160),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -81,56 +67,104 @@ def build_unet() -> UNet2DConditionModel:
     )
 
 
-def tokenize(tokenizer: PreTrainedTokenizerFast, prompts: list[str]) -> torch.Tensor:
-    lines = [" ".join(known_words(prompt)) for prompt in prompts]
-    return tokenizer(lines, padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
+def begin_with(networks: torch.nn.ModuleDict, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Give the networks the weights of the model in `folder`, word by word and channel by channel where it has fewer.
+
+    New input channels begin without effect; new words begin at the mean of the old ones, new places at the last one.
+    """
+    old = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
+    own = networks["unet"].state_dict()
+    for name, value in old.items():
+        if name == "conv_in.weight":
+            own[name].zero_()
+        own[name][tuple(slice(side) for side in value.shape)] = value.float()
+    networks["unet"].load_state_dict(own)
+
+    old = load_file(folder / "text_encoder/model.safetensors")
+    known = json.loads((folder / "tokenizer/tokenizer.json").read_text())["model"]["vocab"]
+    own = networks["text_encoder"].state_dict()
+    for name, value in old.items():
+        value = value.float()
+        if name.endswith("token_embedding.weight"):
+            spread = own[name] - own[name].mean(0)
+            own[name] = value.mean(0) + spread * value.std() / spread.std() * 0.5
+            for word, k in tokenizer.get_vocab().items():
+                if word in known:
+                    own[name][k] = value[known[word]]
+        elif name.endswith("position_embedding.weight"):
+            own[name] = torch.cat([value, value[-1:].expand(len(own[name]) - len(value), -1)])
+        else:
+            own[name] = value
+    networks["text_encoder"].load_state_dict(own)
 
 
 @torch.no_grad()
-def build_pool(vae: AutoencoderTiny, tokenizer: PreTrainedTokenizerFast, count: int, seed: int, path: Path) -> dict:
-    """`count` latents (float16) and their token ids, cached on disk."""
-    if path.exists():
-        return load_file(path)
-    sprites, latents, ids = load_sprites(), [], []
-    for chunk in range(count // 200):
-        batch = compose(np.random.default_rng((seed, 1, chunk)), sprites, 200, exclude=held_out_pairs())
-        with torch.autocast("cpu", torch.bfloat16):
-            latents.append(vae.encode(batch.images * 2 - 1).latents.half())
-        ids.append(tokenize(tokenizer, batch.captions))
-    pool = {"latents": torch.cat(latents), "ids": torch.cat(ids)}
-    save_file(pool, path)
-    return pool
+def latents(vae: AutoencoderTiny, tokenizer, folder: Path, chunks: Sequence[int], cache: Path) -> dict[str, Tensor]:
+    """Latents (float16) and token ids of the pool's images, without the held-out pairs; kept on disk per chunk."""
+    cache.mkdir(parents=True, exist_ok=True)
+    held_out, found = held_out_pairs(), []
+    for chunk in chunks:
+        if not (path := cache / f"latents-{chunk}.safetensors").exists():
+            scenes = pool.scenes(folder, [chunk])
+            rows = [
+                k for k, scene in enumerate(scenes) if not held_out & {(t.concept, scene.style) for t in scene.things}
+            ]
+            images = pool.images(folder, [chunk])[rows]
+            with torch.autocast("cpu", torch.bfloat16):
+                parts = [vae.encode(part.float() / 255 * 2 - 1).latents.half() for part in images.split(100)]
+            ids = tokenize(tokenizer, [scenes[k].caption for k in rows])
+            save_file({"latents": torch.cat(parts), "ids": ids}, path)
+        found.append(load_file(path))
+    return {name: torch.cat([part[name] for part in found]) for name in ("latents", "ids")}
+
+
+PREVIEW = [
+    "a 3d dog on a blue background",
+    "a flat apple on a white background",
+    "a cartoon rocket on a yellow background",
+    "an outline octopus on a green background",
+    "a 3d robot on a white background",
+    "a flat dragon on a pink background",
+    "a cartoon ghost on a black background",
+    "an outline camera on a yellow background",
+    "a cat",
+    "a guitar",
+    "a heart",
+    "a book",
+    "a small key at the left on a blue background",
+    "a small star at the top on a black background",
+    "a blue car on a yellow background",
+    "a red butterfly on a white background",
+    "a cat to the left of a rocket on a gray background",
+    "a tree above a house on a white background",
+    "a red apple and a blue car on a white background",
+    "a green dinosaur to the right of a purple gift",
+    "two 3d dogs on a green background",
+    "three apples on a blue background",
+    "four cartoon bees on a white background",
+    "three flat stars on a purple background",
+]
 
 
 @torch.no_grad()
-def preview(unet, text_encoder, tokenizer, vae, path: Path, guidance: float = 3.0, steps: int = 12) -> None:
-    prompts = [
-        f"{style} {concept} on a {colour} background"
-        for concept, colour in [
-            ("dog", "blue"),
-            ("apple", "white"),
-            ("rocket", "yellow"),
-            ("octopus", "green"),
-            ("tiger", "gray"),
-            ("cupcake", "pink"),
-        ]
-        for style in vocabulary().styles
-    ] + ["a cat", "a rose", "a large car"] * 3
-    noise = torch.randn(len(prompts), 6, 16, 16, generator=torch.Generator().manual_seed(1))
+def preview(unet, text_encoder, tokenizer, vae, path: Path, guidance: float = 3.0, steps: int = 8) -> None:
+    """A sheet of PREVIEW, two noises each."""
+    prompts = [prompt for prompt in PREVIEW for _ in range(2)]
+    x = torch.randn(len(prompts), unet.config.in_channels, 16, 16, generator=torch.Generator().manual_seed(1))
     cond = text_encoder(tokenize(tokenizer, [*prompts, ""])).last_hidden_state
     cond, null = cond[:-1], cond[-1:].expand(len(prompts), -1, -1)
-    x = noise
     for t, s in zip(torch.linspace(1, 0, steps + 1)[:-1], torch.linspace(1, 0, steps + 1)[1:], strict=True):
         u, c = unet(torch.cat([x, x]), t * 1000, torch.cat([null, cond])).sample.chunk(2)
         x = x + (s - t) * (u + guidance * (c - u))
-    save_grid(vae.decode(x).sample.add(1).div(2).clamp(0, 1), path, columns=12, zoom=2)
+    save_grid(vae.decode(x).sample.add(1).div(2).clamp(0, 1), path, columns=8, zoom=2)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=55, help="of training in all, resumed time included")
+    parser.add_argument("--minutes", type=float, default=120, help="of training in all, resumed time included")
+    parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pool", type=int, default=48_000)
+    parser.add_argument("--pool", type=Path, default=pool.POOL)
     parser.add_argument("--vae", type=Path, default=Path(".cache/autoencoder/vae"))
     parser.add_argument("--init", type=Path, help="a model folder to start from, as src/palate/assets/emoji")
     parser.add_argument("--work", type=Path, default=Path(".cache/base"))
@@ -140,64 +174,36 @@ def main() -> None:
     torch.manual_seed(args.seed)
     vae = AutoencoderTiny.from_pretrained(args.vae).eval()
     tokenizer = build_tokenizer()
-    pool = build_pool(vae, tokenizer, args.pool, args.seed, args.work / "pool.safetensors")
-    networks = torch.nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(len(tokenizer))})
+    networks = torch.nn.ModuleDict(
+        {"unet": build_unet(vae.config.latent_channels), "text_encoder": build_text_encoder(len(tokenizer))}
+    )
     if args.init:
-        networks["unet"].load_state_dict(load_file(args.init / "unet/diffusion_pytorch_model.safetensors"))
-        networks["text_encoder"].load_state_dict(load_file(args.init / "text_encoder/model.safetensors"))
+        begin_with(networks, tokenizer, args.init)
     ema = {name: p.detach().clone() for name, p in networks.named_parameters()}
-    optimizer = torch.optim.AdamW(networks.parameters(), lr=LR, weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(networks.parameters(), lr=args.lr, weight_decay=0.01, fused=True)
     step, spent = 0, 0.0
     if (args.work / "state.pt").exists():
         state = torch.load(args.work / "state.pt", weights_only=True)
         networks.load_state_dict(state["networks"])
         optimizer.load_state_dict(state["optimizer"])
         ema, step, spent = state["ema"], state["step"], state["spent"]
-    null = tokenize(tokenizer, [""])
-    empty, start, losses = null[0], time.time() - spent, []
+    chunks = pool.ready(args.pool)
+    data = latents(vae, tokenizer, args.pool, chunks, args.work / "latents")
+    empty, losses = tokenize(tokenizer, [""])[0], []
+    start, saved = time.time() - spent, time.time()
 
-    def save(folder: Path) -> None:
-        raw = {name: p.detach().clone() for name, p in networks.named_parameters()}
-        with torch.no_grad():
-            for name, p in networks.named_parameters():
-                p.copy_(ema[name])
-        networks["unet"].half().save_pretrained(folder / "unet")
-        networks["text_encoder"].half().save_pretrained(folder / "text_encoder")
-        networks.float()
-        shutil.copytree(args.vae, folder / "vae", dirs_exist_ok=True)
-        tokenizer.save_pretrained(folder / "tokenizer")
-        FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0).save_pretrained(folder / "scheduler")
-        (folder / "model_index.json").write_text(
-            json.dumps(
-                {
-                    "_class_name": "StableDiffusionPipeline",
-                    "_diffusers_version": "0.42.1",
-                    "vae": ["diffusers", "AutoencoderTiny"],
-                    "unet": ["diffusers", "UNet2DConditionModel"],
-                    "text_encoder": ["transformers", "CLIPTextModel"],
-                    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-                    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-                    "safety_checker": [None, None],
-                    "feature_extractor": [None, None],
-                    "image_encoder": [None, None],
-                    "requires_safety_checker": False,
-                },
-                indent=1,
-            )
-            + "\n"
-        )
-        preview(networks["unet"], networks["text_encoder"], tokenizer, vae, args.work / "grid.png")
-        with torch.no_grad():
-            for name, p in networks.named_parameters():
-                p.copy_(raw[name])
+    def keep() -> None:
+        parts = {"networks": networks.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema}
+        torch.save(parts | {"step": step, "spent": time.time() - start}, args.work / "state.new")
+        (args.work / "state.new").rename(args.work / "state.pt")
 
     while (spent := time.time() - start) < args.minutes * 60:
         step += 1
         for group in optimizer.param_groups:
-            group["lr"] = LR * min(1, step / 200) * min(1, max(0.02, 2.5 * (1 - spent / 60 / args.minutes)))
+            group["lr"] = args.lr * min(1, step / 200) * min(1, max(0.02, 2.5 * (1 - spent / 60 / args.minutes)))
         rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        pick = torch.randint(len(pool["ids"]), (BATCH,), generator=rng)
-        x0, ids = pool["latents"][pick].float(), pool["ids"][pick]
+        pick = torch.randint(len(data["ids"]), (BATCH,), generator=rng)
+        x0, ids = data["latents"][pick].float(), data["ids"][pick]
         ids = torch.where((torch.rand(BATCH, generator=rng) < DROP)[:, None], empty, ids)
         t = torch.sigmoid(torch.randn(BATCH, generator=rng))
         eps = torch.randn(x0.shape, generator=rng)
@@ -216,21 +222,48 @@ def main() -> None:
         losses.append(loss.item())
         if step % 100 == 0:
             print(f"step {step} {spent / 60:.1f} min loss {np.mean(losses[-100:]):.4f}", flush=True)
-        if step % 500 == 0:
-            torch.save(
-                {
-                    "networks": networks.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "ema": ema,
-                    "step": step,
-                    "spent": time.time() - start,
-                },
-                args.work / "state.pt",
-            )
+        if time.time() - saved > 300:
+            keep()
+            saved = time.time()
         if step % 1000 == 0:
-            save(args.work / "model")
-    save(args.work / "model")
+            save(networks, ema, tokenizer, vae, args.vae, args.work)
+    keep()
+    save(networks, ema, tokenizer, vae, args.vae, args.work)
     print(f"{step} steps of {BATCH}, {spent / 60:.1f} minutes")
+
+
+INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.42.1",
+    "vae": ["diffusers", "AutoencoderTiny"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "safety_checker": [None, None],
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+}
+
+
+@torch.no_grad()
+def save(networks, ema: dict[str, Tensor], tokenizer, vae, vae_folder: Path, work: Path) -> None:
+    """The averaged weights as a diffusers folder (work/model), and a sheet of what they draw (work/grid.png)."""
+    raw = {name: p.detach().clone() for name, p in networks.named_parameters()}
+    for name, p in networks.named_parameters():
+        p.copy_(ema[name])
+    preview(networks["unet"], networks["text_encoder"], tokenizer, vae, work / "grid.png")
+    folder = work / "model"
+    networks["unet"].half().save_pretrained(folder / "unet")
+    networks["text_encoder"].half().save_pretrained(folder / "text_encoder")
+    networks.float()
+    for name, p in networks.named_parameters():
+        p.copy_(raw[name])
+    shutil.copytree(vae_folder, folder / "vae", dirs_exist_ok=True)
+    tokenizer.save_pretrained(folder / "tokenizer")
+    FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0).save_pretrained(folder / "scheduler")
+    (folder / "model_index.json").write_text(json.dumps(INDEX, indent=1) + "\n")
 
 
 if __name__ == "__main__":

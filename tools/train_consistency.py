@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from data import compose, held_out_pairs, load_sprites
+from data import Atlas, Composer, held_out_pairs
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -83,11 +83,11 @@ def main() -> None:
     student, target = model.parameters("policy"), model.parameters("target")
     average(target, student, 0.0)
     optimizer = torch.optim.AdamW(student, lr=args.lr, weight_decay=0.0)
-    sprites, excluded = load_sprites(), held_out_pairs()
+    composer = Composer(Atlas.load(), exclude=held_out_pairs())
 
     def draw(part: int, step: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
         rng = np.random.default_rng((args.seed, part, step))
-        batch = compose(rng, sprites, count, exclude=excluded)
+        batch = composer.compose(rng, count)
         with torch.no_grad():
             x0, cond = model.encode(batch.images), model.encode_prompts(batch.captions)
         return x0, torch.from_numpy(rng.standard_normal(x0.shape, dtype=np.float32)), cond

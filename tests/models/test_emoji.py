@@ -14,7 +14,8 @@ from PIL import Image
 from palate.models.emoji import EmojiModel
 from palate.models.vocabulary import Caption, known_words, vocabulary
 from palate.rewards.clip import preprocess
-from palate.rewards.emoji import COLOURS, Judge, background, load_reward, parse_prompt, position
+from palate.rewards.emoji import COLOURS, EmojiClassifier, background, load_reward, parse_prompt, position
+from palate.rewards.tasks import task_prompts
 from palate.sampling import sample
 
 ASSETS = files("palate") / "assets"
@@ -27,7 +28,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def judge():
-    return Judge()
+    return EmojiClassifier()
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,13 @@ def test_words_are_resolved():
     )
     assert parse_prompt("flat. a 3d dog").style == "3d"
     assert parse_prompt("dogs").concept == "dog"
+
+
+@pytest.mark.skipif(bool(vocabulary().paints), reason="these drawings have colours of their own")
+def test_a_model_of_single_drawings_takes_each_colour_for_the_background():
+    assert parse_prompt("a blue dog") == Caption("dog", None, "blue")
+    with pytest.raises(ValueError, match="words for counts"):
+        task_prompts()
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,11 @@ data = pytest.importorskip("data")
 
 @pytest.fixture(scope="module")
 def samples():
-    return data.compose(np.random.default_rng(0), data.load_sprites(), 400)
+    return data.Composer(data.Atlas.load()).compose(np.random.default_rng(0), 400)
 
 
 def test_composition_is_a_function_of_the_seed(samples):
-    again = data.compose(np.random.default_rng(0), data.load_sprites(), 400)
+    again = data.Composer(data.Atlas.load()).compose(np.random.default_rng(0), 400)
     assert torch.equal(again.images, samples.images) and again.captions == samples.captions
 
 
@@ -53,13 +53,13 @@ def test_unnamed_things_are_random_and_follow_the_prior(samples):
 
 def test_held_out_pairs_are_left_out():
     pairs = data.held_out_pairs()
-    drawn = data.compose(np.random.default_rng(1), data.load_sprites(), 600, exclude=pairs)
+    drawn = data.Composer(data.Atlas.load(), exclude=pairs).compose(np.random.default_rng(1), 600)
     assert len(pairs) == 12 and not pairs & set(zip(drawn.concept.tolist(), drawn.style.tolist(), strict=True))
 
 
 def test_outline_is_white_on_dark_colours():
     """Line art must be seen: its ink differs from the background wherever it is drawn."""
-    drawn = data.compose(np.random.default_rng(2), data.load_sprites(), 400)
+    drawn = data.Composer(data.Atlas.load()).compose(np.random.default_rng(2), 400)
     ink = [k for k in range(400) if vocabulary().styles[drawn.style[k]] == "outline"]
     for k in ink:
         image = drawn.images[k]

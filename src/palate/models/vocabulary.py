@@ -1,7 +1,8 @@
 """The embedded model's words: what its captions can say, and how people's words are mapped to them.
 
 A caption is any order of known words: "3d apple on a blue background", "large dog at the left, outline style". What it
-does not name (style, colour, size, position) is random in the training data.
+does not name (style, colour, size, position) is random in the training data. The vocabulary beside the atlas says what
+is known; where it has counts, relations and paints, also "three red apples" and "a blue car to the left of a cat".
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from typing import NamedTuple
 
 from palate.runtime.errors import InputError
 
-MAX_WORDS = 14  # of a caption; the tokenizers add a start and an end token
-
 
 class Vocabulary(NamedTuple):
+    """What the embedded model was taught to say; the last six are empty where it knows single drawings only."""
+
     concepts: list[str]
     styles: list[str]
     colours: dict[str, tuple[int, int, int]]
@@ -27,11 +28,24 @@ class Vocabulary(NamedTuple):
     positions: list[str]
     glue: list[str]
     synonyms: dict[str, str]
+    counts: Sequence[str] = ()  # two, three, ... of a kind
+    relations: Sequence[str] = ()  # above, below; "to the left of" is made of other words
+    paints: Sequence[str] = ()  # colours that a drawing can have itself
+    turnable: Sequence[str] = ()  # concepts whose drawings can have any of them, in every style
+    max_words: int = 14  # of a caption; the tokenizers add a start and an end token
 
     @property
     def words(self) -> list[str]:
         """Every word that the tokenizers know, in a fixed order."""
-        return [*self.glue, *self.styles, *self.colours, *self.sizes, *self.positions, *self.concepts]
+        kinds = (self.glue, self.styles, self.colours, self.sizes, self.positions, self.counts, self.relations)
+        return [word for kind in (*kinds, self.concepts) for word in kind]
+
+
+class Subject(NamedTuple):
+    """A thing that a prompt names beside the first, and its own colour if that is named."""
+
+    concept: str
+    paint: str | None = None
 
 
 class Caption(NamedTuple):
@@ -42,6 +56,10 @@ class Caption(NamedTuple):
     background: str | None = None
     size: str | None = None
     position: str | None = None
+    paint: str | None = None  # the colour of the drawing itself
+    number: int | None = None  # how many of it
+    relation: str | None = None  # where the first thing is, seen from the second: left, right, above or below
+    second: Subject | None = None
 
 
 @cache
@@ -50,20 +68,40 @@ def vocabulary() -> Vocabulary:
     return Vocabulary(**table | {"colours": {name: tuple(rgb) for name, rgb in table["colours"].items()}})
 
 
+_SAME = ("sheep", "deer", "dice", "fish", "grapes", "fries", "glasses", "scissors", "headphones")
+_PLURALS = {word: word for word in _SAME} | {"mouse": "mice", "wolf": "wolves", "tomato": "tomatoes"}
+
+
+def with_article(words: str) -> str:
+    """ "a cat", "an orange car"."""
+    return f"{'an' if re.match('[aeio]|um|hour', words) else 'a'} {words}"
+
+
+def plural(concept: str) -> str:
+    """The word for several of it, which `known_words` takes back."""
+    if concept in _PLURALS:
+        return _PLURALS[concept]
+    if concept.endswith("y") and concept[-2] not in "aeiou":
+        return concept[:-1] + "ies"
+    return concept + ("es" if concept.endswith(("s", "sh", "ch", "x")) else "s")
+
+
 def known_words(prompt: str) -> list[str]:
     """The prompt's words as the model knows them: lower case, synonyms and plurals resolved, punctuation dropped.
 
     Raises ValueError for words outside the vocabulary, with the nearest known ones, and for an overlong prompt.
     """
     vocab = vocabulary()
-    known = set(vocab.words)
+    known, singular = set(vocab.words), {several: one for one, several in _PLURALS.items()}
     result, unknown = [], []
     for word in re.findall(r"[^\W_]+", prompt.lower()):
         candidates = [
             word,
             vocab.synonyms.get(word),
+            singular.get(word),
             word.removesuffix("s"),
             word.removesuffix("es"),
+            word.removesuffix("ies") + "y",
             vocab.synonyms.get(word.removesuffix("s")),
             {"an": "a", "in": "on"}.get(word),
         ]
@@ -82,19 +120,53 @@ def known_words(prompt: str) -> list[str]:
             f"styles: {', '.join(vocab.styles)}; colours: {', '.join(vocab.colours)}; "
             f"concepts such as {', '.join(vocab.concepts[:8])}; all of them: palate recipes --words"
         )
-    if len(result) > MAX_WORDS:
-        raise InputError(f"prompt has {len(result)} words, the embedded model reads {MAX_WORDS}: {prompt[:60]!r}")
+    if len(result) > vocab.max_words:
+        raise InputError(f"prompt has {len(result)} words, the embedded model reads {vocab.max_words}: {prompt[:60]!r}")
     return result
 
 
 def parse_prompt(prompt: str) -> Caption:
-    """What the prompt names, by its last word of each kind. Raises ValueError for unknown words."""
-    vocab = vocabulary()
-    words = known_words(prompt)
+    """What the prompt names. Raises InputError for unknown words.
 
-    def last(kind: Sequence[str]) -> str | None:
-        return next((w for w in reversed(words) if w in kind), None)
-
+    A colour before a thing is the thing's, any other the background's; a model whose drawings have only their own
+    colours takes each for the background's. Of several words of another kind the last counts.
+    """
+    vocab, words = vocabulary(), known_words(prompt)
+    things: list[Subject] = []
+    found: dict[str, str] = {}
+    number: int | None = None
+    colour: str | None = None
+    for k, word in enumerate(words):
+        if word in vocab.colours:
+            on = words[:k][-1:] == ["on"] or words[:k][-2:] == ["on", "a"]
+            if on or not vocab.paints:
+                found["background"], colour = word, None
+            else:
+                colour = word
+        elif word == "background":
+            found |= {"background": colour} if colour else {}
+            colour = None
+        elif word in vocab.concepts:
+            things.append(Subject(word, colour))
+            colour = None
+        elif word in vocab.counts:
+            number = vocab.counts.index(word) + 2
+        elif word in vocab.relations or (word in vocab.positions and words[k + 1 : k + 2] == ["of"]):
+            found["relation"] = word
+        else:
+            kinds = {"style": vocab.styles, "size": vocab.sizes, "position": vocab.positions}
+            found |= {kind: word for kind, known in kinds.items() if word in known}
+    if not vocab.counts:
+        things = things[-1:]
+    first = things[0] if things else Subject("")
     return Caption(
-        last(vocab.concepts), last(vocab.styles), last(list(vocab.colours)), last(vocab.sizes), last(vocab.positions)
+        first.concept or None,
+        found.get("style"),
+        colour or found.get("background"),
+        found.get("size"),
+        found.get("position"),
+        first.paint,
+        number,
+        found.get("relation"),
+        things[1] if len(things) > 1 else None,
     )

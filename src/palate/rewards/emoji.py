@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast, ResNetForImageClassification, VisionTextDualEncoderModel
 
 from palate.core import Reward
-from palate.models.vocabulary import MAX_WORDS, known_words, parse_prompt, vocabulary
+from palate.models.vocabulary import known_words, parse_prompt, vocabulary
 from palate.rewards.clip import ClipReward, preprocess
 from palate.rewards.simple import border
 from palate.runtime.deprecated import old_names
@@ -39,13 +39,12 @@ def load_reward(name: str) -> Reward:
     asset, kind = REWARDS[name]
     folder = _folder(asset)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    length = vocabulary().max_words + 2
 
     def tokenize(prompts: Sequence[str]) -> dict[str, Tensor]:
         lines = [" ".join(known_words(prompt)) for prompt in prompts]
         return dict(
-            tokenizer(
-                lines, padding="max_length", max_length=MAX_WORDS + 2, return_tensors="pt", return_token_type_ids=False
-            )
+            tokenizer(lines, padding="max_length", max_length=length, return_tensors="pt", return_token_type_ids=False)
         )
 
     return ClipReward(kind.from_pretrained(folder, dtype=torch.float32), tokenize, image_size=64)
@@ -67,7 +66,7 @@ class EmojiClassifier:
         return F.normalize(self._pooled(images).flatten(1), dim=-1)
 
     def logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the concepts (B, 104) and of the styles (B, 4)."""
+        """Of the concepts (B, number of concepts) and of the styles (B, 4)."""
         return self.model.classifier(self._pooled(images)).split([len(self.concepts), len(self.styles)], dim=-1)
 
     def concept(self, images: Tensor) -> Tensor:

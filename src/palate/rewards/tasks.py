@@ -1,0 +1,128 @@
+"""Six tasks in the manner of GenEval (Ghosh et al. 2023, arXiv 2310.11513) on the embedded model's own words.
+
+A prompt names what must be there: one thing, two things, how many of a kind, in which colour, on which side of another,
+or two things in a colour each. The detector says what is there. An image is right when all that its prompt names is so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import Tensor
+
+from palate.models.vocabulary import Caption, Vocabulary, parse_prompt, plural, vocabulary, with_article
+from palate.rewards.detector import Detection, Detector
+from palate.runtime.errors import InputError
+
+TASKS = ("single object", "two objects", "counting", "colours", "position", "binding")
+PER_TASK = 24
+MARGIN = 0.2  # between two middles along the axis that the prompt names; the image is 2 wide
+PLACES = ("to the left of", "to the right of", "above", "below")
+AXES = {"left": (0, -1), "right": (0, 1), "above": (1, -1), "below": (1, 1)}
+
+
+def task_prompts(per_task: int = PER_TASK, seed: int = 0, vocab: Vocabulary | None = None) -> dict[str, list[str]]:
+    """`per_task` different prompts of each task, a function of the seed. InputError where the words are missing."""
+    vocab = vocab or vocabulary()
+    if not (vocab.counts and vocab.relations and vocab.paints):
+        raise InputError("the embedded vocabulary has no words for counts, places and colours of things")
+    rng = Random(seed)
+
+    def concepts(count: int, among: Sequence[str]) -> list[str]:
+        """Shuffled rounds of all of them, so that each appears about equally often."""
+        found: list[str] = []
+        while len(found) < count:
+            found += rng.sample(list(among), len(among))
+        return found[:count]
+
+    def pairs(among: Sequence[str]) -> list[tuple[str, str]]:
+        firsts = concepts(per_task, among)
+        return [(first, rng.choice([other for other in among if other != first])) for first in firsts]
+
+    def paints() -> list[str]:
+        return rng.sample(list(vocab.paints), 2)
+
+    countable = [concept for concept in vocab.concepts if not concept.endswith("s")]
+    return {
+        "single object": [with_article(concept) for concept in concepts(per_task, vocab.concepts)],
+        "two objects": [f"{with_article(first)} and {with_article(second)}" for first, second in pairs(vocab.concepts)],
+        "counting": [
+            f"{vocab.counts[k % len(vocab.counts)]} {plural(concept)}"
+            for k, concept in enumerate(concepts(per_task, countable))
+        ],
+        "colours": [
+            with_article(f"{vocab.paints[k % len(vocab.paints)]} {concept}")
+            for k, concept in enumerate(concepts(per_task, vocab.turnable))
+        ],
+        "position": [
+            f"{with_article(first)} {PLACES[k % len(PLACES)]} {with_article(second)}"
+            for k, (first, second) in enumerate(pairs(vocab.concepts))
+        ],
+        "binding": [
+            f"{with_article(f'{paint} {first}')} and {with_article(f'{other} {second}')}"
+            for (first, second), (paint, other) in ((pair, paints()) for pair in pairs(vocab.turnable))
+        ],
+    }
+
+
+def requirements(caption: Caption, found: Sequence[Detection]) -> list[bool]:
+    """One truth per thing that the prompt names: things, how many, their colours, their relation.
+
+    Where a thing was found several times the surest one counts, but for the number.
+    """
+    named = [(caption.concept, caption.paint)] + ([caption.second] if caption.second else [])
+    things = [next((thing for thing in found if thing.concept == concept), None) for concept, _ in named]
+    met = [thing is not None for thing in things]
+    met += [
+        thing is not None and thing.paint == paint for thing, (_, paint) in zip(things, named, strict=True) if paint
+    ]
+    if caption.number:
+        met.append(sum(thing.concept == caption.concept for thing in found) == caption.number)
+    if caption.relation:
+        axis, sign = AXES[caption.relation]
+        both = len(things) == 2 and None not in things
+        met.append(both and sign * (_place(things[0], axis) - _place(things[1], axis)) > MARGIN)
+    return met
+
+
+def _place(thing: Detection | None, axis: int) -> float:
+    return float("nan") if thing is None else (thing.x, thing.y)[axis]
+
+
+class TaskReward:
+    """How much of its prompt an image fulfils, in [0, 1]; has no gradient.
+
+    strict: 1 if everything, else 0, as GenEval's own score; otherwise the fraction of what is named, which tells a
+    policy gradient more.
+    """
+
+    def __init__(self, detector: Detector | None = None, *, strict: bool = False):
+        self.detector = detector or load_detector()
+        self.strict = strict
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(B,) for images (B, 3, 64, 64) in [0, 1]."""
+        met = [
+            requirements(parse_prompt(prompt), found)
+            for prompt, found in zip(prompts, self.detector.detect(images), strict=True)
+        ]
+        values = [float(all(row)) if self.strict else sum(row) / len(row) for row in met]
+        return torch.tensor(values, dtype=images.dtype, device=images.device)
+
+
+def task_scores(prompts: dict[str, list[str]], right: dict[str, Sequence[float]]) -> dict[str, float]:
+    """Share of images that are right per task, and their mean over the tasks; `right` has one value per image."""
+    scores = {task: sum(right[task]) / len(right[task]) for task in prompts}
+    return scores | {"mean": sum(scores.values()) / len(scores)}
+
+
+def load_detector() -> Detector:
+    """The embedded detector. InputError where these assets have none."""
+    folder = Path(str(files("palate") / "assets/detector"))
+    if not folder.is_dir():
+        raise InputError("the embedded assets hold no detector; tools/train_detector.py makes one")
+    return Detector.load(folder)
