@@ -32,7 +32,7 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(recipe, "build_model", lambda settings: TinyFlow())
     monkeypatch.setattr(recipe, "build_reward", lambda settings: tiny_reward)
-    monkeypatch.setattr(cli, "_base_model", TinyFlow)
+    monkeypatch.setattr(cli.judging, "base_model", TinyFlow)
     (tmp_path / "tiny.yaml").write_text(RECIPE.format(folder="runs/tiny"))
     return tmp_path
 

@@ -97,4 +97,10 @@ def test_evaluate_report_sample_and_compare(runs, palate, tmp_path, capsys):
         "--out",
         str(tmp_path / "out"),
     )
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["0000.png", "0001.png", "grid.png", "index.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "0000.png",
+        "0001.png",
+        "grid.png",
+        "index.html",
+        "index.jsonl",
+    ]

@@ -53,11 +53,11 @@ def text(towers, run, **sections):
 def test_a_run_of_a_real_family_is_guarded_and_evaluated(towers, tmp_path, capsys):
     run = tmp_path / "run"
     (tmp_path / "mine.yaml").write_text(text(towers, run))
-    cli.train(str(tmp_path / "mine.yaml"), [], fresh=False, nproc=1)
+    cli.app(["train", str(tmp_path / "mine.yaml")], standalone_mode=False)
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     checks = [row for row in log if row["event"] == "guard"]
     assert [row["step"] for row in checks][-1] == 2 and all("heldout" in row and "diversity" in row for row in checks)
-    cli.evaluate([run], prompts_file=None, count=None, seeds=None, stored=False, out=None)
+    cli.app(["evaluate", str(run)], standalone_mode=False)
     found = json.loads((run / "evaluation.json").read_text())
     assert found["optimised"] == ["pickscore"] and found["heldout"] == "clip-score"
     names = {"reward/pickscore", "reward/clip-score", "reward/jpeg_size", "diversity", "vendi", "copy", "saturation"}
@@ -71,7 +71,7 @@ def test_a_run_of_a_real_family_is_guarded_and_evaluated(towers, tmp_path, capsy
     again = float(reward(images, [row["prompt"] for row in rows]).mean())
     assert found["metrics"]["reward/clip-score"]["value"] == pytest.approx(again, rel=1e-4)
     before = (run / "evaluation.json").read_bytes()
-    cli.evaluate([run], prompts_file=None, count=None, seeds=None, stored=True, out=None)
+    cli.app(["evaluate", str(run), "--stored"], standalone_mode=False)
     assert (run / "evaluation.json").read_bytes() == before
 
 

@@ -14,7 +14,7 @@ import torch
 
 from palate import cli, recipe
 from palate.algorithms.sqdf import SQDF, SQDFSettings
-from palate.cli import _failed
+from palate.cli import exit_code_of
 from palate.optimize import (
     OracleError,
     Queries,
@@ -311,7 +311,7 @@ def test_an_oracle_that_goes_on_failing_stops_the_run_with_everything_kept(tmp_p
     oracle = Oracle({1: fault, 2: fault})
     with pytest.raises(OracleError, match=f"failed 2 times.*{message}.*8 of 14") as error:
         go(tmp_path, oracle)
-    assert _failed(error.value) == 5
+    assert exit_code_of(error.value) == 5
     go(tmp_path, oracle)  # mended: goes on where it stopped, and the failures stay spent
     assert len(oracle.seen) == 14 and len(Queries(tmp_path).answered(2)[1]) == 6
 
@@ -498,9 +498,9 @@ def test_the_answers_are_not_lost_to_another_command(tmp_path):
     (tmp_path / "recipe.yaml").write_text(recipe.dump(plan))
     (tmp_path / "queries.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"continue it with `palate optimize .*recipe.yaml`"):
-        cli.resume(tmp_path)
-    with pytest.raises(ValueError, match=r"answers of an oracle.*choose another run.folder"):
-        cli.train("sqdf-emoji", [f"run.folder='{tmp_path}'"], fresh=False, nproc=1)
+        cli.app(["resume", str(tmp_path)], standalone_mode=False)
+    with pytest.raises(ValueError, match=r"queries of a black-box objective.*choose another run.folder"):
+        cli.app(["train", "sqdf-emoji", f"run.folder='{tmp_path}'"], standalone_mode=False)
     assert (tmp_path / "queries.jsonl").exists()
 
 

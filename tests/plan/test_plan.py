@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from palate import cli, recipe
 from palate.algorithms.srpo import calls_per_update
+from palate.cli.doctor import FLOORS, Finding, check_reward, findings
 from palate.core import Batch, Random
-from palate.doctor import FLOORS, Finding, check_reward, findings
 from palate.plan import (
     DEVICES,
     GIB,
@@ -211,8 +211,8 @@ def test_doctor_names_floors_and_tries_a_reward(monkeypatch):
     assert all(any(text.startswith(f"{name} ") and state == "ok" for state, text in found) for name in FLOORS)
     assert any("embedded model" in text for _, text in found)
     versions = {"torch": "2.9.1", "peft": None, "pyiqa": "0.1"}
-    original = importlib.import_module("palate.doctor")._version
-    monkeypatch.setattr("palate.doctor._version", lambda name: versions.get(name, original(name)))
+    original = importlib.import_module("palate.cli.doctor")._version
+    monkeypatch.setattr("palate.cli.doctor._version", lambda name: versions.get(name, original(name)))
     bad = [text for state, text in findings() if state == "bad"]
     assert len(bad) == 3 and "needs >= 2.10" in bad[0] and "peft missing" in bad[1] and "non-commercial" in bad[2]
     assert [state for state, _ in check_reward("warmth", None)] == ["ok", "ok", "ok", "note"]
@@ -234,12 +234,12 @@ def test_the_commands_answer_in_text_and_refuse_in_a_line(monkeypatch, capfd, tm
 
     monkeypatch.setattr("palate.plan.memory.measure", lambda recipe: UNITS)
     well = [Finding("ok", "all is well"), Finding("note", "no GPU")]
-    monkeypatch.setattr("palate.doctor.findings", lambda: iter(well))
+    monkeypatch.setattr("palate.cli.doctor.findings", lambda: iter(well))
     code, out, _ = palate("plan", "srpo-emoji", "trainer.batch_size=4", "--device", "h200", "--gpus", "2")
     assert code == 0 and "batch 4, 2 x h200" in out and "GiB on each GPU" in out
     assert [duration(seconds) for seconds in (0.5, 90, 600, 9000)] == ["0.5 s", "90 s", "10 min", "2.5 h"]
     assert palate("doctor")[:2] == (0, "ok   all is well\nnote no GPU\n")
-    monkeypatch.setattr("palate.doctor.findings", lambda: iter([Finding("bad", "torch 1.0; needs >= 2.10")]))
+    monkeypatch.setattr("palate.cli.doctor.findings", lambda: iter([Finding("bad", "torch 1.0; needs >= 2.10")]))
     assert palate("doctor")[0] == 2
     for arguments, words in (
         (("plan", "srpo-emoji", "--device", "abacus"), "--device: got 'abacus'; expected one of rtx-4060"),

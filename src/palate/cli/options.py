@@ -1,0 +1,93 @@
+"""Arguments and options that several commands share, and what their values must be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from palate.runtime.errors import InputError
+
+MAX_SEEDS = 4096
+
+
+class Seeds(tuple[int, ...]):
+    """Seeds as 0-3,8 names them."""
+
+    text: str
+
+    def __new__(cls, text: str) -> Seeds:
+        """Raises typer.BadParameter where the text is not a list of whole numbers and ranges."""
+        numbers: list[int] = []
+        try:
+            for part in text.split(","):
+                first, dash, last = part.partition("-")
+                numbers += range(int(first), int(last if dash else first) + 1)
+                if len(numbers) > MAX_SEEDS:
+                    raise ValueError
+        except ValueError as error:
+            raise typer.BadParameter(
+                f"expected whole numbers, for example 0-15 or 1,5,9 (at most {MAX_SEEDS}), got {text!r}"
+            ) from error
+        if not numbers:
+            raise typer.BadParameter(f"{text!r} names no seed")
+        made = super().__new__(cls, numbers)
+        made.text = text
+        return made
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Words(tuple[str, ...]):
+    """Control words as "3d, glossy" names them."""
+
+    def __new__(cls, text: str) -> Words:
+        """Empty parts are left out."""
+        return super().__new__(cls, [word.strip() for word in text.split(",") if word.strip()])
+
+
+def _recipe_names(incomplete: str) -> list[str]:
+    """For the shell's completion: published recipes, without reading them."""
+    folder = Path(__file__).parents[1] / "recipes"
+    return sorted(path.stem for path in folder.glob("*.yaml") if path.stem.startswith(incomplete))
+
+
+def _run_names(incomplete: str) -> list[str]:
+    """For the shell's completion: the folders of runs/."""
+    return sorted(str(path.parent) for path in Path("runs").glob("*/recipe.yaml")
+                  if str(path.parent).startswith(incomplete))  # fmt: skip
+
+
+Run = Annotated[Path, typer.Argument(help="The folder of a run, for example runs/NAME.", autocompletion=_run_names)]
+RecipeName = Annotated[
+    str,
+    typer.Argument(
+        help="A published recipe (see `palate recipes`) or the path of a YAML file.", autocompletion=_recipe_names
+    ),
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="section.key=value, for example trainer.steps=40.", show_default=False)
+]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Replace what is already in run.folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+Ranks = Annotated[int, typer.Option("--nproc", min=1, help="Ranks on this machine, one per GPU.")]
+WordsOption = Annotated[Words | None, typer.Option(parser=Words, metavar="WORDS", show_default=False,
+                        help='Words separated by commas, for example "3d, glossy".')]  # fmt: skip
+
+
+def recipe_file(run: Path) -> Path:
+    """The recipe of a run folder; InputError where it is none."""
+    if run.name == "recipe.yaml" and run.is_file():
+        raise InputError(f"{run} is the recipe of a run; give its folder, {run.parent}")
+    file = run / "recipe.yaml"
+    if not file.is_file():
+        raise InputError(f"{run} is not a run (it holds no recipe.yaml); give the folder of one, for example runs/NAME")
+    return file
+
+
+def belongs(option: str, used: bool, other: str, given: bool) -> None:
+    """InputError where an option is used without the one that it belongs to."""
+    if used and not given:
+        raise InputError(f"{option} belongs to {other}; give both, or neither")

@@ -1,0 +1,134 @@
+"""Commands that share and check: export, recipes, plan, doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from palate.cli.app import CHECK, SHARE, TRAIN, app, examples
+from palate.cli.options import Json, Overrides, RecipeName, Run, recipe_file
+from palate.runtime.errors import InputError
+from palate.runtime.progress import printable
+
+
+@app.command(rich_help_panel=SHARE, epilog=examples(
+    "palate export runs/mine --format comfyui",
+    "palate export runs/mine-distar --format one-step --out generator",
+))  # fmt: skip
+def export(
+    run: Run,
+    form: Annotated[
+        str, typer.Option("--format", help="diffusers, kohya, comfyui, merged; one-step (DI*).")
+    ] = "diffusers",
+    out: Annotated[Path | None, typer.Option(help="The folder to write to; RUN/export/FORMAT if left out.")] = None,
+) -> None:
+    """Write a run's LoRA or generator for other programs."""
+    from palate.export import export_lora, export_one_step, lora_file
+
+    if form == "one-step":
+        from palate import recipe as recipes
+        from palate.cli.judging import load_run
+
+        read = recipes.read(str(recipe_file(run)))
+        if read.algorithm_name != "distar":
+            raise InputError(
+                f"--format one-step: {read.algorithm_name} makes no generator; use the run of a distar recipe"
+            )
+        target = export_one_step(load_run(run)[0], read.algorithm, out or run / "export" / form)
+        print(f"pipeline: {printable(str(target))}; its README.md has the call")
+        return
+    if form == "merged":
+        from palate.cli.judging import load_run
+        from palate.export import export_merged
+
+        print(f"network: {printable(str(export_merged(run, load_run(run)[0], out)))}")
+        return
+    target = export_lora(run, form, out, _words_of(run)) / lora_file(run, form)
+    print(f"LoRA: {printable(str(target))}")
+
+
+def _words_of(run: Path) -> dict[str, str]:
+    """The control words in force at the end of the run."""
+    from palate import runs
+
+    if not (run / "recipe.yaml").is_file():
+        return {}
+    positive, negative = runs.words_in_force(run, runs.read_recipe(run))
+    return {"positive": ", ".join(positive), "negative": ", ".join(negative)}
+
+
+@app.command("plan", rich_help_panel=CHECK, epilog=examples(
+    "palate plan srpo-flux --device rtx-4090",
+    "palate plan srpo-sdxl-24gb trainer.batch_size=2 --gpus 4 --device h100",
+))  # fmt: skip
+def plan_recipe(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs that share the batch.")] = 1,
+    device: Annotated[str | None, typer.Option(help="For example rtx-4090 or cpu; else this machine.")] = None,
+    utilisation: Annotated[float, typer.Option(help="The fraction of the peak that is reached.")] = 0.35,
+    price: Annotated[float | None, typer.Option(min=0, help="Of one GPU for one hour, to add up the cost.")] = None,
+) -> None:
+    """Estimate memory and time of a recipe before training."""
+    from palate import plan as planner
+    from palate import recipe as recipes
+
+    read = recipes.read(recipe, overrides or ())
+    made = planner.plan(read, gpus=gpus)
+    print(planner.table(read, made, device=device, utilisation=utilisation, price=price))
+    if not planner.can_fit(read, made, device):
+        raise typer.Exit(1)
+
+
+@app.command(rich_help_panel=CHECK, epilog=examples(
+    "palate doctor",
+    "palate doctor --reward hpsv2 --source weights/HPS_v2.1.safetensors",
+))  # fmt: skip
+def doctor(
+    reward: Annotated[str | None, typer.Option(help="Also load this reward and try it.")] = None,
+    source: Annotated[str | None, typer.Option(help="Where its weights are, as reward.source in a recipe.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check versions, devices, disk and weights."""
+    from palate.cli import doctor as doctors
+
+    found = list(doctors.findings())
+    if reward is not None:
+        found += doctors.check_reward(reward, source)
+    if as_json:
+        import json
+
+        print(json.dumps([finding._asdict() for finding in found], indent=1))
+    else:
+        for state, text in found:
+            print(f"{state:5}{printable(text)}")
+    if any(finding.state == "bad" for finding in found):
+        raise typer.Exit(2)
+
+
+@app.command(rich_help_panel=TRAIN, epilog=examples(
+    "palate recipes",
+    "palate recipes srpo-emoji > mine.yaml    a recipe of your own to edit",
+))  # fmt: skip
+def recipes(
+    show: Annotated[str | None, typer.Argument(help="Print this recipe instead of the list.")] = None,
+    words: Annotated[bool, typer.Option("--words", help="List the words that the embedded model knows.")] = False,
+) -> None:
+    """List the published recipes, or print one."""
+    from palate.recipe import published, text_of
+
+    if words:
+        from palate.models.vocabulary import vocabulary
+
+        vocab = vocabulary()
+        for kind in ("styles", "colours", "sizes", "positions", "concepts"):
+            print(f"{kind}: {', '.join(getattr(vocab, kind))}")
+        print("synonyms: " + ", ".join(f"{word} = {known}" for word, known in vocab.synonyms.items()))
+        return
+    if show is not None:
+        print(text_of(show), end="")
+        return
+    for name, summary in published().items():
+        print(f"{name:24} {summary}")

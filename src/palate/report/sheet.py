@@ -1,0 +1,57 @@
+"""A folder of samples at a glance: grid.png, a row per prompt and a column per seed, and a page to enlarge them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from palate.evaluate import read_index
+from palate.report.html import render, write_page
+from palate.report.pictures import picture
+from palate.runtime.errors import InputError
+
+
+def write_sheet(folder: Path) -> tuple[Path, Path]:
+    """Write grid.png and index.html of the pictures that index.jsonl lists; return both paths."""
+    rows = read_index(folder)
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    seeds = list(dict.fromkeys(row["seed"] for row in rows))
+    by_prompt: dict[str, list[dict]] = {prompt: [] for prompt in prompts}
+    for row in rows:
+        by_prompt[row["prompt"]].append(row)
+    columns = max(map(len, by_prompt.values()))
+    tiles = {row["file"]: _open(folder / row["file"]) for row in rows}
+    width, height = (max(size) for size in zip(*(tile.size for tile in tiles.values()), strict=True))
+    grid = Image.new("RGB", (columns * width, len(prompts) * height), "white")
+    for y, prompt in enumerate(prompts):
+        for x, row in enumerate(by_prompt[prompt]):
+            grid.paste(tiles[row["file"]], (x * width, y * height))
+    grid.save(folder / "grid.png", optimize=True)
+    same = len(rows) == len(prompts) * len(seeds)
+    cells = {
+        row["file"]: {"src": picture(folder / row["file"]), "alt": f"{row['prompt']}, seed {row['seed']}"}
+        for row in rows
+    }
+    table = {
+        "heads": [{"name": f"seed {seeds[i]}" if same else f"{i + 1}.", "step": "", "words": ""}
+                  for i in range(columns)],
+        "rows": [
+            {
+                "prompt": prompt,
+                "seed": None,
+                "cells": [cells[row["file"]] for row in own],
+            }
+            for prompt, own in by_prompt.items()
+        ],
+    }  # fmt: skip
+    page = write_page(folder / "index.html", render("sheet.html", title=folder.resolve().name, grid=table))
+    return folder / "grid.png", page
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"image {path} cannot be read ({error}); sample again") from error
