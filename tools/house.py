@@ -91,7 +91,7 @@ class House:
     def circles(self) -> list[list[str]]:
         """Groups of modules that import one another, directly or not (strongly connected components of two or more).
 
-        A package's `__init__` that hands on the names of its parts is no circle: the parts do not count as importing it.
+        An `__init__` that hands on the names of its parts makes no circle: the parts do not count as importing it.
         """
         arrows: dict[str, set[str]] = {name: set() for name in self.modules}
         for found in self.imports:
@@ -164,9 +164,9 @@ class House:
             if any(part.startswith("_") for part in module.name.split(".")):
                 continue
             for node in module.tree.body:
-                if isinstance(node, (*FUNCTION, ast.ClassDef)) and not node.name.startswith("_"):
-                    if not ast.get_docstring(node):
-                        found.append(f"{module.name}.{node.name}")
+                public = isinstance(node, (*FUNCTION, ast.ClassDef)) and not node.name.startswith("_")
+                if public and not ast.get_docstring(node):
+                    found.append(f"{module.name}.{node.name}")
             if not ast.get_docstring(module.tree) and module.source.strip():
                 found.append(module.name)
         return found
