@@ -7,6 +7,7 @@ emoji-distil   emoji-train and a prompt of each trained pair of concept and styl
 emoji-heldout  prompts of the (concept, style) pairs that the base model never saw, on every background
 emoji-tasks    144 prompts of the six tasks (`palate.rewards.tasks`), and emoji-tasks-train, 480 others; where the
                vocabulary has words for them
+emoji-taste    every concept without and with a background (what alignment to a taste trains on)
 """
 
 from __future__ import annotations
@@ -58,6 +59,12 @@ def main() -> None:
         more = [prompt for asked in task_prompts(90, seed=1).values() for prompt in asked[:80]]
         lists["emoji-tasks-train"] = [prompt for prompt in more if prompt not in set(lists["emoji-tasks"])]
         orders |= {name: rng.permutation(len(lists[name])) for name in ("emoji-tasks", "emoji-tasks-train")}
+    own = np.random.default_rng(11)  # so that the lists above stay as they are
+    lists["emoji-taste"] = [
+        *(f"a {concept}" for concept in vocab.concepts),
+        *(f"a {concept} on a {own.choice(colours)} background" for concept in vocab.concepts),
+    ]
+    orders["emoji-taste"] = own.permutation(len(lists["emoji-taste"]))
     folder = ASSETS / "prompts"
     folder.mkdir(parents=True, exist_ok=True)
     for name, prompts in lists.items():

@@ -108,7 +108,7 @@ class EmojiModel:
         names: what can be trained, `NamedWeights`' names; all begin as the reference.
         """
         embedded = Path(str(files("palate") / "assets/emoji"))
-        folder = embedded if folder is None else Path(folder)
+        folder = embedded if folder is None else _packaged(Path(folder))
         packed = (folder / delta.FILE).is_file()
         if not packed and not (folder / "unet").is_dir():
             raise InputError(
@@ -198,6 +198,12 @@ class EmojiModel:
     def load_adapter(self, folder: Path | str) -> None:
         """Read back what `save_adapter` wrote, into a model of the same training mode, rank and names."""
         self.weights.load_all(folder)
+
+
+def _packaged(folder: Path) -> Path:
+    """The folder, or the one of that name in the package (emoji-1step)."""
+    own = Path(str(files("palate") / "assets" / folder.name))
+    return own if len(folder.parts) == 1 and not folder.is_dir() and own.is_dir() else folder
 
 
 def _digest(*modules: nn.Module) -> str:

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from palate.core import Reward
+from palate.core import Reward, TwoTower
 from palate.models.vocabulary import parse_prompt, vocabulary
 from palate.rewards.clip import ClipReward
 from palate.rewards.simple import border, colourfulness, luma, saturation
@@ -31,10 +31,11 @@ SHARPNESS = 4.0  # weight of the words' softmax beside their centred logits
 MINIMUM_STD = 1e-6  # of a column; one that does not vary says nothing
 
 COLOUR_COLUMNS = (
-    *(f"mean {c}" for c in ("red", "green", "blue")), *(f"spread of {c}" for c in ("red", "green", "blue")),
-    *(f"background {c}" for c in ("red", "green", "blue")), *(f"drawing {c}" for c in ("red", "green", "blue")),
-    "drawn share", "drawing saturation", "saturation", "brightness", "contrast", "warmth", "colourfulness", "edges",
-    "background brightness", "background saturation",
+    *(f"{c} light" for c in ("red", "green", "blue")), *(f"contrasts in {c}" for c in ("red", "green", "blue")),
+    *(f"{c} light in the background" for c in ("red", "green", "blue")),
+    *(f"{c} light in the drawing" for c in ("red", "green", "blue")),
+    "a large drawing", "a vivid drawing", "vivid colours", "brightness", "contrast", "warm colours", "many colours",
+    "sharp edges", "a bright background", "a vivid background",
 )  # fmt: skip
 
 WORD_PAIRS = (  # opposite descriptions that a text tower tells apart
@@ -46,13 +47,6 @@ WORD_PAIRS = (  # opposite descriptions that a text tower tells apart
     ("soft light", "hard light"), ("a happy mood", "a gloomy mood"), ("a vintage look", "a modern look"),
     ("pastel colours", "neon colours"), ("symmetrical", "asymmetrical"), ("a plain background", "a busy background"),
 )  # fmt: skip
-
-
-class TwoTower(Protocol):
-    """A reward whose image tower runs once for many prompts."""
-
-    def image_features(self, images: Tensor) -> Tensor: ...
-    def score(self, features: Tensor, prompts: Sequence[str]) -> Tensor: ...
 
 
 class Block(NamedTuple):
@@ -150,7 +144,7 @@ def _words_block(reward: ClipReward) -> Block:
     vocab = vocabulary()
     styles, colours = list(vocab.styles), list(vocab.colours)
     small, large = vocab.sizes[0], vocab.sizes[-1]
-    scale = float(reward.model.logit_scale.detach().exp())  # type: ignore[union-attr, operator]
+    scale = float(reward.model.logit_scale.detach().exp())  # type: ignore[operator]
 
     def texts(concept: str) -> list[str]:
         return [

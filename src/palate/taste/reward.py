@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from palate.core import Reward
+from palate.core import Reward, TwoTower
 from palate.runtime.errors import InputError
-from palate.taste.features import Features, Scaling, TwoTower
+from palate.taste.features import Features, Scaling
 
 ABSOLUTE = 4.0  # lambda: with 1 a third of the pictures lose what the prompt names within 40 updates
 

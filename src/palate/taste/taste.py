@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from palate.core import Reward
-from palate.data import load_images
-from palate.runtime.checkpoint import write_atomically
 from palate.runtime.errors import InputError
+from palate.runtime.files import write_atomically
+from palate.runtime.images import UNREADABLE, as_rgb, from_pixels, read_pixels
 from palate.taste import card as cards
 from palate.taste.features import Features, Scaling, features_of, scaling_of
 from palate.taste.learner import Array, Posterior, fit, leave_one_out, rater_qualities
@@ -273,14 +273,12 @@ def as_image(picture: Any) -> Tensor:
             raise InputError(f"a picture of shape {tuple(picture.shape)}; expected (3, H, W) floats in [0, 1]")
         return picture.detach().float().cpu()
     if isinstance(picture, Image.Image):
-        return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+        return from_pixels(np.asarray(as_rgb(picture)))
     if isinstance(picture, (str, Path)):
         try:
-            with Image.open(picture) as opened:
-                size = opened.size
-        except OSError as error:
+            return from_pixels(read_pixels(Path(picture)))
+        except UNREADABLE as error:
             raise InputError(f"cannot read the picture {picture}: {error}") from error
-        return load_images([Path(picture)], size=(size[1], size[0]))[0]
     raise InputError(f"expected a picture as a tensor, a PIL image or a file, got {type(picture).__name__}")
 
 
@@ -314,3 +312,23 @@ def _features_of_choices(features: Features, choices: Sequence[Choice]) -> tuple
             rows[i] = row
     table = np.stack([row for row in rows if row is not None])[places].reshape(len(choices), 2, -1)
     return table[:, 0], table[:, 1]
+
+
+def load_objective(source: str | None, *, absolute: float | None = None, confidence: float = 0.0) -> TasteReward:
+    """The reward of a saved taste, as recipes name it: FOLDER, or several that add up, "FOLDER:WEIGHT, FOLDER:WEIGHT".
+
+    absolute, confidence: lambda and kappa of `TasteReward`. InputError: no such taste, or a weight is no number.
+    """
+    parts = [part.strip() for part in (source or "").split(",") if part.strip()]
+    if not parts:
+        raise InputError("reward.source.taste: name the folder of a taste, as tastes/mine (palate taste fit makes one)")
+    tastes = []
+    for part in parts:
+        folder, colon, weight = part.rpartition(":")
+        try:
+            share = float(weight) if colon and not Path(part).is_dir() else 1.0
+        except ValueError as error:
+            raise InputError(f"reward.source.taste: {part!r}: expected FOLDER or FOLDER:WEIGHT") from error
+        tastes.append((share, Taste.load(folder if colon and not Path(part).is_dir() else part)))
+    taste = tastes[0][1] if len(tastes) == 1 and tastes[0][0] == 1.0 else mixed(tastes)
+    return taste.objective(absolute=absolute, confidence=confidence)

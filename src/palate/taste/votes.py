@@ -72,9 +72,9 @@ class Vote:
         return OUTCOMES[self.choice]
 
     def to_json(self) -> dict[str, Any]:
-        tree = {key: value for key, value in asdict(self).items() if value not in (None, "")}
+        tree = {key: value for key, value in asdict(self).items() if value is not None and value != ""}
         for side in ("left", "right"):
-            tree[side] = {key: value for key, value in tree[side].items() if value not in (None, "")}
+            tree[side] = {key: value for key, value in tree[side].items() if value is not None and value != ""}
         return tree
 
 

@@ -80,8 +80,9 @@ def caption_text(
     position: str | None = None,
 ) -> str:
     """A caption as the embedded model was trained on: "large 3d fox at the left on a red background"."""
+    article = "an" if (background or "")[:1] in ("a", "e", "i", "o", "u") else "a"
     parts = [size, style, concept, f"at the {position}" if position else None,
-             f"on a {background} background" if background else None]  # fmt: skip
+             f"on {article} {background} background" if background else None]  # fmt: skip
     return " ".join(part for part in parts if part)
 
 

@@ -1,0 +1,169 @@
+"""Who may talk to the studio: one browser at a time is let in by a link that works once, from this machine's names.
+
+As in `palate.rewards.remote`: the Host must be one of ours (no DNS rebinding), a page of another origin may ask for
+nothing, requests have a largest size, and everything that can be judged before the body is read is judged then.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from collections.abc import Sequence
+from http.cookies import CookieError, SimpleCookie
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from palate.rewards.remote import LOOPBACK
+
+BODY_LIMIT = 1 << 20  # bytes of an ordinary request
+UPLOAD_LIMIT = 64 << 20  # bytes of uploaded pictures
+UPLOADS = ("/choose/upload",)
+SECRET_LENGTH = 16  # characters that a token file must hold at least
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'; manifest-src 'self'"
+)
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
+}
+PLAIN = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Palate Studio</title><link rel="stylesheet" href="/static/studio.css"><main class="narrow"><h1>Palate Studio</h1>
+<p role="alert">{sentence}</p>{form}</main></html>"""
+FORM = """<form method="get" action="/"><label>Token <input name="token" type="password" autocomplete="off" required>
+</label> <button class="primary">Open</button></form>"""
+
+
+class TooLarge(Exception):
+    """A body grew past its limit while it was read."""
+
+
+class Access:
+    """ASGI middleware. `token` is exchanged for a cookie; one from a file (`lasting`) may be used again."""
+
+    def __init__(self, app: ASGIApp, *, token: str, hosts: Sequence[str] = (), lasting: bool = False, port: int = 0):
+        self.app, self.lasting = app, lasting
+        self.hosts = {*LOOPBACK, *hosts}
+        self.cookie = f"palate-studio-{port}"  # cookies do not know ports
+        self._tokens = {token}
+        self._sessions: set[str] = set()
+
+    def invite(self) -> str:
+        """A further token that works once, for another browser."""
+        token = secrets.token_urlsafe(24)
+        self._tokens.add(token)
+        return token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        answer = self._refusal(scope, headers) or self._exchange(scope, headers)
+        if answer is None and not scope["path"].startswith("/static/") and not self._known(headers):
+            asks = FORM if self.lasting else ""
+            how = "Enter the token." if self.lasting else "Open the link that palate studio printed; it works once."
+            answer = HTMLResponse(PLAIN.format(sentence=f"This browser is not let in. {how}", form=asks), 401)
+        if answer is not None:
+            await answer(scope, receive, _with_headers(send))
+            return
+        await self._limited(scope, receive, send)
+
+    def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
+        """What is refused whoever asks: a foreign host, another origin, a body that is too large."""
+        name = urlsplit("//" + headers.get("host", "")).hostname or ""
+        if name not in self.hosts:
+            return HTMLResponse(PLAIN.format(sentence="This host name is not allowed.", form=""), 403)
+        origin = headers.get("origin")
+        foreign = origin is not None and urlsplit(origin).netloc != headers.get("host")
+        entry = (
+            scope["method"] == "GET"
+            and headers.get("sec-fetch-mode") == "navigate"
+            and b"token=" in scope["query_string"]
+        )
+        if foreign or (headers.get("sec-fetch-site") in ("cross-site", "same-site") and not entry):
+            return HTMLResponse(PLAIN.format(sentence="Calls from another page are not allowed.", form=""), 403)
+        length = headers.get("content-length", "0")
+        if not length.isdigit() or int(length) > limit_of(scope["path"]):
+            return HTMLResponse(PLAIN.format(sentence="The request is too large.", form=""), 413)
+        return None
+
+    def _exchange(self, scope: Scope, headers: Headers) -> Response | None:
+        """A token in the URL becomes a cookie, and leaves the URL."""
+        query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+        given = [value for key, value in query if key == "token"]
+        if scope["method"] != "GET" or not given:
+            return None
+        left = urlencode([(key, value) for key, value in query if key != "token"])
+        target = "/" + scope["path"].lstrip("/") + (f"?{left}" if left else "")
+        found = next((t for t in self._tokens if hmac.compare_digest(t.encode(), given[0].encode())), None)
+        if found is None:
+            return RedirectResponse(target, 303) if self._known(headers) else None
+        if not self.lasting:
+            self._tokens.discard(found)
+        session = secrets.token_urlsafe(24)
+        self._sessions.add(session)
+        answer: Response = RedirectResponse(target, 303)
+        if headers.get("sec-fetch-site") == "cross-site":  # a strict cookie is not sent along with its own redirect
+            page = PLAIN.format(sentence='Opening. <a href="/">Go on</a>', form="")
+            answer = HTMLResponse(page.replace("<title>", '<meta http-equiv="refresh" content="0;url=/"><title>'))
+        answer.set_cookie(self.cookie, session, httponly=True, samesite="strict", path="/")
+        return answer
+
+    def _known(self, headers: Headers) -> bool:
+        jar: SimpleCookie = SimpleCookie()
+        try:
+            jar.load(headers.get("cookie", ""))
+        except CookieError:
+            return False
+        given = jar[self.cookie].value.encode() if self.cookie in jar else b""
+        return any(hmac.compare_digest(session.encode(), given) for session in self._sessions)
+
+    async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application, with a body that stops at its limit whatever its length claims."""
+        limit, seen, begun = limit_of(scope["path"]), 0, False
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > limit:
+                raise TooLarge
+            return message
+
+        async def noted(message: Message) -> None:
+            nonlocal begun
+            begun = begun or message["type"] == "http.response.start"
+            await _with_headers(send)(message)
+
+        try:
+            await self.app(scope, counted, noted)
+        except TooLarge:
+            if not begun:
+                page = HTMLResponse(PLAIN.format(sentence="The request is too large.", form=""), 413)
+                await page(scope, receive, _with_headers(send))
+
+
+def limit_of(path: str) -> int:
+    return UPLOAD_LIMIT if path in UPLOADS else BODY_LIMIT
+
+
+def _with_headers(send: Send) -> Send:
+    async def sent(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            there = {key.lower() for key, _ in message["headers"]}
+            own = [(key.lower().encode(), value.encode()) for key, value in HEADERS.items()]
+            message["headers"] = [*message["headers"], *(pair for pair in own if pair[0] not in there)]
+        await send(message)
+
+    return sent

@@ -1,0 +1,202 @@
+"""The application: what its pages share, how it answers mistakes, and the server."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import sys
+import webbrowser
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from fastapi.staticfiles import StaticFiles
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from starlette.exceptions import HTTPException
+
+from palate.runtime.errors import InputError, PalateError
+from palate.runtime.progress import printable
+from palate.studio.access import SECRET_LENGTH, Access
+from palate.studio.artist import Artist
+from palate.studio.comparing import Comparing
+from palate.studio.process import Processes
+from palate.studio.runview import RunView, view_of
+from palate.studio.steering import Effects
+from palate.studio.voting import Voting
+from palate.studio.workspace import Workspace
+
+PORT, TRIES = 8420, 20
+PAGES = (("/", "Start"), ("/choose", "Choose"), ("/align", "Align"), ("/steer", "Steer"), ("/compare", "Compare"),
+         ("/runs", "Runs"))  # fmt: skip
+
+
+class Studio:
+    """What the routes use. Nothing in it is the page's state: that is in the workspace."""
+
+    def __init__(self, runs: str | Path):
+        self.workspace = Workspace(runs)
+        self.artist = Artist(self.workspace)
+        self.voting = Voting(self.workspace, self.artist)
+        self.processes = Processes(self.workspace)
+        self.comparing = Comparing(self.workspace, self.artist)
+        self.effects = Effects(self.artist)
+        self.pages = Environment(loader=PackageLoader("palate.studio", "templates"), autoescape=True,
+                                 undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+        self.access: Access | None = None
+
+    def render(self, request: Request, template: str, **values: Any) -> HTMLResponse:
+        page = self.pages.get_template(template)
+        shared = {"path": request.url.path, "pages": PAGES, "studio": self}
+        return HTMLResponse(page.render(**shared, **values))
+
+    def view(self, name: str) -> RunView:
+        return view_of(self.workspace.run(name), self.processes)
+
+    def views(self) -> list[RunView]:
+        """All runs whose recipe can be read, newest first."""
+        found = []
+        for name in self.workspace.names():
+            try:
+                found.append(self.view(name))
+            except InputError:
+                continue  # another version's recipe, or an edited one
+        return found
+
+    def chosen(self, name: str | None, *, steerable: bool = False) -> RunView | None:
+        """The run of that name; without one the run at work, else the newest."""
+        if name:
+            return self.view(name)
+        views = [view for view in self.views() if view.steerable or not steerable]
+        return next((view for view in views if view.state in ("running", "waiting")), views[0] if views else None)
+
+
+def studio_of(request: Request) -> Studio:
+    studio: Studio = request.app.state.studio
+    return studio
+
+
+def make_app(runs: str | Path, *, token: str, hosts: tuple[str, ...] = (), lasting: bool = False, port: int = 0) -> Any:
+    """The ASGI application on a folder of runs. `token` lets one browser in (any number, if `lasting`)."""
+    from palate.studio import routes_choose, routes_compare, routes_runs, routes_start, routes_train
+
+    studio = Studio(runs)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        studio.artist.start()
+        yield
+        studio.artist.close()
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app.state.studio = studio
+    for routes in (routes_start, routes_choose, routes_train, routes_compare, routes_runs):
+        app.include_router(routes.router)
+    app.mount("/static", StaticFiles(directory=str(files("palate.studio") / "static")), name="static")
+    app.add_exception_handler(PalateError, _mistake)
+    app.add_exception_handler(OSError, _mistake)
+    app.add_exception_handler(HTTPException, _missing)
+    app.add_exception_handler(RequestValidationError, _malformed)
+    studio.access = Access(app, token=token, hosts=hosts, lasting=lasting, port=port)
+    return studio.access
+
+
+def _answer(request: Request, sentence: str, status: int) -> Response:
+    """A sentence: into the page's notice for a part of a page, else as a page of its own."""
+    studio = studio_of(request)
+    if request.headers.get("hx-request"):
+        answer = studio.render(request, "notice.html", sentence=sentence)
+        answer.headers["HX-Retarget"], answer.headers["HX-Reswap"] = "#notice", "innerHTML"
+    else:
+        answer = studio.render(request, "problem.html", sentence=sentence)
+    answer.status_code = status
+    return answer
+
+
+async def _mistake(request: Request, error: Exception) -> Response:
+    return _answer(request, printable(str(error)), 422 if isinstance(error, InputError) else 500)
+
+
+async def _missing(request: Request, error: Exception) -> Response:
+    status = error.status_code if isinstance(error, HTTPException) else 404
+    sentence = "There is no such page." if status == 404 else "This cannot be asked here."
+    return _answer(request, sentence, status)
+
+
+async def _malformed(request: Request, error: Exception) -> Response:
+    return _answer(request, "The request lacks a value, or holds one of another kind.", 422)
+
+
+def go_to(path: str, request: Request, **query: str) -> Response:
+    """Another page, whether a whole page or a part asks."""
+    target = path + (f"?{urlencode(query)}" if query else "")
+    if request.headers.get("hx-request"):
+        return Response(status_code=204, headers={"HX-Redirect": target})
+    return RedirectResponse(target, 303)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket on the port, or on the next free one. InputError: none of TRIES is free, or the host is not ours."""
+    for candidate in range(port, port + TRIES) if port else (0,):
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        opened = socket.socket(family, socket.SOCK_STREAM)
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            opened.bind((host, candidate))
+            opened.listen(128)
+            return opened
+        except OSError as error:
+            opened.close()
+            if error.errno not in (98, 48, 13):  # in use (Linux, macOS), not allowed
+                raise InputError(
+                    f"--host {host}: {error.strerror or error}; give an address of this machine"
+                ) from error
+    raise InputError(f"--port: none of {port} to {port + TRIES - 1} is free; name another with --port")
+
+
+def serve(
+    runs: str | Path,
+    *,
+    port: int = PORT,
+    host: str = "127.0.0.1",
+    token_file: Path | None = None,
+    browser: bool = True,
+    page: str = "/",
+) -> None:
+    """Serve the studio on a folder of runs until interrupted; prints one line with the link. InputError as `listen`."""
+    token = secrets.token_urlsafe(24)
+    if token_file is not None:
+        try:
+            token = token_file.read_text("utf-8").strip()
+        except OSError as error:
+            raise InputError(f"--token-file: cannot read {token_file}: {error.strerror or error}") from error
+        if len(token) < SECRET_LENGTH:
+            raise InputError(
+                f"--token-file: {token_file} holds {len(token)} characters; at least {SECRET_LENGTH} are needed"
+            )
+    elif host not in ("127.0.0.1", "localhost", "::1"):
+        raise InputError(f"--host {host} lets other machines in: give --token-file with a secret of your own")
+    opened = listen(host, port)
+    own = opened.getsockname()[1]
+    if port and own != port:
+        print(f"palate: port {port} is in use; taking {own}", file=sys.stderr)
+    named = host if host not in ("0.0.0.0", "::") else socket.gethostname()
+    app = make_app(runs, token=token, hosts=(host, named), lasting=token_file is not None, port=own)
+    url = f"http://{f'[{named}]' if ':' in named else named}:{own}{page}"
+    url += "" if token_file else f"{'&' if '?' in page else '?'}token={token}"
+    print(f"Palate Studio: {url}", flush=True)
+    if browser and (
+        sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    ):
+        webbrowser.open(url)
+    config = uvicorn.Config(
+        app, log_level="warning", server_header=False, limit_concurrency=64, timeout_graceful_shutdown=3
+    )
+    uvicorn.Server(config).run(sockets=[opened])

@@ -1,0 +1,252 @@
+"""Draws the pictures that are voted on, ahead of time, in a thread of its own; and any picture that a page asks for.
+
+Pictures of one concept are drawn half plainly and half with words of style, size and background in a hidden prompt:
+plain pictures of a one-step generator are too much alike to be told apart. Each is stored, with a row in pool.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from palate.core import Model, Random, Reward, Sampler
+from palate.export import Lora, read_adapter
+from palate.models.emoji import EmojiModel
+from palate.models.vocabulary import parse_prompt, vocabulary
+from palate.rewards.emoji import load_reward
+from palate.runs import trained_model
+from palate.runtime.errors import InputError, PalateError
+from palate.runtime.images import encode_png, from_pixels, quantise, read_pixels, to_pixels
+from palate.sampling import FewStepGenerator
+from palate.studio.workspace import Workspace
+from palate.taste.features import Features, features_of
+from palate.taste.learner import Array
+from palate.taste.taste import raw_features
+from palate.taste.votes import Picture
+from palate.taste.words import caption_text
+
+GENERATOR = "emoji-1step"
+PER_CONCEPT = 8  # pictures of a concept that are drawn together
+POOL = 480  # pictures of a round; then the thread rests
+AGAIN = 160  # pictures that are drawn anew when so many pairs were voted on that the pool runs dry
+
+
+class Drawn(NamedTuple):
+    """A picture of the pool: the prompt that is shown, and how it was drawn."""
+
+    prompt: str
+    picture: Picture
+    features: Array  # (D,), not standardised
+
+
+class Artist:
+    """One thread draws; the model is used by one caller at a time."""
+
+    def __init__(self, workspace: Workspace, *, pool: int = POOL):
+        self.workspace, self.size = workspace, pool
+        self.pool: list[Drawn] = []
+        self.problem = ""
+        self.ready, self.changed = threading.Event(), threading.Condition()
+        self._using, self._stop = threading.Lock(), threading.Event()
+        self._wanted: list[str] = []  # prompts of the person's own, drawn first
+        self._source: str | None = None
+        self._thread = threading.Thread(target=self._work, name="artist", daemon=True)
+        self.model: Model
+        self.sampler: Sampler
+        self.reward: Reward
+        self.features: Features
+        self.fingerprint = ""
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        with self.changed:
+            self.changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(timeout=20)
+
+    def wake(self, prompts: Sequence[str] = ()) -> None:
+        """Look at the settings again; `prompts` are drawn before anything else."""
+        with self.changed:
+            self._wanted += [prompt for prompt in prompts if prompt not in self._wanted]
+            self.changed.notify_all()
+
+    def wait(self, seconds: float) -> bool:
+        """Whether model and reward are loaded, within the time."""
+        return self.ready.wait(seconds)
+
+    def rows(self) -> list[Drawn]:
+        """What can be voted on now: pictures by the model in use."""
+        source = self.workspace.settings()["source"]
+        return [drawn for drawn in list(self.pool) if drawn.picture.run == source]
+
+    def look(self, images: Tensor, prompts: Sequence[str]) -> Array:
+        with self._using:
+            return raw_features(self.features, images, prompts)
+
+    # ------------------------------------------------------------------------------------------------- drawing
+
+    def draw(
+        self, prompts: Sequence[str], seeds: Sequence[int], *, weights: str = "policy", model: Model | None = None,
+        sampler: Sampler | None = None
+    ) -> Tensor:  # fmt: skip
+        """Images (N, 3, H, W) in [0, 1]; the noise is a function of the seed alone, so runs are compared in pairs."""
+        model, sampler = model or self.model, sampler or self.sampler
+        with self._using, torch.no_grad():
+            parts = []
+            for i in range(0, len(prompts), 16):
+                rng = Random(0, 0, seeds[i : i + 16])
+                noises = [rng.normal(f"studio-{k}", model.latent_shape) for k in range(sampler.steps)]
+                cond = model.encode_prompts(list(prompts[i : i + 16]))
+                parts.append(model.decode(sampler(model, cond, noises, weights=weights)))
+        return torch.cat(parts).float()
+
+    def _work(self) -> None:
+        try:
+            self._load()
+            self._recall()
+        except (PalateError, OSError) as error:
+            self.problem = str(error)
+            self.ready.set()
+            return
+        self.ready.set()
+        rng = np.random.default_rng([int(time.time()), len(self.pool)])
+        while not self._stop.is_set():
+            try:
+                self._follow_source()
+                drew = self._draw_some(rng)
+            except (PalateError, OSError) as error:
+                self.problem, drew = str(error), False
+            if not drew:
+                with self.changed:
+                    self.changed.wait(timeout=2.0)
+
+    def _load(self) -> None:
+        self.model = EmojiModel.load(GENERATOR, training="none")
+        self.sampler = generator_sampler(self.model.folder)
+        self.fingerprint = self.model.fingerprint()
+        self.reward = load_reward("emoji")
+        self.features = features_of(self.reward, "emoji")
+        self._source = ""
+
+    def _follow_source(self) -> None:
+        """Draw with the model of the run that the settings name."""
+        source = self.workspace.settings()["source"]
+        if source == self._source:
+            return
+        if source:
+            model, sampler = trained_model(self.workspace.run(source), warn=lambda text: None)
+            if sampler is None:
+                raise InputError(f"{source} is no run of a one-step generator; pictures are drawn by one")
+        else:
+            model = EmojiModel.load(GENERATOR, training="none")
+            sampler = generator_sampler(model.folder)
+        with self._using:
+            self.model, self.sampler = model, sampler
+        self._source = source
+
+    def _draw_some(self, rng: np.random.Generator) -> bool:
+        """A few pictures more of one concept; False when there are enough."""
+        with self.changed:
+            wanted = self._wanted.pop(0) if self._wanted else None
+        own = self.workspace.settings()["prompts"]
+        if wanted is None and len(self.rows()) >= self.size:
+            return False
+        prompt = wanted or str(rng.choice(own if own else vocabulary().concepts))
+        hidden = [prompt if k < PER_CONCEPT // 2 else hidden_prompt(prompt, rng) for k in range(PER_CONCEPT)]
+        seeds = [int(seed) for seed in rng.integers(2**31, size=PER_CONCEPT)]
+        images = self.draw(hidden, seeds)
+        self.add([prompt] * PER_CONCEPT, images, hidden, seeds)
+        return True
+
+    def add(self, prompts: Sequence[str], images: Tensor, hidden: Sequence[str], seeds: Sequence[int]) -> None:
+        """Store pictures and put them into the pool."""
+        features = self.look(quantise(images), prompts)
+        rows = []
+        for prompt, image, text, seed, row in zip(prompts, images, hidden, seeds, features, strict=True):
+            name = self.workspace.store.keep(png_of(image))
+            picture = Picture(name, text, self.fingerprint, seed, 1.0, self.sampler.steps, self._source or "")
+            rows.append(Drawn(prompt, picture, row))
+        lines = "".join(json.dumps({"shown": d.prompt, **d.picture.__dict__}) + "\n" for d in rows)
+        with open(self.workspace.home / "pool.jsonl", "a", encoding="utf-8") as file:
+            file.write(lines)
+        with self.changed:
+            self.pool += rows
+            self.changed.notify_all()
+
+    def _recall(self) -> None:
+        """The pool of an earlier start, as far as its pictures and the model are still the same."""
+        path = self.workspace.home / "pool.jsonl"
+        found: list[tuple[str, Picture]] = []
+        for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
+            try:
+                row = json.loads(line)
+                prompt = str(row["shown"])
+                picture = Picture(**{key: row[key] for key in Picture.__dataclass_fields__ if key in row})
+            except (ValueError, TypeError, KeyError):
+                continue  # a line that was cut short
+            if picture.model == self.fingerprint and (self.workspace.store.pictures / picture.file).is_file():
+                found.append((prompt, picture))
+        for i in range(0, len(found), 64):
+            part = found[i : i + 64]
+            images = torch.stack([read_picture(self.workspace.store.path_of(picture)) for _, picture in part])
+            rows = self.look(images, [prompt for prompt, _ in part])
+            self.pool += [Drawn(p, picture, row) for (p, picture), row in zip(part, rows, strict=True)]
+
+
+def hidden_prompt(prompt: str, rng: np.random.Generator) -> str:
+    """The prompt with random words of style, size and background where it names none."""
+    vocab, named = vocabulary(), parse_prompt(prompt)._asdict()
+    for kind, words, share in (("style", vocab.styles, 0.7), ("background", list(vocab.colours), 0.7),
+                               ("size", vocab.sizes, 0.4)):  # fmt: skip
+        if named[kind] is None and rng.random() < share:
+            named[kind] = str(rng.choice(words))
+    return caption_text(**named)
+
+
+def generator_sampler(folder: Path | None) -> FewStepGenerator:
+    """How the packaged generator is sampled, from the record beside its weights."""
+    tree: dict[str, Any] = json.loads((Path(folder or "") / "generator.json").read_text("utf-8"))
+    return FewStepGenerator(**{key: tree[key] for key in ("t_init", "input_scale", "steps")})
+
+
+def with_strength(model: Model, parts: Sequence[tuple[float, dict[str, Lora]]]) -> None:
+    """Set the plain network of `model` to its base plus each LoRA times its strength.
+
+    The base weights are kept at the first call; a LoRA of a convolution is multiplied out like that of a linear layer.
+    """
+    network = model.weights.network  # type: ignore[attr-defined]
+    kept: dict[str, Tensor] = model.__dict__.setdefault("studio_base", {})
+    layers = dict(network.named_modules())
+    with torch.no_grad():
+        for name, base in kept.items():
+            layers[name].weight.copy_(base)
+        for strength, loras in parts:
+            for name, lora in loras.items():
+                weight = layers[name].weight
+                kept.setdefault(name, weight.detach().clone())
+                change = (lora.up.flatten(1) @ lora.down.flatten(1)).view(weight.shape)
+                weight.add_(change.to(weight), alpha=strength * lora.alpha / lora.rank)
+
+
+def adapters(folders: Sequence[Path]) -> list[dict[str, Lora]]:
+    return [read_adapter(folder / "adapter") for folder in folders]
+
+
+def png_of(image: Tensor) -> bytes:
+    return encode_png(to_pixels(image))
+
+
+def read_picture(path: Path) -> Tensor:
+    """(3, H, W) in [0, 1]."""
+    return from_pixels(read_pixels(path))

@@ -1,0 +1,179 @@
+"""Blind comparison of a run with what it began from, or with another run; and pictures of any strength or mix of both.
+
+Which picture is whose lies in a file that no page sends; pictures are named by their content, so names tell nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from palate import recipe as recipes
+from palate.core import Model, Sampler
+from palate.data import spread
+from palate.evaluate import generate
+from palate.export import Lora, read_adapter
+from palate.models.emoji import EmojiModel
+from palate.runtime import checkpoint
+from palate.runtime.errors import InputError
+from palate.studio.artist import Artist, png_of, with_strength
+from palate.studio.workspace import Workspace
+from palate.taste.card import wilson
+
+PAIRS = 24  # of a study
+SHOWN = 12  # pictures of the live grid
+STRONGEST = 1.5
+ENOUGH = 5  # answers from which the win rate is shown
+
+
+class Showing(NamedTuple):
+    """How to draw from the base model that a run trains, and the run's own prompts."""
+
+    model: Model
+    sampler: Sampler | None
+    prompts: list[str]
+
+
+class Comparing:
+    def __init__(self, workspace: Workspace, artist: Artist):
+        self.workspace, self.artist = workspace, artist
+        self._lock = threading.Lock()
+        self._models: dict[str, Model] = {}
+
+    # --------------------------------------------------------------------------------------------- blind study
+
+    def name_of(self, run: str, other: str = "") -> str:
+        """The study of that run's newest result against `other` ("": what it began from)."""
+        steps = [self._step(name) for name in (run, other) if name]
+        return ".".join([run, other or "base", *map(str, steps)])
+
+    def existing(self, run: str, other: str = "") -> str | None:
+        name = self.name_of(run, other)
+        return name if (self._folder(name) / "study.json").is_file() else None
+
+    def study(self, run: str, other: str = "") -> str:
+        """The same study's name; its pictures are drawn if it is new."""
+        name = self.name_of(run, other)
+        with self._lock:
+            if not (self._folder(name) / "study.json").is_file():
+                self._make(name, run, other)
+        return name
+
+    def _step(self, run: str) -> int:
+        found = checkpoint.steps(self.workspace.run(run) / "checkpoints")
+        if not found:
+            raise InputError(f"{run} holds no result yet; let it make its first steps")
+        return found[-1]
+
+    def _make(self, name: str, run: str, other: str) -> None:
+        showing = self.showing(run)
+        prompts = spread(showing.prompts, PAIRS)
+        sides = {"a": self._draw(showing, prompts, [(1.0, self._lora(run))]),
+                 "b": self._draw(showing, prompts, [(1.0, self._lora(other))] if other else [])}  # fmt: skip
+        order = sorted(range(len(prompts)), key=lambda i: secrets.token_bytes(4))
+        keep = self.workspace.store.keep
+        pairs = []
+        for i in order:
+            files = {side: keep(png_of(images[i])) for side, images in sides.items()}
+            left = secrets.choice("ab")
+            pairs.append({"prompt": prompts[i], "left": left, "files": files})
+        tree = {"run": run, "other": other, "pairs": pairs}
+        self.workspace.write(f"compare/{name}/study.json", tree)
+
+    def next(self, name: str) -> dict[str, Any] | None:
+        """The first pair without an answer: {"number", "of", "prompt", "left", "right"} (files); None at the end."""
+        pairs, answers = self._pairs(name), self.answers(name)
+        for number, pair in enumerate(pairs):
+            if number not in answers:
+                left, right = pair["left"], "b" if pair["left"] == "a" else "a"
+                return {"number": number, "of": len(pairs), "prompt": pair["prompt"],
+                        "left": pair["files"][left], "right": pair["files"][right]}  # fmt: skip
+        return None
+
+    def answer(self, name: str, number: int, choice: str) -> None:
+        if choice not in ("left", "right", "tie") or not 0 <= number < len(self._pairs(name)):
+            raise InputError("expected an answer of left, right or tie to one of the pairs")
+        if number in self.answers(name):
+            return  # the screen is older; the first answer counts
+        line = json.dumps({"pair": number, "choice": choice}).encode() + b"\n"
+        with open(self._folder(name) / "choices.jsonl", "ab", buffering=0) as file:
+            file.write(line)
+            os.fsync(file.fileno())
+
+    def answers(self, name: str) -> dict[int, str]:
+        path = self._folder(name) / "choices.jsonl"
+        found: dict[int, str] = {}
+        for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+            try:
+                row = json.loads(line)
+                found.setdefault(int(row["pair"]), str(row["choice"]))
+            except (ValueError, KeyError, TypeError):
+                continue  # a line that was cut short
+        return found
+
+    def win_rate(self, name: str) -> dict[str, Any] | None:
+        """How often the run was preferred, a tie counting half, with Wilson's interval; None before ENOUGH answers."""
+        answers, pairs = self.answers(name), self._pairs(name)
+        if len(answers) < ENOUGH:
+            return None
+        wins = sum(0.5 if choice == "tie" else float(choice == ("left" if pairs[i]["left"] == "a" else "right"))
+                   for i, choice in answers.items())  # fmt: skip
+        low, high = wilson(wins, len(answers))
+        return {"rate": wins / len(answers), "low": low, "high": high, "of": len(answers)}
+
+    def _folder(self, name: str) -> Path:
+        return self.workspace.home / "compare" / name
+
+    def _pairs(self, name: str) -> list[dict[str, Any]]:
+        if "/" in name or name.startswith("."):
+            raise InputError("there is no such comparison")
+        pairs = self.workspace.read(f"compare/{name}/study.json").get("pairs")
+        if not isinstance(pairs, list):
+            raise InputError("there is no such comparison; start it again")
+        return pairs
+
+    # ------------------------------------------------------------------------------------------------ live grid
+
+    def grid(self, run: str, strength: float, other: str = "", mix: float = 0.0) -> list[bytes]:
+        """PNGs of the run's first prompts: its LoRA at `strength`, of which the share `mix` is the other run's."""
+        if not (0 <= strength <= STRONGEST and 0 <= mix <= 1):
+            raise InputError(f"strength goes from 0 to {STRONGEST}, the mix from 0 to 1")
+        parts = [(strength * (1 - mix), self._lora(run))]
+        if other:
+            parts.append((strength * mix, self._lora(other)))
+        showing = self.showing(run)
+        with self._lock:
+            images = self._draw(showing, showing.prompts[:SHOWN], parts)
+        return [png_of(image) for image in images]
+
+    def showing(self, run: str) -> Showing:
+        """InputError for a run that is not a LoRA of the embedded model: drawing others takes too long for a page."""
+        recipe = recipes.read(str(self.workspace.run(run) / "recipe.yaml"))
+        if recipe.model.name != "emoji" or recipe.model.weights != "lora":
+            raise InputError(
+                f"{run} is no LoRA of the embedded model; see its pictures step by step, or palate compare"
+            )
+        key = recipe.model.folder or ""
+        if key not in self._models:
+            self._models[key] = EmojiModel.load(recipe.model.folder, training="none")
+        sampler = getattr(recipes.build_algorithm(recipe), "sampler", None)
+        _, preview = recipes.prompts_of(recipe)
+        return Showing(self._models[key], sampler, list(dict.fromkeys(preview)))
+
+    def _lora(self, run: str) -> dict[str, Lora]:
+        folder = self.workspace.run(run)
+        if not (folder / "adapter").is_dir():
+            raise InputError(f"{run} has no result yet: it writes its LoRA at the end; stop it, or wait")
+        return read_adapter(folder / "adapter")
+
+    def _draw(self, showing: Showing, prompts: list[str], parts: list[tuple[float, dict[str, Lora]]]) -> Tensor:
+        with torch.no_grad():
+            with_strength(showing.model, parts)
+            return generate(showing.model, prompts, [0], sampler=showing.sampler)

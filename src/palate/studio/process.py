@@ -1,0 +1,142 @@
+"""Training in processes of their own, by the same command as at a terminal; and how a run folder stands."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from palate import recipe as recipes
+from palate.runtime import checkpoint
+from palate.runtime.errors import CheckpointError, InputError
+from palate.runtime.files import write_atomically
+from palate.studio.workspace import Workspace
+
+LOG_TAIL = 64 * 1024  # bytes of a log that are shown
+STOPS = (130, 143)  # exit codes of a run that was asked to stop
+
+
+class Processes:
+    """Starts `palate train` and `palate resume`, and tells a run's state from its folder."""
+
+    def __init__(self, workspace: Workspace):
+        self.workspace = workspace
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+        self._lock = threading.Lock()
+
+    def train(self, recipe: str, name: str, overrides: Sequence[str] = ()) -> None:
+        """Begin a new run of that name. The recipe was checked before; what fails later stands in the log."""
+        folder = self.workspace.place(name)
+        plan = recipes.read(recipe, [*overrides, f"run.folder={quoted(folder)}"])
+        folder.mkdir(parents=True, exist_ok=True)  # the page shows the run from now on
+        write_atomically(folder / "recipe.yaml", recipes.dump(plan).encode())
+        self._start(name, ["train", recipe, *overrides, f"run.folder={quoted(folder)}"])
+
+    def resume(self, name: str, overrides: Sequence[str] = ()) -> None:
+        self._start(name, ["resume", str(self.workspace.runs / name), *overrides])
+
+    def _start(self, name: str, arguments: list[str]) -> None:
+        with self._lock:
+            if self.owner(name) is not None:
+                raise InputError(f"{name} is being trained already; stop it first")
+            self.workspace.logs.mkdir(parents=True, exist_ok=True)
+            log = self.log_path(name)
+            with open(log, "ab") as out:
+                child = subprocess.Popen(
+                    [sys.executable, "-m", "palate", *arguments], stdin=subprocess.DEVNULL, stdout=out,
+                    stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, "NO_COLOR": "1"},
+                )  # fmt: skip
+            self._children[name] = child
+            self.workspace.write(f"processes/{name}.json", {"pid": child.pid, "began": began(child.pid)})
+
+    def stop(self, name: str) -> bool:
+        """Ask the run's process to save and end; False when none is at work."""
+        pid = self.owner(name)
+        if pid is None:
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        return True
+
+    def owner(self, name: str) -> int | None:
+        """The process that trains the run, if it lives."""
+        child = self._children.get(name)
+        if child is not None and child.poll() is None:
+            return child.pid
+        tree = self.workspace.read(f"processes/{name}.json")
+        pid = tree.get("pid")
+        if child is None and isinstance(pid, int) and tree.get("began") and began(pid) == tree["began"]:
+            return pid
+        return None
+
+    def state(self, folder: Path) -> tuple[str, str]:
+        """(running, stopped, died or finished; a sentence)."""
+        name = folder.name
+        if self.owner(name) is not None:
+            return ("running" if (folder / "metrics.jsonl").is_file() else "waiting"), ""
+        state = newest(folder)
+        if state.get("finished"):
+            text = str(state["finished"])
+            return "finished", "" if text == "finished" else text
+        child = self._children.get(name)
+        if child is not None and child.returncode in STOPS:
+            return "stopped", ""
+        if child is None and "continue with: palate resume" in self.log(name)[-400:]:
+            return "stopped", ""
+        return "died", last_message(self.log(name))
+
+    def running(self) -> list[str]:
+        return [name for name in self.workspace.names() if self.owner(name) is not None]
+
+    def log_path(self, name: str) -> Path:
+        return self.workspace.logs / f"{name}.log"
+
+    def log(self, name: str) -> str:
+        """The end of what the run printed."""
+        try:
+            with open(self.log_path(name), "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - LOG_TAIL))
+                return file.read().decode("utf-8", "replace")
+        except OSError:
+            return ""
+
+
+def newest(folder: Path) -> dict[str, Any]:
+    """The state of the newest checkpoint, whole or not verified; empty without one."""
+    found = checkpoint.steps(folder / "checkpoints")
+    for step in reversed(found):
+        try:
+            tree = json.loads((folder / "checkpoints" / checkpoint.name(step) / checkpoint.STATE).read_text("utf-8"))
+        except (OSError, ValueError, CheckpointError):
+            continue
+        if isinstance(tree, dict):
+            return tree
+    return {}
+
+
+def began(pid: int) -> str:
+    """When a process began, in the kernel's ticks: a number used again by another process is told apart. "" if none."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text("utf-8").rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if stat[0] == "Z" else stat[19]
+
+
+def last_message(log: str) -> str:
+    """The last line that says something, without the progress lines."""
+    lines = [line.strip() for line in log.replace("\r", "\n").splitlines() if line.strip()]
+    own = [line.removeprefix("palate: ") for line in lines if line.startswith("palate: ")]
+    return (own or lines or ["its process ended without a word; it was killed, or the machine went down"])[-1][:300]
+
+
+def quoted(path: Path) -> str:
+    return "'" + str(path).replace("'", "''") + "'"

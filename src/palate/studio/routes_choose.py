@@ -1,0 +1,112 @@
+"""Choosing between pictures."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from fastapi import APIRouter, File, Form, Request, UploadFile
+from fastapi.responses import FileResponse, HTMLResponse, Response
+
+from palate.models.vocabulary import known_words
+from palate.runtime.errors import InputError
+from palate.studio.app import go_to, studio_of
+from palate.studio.artist import png_of
+from palate.studio.workspace import MODES
+
+router = APIRouter()
+PICTURE = re.compile(r"[0-9a-f]{64}\.(png|jpg|webp|bmp)")
+OWN_PROMPTS = 40
+UPLOADED = 100  # pictures at once
+
+
+@router.get("/choose")
+def choose(request: Request) -> HTMLResponse:
+    studio = studio_of(request)
+    return studio.render(request, "choose.html", settings=studio.workspace.settings(), **_pair(request))
+
+
+def _pair(request: Request) -> dict[str, object]:
+    studio = studio_of(request)
+    pair = studio.voting.pair() if studio.artist.ready.is_set() and not studio.artist.problem else None
+    return {"pair": pair, "votes": len(studio.voting.votes()), "problem": studio.artist.problem, "modes": MODES}
+
+
+@router.get("/choose/pair")
+def pair(request: Request) -> HTMLResponse:
+    return studio_of(request).render(request, "pair.html", **_pair(request))
+
+
+@router.post("/choose/vote")
+def vote(request: Request, pair: str = Form(), choice: str = Form(), ms: int | None = Form(None)) -> HTMLResponse:
+    studio_of(request).voting.vote(pair, choice, ms)
+    return _voted(request)
+
+
+@router.post("/choose/undo")
+def undo(request: Request) -> HTMLResponse:
+    studio_of(request).voting.undo()
+    return _voted(request)
+
+
+def _voted(request: Request) -> HTMLResponse:
+    answer = studio_of(request).render(request, "pair.html", **_pair(request))
+    answer.headers["HX-Trigger"] = "voted"  # the taste below is computed anew
+    return answer
+
+
+@router.get("/choose/taste")
+def taste(request: Request) -> HTMLResponse:
+    studio = studio_of(request)
+    return studio.render(request, "taste.html", summary=studio.voting.summary())
+
+
+@router.post("/choose/settings")
+def settings(request: Request, mode: str = Form("fresh"), prompts: str = Form("")) -> Response:
+    """How pairs are chosen, and prompts of one's own, one a line; words that the model does not know are refused."""
+    studio = studio_of(request)
+    if mode not in MODES:
+        raise InputError(f"expected {' or '.join(MODES)}")
+    own = [" ".join(line.split()) for line in prompts.splitlines() if line.strip()]
+    if len(own) > OWN_PROMPTS:
+        raise InputError(f"{len(own)} prompts; at most {OWN_PROMPTS} at a time")
+    for prompt in own:
+        known_words(prompt)
+    before = studio.workspace.settings()["prompts"]
+    studio.workspace.set(mode=mode, prompts=own)
+    studio.artist.wake([prompt for prompt in own if prompt not in before])
+    return go_to("/choose", request)
+
+
+@router.post("/choose/upload")
+async def upload(
+    request: Request, better: Annotated[list[UploadFile], File()], worse: Annotated[list[UploadFile], File()],
+    prompt: Annotated[str, Form()] = ""
+) -> Response:  # fmt: skip
+    """Own pictures as votes."""
+    from starlette.concurrency import run_in_threadpool
+
+    if len(better) + len(worse) > UPLOADED:
+        raise InputError(f"at most {UPLOADED} pictures at once")
+    contents = [[await file.read() for file in side if file.size] for side in (better, worse)]
+    await run_in_threadpool(studio_of(request).voting.add_pictures, " ".join(prompt.split())[:300], *contents)
+    return go_to("/choose", request)
+
+
+@router.get("/drawn")
+def drawn(request: Request, prompt: str) -> Response:
+    """A picture of a prompt, by the model in use."""
+    artist = studio_of(request).artist
+    if not artist.wait(0):
+        raise InputError("the model is still loading")
+    known_words(prompt)
+    return Response(png_of(artist.draw([prompt], [7])[0]), media_type="image/png")
+
+
+@router.get("/picture/{name}")
+def picture(request: Request, name: str) -> Response:
+    """A stored picture by the hash of its content."""
+    path = studio_of(request).workspace.store.pictures / name
+    if not PICTURE.fullmatch(name) or not path.is_file():
+        return Response(status_code=404)
+    return FileResponse(path, headers={"Cache-Control": "private, max-age=31536000, immutable"})

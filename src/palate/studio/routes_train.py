@@ -1,0 +1,189 @@
+"""Aligning to a taste, and steering by words, while the pictures follow."""
+
+from __future__ import annotations
+
+import json
+
+from fastapi import APIRouter, Form, Request
+from fastapi.responses import HTMLResponse, Response
+
+from palate.runtime.errors import InputError
+from palate.studio.app import Studio, go_to, studio_of
+from palate.studio.process import quoted
+from palate.studio.runview import RunView
+from palate.studio.steering import Draft, change, wanted_words
+from palate.studio.undo import go_back, make_result
+from palate.taste.card import START
+from palate.taste.words import with_words
+
+router = APIRouter()
+WAYS = {  # recipe -> what the person reads
+    "taste-emoji": "Quick: the one-step model, a minute",
+    "taste-emoji-srpo": "Fine: the base model by SRPO, some minutes",
+    "taste-emoji-dpo": "Straight from the pairs, without a taste (DPO)",
+}
+STEER_RECIPE = "direct-emoji"
+MORE = 30  # steps of going on
+
+
+@router.get("/align")
+def align(request: Request, run: str | None = None) -> HTMLResponse:
+    studio = studio_of(request)
+    summary = studio.voting.summary()
+    return studio.render(request, "align.html", summary=summary, ways=WAYS, start=START,
+                         examples=_word_examples(studio), **_live(studio, studio.chosen(run)))  # fmt: skip
+
+
+def _live(studio: Studio, view: RunView | None) -> dict[str, object]:
+    """What the live part of a page shows of a run."""
+    if view is None:
+        return {"view": None, "words": None, "effects": {}, "refused": ""}
+    words = wanted_words(view)
+    effects = studio.effects.of(view, words)
+    return {"view": view, "words": words, "effects": effects, "refused": view.refusal()}
+
+
+def _word_examples(studio: Studio) -> list[dict[str, str]]:
+    """The third way: the words that the taste has, put into a prompt, with a picture drawn so."""
+    words = [choice.word for choice in studio.voting.words()]
+    if not words or not studio.artist.ready.is_set():
+        return []
+    found: list[dict[str, str]] = []
+    for drawn in studio.artist.rows():
+        if drawn.picture.prompt == drawn.prompt and len(found) < 3 and drawn.prompt not in {f["plain"] for f in found}:
+            found.append({"plain": drawn.prompt, "text": with_words(drawn.prompt, words)})
+    return found
+
+
+@router.get("/live")
+def live(request: Request, run: str, page: str = "align") -> HTMLResponse:
+    """The part of a page that changes while the run goes on."""
+    studio = studio_of(request)
+    return studio.render(request, "live.html", oob=True, page=page if page in ("align", "steer") else "align",
+                         **_live(studio, studio.view(run)))  # fmt: skip
+
+
+@router.post("/align/start")
+def start(request: Request, way: str = Form("taste-emoji")) -> Response:
+    """Learn the taste from all votes so far and align to it, on from the model that is drawn from."""
+    studio = studio_of(request)
+    votes = len(studio.voting.votes())
+    if way not in WAYS:
+        raise InputError(f"expected one of {', '.join(WAYS)}")
+    if votes < START:
+        raise InputError(f"a first taste needs {START} votes, there are {votes}; choose some more pictures")
+    name = studio.workspace.new_name("align")
+    overrides = _pairs(studio, name) if way == "taste-emoji-dpo" else _taste(studio)
+    source = studio.workspace.settings()["source"]
+    if source and way == "taste-emoji":
+        overrides.append(f"model.start={quoted(studio.workspace.run(source) / 'adapter')}")
+    studio.processes.train(way, name, overrides)
+    return go_to("/align", request, run=name)
+
+
+def _taste(studio: Studio) -> list[str]:
+    return [f"reward.source.taste={quoted(studio.voting.learn_taste())}"]
+
+
+def _pairs(studio: Studio, name: str) -> list[str]:
+    from palate.taste.readers import export_votes
+
+    folder = studio.workspace.home / "pairs" / name
+    export_votes(studio.workspace.store, folder)
+    return [f"prompts.pairs={quoted(folder / 'train.json')}"]
+
+
+@router.post("/runs/{run}/stop")
+def stop(request: Request, run: str) -> Response:
+    studio = studio_of(request)
+    if not studio.processes.stop(studio.workspace.run(run).name):
+        raise InputError(f"{run} is not training, so there is nothing to stop")
+    return Response(status_code=204)
+
+
+@router.post("/runs/{run}/resume")
+def resume(request: Request, run: str, more: int = Form(0)) -> Response:
+    """Continue a run that stopped or died; `more` steps beyond its end for one that finished."""
+    studio = studio_of(request)
+    view = studio.view(run)
+    overrides = [f"trainer.steps={max(view.steps, view.step) + min(more, 1000)}"] if more > 0 else []
+    studio.processes.resume(view.name, overrides)
+    return go_to("/align", request, run=run)
+
+
+@router.post("/runs/{run}/back")
+def back(request: Request, run: str, step: int = Form()) -> Response:
+    """Undo: the run ends at an earlier step."""
+    studio = studio_of(request)
+    view = studio.view(run)
+    if view.state in ("running", "waiting"):
+        raise InputError(f"{run} is training; stop it, then go back to a step")
+    go_back(view.folder, step)
+    return go_to("/align", request, run=run)
+
+
+@router.post("/runs/{run}/keep")
+def keep(request: Request, run: str) -> Response:
+    """Vote on with pictures of this run's model: the next round."""
+    studio = studio_of(request)
+    view = studio.view(run)
+    if view.state in ("running", "waiting"):
+        raise InputError(f"{run} is training; stop it, or wait for its end")
+    if not (view.folder / "adapter").is_dir():
+        make_result(view.folder)
+    runs = studio.workspace.read("rounds.json").get("runs", [])
+    studio.workspace.write("rounds.json", {"runs": [*[r for r in runs if r != run], run]})
+    studio.workspace.set(source=run)
+    studio.artist.wake()
+    return go_to("/choose", request)
+
+
+# ------------------------------------------------------------------------------------------------------ steering
+
+
+@router.get("/steer")
+def steer(request: Request, run: str | None = None) -> HTMLResponse:
+    studio = studio_of(request)
+    view = studio.chosen(run, steerable=True)
+    if view is not None and run is None and view.state not in ("running", "waiting"):
+        view = None
+    known = _live(studio, view)
+    if view is None:
+        known["words"] = Draft(studio.workspace).words()
+    return studio.render(request, "steer.html", **known)
+
+
+@router.post("/steer/word")
+def word(
+    request: Request, word: str = Form(""), side: str = Form("positive"), run: str = Form(""), action: str = Form("add")
+) -> Response:
+    """Add or take away a word, of the run or of the draft; a refusal stands where the word was written."""
+    studio = studio_of(request)
+    refused = ""
+    view = studio.view(run) if run else None
+    try:
+        if view is not None:
+            change(view, side, word, add=action == "add")
+        else:
+            Draft(studio.workspace).change(side, word, add=action == "add")
+    except InputError as error:
+        refused = str(error)
+    words = Draft(studio.workspace).words() if view is None else wanted_words(view)
+    effects = {} if view is None else studio.effects.of(view, words)
+    return studio.render(request, "words.html", view=view, words=words, effects=effects, refused=refused)
+
+
+@router.post("/steer/start")
+def steer_start(request: Request) -> Response:
+    """Begin a run towards the chosen words."""
+    studio = studio_of(request)
+    words = Draft(studio.workspace).words()
+    if not words.positive and not words.negative:
+        raise InputError("choose at least one word, wanted or unwanted, before you start")
+    name = studio.workspace.new_name("steer")
+    overrides = [f"algorithm.{side}={json.dumps(list(getattr(words, side)))}" for side in ("positive", "negative")]
+    source = studio.workspace.settings()["source"]
+    if source:
+        overrides.append(f"model.start={quoted(studio.workspace.run(source) / 'adapter')}")
+    studio.processes.train(STEER_RECIPE, name, overrides)
+    return go_to("/steer", request, run=name)

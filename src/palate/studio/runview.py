@@ -1,0 +1,188 @@
+"""A run as the pages show it, read from its folder each time: state, step, curves, words, pictures, the guard."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from palate import recipe as recipes
+from palate.evaluate import read_index
+from palate.recipe import Recipe
+from palate.runtime import checkpoint
+from palate.runtime.errors import CheckpointError, InputError
+from palate.runtime.runlog import read_metrics
+from palate.studio.process import Processes
+
+STATES = {"waiting": "Starting", "running": "Running", "stopped": "Stopped", "died": "Died", "finished": "Finished"}
+RECENT = 10  # steps whose time tells how long the rest takes
+
+
+@dataclass(frozen=True)
+class Words:
+    """Control words in force, each with the step from which it holds."""
+
+    positive: dict[str, int] = field(default_factory=dict)
+    negative: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunView:
+    name: str
+    folder: Path
+    state: str  # a key of STATES
+    message: str
+    recipe: Recipe
+    rows: list[dict[str, Any]]
+    previews: list[int]
+
+    @property
+    def state_text(self) -> str:
+        return STATES[self.state]
+
+    @property
+    def step(self) -> int:
+        return max((int(row.get("step", 0)) for row in self.rows), default=0)
+
+    @property
+    def steps(self) -> int:
+        return self.recipe.trainer.steps
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row.get("event") == event]
+
+    @property
+    def seconds_left(self) -> float | None:
+        times = [float(row["step_seconds"]) for row in self.of("step")[-RECENT:] if "step_seconds" in row]
+        return None if not times or self.state != "running" else sum(times) / len(times) * (self.steps - self.step)
+
+    @property
+    def time_left(self) -> str:
+        seconds = self.seconds_left
+        if seconds is None:
+            return ""
+        return f"{math.ceil(seconds)} seconds left" if seconds < 90 else f"{round(seconds / 60)} minutes left"
+
+    @property
+    def steerable(self) -> bool:
+        return self.recipe.algorithm_name in ("srpo", "direct")
+
+    @property
+    def reward_name(self) -> str:
+        return {"taste": "Your taste", None: "Weighted reward"}.get(
+            self.recipe.reward.name, self.recipe.reward.name or ""
+        )
+
+    def words(self) -> Words:
+        """Those of the recipe, then those of each steering event; a word that stays keeps its step."""
+        now = {side: dict.fromkeys(getattr(self.recipe.algorithm, side, ()), 0) for side in ("positive", "negative")}
+        for row in self.of("steer"):
+            for side in now:
+                if row.get(side) is not None:
+                    now[side] = {word: now[side].get(word, int(row["step"])) for word in row[side]}
+        return Words(**now)
+
+    def refusal(self) -> str:
+        """Why the newest words were refused by the run; "" once others were taken up."""
+        last = [row for row in self.rows if row.get("event") in ("steer", "steer_refused")][-1:]
+        return str(last[0].get("reason", "")) if last and last[0]["event"] == "steer_refused" else ""
+
+    def guard_sentence(self) -> str:
+        rows = self.of("guard")
+        if not rows:
+            return "The guard has not looked yet." if self.recipe.trainer.guard.every else "This run has no guard."
+        last = rows[-1]
+        kept = f"{100 * last['concept']:.0f} of 100 pictures show what was asked for" if "concept" in last else ""
+        if last["verdict"] in ("ok", "base"):
+            when = "before training" if last["step"] == 0 else f"at step {last['step']}"
+            return f"Guard {when}: all is well; {kept}." if kept else f"Guard {when}: all is well."
+        back = f" The run ended there; its result is step {last['best_step']}." if last.get("action") == "stop" else ""
+        names = {
+            "concept": "pictures that show what was asked for",
+            "heldout": "the held-out reward",
+            "diversity": "variety",
+        }
+        what = next((name for key, name in names.items() if key in last["verdict"]), "")
+        return f"The guard at step {last['step']}: too much was lost of {what} ({last['verdict']}).{back}"
+
+    def prompts(self) -> list[str]:
+        return [row["prompt"] for row in self.pictures(self.previews[0])] if self.previews else []
+
+    def pictures(self, step: int) -> list[dict[str, Any]]:
+        try:
+            return read_index(self.folder / "samples" / checkpoint.name(step))
+        except InputError:
+            return []
+
+    def curves(self) -> list[dict[str, Any]]:
+        """Charts: the objective, and what is not optimised as a ratio to the base; [{"title", "lines", ...}]."""
+        steps, guard = self.of("step"), self.of("guard")
+        reward = [(r["step"], r[key]) for r in steps for key in ("reward", "reward_denoise") if _number(r.get(key))]
+        lines = []
+        base = guard[0] if guard else {}
+        for key, label in (("heldout", "held-out reward"), ("concept", "right thing shown"), ("diversity", "variety")):
+            if _number(base.get(key)) and base[key] > 0:
+                lines.append(
+                    {"label": label, "points": [(r["step"], r[key] / base[key]) for r in guard if _number(r.get(key))]}
+                )
+        return [
+            {
+                "title": f"{self.reward_name} (optimised)",
+                "lines": [{"label": "", "points": smooth(reward)}],
+                "ratio": False,
+            },
+            {"title": "Not optimised, 1 = before", "lines": lines, "ratio": True},
+        ]
+
+    def checkpoints(self) -> list[int]:
+        return checkpoint.steps(self.folder / "checkpoints")
+
+    def verdict(self) -> str:
+        path = self.folder / "evaluation.json"
+        try:
+            return str(json.loads(path.read_text("utf-8"))["verdict"]["text"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+
+    def size(self) -> str:
+        total = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file() and not path.is_symlink())
+        return f"{total / 2**20:.0f} MB" if total >= 2**20 else f"{total / 2**10:.0f} kB"
+
+
+def view_of(folder: Path, processes: Processes) -> RunView:
+    """The run in `folder` as it is now."""
+    recipe = recipes.read(str(folder / "recipe.yaml"))
+    rows = read_rows(folder / "metrics.jsonl")
+    state, message = processes.state(folder)
+    previews = checkpoint.steps(folder / "samples")
+    return RunView(folder.name, folder, state, message, recipe, rows, previews)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; a line that is being written, or was cut, is left out."""
+    try:
+        return read_metrics(path)
+    except (InputError, OSError):
+        return []
+
+
+def smooth(points: Sequence[tuple[int, float]], window: int = 5) -> list[tuple[int, float]]:
+    """The running mean of the last `window` values: single batches are noisy."""
+    values = [value for _, value in points]
+    return [(step, sum(values[max(0, i - window + 1) : i + 1]) / len(values[max(0, i - window + 1) : i + 1]))
+            for i, (step, _) in enumerate(points)]  # fmt: skip
+
+
+def newest_state(folder: Path) -> dict[str, Any]:
+    """The state of the newest good checkpoint; empty without one."""
+    try:
+        return checkpoint.load_newest(folder / "checkpoints", warn=lambda text: None).state
+    except CheckpointError:
+        return {}
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

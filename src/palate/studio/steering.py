@@ -1,0 +1,153 @@
+"""Control words added and taken away while a run trains: what is refused, and what each word has done so far."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from palate.models.vocabulary import known_words, parse_prompt, vocabulary
+from palate.runtime.errors import InputError
+from palate.studio.artist import Artist, read_picture
+from palate.studio.runview import RunView, Words
+from palate.studio.workspace import Workspace
+from palate.train import steer
+
+SIDES = ("positive", "negative")
+LONGEST = 40  # characters of a word
+
+
+def checked_word(word: str, words: Words, *, embedded: bool) -> str:
+    """The word as it can be used. InputError says why not, and what is near."""
+    word = " ".join(word.split())
+    if not word:
+        raise InputError("write a word first, for example 3d, cartoon or large")
+    if len(word) > LONGEST:
+        raise InputError(f"a control word has at most {LONGEST} characters; {word[:LONGEST]!r}... is longer")
+    taken = {**words.positive, **words.negative}
+    if embedded:
+        meaning = known_words(word)
+        for other in taken:
+            if known_words(other) == meaning:
+                same = "" if other == word else f", which means the same as {word!r}"
+                raise InputError(f"{other!r}{same} is {'wanted' if other in words.positive else 'unwanted'} already")
+    elif word in taken:
+        raise InputError(f"{word!r} is {'wanted' if word in words.positive else 'unwanted'} already")
+    return word
+
+
+def waiting_words(folder: Path) -> dict[str, list[str]] | None:
+    """What waits in the control file for the run's next step; None where nothing does."""
+    try:
+        tree = json.loads((folder / "control.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    good = isinstance(tree, dict) and all(tree.get(s) is None or isinstance(tree[s], list) for s in SIDES)
+    return {side: tree[side] for side in SIDES if tree.get(side) is not None} if good else None
+
+
+def wanted_words(view: RunView) -> Words:
+    """Those in force with those that wait for the next step, which have step -1."""
+    now = view.words()
+    waiting = waiting_words(view.folder) or {}
+    sides = {side: dict(getattr(now, side)) for side in SIDES}
+    for side, given in waiting.items():
+        sides[side] = {word: sides[side].get(word, -1) for word in given}
+    return Words(**sides)
+
+
+def change(view: RunView, side: str, word: str, *, add: bool) -> None:
+    """Add a word to a side of a run at work, or take it away."""
+    if side not in SIDES:
+        raise InputError("a word is wanted (positive) or unwanted (negative)")
+    if not view.steerable:
+        raise InputError(f"{view.name} trains with {view.recipe.algorithm_name}, which has no control words")
+    if view.state not in ("running", "waiting"):
+        raise InputError(f"{view.name} is not training ({view.state}); start a run, or resume this one, then steer it")
+    words = wanted_words(view)
+    if add:
+        word = checked_word(word, words, embedded=view.recipe.model.name == "emoji")
+        new = [*getattr(words, side), word]
+    else:
+        new = [other for other in getattr(words, side) if other != word]
+    steer(view.folder, **{side: new})
+
+
+class Draft:
+    """Words chosen before a run is there to steer."""
+
+    def __init__(self, workspace: Workspace):
+        self.workspace = workspace
+
+    def words(self) -> Words:
+        tree = self.workspace.read("steer.json")
+        sides = {s: [w for w in tree.get(s, []) if isinstance(w, str)] for s in SIDES}
+        return Words(**{side: dict.fromkeys(words, 0) for side, words in sides.items()})
+
+    def change(self, side: str, word: str, *, add: bool) -> None:
+        if side not in SIDES:
+            raise InputError("a word is wanted (positive) or unwanted (negative)")
+        words = self.words()
+        sides = {s: list(getattr(words, s)) for s in SIDES}
+        if add:
+            sides[side].append(checked_word(word, words, embedded=True))
+        else:
+            sides[side] = [other for other in sides[side] if other != word]
+        self.workspace.write("steer.json", sides)
+
+
+class Effects:
+    """How many of a run's pictures show a word, as the embedded reward reads them: before it held and now."""
+
+    def __init__(self, artist: Artist):
+        self.artist = artist
+        self._counts: dict[tuple[str, int, int], dict[str, int]] = {}
+
+    def of(self, view: RunView, words: Words) -> dict[str, dict[str, Any]]:
+        """word -> {"before", "now", "of"}; words that are no style, size or background are left out."""
+        found: dict[str, dict[str, Any]] = {}
+        if (
+            view.recipe.model.name != "emoji"
+            or not view.previews
+            or not self.artist.ready.is_set()
+            or self.artist.problem
+        ):
+            return found
+        for word, since in {**words.positive, **words.negative}.items():
+            known = known_words(word)
+            earlier = [step for step in view.previews if step <= max(since, 0)]
+            before, now = (
+                self._count(view, earlier[-1] if earlier else view.previews[0]),
+                self._count(view, view.previews[-1]),
+            )
+            if known and known[-1] in now:
+                found[word] = {"before": before.get(known[-1], 0), "now": now[known[-1]], "of": now[""]}
+        return found
+
+    def _count(self, view: RunView, step: int) -> dict[str, int]:
+        rows = view.pictures(step)
+        key = (str(view.folder), step, len(rows))
+        if key not in self._counts and rows:
+            images = torch.stack(
+                [read_picture(view.folder / "samples" / f"step-{step:06d}" / row["file"]) for row in rows]
+            )
+            self._counts[key] = self._read(images, [row["prompt"] for row in rows])
+        return self._counts.get(key, {})
+
+    def _read(self, images: torch.Tensor, prompts: Sequence[str]) -> dict[str, int]:
+        vocab, reward = vocabulary(), self.artist.reward
+        concepts = [parse_prompt(prompt).concept or "" for prompt in prompts]
+        counts = {"": len(prompts)}
+        kinds = (
+            (vocab.styles, "{word} {concept}"), (list(vocab.colours), "{concept} on a {word} background"),
+            (vocab.sizes, "{word} {concept}"),
+        )  # fmt: skip
+        with torch.no_grad():
+            for words, template in kinds:
+                texts = [[template.format(word=w, concept=c).strip() for c in concepts] for w in words]
+                best = torch.stack([reward(images, column) for column in texts]).argmax(0).tolist()
+                counts |= {word: best.count(k) for k, word in enumerate(words)}
+        return counts

@@ -1,0 +1,285 @@
+"""One person's choosing: the pair on the screen, the votes, and the taste after each of them.
+
+The pair that is shown is a file, so that a reload or a second window shows the same one; a vote names the pair that it
+is about, so that a key pressed twice counts once.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from palate.runtime.errors import InputError
+from palate.studio.artist import Artist, Drawn, png_of, read_picture
+from palate.studio.workspace import Workspace
+from palate.taste import card as cards
+from palate.taste.ask import RANDOM, REPEATS, next_pair
+from palate.taste.features import Scaling, scaling_of
+from palate.taste.learner import Array, Posterior, fit, leave_one_out
+from palate.taste.taste import SIDE_STD, Taste, fit_taste, learn
+from palate.taste.votes import CHOICES, OUTCOMES, Picture, Vote
+from palate.taste.words import WordChoice, offered, word_gains
+
+PAIR, SCALING = "pair.json", "scaling.pt"
+REFIT_PRIOR = 10  # votes between choices of the prior
+FREEZE = 64  # pictures after which the features' constants may be frozen
+
+
+class Pair(NamedTuple):
+    """What is on the screen."""
+
+    id: str
+    prompt: str
+    left: Picture
+    right: Picture
+    repeat_of: str | None = None
+
+
+class Voting:
+    def __init__(self, workspace: Workspace, artist: Artist):
+        self.workspace, self.artist = workspace, artist
+        self.session = workspace.session()
+        self._lock = threading.RLock()
+        self._rng = np.random.default_rng()
+        self._known: dict[tuple[str, str], Array] = {}  # features of pictures by file and prompt
+        self._read: tuple[Any, list[Vote]] = (None, [])
+        self._scaling: Scaling | None = None
+        self._fitted: tuple[int, Posterior] | None = None
+        self._summary: tuple[Any, dict[str, Any]] | None = None
+
+    # --------------------------------------------------------------------------------------------------- votes
+
+    def votes(self) -> list[Vote]:
+        """The votes in force; read again when the file has changed, by whomever."""
+        file = self.workspace.store.file
+        try:
+            stamp = (file.stat().st_mtime_ns, file.stat().st_size)
+        except FileNotFoundError:
+            return []
+        with self._lock:
+            if self._read[0] != stamp:
+                self._read = (stamp, self.workspace.store.read())
+            return self._read[1]
+
+    def pair(self) -> Pair | None:
+        """The pair on the screen; None while no picture is there yet."""
+        with self._lock:
+            tree = self.workspace.read(PAIR)
+            try:
+                pair = Pair(
+                    tree["id"], tree["prompt"], Picture(**tree["left"]), Picture(**tree["right"]), tree["repeat_of"]
+                )
+            except (KeyError, TypeError):
+                pair = None
+            pictures = self.workspace.store.pictures
+            if pair and all((pictures / p.file).is_file() for p in (pair.left, pair.right)):
+                return pair
+            return self._next(None)
+
+    def vote(self, pair_id: str, choice: str, ms: int | None) -> Vote | None:
+        """Store the choice about that pair and bring the next one; None, and nothing stored, if the screen is older."""
+        if choice not in CHOICES:
+            raise InputError(f"choice: expected one of {', '.join(CHOICES)}, got {choice[:20]!r}")
+        with self._lock:
+            pair = self.pair()
+            if pair is None or pair.id != pair_id:
+                return None
+            ms = ms if ms is None or 0 <= ms < 3_600_000 else None
+            vote = Vote(pair.prompt, pair.left, pair.right, choice, id=pair.id, ms=ms, session=self.session,
+                        round=self.round(), repeat_of=pair.repeat_of)  # fmt: skip
+            self.workspace.store.append(vote)
+            self._next(vote)
+            return vote
+
+    def undo(self) -> Vote | None:
+        """Take the newest vote back and show its pair again."""
+        with self._lock:
+            vote = self.workspace.store.undo()
+            if vote is not None:
+                self._fitted = None
+                # a new name: the line that took the vote back names the old one
+                self._show(Pair(secrets.token_hex(8), vote.prompt, vote.left, vote.right, vote.repeat_of))
+            return vote
+
+    def add_pictures(self, prompt: str, better: Sequence[bytes], worse: Sequence[bytes]) -> int:
+        """Own pictures as votes: each of the better ones beat one of the worse ones, in turn; how many votes."""
+        if not better or not worse:
+            raise InputError("give at least one picture that you like and one that you do not")
+        store = self.workspace.store
+        kept = [[store.keep(content) for content in side] for side in (better, worse)]
+        count = max(map(len, kept))
+        for i in range(count):
+            liked, other = (Picture(side[i % len(side)], prompt) for side in kept)
+            left, right, choice = (liked, other, "left") if i % 2 == 0 else (other, liked, "right")
+            store.append(Vote(prompt, left, right, choice, session=self.session, round=self.round()))
+        return count
+
+    def round(self) -> int:
+        """1, and one more for each model that was aligned and is now drawn from."""
+        return 1 + len(self.workspace.read("rounds.json").get("runs", []))
+
+    # ------------------------------------------------------------------------------------------------ next pair
+
+    def _show(self, pair: Pair) -> Pair:
+        self.workspace.write(PAIR, {"id": pair.id, "prompt": pair.prompt, "left": asdict(pair.left),
+                                    "right": asdict(pair.right), "repeat_of": pair.repeat_of})  # fmt: skip
+        return pair
+
+    def _next(self, last: Vote | None) -> Pair | None:
+        votes, name = self.votes(), secrets.token_hex(8)
+        fresh = [vote for vote in votes if vote.session == self.session or not vote.session]
+        if last is not None and len(votes) in REPEATS and last.repeat_of is None and len(fresh) > 5:
+            again = fresh[int(self._rng.integers(len(fresh) - 5))]  # not one that is still remembered
+            if again.repeat_of is None and again.left.file != again.right.file:
+                return self._show(Pair(name, again.prompt, again.right, again.left, again.id))
+        rows = self.artist.rows()
+        if len(rows) < 2:
+            return None
+        index = {drawn.picture.file: i for i, drawn in enumerate(rows)}
+        shown = {frozenset((index.get(v.left.file, -1), index.get(v.right.file, -2))) for v in votes}
+        champion = None
+        if last is not None and self.workspace.settings()["mode"] == "champion" and last.choice in ("left", "right"):
+            champion = index.get((last.left if last.choice == "left" else last.right).file)
+        scaling = self.scaling(rows)
+        z = scaling(torch.from_numpy(np.stack([drawn.features for drawn in rows]))).numpy()
+        posterior = self.posterior(scaling) if len(votes) >= RANDOM else None
+        groups = [drawn.prompt for drawn in rows]
+        chosen = next_pair(posterior, z, groups, shown, self._rng, champion=champion)
+        if chosen is None and champion is not None:
+            chosen = next_pair(posterior, z, groups, shown, self._rng)
+        if chosen is None:  # every pair was shown: more pictures come
+            self.artist.wake([str(self._rng.choice(groups))])
+            return None
+        left, right = (rows[i] for i in chosen)
+        return self._show(Pair(name, left.prompt, left.picture, right.picture))
+
+    # ---------------------------------------------------------------------------------------------------- taste
+
+    def scaling(self, rows: Sequence[Drawn] | None = None) -> Scaling:
+        """The features' constants: frozen at the first taste, so that a later pool does not move old votes."""
+        path = self.workspace.home / "scaling.safetensors"
+        with self._lock:
+            if self._scaling is None and path.is_file():
+                self._scaling = read_scaling(path, len(self.artist.features.columns))
+            if self._scaling is not None:
+                return self._scaling
+            rows = self.artist.rows() if rows is None else rows
+            features = torch.from_numpy(np.stack([drawn.features for drawn in rows]))
+            made = scaling_of(features, [drawn.prompt for drawn in rows], self.artist.features.sizes)
+            if len(self.votes()) >= cards.START and len(rows) >= FREEZE:
+                write_scaling(path, made)
+                self._scaling = made
+            return made
+
+    def differences(self, scaling: Scaling) -> tuple[Array, Array, list[Vote]]:
+        """Standardised feature differences (n, D), outcomes (n,) and the votes whose pictures are there."""
+        votes = [vote for vote in self.votes() if self._features(vote.left, vote.prompt) is not None
+                 and self._features(vote.right, vote.prompt) is not None]  # fmt: skip
+        d = [self._known[v.left.file, v.prompt] - self._known[v.right.file, v.prompt] for v in votes]
+        size = len(self.artist.features.columns)
+        table = (np.stack(d) if d else np.zeros((0, size))) * scaling.gain.numpy()
+        return table, np.array([OUTCOMES[vote.choice] for vote in votes]), votes
+
+    def posterior(self, scaling: Scaling) -> Posterior:
+        """Refitted after every vote; its prior is chosen anew after every REFIT_PRIOR."""
+        d, y, _ = self.differences(scaling)
+        if self._fitted and self._fitted[0] // REFIT_PRIOR == len(y) // REFIT_PRIOR and len(y) > 0:
+            found = fit(d, y, priors=(self._fitted[1].prior,), side_std=SIDE_STD)
+        else:
+            found = fit(d, y, side_std=SIDE_STD)
+        self._fitted = (len(y), found)
+        return found
+
+    def _features(self, picture: Picture, prompt: str) -> Array | None:
+        key = (picture.file, prompt)
+        if key not in self._known:
+            for drawn in self.artist.pool:
+                self._known[drawn.picture.file, drawn.prompt] = drawn.features
+        if key not in self._known:
+            path = self.workspace.store.pictures / picture.file
+            if not path.is_file():
+                return None
+            self._known[key] = self.artist.look(read_picture(path)[None], [prompt])[0]
+        return self._known[key]
+
+    def summary(self) -> dict[str, Any]:
+        """What is known of the taste: counts at any time; accuracy, words and pictures from the first taste on."""
+        votes = self.votes()
+        stamp = (len(votes), votes[-1].id if votes else "", len(self.artist.rows()))
+        with self._lock:
+            if self._summary and self._summary[0] == stamp:
+                return self._summary[1]
+            found: dict[str, Any] = {"votes": len(votes), "start": cards.START, "good": cards.GOOD, "taste": None}
+            if len(votes) >= cards.START and self.artist.ready.is_set() and len(self.artist.pool) >= 2:
+                found["taste"] = self._card()
+            self._summary = (stamp, found)
+            return found
+
+    def _card(self) -> dict[str, Any]:
+        rows = self.artist.rows() or self.artist.pool
+        scaling = self.scaling(rows)
+        d, y, votes = self.differences(scaling)
+        z = scaling(torch.from_numpy(np.stack([drawn.features for drawn in rows]))).numpy()
+        posterior, card = learn(d, y, [vote.rater for vote in votes], z, self.artist.features.columns)
+        utilities = z @ posterior.mean
+        order = utilities.argsort()
+        place = {vote.id: i for i, vote in enumerate(votes)}
+        repeats = [(place[v.repeat_of], i) for i, v in enumerate(votes) if v.repeat_of in place]
+        std = scaling.std(torch.from_numpy(posterior.mean))
+        gains = word_gains(utilities, [drawn.picture.prompt for drawn in rows], std)
+        learnt = card["accuracy"] is not None and card["accuracy"] > cards.LEARNT
+        return card | {
+            "learnt": learnt, "offered": offered(gains), "gone": len(self.votes()) - len(votes),
+            "repeats": cards.agreement([float(v) for v in y], repeats),
+            "liked": [rows[i].picture.file for i in order[::-1][:6]],
+            "disliked": [rows[i].picture.file for i in order[:6]],
+        }  # fmt: skip
+
+    def learn_taste(self) -> Path:
+        """Fit the taste on all votes so far and save it under the next number; its folder."""
+        if not self.artist.wait(60):
+            raise InputError("the model is still loading; try again in a moment")
+        rows = self.artist.rows() or self.artist.pool
+        scaling = self.scaling(rows)
+        taste: Taste = fit_taste(self.workspace.store, base=self.artist.reward, scaling=scaling)
+        number = 1 + max((int(p.name) for p in self.workspace.tastes.glob("*") if p.name.isdigit()), default=0)
+        return taste.save(self.workspace.tastes / str(number))
+
+    def words(self) -> list[WordChoice]:
+        card = self.summary()["taste"]
+        return list(card["offered"]) if card else []
+
+
+def held_out(d: Array, y: Array) -> dict[str, Any]:
+    return cards.accuracy(leave_one_out(d, y, side_std=SIDE_STD), y)
+
+
+def write_scaling(path: Path, scaling: Scaling) -> None:
+    from safetensors.torch import save_file
+
+    temporary = path.with_name(f".tmp-{path.name}")
+    save_file({"mean": scaling.mean, "gain": scaling.gain, "covariance": scaling.covariance}, temporary)
+    temporary.replace(path)
+
+
+def read_scaling(path: Path, columns: int) -> Scaling | None:
+    """None for a damaged file, or one of other features."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        t = load_file(path)
+        scaling = Scaling(t["mean"], t["gain"], t["covariance"])
+    except (OSError, SafetensorError, KeyError):
+        return None
+    return scaling if scaling.mean.shape == (columns,) else None
+
+
+__all__ = ["Pair", "Voting", "png_of"]
