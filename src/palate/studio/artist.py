@@ -31,7 +31,7 @@ from palate.taste.features import Features, features_of
 from palate.taste.learner import Array
 from palate.taste.taste import raw_features
 from palate.taste.votes import Picture
-from palate.taste.words import caption_text
+from palate.taste.words import with_words
 
 GENERATOR = "emoji-1step"
 PER_CONCEPT = 8  # pictures of a concept that are drawn together
@@ -206,12 +206,17 @@ class Artist:
 
 def hidden_prompt(prompt: str, rng: np.random.Generator) -> str:
     """The prompt with random words of style, size and background where it names none."""
-    vocab, named = vocabulary(), parse_prompt(prompt)._asdict()
-    for kind, words, share in (("style", vocab.styles, 0.7), ("background", list(vocab.colours), 0.7),
-                               ("size", vocab.sizes, 0.4)):  # fmt: skip
-        if named[kind] is None and rng.random() < share:
-            named[kind] = str(rng.choice(words))
-    return caption_text(**named)
+    vocab, named = vocabulary(), parse_prompt(prompt)
+    chosen = [
+        str(rng.choice(words))
+        for kind, words, share in (
+            ("size", vocab.sizes, 0.4), ("style", vocab.styles, 0.7), ("background", list(vocab.colours), 0.7))
+        if getattr(named, kind) is None and rng.random() < share
+    ]  # fmt: skip
+    try:
+        return with_words(prompt, chosen)
+    except InputError:  # longer than the model reads
+        return prompt
 
 
 def generator_sampler(folder: Path | None) -> FewStepGenerator:

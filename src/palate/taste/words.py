@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from palate.models.vocabulary import Caption, parse_prompt, vocabulary
+from palate.models.vocabulary import Caption, known_words, parse_prompt, vocabulary
 from palate.runtime.errors import InputError
 from palate.taste.learner import Array
 
@@ -58,32 +58,48 @@ def with_words(prompt: str, words: Sequence[str]) -> str:
 
     InputError for a prompt or a word that the vocabulary does not know.
     """
-    vocab = vocabulary()
-    named = parse_prompt(prompt)._asdict()
     for word in words:
-        caption = parse_prompt(word)
-        kinds = {kind: value for kind, value in caption._asdict().items() if value and kind != "concept"}
-        if not kinds:
-            raise InputError(
-                f"{word!r} is no word of style, size or background; expected one of "
-                f"{', '.join([*vocab.styles, *vocab.sizes, *vocab.colours])}"
-            )
-        named |= kinds
-    return caption_text(**named)
+        kind, known = kind_of(word)
+        there = getattr(parse_prompt(prompt), kind)
+        if there is None:
+            prompt = f"{prompt} on {article(known)} background" if kind == "background" else f"{known} {_bare(prompt)}"
+        else:
+            tokens = prompt.split()
+            last = max(i for i, token in enumerate(tokens) if _words_of(token) == [there])
+            tokens[last] = known
+            prompt = " ".join(tokens)
+    return prompt
 
 
-def caption_text(
-    concept: str | None,
-    style: str | None = None,
-    background: str | None = None,
-    size: str | None = None,
-    position: str | None = None,
-) -> str:
-    """A caption as the embedded model was trained on: "large 3d fox at the left on a red background"."""
-    article = "an" if (background or "")[:1] in ("a", "e", "i", "o", "u") else "a"
-    parts = [size, style, concept, f"at the {position}" if position else None,
-             f"on {article} {background} background" if background else None]  # fmt: skip
-    return " ".join(part for part in parts if part)
+def kind_of(word: str) -> tuple[str, str]:
+    """(style, background or size; the word as the vocabulary has it). InputError for any other word."""
+    vocab, known = vocabulary(), known_words(word)
+    for kind, there in (("style", vocab.styles), ("size", vocab.sizes), ("background", list(vocab.colours))):
+        found = next((name for name in known if name in there), None)
+        if found is not None:
+            return kind, found
+    raise InputError(
+        f"{word!r} is no word of style, size or background; expected one of "
+        f"{', '.join([*vocab.styles, *vocab.sizes, *vocab.colours])}"
+    )
+
+
+def article(word: str) -> str:
+    """The word with a or an before it."""
+    return f"{'an' if word[:1] in 'aeiou' else 'a'} {word}"
+
+
+def _bare(prompt: str) -> str:
+    """The prompt without an article at its beginning."""
+    first, _, rest = prompt.partition(" ")
+    return rest if rest and first.lower() in ("a", "an", "the") else prompt
+
+
+def _words_of(token: str) -> list[str]:
+    try:
+        return known_words(token)
+    except InputError:
+        return []
 
 
 def _caption(prompt: str) -> Caption:
