@@ -183,7 +183,9 @@ def evaluate_run(
         "heldout": panel.heldout,
         "objective": _objective(recipe),
         "words": {"positive": words[0], "negative": words[1]} | ({"k": k} if (k := _absolute(recipe)) else {}),
-        "verdict": verdict(result["metrics"], optimised, panel.heldout, result["failed"]),
+        "verdict": verdict(
+            result["metrics"], optimised, panel.heldout, result["failed"], num_prompts=result["prompts"]
+        ),
     }
     if f"{ORACLE}hidden-judge" in optimised:
         result["verdict"]["warnings"].append(

@@ -500,6 +500,7 @@ def test_the_verdict_warns_of_over_optimisation():
         "text": "Optimised reward up (1 to 2), held-out reward unchanged (1 to 1), "
         "concept 0.98 to 0.97, diversity x 0.95.",
         "warnings": [],
+        "notes": [],
     }
     bad = {
         "reward/r": metric(1, 3),
@@ -509,6 +510,34 @@ def test_the_verdict_warns_of_over_optimisation():
     }
     result = evaluate.verdict(bad, ["r"], "h")
     assert "held-out reward down" in result["text"] and len(result["warnings"]) == 3
+    few = evaluate.verdict(bad, ["r"], "h", num_prompts=2)  # two prompts agree by chance in half of all cases
+    assert few["warnings"] == [] and "2 prompts, too few" in few["notes"][0] and "down" not in few["text"]
+    unsure = {"reward/r": metric(1, 3), "reward/h": metric(1, 0.5, 0.6), "concept": metric(0.98, 0.6, 0.5),
+              "diversity": metric(0.2, 0.1, 0.2)}  # fmt: skip
+    result = evaluate.verdict(unsure, ["r"], "h")
+    assert result["warnings"] == [] and len(result["notes"]) == 2
+
+
+def test_a_change_of_style_is_not_over_optimisation_because_the_plain_held_out_reward_fell():
+    def metric(base, value, margin=0.01):
+        low, high = value - base - margin, value - base + margin
+        return {"base": base, "value": value, "change": value - base, "change_low": low, "change_high": high}
+
+    run = {
+        "reward/r": metric(0.08, 0.27),
+        "reward/h": metric(0.785, 0.753),
+        "reward/h-relative": metric(0.142, 0.214),
+        "diversity": metric(0.086, 0.060),
+        "diversity_same_style": metric(0.047, 0.052, 0.001),
+    }
+    result = evaluate.verdict(run, ["r"], "h")
+    assert result["warnings"] == [] and "name no style" in result["notes"][0] and "fewer styles" in result["notes"][1]
+    hacked = run | {"reward/h-relative": metric(0.142, 0.10)}  # only the optimised reward likes the result
+    assert "preference for the words fell: over-optimised" in evaluate.verdict(hacked, ["r"], "h")["warnings"][0]
+    dearer = run | {"reward/h": metric(0.785, 0.60)}  # the fall is larger than the rise of the preference
+    assert "over-optimised" in evaluate.verdict(dearer, ["r"], "h")["warnings"][0]
+    narrow = run | {"diversity_same_style": metric(0.047, 0.030, 0.001)}  # variety is lost within the style too
+    assert "less than 0.85" in evaluate.verdict(narrow, ["r"], "h")["warnings"][0]
 
 
 def test_words_in_force_follow_the_steering(tmp_path):
