@@ -20,6 +20,8 @@ _HOME = {
     "SRPOSettings": "palate.algorithms.srpo",
     "EmojiModel": "palate.models.emoji",
     "GuardSettings": "palate.recipe",
+    "Taste": "palate.taste.taste",
+    "fit_taste": "palate.taste.taste",
     "sample": "palate.sampling",
     "semantic_relative": "palate.rewards.combine",
     "steer": "palate.train",

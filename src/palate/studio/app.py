@@ -168,9 +168,12 @@ def serve(
     host: str = "127.0.0.1",
     token_file: Path | None = None,
     browser: bool = True,
-    page: str = "/",
+    first_run: str = "",
 ) -> None:
-    """Serve the studio on a folder of runs until interrupted; prints one line with the link. InputError as `listen`."""
+    """Serve the studio on a folder of runs until interrupted; prints one line with the link. InputError as `listen`.
+
+    first_run: a recipe that is begun as the run "demo", unless there is one of that name.
+    """
     token = secrets.token_urlsafe(24)
     if token_file is not None:
         try:
@@ -189,6 +192,12 @@ def serve(
         print(f"palate: port {port} is in use; taking {own}", file=sys.stderr)
     named = host if host not in ("0.0.0.0", "::") else socket.gethostname()
     app = make_app(runs, token=token, hosts=(host, named), lasting=token_file is not None, port=own)
+    page = "/"
+    if first_run:
+        studio = app.app.state.studio
+        if "demo" not in studio.workspace.names():
+            studio.processes.train(first_run, "demo")
+        page = "/steer?run=demo"
     url = f"http://{f'[{named}]' if ':' in named else named}:{own}{page}"
     url += "" if token_file else f"{'&' if '?' in page else '?'}token={token}"
     print(f"Palate Studio: {url}", flush=True)

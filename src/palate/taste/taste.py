@@ -147,6 +147,16 @@ class Taste:
         return cls(features, scaling, posterior, reward if about["absolute"] else None, about["card"], about["votes"])
 
 
+def source_of(folder: str | Path) -> str:
+    """The name of the reward that a saved taste stands on. InputError: there is no taste."""
+    path = Path(folder) / FILE
+    try:
+        with safe_open(path, "pt") as file:
+            return str(json.loads((file.metadata() or {})["taste"])["source"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{folder} holds no taste ({FILE}); make one with palate taste fit VOTES") from error
+
+
 def base_reward(source: str) -> Reward:
     if source != "emoji":
         raise InputError(f"this taste stands on {source}; give that reward as base, with its weights")

@@ -67,6 +67,8 @@ def with_words(prompt: str, words: Sequence[str]) -> str:
             tokens = prompt.split()
             last = max(i for i, token in enumerate(tokens) if _words_of(token) == [there])
             tokens[last] = known
+            if last and tokens[last - 1] in ("a", "an"):
+                tokens[last - 1 : last + 1] = article(known).split()
             prompt = " ".join(tokens)
     return prompt
 

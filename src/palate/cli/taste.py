@@ -1,0 +1,205 @@
+"""From votes to a taste, and the studio: votes, taste, studio, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from palate.cli.app import LOOK, TRAIN, app, examples
+from palate.runtime.errors import InputError
+from palate.runtime.progress import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from palate.taste.taste import Taste
+
+Votes = Annotated[Path, typer.Argument(help="A folder with votes.jsonl in it, or such a file, for example votes.")]
+TasteFolder = Annotated[Path, typer.Argument(help="The folder of a taste, for example tastes/mine.")]
+Runs = Annotated[Path, typer.Option("--runs", help="The folder of runs, votes and tastes.")]
+Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="The next free one is taken if it is in use.")]
+Browser = Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in the browser.")]
+SourceName = Annotated[str, typer.Option(help="The two-tower reward whose features are used: emoji, clip-score, ...")]
+SourceWeights = Annotated[str | None, typer.Option(help="Where that reward's weights are, as reward.source.")]
+
+votes_app = typer.Typer(help="Import, export and show votes.", no_args_is_help=True, rich_markup_mode=None)
+taste_app = typer.Typer(help="Learn a taste from votes, and look at it.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(votes_app, name="votes", rich_help_panel=TRAIN)
+app.add_typer(taste_app, name="taste", rich_help_panel=TRAIN)
+
+
+@votes_app.command("import", epilog=examples(
+    "palate votes import pictures/ --to votes        pictures/win and pictures/lose",
+    "palate votes import choices.jsonl --to votes    of a blind study",
+))  # fmt: skip
+def import_votes(
+    source: Annotated[
+        Path, typer.Argument(help="Folders win/ and lose/, ranked folders, HPDv2, Pick-a-Pic, JSON, a blind study.")
+    ],
+    to: Annotated[Path, typer.Option("--to", help="The folder of votes to add to.")] = Path("votes"),
+    prompt: Annotated[str, typer.Option(help="Of pictures that come without one.")] = "",
+    rater: Annotated[str, typer.Option(help="Who voted, if the source does not say.")] = "",
+    key: Annotated[Path | None, typer.Option(help="The key of a blind study, where it is not beside it.")] = None,
+) -> None:
+    """Read votes from elsewhere; their pictures are copied."""
+    from palate.taste.readers import import_votes as read
+    from palate.taste.votes import VoteStore
+
+    store = VoteStore(to)
+    count = read(source, store, prompt=prompt, rater=rater, key=key)
+    print(f"{count} new votes, {len(store.read())} in all: {printable(str(store.file))}")
+
+
+@votes_app.command("export", epilog=examples(
+    "palate votes export votes --out pairs && palate train taste-emoji-dpo prompts.pairs=pairs/train.json",
+))  # fmt: skip
+def export_votes(
+    votes: Votes,
+    out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("votes-export"),
+    form: Annotated[str, typer.Option("--format", help="hpdv2 (train.json, for dpo) or json.")] = "hpdv2",
+) -> None:
+    """Write votes where dpo and other programs read them."""
+    from palate.taste.readers import export_votes as write
+    from palate.taste.votes import VoteStore
+
+    print(f"{write(VoteStore(votes), out, form)} votes: {printable(str(out))}")
+
+
+@votes_app.command("show")
+def show_votes(votes: Votes) -> None:
+    """Count the votes, and say what is missing."""
+    from collections import Counter
+
+    from palate.taste.votes import VoteStore
+
+    store = VoteStore(votes)
+    there, gone = store.with_pictures()
+    everything = store.read()
+    print(
+        f"{len(everything)} votes: " + ", ".join(f"{n} {c}" for c, n in Counter(v.choice for v in everything).items())
+    )
+    print(f"{len({v.session for v in everything})} sessions, {len({v.rater for v in everything})} raters, "
+          f"{len({v.prompt for v in everything})} prompts")  # fmt: skip
+    times = sorted(v.ms for v in there if v.ms is not None)
+    if times:
+        print(f"median time per vote {times[len(times) // 2] / 1000:.1f} s")
+    if gone:
+        print(f"{gone} votes do not count: a picture of them is gone")
+
+
+@taste_app.command("fit", epilog=examples(
+    "palate taste fit votes -o tastes/mine",
+    "palate train taste-emoji reward.source.taste=tastes/mine",
+))  # fmt: skip
+def fit(
+    votes: Votes,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The folder to write to.")] = Path("tastes/mine"),
+    features: SourceName = "emoji",
+    weights: SourceWeights = None,
+    blocks: Annotated[str | None, typer.Option(help="Blocks of features, as words,colour; also tower, pairs.")] = None,
+) -> None:
+    """Learn a taste, and say how well it foretells votes."""
+    from palate.recipe import load_reward
+    from palate.taste.taste import fit_taste
+
+    base = load_reward(features, weights) if features != "emoji" else None
+    names = [name.strip() for name in blocks.split(",")] if blocks else None
+    taste = fit_taste(votes, base=base, source=features, blocks=names)
+    taste.save(out)
+    _print_card(taste)
+    print(f"taste: {printable(str(out))}")
+
+
+@taste_app.command("show")
+def show(taste: TasteFolder, weights: SourceWeights = None) -> None:
+    """Say what a taste is made of, and how good it is."""
+    _print_card(_load(taste, weights))
+
+
+def _load(folder: Path, weights: str | None) -> Taste:
+    from palate.recipe import load_reward
+    from palate.taste.taste import Taste, source_of
+
+    source = source_of(folder)
+    return Taste.load(folder, base=load_reward(source, weights) if source != "emoji" else None)
+
+
+def _print_card(taste: Taste) -> None:
+    card = taste.card
+    print(printable(str(card.get("verdict", "a mix of tastes"))))
+    if "votes" in card:
+        error = card["calibration_error"]
+        print(f"{card['votes']} votes, {card['ties']} of them ties; calibration error "
+              + ("not known" if error is None else f"{error:.3f}"))  # fmt: skip
+    for side, names in (card.get("words") or {}).items():
+        if names:
+            print(f"{side}: {printable(', '.join(names))}")
+    raters = card.get("raters") or {}
+    if len(raters) > 1:
+        print("quality of raters: " + ", ".join(f"{printable(name) or 'unnamed'} {q:g}" for name, q in raters.items()))
+
+
+@taste_app.command("ask", epilog=examples("palate taste ask tastes/mine samples --count 20 -o next.jsonl"))
+def ask(
+    taste: TasteFolder,
+    pictures: Annotated[Path, typer.Argument(help="A folder of samples: pictures and index.jsonl.")],
+    count: Annotated[int, typer.Option(min=1, help="Pairs to choose.")] = 20,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write.")] = Path("next.jsonl"),
+    seed: Annotated[int, typer.Option(help="Of the random candidates.")] = 0,
+    weights: SourceWeights = None,
+) -> None:
+    """Choose the pairs whose answers tell most (BALD)."""
+    import json
+
+    import numpy as np
+
+    from palate.evaluate import read_samples
+    from palate.taste.ask import telling_pairs
+
+    found = _load(taste, weights)
+    images, rows = read_samples(pictures)
+    prompts = [row["prompt"] for row in rows]
+    pairs = telling_pairs(found.posterior, found.rows(images, prompts), prompts, count, np.random.default_rng(seed))
+    if not pairs:
+        raise InputError(f"{pictures} holds no two pictures of one prompt; draw several seeds of each")
+    lines = [
+        {"prompt": prompts[i], "left": str(pictures / rows[i]["file"]), "right": str(pictures / rows[j]["file"]),
+         "nats": round(nats, 4)} for i, j, nats in pairs
+    ]  # fmt: skip
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    print(f"{len(lines)} pairs, most telling first: {printable(str(out))}")
+
+
+@app.command(rich_help_panel=LOOK, epilog=examples(
+    "palate studio",
+    "palate studio --port 8500 --no-browser --runs runs    then open the link that it prints",
+))  # fmt: skip
+def studio(
+    port: Port = 8420,
+    browser: Browser = True,
+    runs: Runs = Path("runs"),
+    host: Annotated[
+        str, typer.Option(help="Another address than this machine alone; needs --token-file.")
+    ] = "127.0.0.1",
+    token_file: Annotated[Path | None, typer.Option(help="A file with a secret of at least 16 characters.")] = None,
+) -> None:
+    """Choose pictures, align, steer and compare in the browser."""
+    _serve()(runs, port=port, host=host, token_file=token_file, browser=browser)
+
+
+@app.command(rich_help_panel=LOOK, epilog=examples("palate demo"))
+def demo(port: Port = 8420, browser: Browser = True, runs: Runs = Path("runs")) -> None:
+    """Open the studio with a first run under way."""
+    _serve()(runs, port=port, browser=browser, first_run="direct-emoji")
+
+
+def _serve() -> Callable[..., None]:
+    try:
+        from palate.studio.app import serve
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("palate"):
+            raise
+        raise InputError(f"the studio needs {error.name}: pip install 'palate[studio]'") from error
+    return serve
