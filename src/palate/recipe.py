@@ -735,6 +735,9 @@ def build_model(recipe: Recipe) -> Model:
         **options,
     )
     if settings.start is not None:
+        if settings.weights == "lora":
+            model.weights.begin(_start_folder(settings.start), rank=settings.lora_rank, alpha=settings.lora_alpha)
+            return model
         try:
             model.weights.load(_start_folder(settings.start), "policy")
         except (ValueError, SafetensorError) as error:
@@ -751,13 +754,17 @@ def _start_folder(start: str) -> Path | str:
 def check_start(recipe: Recipe) -> None:
     """model.start, and the LoRAs that the recipe names against the architecture of its folder, before weights load."""
     settings, module = recipe.model, importlib.import_module(MODELS[recipe.model.name][0])
-    if settings.start is not None:
+    if settings.start is not None and settings.weights == "full":
         from palate.models.weights import adapter_file
 
         try:
             adapter_file(_start_folder(settings.start), settings.weights)
         except ValueError as error:
             raise RecipeError(f"model.start: {error}") from error
+    if settings.start is not None and settings.weights == "lora":
+        from palate.models.lora import find_file
+
+        find_file(_start_folder(settings.start), "model.start")
     parts = getattr(module, "PARTS", None)
     consistency = getattr(recipe.algorithm, "estimator", None) == "consistency"
     if parts is None:
@@ -774,9 +781,11 @@ def check_start(recipe: Recipe) -> None:
         denoiser = "unet" if "unet" in parts else "transformer"
         repository = open_repository(settings.folder, family=settings.name, parts={denoiser: parts[denoiser]})
         if started:
-            repository.check_lora(denoiser, _start_folder(settings.start), key="model.start", rank=settings.lora_rank)
+            repository.check_lora(
+                module.FACTS, _start_folder(settings.start), key="model.start", rank=settings.lora_rank
+            )
         if consistency:
-            repository.check_lora(denoiser, settings.consistency, key="model.consistency")
+            repository.check_lora(module.FACTS, settings.consistency, key="model.consistency")
 
 
 def trained_names(algorithm: str) -> tuple[str, ...]:

@@ -887,7 +887,7 @@ def test_a_lora_of_another_network_is_refused(distilled, tmp_path):
     lora = load_file(distilled[0] / "pytorch_lora_weights.safetensors")
     wider = {key: torch.cat([value, value], -1) for key, value in lora.items()}
     save_file(wider, tmp_path / "pytorch_lora_weights.safetensors")
-    with pytest.raises(ValueError, match="does not fit this network"):
+    with pytest.raises(ValueError, match="holds a LoRA of another model"):
         weights.add_frozen(tmp_path)
     assert say(weights, "policy").requires_grad
 

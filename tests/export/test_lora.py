@@ -36,7 +36,7 @@ from palate.export import (
     to_kohya,
 )
 from palate.models.facts import facts_of
-from palate.models.lora import fuse
+from palate.models.original import fuse
 from palate.models.weights import NamedWeights
 
 RANK, ALPHA = 3, 7.0  # alpha != rank on purpose

@@ -44,7 +44,7 @@ DAMAGES = {
     "config": (write("transformer/config.json", "{"), "transformer/config.json is not valid JSON"),
     "cut": (cut, "diffusion_pytorch_model.safetensors is damaged or incomplete"),
     "shard": (rename("-00001-of-00003.safetensors"), "transformer holds 1 of 3 shards of its weights"),
-    "variant": (rename(".fp16.safetensors"), "transformer holds no .safetensors weights .variants as fp16 are not"),
+    "variant": (rename(".ema.safetensors"), "transformer holds no .safetensors weights .of variants only fp16 is read"),
     "pickle": (rename(".bin"), "the weights of transformer are pickles .*Convert them once"),
 }
 
@@ -98,21 +98,27 @@ def test_a_lora_of_another_model_is_refused_before_anything_loads(train, tmp_pat
         code, said = train(*overrides, **options)
         assert code == 2 and message in said and len(said.splitlines()) == 1
 
-    refused("model.start: no pytorch_lora_weights.safetensors in", *start)
+    refused(f"model.start: {tmp_path} holds no pytorch_lora_weights.safetensors", *start)
     for stem, width, rank, message in (
         ("down_blocks.0.attentions.0.to_k", 16, 2, "its layer down_blocks.0.attentions.0.to_k is not one"),
-        ("transformer_blocks.0.attn.to_q", 3072, 2, "transformer_blocks.0.attn.to_q has another size"),
+        (
+            "transformer_blocks.0.attn.to_q",
+            3072,
+            2,
+            "to_q is 3072 x 3072, this one's 16 x 16",
+        ),
         ("transformer_blocks.0.attn.to_q", 16, 8, "has rank 8; set model.lora_rank=8"),
     ):
         save_file(
             {f"{stem}.lora_A.weight": torch.zeros(rank, width), f"{stem}.lora_B.weight": torch.zeros(width, rank)}, file
         )
         refused(message, *start)
-    save_file({"lora_unet_mid_block_attn.lora_down.weight": torch.zeros(2, 16)}, file)
+    stem = "lora_unet_mid_block_attn"
+    save_file({f"{stem}.lora_{k}.weight": torch.zeros(2, 2) for k in ("down", "up")}, file)
     sdxl = ["reward={name: brightness}", f"model.folder={saved('sdxl')[0]}"]
     refused("model.consistency: name the folder of an LCM-LoRA", *sdxl, "model.consistency=null", recipe="sqdf-sdxl")
     refused(
-        "model.consistency: " + str(tmp_path) + " holds a LoRA of another model",
+        f"model.consistency: {file} holds a LoRA of another model",
         *sdxl,
         f"model.consistency={tmp_path}",
         recipe="sqdf-sdxl",

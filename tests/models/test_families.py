@@ -430,7 +430,7 @@ OPTIONS = {
     "dtype": ({"dtype": "half"}, "expected one of float32, bfloat16, float16"),
     "device": ({"device": "tpu9"}, "expected cpu, cuda or cuda:N"),
     "no accelerator": ({"device": "cuda:7"}, "sees no such device"),
-    "file": ({"file": "nowhere.safetensors"}, "model.file nowhere.safetensors: expected a .safetensors file"),
+    "file": ({"file": "nowhere.safetensors"}, "model.file nowhere.safetensors does not exist"),
 }
 
 

@@ -6,7 +6,8 @@ from palate.export.card import model_card
 from palate.export.lora import export_lora, export_merged, lora_file, read_adapter
 from palate.export.names import FORMATS, to_comfyui, to_diffusers, to_kohya
 from palate.export.one_step import export_one_step, load_one_step, one_step_folder
-from palate.models.lora import FILE, Lora
+from palate.models.lora import FILE
+from palate.models.original import Lora
 
 WEIGHTS = FILE
 

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from palate import recipe as recipes
 from palate.models.facts import facts_of
-from palate.models.lora import Lora
+from palate.models.original import Lora
 
 USE = {
     "diffusers": "pipe.load_lora_weights(folder)",

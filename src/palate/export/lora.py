@@ -14,7 +14,8 @@ from palate import recipe as recipes
 from palate.export.card import model_card
 from palate.export.names import FORMATS, to_form
 from palate.models.facts import Facts, facts_of
-from palate.models.lora import FILE, METADATA, Lora, write
+from palate.models.lora import FILE, METADATA, write
+from palate.models.original import Lora
 from palate.runtime.checkpoint import write_atomically
 from palate.runtime.errors import InputError
 

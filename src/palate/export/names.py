@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from palate.models.facts import Facts
-from palate.models.lora import METADATA, Lora, fuse, peft_config, to_peft
+from palate.models.lora import METADATA, peft_config, to_peft
+from palate.models.original import Lora, fuse
 from palate.runtime.errors import InputError
 
 FORMATS = ("diffusers", "kohya", "comfyui")

@@ -9,6 +9,7 @@ from typing import NamedTuple, Unpack
 
 import torch
 from diffusers import AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers.loaders import AuraFlowLoraLoaderMixin
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
@@ -48,6 +49,7 @@ FACTS = Facts(
     LORA_TARGETS,
     licence="Apache-2.0",
     licences={"fal/AuraFlow-v0.3": "apache-2.0"},
+    lora_loader=AuraFlowLoraLoaderMixin,
     published=Published({"pos_embed_max_size": 4096}, VAE_4, 1024, 256, _condition, 1.23),
 )
 

@@ -88,6 +88,7 @@ class EmojiModel:
             alpha=lora_alpha,
             targets=lora_targets or LORA_TARGETS,
             names=names,
+            facts=FACTS,
         )
         self._null = self._encode([""])
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -58,12 +57,13 @@ class Facts:
     network: type[nn.Module]  # diffusers' class of the denoiser
     lora_targets: tuple[str, ...]  # ends of the names of layers that a LoRA adapts by default
     licence: str  # of the published base models; a folder of one's own may have another
-    licences: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))  # hub id -> the hub's licence id
+    licences: Mapping[str, str] = field(default_factory=dict)  # hub id -> the hub's licence id
     optional: tuple[str, ...] = ()  # parts that may be missing
     vae: type[nn.Module] = AutoencoderKL
     packing: int = 1  # channels of the denoiser's input per channel of the VAE's latents
     patch: int | None = None  # side of the denoiser's patches, in latents; None = its configuration's patch_size
     published: Published | None = None
+    lora_loader: Any = None  # diffusers' loader of this family's LoRAs, which translates other programs' names
     original: tuple[OriginalBlocks, ...] = ()  # the names of the original program, which kohya's form uses
     one_step_call: str = ""  # what a pipeline is told besides when a one-step generator of this family draws
     packs_noise: bool = False  # whether its pipelines take latents as their network does, packed
@@ -74,18 +74,14 @@ class Facts:
         return "unet" if "unet" in self.parts else "transformer"
 
 
-VAE_4: Mapping[str, Any] = MappingProxyType(
-    {
-        "block_out_channels": (128, 256, 512, 512),
-        "layers_per_block": 2,
-        "latent_channels": 4,
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-    }
-)
-VAE_16: Mapping[str, Any] = MappingProxyType(
-    {**VAE_4, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
-)
+VAE_4: Mapping[str, Any] = {
+    "block_out_channels": (128, 256, 512, 512),
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+}
+VAE_16: Mapping[str, Any] = {**VAE_4, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
 
 
 def facts_of(name: str) -> Facts:

@@ -28,14 +28,17 @@ GROUP = "palate.models"
 # The modules beside the families. Every other file in this folder is a family, my_family.py that of "my-family".
 MECHANISM = frozenset(
     {
+        "adapters",
         "autoencoder",
         "delta",
         "facts",
         "families",
         "gaussian",
         "lora",
+        "original",
         "parts",
         "repository",
+        "repository_checks",
         "schedules",
         "text_cache",
         "vocabulary",

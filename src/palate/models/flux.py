@@ -13,6 +13,7 @@ from typing import NamedTuple, Unpack
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers.loaders import FluxLoraLoaderMixin
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
@@ -71,6 +72,7 @@ FACTS = Facts(
     },
     packing=4,
     patch=2,
+    lora_loader=FluxLoraLoaderMixin,
     published=Published({"guidance_embeds": True}, VAE_16, 1024, 512, _condition, 4.88),
     original=(
         OriginalBlocks(

@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from palate.models.facts import Facts, OriginalBlocks
+from palate.models.facts import Facts
+from palate.models.original import Lora, split
 from palate.runtime.errors import InputError
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -35,6 +37,8 @@ PREFIXES = re.compile(
 KINDS = {  # how a tensor's name ends -> what it is
     "lora_A.weight": "down",
     "lora_down.weight": "down",
+    "lora.down.weight": "down",  # diffusers, before PEFT
+    "lora.up.weight": "up",
     "lora_A.default.weight": "down",
     "lora_B.weight": "up",
     "lora_up.weight": "up",
@@ -46,23 +50,6 @@ KINDS = {  # how a tensor's name ends -> what it is
 }
 TEXT_ENCODERS = re.compile(r"^(?:lora_te\d?_|text_encoder)")
 OTHER_METHODS = {"hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "diff": "a full difference", "ia3": "IA3"}
-
-
-class Lora(NamedTuple):
-    """One layer's change. down (rank, in, ...), up (out, rank, ...), magnitude (out,) of a DoRA."""
-
-    down: Tensor
-    up: Tensor
-    alpha: float
-    magnitude: Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        return self.down.shape[0]
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
 
 
 # ---------------------------------------------------------------------------------------------------------- files
@@ -127,18 +114,27 @@ def to_peft(layers: Mapping[str, Lora], prefix: str = "") -> dict[str, Tensor]:
 # -------------------------------------------------------------------------------------------------------- reading
 
 
-def read(path: Path, shapes: Mapping[str, Sequence[int]], facts: Facts, key: str) -> dict[str, Lora]:
+def read(
+    path: Path,
+    shapes: Mapping[str, Sequence[int]],
+    facts: Facts | None,
+    key: str,
+    *,
+    config: Mapping[str, Any] | None = None,
+) -> dict[str, Lora]:
     """Layer -> its LoRA, in diffusers' names. shapes: of the network's weights by layer. key: of the recipe.
 
-    InputError: no LoRA, one of another model, of another method, or of text encoders alone.
+    config: the network's, by which diffusers translates names of other programs that Palate does not know. InputError:
+    no LoRA, one of another model, of another method, or of text encoders alone.
     """
     tensors, metadata = _open(path, key)
     own = {name: value for name, value in tensors.items() if not TEXT_ENCODERS.match(name)}
     if tensors and not own:
-        raise InputError(f"{key}: {path} is a LoRA of text encoders alone; palate trains the {facts.denoiser}")
-    groups = _grouped(own, path, key)
-    rates = _Rates(metadata, path)
-    layers: dict[str, Lora] = {}
+        raise InputError(f"{key}: {path} is a LoRA of text encoders alone; it has no layer of this network")
+    groups, rates, layers = _grouped(own, path, key), Rates(metadata, path), {}
+    known = _known(shapes, facts)
+    if facts is not None and facts.lora_loader is not None and not all(known(stem) for stem in groups):
+        groups = _grouped(_translated(own, facts, config), path, key)
     for stem, parts in groups.items():
         if "down" not in parts or "up" not in parts:
             raise InputError(f"{key}: {path}: {stem} has no {'lora_B' if 'down' in parts else 'lora_A'} beside it")
@@ -147,10 +143,36 @@ def read(path: Path, shapes: Mapping[str, Sequence[int]], facts: Facts, key: str
         alpha = float(parts["alpha"]) if "alpha" in parts else rates.alpha(name, down.shape[0])
         layers |= _named(name, Lora(down, up, alpha, magnitude), shapes, facts, f"{key}: {path}")
     if not layers:
-        raise InputError(f"{key}: {path} has no layer of this network; expected a LoRA of {facts.name}")
+        raise InputError(f"{key}: {path} has no layer of this network; expected a LoRA of the same architecture")
     if len({lora.magnitude is None for lora in layers.values()}) > 1:
         raise InputError(f"{key}: {path} is a DoRA in some layers only; one in all of them is needed")
     return layers
+
+
+def _known(shapes: Mapping[str, Sequence[int]], facts: Facts | None) -> Callable[[str], bool]:
+    """Whether a layer's name, as it stands in a file, is one of diffusers' or of the family's original program."""
+    flat = {layer.replace(".", "_") for layer in shapes}
+    kinds = facts.original if facts is not None else ()
+    originals = [re.compile(rf"{kind.original}_\d+_(?:{'|'.join(kind.layers)})") for kind in kinds]
+
+    def known(stem: str) -> bool:
+        name = PREFIXES.sub("", stem).replace(".", "_")
+        return name in flat or any(pattern.fullmatch(name) for pattern in originals)
+
+    return known
+
+
+def _translated(tensors: Mapping[str, Tensor], facts: Facts, config: Mapping[str, Any] | None) -> Mapping[str, Tensor]:
+    """The tensors under diffusers' names, by diffusers' own translation; as they were if it knows none."""
+    options = {} if config is None else {"unet_config": SimpleNamespace(**config)}
+    try:
+        found = facts.lora_loader.lora_state_dict(dict(tensors), **options)
+    except (ValueError, KeyError, RuntimeError, IndexError, NotImplementedError, AttributeError):
+        return tensors  # then a layer's name is reported
+    if not isinstance(found, tuple):
+        return found
+    state, alphas = found[0], found[1] or {}
+    return {**state, **{name: torch.as_tensor(float(alpha)) for name, alpha in alphas.items()}}
 
 
 def _open(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -174,7 +196,7 @@ def _grouped(tensors: Mapping[str, Tensor], path: Path, key: str) -> dict[str, d
     return groups
 
 
-class _Rates:
+class Rates:
     """What a file says of alpha if not by tensors: diffusers' metadata, or PEFT's configuration beside it."""
 
     def __init__(self, metadata: Mapping[str, str], path: Path):
@@ -188,6 +210,12 @@ class _Rates:
             raise InputError(f"{path}: what it says of its rank and alpha is not JSON ({error})") from error
         self.config = {re.sub(r"^(transformer|unet)\.", "", key): value for key, value in config.items()}
 
+    @classmethod
+    def of(cls, path: Path) -> Rates:
+        """What the file at a path says."""
+        with safe_open(path, "pt") as file:
+            return cls(file.metadata() or {}, path)
+
     def alpha(self, layer: str, rank: int) -> float:
         """A layer's alpha; its rank where nothing says more, as all readers take it."""
         own = {PREFIXES.sub("", name): value for name, value in (self.config.get("alpha_pattern") or {}).items()}
@@ -200,9 +228,9 @@ def _named(name: str, lora: Lora, shapes: Mapping[str, Sequence[int]], facts: Fa
     """The layer, or layers where the original program holds several in one, in diffusers' names."""
     flat = {layer.replace(".", "_"): layer for layer in shapes}
     layer = name if name in shapes else flat.get(name.replace(".", "_"))
-    found = {layer: lora} if layer else split(name, lora, shapes, facts.original)
+    found = {layer: lora} if layer else split(name, lora, shapes, facts.original if facts else ())
     if not found:
-        raise InputError(f"{where} holds a LoRA of another model; {facts.name} has no layer {name}")
+        raise InputError(f"{where} holds a LoRA of another model; its layer {name} is not one of this network")
     for layer, part in found.items():
         shape = shapes[layer]
         if part.down.shape[1] != shape[1] or part.up.shape[0] != shape[0]:
@@ -212,87 +240,3 @@ def _named(name: str, lora: Lora, shapes: Mapping[str, Sequence[int]], facts: Fa
                 f"this one's {expected[0]} x {expected[1]}"
             )
     return found
-
-
-# ------------------------------------------------------------------------------------- names of original programs
-
-
-def fuse(layers: Mapping[str, Lora], kinds: Sequence[OriginalBlocks]) -> dict[str, Lora]:
-    """Layers under the original program's names, BLOCKS_NUMBER_LAYER, which holds some of them in one.
-
-    InputError: a layer that has no name there, or a DoRA of layers that it fuses.
-    """
-    left, renamed = dict(layers), {}
-    for kind in kinds:
-        numbers = {name.split(".")[1] for name in layers if name.startswith(f"{kind.blocks}.")}
-        for block in sorted(numbers, key=int):
-            for new, names in kind.layers.items():
-                found = [left.pop(f"{kind.blocks}.{block}.{name}", None) for name in names]
-                if any(lora is not None for lora in found):
-                    renamed[f"{kind.original}_{block}_{new}"] = _stacked(found, _rows(found, names))
-    if left:
-        raise InputError(f"--format kohya: {next(iter(left))} has no name in the original program; use comfyui")
-    return renamed
-
-
-def _rows(found: Sequence[Lora | None], names: Sequence[str]) -> list[int]:
-    """Rows of each fused part. q, k, v are as wide as the model, its MLP is four times that."""
-    known = [(lora.up.shape[0], name) for lora, name in zip(found, names, strict=True) if lora is not None]
-    width = max(rows // 4 if name == "proj_mlp" else rows for rows, name in known)
-    return [4 * width if name == "proj_mlp" else width for name in names]
-
-
-def _stacked(parts: Sequence[Lora | None], rows: Sequence[int]) -> Lora:
-    """The LoRA of layers stacked by rows: downs stacked, ups on the diagonal, so the ranks add up."""
-    present = [lora for lora in parts if lora is not None]
-    if len(parts) == 1:
-        return present[0]
-    if any(lora.magnitude is not None for lora in present):
-        raise InputError("--format kohya: a DoRA of layers that the original program holds in one; use comfyui")
-    scale = present[0].scale
-    alike = all(lora.scale == scale for lora in present)  # then it stays outside: alpha still means what it says
-    down = torch.cat([lora.down for lora in present])
-    up = down.new_zeros(sum(rows), len(down))
-    row = column = 0
-    for lora, height in zip(parts, rows, strict=True):
-        if lora is not None:
-            up[row : row + height, column : column + lora.rank] = lora.up if alike else lora.up * lora.scale
-            column += lora.rank
-        row += height
-    return Lora(down, up, scale * len(down) if alike else float(len(down)))
-
-
-def split(
-    name: str, lora: Lora, shapes: Mapping[str, Sequence[int]], kinds: Sequence[OriginalBlocks]
-) -> dict[str, Lora]:
-    """The inverse of `fuse` for one layer; {} if the original program has no such name.
-
-    A part of a block-diagonal `up` keeps its own rank only, so what `fuse` wrote comes back as it was.
-    """
-    for kind in kinds:
-        found = re.fullmatch(rf"{kind.original}_(\d+)_(\w+)", name.replace(".", "_"))
-        if found is None or found[2] not in kind.layers:
-            continue
-        layers = [f"{kind.blocks}.{found[1]}.{layer}" for layer in kind.layers[found[2]]]
-        if any(layer not in shapes for layer in layers):
-            continue
-        heights = [shapes[layer][0] for layer in layers]
-        if sum(heights) != lora.up.shape[0]:
-            return {}
-        if len(layers) == 1:
-            return {layers[0]: lora}
-        ups = lora.up.split(heights)
-        used = [(up != 0).flatten(1).any(1) if up.ndim > 2 else (up != 0).any(0) for up in ups]
-        alone = sum(int(columns.sum()) for columns in used) <= lora.rank and not bool(
-            (torch.stack(used).sum(0) > 1).any()
-        )
-        magnitudes = [None] * len(layers) if lora.magnitude is None else list(lora.magnitude.split(heights))
-        parts = {}
-        for layer, up, columns, magnitude in zip(layers, ups, used, magnitudes, strict=True):
-            if not alone:
-                parts[layer] = Lora(lora.down, up.contiguous(), lora.alpha, magnitude)
-            elif columns.any():
-                rank = int(columns.sum())
-                parts[layer] = Lora(lora.down[columns], up[:, columns].contiguous(), lora.scale * rank, magnitude)
-        return parts
-    return {}

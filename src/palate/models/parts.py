@@ -176,6 +176,7 @@ def named_weights(network: nn.Module, facts: Facts, options: Options) -> NamedWe
         alpha=options.lora_alpha,
         targets=options.lora_targets or facts.lora_targets,
         names=options.names,
+        facts=facts,
     )
     for name in options.names:
         if options.training == "full":

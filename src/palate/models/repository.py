@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +17,23 @@ import diffusers
 import torch
 from diffusers import ModelMixin
 from huggingface_hub import HfApi, errors, snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
+from palate.models import lora
+from palate.models.adapters import common, shapes_of
+from palate.models.facts import Facts
+from palate.models.repository_checks import (
+    WEIGHTS,
+    check_file,
+    check_header,
+    check_quantised,
+    check_task,
+    check_weights,
+    family_with,
+)
 from palate.runtime.errors import InputError
 
-FAMILIES = {  # denoiser's class -> model.name, to say what a folder of another family is
-    "UNet2DConditionModel": "stable-diffusion or sdxl",
-    "SD3Transformer2DModel": "sd3",
-    "FluxTransformer2DModel": "flux",
-    "PixArtTransformer2DModel": "pixart",
-    "ZImageTransformer2DModel": "z-image",
-}
-WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d+-of-(\d+))?\.safetensors")  # no variants such as fp16
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 SMALL = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja"]  # configurations and tokenizers
 
@@ -42,6 +45,7 @@ class Repository:
     source: str
     root: Path
     index: dict[str, Any]  # model_index.json
+    files: tuple[str, ...] = ()  # part/file of all there are; none where the hub could not be asked
 
     def __contains__(self, part: str) -> bool:
         return self.kind(part) is not None
@@ -62,34 +66,22 @@ class Repository:
         with torch.device("meta"):
             return getattr(diffusers, self.kind(part)).from_config(self.config(part))
 
-    def check_lora(self, part: str, folder: str | Path, *, key: str, rank: int | None = None) -> None:
-        """ValueError unless the LoRA in `folder` is one of this part: known layers, their shapes, that rank.
+    def variant(self, part: str) -> str | None:
+        """ "fp16" if the part has its weights in that form only."""
+        found = [match for file in self.files if (match := WEIGHTS.fullmatch(file.removeprefix(f"{part}/")))]
+        return "fp16" if found and all(match["first"] or match["last"] for match in found) else None
 
-        Reads names and shapes only. key: of the recipe, for the message. Names of text encoders, and those of the
-        original SDXL, are left to the loader.
+    def check_lora(self, facts: Facts, source: str | Path, *, key: str, rank: int | None = None) -> None:
+        """InputError unless the LoRA at `source` is one of this denoiser: known layers, their shapes, that rank.
+
+        key: of the recipe, for the message.
         """
-        file = Path(folder) / "pytorch_lora_weights.safetensors"
-        if not file.is_file():
-            raise InputError(f"{key}: no {file.name} in {folder}; expected the folder of a LoRA")
-        _check_header(file)
-        with safe_open(file, "pt") as lora:
-            shapes = {name: lora.get_slice(name).get_shape() for name in list(lora.keys())}
-        layers = {
-            name: tuple(m.weight.shape)
-            for name, m in self.skeleton(part).named_modules()
-            if getattr(m, "weight", None) is not None
-        }
-        layers |= {name.replace(".", "_"): shape for name, shape in layers.items()}
-        for name, shape in shapes.items():
-            found = re.fullmatch(r"(?:unet\.|transformer\.|lora_unet_)?(.+)\.lora_(A|B|down|up)\.weight", name)
-            if found is None or re.match(r"lora_te|text_encoder|.*(input|middle|output)_block", name):
-                continue
-            layer, down = found[1], found[2] in ("A", "down")
-            if layer not in layers or layers[layer][1 if down else 0] != shape[1 if down else 0]:
-                what = f"its layer {layer} is not one" if layer not in layers else f"{layer} has another size in those"
-                raise InputError(f"{key}: {folder} holds a LoRA of another model; {what} of {self.source}, {part}")
-            if down and rank is not None and shape[0] != rank:
-                raise InputError(f"{key}: the LoRA in {folder} has rank {shape[0]}; set model.lora_rank={shape[0]}")
+        part = facts.denoiser
+        layers = lora.read(
+            lora.find_file(source, key), shapes_of(self.skeleton(part)), facts, key, config=self.config(part)
+        )
+        if rank is not None and (its := common(layers)[0]) != rank:
+            raise InputError(f"{key}: the LoRA in {source} has rank {its}; set model.lora_rank={its}")
 
     def read(self, part: str, kind: type, dtype: torch.dtype, *, file: str | None = None) -> nn.Module:
         """A network in `dtype`, in evaluation mode, frozen. `file`: its weights in place of the repository's own."""
@@ -97,8 +89,10 @@ class Repository:
             if file is not None:
                 network = kind.from_single_file(file, config=str(self.root), subfolder=part, torch_dtype=dtype)
             else:
-                name = "torch_dtype" if issubclass(kind, ModelMixin) else "dtype"
-                network = kind.from_pretrained(self.source, subfolder=part, use_safetensors=True, **{name: dtype})
+                options = {"torch_dtype" if issubclass(kind, ModelMixin) else "dtype": dtype}
+                if (variant := self.variant(part)) is not None:
+                    options["variant"] = variant
+                network = kind.from_pretrained(self.source, subfolder=part, use_safetensors=True, **options)
         except (OSError, SafetensorError, RuntimeError, LookupError, AttributeError, TypeError) as error:
             what = file or f"{self.source}, {part}"
             why = (str(error).splitlines() or [type(error).__name__])[0]
@@ -119,6 +113,10 @@ class Repository:
             why = str(error).splitlines()[0]
             raise InputError(f"model.folder {self.source}: {part} cannot be read: {why}") from error
 
+    def _reads(self, file: Path) -> bool:
+        match = WEIGHTS.fullmatch(file.name)
+        return match is not None and bool(match["first"] or match["last"]) == (self.variant(file.parent.name) == "fp16")
+
     def version(self, parts: Iterable[str]) -> str:
         """What changes when these parts do, whether or not they are here yet: on the hub the commit, else `digest`."""
         return self.digest(parts) if self.root == Path(self.source) else self.root.name
@@ -126,7 +124,7 @@ class Repository:
     def digest(self, parts: Iterable[str], *files: str | None) -> str:
         """SHA-256 over the files of `parts` that from_pretrained reads, and over further `files`."""
         found = [p for part in parts for p in sorted((self.root / part).glob("*")) if p.is_file()]
-        read = [p for p in found if p.suffix != ".safetensors" or WEIGHTS.fullmatch(p.name)]
+        read = [p for p in found if p.suffix != ".safetensors" or self._reads(p)]
         total = hashlib.sha256()
         for path in [*read, *(Path(f) for f in files if f)]:
             total.update(f"{path.parent.name}/{path.name}\n{_sha256(path)}\n".encode())
@@ -165,13 +163,14 @@ def open_repository(
             "diffusers' from_single_file(...).save_pretrained(folder), or give a hub id (owner/name)"
         )
     index = _json(root / "model_index.json")
-    repository = Repository(str(path) if local else source, root, index)
+    repository = Repository(str(path) if local else source, root, index, tuple(files or ()))
+    check_task(source, str(index.get("_class_name")), family)
     for part, kind in parts.items():
         got = repository.kind(part)
         if got is None and part in optional:
             continue
         if got is None:
-            other = next((FAMILIES[k] for k in map(repository.kind, index) if k in FAMILIES), None)
+            other = next((found for k in map(repository.kind, index) if (found := family_with(k))), None)
             if other is not None and part in ("unet", "transformer"):
                 raise InputError(
                     f"model.folder {source} holds {index.get('_class_name')}, not a {family} model; set "
@@ -184,22 +183,20 @@ def open_repository(
         if kind != got and part in ("unet", "transformer", "vae"):
             raise InputError(
                 f"model.folder {source}: its {part} is a {got}, {family} needs a {kind}"
-                + (f"; set model.name to {FAMILIES[got]}" if got in FAMILIES else "")
+                + (f"; set model.name to {other}" if (other := family_with(got)) else "")
             )
     weighty = [p for p in parts if p in repository and not p.startswith(("tokenizer", "scheduler"))]
-    if file is not None:
-        weighty = [p for p in weighty if p not in ("unet", "transformer")]
-        if not Path(file).is_file() or Path(file).suffix != ".safetensors":
-            raise InputError(f"model.file {file}: expected a .safetensors file with the denoiser's weights")
-        _check_header(Path(file))
     for part in parts:
         if part in repository and not part.startswith("tokenizer"):
-            repository.config(part)
+            check_quantised(source, part, repository.config(part))
+    if file is not None:
+        weighty = [p for p in weighty if p not in ("unet", "transformer")]
+        check_file(Path(file).expanduser())
     if files is not None:
-        _check_weights(source, files, weighty)
+        check_weights(source, files, weighty)
     if local:
         for path in sorted(p for part in weighty for p in (root / part).glob("*.safetensors")):
-            _check_header(path)
+            check_header(path)
     return repository
 
 
@@ -228,30 +225,6 @@ def _from_hub(source: str) -> tuple[Path, list[str] | None]:
         return root, None  # offline with everything in the cache: from_pretrained will say what is missing
 
 
-def _check_weights(source: str, files: list[str], parts: Iterable[str]) -> None:
-    for part in parts:
-        found = [name for name in files if name.startswith(f"{part}/")]
-        whole = [match for name in found if (match := WEIGHTS.fullmatch(name.rpartition("/")[2]))]
-        if whole:
-            shards = int(whole[0][3] or 1)  # of diffusion_pytorch_model-00001-of-00003.safetensors
-            if len(whole) < shards and not any(match[3] is None for match in whole):
-                raise InputError(
-                    f"model.folder {source}: {part} holds {len(whole)} of {shards} shards of its weights; "
-                    "complete the download"
-                )
-            continue
-        if any(name.endswith((".bin", ".pt", ".ckpt")) for name in found):
-            raise InputError(
-                f"model.folder {source}: the weights of {part} are pickles (.bin), which can run code "
-                'when loaded. Convert them once, where you trust them: python -c "from diffusers import '
-                f"DiffusionPipeline as P; P.from_pretrained('{source}').save_pretrained('converted')\""
-            )
-        variants = " (variants as fp16 are not read)" if any(name.endswith(".safetensors") for name in found) else ""
-        raise InputError(
-            f"model.folder {source}: {part} holds no .safetensors weights{variants}; complete the download"
-        )
-
-
 def _json(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text("utf-8"))
@@ -260,15 +233,6 @@ def _json(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise InputError(f"{file} holds no settings; download it again")
     return found
-
-
-def _check_header(file: Path) -> None:
-    """A .safetensors file says in its first bytes how long it is; ValueError if it is cut short or something else."""
-    try:
-        with safe_open(file, "pt"):
-            pass
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{file} is damaged or incomplete ({str(error)[:100]}); download it again") from error
 
 
 def _sha256(path: Path) -> str:

@@ -12,6 +12,7 @@ from typing import NamedTuple, Unpack
 import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+from diffusers.loaders import SD3LoraLoaderMixin
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
@@ -58,6 +59,7 @@ FACTS = Facts(
     licence="Stability AI Community License",
     licences={"stabilityai/stable-diffusion-3.5-medium": "stabilityai-ai-community"},
     optional=OPTIONAL,
+    lora_loader=SD3LoraLoaderMixin,
     published=Published(  # 3.5 medium
         {
             "sample_size": 128,

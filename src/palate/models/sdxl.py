@@ -11,6 +11,7 @@ from typing import NamedTuple, Unpack
 
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -51,6 +52,7 @@ FACTS = Facts(
     LORA_TARGETS,
     licence="CreativeML Open RAIL++-M",
     licences={"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"},
+    lora_loader=StableDiffusionXLLoraLoaderMixin,
     published=Published(
         {
             "sample_size": 128,

@@ -11,6 +11,7 @@ from typing import NamedTuple, Unpack
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -49,6 +50,7 @@ FACTS = Facts(
     LORA_TARGETS,
     licence="CreativeML Open RAIL-M (1.x), CreativeML Open RAIL++-M (2.x)",
     licences={"stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m"},
+    lora_loader=StableDiffusionXLLoraLoaderMixin,
     published=Published(  # 1.5
         {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}, VAE_4, 512, 77, _condition, 0.123
     ),

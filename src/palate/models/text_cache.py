@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from palate.runtime.errors import InputError
+
 Encode = Callable[[str], dict[str, Tensor]]  # one prompt -> its tensors, without a batch axis
 
 
@@ -57,6 +59,7 @@ class TextCache:
         if missing:
             self._warn_of_long(missing)
             if self._encode is None:
+                self._check_folder()
                 self._encode = self._load()
                 missing += [""] if "" not in found and self._read("") is None else []
             found |= {prompt: self._write(prompt) for prompt in missing}
@@ -71,6 +74,7 @@ class TextCache:
         self._warn_of_long(different)
         missing = [prompt for prompt in different if self._read(prompt) is None]
         if missing:
+            self._check_folder()
             self._encode = self._encode or self._load()
         for prompt in missing:
             self._write(prompt)
@@ -80,6 +84,19 @@ class TextCache:
         self._encode = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _check_folder(self) -> None:
+        """InputError if nothing can be written, before the encoders load."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe = self.folder / f".{os.getpid()}.part"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise InputError(
+                f"text embeddings cannot be written to {self.folder} ({error.strerror}); set model.text_cache to a "
+                "folder that can be written to"
+            ) from error
 
     def _path(self, prompt: str) -> Path:
         name = hashlib.sha256(json.dumps([self._key, prompt]).encode()).hexdigest()
@@ -93,6 +110,8 @@ class TextCache:
 
     @torch.no_grad()
     def _write(self, prompt: str) -> dict[str, Tensor]:
+        if self._encode is None:
+            self._encode = self._load()
         tensors = {name: value.cpu().contiguous() for name, value in self._encode(prompt).items()}
         path = self._path(prompt)
         path.parent.mkdir(parents=True, exist_ok=True)

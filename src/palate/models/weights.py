@@ -8,23 +8,25 @@ adapter off. Full training: one copy of the network a name, beside a frozen one.
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from palate.models import delta
+from palate.models import adapters, delta, lora
+from palate.models.facts import Facts
+from palate.models.original import Lora
 from palate.runtime.errors import InputError
 
-FILES = {"lora": ("pytorch_lora_weights.safetensors",), "full": ("diffusion_pytorch_model.safetensors", delta.FILE)}
+FILES = {"lora": (lora.FILE,), "full": ("diffusion_pytorch_model.safetensors", delta.FILE)}
+STARTED = "start"  # the frozen copy of model.start that the reference is with model.reference=start
 
 
 def adapter_file(folder: Path | str, training: str) -> Path:
@@ -54,17 +56,19 @@ class NamedWeights:
         alpha: float | None,
         targets: Sequence[str],
         names: Sequence[str] = ("policy",),
+        facts: Facts | None = None,
     ):
         if training not in ("lora", "full", "none"):
             raise InputError(f"training got {training!r}; expected lora, full or none")
         if isinstance(names, str) or len(set(names)) < len(names) or "policy" not in names or "reference" in names:
             raise InputError(f"names got {names!r}; expected different names, 'policy' one of them, 'reference' none")
-        self.training, self.names = training, tuple(names)
+        self.training, self.names, self.facts = training, tuple(names), facts
         network.requires_grad_(False)
         self.network = network  # the policy's; with LoRA everyone's
         self.networks = dict.fromkeys((*self.names, "reference"), network)
         self._frozen: set[str] = set()
         self._speaking = "policy"
+        self._reference: str | None = None  # the adapter that the reference has; None = none
         self._adapters: list[nn.Parameter] = []
         if training == "full":
             self.networks |= {name: copy.deepcopy(network) for name in self.networks if name != "policy"}
@@ -83,57 +87,92 @@ class NamedWeights:
                 )
             config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=list(targets))
             for name in self.names:
-                with warnings.catch_warnings():  # peft warns at a second adapter
-                    warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-                    network.add_adapter(copy.deepcopy(config), adapter_name=name)
-            self._adapters = [p for name in self.names for p in self._own(name).values()]
-            self._select("policy")
-            for p in self._adapters:
-                p.requires_grad_(True)
+                adapters.add(network, name, copy.deepcopy(config))
+            self._take_up()
+
+    def _take_up(self) -> None:
+        """The adapters of `names` train, and no other parameter."""
+        self._adapters = [p for name in self.names for p in self._own(name).values()]
+        self._select("policy")
+        for p in self._adapters:
+            p.requires_grad_(True)
 
     def parameters(self, name: str = "policy") -> list[nn.Parameter]:
         """The trainable parameters of that name, in a fixed order; none for "reference" and other frozen names."""
         return list(self._own(name).values())
 
-    def add_frozen(self, folder: Path | str, name: str = "consistency") -> None:
-        """One more name, which never trains: the reference with a LoRA, folder/pytorch_lora_weights.safetensors.
+    def begin(
+        self, source: Path | str, *, rank: int, alpha: float | None, reference: str = "base", key: str = "model.start"
+    ) -> None:
+        """Have the policy begin with a LoRA, in any layout of `models.lora`; its layers, rank and alpha are the file's.
 
-        Of any rank, in diffusers' or in kohya's form (in which LCM-LoRAs are published). ValueError if it does not fit.
+        Every name's adapter gets that form, the policy's its weights. rank, alpha: the recipe's; InputError where the
+        file has others (alpha None = the file's). reference: "base", or "start" = the base with the LoRA, frozen.
         """
-        path = Path(folder) / "pytorch_lora_weights.safetensors"
+        if self.training != "lora":
+            raise InputError(f"{key}: a LoRA can be the start of a LoRA only; set model.weights=lora")
+        path = lora.find_file(source, key)
+        layers = lora.read(path, adapters.shapes_of(self.network), self.facts, key, config=self._config())
+        its_rank, its_alpha = adapters.common(layers)
+        if its_rank != rank:
+            raise InputError(f"{key}: the LoRA in {path} has rank {its_rank}; set model.lora_rank={its_rank}")
+        if alpha is not None and alpha != its_alpha:
+            raise InputError(
+                f"{key}: the LoRA in {path} has alpha {its_alpha:g}, model.lora_alpha is {alpha:g}; leave it out, and "
+                "it is the file's"
+            )
+        self.network.delete_adapters(list(self.names))
+        for name in self.names:
+            adapters.add(self.network, name, adapters.config_of(layers))
+        adapters.fill(self.network, "policy", layers, key)
+        for name in self.names:
+            for p in self._own(name).values():
+                p.data = p.data.float()
+        self._take_up()
+        if reference == "start":
+            self._add(STARTED, layers, key)
+            self._reference = STARTED
+
+    def add_frozen(self, source: Path | str, name: str = "consistency", key: str = "model.consistency") -> None:
+        """One more name, which never trains: the reference with a LoRA, of any rank, in any layout of `models.lora`.
+
+        InputError if it does not fit.
+        """
         if name in self.networks:
             raise InputError(f"weights {name!r} are there already; expected a new name")
-        if not path.is_file():
-            raise InputError(f"no {path.name} in {folder}; expected the folder of a LoRA")
-        network = self.network if self.training == "lora" else copy.deepcopy(self.networks["reference"])
-        flags = [p.requires_grad for p in self._adapters]
-        lora: Any = load_file(path)
-        form: dict[str, Any] = {"prefix": "unet" if any(key.startswith("unet.") for key in lora) else None}
-        if any(key.startswith("lora_unet_") for key in lora):
-            lora, alphas = StableDiffusionXLLoraLoaderMixin.lora_state_dict(lora, unet_config=network.config)
-            form = {"prefix": "unet", "network_alphas": alphas}
+        path = lora.find_file(source, key)
+        network = self.network if self.training == "lora" else self._copied("reference")
+        layers = lora.read(path, adapters.shapes_of(network), self.facts, key, config=self._config())
+        if self.training == "lora":
+            self._add(name, layers, key)
         else:
-            lora = str(path.parent)  # read again by diffusers, with the file's own record of rank and alpha
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Already found a `peft_config`")
-                warnings.filterwarnings("ignore", message="Adapter .* was active which is now deleted")
-                network.load_lora_adapter(lora, adapter_name=name, weight_name=path.name, local_files_only=True, **form)
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise InputError(f"the LoRA {path} does not fit this network: {str(error).splitlines()[0]}") from error
-        finally:
-            for p, flag in zip(self._adapters, flags, strict=True):
-                p.requires_grad_(flag)
-        if name not in getattr(network, "peft_config", {}):
-            raise InputError(f"the LoRA {path} has no layer of this network; expected one of the same architecture")
-        self.networks[name] = network
+            adapters.add(network, name, adapters.config_of(layers))
+            adapters.fill(network, name, layers, key)
+            self.networks[name] = network.requires_grad_(False)
+            self._frozen.add(name)
+
+    def _add(self, name: str, layers: Mapping[str, Lora], key: str) -> None:
+        """A frozen adapter beside those that train, whose flags stay as they are."""
+        flags = [p.requires_grad for p in self._adapters]
+        adapters.add(self.network, name, adapters.config_of(layers))
+        adapters.fill(self.network, name, layers, key)
+        self.networks[name] = self.network
         self._frozen.add(name)
-        added = [p for key, p in network.named_parameters() if f".{name}." in key]
+        for p, flag in zip(self._adapters, flags, strict=True):
+            p.requires_grad_(flag)
+        added = [p for key, p in self.network.named_parameters() if f".{name}." in key]
         for p in added:
             p.requires_grad_(False)
-        if self.training == "lora":
-            self._adapters += added
-            self._select(self._speaking)
+        self._adapters += added
+        self._select(self._speaking)
+
+    def _copied(self, name: str) -> nn.Module:
+        """A copy of a network. Its checkpointing function refers to this object, which is not copied with it."""
+        return copy.deepcopy(self.networks[name], {id(self): self})
+
+    def _config(self) -> Mapping[str, Any]:
+        config = getattr(self.network, "config", None)  # of diffusers' networks
+        return dict(config) if config is not None else {}
 
     @contextmanager
     def speaking_as(self, weights: str) -> Iterator[nn.Module]:
@@ -164,7 +203,7 @@ class NamedWeights:
 
     def merged(self, name: str = "policy") -> nn.Module:
         """A plain network of its own that says what the name says, its adapter added to the weights."""
-        network = copy.deepcopy(self.networks[name])
+        network = self._copied(name)
         if self.training == "lora" and name != "reference":
             network.fuse_lora(adapter_names=[name])
         if self.training == "lora":
@@ -174,7 +213,9 @@ class NamedWeights:
     def save(self, folder: Path | str, name: str = "policy") -> None:
         """What was trained under that name: a diffusers LoRA file, or with full training a diffusers network folder."""
         if self.training == "lora":
-            self.network.save_lora_adapter(folder, adapter_name=name)
+            layers = adapters.layers_of(self.network, name)
+            record = json.dumps(lora.peft_config(layers), indent=2, sort_keys=True)
+            lora.write(Path(folder) / lora.FILE, lora.to_peft(layers), {"format": "pt", lora.METADATA: record})
         else:
             self.networks[name].save_pretrained(folder, max_shard_size="1000GB")  # one file, which `load` reads
 
@@ -183,25 +224,32 @@ class NamedWeights:
 
         With full training also a difference from the reference (`delta`).
         """
-        lora = self.training == "lora"
-        path = adapter_file(folder, "lora" if lora else "full")
         own = self._own(name)
+        path = adapter_file(folder, self.training)
         packed = path.name == delta.FILE
         saved = delta.load(Path(folder), self.networks["reference"].state_dict()) if packed else load_file(path)
-        if lora:
-            saved = {
-                key.replace(".lora_A.", f".lora_A.{name}.").replace(".lora_B.", f".lora_B.{name}."): tensor
-                for key, tensor in saved.items()
-            }
+        if self.training == "lora":
+            saved = {_named(key, name): tensor for key, tensor in saved.items()}
         if {n: p.shape for n, p in own.items()} != {n: t.shape for n, t in saved.items()}:
             ranks, its = ({len(t) for n, t in state.items() if ".lora_A." in n} for state in (own, saved))
             remedy = f"; set model.lora_rank={min(its)}" if len(its) == 1 and its != ranks else ""
             raise InputError(
                 f"the adapter in {folder} does not fit this model: another rank, target or architecture{remedy}"
             )
+        if self.training == "lora":
+            self._check_alpha(path, name)
         with torch.no_grad():
             for key, parameter in own.items():
                 parameter.copy_(saved[key])
+
+    def _check_alpha(self, path: Path, name: str) -> None:
+        """InputError if the file's alpha is not this model's: it would come back too strong or too weak."""
+        rates = lora.Rates.of(path)
+        for layer, module in adapters.adapted(self.network, name).items():
+            rank, alpha = module.r[name], float(module.lora_alpha[name])
+            if (its := rates.alpha(layer, rank)) != alpha:
+                both = f"alpha {its:g}, this model {alpha:g}"
+                raise InputError(f"the adapter in {path.parent} has {both}; set model.lora_alpha={its:g}")
 
     def save_all(self, folder: Path | str) -> None:
         """`save` of the policy into the folder, of each other name into a folder of that name in it."""
@@ -221,16 +269,18 @@ class NamedWeights:
         self._known(name)
         if name == "reference" or name in self._frozen or self.training == "none":
             return {}
-        mark = (f".lora_A.{name}.", f".lora_B.{name}.") if self.training == "lora" else ("",)
+        parts = ("lora_A", "lora_B", "lora_magnitude_vector")
+        mark = tuple(f".{part}.{name}." for part in parts) if self.training == "lora" else ("",)
         return {key: p for key, p in self.networks[name].named_parameters() if any(m in key for m in mark)}
 
     def _select(self, weights: str) -> None:
         flags = [p.requires_grad for p in self._adapters]
-        if weights == "reference":
+        chosen = self._reference if weights == "reference" else weights
+        if chosen is None:
             self.network.disable_adapters()
         else:
             self.network.enable_adapters()
-            self.network.set_adapter(weights)
+            self.network.set_adapter(chosen)
         self._speaking = weights
         for p, flag in zip(self._adapters, flags, strict=True):
             p.requires_grad_(flag)
@@ -246,3 +296,10 @@ class NamedWeights:
 
     def _distinct(self) -> list[nn.Module]:
         return list({id(network): network for network in self.networks.values()}.values())
+
+
+def _named(key: str, name: str) -> str:
+    """A tensor of a saved adapter under the name that the parameter has while the adapter is called `name`."""
+    for part in ("lora_A", "lora_B"):
+        key = key.replace(f".{part}.", f".{part}.{name}.")
+    return key.replace(".lora_magnitude_vector", f".lora_magnitude_vector.{name}.weight")

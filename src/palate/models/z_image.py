@@ -11,6 +11,7 @@ from typing import NamedTuple, Unpack
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
+from diffusers.loaders import ZImageLoraLoaderMixin
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
@@ -50,6 +51,7 @@ FACTS = Facts(
     licence="Apache-2.0",
     licences={"Tongyi-MAI/Z-Image-Turbo": "apache-2.0"},
     patch=2,
+    lora_loader=ZImageLoraLoaderMixin,
     published=Published({}, VAE_16, 1024, 512, _condition, 4.02),
 )
 

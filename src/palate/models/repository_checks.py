@@ -1,0 +1,94 @@
+"""What can be wrong with a repository, said in a sentence before any weight loads; the same for every family."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from palate.models import families
+from palate.models.facts import facts_of
+from palate.runtime.errors import InputError
+
+# a part's weights: whole or in shards, plain or as the variant fp16
+WEIGHTS = re.compile(
+    r"(model|diffusion_pytorch_model)(?P<first>\.fp16)?(-\d+-of-(?P<shards>\d+))?(?P<last>\.fp16)?\.safetensors"
+)
+OTHER_TASKS = re.compile(r"Inpaint|Img2Img|Edit|Pix2Pix|ControlNet|Upscale|Fill|Layered|KleinKV")  # in pipelines' names
+
+
+def family_with(network: str | None) -> str | None:
+    """The families whose denoiser is of that class, for a message; None if there is none."""
+    found = []
+    for name in families.names() if network else ():
+        try:
+            facts = facts_of(name)
+        except InputError:  # of an installed package that is broken
+            continue
+        if name != "emoji" and facts.parts.get(facts.denoiser) == network:
+            found.append(name)
+    return " or ".join(found) or None
+
+
+def check_task(source: str, pipeline: str, family: str) -> None:
+    if OTHER_TASKS.search(pipeline):
+        raise InputError(
+            f"model.folder {source} holds a {pipeline}, which changes given images (inpainting, editing, refining); "
+            f"give a text-to-image repository of {family}"
+        )
+
+
+def check_quantised(source: str, part: str, config: Mapping[str, Any]) -> None:
+    if found := config.get("quantization_config"):
+        method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
+        raise InputError(
+            f"model.folder {source}: its {part} is stored quantised ({method}), which cannot be trained through here; "
+            "give the unquantised repository and set model.quantize"
+        )
+
+
+def check_file(file: Path) -> None:
+    if not file.is_file():
+        raise InputError(f"model.file {file} does not exist; give a .safetensors file with the denoiser's weights")
+    if file.suffix != ".safetensors":
+        raise InputError(
+            f"model.file {file}: expected a .safetensors file with the denoiser's weights; .ckpt and .gguf are not read"
+        )
+    check_header(file)
+
+
+def check_weights(source: str, files: list[str], parts: Iterable[str]) -> None:
+    for part in parts:
+        found = [name for name in files if name.startswith(f"{part}/")]
+        every = [match for name in found if (match := WEIGHTS.fullmatch(name.rpartition("/")[2]))]
+        whole = [match for match in every if not (match["first"] or match["last"])] or every  # fp16 if nothing else
+        if whole:
+            shards = int(whole[0]["shards"] or 1)  # of diffusion_pytorch_model-00001-of-00003.safetensors
+            if len(whole) < shards and not any(match["shards"] is None for match in whole):
+                raise InputError(
+                    f"model.folder {source}: {part} holds {len(whole)} of {shards} shards of its weights; "
+                    "complete the download"
+                )
+            continue
+        if any(name.endswith((".bin", ".pt", ".ckpt")) for name in found):
+            raise InputError(
+                f"model.folder {source}: the weights of {part} are pickles (.bin), which can run code "
+                'when loaded. Convert them once, where you trust them: python -c "from diffusers import '
+                f"DiffusionPipeline as P; P.from_pretrained('{source}').save_pretrained('converted')\""
+            )
+        variants = " (of variants only fp16 is read)" if any(name.endswith(".safetensors") for name in found) else ""
+        raise InputError(
+            f"model.folder {source}: {part} holds no .safetensors weights{variants}; complete the download"
+        )
+
+
+def check_header(file: Path) -> None:
+    """A .safetensors file says in its first bytes how long it is; ValueError if it is cut short or something else."""
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{file} is damaged or incomplete ({str(error)[:100]}); download it again") from error
