@@ -106,7 +106,7 @@ def fake_run(
         images = pixels([sketch(i, share) for i in range(len(many[0]))])
         folders.write_samples(folder / "evaluation" / side, images, *many, guidance=3.0, steps=8)
     result = folders.evaluate_samples(
-        folder / "evaluation/result", base_folder=folder / "evaluation/base", referee=referee()
+        folder / "evaluation/result", base_folder=folder / "evaluation/base", panel=referee()
     )
     result |= {"optimised": ["emoji-relative", "emoji"], "heldout": "emoji-heldout"}
     result["words"] = {"positive": ["3d"], "negative": ["flat", "outline"]}

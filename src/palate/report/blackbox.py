@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from markupsafe import Markup
-from PIL import Image
 
-from palate.optimize import exact_reward
 from palate.report.chart import Line, Mark, chart
 from palate.report.curves import read_metrics
 from palate.report.pictures import COLUMNS, picture
+from palate.rewards.oracles import exact_reward
 from palate.runtime.errors import InputError
+from palate.runtime.images import UNREADABLE, from_pixels, read_pixels
 
 
 def read_rounds(run_folder: Path) -> list[dict[str, Any]]:
@@ -98,12 +97,10 @@ def noiseless_scores(
         pixels = []
         for row in part:
             try:
-                with Image.open(run_folder / row["file"]) as image:
-                    pixels.append(np.asarray(image.convert("RGB")))
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                pixels.append(read_pixels(run_folder / row["file"]))
+            except UNREADABLE as error:
                 raise InputError(f"image {run_folder / row['file']} cannot be read ({error})") from error
-        images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
-        scores += reward(images, [row["prompt"] for row in part]).tolist()
+        scores += reward(from_pixels(pixels), [row["prompt"] for row in part]).tolist()
     return scores
 
 

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from palate.report.chart import Line, Mark, chart
 from palate.report.words import spell
 from palate.runtime.errors import InputError
+from palate.runtime.files import read_json_lines
 
 KEPT = ("concept", "background", "diversity", "saturation")  # shown as ratios to the base
 
@@ -21,16 +22,7 @@ def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
     path = run_folder / "metrics.jsonl"
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    lines = lines[:-1] if lines[-1] == "" else lines
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise InputError(f"{path} line {number} is not JSON: {line[:60]!r}") from error
-    return rows
+    return [row for _, row in read_json_lines(path, cut_short=True)]
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

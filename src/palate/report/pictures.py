@@ -13,6 +13,7 @@ from PIL import Image
 from palate.report.words import WordChange, words_at
 from palate.runs import check_same, read_index
 from palate.runtime.errors import InputError
+from palate.runtime.images import UNREADABLE, as_rgb
 
 COLUMNS, ROWS, PAIRS = 6, 12, 4  # previews across, pictures down, pairs of each kind
 LARGEST = 512  # pixels; larger pictures are embedded at this size
@@ -23,10 +24,10 @@ def picture(path: Path, largest: int = LARGEST) -> str:
     """A data URI of at most `largest` pixels a side: PNG up to CRISP, JPEG above. InputError names a broken file."""
     try:
         with Image.open(path) as stored:
-            image = stored.convert("RGB")
+            image = as_rgb(stored)
     except FileNotFoundError as error:
         raise InputError(f"image {path} is missing, though index.jsonl lists it; sample again") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise InputError(f"image {path} cannot be read ({error}); sample again") from error
     image.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     stream = io.BytesIO()

@@ -10,6 +10,7 @@ from palate.evaluate import read_index
 from palate.report.html import render, write_page
 from palate.report.pictures import picture
 from palate.runtime.errors import InputError
+from palate.runtime.images import UNREADABLE, as_rgb
 
 
 def write_sheet(folder: Path) -> tuple[Path, Path]:
@@ -52,6 +53,6 @@ def write_sheet(folder: Path) -> tuple[Path, Path]:
 def _open(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return as_rgb(image)
+    except UNREADABLE as error:
         raise InputError(f"image {path} cannot be read ({error}); sample again") from error
