@@ -155,6 +155,17 @@ class TwoTower(Protocol):
         """Features of B images and B prompts -> (B,)."""
 
 
+@runtime_checkable
+class HasFeatures(Protocol):
+    """A reward without gradient, with differentiable features of its images that a head can learn it on."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor: ...
+
+    @property
+    def features(self) -> Callable[[Tensor, Sequence[str]], Tensor]:
+        """Images (B, 3, H, W) and B prompts -> (B, F)."""
+
+
 # --------------------------------------------------------------------------------------------------------- algorithms
 
 

@@ -32,6 +32,9 @@ What the paper leaves open, and what is chosen here:
 - The normaliser of the pseudo-Huber distance is not detached, as the theorem has it.
 - Whether the paper's "7.5" is alpha_cfg or 1 + alpha_cfg is unknown; here it is what the formula above says.
 - gradient="total" adds d(y) itself: the derivative of E d along the samples too, not the paper's.
+- `head_questions` > 0 trains with a reward that can only be asked (Palate's, after TDM-R1, arXiv 2603.07700): between
+  assistant and generator a head is told the reward's answers about the newest images and fitted anew; r is what it
+  predicts, in standard deviations of the answers. A rank's head learns from its own images.
 - `reward_cap` bounds the reward's force by a multiple of the divergence's, a sample at a time (Palate's).
 """
 
@@ -46,8 +49,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from palate.core import Batch, Loss, Model, Random, Reward
+from palate.core import Batch, HasFeatures, Loss, Model, Random, Reward
 from palate.path import Prediction, add_noise
+from palate.rewards.learned import RewardHead
 from palate.runtime.errors import InputError
 from palate.sampling import FewStepGenerator, state_kind
 
@@ -90,6 +94,10 @@ class DistarSettings:
     t_assistant: tuple[float, float] = (0.02, 0.98)
     assistant_error: Literal["eps", "velocity", "x0"] = "eps"  # lambda(t): what its squared error is taken in
 
+    head_questions: int = 0  # images per step that a black-box reward is asked about; 0 = use the reward's gradient
+    head_memory: int = 512  # newest answers that the head is fitted to
+    head_first: int = 64  # answers before the head's gradient is used
+
     def __post_init__(self) -> None:
         for name in ("t_generator", "t_assistant"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -111,6 +119,11 @@ class DistarSettings:
             ("reward_cap: above 0, or null for none", self.reward_cap is not None and not self.reward_cap > 0),
             ("assistant_steps: at least 1", self.assistant_steps < 1),
             ("distil_steps and assistant_first: at least 0", min(self.distil_steps, self.assistant_first) < 0),
+            ("head_questions: at least 0", self.head_questions < 0),
+            (
+                "head_first and head_memory: 2 <= head_first <= head_memory",
+                not 2 <= self.head_first <= self.head_memory,
+            ),
         ):
             if wrong:
                 names = problem.split(":")[0].split(" and ")
@@ -119,7 +132,7 @@ class DistarSettings:
 
 
 class Distar:
-    """The algorithm object; its state is the two running means that tell the assistant's lag."""
+    """The algorithm object; its state is the two running means that tell the assistant's lag, and the head's memory."""
 
     trains = ("policy", "assistant")
 
@@ -128,12 +141,16 @@ class Distar:
         self.sampler = settings.generator  # how images are drawn from the policy; see `evaluate.generate`
         self.loss_mean = self.scale_mean = 0.0
         self.updates = 0
+        self.head = RewardHead(settings.head_memory) if settings.head_questions else None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"loss_mean": self.loss_mean, "scale_mean": self.scale_mean, "updates": self.updates}
+        state = {"loss_mean": self.loss_mean, "scale_mean": self.scale_mean, "updates": self.updates}
+        return state if self.head is None else state | {"head": self.head.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.loss_mean, self.scale_mean, self.updates = state["loss_mean"], state["scale_mean"], state["updates"]
+        if self.head is not None:
+            self.head.load_state_dict(state["head"])
 
     @property
     def lag(self) -> float:
@@ -197,13 +214,11 @@ class Distar:
         leaf = x0.detach().requires_grad_()
         loss, push, metrics = self._divergence(model, batch, rng, leaf)
         metrics["force_divergence"] = _norms(push).mean()
+        values = None
         if s.reward_scale and rng.step > s.distil_steps:
-            values = reward(model.decode(leaf), batch.prompts)
-            if not values.requires_grad:
-                raise InputError(
-                    "the reward is not differentiable (a black box such as jpeg_size), and Diff-Instruct* "
-                    "needs its gradient; use a differentiable one, or algorithm.reward_scale=0"
-                )
+            values, asked = self._reward(reward, model.decode(leaf), batch.prompts)
+            metrics |= asked
+        if values is not None:
             wanted = -s.reward_scale * values.mean()
             (pull,) = torch.autograd.grad(wanted, leaf)
             share = capped_share(pull, push, s.reward_cap)
@@ -212,6 +227,34 @@ class Distar:
         value = (push * x0).sum()
         value = value + (loss - value).detach()  # reads as the loss, differentiates as the forces
         return value, {name: metric.detach() for name, metric in metrics.items()}
+
+    def _reward(self, reward: Reward, images: Tensor, prompts: list[str]) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """Rewards (B,) with their gradient, None while the head has too few answers; and what was asked."""
+        if self.head is None:
+            values = reward(images, prompts)
+            if not values.requires_grad:
+                raise InputError(
+                    "the reward is not differentiable (a black box such as jpeg_size), and Diff-Instruct* "
+                    "needs its gradient; use a differentiable one, algorithm.head_questions (a head that learns it), "
+                    "or algorithm.reward_scale=0"
+                )
+            return values, {}
+        if not isinstance(reward, HasFeatures):
+            raise InputError(
+                "algorithm.head_questions needs features on which the head can learn the reward; give "
+                "palate.rewards.learned.BlackBox(reward, features)"
+            )
+        features = reward.features(images, prompts)
+        now = slice(0, self.settings.head_questions)
+        answers = reward(images.detach()[now], prompts[now]).detach()
+        self.head.tell(features[now], answers)
+        fit = self.head.fit
+        metrics = {
+            "answer": answers.double().mean(),
+            "head_answers": torch.tensor(float(len(self.head))),
+            "head_explained": torch.tensor(0.0 if fit is None else fit.explained),
+        }
+        return (self.head(features) if len(self.head) >= self.settings.head_first else None), metrics
 
     def _divergence(
         self, model: Model, batch: Batch, rng: Random, leaf: Tensor
