@@ -3,17 +3,20 @@
     python tools/pool.py --chunks 30
     python tools/train_base.py [--minutes 120] [--vae .cache/autoencoder/vae] [--init src/palate/assets/emoji]
 
-UNet2DConditionModel 64/160 with a CLIPTextModel and a word-level tokenizer, all trained together. Latents of the pool
-are made once. State is saved every five minutes; the same command resumes, and --minutes counts in all.
+UNet2DConditionModel 64/160, two transformer blocks at each place of attention, with a CLIPTextModel and a word-level
+tokenizer, all trained together. Latents of the pool are made once. State is saved every five minutes; the same command
+resumes, and --minutes counts in all.
 
---init FOLDER begins with that model's weights. It may know fewer words, read shorter captions and have fewer latent
-channels, if the autoencoder's first channels are its own (`train_autoencoder.py --anchor`): what it lacks begins anew.
+--init FOLDER begins with that model's weights. It may know fewer words, read shorter captions, have fewer transformer
+blocks, and fewer latent channels if the autoencoder's first channels are its own (`train_autoencoder.py --anchor`):
+what it lacks begins anew, new blocks without effect.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -62,6 +65,7 @@ def build_unet(channels: int) -> UNet2DConditionModel:
         cross_attention_dim=128,
         attention_head_dim=4,
         norm_num_groups=16,
+        transformer_layers_per_block=2,
         addition_embed_type="text",
         addition_embed_type_num_heads=4,
     )
@@ -74,6 +78,9 @@ def begin_with(networks: torch.nn.ModuleDict, tokenizer: PreTrainedTokenizerFast
     """
     old = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
     own = networks["unet"].state_dict()
+    for name in own.keys() - old.keys():  # a block adds to what comes in; its last layers add nothing at first
+        if re.search(r"(to_out\.0|ff\.net\.2)\.(weight|bias)$", name):
+            own[name].zero_()
     for name, value in old.items():
         if name == "conv_in.weight":
             own[name].zero_()

@@ -1,0 +1,45 @@
+#!/bin/bash
+# Everything that ships, from the drawings to the figures, on a stage of its own; then, by hand, `tools/stage.py --take`.
+#
+#     tools/train_all.sh [WORK] [SCALE]
+#
+# WORK (.cache) keeps every state: the same command goes on where it stopped. SCALE multiplies the minutes, which are for
+# two quiet cores: 1 takes about ten hours; where an accelerator makes a minute worth more, less will do.
+set -e
+cd "$(dirname "$0")/.."
+work=$(realpath -m "${1:-.cache}") scale=${2:-1}
+minutes() { python -c "import sys; print(float(sys.argv[1]) * float(sys.argv[2]))" "$1" "$scale"; }
+
+python tools/stage.py "$work/stage"
+export PYTHONPATH=$work/stage
+mkdir -p "$work/log" "$work/shipped"
+[ -d "$work/shipped/emoji" ] || cp -r src/palate/assets/emoji "$work/shipped/" # what the new model begins with
+assets=$work/stage/palate/assets pool=$work/pool vae=$work/autoencoder/vae
+judges=(--pool "$pool" --vae "$vae" --work "$work/rewards")
+run() { echo "$(date +%H:%M) $*"; python "$@"; }
+
+{
+    [ -f "$assets/atlas/vocabulary.json" ] || run tools/build_atlas.py --packages "$work/packages"
+    run tools/build_prompts.py
+    run tools/pool.py --chunks 40 --pool "$pool"
+    run tools/train_autoencoder.py --minutes "$(minutes 90)" --anchor "$work/shipped/emoji/vae" --pool "$pool" \
+        --work "$work/autoencoder"
+    run tools/train_detector.py --minutes "$(minutes 25)" "${judges[@]}"
+    run tools/train_rewards.py judge --minutes "$(minutes 25)" --seed 3 --lr 3e-3 "${judges[@]}"
+    run tools/train_rewards.py emoji --minutes "$(minutes 40)" --batch 80 "${judges[@]}"
+    run tools/train_rewards.py heldout --minutes "$(minutes 40)" --batch 80 --seed 2 --lr 2e-3 "${judges[@]}"
+    run tools/train_base.py --minutes "$(minutes 300)" --pool "$pool" --vae "$vae" --init "$work/shipped/emoji" \
+        --work "$work/base"
+    rm -rf "$assets/emoji" && cp -r "$work/base/model" "$assets/emoji"
+    for round in 1 2; do # the second against the reward that the first made
+        negatives=$work/rewards/negatives-$round.safetensors
+        [ -f "$negatives" ] || run tools/build_negatives.py --steps 24 --samples 128 --seed $((4 + round)) --out "$negatives"
+        run tools/train_rewards.py emoji --negatives "$negatives" --init "$assets/reward-emoji" --lr 5e-4 --batch 80 \
+            --minutes "$(minutes 12)" --pool "$pool" --vae "$vae" --work "$work/rewards/round-$round"
+    done
+    run tools/train_consistency.py --minutes "$(minutes 12)" --lr 1.5e-3 --batch 16 --work "$assets/emoji-consistency"
+    run -m palate train distar-emoji run.folder="$work/runs/one-step"
+    run -m palate export "$work/runs/one-step" --format one-step
+    run tools/ship_generator.py "$work/runs/one-step/export/one-step" --out "$assets/emoji-1step"
+    run tools/evaluate_assets.py --grids "$work/evaluation"
+} 2>&1 | tee -a "$work/log/all.log"
