@@ -73,6 +73,7 @@ class Vote:
 
     def to_json(self) -> dict[str, Any]:
         tree = {key: value for key, value in asdict(self).items() if value is not None and value != ""}
+        tree["prompt"] = self.prompt
         for side in ("left", "right"):
             tree[side] = {key: value for key, value in tree[side].items() if value is not None and value != ""}
         return tree

@@ -1,0 +1,169 @@
+"""taste/learner.py: closed forms, symmetries, a reference posterior by quadrature, BALD, raters."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy.optimize import brentq
+
+from palate.runtime.errors import InputError
+from palate.taste.card import accuracy, agreement, calibration_error, verdict, wilson
+from palate.taste.learner import PRIORS, entropy, fit, leave_one_out, logistic, rater_qualities
+
+
+@pytest.mark.parametrize(
+    ("a", "f", "variance", "evidence"), [(1, 0.401058, 0.806315, -0.700655), (4, 1.042597, 2.258809, -0.723587)]
+)
+def test_one_vote_has_its_closed_form(a, f, variance, evidence):
+    found = fit(np.ones((1, 1)), np.array([1.0]), priors=[a])
+    assert found.latent[0] == pytest.approx(f, abs=1e-6)
+    assert found.covariance[0, 0] == pytest.approx(variance, abs=1e-6)
+    assert found.log_evidence == pytest.approx(evidence, abs=1e-6)
+    root = brentq(lambda x: x - a / (1 + math.exp(x)), 0, 10)  # the mode: f = a s(-f)
+    assert found.latent[0] == pytest.approx(root, abs=1e-9)
+
+
+def test_a_tie_moves_nothing_but_the_certainty():
+    found = fit(np.ones((1, 1)), np.array([0.5]), priors=[1])
+    assert (found.latent[0], found.covariance[0, 0]) == pytest.approx((0.0, 0.8))
+    assert found.log_evidence == pytest.approx(-0.804719, abs=1e-6)
+
+
+def votes():
+    rng = np.random.default_rng(0)
+    x, w = rng.normal(size=(400, 24)), rng.normal(size=24)
+    u = x @ w
+    i, j = rng.integers(0, 400, (2, 40))
+    y = (rng.random(40) < logistic((u[i] - u[j]) / 2)).astype(float)
+    return x[i] - x[j], y
+
+
+def test_forty_votes_have_the_recorded_evidence_and_posterior():
+    d, y = votes()
+    recorded = (-26.8884, -27.8304, -30.2866, -33.3431, -36.5611)
+    assert [fit(d, y, priors=[a]).log_evidence for a in PRIORS] == pytest.approx(recorded, abs=1e-4)
+    found = fit(d, y)
+    assert found.prior == 1.0
+    assert np.linalg.norm(found.mean) == pytest.approx(0.519851, abs=1e-6)
+    assert np.trace(found.covariance) == pytest.approx(0.642190, abs=1e-6)
+
+
+def test_the_mean_is_the_mode_and_the_covariance_its_inverse_curvature():
+    d, y = votes()
+    a, found = 3.0, fit(*votes(), priors=[3.0])
+    p = logistic(d @ found.mean)
+    gradient = d.T @ (y - p) - found.mean * d.shape[1] / a
+    assert np.abs(gradient).max() < 1e-6
+    hessian = d.T @ ((p * (1 - p))[:, None] * d) + np.eye(24) * 24 / a
+    assert np.abs(found.covariance @ hessian - np.eye(24)).max() < 1e-8
+
+
+def test_exchanging_sides_changes_nothing_and_a_weight_of_two_is_two_votes():
+    d, y = votes()
+    plain, turned = fit(d, y), fit(-d, 1 - y)
+    assert np.allclose(plain.mean, turned.mean, atol=1e-9) and plain.log_evidence == pytest.approx(turned.log_evidence)
+    double = fit(np.concatenate([d, d[:5]]), np.concatenate([y, y[:5]]), priors=[1.0])
+    weighted = fit(d, y, np.array([2.0] * 5 + [1.0] * 35), priors=[1.0])
+    assert np.allclose(double.mean, weighted.mean, atol=1e-9)
+
+
+def test_whoever_always_says_left_has_a_side_and_no_taste():
+    d, _ = votes()
+    found = fit(d, np.ones(40), side_std=3.0, priors=[1.0])
+    plain = fit(d, np.ones(40), priors=[1.0])
+    assert found.side > 2.0 and np.linalg.norm(found.mean) < 0.75 * np.linalg.norm(plain.mean)
+
+
+def test_probability_integrates_the_weights_out():
+    """Against Gauss-Hermite quadrature of E s(m + sqrt(v) g); MacKay's formula is within .01 of it."""
+    d, y = votes()
+    found = fit(d, y)
+    m, v = found.difference(d)
+    points, weights = np.polynomial.hermite_e.hermegauss(60)
+    exact = logistic(m[:, None] + np.sqrt(v)[:, None] * points) @ (weights / weights.sum())
+    assert np.abs(found.probability(d) - exact).max() < 0.01
+
+
+def test_information_is_what_an_answer_is_expected_to_tell():
+    """The entropy of the answer minus its expected entropy, by a fine quadrature; 0 for a pair of one picture."""
+    d, y = votes()
+    found = fit(d, y)
+    m, v = found.difference(d[:6])
+    g, weights = np.polynomial.hermite_e.hermegauss(80)
+    weights = weights / weights.sum()
+    p = logistic(m[:, None] + np.sqrt(v)[:, None] * g)
+    assert found.information(d[:6]) == pytest.approx(entropy(p @ weights) - entropy(p) @ weights, abs=1e-5)
+    assert found.information(np.zeros((1, 24)))[0] == pytest.approx(0.0, abs=1e-12)
+    assert (found.information(d) > 0).all()
+
+
+def test_leave_one_out_is_a_refit_without_the_vote():
+    d, y = votes()
+    found = leave_one_out(d, y)
+    rest = np.arange(40) != 7
+    assert found[7] == pytest.approx(fit(d[rest], y[rest], priors=[fit(d, y).prior]).probability(d[7:8])[0])
+
+
+def test_a_rater_at_random_has_less_quality_than_a_careful_one():
+    rng = np.random.default_rng(1)
+    x, w = rng.normal(size=(300, 8)), rng.normal(size=8) * 2
+    i, j = rng.integers(0, 300, (2, 80))
+    d = x[i] - x[j]
+    careful = (d @ w > 0).astype(float)
+    y = np.where(np.arange(80) < 40, careful, rng.integers(0, 2, 80))
+    quality = rater_qualities(d, y, ["careful"] * 40 + ["coin"] * 40)
+    assert quality["careful"] == 1.0 and quality["coin"] <= 0.25
+    assert rater_qualities(d, y, ["one"] * 80) == {"one": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("d", "y"),
+    [(np.ones((2, 3)), np.ones(3)), (np.full((1, 2), np.nan), np.ones(1)), (np.ones((1, 2)), np.array([2.0]))],
+)
+def test_votes_that_make_no_sense_are_refused(d, y):
+    with pytest.raises(InputError):
+        fit(d, y)
+
+
+def test_no_votes_are_the_prior():
+    found = fit(np.zeros((0, 3)), np.zeros(0), priors=[6.0])
+    assert np.allclose(found.covariance, 2 * np.eye(3)) and not found.mean.any()
+
+
+# ------------------------------------------------------------------------------------------------- what is said of it
+
+
+def test_accuracy_counts_choices_and_leaves_ties_out():
+    found = accuracy(np.array([0.9, 0.2, 0.5, 0.7, 0.6]), np.array([1.0, 0.0, 1.0, 0.0, 0.5]))
+    assert found["of"] == 4 and found["accuracy"] == pytest.approx((1 + 1 + 0.5 + 0) / 4)
+    assert (found["low"], found["high"]) == pytest.approx(wilson(2.5, 4))
+    assert accuracy(np.array([0.9]), np.array([0.5]))["accuracy"] is None
+
+
+def test_wilson_is_the_score_interval():
+    """It inverts the score test: at each end |share - end| = z sqrt(end (1 - end) / n)."""
+    low, high = wilson(7, 10)
+    for end in (low, high):
+        assert abs(0.7 - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / 10), abs=1e-6)
+    assert wilson(0, 3)[0] == 0.0 and wilson(3, 3)[1] == 1.0
+
+
+def test_calibration_error_is_the_gap_between_confidence_and_truth():
+    p, y = np.full(10, 0.8), np.array([1.0] * 6 + [0.0] * 4)
+    assert calibration_error(p, y) == pytest.approx(0.2)
+    assert calibration_error(1 - p, 1 - y) == pytest.approx(0.2)
+
+
+def test_agreement_compares_pairs_with_their_sides_exchanged():
+    outcomes = [1.0, 0.0, 1.0, 1.0, 0.5, 0.5, 1.0, 0.5]
+    assert agreement(outcomes, [(0, 1), (2, 3), (4, 5), (6, 7)])["agreement"] == pytest.approx((1 + 0 + 1 + 0.5) / 4)
+    assert agreement(outcomes, [(2, 3)] * 5)["disagree"] and not agreement(outcomes, [(2, 3)] * 4)["disagree"]
+
+
+def test_no_percentage_before_the_first_taste_and_a_warning_at_chance():
+    good = {"accuracy": 0.74, "low": 0.58, "high": 0.86, "of": 35}
+    assert "%" not in verdict(good, 19)
+    assert verdict(good, 40) == "Your choices are predicted in 74 % (58 to 86) of cases."
+    assert "no taste is learnt" in verdict(good | {"accuracy": 0.6}, 40)

@@ -1,0 +1,220 @@
+"""taste/taste.py, reward.py, words.py, ask.py: what is learned is what was liked, and the reward says it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from palate import Taste, fit_taste
+from palate.models.vocabulary import vocabulary
+from palate.rewards.combine import score_pair
+from palate.runtime.errors import InputError
+from palate.taste.ask import next_pair, telling_pairs
+from palate.taste.features import COLOUR_COLUMNS
+from palate.taste.taste import Choice, load_objective, mixed
+from palate.taste.words import offered, with_words, word_gains
+
+G = torch.Generator().manual_seed(5)
+PICTURES = (torch.rand(60, 3, 8, 8, generator=G) * 0.5 + torch.rand(60, 3, 1, 1, generator=G) * 0.5).clamp(0, 1)
+PROMPT = vocabulary().concepts[0]
+
+
+class Tower:
+    """Two towers that run fast: mean colour against the length of the prompt."""
+
+    runs = 0
+
+    def image_features(self, images):
+        Tower.runs += 1
+        return images.mean((2, 3))
+
+    def score(self, features, prompts):
+        return features[:, 1] * torch.tensor([float(len(prompt)) for prompt in prompts])
+
+    def __call__(self, images, prompts):
+        return self.score(self.image_features(images), prompts)
+
+
+def warmth(images):
+    return (images[:, 0] - images[:, 2]).mean((1, 2))
+
+
+def choices(liked=warmth, count=40, seed=0):
+    rng, values = np.random.default_rng(seed), liked(PICTURES)
+    found = []
+    for _ in range(count):
+        i, j = rng.choice(60, 2, replace=False)
+        found.append(Choice(PROMPT, PICTURES[i], PICTURES[j], "left" if values[i] > values[j] else "right"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def taste():
+    return fit_taste(choices(), base=Tower(), source="clip-score", blocks=["colour"])
+
+
+def test_unseen_pairs_are_ordered_as_the_voter_would(taste):
+    rng, values = np.random.default_rng(9), warmth(PICTURES)
+    pairs = [rng.choice(60, 2, replace=False) for _ in range(100)]
+    p = taste.predict([(PICTURES[i], PICTURES[j], PROMPT) for i, j in pairs])
+    right = [(values[i] > values[j]) == (q > 0.5) for (i, j), q in zip(pairs, p, strict=True)]
+    assert np.mean(right) >= 0.85
+    turned = taste.predict([(PICTURES[j], PICTURES[i], PROMPT) for i, j in pairs])
+    assert p + turned == pytest.approx(np.ones(100), abs=1e-9)
+
+
+def test_the_card_names_what_was_liked_and_how_well_it_is_known(taste):
+    assert taste.learnt and taste.card["accuracy"] > 0.8 and taste.card["of"] == 40
+    assert "warm colours" in taste.card["words"]["wanted"]
+    assert "blue light" in taste.card["words"]["unwanted"]
+
+
+def test_forms_of_pictures_say_the_same(taste, tmp_path):
+    array = (PICTURES[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    Image.fromarray(array).save(tmp_path / "a.png")
+    exact = torch.from_numpy(array).permute(2, 0, 1).float() / 255
+    forms = [exact, Image.fromarray(array), tmp_path / "a.png", str(tmp_path / "a.png")]
+    p = [taste.predict([{"left": form, "right": PICTURES[1], "prompt": PROMPT}])[0] for form in forms]
+    assert p == pytest.approx([p[0]] * 4, abs=1e-9)
+
+
+def test_a_saved_taste_is_the_same_taste(taste, tmp_path):
+    taste.save(tmp_path / "t")
+    again = Taste.load(tmp_path / "t", base=Tower())
+    pairs = [(PICTURES[0], PICTURES[1], PROMPT), (PICTURES[2], PICTURES[3], PROMPT)]
+    assert again.predict(pairs) == pytest.approx(taste.predict(pairs), abs=1e-12)
+    assert torch.allclose(again.reward(PICTURES[:4], [PROMPT] * 4), taste.reward(PICTURES[:4], [PROMPT] * 4), atol=1e-5)
+    assert again.card == taste.card
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "columns"])
+def test_a_damaged_or_foreign_taste_is_refused(taste, tmp_path, monkeypatch, damage):
+    path = taste.save(tmp_path / "t") / "taste.safetensors"
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-20])
+    elif damage == "missing":
+        path.unlink()
+    else:
+        monkeypatch.setattr("palate.taste.features.COLOUR_COLUMNS", ("another", *COLOUR_COLUMNS[1:]))
+    with pytest.raises(InputError, match="taste"):
+        Taste.load(tmp_path / "t", base=Tower())
+
+
+def test_reward_is_the_utility_in_standard_deviations_plus_the_absolute_reward(taste):
+    prompts = [PROMPT] * 60
+    plain = taste.objective(absolute=0.0)(PICTURES, prompts)
+    assert torch.allclose(plain, taste.utility(PICTURES, prompts), atol=1e-6)
+    pool = torch.cat([torch.stack([c.left, c.right]) for c in choices()])
+    assert float(taste.utility(pool, [PROMPT] * 80).std(correction=0)) == pytest.approx(1.0, abs=1e-5)
+    both = taste.objective(absolute=3.0)(PICTURES, prompts)
+    assert torch.allclose(both - plain, 3.0 * Tower()(PICTURES, prompts), atol=1e-4)
+    assert torch.allclose(taste.reward(PICTURES, prompts) - plain, 4.0 * Tower()(PICTURES, prompts), atol=1e-4)
+
+
+def test_the_reward_does_not_change_with_the_scale_of_the_votes(taste):
+    """Twice the weights (as many more votes would give) are the same reward: that is what the division by q is for."""
+    bigger = Taste(taste.features, taste.scaling, taste.posterior._replace(mean=2 * taste.posterior.mean), taste.base)
+    prompts = [PROMPT] * 5
+    assert torch.allclose(bigger.reward(PICTURES[:5], prompts), taste.reward(PICTURES[:5], prompts), atol=1e-5)
+
+
+def test_the_lower_bound_lies_below_by_the_posterior_deviation(taste):
+    prompts, objective = [PROMPT] * 6, taste.objective(absolute=0.0)
+    z = torch.from_numpy(taste.rows(PICTURES[:6], prompts))
+    deviation = torch.einsum("bi,ij,bj->b", z, torch.from_numpy(taste.posterior.covariance), z).sqrt() / objective.q
+    gap = objective(PICTURES[:6], prompts) - taste.objective(absolute=0.0, confidence=2.0)(PICTURES[:6], prompts)
+    assert torch.allclose(gap.double(), 2 * deviation, atol=1e-4)
+
+
+def test_the_gradient_leads_to_what_is_liked_and_the_tower_runs_once_for_two_prompts(taste):
+    images = PICTURES[:4].clone().requires_grad_()
+    taste.objective(absolute=0.0)(images, [PROMPT] * 4).sum().backward()
+    better = (images.detach() + 0.2 * images.grad / images.grad.abs().amax()).clamp(0, 1)
+    assert (warmth(better) > warmth(images.detach())).all()
+    before = Tower.runs
+    first, second = score_pair(taste.objective(), PICTURES[:4], ["x"] * 4, ["xyz"] * 4)
+    assert Tower.runs == before + 1
+    assert torch.allclose(second - first, 4.0 * 2.0 * PICTURES[:4].mean((2, 3))[:, 1], atol=1e-4)
+
+
+def test_tastes_add_up_in_their_own_standard_deviations(taste, tmp_path):
+    other = fit_taste(
+        choices(lambda x: x.mean((1, 2, 3)), seed=3), base=Tower(), source="clip-score", blocks=["colour"]
+    )
+    sum_of = mixed([(0.7, taste), (0.3, other)])
+    prompts = [PROMPT] * 60
+    parts = [t.scaling.std(torch.from_numpy(t.posterior.mean)) for t in (taste, other)]
+    z = torch.from_numpy(taste.rows(PICTURES, prompts))
+    factor = other.scaling.gain / taste.scaling.gain
+    own = torch.from_numpy(other.posterior.mean) * factor
+    expected = 0.7 * z @ torch.from_numpy(taste.posterior.mean) / parts[0] + 0.3 * z @ own / taste.scaling.std(own)
+    got = z @ torch.from_numpy(sum_of.posterior.mean)
+    assert torch.allclose(got, expected, atol=1e-8)
+
+
+def test_raters_have_a_quality_each():
+    rng = np.random.default_rng(0)
+    good = [choice._replace(rater="ann") for choice in choices(count=40)]
+    coin = [
+        choice._replace(rater="bob", choice=str(rng.choice(["left", "right"]))) for choice in choices(count=40, seed=2)
+    ]
+    found = fit_taste([*good, *coin], base=Tower(), source="clip-score", blocks=["colour"])
+    assert found.card["raters"]["ann"] == 1.0 and found.card["raters"]["bob"] < 0.6
+
+
+def test_votes_of_nothing_are_refused(tmp_path):
+    with pytest.raises(InputError, match="votes"):
+        fit_taste([], base=Tower(), source="clip-score")
+    with pytest.raises(InputError, match="does not exist"):
+        fit_taste(tmp_path / "none")
+    with pytest.raises(InputError, match="choice"):
+        fit_taste([{"left": PICTURES[0], "right": PICTURES[1], "choice": "up"}], base=Tower(), source="clip-score")
+    with pytest.raises(InputError, match=r"reward\.source\.taste"):
+        load_objective(None)
+
+
+# -------------------------------------------------------------------------------------------------------- words, pairs
+
+
+def test_a_word_that_the_taste_has_is_offered_and_put_into_a_prompt():
+    vocab = vocabulary()
+    colour, style = next(iter(vocab.colours)), vocab.styles[0]
+    concept = vocab.concepts[0]
+    prompts = [concept] * 6 + [f"{concept} on a {colour} background"] * 6 + [f"{style} {concept}"] * 2
+    utilities = np.array([0.0] * 6 + [2.0] * 6 + [0.0] * 2)
+    gains = word_gains(utilities, prompts, 1.0)
+    assert [(g.word, g.kind, g.gain, g.pictures) for g in gains] == [(colour, "background", 2.0, 6)]
+    assert all(g.word != style for g in gains)  # two pictures are too few
+    assert [w.word for w in offered(gains)] == [colour]
+    text = with_words(f"a {concept}", [f"{colour} background", style])
+    assert text == f"{style} {concept} on a {colour} background"
+    other = list(vocab.colours)[3]
+    assert with_words(text, [other]).split().count(other) == 1 and colour not in with_words(text, [other]).split()
+    with pytest.raises(InputError, match="no word of style"):
+        with_words(f"a {concept}", [vocab.concepts[1]])
+
+
+def test_the_next_pair_is_of_one_prompt_new_and_the_most_telling_of_its_candidates(taste):
+    rng = np.random.default_rng(0)
+    z = taste.rows(PICTURES, [PROMPT] * 60)
+    groups = ["a"] * 30 + ["b"] * 30
+    for _ in range(5):
+        i, j = next_pair(taste.posterior, z, groups, set(), rng)
+        assert groups[i] == groups[j] and i != j
+        nats = taste.posterior.information(z[[i]] - z[[j]])[0]
+        others = [rng.choice(30, 2, replace=False) for _ in range(50)]
+        typical = np.median([taste.posterior.information(z[[a]] - z[[b]])[0] for a, b in others])
+        assert nats > typical
+    shown = {frozenset((0, 1)), frozenset((0, 2))}
+    assert next_pair(None, z[:3], ["a"] * 3, shown, rng) in ((1, 2), (2, 1))
+    assert next_pair(None, z[:3], ["a"] * 3, shown | {frozenset((1, 2))}, rng) is None
+    assert 7 in next_pair(taste.posterior, z, groups, set(), rng, champion=7)
+
+
+def test_pairs_asked_together_use_each_picture_once(taste):
+    z = taste.rows(PICTURES[:20], [PROMPT] * 20)
+    found = telling_pairs(taste.posterior, z, ["a"] * 20, 8, np.random.default_rng(0))
+    rows = [row for i, j, _ in found for row in (i, j)]
+    assert len(found) == 8 and len(set(rows)) == 16

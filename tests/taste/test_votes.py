@@ -1,0 +1,181 @@
+"""taste/votes.py and readers.py: nothing is lost, every form is read, what is wrong is named."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import signal
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from palate.data import preference_pairs
+from palate.runtime.errors import CheckpointError, InputError
+from palate.taste.readers import export_votes, import_votes
+from palate.taste.votes import Picture, Vote, VoteStore
+
+
+def png(shade: int, size: int = 8) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(np.full((size, size, 3), shade, np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def store_with(path, count=3):
+    store = VoteStore(path)
+    for i in range(count):
+        left, right = (Picture(store.keep(png(10 * i + k)), "a fox", seed=i, steps=0) for k in (1, 2))
+        store.append(Vote("fox", left, right, "left" if i % 2 else "tie", id=f"v{i}", ms=i))
+    return store
+
+
+def test_what_is_read_is_what_was_written(tmp_path):
+    store = store_with(tmp_path)
+    votes = store.read()
+    assert [(v.id, v.choice, v.ms, v.left.seed, v.left.steps) for v in votes] == [
+        ("v0", "tie", 0, 0, 0), ("v1", "left", 1, 1, 0), ("v2", "tie", 2, 2, 0)]  # fmt: skip
+    assert store.path_of(votes[1].right).read_bytes() == png(12)
+
+
+def test_undo_is_a_line_and_takes_back_the_newest_in_force(tmp_path):
+    store = store_with(tmp_path)
+    before = store.file.read_bytes()
+    assert store.undo().id == "v2" and store.undo().id == "v1"
+    assert store.file.read_bytes().startswith(before)
+    assert [v.id for v in store.read()] == ["v0"]
+    store.undo()
+    assert store.undo() is None
+
+
+@pytest.mark.parametrize("cut", [1, 7, 40])
+def test_a_file_cut_in_the_middle_of_a_vote_loses_that_vote_alone(tmp_path, cut):
+    store = store_with(tmp_path)
+    content = store.file.read_bytes()
+    store.file.write_bytes(content[:-cut])
+    assert [v.id for v in store.read()] == ["v0", "v1", "v2"][: 3 if cut == 1 else 2]
+    store.append(Vote("fox", store.read()[0].left, store.read()[0].right, "right", id="new"))
+    assert [v.id for v in store.read()][-1] == "new" and len(store.read()) >= 3
+
+
+def test_a_row_that_is_no_vote_is_named_with_its_line(tmp_path):
+    store = store_with(tmp_path)
+    with open(store.file, "a") as file:
+        file.write('{"prompt": "x", "choice": "left", "left": {"file": "../../etc/passwd"}, "right": {}}\n')
+    with pytest.raises(InputError, match=r"votes\.jsonl line 4"):
+        store.read()
+
+
+def test_a_full_disk_is_said_and_the_votes_before_stay(tmp_path):
+    store = store_with(tmp_path)
+    vote, before = store.read()[0], store.file.read_bytes()
+    size = store.file.stat().st_size
+    child = os.fork()
+    if child == 0:  # a limit on the size of files, in a process of its own
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, size + 20))
+        try:
+            store.append(vote)
+        except CheckpointError as error:
+            os._exit(0 if "cannot write" in str(error) else 2)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert store.file.read_bytes() == before and len(store.read()) == 3
+
+
+def test_pictures_that_are_gone_are_counted_not_fatal(tmp_path):
+    store = store_with(tmp_path)
+    store.path_of(store.read()[0].left).unlink()
+    there, gone = store.with_pictures()
+    assert (len(there), gone) == (2, 1)
+    with pytest.raises(InputError, match="is gone"):
+        store.path_of(store.read()[0].left)
+
+
+@pytest.mark.parametrize("content", [b"", b"GIF89a", png(3)[:-30], b"<svg/>"], ids=["empty", "gif", "cut", "svg"])
+def test_only_whole_pictures_are_kept(tmp_path, content):
+    with pytest.raises(InputError):
+        VoteStore(tmp_path).keep(content)
+    assert not (tmp_path / "pictures").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------- readers
+
+
+def folders(root, **sides):
+    for name, shades in sides.items():
+        (root / name).mkdir(parents=True)
+        for stem, shade in shades.items():
+            (root / name / f"{stem}.png").write_bytes(png(shade))
+
+
+def chosen(store):
+    """The bytes of the preferred and of the other picture of each vote."""
+    found = []
+    for vote in store.read():
+        pair = [vote.left, vote.right] if vote.choice == "left" else [vote.right, vote.left]
+        found.append(tuple(store.path_of(picture).read_bytes() for picture in pair))
+    return found
+
+
+def test_win_and_lose_pair_by_name_on_either_side(tmp_path):
+    folders(tmp_path / "in", win={"a": 1, "b": 2}, lose={"a": 3, "b": 4})
+    store = VoteStore(tmp_path / "votes")
+    assert import_votes(tmp_path / "in", store, prompt="a fox") == 2
+    assert chosen(store) == [(png(1), png(3)), (png(2), png(4))]
+    assert {vote.choice for vote in store.read()} == {"left", "right"}
+    assert import_votes(tmp_path / "in", store, prompt="a fox") == 0  # the same again is nothing new
+
+
+def test_ranked_folders_are_votes_between_neighbours(tmp_path):
+    folders(tmp_path / "in", **{"1": {"x": 1}, "2": {"y": 2}, "10": {"z": 3}})
+    store = VoteStore(tmp_path / "votes")
+    import_votes(tmp_path / "in", store)
+    assert chosen(store) == [(png(1), png(2)), (png(2), png(3))]
+
+
+def test_plain_json_and_a_path_that_leaves_its_folder(tmp_path):
+    folders(tmp_path / "in", pics={"a": 1, "b": 2})
+    row = {"prompt": "a fox", "left": "pics/a.png", "right": "pics/b.png", "choice": "right", "rater": "r1"}
+    (tmp_path / "in" / "v.json").write_text(json.dumps([row, row | {"choice": "neither"}]))
+    store = VoteStore(tmp_path / "votes")
+    assert import_votes(tmp_path / "in" / "v.json", store) == 2
+    assert [(v.choice, v.rater) for v in store.read()] == [("right", "r1"), ("both-bad", "r1")]
+    (tmp_path / "in" / "v.json").write_text(json.dumps([row | {"left": "../../secret.png"}]))
+    with pytest.raises(InputError, match="leaves the folder"):
+        import_votes(tmp_path / "in" / "v.json", store)
+
+
+def test_export_as_hpdv2_is_read_back_by_dpo_and_by_import(tmp_path):
+    store = store_with(tmp_path / "votes")
+    assert export_votes(store, tmp_path / "out") == 3
+    pairs = list(preference_pairs(str(tmp_path / "out" / "train.json")))
+    assert [pair.preference for pair in pairs] == [0.5, 1.0, 0.5]
+    again = VoteStore(tmp_path / "again")
+    assert import_votes(tmp_path / "out" / "train.json", again) == 3
+    assert [v.choice for v in again.read()] == ["tie", "left", "tie"]
+
+
+def test_a_blind_study_is_read_through_its_key(tmp_path):
+    folders(tmp_path / "runs", a={"0": 1}, b={"0": 2})
+    pair = {"pair": 0, "left": "b", "prompt": "a fox", "seed": 3, "files": {"a": "0.png", "b": "0.png"}}
+    places = {side: str(tmp_path / "runs" / side) for side in "ab"}
+    key = {"study": "s1", "runs": {"a": "run-a", "b": "run-b"}, "folders": places, "pairs": [pair]}
+    (tmp_path / "study-key.json").write_text(json.dumps(key))
+    choices = tmp_path / "choices.jsonl"
+    choices.write_text(json.dumps({"study": "s1", "session": "me", "pair": 0, "choice": "right"}) + "\n")
+    store = VoteStore(tmp_path / "votes")
+    assert import_votes(choices, store) == 1
+    assert chosen(store) == [(png(1), png(2))]  # left was run b, and right won: run a
+    vote = store.read()[0]
+    assert (vote.right.run, vote.right.seed, vote.session) == ("run-a", 3, "me")
+
+
+@pytest.mark.parametrize("name", ["missing", "empty"])
+def test_what_is_no_source_of_votes_is_said(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="win"):
+        import_votes(tmp_path / name, VoteStore(tmp_path / "votes"))
+    assert not (tmp_path / "votes").exists()
