@@ -55,6 +55,7 @@ class Direct:
     """The algorithm object; its only state is the control words in force. `sampler` is how images are drawn."""
 
     trains = ("policy",)
+    needs_reward_gradient = True
 
     def __init__(self, settings: DirectSettings):
         self.settings, self.sampler = settings, settings.generator

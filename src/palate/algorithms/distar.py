@@ -135,6 +135,7 @@ class Distar:
     """The algorithm object; its state is the two running means that tell the assistant's lag, and the head's memory."""
 
     trains = ("policy", "assistant")
+    needs_reward_gradient = True
 
     def __init__(self, settings: DistarSettings):
         self.settings = settings

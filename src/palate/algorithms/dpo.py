@@ -118,6 +118,7 @@ class DPO:
     """Its state is the moving reference, once the policy has become one."""
 
     trains = ("policy",)
+    reads_pairs = True
 
     def __init__(self, settings: DPOSettings):
         self.settings = settings

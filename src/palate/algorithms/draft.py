@@ -49,6 +49,7 @@ class DRaFTSettings:
 
 class DRaFT:
     trains = ("policy",)
+    needs_reward_gradient = True
 
     def __init__(self, settings: DRaFTSettings):
         self.settings = settings

@@ -60,6 +60,7 @@ class ReFLSettings:
 
 class ReFL:
     trains = ("policy",)
+    needs_reward_gradient = True
 
     def __init__(self, settings: ReFLSettings):
         self.settings = settings

@@ -130,6 +130,7 @@ class SQDF:
     """The algorithm object; its state is the replay buffer."""
 
     trains = ("policy",)
+    needs_reward_gradient = True
 
     def __init__(self, settings: SQDFSettings):
         self.settings = settings

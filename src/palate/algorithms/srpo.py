@@ -137,6 +137,7 @@ class SRPO:
     """The algorithm object; its only state is the control words in force."""
 
     trains = ("policy",)
+    needs_reward_gradient = True
 
     def __init__(self, settings: SRPOSettings):
         self.settings = settings

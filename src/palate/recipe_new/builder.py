@@ -1,0 +1,188 @@
+"""A recipe's objects, the arguments of `palate.train`. The cheap things that can be wrong come first, the weights last."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.resources
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from palate.algorithms import table as algorithms
+from palate.core import Algorithm, DrawsOwnSamples, GuardMeasure, Model, Reward, Sampler, TakesConsistency, TextCached
+from palate.data import (
+    RecipeError,
+    captioned_images,
+    check_images,
+    encode_images,
+    evenly_spaced,
+    preference_pairs,
+    read_prompts,
+)
+from palate.evaluate.measurement import measure_for_guard
+from palate.evaluate.panel import EvaluationPanel, embedded_panel, published_panel
+from palate.models import families
+from palate.models.repository import open_repository
+from palate.models.weights import adapter_file
+from palate.recipe.objective import objective_of
+from palate.recipe.settings import Recipe
+from palate.recipe.together import heldout_of, trained_names
+from palate.rewards.load import load_reward
+from palate.rewards.table import HELD_OUT_CANDIDATES
+from palate.runtime.errors import InputError
+
+
+class Parts(NamedTuple):
+    """What a recipe builds: the arguments of `palate.train`."""
+
+    model: Model
+    algorithm: Algorithm
+    reward: Reward
+    prompts: list[str]
+    preview_prompts: list[str]
+    latents: Tensor | None
+
+
+@runtime_checkable
+class UsesEstimator(Protocol):
+    """Settings of an algorithm that may ask the model for its consistency weights."""
+
+    @property
+    def estimator(self) -> str: ...
+
+
+def build(recipe: Recipe) -> Parts:
+    """Load everything the recipe names."""
+    captions, images = _pictures(recipe)
+    check_images(images)
+    prompts, preview = prompts_of(recipe, captions)
+    check_start(recipe)
+    with torch.random.fork_rng(devices=[]):  # first, for its missing files; the LoRA's first weights do not see it
+        reward = build_reward(recipe)
+    model = build_model(recipe)
+    load_consistency(recipe, model)
+    if isinstance(model, TextCached):
+        model.cache_prompts([*prompts, *preview])
+    latents = encode_images(model, images) if images else None
+    if latents is not None and recipe.prompts.pairs is not None:
+        latents = latents.unflatten(0, (-1, 2))  # (N, 2, C, h, w)
+    return Parts(model, build_algorithm(recipe), reward, list(prompts), preview, latents)
+
+
+def _pictures(recipe: Recipe) -> tuple[list[str] | None, list[Path | bytes]]:
+    """Captions and images of prompts.images or of prompts.pairs, the preferred image of a pair first; else neither."""
+    images: list[Path | bytes] = []
+    if recipe.prompts.images is not None:
+        found = captioned_images(Path(recipe.prompts.images))
+        images += [path for path, _ in found]
+        return [caption for _, caption in found], images
+    if recipe.prompts.pairs is None:
+        return None, images
+    pairs = [pair for pair in preference_pairs(recipe.prompts.pairs) if pair.preference != 0.5]
+    if not pairs:
+        raise RecipeError(f"prompts.pairs: {recipe.prompts.pairs} holds no pair with a preference")
+    for pair in pairs:
+        images += [pair.first, pair.second] if pair.preference > 0.5 else [pair.second, pair.first]
+    return [pair.prompt for pair in pairs], images
+
+
+def prompts_of(recipe: Recipe, captions: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
+    """What is trained on, the captions of images if there are any, and what previews draw.
+
+    evaluate.file is read too, so that a missing one does not show after the training.
+    """
+    if recipe.evaluate.file is not None:
+        try:
+            read_prompts(recipe.evaluate.file)
+        except RecipeError as error:
+            raise RecipeError(f"evaluate.file: {error}") from error
+    prompts = captions or recipe.prompts.list or read_prompts(recipe.prompts.file or "")
+    preview = read_prompts(recipe.prompts.preview) if recipe.prompts.preview else evenly_spaced(prompts)
+    return list(prompts), preview
+
+
+# --- judging --------------------------------------------------------------------------------------------------------
+
+
+def panel_of(recipe: Recipe) -> EvaluationPanel:
+    """The evaluators of the recipe's results."""
+    name = heldout_of(recipe)
+    if recipe.model.name == "emoji":
+        return embedded_panel()
+    if name is None:
+        candidates = ", ".join(HELD_OUT_CANDIDATES)
+        raise InputError(f"reward.weights: {candidates} are all optimised, so none is left to judge; leave one out")
+    return published_panel(name, load_reward(name, recipe.reward.source.get(name), recipe.reward.dtype))
+
+
+def guard_measure(recipe: Recipe) -> GuardMeasure | None:
+    """What the guard of a run measures; None = what `palate.train` measures of the embedded model."""
+    if recipe.model.name == "emoji" or not recipe.trainer.guard.every:
+        return None
+    panel, sampler = panel_of(recipe), sampler_of(build_algorithm(recipe))
+    return lambda model, prompts, ids: measure_for_guard(
+        model, prompts, ids, seed=recipe.trainer.seed, panel=panel, sampler=sampler
+    )
+
+
+def sampler_of(algorithm: Algorithm) -> Sampler | None:
+    """How the algorithm draws from its policy; None = as the model does."""
+    return algorithm.sampler if isinstance(algorithm, DrawsOwnSamples) else None
+
+
+# --- parts ----------------------------------------------------------------------------------------------------------
+
+
+def build_algorithm(recipe: Recipe) -> Algorithm:
+    """The recipe's algorithm, in its first state."""
+    return algorithms.find(recipe.algorithm.name).make(recipe.algorithm)
+
+
+def build_reward(recipe: Recipe) -> Reward:
+    """The reward that the loop is given."""
+    return objective_of(recipe).reward()
+
+
+def build_model(recipe: Recipe) -> Model:
+    """The model, with the named weights that the recipe's algorithm trains."""
+    settings = recipe.model
+    family, values = families.find(settings.name), vars(settings)
+    model = family.load_class().load(
+        settings.folder,
+        training=settings.weights,
+        lora_rank=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_targets=settings.lora_targets,
+        names=trained_names(recipe.algorithm.name),
+        **{key: values[key] for key in family.keys if key in values and values[key] is not None},
+    )
+    if settings.start is not None:
+        try:
+            model.weights.load(_start_folder(settings.start), "policy")
+        except (ValueError, SafetensorError) as error:
+            raise InputError(f"model.start: {error}") from error
+    return model
+
+
+def load_consistency(recipe: Recipe, model: Model) -> None:
+    """Give the model its consistency weights, if the algorithm asks for them."""
+    if not _wants_consistency(recipe):
+        return
+    if isinstance(model, TakesConsistency):
+        model.load_consistency(recipe.model.consistency)
+    else:
+        model.weights.add_frozen(recipe.model.consistency, "consistency")  # type: ignore[attr-defined]
+
+
+def _wants_consistency(recipe: Recipe) -> bool:
+    return isinstance(recipe.algorithm, UsesEstimator) and recipe.algorithm.estimator == "consistency"
+
+
+def _start_folder(start: str) -> Path:
+    """A folder, or the name of one in the package."""
+    packaged = importlib.resources.files("palate") / "assets" / start
+    return Path(start) if Path(start).is_dir() or not packaged.is_dir() else Path(str(packaged))

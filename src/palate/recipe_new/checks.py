@@ -1,0 +1,218 @@
+"""Every check of a recipe that needs no weights: types and limits of each key, and what must fit together.
+
+All mistakes are told at once, each as a sentence that names its key and the remedy.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import types
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from palate.algorithms import table as algorithms
+from palate.data import RecipeError
+from palate.models import families
+from palate.recipe.names import near
+from palate.recipe.settings import (
+    AlgorithmSettings,
+    EvaluateSettings,
+    ModelSettings,
+    NoAlgorithm,
+    OptimizeSettings,
+    PromptSettings,
+    Recipe,
+    RewardSettings,
+    RunSettings,
+    SampleSettings,
+    TrainerSettings,
+)
+from palate.recipe.together import check_together
+
+SECTIONS: dict[str, type] = {
+    "run": RunSettings,
+    "model": ModelSettings,
+    "reward": RewardSettings,
+    "prompts": PromptSettings,
+    "trainer": TrainerSettings,
+    "sample": SampleSettings,
+    "evaluate": EvaluateSettings,
+    "optimize": OptimizeSettings,
+}
+
+
+@runtime_checkable
+class HasOldKeys(Protocol):
+    """Settings of which keys were renamed: old name -> new name, for one release."""
+
+    old_keys: Mapping[str, str]
+
+
+def validate(tree: Mapping[str, Any], mistakes: list[str]) -> Recipe | None:
+    """The recipe of a tree, or None; what is wrong with it is added to `mistakes`."""
+    rest = {key: value for key, value in tree.items() if not (value is None and key in SECTIONS)}
+    section = rest.pop("algorithm", None)
+    algorithm = _algorithm(section, mistakes)
+    if "algorithm_name" in rest:
+        mistakes.append("algorithm_name: unknown key; did you mean algorithm.name?")
+        del rest["algorithm_name"]
+    for key in [key for key in rest if key not in SECTIONS]:
+        if homes := homes_of(str(key)):
+            value = rest.pop(key)
+            shown = f"={value}" if isinstance(value, (str, int, float)) else ""
+            mistakes.append(f"{key}: unknown key; did you mean {' or '.join(f'{home}{shown}' for home in homes)}?")
+    recipe = checked(Recipe, {**rest, "algorithm": algorithm or NoAlgorithm()}, "", mistakes)
+    if recipe is None:
+        return None
+    check_together(recipe, mistakes)
+    return recipe if algorithm is not None else None
+
+
+def check_trainer(values: Mapping[str, Any]) -> TrainerSettings:
+    """The same checks for settings that come from Python. Raises RecipeError with every mistake."""
+    mistakes: list[str] = []
+    settings = checked(TrainerSettings, values, "", mistakes)
+    if mistakes:
+        raise RecipeError("\n".join(mistakes))
+    return settings
+
+
+@cache
+def algorithm_settings(name: str) -> type:
+    """The dataclass of an algorithm's hyperparameters; its objects carry `name`."""
+    kind = algorithms.find(name).settings_class()
+    if "name" in {field.name for field in dataclasses.fields(kind)}:
+        raise RecipeError(f"algorithm.name {name}: its settings have a field `name`; call it something else")
+    body = {"__pydantic_config__": ConfigDict(extra="forbid"), "__module__": kind.__module__, "name": name}
+    return type(kind.__name__, (kind,), {"__doc__": kind.__doc__, **body})
+
+
+def homes_of(leaf: str) -> list[str]:
+    """Where a key of that name stands in a recipe: steps -> trainer.steps, sample.steps."""
+    found = []
+    for section, kind in SECTIONS.items():
+        for field in dataclasses.fields(kind):
+            if field.name == leaf:
+                found.append(f"{section}.{leaf}")
+            inner = _dataclass_in(get_type_hints(kind)[field.name])
+            if inner is not None and leaf in {below.name for below in dataclasses.fields(inner)}:
+                found.append(f"{section}.{field.name}.{leaf}")
+    return sorted(found, key=lambda home: (not home.startswith("trainer."), home.count("."), home))[:2]
+
+
+def _algorithm(section: Any, mistakes: list[str]) -> AlgorithmSettings | None:
+    known = algorithms.names()
+    if not isinstance(section, dict):
+        mistakes.append(f"algorithm: expected a mapping with a name, one of {', '.join(known)}")
+        return None
+    name = section.get("name")
+    try:
+        kind = algorithm_settings(algorithms.find(str(name)).name)
+    except ValueError as error:
+        if isinstance(name, str) and ".py:" in name:
+            mistakes.append(str(error))
+        else:
+            got = "none given" if name is None else f"got {name!r}{near(str(name), known)}"
+            mistakes.append(f"algorithm.name: {got}; one of {', '.join(known)}, or FILE.py:CLASS")
+        return None
+    return checked(kind, {key: value for key, value in section.items() if key != "name"}, "algorithm.", mistakes)
+
+
+def checked(kind: type, values: Mapping[str, Any], prefix: str, mistakes: list[str]) -> Any:
+    """An object of the dataclass `kind`, or None; what is wrong is added to `mistakes`, with `prefix` before its key."""
+    try:
+        return TypeAdapter(kind).validate_python(_as_meant(kind, values))
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        unknown = [problem for problem in problems if problem["type"] == "unexpected_keyword_argument"]
+        mistakes += [_sentence(kind, dict(problem), prefix) for problem in unknown or problems]
+        left = values
+        for problem in unknown:  # they hide what else is wrong
+            left = _without(left, problem["loc"])
+        return checked(kind, left, prefix, mistakes) if unknown else None
+    except ValueError as error:
+        mistakes.append(f"{prefix.rstrip('.') or 'recipe'}: {error}")
+        return None
+
+
+def _as_meant(kind: type, values: Any) -> Any:
+    """The values with keys under their new names, "a, b" made a list where a list of words is expected, and a command
+    cut as a shell cuts it. Sections inside are treated alike."""
+    if not isinstance(values, Mapping):
+        return values
+    old: Mapping[str, str] = kind.old_keys if isinstance(kind, HasOldKeys) else {}
+    values = {old[key] if key in old and old[key] not in values else key: value for key, value in values.items()}
+    hints = get_type_hints(kind)
+    meant: dict[str, Any] = {}
+    for key, value in values.items():
+        hint = hints[key] if key in hints else Any
+        inner = _dataclass_in(hint)
+        if inner is not None:
+            value = _as_meant(inner, value)
+        elif isinstance(value, str) and _is_list_of_words(hint):
+            if key == "command":
+                value = shlex.split(value)
+            else:  # a prompt may hold commas, a word may not
+                value = [value] if key == "list" else [word.strip() for word in value.split(",") if word.strip()]
+        meant[key] = value
+    return meant
+
+
+def _is_list_of_words(hint: Any) -> bool:
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_is_list_of_words(each) for each in get_args(hint))
+    arguments = [each for each in get_args(hint) if each is not Ellipsis]
+    if get_origin(hint) not in (list, tuple) or len(arguments) != 1:
+        return False
+    return arguments[0] is str or get_origin(arguments[0]) is Literal
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """The dataclass of a hint such as `Settings | None`."""
+    for each in (hint, *get_args(hint)):
+        if isinstance(each, type) and dataclasses.is_dataclass(each):
+            return each
+    return None
+
+
+def _without(tree: Mapping[str, Any], where: Sequence[str | int]) -> dict[str, Any]:
+    """A copy that lacks the key at the end of `where`."""
+    head, *rest = where
+    left = {key: value for key, value in tree.items() if key != head}
+    return {**left, str(head): _without(tree[str(head)], rest)} if rest else left
+
+
+def _sentence(kind: type, problem: dict[str, Any], prefix: str) -> str:
+    where = [str(part) for part in problem["loc"]]
+    key = prefix + ".".join(where)
+    if problem["type"] == "unexpected_keyword_argument":
+        valid = [field.name for field in dataclasses.fields(_at(kind, where[:-1]))]
+        inside = prefix + "".join(f"{part}." for part in where[:-1])
+        hint = near(where[-1], valid, inside) or f"; valid keys: {', '.join(valid)}"
+        return f"{key}: unknown key{hint}"
+    key = key.rstrip(".") or "recipe"
+    if problem["type"] == "value_error":  # the settings' own check, which says what it got
+        return f"{key}: {problem['msg'].removeprefix('Value error, ')}"
+    got = repr(problem.get("input"))
+    got = got if len(got) <= 60 else got[:57] + "..."
+    message = problem["msg"].replace("valid tuple", "list").replace("tuple", "list").replace("Tuple", "List")
+    hint = ""
+    if problem["type"] == "literal_error" and isinstance(problem.get("input"), str):
+        choices = problem["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")
+        hint = near(problem["input"], choices)
+    return f"{key}: {message[0].lower()}{message[1:]}, got {got}{hint}"
+
+
+def _at(kind: type, where: list[str]) -> type:
+    for part in where:
+        if kind is Recipe:
+            kind = SECTIONS.get(part, Recipe)
+        else:  # a section inside a section: trainer.guard
+            kind = _dataclass_in(get_type_hints(kind)[part] if part in get_type_hints(kind) else None) or kind
+    return kind
+
+

@@ -1,0 +1,151 @@
+"""What a run optimises, built here only: for training as one reward, for evaluation as rewards by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from palate.core import Reward
+from palate.recipe.settings import Recipe, RewardSettings
+from palate.recipe.together import ControlWords
+from palate.rewards.combine import noised_relative, normalised, semantic_relative, weighted
+from palate.rewards.load import load_reward
+from palate.rewards.oracles import exact_reward
+from palate.runtime.code import short_name
+
+ORACLE = "oracle-"  # begins the name under which a built-in oracle is a reward of an evaluation
+
+
+@dataclass(frozen=True)
+class Term:
+    """One reward of the objective. scale: (mean, std), of which (R - mean) / std is weighed; noised: see
+    `rewards.combine.noised_relative`."""
+
+    name: str
+    weight: float = 1.0
+    source: str | None = None
+    dtype: str | None = None
+    scale: tuple[float, float] | None = None
+    noised: float | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name in metrics: that of a file without its folder."""
+        return short_name(self.name)
+
+    def load(self) -> Reward:
+        """The reward by itself."""
+        if self.name.startswith(ORACLE):
+            return exact_reward(self.name.removeprefix(ORACLE))
+        return load_reward(self.name, self.source, self.dtype)
+
+    def part(self, reward: Reward) -> Reward:
+        """The reward as it is weighed."""
+        if self.noised is not None:
+            reward = noised_relative(reward, self.noised)
+        return normalised(reward, *self.scale) if self.scale is not None else reward
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Terms, summed by their weights; with pairs of control words (positive, negative) the mean over the pairs of
+    (1 + k) R(x, "positive. prompt") - R(x, "negative. prompt")."""
+
+    terms: tuple[Term, ...]
+    summed: bool = False  # whether the recipe gives weights
+    pairs: tuple[tuple[str, str], ...] = ()
+    k: float = 0.0
+
+    def reward(self) -> Reward:
+        """What is handed to the loop."""
+        parts = {term.name: (term.weight, term.part(term.load())) for term in self.terms}
+        reward = weighted(parts) if self.summed else parts[self.terms[0].name][1]
+        return self._relative(reward) if self.pairs else reward
+
+    def load(self, have: Mapping[str, Reward]) -> dict[str, Reward]:
+        """The rewards in `have` and those of the terms, by label."""
+        return {**have, **{term.label: term.load() for term in self.terms if term.label not in have}}
+
+    def rewards(self, have: Mapping[str, Reward], heldout: str) -> tuple[dict[str, Reward], list[str]]:
+        """What an evaluation asks, by name, and the names of what is optimised, the objective itself first: "weighted"
+        is a sum, "NAME-relative" what control words make of NAME. The held-out reward is asked for the same words."""
+        rewards = self.load(have)
+        optimised = [term.label for term in self.terms]
+        if not optimised:
+            return rewards, []
+        parts = {term.label: (term.weight, term.part(rewards[term.label])) for term in self.terms}
+        label = optimised[0]
+        objective = parts[label][1]
+        if len(self.terms) > 1:
+            objective, label = weighted(parts), "weighted"
+            rewards[label] = objective
+            optimised.insert(0, label)
+        if self.pairs:
+            label = f"{label}-relative"
+            rewards[label] = self._relative(objective)
+            rewards[f"{heldout}-relative"] = self._relative(rewards[heldout])
+            optimised.insert(0, label)
+        return rewards, optimised
+
+    def with_words(self, positive: Sequence[str], negative: Sequence[str]) -> Objective:
+        """The same for other control words; a side without words leaves the prompt as it is."""
+        if not (positive or negative):
+            return replace(self, pairs=())
+        return replace(self, pairs=tuple((p, n) for p in positive or [""] for n in negative or [""]))
+
+    def description(self) -> dict[str, Any]:
+        """What tells one weighted or relative reward from another of that name, as JSON values."""
+        found: dict[str, Any] = {"weights": {term.label: term.weight for term in self.terms}}
+        if scale := {term.label: list(term.scale) for term in self.terms if term.scale is not None}:
+            found["scale"] = scale
+        if noised := {term.label: term.noised for term in self.terms if term.noised is not None}:
+            found["noised"] = noised
+        return found
+
+    def _relative(self, reward: Reward) -> Reward:
+        if len(self.pairs) == 1:
+            return semantic_relative(reward, *self.pairs[0], self.k)
+        share = 1 / len(self.pairs)
+        return weighted({f"{p}|{n}": (share, semantic_relative(reward, p, n, self.k)) for p, n in self.pairs})
+
+
+def objective_of(recipe: Recipe) -> Objective:
+    """What the recipe optimises: its rewards, or its built-in oracle. An algorithm with control words of its own is
+    handed the rewards without them."""
+    if recipe.optimize is not None:
+        oracle = recipe.optimize.oracle.name
+        return Objective((Term(f"{ORACLE}{oracle}"),) if oracle else ())
+    return reward_objective(recipe.reward)
+
+
+def reward_objective(settings: RewardSettings) -> Objective:
+    """What a recipe's `reward` section says."""
+    weights = settings.weights or ({settings.name: 1.0} if settings.name else {})
+    terms = tuple(
+        Term(
+            name,
+            weight,
+            settings.source.get(name),
+            settings.dtype,
+            settings.scale.get(name),
+            settings.noised.get(name),
+        )
+        for name, weight in weights.items()
+    )
+    relative = settings.relative
+    pairs = ((relative.positive, relative.negative),) if relative is not None else ()
+    return Objective(terms, settings.name is None, pairs, relative.k if relative is not None else 0.0)
+
+
+def control_words(recipe: Recipe) -> dict[str, list[str]]:
+    """{"positive": [...], "negative": [...]} of the recipe: those of reward.relative, else the algorithm's."""
+    if (relative := recipe.reward.relative) is not None:
+        return {
+            "positive": [relative.positive] if relative.positive else [],
+            "negative": [relative.negative] if relative.negative else [],
+        }
+    settings = recipe.algorithm
+    if isinstance(settings, ControlWords):
+        return {"positive": list(settings.positive), "negative": list(settings.negative)}
+    return {"positive": [], "negative": []}

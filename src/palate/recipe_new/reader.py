@@ -1,0 +1,192 @@
+"""YAML and overrides in, a checked `Recipe` out, and back to YAML.
+
+A published recipe is named without its folder or ending (`srpo-emoji`), any other by its path; an override is
+`trainer.steps=40`. An override's value is taken literally: a number, true, false, null, a quoted text or a list or
+mapping in brackets as YAML has them, and every other text as it stands, number signs and colons included.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.resources
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from palate.data import RecipeError, read_text
+from palate.recipe.checks import validate
+from palate.recipe.paths import with_absolute_paths
+from palate.recipe.settings import RESUMABLE_FIELDS, Recipe
+from palate.runtime.files import json_digest
+
+YAML_LIMIT = 256 * 1024  # bytes; a recipe is a page of text
+YAML_DEPTH = 100
+
+
+def published() -> dict[str, str]:
+    """Name -> first comment line of every recipe in the package."""
+    folder = importlib.resources.files("palate") / "recipes"
+    files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    return {f.name[: -len(".yaml")]: f.read_text("utf-8").splitlines()[0].lstrip("# ") for f in files}
+
+
+def text_of(source: str) -> str:
+    """The YAML text of a published recipe or of the file at a path."""
+    if source in published():
+        return (importlib.resources.files("palate") / "recipes" / f"{source}.yaml").read_text("utf-8")
+    path = Path(source).expanduser()
+    if not path.is_file():
+        if len(path.parts) > 1 or path.suffix:  # meant as a path
+            raise RecipeError(f"there is no file {source!r}; `palate recipes` lists the published recipes")
+        known = published()
+        near = difflib.get_close_matches(source, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"published recipes: {', '.join(known)}"
+        raise RecipeError(f"no recipe named {source!r} and no such file; {hint}")
+    return read_text(path, limit=YAML_LIMIT)
+
+
+def read(source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The checked recipe. Raises RecipeError with every mistake in it, a line each.
+
+    Relative paths are looked for in the current folder, then beside the recipe's own file, and come out absolute.
+    """
+    text = text_of(source)
+    beside = None if source in published() else Path(source).expanduser().absolute().parent
+    return parse(text, overrides, beside=beside)
+
+
+def parse(text: str, overrides: Sequence[str] = (), *, beside: Path | None = None) -> Recipe:
+    """The checked recipe of a YAML text; `beside`: a second folder in which relative paths are looked for."""
+    if len(text.encode()) > YAML_LIMIT:
+        raise RecipeError(f"the recipe is larger than {YAML_LIMIT // 1024} KiB")
+    tree = read_yaml(text, "recipe")
+    if not isinstance(tree, dict):
+        got = "nothing" if tree is None else type(tree).__name__
+        raise RecipeError(f"a recipe is a mapping of sections (run, model, algorithm, ...), got {got}")
+    mistakes: list[str] = []
+    for override in overrides:
+        _override(tree, override, mistakes)
+    recipe = validate(with_absolute_paths(tree, beside), mistakes)
+    if mistakes or recipe is None:
+        raise RecipeError("\n".join(mistakes))
+    return recipe
+
+
+def dump(recipe: Recipe) -> str:
+    """The complete recipe as YAML, defaults included; `parse` reads it back to an equal one."""
+    return yaml.safe_dump(as_tree(recipe), sort_keys=False, allow_unicode=True)
+
+
+def as_tree(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain JSON values, the algorithm's name first in its section."""
+    tree = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    tree["algorithm"] = {"name": recipe.algorithm.name, **tree["algorithm"]}
+    return tree
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """Hash of what decides the numbers of a run; its length, folder, previews and checkpoints do not."""
+    tree = as_tree(recipe)
+    for key in ("run", "evaluate", "sample"):
+        del tree[key]
+    for key in ("device", "text_cache"):
+        del tree["model"][key]
+    for key in RESUMABLE_FIELDS:
+        del tree["trainer"][key]
+    if tree["reward"]["relative"] is None:
+        del tree["reward"]["relative"]  # so that runs from before this key can be resumed
+    tree["optimize"] = None  # palate optimize has an identity of its own
+    return json_digest(tree)
+
+
+def read_yaml(text: str, what: str) -> Any:
+    """The value of a YAML text. RecipeError: it is not YAML, or nests too deep, or uses aliases, or a key twice."""
+    depth = 0
+    for bracket in re.findall(r"[\[\]{}]", text):  # the scanner's time is quadratic in the depth
+        depth += 1 if bracket in "[{" else -1
+        if depth > YAML_DEPTH:
+            raise RecipeError(f"the {what} is YAML nested deeper than {YAML_DEPTH} levels; a recipe has three")
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise RecipeError(
+                f"the {what} uses YAML aliases (*name), which can grow without limit; write the values out"
+            )
+        if twice := _repeated_key(yaml.compose(text, Loader=yaml.SafeLoader)):
+            raise RecipeError(f"{twice.value}: given twice (line {twice.start_mark.line + 1} of the {what}); keep one")
+        return yaml.safe_load(text)
+    except RecipeError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+        problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else None
+        where = f" at line {mark.line + 1}" if mark else ""
+        raise RecipeError(
+            f"the {what} is not valid YAML{where}: {problem or str(error).splitlines()[0]}"
+        ) from error
+
+
+def _repeated_key(node: yaml.Node | None) -> yaml.Node | None:
+    """The first key that a mapping holds twice, where YAML would silently keep the last."""
+    seen: set[str] = set()
+    below: list[yaml.Node] = node.value if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                return key
+            seen.add(str(key.value))
+            below = [*below, value]
+    return next((found for child in below if (found := _repeated_key(child))), None)
+
+
+def _override(tree: dict[str, Any], override: str, mistakes: list[str]) -> None:
+    key, equals, value = override.partition("=")
+    names = list(_names(key))
+    if not equals or not all(names):
+        mistakes.append(f"{override}: an override is written section.key=value, for example trainer.steps=40")
+        return
+    for position, part in enumerate(names[:-1]):
+        below = tree.setdefault(part, {})
+        if below is None:
+            below = tree[part] = {}
+        if not isinstance(below, dict):
+            mistakes.append(f"{key}: {'.'.join(names[: position + 1])} is a value, not a section")
+            return
+        tree = below
+    try:
+        tree[names[-1]] = literal(value, f"value of {key}")
+    except RecipeError as error:
+        mistakes.append(str(error))
+
+
+def _names(key: str) -> Iterator[str]:
+    """The names of a dotted key; a part that is a file, as reward.source.my_reward.py:Mine, is the last of them."""
+    section, dot, rest = key.partition(".")
+    if ".py:" in key and dot:
+        yield section
+        name, dot, rest = rest.partition(".")
+        yield name
+        if dot:
+            yield rest
+        return
+    yield from key.split(".")
+
+
+def literal(text: str, what: str) -> Any:
+    """The value that an override's text stands for: see the head of this file."""
+    text = text.strip()
+    if text.startswith(("[", "{")):
+        return read_yaml(text, what)
+    if text[:1] in ("'", '"') and len(text) > 1 and text[-1] == text[0]:
+        try:
+            return read_yaml(text, what)
+        except RecipeError:
+            return text  # quotation marks inside a sentence
+    loader = yaml.SafeLoader("")
+    tag = loader.resolve(yaml.ScalarNode, text, (True, False))
+    plain = ":" not in text and tag.rpartition(":")[2] in ("null", "bool", "int", "float")  # no dates, no 12:30
+    return loader.construct_object(yaml.ScalarNode(tag, text)) if plain else text

@@ -1,0 +1,199 @@
+"""What must fit together in a recipe, across its sections."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from palate.algorithms import table as algorithms
+from palate.core import ChecksBatch
+from palate.models import families
+from palate.recipe.names import near
+from palate.recipe.settings import Recipe, RewardSettings
+from palate.rewards import table as rewards
+from palate.runtime.errors import InputError
+
+
+@runtime_checkable
+class NeedsRewardGradient(Protocol):
+    """An algorithm that differentiates the reward, if the attribute is true."""
+
+    needs_reward_gradient: bool
+
+
+@runtime_checkable
+class ReadsPairs(Protocol):
+    """An algorithm that learns from preference pairs, if the attribute is true."""
+
+    reads_pairs: bool
+
+
+@runtime_checkable
+class ControlWords(Protocol):
+    """Settings of an algorithm with control words of its own."""
+
+    @property
+    def positive(self) -> tuple[str, ...]: ...
+    @property
+    def negative(self) -> tuple[str, ...]: ...
+
+
+@runtime_checkable
+class ScalesReward(Protocol):
+    """Settings of an algorithm that leaves the reward out at scale 0."""
+
+    @property
+    def reward_scale(self) -> float: ...
+
+
+def rewards_used(reward: RewardSettings) -> set[str]:
+    """The names of the rewards that are optimised."""
+    return {reward.name} if reward.name else set(reward.weights or ())
+
+
+def heldout_of(recipe: Recipe) -> str | None:
+    """The reward that judges the recipe's results and is not optimised; None where the recipe optimises them all."""
+    if recipe.model.name == "emoji":
+        return "emoji-heldout"
+    used = rewards_used(recipe.reward)
+    return recipe.evaluate.heldout or next((name for name in rewards.HELD_OUT_CANDIDATES if name not in used), None)
+
+
+def trained_names(algorithm: str) -> tuple[str, ...]:
+    """The named weights that an algorithm trains."""
+    return algorithms.find(algorithm).load_class().trains
+
+
+def check_together(recipe: Recipe, mistakes: list[str]) -> None:
+    """Add to `mistakes` what does not fit together."""
+    _check_model(recipe, mistakes)
+    _check_prompts(recipe, mistakes)
+    _check_rewards(recipe, mistakes)
+    if recipe.optimize is not None:
+        _check_oracle(recipe, mistakes)
+    if recipe.algorithm.name:
+        _check_algorithm(recipe, mistakes)
+
+
+def _check_model(recipe: Recipe, mistakes: list[str]) -> None:
+    model = recipe.model
+    try:
+        reads = families.find(model.name).keys
+    except InputError as error:
+        mistakes.append(str(error))
+        return
+    given = {key: value for key, value in vars(model).items() if value is not None}
+    own = {key for name in families.names() for key in families.find(name).keys}
+    for key in sorted((own & given.keys()) - set(reads)):
+        mistakes.append(f"model.{key}: {model.name} does not read it; its own keys: {', '.join(reads) or 'none'}")
+    if model.name in families.names() and model.name != "emoji" and model.folder is None:
+        mistakes.append(f"model.folder: {model.name} needs a diffusers folder or a hub id")
+
+
+def _check_prompts(recipe: Recipe, mistakes: list[str]) -> None:
+    prompts = recipe.prompts
+    sources = {"file": prompts.file, "list": prompts.list, "images": prompts.images, "pairs": prompts.pairs}
+    given = [f"prompts.{key}" for key, value in sources.items() if value is not None]
+    if len(given) != 1:
+        mistakes.append(
+            "prompts: give exactly one of prompts.file, prompts.list, prompts.images, prompts.pairs; got "
+            f"{' and '.join(given) or 'none'}"
+        )
+
+
+def _check_rewards(recipe: Recipe, mistakes: list[str]) -> None:
+    reward = recipe.reward
+    used = rewards_used(reward)
+    if recipe.optimize is None and (reward.name is None) == (not reward.weights):
+        mistakes.append("reward: give reward.name, or reward.weights with at least one name and its weight")
+    if recipe.evaluate.heldout is not None:
+        if recipe.model.name == "emoji":
+            mistakes.append("evaluate.heldout: the embedded model has a judge and a held-out reward of its own")
+        if recipe.evaluate.heldout in used:
+            mistakes.append(
+                f"evaluate.heldout: {recipe.evaluate.heldout} is what is optimised; give another of "
+                f"{', '.join(rewards.HELD_OUT_CANDIDATES)}"
+            )
+    judged = used | {heldout_of(recipe) or ""}
+    for key, names, known in (
+        ("source", reward.source, judged),
+        ("scale", reward.scale, used),
+        ("noised", reward.noised, used),
+    ):
+        if idle := sorted(set(names) - known):
+            mistakes.append(f"reward.{key}.{idle[0]}: {idle[0]} is in neither reward.name nor reward.weights")
+    for name in sorted(used):
+        entry = rewards.find(name)
+        if entry.kind == "service" and name not in reward.source:
+            mistakes.append(f"reward.source.{name}: give the server's URL, as {entry.example}")
+
+
+def _check_algorithm(recipe: Recipe, mistakes: list[str]) -> None:
+    settings, prompts = recipe.algorithm, recipe.prompts
+    name, kind = settings.name, algorithms.find(settings.name).load_class()
+    _check_reward_use(recipe.reward, settings, kind, mistakes)
+    if isinstance(settings, ChecksBatch):
+        try:
+            settings.check_batch(recipe.trainer.batch_size // recipe.trainer.micro_batches)
+        except ValueError as error:
+            mistakes.append(str(error))
+    reads_pairs = isinstance(kind, ReadsPairs) and kind.reads_pairs
+    if prompts.pairs is not None and not reads_pairs:
+        mistakes.append(f"prompts.pairs: {name} does not read pairs, only dpo does; give prompts.file")
+    if prompts.images is not None and reads_pairs:
+        mistakes.append(
+            f"prompts.images: {name} reads pairs of images; give prompts.pairs, or prompts.file to draw them"
+        )
+    trained = trained_names(name)
+    for key in sorted(set(recipe.trainer.lrs or ()) - set(trained)):
+        mistakes.append(f"trainer.lrs.{key}: {name} trains {', '.join(trained)}{near(key, trained, 'trainer.lrs.')}")
+
+
+def _check_reward_use(reward: RewardSettings, settings: Any, kind: Any, mistakes: list[str]) -> None:
+    """Whether the algorithm can use the reward; what would otherwise show once it is first asked, or never."""
+    used = rewards_used(reward)
+    entries, name = [rewards.find(each) for each in used], settings.name
+    names, key = ", ".join(sorted(used)), "reward.name" if reward.name else "reward.weights"
+    idle = isinstance(settings, ScalesReward) and settings.reward_scale == 0
+    differentiates = isinstance(kind, NeedsRewardGradient) and kind.needs_reward_gradient
+    if used and differentiates and not idle and not any(entry.gradient for entry in entries):
+        alone = ", or algorithm.reward_scale=0" if isinstance(settings, ScalesReward) else ""
+        mistakes.append(
+            f"{key}: {name} needs the reward's gradient, and {names} gives none; use a differentiable "
+            f"reward, algorithm.name=ddpo, flow_grpo or nft, or an oracle and palate optimize{alone}"
+        )
+    if reward.relative is None:
+        return
+    if isinstance(settings, ControlWords):
+        mistakes.append(
+            f"reward.relative: {name} has words of its own; set algorithm.positive and algorithm.negative"
+        )
+    if reward.relative.positive == reward.relative.negative:
+        mistakes.append("reward.relative: give positive, negative, or both, and not the same word twice")
+    if used and not any(entry.reads_prompt for entry in entries):
+        mistakes.append(
+            f"reward.relative: {names} reads no prompt, so no word changes it; use another reward, as "
+            "emoji or hpsv2, or leave reward.relative out"
+        )
+
+
+def _check_oracle(recipe: Recipe, mistakes: list[str]) -> None:
+    assert recipe.optimize is not None, "asked of a recipe with that section"
+    oracle = recipe.optimize.oracle
+    ways = {"name": oracle.name, "function": oracle.function, "command": oracle.command, "url": oracle.url}
+    given = [f"optimize.oracle.{key}" for key, value in ways.items() if value is not None]
+    if len(given) != 1:
+        mistakes.append(
+            "optimize.oracle: give exactly one of its keys name, function, command, url; got "
+            f"{' and '.join(given) or 'none'}"
+        )
+    if oracle.noise and oracle.name is None:
+        mistakes.append("optimize.oracle.noise: only a built-in oracle (optimize.oracle.name) takes noise")
+    if recipe.reward.name or recipe.reward.weights or recipe.reward.relative:
+        mistakes.append("reward: leave it out with optimize, where the surrogate of the oracle is the reward")
+    if recipe.trainer.guard.every:
+        mistakes.append(
+            "trainer.guard.every: set 0 with optimize, where a guard would compare each round with its own "
+            "start; evaluate the result with palate evaluate"
+        )
+    if recipe.prompts.images is not None:
+        mistakes.append("prompts.images: optimize draws its own images; give prompts.file or prompts.list")
