@@ -85,7 +85,7 @@ def against_teacher(folder: str, count: int, repeats: int) -> dict:
             "frechet": frechet_distance(of[0], of[1]),
             "frechet_of_the_teacher": frechet_distance(of[2], of[1]),
         }
-    few = recipe.spread(eval_like(count), 64)
+    few = recipe.evenly_spaced(eval_like(count), 64)
     for side, model, how in (("teacher", teacher, None), ("generator", student, sampler)):
         images = quantise(generate(model, few, (0, 1, 2, 3), sampler=how))
         spread = diversity(features(panel.classifier, images), pairs(few, (0, 1, 2, 3))[0])
@@ -217,7 +217,7 @@ def train_on(start: str, seed: int, alone: int, updates: int, checks: int, promp
     torch.manual_seed(seed)
     parts = recipe.build(plan)
     model, points = Counted(parts.model), []
-    words, seeds = tuple(recipe.spread(recipe.read_prompts("emoji-eval"), prompts)), (0, 1, 2, 3)
+    words, seeds = tuple(recipe.evenly_spaced(recipe.read_prompts("emoji-eval"), prompts)), (0, 1, 2, 3)
     clock = {"trained": 0.0, "began": 0.0}
 
     def check(updated: int) -> None:

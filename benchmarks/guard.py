@@ -36,7 +36,7 @@ UNHELD = {"SRPO": ["algorithm.anchor=0"], "SQDF": ["algorithm.alpha_kl=0"], "DRa
 
 def build(method: str, seed: int, lr: float, overrides: list[str]):
     source = METHODS[method][0]
-    family = recipe.read(source).algorithm_name
+    family = recipe.read(source).algorithm.name
     plan = recipe.read(
         source,
         [

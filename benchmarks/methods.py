@@ -132,7 +132,7 @@ class Referees(NamedTuple):
 @cache
 def referees(count: int, seeds: tuple[int, ...], tuning: bool = False) -> Referees:
     """Loaded once a process, with the base model's measurements. tuning: on prompts that no table uses."""
-    prompts = eval_like(208 + count)[208:] if tuning else recipe.spread(recipe.read_prompts("emoji-eval"), count)
+    prompts = eval_like(208 + count)[208:] if tuning else recipe.evenly_spaced(recipe.read_prompts("emoji-eval"), count)
     return Referees(embedded_panel(), prompts, seeds, {})
 
 
@@ -143,7 +143,7 @@ def eval_like(count: int) -> list[str]:
     more = [f"a {concept} on a {colour} background" for colour in vocab.colours for concept in vocab.concepts]
     free = [prompt for prompt in more if prompt not in known]
     ours = recipe.read_prompts("emoji-eval")[:count]
-    return ours + recipe.spread(free, count - len(ours)) if count > len(ours) else ours
+    return ours + recipe.evenly_spaced(free, count - len(ours)) if count > len(ours) else ours
 
 
 def objective(reward: Reward) -> Reward:
@@ -222,7 +222,7 @@ def watch(
     once before; stops early when `done`, or when the loss is no longer finite. Forwards of the measuring do not count.
     """
     source = METHODS[method][0]
-    family = recipe.read(source).algorithm_name
+    family = recipe.read(source).algorithm.name
     plan = recipe.read(
         source, [*WORDS.get(family, []), *PLAIN, *FAIR, *FIXED.get(method, []), *overrides, f"trainer.seed={seed}"]
     )
@@ -333,7 +333,7 @@ def tuned(results: Path) -> dict[str, float]:
 
 def small(method: str) -> list[str]:
     """Overrides of --quick: the least that still runs the method."""
-    return ["trainer.batch_size=2", *QUICK.get(recipe.read(METHODS[method][0]).algorithm_name, [])]
+    return ["trainer.batch_size=2", *QUICK.get(recipe.read(METHODS[method][0]).algorithm.name, [])]
 
 
 def rate(method: str, results: Path) -> float:

@@ -255,7 +255,7 @@ def search_images(seed: int, prompts: tuple[str, ...], each: int):
 def black_box(oracle: str, seed: int, prompts: int, queries: int, overrides: list[str]) -> dict[str, float]:
     """Noiseless score on evaluation prompts of: one draw of the base; of as many draws a prompt as the same number of
     questions allows, the best by the noisy oracle; the same draws weighted by exp(score / std); one draw of SQDF."""
-    panel, words_of = embedded_panel(), recipe.spread(recipe.read_prompts("emoji-eval"), prompts)
+    panel, words_of = embedded_panel(), recipe.evenly_spaced(recipe.read_prompts("emoji-eval"), prompts)
     asked_about = []
     if oracle == "colour-position":
         judged, rest = (

@@ -102,7 +102,7 @@ def measure(source: str, overrides: list[str], seed: int, count: int) -> dict:
         )
     seconds = time.perf_counter() - began
 
-    prompts = recipe.spread(recipe.read_prompts("emoji-eval"), count)
+    prompts = recipe.evenly_spaced(recipe.read_prompts("emoji-eval"), count)
     words, seeds = pairs(prompts, SEEDS_PER_PROMPT)
     base = drawn_by_the_base(tuple(prompts))
     images = quantise(generate(parts.model, prompts, SEEDS_PER_PROMPT))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.commands import RECIPE
 
-from palate import cli, recipe
+from palate import cli
 from palate.testing import TinyFlow, tiny_reward
 
 
@@ -30,8 +30,8 @@ def palate(monkeypatch, capfd):
 def tiny(tmp_path, monkeypatch):
     """A recipe whose model and reward are the stand-ins."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(recipe, "build_model", lambda settings: TinyFlow())
-    monkeypatch.setattr(recipe, "build_reward", lambda settings: tiny_reward)
+    monkeypatch.setattr("palate.recipe.builder.build_model", lambda settings: TinyFlow())
+    monkeypatch.setattr("palate.recipe.builder.build_reward", lambda settings: tiny_reward)
     monkeypatch.setattr(cli.judging, "base_model", TinyFlow)
     (tmp_path / "tiny.yaml").write_text(RECIPE.format(folder="runs/tiny"))
     return tmp_path

@@ -33,7 +33,7 @@ def ship(source: Path, out: Path, history: str = "") -> dict[str, float]:
     shutil.rmtree(out, ignore_errors=True)
     delta.save(out, weights, base)
     shutil.copy(source / "generator.json", out / "generator.json")
-    prompts = recipe.spread(recipe.read_prompts("emoji-eval"), 32)
+    prompts = recipe.evenly_spaced(recipe.read_prompts("emoji-eval"), 32)
     (before, sampler), (after, _) = load_one_step(source), load_one_step(out)
     images = [generate(model, prompts, (0,), sampler=sampler) for model in (before, after)]
     apart = (images[0] - images[1]).abs()

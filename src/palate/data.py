@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from palate.runtime.deprecated import old_names
 from palate.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ def geneval(source: str) -> list[dict[str, Any]]:
     return rows
 
 
-def spread(prompts: Sequence[str], count: int = 256) -> list[str]:
+def evenly_spaced(prompts: Sequence[str], count: int = 256) -> list[str]:
     """At most `count` different prompts, evenly spaced over the list."""
     different = list(dict.fromkeys(prompts))
     count = min(count, len(different))
@@ -335,3 +336,5 @@ def _prompt_column(row: dict[str, Any]) -> str | None:
 
 
 _TABLES = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
+
+__getattr__ = old_names(__name__, {"spread": evenly_spaced})

@@ -341,7 +341,7 @@ def _seeds(recipe: dict[str, Any]) -> list[int]:
 def _prompts(recipe: dict[str, Any], prompts: Sequence[str] | None = None, count: int | None = None) -> list[str]:
     """Those given, else evaluate.prompts of the recipe's: of evaluate.file, the preview's, the training prompts.
     `count` of either, spread evenly."""
-    from palate.data import read_prompts, spread
+    from palate.data import evenly_spaced, read_prompts
 
     settings, training = recipe.get("evaluate") or {}, recipe.get("prompts") or {}
     if prompts is None:
@@ -352,7 +352,7 @@ def _prompts(recipe: dict[str, Any], prompts: Sequence[str] | None = None, count
         raise InputError(
             "the recipe names no prompts to evaluate on; set evaluate.file to a text file, one prompt a line"
         )
-    return spread(prompts, count or len(prompts))
+    return evenly_spaced(prompts, count or len(prompts))
 
 
 def read_recipe(run_folder: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from palate.core import Algorithm, Batch, GuardMeasure, Loss, Model, Random, Reward, prompt_order
-from palate.recipe import HARMLESS, GuardSettings, TrainerSettings, check_trainer, spread
+from palate.recipe import RESUMABLE_FIELDS, GuardSettings, TrainerSettings, check_trainer, evenly_spaced
 from palate.runtime import checkpoint, distributed
 from palate.runtime.errors import CheckpointError, InputError, NonFiniteError, OutOfMemoryError
 from palate.runtime.files import new_folder, write_atomically, write_problem
@@ -119,10 +119,13 @@ def train(
     if hasattr(algorithm, "sampler") and (sample_steps is not None or sample_guidance is not None):
         raise InputError("sample.steps, sample.guidance: a generator draws as it was trained; leave them out")
     run = _Run(model, algorithm, reward, prompts, Path(folder), settings)
-    run.guard_prompts = list(preview) if preview else spread(prompts)
+    run.guard_prompts = list(preview) if preview else evenly_spaced(prompts)
     run.preview_prompts = run.guard_prompts[: settings.preview_prompts]
     run.sample_steps, run.sample_guidance, run.latents = sample_steps, sample_guidance, latents
-    run.check, run.identity = check, identity or _hash({**dataclasses.asdict(settings), **dict.fromkeys(HARMLESS)})
+    run.check, run.identity = (
+        check,
+        identity or _hash({**dataclasses.asdict(settings), **dict.fromkeys(RESUMABLE_FIELDS)}),
+    )
     run.visible = progress and run.ranks.first
     with _signals() as stop:
         return run.go(stop, resume=resume)
@@ -147,7 +150,7 @@ def steer(folder: str | Path, positive: Sequence[str] | None = None, negative: S
 
         plan = recipes.read(str(folder / "recipe.yaml"))
         if not hasattr(recipes.build_algorithm(plan), "steer"):
-            raise InputError(f"{folder} trains with {plan.algorithm_name}, which has no control words to change")
+            raise InputError(f"{folder} trains with {plan.algorithm.name}, which has no control words to change")
     control = folder / "control.json"
     with contextlib.suppress(FileNotFoundError, ValueError):  # what still waits for the next step is not lost
         waiting = _control_words(control.read_bytes())
@@ -728,7 +731,7 @@ class _Run:
 
     def _measure(self) -> dict[str, float]:
         different = max(1, self.settings.guard.prompts // GUARD_SEEDS)
-        prompts = [p for p in spread(self.guard_prompts, different) for _ in range(GUARD_SEEDS)]
+        prompts = [p for p in evenly_spaced(self.guard_prompts, different) for _ in range(GUARD_SEEDS)]
         if self.check is None:
             from palate.evaluate import embedded_panel, measure_for_guard
 

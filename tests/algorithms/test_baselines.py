@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from palate import recipe
+from palate.algorithms import table as algorithms
 from palate.train import train
 
 SMALL = {  # the least that still runs every part of the method
@@ -90,13 +91,13 @@ def test_cost_of_the_recipes_for_one_prompt():
     }
     for name, expected in table.items():
         plan = recipe.read(name)
-        module = importlib.import_module(recipe.ALGORITHMS[plan.algorithm_name][0])
+        module = importlib.import_module(algorithms.find(plan.algorithm.name).load_class().__module__)
         calls = module.calls_per_update(plan.algorithm)
         assert (calls["forward"], calls["backward"]) == expected, name
 
 
 def test_every_method_has_a_recipe_of_its_own_family():
-    named = {recipe.read(name).algorithm_name for name in SMALL}
+    named = {recipe.read(name).algorithm.name for name in SMALL}
     assert named == {"refl", "draft", "ddpo", "flow_grpo", "nft", "dpo"}
     dance, mix = recipe.read("dance-grpo-emoji").algorithm, recipe.read("mix-grpo-emoji").algorithm
     assert dance.same_noise and dance.fraction == 0.6 and dance.beta == 0 and dance.window is None

@@ -136,8 +136,8 @@ def test_pairs_of_a_recipe_arrive_preferred_first_without_the_ties(tmp_path, mon
     ]
     (tmp_path / "train.json").write_text(json.dumps(listed))
     model = SimpleNamespace(image_size=2, encode=lambda images: images)
-    monkeypatch.setattr(recipe, "build_model", lambda *args: model)
-    monkeypatch.setattr(recipe, "build_reward", lambda *args: linear)
+    monkeypatch.setattr("palate.recipe.builder.build_model", lambda *args: model)
+    monkeypatch.setattr("palate.recipe.builder.build_reward", lambda *args: linear)
     text = f"algorithm: {{name: dpo}}\nreward: {{name: emoji}}\nprompts: {{pairs: {tmp_path / 'train.json'}}}"
     parts = recipe.build(recipe.parse(text))
     assert parts.prompts == ["cat 0", "cat 1"] and parts.latents.shape == (2, 2, 3, 2, 2)

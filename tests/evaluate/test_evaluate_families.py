@@ -13,6 +13,7 @@ from transformers import CLIPConfig, CLIPModel
 from palate import cli, recipe, runs
 from palate.evaluate import published_panel
 from palate.recipe import RecipeError
+from palate.rewards.table import HELD_OUT_CANDIDATES
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +83,12 @@ def test_who_judges(towers, tmp_path):
     assert recipe.heldout_of(plan()) == "clip-score"
     assert recipe.heldout_of(plan(reward={"name": "clip-score"})) == "pickscore"
     assert recipe.heldout_of(plan(evaluate={"heldout": "hpsv2"}, reward={"source": {"hpsv2": "x"}})) == "hpsv2"
-    every = {"name": None, "weights": {name: 1.0 for name in recipe.HELD_OUT}}
+    every = {"name": None, "weights": {name: 1.0 for name in HELD_OUT_CANDIDATES}}
     with pytest.raises(ValueError, match=r"reward.weights: clip-score, pickscore, hpsv2 are all optimised"):
         recipe.panel_of(plan(reward=every))
     assert recipe.heldout_of(recipe.read("srpo-emoji")) == "emoji-heldout"
-    assert recipe.guard_check(recipe.read("srpo-emoji")) is None
-    assert recipe.guard_check(plan(trainer={"guard": {"every": 0}})) is None
+    assert recipe.guard_measure(recipe.read("srpo-emoji")) is None
+    assert recipe.guard_measure(plan(trainer={"guard": {"every": 0}})) is None
     with pytest.raises(RecipeError, match=r"evaluate.heldout: pickscore is what is optimised; give another of clip"):
         plan(evaluate={"heldout": "pickscore"})
     with pytest.raises(RecipeError, match=r"evaluate.heldout: the embedded model has a judge"):

@@ -110,7 +110,7 @@ HOSTILE = [
     ("override with a gap", GOOD, ["trainer..steps=3"], ["section.key=value"]),
     ("override through a value", GOOD, ["trainer.steps.more=3"], ["trainer.steps", "integer"]),
     ("override of bad YAML", GOOD, ["trainer.steps=[1"], ["value of trainer.steps", "not valid YAML"]),
-    ("override with an object", GOOD, ["trainer.steps=!!python/object:os.x {}"], ["not valid YAML"]),
+    ("override with an object", GOOD, ["trainer.steps=!!python/object:os.x {}"], ["trainer.steps", "integer"]),
     ("too large", "# " + "x" * recipe.YAML_LIMIT + "\n" + GOOD, [], ["larger than 256 KiB"]),
     (
         "a bomb",
@@ -177,7 +177,9 @@ def test_the_relative_reward_of_a_recipe_is_the_formula(monkeypatch):
     plain = recipe.parse(GOOD, ["algorithm={name: draft}"])
     made = recipe.parse(GOOD, ["algorithm={name: draft}", "reward.relative={positive: 3d, negative: flat, k: 0.5}"])
     assert recipe.fingerprint(made) != recipe.fingerprint(plain) and recipe.parse(recipe.dump(made)) == made
-    monkeypatch.setattr(recipe, "load_reward", lambda *_: lambda images, prompts: torch.tensor([len(prompts[0]) * 1.0]))
+    monkeypatch.setattr(
+        "palate.recipe.objective.load_reward", lambda *_: lambda images, prompts: torch.tensor([len(prompts[0]) * 1.0])
+    )
     value = recipe.build_reward(made.reward)(torch.zeros(1, 3, 2, 2), ["a dog"])
     assert float(value) == 1.5 * len("3d. a dog") - len("flat. a dog")
 
@@ -202,7 +204,7 @@ def test_a_start_of_the_other_kind_says_which_to_set(tmp_path, monkeypatch):
 
 
 def test_a_start_that_does_not_fit_is_found_before_the_reward_loads(monkeypatch):
-    monkeypatch.setattr(recipe, "build_reward", lambda settings: pytest.fail("loaded"))
+    monkeypatch.setattr("palate.recipe.builder.build_reward", lambda settings: pytest.fail("loaded"))
     with pytest.raises(RecipeError, match=r"model.start"):
         recipe.build(recipe.parse(GOOD, ["model.start=emoji-1step"]))
     with pytest.raises(RecipeError, match=r"evaluate.file: prompt file 'nope' does not exist"):
@@ -294,7 +296,7 @@ def test_prompt_files(tmp_path):
         recipe.read_prompts(str(file))
     with pytest.raises(RecipeError, match="does not exist"):
         recipe.read_prompts("../recipe")
-    assert recipe.spread([str(i) for i in range(10)] * 2, 5) == ["0", "2", "4", "6", "8"]
+    assert recipe.evenly_spaced([str(i) for i in range(10)] * 2, 5) == ["0", "2", "4", "6", "8"]
 
 
 @pytest.fixture

@@ -321,8 +321,7 @@ def test_levers_name_what_they_save():
 
 def test_out_of_memory_is_exit_6(tiny, palate, monkeypatch):
     monkeypatch.setattr(
-        recipe,
-        "build_reward",
+        "palate.recipe.builder.build_reward",
         lambda settings: (
             lambda images, prompts: torch.empty(1 << 50) if images.requires_grad else reward(images, prompts)
         ),

@@ -69,6 +69,7 @@ class LeapAlignSettings:
 
 class LeapAlign:
     trains = ("policy",)
+    needs_reward_gradient = True
 
     def __init__(self, settings: LeapAlignSettings):
         self.settings = settings

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -37,6 +36,10 @@ OWN = {  # name -> module:class
     "nft": "palate.algorithms.nft:NFT",
     "dpo": "palate.algorithms.dpo:DPO",
     "distar": "palate.algorithms.distar:Distar",
+    "direct": "palate.algorithms.direct:Direct",
+    "leap_align": "palate.algorithms.leap_align:LeapAlign",
+    "dgpo": "palate.algorithms.dgpo:DGPO",
+    "opd": "palate.algorithms.opd:OPD",
 }
 
 
@@ -52,7 +55,7 @@ class Entry:
     name: str
     place: str
 
-    def load_class(self) -> Callable[..., Any]:
+    def load_class(self) -> Any:
         """The class, after importing its module. InputError: the package or file that names it does not have it."""
         if names_a_file(self.place):
             return load_object(self.place, key="algorithm.name")
@@ -69,7 +72,7 @@ class Entry:
     def settings_class(self) -> type:
         """The dataclass of its settings: the annotation of the class's one argument."""
         kind = self.load_class()
-        hints = get_type_hints(kind.__init__) if inspect.isclass(kind) else {}  # type: ignore[misc]
+        hints = get_type_hints(kind.__init__) if inspect.isclass(kind) else {}
         named = [hint for key, hint in hints.items() if key != "return"]
         if not named:
             return _NoSettings

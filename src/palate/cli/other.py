@@ -32,9 +32,9 @@ def export(
         from palate.cli.judging import load_run
 
         read = recipes.read(str(recipe_file(run)))
-        if read.algorithm_name != "distar":
+        if read.algorithm.name != "distar":
             raise InputError(
-                f"--format one-step: {read.algorithm_name} makes no generator; use the run of a distar recipe"
+                f"--format one-step: {read.algorithm.name} makes no generator; use the run of a distar recipe"
             )
         target = export_one_step(load_run(run)[0], read.algorithm, out or run / "export" / form)
         print(f"pipeline: {printable(str(target))}; its README.md has the call")

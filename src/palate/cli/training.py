@@ -235,7 +235,7 @@ def _go(
         latents=parts.latents,
         identity=recipes.fingerprint(recipe),
         resume=resume,
-        check=recipes.guard_check(recipe),
+        check=recipes.guard_measure(recipe),
         progress=not quiet,
     )
     if outcome.exit_code:

@@ -7,10 +7,9 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from palate.core import Reward
+from palate.core import Reward, TwoTower
 from palate.evaluate.metrics import label_correct
 from palate.rewards import emoji, simple
-from palate.rewards.clip import ClipReward
 
 
 class ImageClassifier(Protocol):
@@ -69,7 +68,7 @@ def embedded_panel() -> EvaluationPanel:
 class _Tower:
     """The image tower of a reward as a classifier that knows no names."""
 
-    def __init__(self, reward: ClipReward):
+    def __init__(self, reward: TwoTower):
         self.tower = reward.image_features
         self.styles: list[str] = []
         self.concepts: list[str] = []
@@ -84,7 +83,7 @@ class _Tower:
         raise AssertionError("this classifier knows no styles")
 
 
-def published_panel(heldout: str, reward: ClipReward) -> EvaluationPanel:
+def published_panel(heldout: str, reward: TwoTower) -> EvaluationPanel:
     """For any model: a two-tower reward that was not optimised. Its image features give distances and diversity; what a
     prompt asks for is not checked."""
     return EvaluationPanel({heldout: reward, "jpeg_size": simple.jpeg_size}, heldout, _Tower(reward))

@@ -38,7 +38,7 @@ def model_card(
             card_data(run, recipe, metrics).to_yaml(),
             "---",
             "",
-            f"# {'Merged LoRA' if form == 'merged' else 'LoRA'} of {base}, trained with {recipe.algorithm_name}",
+            f"# {'Merged LoRA' if form == 'merged' else 'LoRA'} of {base}, trained with {recipe.algorithm.name}",
             "",
             *_how_to_load(recipe, form, layers, words),
             *_table(metrics),
@@ -89,7 +89,7 @@ def card_data(run: Path, recipe: Any, metrics: Mapping[str, tuple[float, float]]
         base_model=base if base.count("/") == 1 and not base.startswith((".", "/", "~")) else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["palate", "lora", "text-to-image", recipe.algorithm_name],
+        tags=["palate", "lora", "text-to-image", recipe.algorithm.name],
         model_name=run.resolve().name,
         eval_results=results or None,
     )

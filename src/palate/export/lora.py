@@ -68,7 +68,7 @@ def describe(run: Path, recipe: Any, layers: Mapping[str, Lora], words: Words | 
     return {
         "palate.version": version("palate"),
         "palate.recipe": recipes.fingerprint(recipe),
-        "palate.algorithm": recipe.algorithm_name,
+        "palate.algorithm": recipe.algorithm.name,
         "palate.base_model": recipe.model.folder or recipe.model.name,
         "palate.family": recipe.model.name,
         "palate.rank": ",".join(map(str, ranks)),
@@ -79,7 +79,7 @@ def describe(run: Path, recipe: Any, layers: Mapping[str, Lora], words: Words | 
         "ss_output_name": run.resolve().name,
         "modelspec.title": run.resolve().name,
         "modelspec.architecture": f"{facts.name}/lora",
-        "modelspec.description": f"{recipe.algorithm_name} on {facts.name}{wanted}",
+        "modelspec.description": f"{recipe.algorithm.name} on {facts.name}{wanted}",
     }
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from palate import models
+from palate.runtime.code import load_object, names_a_file, split_name
 from palate.runtime.errors import InputError
 
 GROUP = "palate.models"
@@ -74,7 +75,9 @@ class Family:
     keys: tuple[str, ...]
 
     def load_class(self) -> Any:
-        """The class, after importing its module. InputError: the package that names it does not have it."""
+        """The class, after importing its module. InputError: the package or file that names it does not have it."""
+        if names_a_file(self.module):
+            return load_object(self.module, key="model.name")
         try:
             return getattr(importlib.import_module(self.module), self.kind)
         except ModuleNotFoundError as error:
@@ -95,7 +98,10 @@ def names() -> tuple[str, ...]:
 
 
 def find(name: str) -> Family:
-    """The family of that name. InputError: there is none."""
+    """The family of that name, or of FILE.py:CLASS. InputError: there is none."""
+    if names_a_file(name):
+        path, kind = split_name(name)
+        return Family(name, name, kind, _signature_in(path, kind)[1] if path.is_file() else ())
     places = _places()
     if name not in places:
         raise InputError(f"model.name got {name!r}; expected one of {', '.join(sorted(places))}")
@@ -129,7 +135,15 @@ def _signature(module: str, kind: str) -> tuple[str, tuple[str, ...]]:
         spec = None
     if spec is None or spec.origin is None or not Path(spec.origin).is_file():
         return kind, ()
-    for node, methods in _classes(Path(spec.origin).read_text("utf-8")):
+    return _signature_in(Path(spec.origin), kind)
+
+
+def _signature_in(file: Path, kind: str) -> tuple[str, tuple[str, ...]]:
+    try:
+        classes = list(_classes(file.read_text("utf-8")))
+    except (SyntaxError, UnicodeDecodeError):  # told when it is imported
+        return kind, ()
+    for node, methods in classes:
         if node.name == kind or (not kind and {"load", "predict"} <= methods.keys()):
             load = methods.get("load")
             if load is None:

@@ -56,7 +56,7 @@ def count(recipe: Recipe, *, updates: int = 8) -> dict[str, float]:
     """
     whole, size = recipe.trainer.batch_size, _counted_batch(recipe)
     algorithm = build_algorithm(recipe)
-    model = _Counted(trained_names(recipe.algorithm_name))
+    model = _Counted(trained_names(recipe.algorithm.name))
     if (every := getattr(recipe.algorithm, "rollout_every", 1)) > 1:
         updates = every * max(1, updates // every)
     reward = _CountedTowers(model) if _two_tower(recipe) else _CountedReward(model)

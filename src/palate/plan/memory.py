@@ -8,7 +8,8 @@ from dataclasses import dataclass, fields, replace
 from palate.plan.activations import Unit
 from palate.plan.count import count
 from palate.plan.measure import family_of, local_config, measure
-from palate.recipe import PUBLISHED_REWARDS, Recipe, trained_names
+from palate.recipe import Recipe, trained_names
+from palate.rewards import table as rewards
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -62,7 +63,7 @@ def memory_of(
     recipe: Recipe, units: Mapping[str, Unit], calls: Mapping[str, float], gpus: int, checkpointed: bool
 ) -> dict[str, float]:
     """Bytes of one GPU by term. Full training shards what is trained over the GPUs; a LoRA is on each."""
-    denoiser, names = units["denoiser"], len(trained_names(recipe.algorithm_name))
+    denoiser, names = units["denoiser"], len(trained_names(recipe.algorithm.name))
     full = recipe.model.weights == "full"
     width = DTYPE_BYTES[recipe.model.dtype or ("float32" if recipe.model.name == "emoji" else "bfloat16")]
     base = (denoiser.parameters - (0 if full else denoiser.trained)) * width
@@ -124,7 +125,7 @@ def _changes(recipe: Recipe, gpus: int) -> list[tuple[str, Recipe]]:
     if model.weights == "full":
         found.append(("model.weights=lora", replace(recipe, model=replace(model, weights="lora"))))
     names = {recipe.reward.name} if recipe.reward.name else set(recipe.reward.weights or ())
-    if recipe.reward.dtype != "bfloat16" and names & set(PUBLISHED_REWARDS):
+    if recipe.reward.dtype != "bfloat16" and any(rewards.find(name).kind == "published" for name in names):
         found.append(("reward.dtype=bfloat16", replace(recipe, reward=replace(recipe.reward, dtype="bfloat16"))))
     return found
 

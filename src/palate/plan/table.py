@@ -97,7 +97,7 @@ def table(
     if not 0 < utilisation <= 1:
         raise InputError(f"--utilisation: got {utilisation}; expected above 0 and at most 1")
     lines = [
-        f"{recipe.algorithm_name} on {recipe.model.name}, {recipe.model.weights}, batch {recipe.trainer.batch_size}, "
+        f"{recipe.algorithm.name} on {recipe.model.name}, {recipe.model.weights}, batch {recipe.trainer.batch_size}, "
         f"{made.gpus} x {name}",
         "",
         *_parts(made),

@@ -51,6 +51,10 @@ def as_reward(function: Callable[..., Any]) -> Reward:
     return reward
 
 
+def _made(kind: Callable[..., Any], source: str | None) -> Any:
+    return kind(source) if inspect.signature(kind).parameters else kind()
+
+
 def _somebody_elses(entry: Entry, source: str | None) -> Reward:
     if names_a_file(entry.place):
         found = load_object(entry.place, key="reward.name")
@@ -61,7 +65,7 @@ def _somebody_elses(entry: Entry, source: str | None) -> Reward:
         except (ModuleNotFoundError, AttributeError) as error:
             raise InputError(f"reward.name {entry.name}: cannot load {entry.place} ({error})") from error
     if inspect.isclass(found):
-        found = found(source) if inspect.signature(found).parameters else found()
+        found = _made(found, source)
     if not callable(found):
         kind = type(found).__name__
         raise InputError(f"reward.name: {entry.name} is a {kind}; expected a function of images and prompts")

@@ -68,7 +68,7 @@ class RunView:
 
     @property
     def steerable(self) -> bool:
-        return self.recipe.algorithm_name in ("srpo", "direct")
+        return self.recipe.algorithm.name in ("srpo", "direct")
 
     @property
     def reward_name(self) -> str:

@@ -64,7 +64,7 @@ def change(view: RunView, side: str, word: str, *, add: bool) -> None:
     if side not in SIDES:
         raise InputError("a word is wanted (positive) or unwanted (negative)")
     if not view.steerable:
-        raise InputError(f"{view.name} trains with {view.recipe.algorithm_name}, which has no control words")
+        raise InputError(f"{view.name} trains with {view.recipe.algorithm.name}, which has no control words")
     if view.state not in ("running", "waiting"):
         raise InputError(f"{view.name} is not training ({view.state}); start a run, or resume this one, then steer it")
     words = wanted_words(view)

@@ -37,11 +37,12 @@ def with_absolute_paths(tree: dict[str, Any], beside: Path | None = None) -> dic
     for where in (("run", "folder"), ("model", "text_cache")):
         _change(tree, where, expand)
     reward = tree.get("reward")
-    for key in BY_REWARD if isinstance(reward, dict) else ():
-        if isinstance(reward[key] if key in reward else None, dict):
-            reward[key] = {_absolute_name(name, beside): value for name, value in reward[key].items()}
-    if isinstance(reward, dict) and isinstance(reward.get("source"), dict):
-        reward["source"] = {name: absolute(value, beside) for name, value in reward["source"].items()}
+    if isinstance(reward, dict):
+        for key in BY_REWARD:
+            if isinstance(reward.get(key), dict):
+                reward[key] = {_absolute_name(name, beside): value for name, value in reward[key].items()}
+        if isinstance(reward.get("source"), dict):
+            reward["source"] = {name: absolute(value, beside) for name, value in reward["source"].items()}
     return tree
 
 

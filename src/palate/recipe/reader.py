@@ -125,9 +125,7 @@ def read_yaml(text: str, what: str) -> Any:
         mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
         problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else None
         where = f" at line {mark.line + 1}" if mark else ""
-        raise RecipeError(
-            f"the {what} is not valid YAML{where}: {problem or str(error).splitlines()[0]}"
-        ) from error
+        raise RecipeError(f"the {what} is not valid YAML{where}: {problem or str(error).splitlines()[0]}") from error
 
 
 def _repeated_key(node: yaml.Node | None) -> yaml.Node | None:

@@ -164,9 +164,7 @@ def _check_reward_use(reward: RewardSettings, settings: Any, kind: Any, mistakes
     if reward.relative is None:
         return
     if isinstance(settings, ControlWords):
-        mistakes.append(
-            f"reward.relative: {name} has words of its own; set algorithm.positive and algorithm.negative"
-        )
+        mistakes.append(f"reward.relative: {name} has words of its own; set algorithm.positive and algorithm.negative")
     if reward.relative.positive == reward.relative.negative:
         mistakes.append("reward.relative: give positive, negative, or both, and not the same word twice")
     if used and not any(entry.reads_prompt for entry in entries):

@@ -1,8 +1,8 @@
-"""A recipe's objects, the arguments of `palate.train`. The cheap things that can be wrong come first, the weights last."""
+"""A recipe's objects, the arguments of `palate.train`. What is cheap and can be wrong comes first, the
+weights last."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.resources
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from palate.algorithms import table as algorithms
-from palate.core import Algorithm, DrawsOwnSamples, GuardMeasure, Model, Reward, Sampler, TakesConsistency, TextCached
+from palate.core import (
+    Algorithm,
+    DrawsOwnSamples,
+    GuardMeasure,
+    Model,
+    Reward,
+    Sampler,
+    TakesConsistency,
+    TextCached,
+    TwoTower,
+)
 from palate.data import (
     RecipeError,
     captioned_images,
@@ -26,10 +36,12 @@ from palate.data import (
 from palate.evaluate.measurement import measure_for_guard
 from palate.evaluate.panel import EvaluationPanel, embedded_panel, published_panel
 from palate.models import families
+from palate.models.facts import Facts
+from palate.models.lora import find_file
 from palate.models.repository import open_repository
 from palate.models.weights import adapter_file
-from palate.recipe.objective import objective_of
-from palate.recipe.settings import Recipe
+from palate.recipe.objective import reward_objective
+from palate.recipe.settings import Recipe, RewardSettings
 from palate.recipe.together import heldout_of, trained_names
 from palate.rewards.load import load_reward
 from palate.rewards.table import HELD_OUT_CANDIDATES
@@ -62,7 +74,7 @@ def build(recipe: Recipe) -> Parts:
     prompts, preview = prompts_of(recipe, captions)
     check_start(recipe)
     with torch.random.fork_rng(devices=[]):  # first, for its missing files; the LoRA's first weights do not see it
-        reward = build_reward(recipe)
+        reward = build_reward(recipe.reward)
     model = build_model(recipe)
     load_consistency(recipe, model)
     if isinstance(model, TextCached):
@@ -116,7 +128,9 @@ def panel_of(recipe: Recipe) -> EvaluationPanel:
     if name is None:
         candidates = ", ".join(HELD_OUT_CANDIDATES)
         raise InputError(f"reward.weights: {candidates} are all optimised, so none is left to judge; leave one out")
-    return published_panel(name, load_reward(name, recipe.reward.source.get(name), recipe.reward.dtype))
+    reward = load_reward(name, recipe.reward.source.get(name), recipe.reward.dtype)
+    assert isinstance(reward, TwoTower), "the candidates are two-tower rewards"
+    return published_panel(name, reward)
 
 
 def guard_measure(recipe: Recipe) -> GuardMeasure | None:
@@ -142,9 +156,9 @@ def build_algorithm(recipe: Recipe) -> Algorithm:
     return algorithms.find(recipe.algorithm.name).make(recipe.algorithm)
 
 
-def build_reward(recipe: Recipe) -> Reward:
+def build_reward(settings: RewardSettings) -> Reward:
     """The reward that the loop is given."""
-    return objective_of(recipe).reward()
+    return reward_objective(settings).reward()
 
 
 def build_model(recipe: Recipe) -> Model:
@@ -160,7 +174,9 @@ def build_model(recipe: Recipe) -> Model:
         names=trained_names(recipe.algorithm.name),
         **{key: values[key] for key in family.keys if key in values and values[key] is not None},
     )
-    if settings.start is not None:
+    if settings.start is not None and settings.weights == "lora":
+        model.weights.begin(_start_folder(settings.start), rank=settings.lora_rank, alpha=settings.lora_alpha)
+    elif settings.start is not None:
         try:
             model.weights.load(_start_folder(settings.start), "policy")
         except (ValueError, SafetensorError) as error:
@@ -186,3 +202,40 @@ def _start_folder(start: str) -> Path:
     """A folder, or the name of one in the package."""
     packaged = importlib.resources.files("palate") / "assets" / start
     return Path(start) if Path(start).is_dir() or not packaged.is_dir() else Path(str(packaged))
+
+
+@runtime_checkable
+class HasFacts(Protocol):
+    """A family over a diffusers folder, which says what it is made of."""
+
+    facts: Facts
+
+
+def check_start(recipe: Recipe) -> None:
+    """model.start, and the LoRAs that the recipe names against the architecture of its folder, before weights load."""
+    settings, family = recipe.model, families.find(recipe.model.name).load_class()
+    start = None if settings.start is None else _start_folder(settings.start)
+    if start is not None and settings.weights == "lora":
+        find_file(start, "model.start")
+    elif start is not None:
+        try:
+            adapter_file(start, settings.weights)
+        except ValueError as error:
+            raise RecipeError(f"model.start: {error}") from error
+    if not isinstance(family, HasFacts) or settings.folder is None:
+        return
+    facts, consistency = family.facts, _wants_consistency(recipe)
+    if consistency and settings.consistency is None:
+        raise RecipeError(
+            "model.consistency: name the folder of an LCM-LoRA (pytorch_lora_weights.safetensors) "
+            f"for {settings.name}, or use another algorithm.estimator: tweedie, rollout-2"
+        )
+    started = start is not None and settings.weights == "lora"
+    if not started and not consistency:
+        return
+    denoiser = facts.denoiser
+    repository = open_repository(settings.folder, family=settings.name, parts={denoiser: facts.parts[denoiser]})
+    if started and start is not None:
+        repository.check_lora(facts, start, key="model.start", rank=settings.lora_rank)
+    if consistency and settings.consistency is not None:
+        repository.check_lora(facts, settings.consistency, key="model.consistency")

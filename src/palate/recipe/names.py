@@ -14,7 +14,7 @@ from palate.runtime.code import names_a_file
 
 
 def near(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """"; did you mean X?" for the nearest of the known words, or "" where none is near."""
+    """ "; did you mean X?" for the nearest of the known words, or "" where none is near."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {prefix}{found[0]}?" if found else ""
 

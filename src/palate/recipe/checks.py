@@ -16,7 +16,6 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from palate.algorithms import table as algorithms
 from palate.data import RecipeError
-from palate.models import families
 from palate.recipe.names import near
 from palate.recipe.settings import (
     AlgorithmSettings,
@@ -123,7 +122,7 @@ def _algorithm(section: Any, mistakes: list[str]) -> AlgorithmSettings | None:
 
 
 def checked(kind: type, values: Mapping[str, Any], prefix: str, mistakes: list[str]) -> Any:
-    """An object of the dataclass `kind`, or None; what is wrong is added to `mistakes`, with `prefix` before its key."""
+    """An object of the dataclass `kind`, or None; what is wrong is added to `mistakes`, `prefix` before its key."""
     try:
         return TypeAdapter(kind).validate_python(_as_meant(kind, values))
     except ValidationError as error:
@@ -149,7 +148,7 @@ def _as_meant(kind: type, values: Any) -> Any:
     hints = get_type_hints(kind)
     meant: dict[str, Any] = {}
     for key, value in values.items():
-        hint = hints[key] if key in hints else Any
+        hint = hints.get(key, Any)
         inner = _dataclass_in(hint)
         if inner is not None:
             value = _as_meant(inner, value)
@@ -187,7 +186,7 @@ def _without(tree: Mapping[str, Any], where: Sequence[str | int]) -> dict[str, A
 
 
 def _sentence(kind: type, problem: dict[str, Any], prefix: str) -> str:
-    where = [str(part) for part in problem["loc"]]
+    where = [str(part) for part in problem["loc"] if part != "[key]"]
     key = prefix + ".".join(where)
     if problem["type"] == "unexpected_keyword_argument":
         valid = [field.name for field in dataclasses.fields(_at(kind, where[:-1]))]
@@ -209,10 +208,6 @@ def _sentence(kind: type, problem: dict[str, Any], prefix: str) -> str:
 
 def _at(kind: type, where: list[str]) -> type:
     for part in where:
-        if kind is Recipe:
-            kind = SECTIONS.get(part, Recipe)
-        else:  # a section inside a section: trainer.guard
-            kind = _dataclass_in(get_type_hints(kind)[part] if part in get_type_hints(kind) else None) or kind
+        inside = None if kind is Recipe else _dataclass_in(get_type_hints(kind).get(part))  # trainer.guard
+        kind = SECTIONS.get(part, Recipe) if kind is Recipe else inside or kind
     return kind
-
-

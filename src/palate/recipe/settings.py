@@ -234,4 +234,3 @@ class Recipe:
     sample: SampleSettings = field(default_factory=SampleSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
     optimize: OptimizeSettings | None = None  # of `palate optimize` only
-    algorithm_name: str = "srpo"

@@ -1,0 +1,92 @@
+"""Recipes: YAML read into typed dataclasses; every mistake is reported at once, before any weight loads.
+
+`read` gives a checked `Recipe`; `build` turns it into the objects that `palate.train` takes. A published recipe is
+named without its folder or ending (`srpo-emoji`), any other by its path; overrides are `trainer.steps=40`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from palate.data import RecipeError, captioned_images, evenly_spaced, read_prompts
+from palate.recipe.checks import SECTIONS, algorithm_settings, check_trainer, homes_of
+from palate.recipe.reader import YAML_LIMIT, as_tree, dump, fingerprint, parse, published, read, text_of
+from palate.recipe.settings import (
+    RESUMABLE_FIELDS,
+    AlgorithmSettings,
+    EvaluateSettings,
+    GuardSettings,
+    ModelSettings,
+    OptimizeSettings,
+    OracleSettings,
+    PromptSettings,
+    Recipe,
+    RelativeSettings,
+    RewardSettings,
+    RunSettings,
+    SampleSettings,
+    TrainerSettings,
+)
+from palate.recipe.together import heldout_of, trained_names
+from palate.runtime.deprecated import old_names
+
+if TYPE_CHECKING:
+    from palate.recipe.builder import (
+        Parts,
+        build,
+        build_algorithm,
+        build_model,
+        build_reward,
+        check_start,
+        guard_measure,
+        load_consistency,
+        panel_of,
+        prompts_of,
+        sampler_of,
+    )
+    from palate.recipe.objective import Objective, control_words, objective_of
+    from palate.rewards.load import load_reward
+
+# These need torch, transformers and diffusers; a recipe is read and checked without them.
+_LATER = {
+    "Objective": "palate.recipe.objective",
+    "Parts": "palate.recipe.builder",
+    "build": "palate.recipe.builder",
+    "build_algorithm": "palate.recipe.builder",
+    "build_model": "palate.recipe.builder",
+    "build_reward": "palate.recipe.builder",
+    "check_start": "palate.recipe.builder",
+    "control_words": "palate.recipe.objective",
+    "guard_measure": "palate.recipe.builder",
+    "load_consistency": "palate.recipe.builder",
+    "load_reward": "palate.rewards.load",
+    "objective_of": "palate.recipe.objective",
+    "panel_of": "palate.recipe.builder",
+    "prompts_of": "palate.recipe.builder",
+    "sampler_of": "palate.recipe.builder",
+}
+__all__ = [
+    "RESUMABLE_FIELDS", "SECTIONS", "YAML_LIMIT", "AlgorithmSettings", "EvaluateSettings", "GuardSettings",
+    "ModelSettings", "Objective", "OptimizeSettings", "OracleSettings", "Parts", "PromptSettings", "Recipe",
+    "RecipeError", "RelativeSettings", "RewardSettings", "RunSettings", "SampleSettings", "TrainerSettings",
+    "algorithm_settings", "as_tree", "build", "build_algorithm", "build_model", "build_reward", "captioned_images",
+    "check_start", "check_trainer", "control_words", "dump", "evenly_spaced", "fingerprint", "guard_measure", "heldout_of",
+    "homes_of", "load_consistency", "load_reward", "objective_of", "panel_of", "parse", "prompts_of", "published",
+    "read", "read_prompts", "sampler_of", "text_of", "trained_names",
+]  # fmt: skip
+
+_renamed = old_names(__name__, {"spread": evenly_spaced})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    if name in ("HARMLESS", "guard_check", "referee_of"):  # old names, for one release
+        now = {"HARMLESS": "RESUMABLE_FIELDS", "guard_check": "guard_measure", "referee_of": "panel_of"}[name]
+        return globals()[now] if now in globals() else __getattr__(now)
+    return _renamed(name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
