@@ -200,7 +200,7 @@ def test_a_start_of_the_other_kind_says_which_to_set(tmp_path, monkeypatch):
 
     monkeypatch.setattr("palate.models.emoji.EmojiModel.load", lambda *_, **__: Misfit())
     with pytest.raises(ValueError, match=r"model.start: another rank"):
-        recipe.build_model(recipe.parse(GOOD, ["model.start=x"]))
+        recipe.build_model(recipe.parse(GOOD, ["model.start=x", "model.weights=full"]))
 
 
 def test_a_start_that_does_not_fit_is_found_before_the_reward_loads(monkeypatch):

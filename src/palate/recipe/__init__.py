@@ -71,7 +71,8 @@ __all__ = [
     "ModelSettings", "Objective", "OptimizeSettings", "OracleSettings", "Parts", "PromptSettings", "Recipe",
     "RecipeError", "RelativeSettings", "RewardSettings", "RunSettings", "SampleSettings", "TrainerSettings",
     "algorithm_settings", "as_tree", "build", "build_algorithm", "build_model", "build_reward", "captioned_images",
-    "check_start", "check_trainer", "control_words", "dump", "evenly_spaced", "fingerprint", "guard_measure", "heldout_of",
+    "check_start", "check_trainer", "control_words", "dump", "evenly_spaced", "fingerprint", "guard_measure",
+    "heldout_of",
     "homes_of", "load_consistency", "load_reward", "objective_of", "panel_of", "parse", "prompts_of", "published",
     "read", "read_prompts", "sampler_of", "text_of", "trained_names",
 ]  # fmt: skip

@@ -39,7 +39,7 @@ from palate.models import families
 from palate.models.facts import Facts
 from palate.models.lora import find_file
 from palate.models.repository import open_repository
-from palate.models.weights import adapter_file
+from palate.models.weights import FILES, adapter_file
 from palate.recipe.objective import reward_objective
 from palate.recipe.settings import Recipe, RewardSettings
 from palate.recipe.together import heldout_of, trained_names
@@ -175,7 +175,8 @@ def build_model(recipe: Recipe) -> Model:
         **{key: values[key] for key in family.keys if key in values and values[key] is not None},
     )
     if settings.start is not None and settings.weights == "lora":
-        model.weights.begin(_start_folder(settings.start), rank=settings.lora_rank, alpha=settings.lora_alpha)
+        start, reference = _start_folder(settings.start), settings.reference or "base"
+        model.weights.begin(start, rank=settings.lora_rank, alpha=settings.lora_alpha, reference=reference)
     elif settings.start is not None:
         try:
             model.weights.load(_start_folder(settings.start), "policy")
@@ -215,7 +216,8 @@ def check_start(recipe: Recipe) -> None:
     """model.start, and the LoRAs that the recipe names against the architecture of its folder, before weights load."""
     settings, family = recipe.model, families.find(recipe.model.name).load_class()
     start = None if settings.start is None else _start_folder(settings.start)
-    if start is not None and settings.weights == "lora":
+    whole = start is not None and any((start / name).is_file() for name in FILES["full"])
+    if start is not None and settings.weights == "lora" and not whole:
         find_file(start, "model.start")
     elif start is not None:
         try:

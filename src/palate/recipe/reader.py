@@ -98,8 +98,9 @@ def fingerprint(recipe: Recipe) -> str:
         del tree["model"][key]
     for key in RESUMABLE_FIELDS:
         del tree["trainer"][key]
-    if tree["reward"]["relative"] is None:
-        del tree["reward"]["relative"]  # so that runs from before this key can be resumed
+    for section, key in (("reward", "relative"), ("model", "reference")):
+        if tree[section][key] is None:
+            del tree[section][key]  # so that runs from before this key can be resumed
     tree["optimize"] = None  # palate optimize has an identity of its own
     return json_digest(tree)
 

@@ -69,6 +69,7 @@ class ModelSettings:
     lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # None = lora_rank
     lora_targets: Annotated[list[str], Field(min_length=1)] | None = None  # ends of layer names; None = the family's
     start: str | None = None  # an earlier run's adapter folder, whose policy this one begins with; or emoji-1step
+    reference: Literal["base", "start"] | None = None  # what the policy is held to: base (None), or the LoRA of start
     folder: str | None = None  # a diffusers folder or hub id; None = the weights in the package (emoji)
     consistency: str | None = None  # folder of a consistency LoRA (LCM-LoRA); None = the one in the package (emoji)
     file: str | None = None  # a .safetensors file whose denoiser takes the place of the folder's
