@@ -64,7 +64,7 @@ from palate.sampling import Noise, Transition, log_prob, random_step, state_kind
 class FlowGRPOSettings:
     group: int = 24  # images per prompt
     steps: int = 10  # of sampling while training
-    eta: float = 0.5  # the paper's a = .7
+    eta: float = 0.5  # the paper's a = .7 for short steps (`sampling.eta_of_noise_level`)
     guidance: float = 4.5
     shift: float = 3.0
     noise: Noise = "posterior"  # what a random step adds; eta is then its level (`sampling.random_step`)
