@@ -6,10 +6,10 @@ A model hides its parametrisation behind `predict`, a reward is a function, an a
 own, with its name: it is enough to have the members, nothing needs to be inherited. Nothing outside this file asks an
 object for a member that no protocol lists.
 
-    a model may be      Sampleable, PublishedGrid, Fingerprinted, TextCached, SavesAdapter, TakesConsistency,
-                        HasNetworks
+    a model may be      Sampleable, PublishedGrid, Fingerprinted, TextCached, SavesAdapter, LoadsAdapter,
+                        TakesConsistency, HasNetworks
     a reward may be     TwoTower
-    an algorithm may be Stateful, Steerable, DrawsOwnSamples, Warns, ChecksBatch
+    an algorithm may be Stateful, Steerable, ComparesWords, DrawsOwnSamples, Warns, ChecksBatch
 """
 
 from __future__ import annotations
@@ -106,6 +106,11 @@ class SavesAdapter(Protocol):
     """A model that writes what was trained in the form in which others read it."""
 
     def save_adapter(self, folder: Path) -> None: ...
+
+
+@runtime_checkable
+class LoadsAdapter(Protocol):
+    """A model that reads back what it once wrote."""
 
     def load_adapter(self, folder: Path) -> None:
         """Read back what `save_adapter` wrote, into a model of the same training mode, rank and names."""
@@ -207,15 +212,20 @@ class Stateful(Protocol):
 class Steerable(Stateful, Protocol):
     """An algorithm whose control words may change between two steps."""
 
-    @property
-    def relative(self) -> bool:
-        """Whether it trains the difference between positive and negative words, so that a reward must know words."""
-
     def steer(self, positive: Sequence[str] | None = None, negative: Sequence[str] | None = None) -> None:
         """Replace the control words from the next step on; None keeps a list. ValueError: they cannot be used."""
 
     def control_texts(self, prompt: str) -> dict[str, list[str]]:
         """What the reward is asked about a prompt, by side ("positive", "negative"), one text for each word."""
+
+
+@runtime_checkable
+class ComparesWords(Steerable, Protocol):
+    """A steerable algorithm that may train the difference between positive and negative words."""
+
+    @property
+    def relative(self) -> bool:
+        """Whether it does: then a reward must know words."""
 
 
 class Sampler(Protocol):

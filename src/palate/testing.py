@@ -70,6 +70,7 @@ class TinyFlow:
     image_size = 8
     default_steps = 3
     default_guidance = 1.0
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         with torch.random.fork_rng():

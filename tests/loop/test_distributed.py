@@ -22,7 +22,7 @@ from support.loop import rows, run, srpo, tensors
 from support.ranks import MAKE, STEPS, Networks, go, identical
 
 import palate
-from palate import failure
+from palate import train as failure
 from palate.core import Random
 from palate.recipe import GuardSettings
 from palate.runtime import checkpoint, distributed
@@ -351,9 +351,9 @@ def test_a_rank_ends_without_the_tear_down_that_gloos_threads_abort():
 if __name__ == "__main__":
     code = 0
     try:
-        with distributed.join(timeout_seconds=float(os.environ.get("TIMEOUT", "60"))):
+        with distributed.process_group(timeout_seconds=float(os.environ.get("TIMEOUT", "60"))):
             globals()[sys.argv[1]](Path(sys.argv[2]))
     except PalateError as error:  # with the exit codes of the command line
         print(repr(error), file=sys.stderr)
         code = error.exit_code
-    distributed.leave(code)
+    distributed.exit_process(code)

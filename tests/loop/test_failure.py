@@ -11,7 +11,7 @@ import torch
 from support.commands import short
 from support.loop import Quadratic, rows, run, srpo, tensors
 
-from palate import failure
+from palate import train as failure
 from palate.core import Loss
 from palate.path import Prediction
 from palate.runtime import checkpoint

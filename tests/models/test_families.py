@@ -517,8 +517,6 @@ def test_published_recipes_make_two_steps(name, tmp_path):
     plan = recipe.read(name, [*FREE, *SMALL, *more, *folders])
     parts = recipe.build(plan)
     before = [p.detach().clone() for p in parts.model.parameters()]
-    accepted = inspect.signature(palate.train.train).parameters
-    settings = {key: value for key, value in vars(plan.trainer).items() if key in accepted}
     ended = palate.train(
         parts.model,
         parts.algorithm,
@@ -527,7 +525,7 @@ def test_published_recipes_make_two_steps(name, tmp_path):
         folder=tmp_path / "run",
         preview=parts.preview_prompts,
         progress=False,
-        **settings,
+        trainer=plan.trainer,
     )
     assert ended.step == 2
     assert any(not torch.equal(a, b) for a, b in zip(before, parts.model.parameters(), strict=True))

@@ -30,8 +30,9 @@ from palate.recipe import GuardSettings, TrainerSettings
 from palate.runtime import checkpoint
 from palate.testing import TinyFlow
 from palate.testing import tiny_reward as reward
-from palate.train import OutOfMemoryError, _Run, memory_levers, read_metrics
+from palate.train import OutOfMemoryError, memory_savings, read_metrics
 from palate.train import train as palate_train
+from palate.train.saving import Saver
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SAVE_PARTS = ("write_durably", "sync", "replace", "save_file")
@@ -185,8 +186,8 @@ def test_a_save_takes_no_longer_than_a_step(tmp_path, monkeypatch):
         save(*arguments)
         saves.append(time.perf_counter() - began)
 
-    save = _Run._save
-    monkeypatch.setattr(_Run, "_save", timed)
+    save = Saver.save
+    monkeypatch.setattr(Saver, "save", timed)
     plan = recipe.read("srpo-emoji", ["trainer.batch_size=2", "algorithm.n=1"])
     parts = recipe.build(plan)
     palate_train(
@@ -310,12 +311,12 @@ def test_a_step_that_does_not_fit_changes_nothing_and_says_what_needs_less(tmp_p
 
 
 def test_levers_name_what_they_save():
-    weights = {"policy": [torch.nn.Parameter(torch.empty(1 << 28, device="meta"))]}  # 1 GiB in float32
-    text = memory_levers(TrainerSettings(batch_size=6, micro_batches=2, ema_decay=0.9), weights, "no more")
+    size = 1 << 30  # bytes of what is trained
+    text = memory_savings(TrainerSettings(batch_size=6, micro_batches=2, ema_decay=0.9), size, "no more")
     assert "trainer.micro_batches=3: 67% of a step's activations" in text
     assert "holds 4.00 GiB" in text and "trainer.ema_decay=0: 1.00 GiB" in text
-    assert "one image at a time is reached" in memory_levers(
-        TrainerSettings(batch_size=2, micro_batches=2), weights, "no"
+    assert "one image at a time is reached" in memory_savings(
+        TrainerSettings(batch_size=2, micro_batches=2), size, "no"
     )
 
 

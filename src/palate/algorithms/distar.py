@@ -59,7 +59,7 @@ Distance = Literal["pseudo_huber", "l2"]
 Gradient = Literal["paper", "total"]
 LAG_MEMORY = 0.98  # of the running means that tell the assistant's lag
 LAG_STEPS = 50  # updates before the lag is judged
-LAG_LIMIT = 0.5  # see `Distar.advise`
+LAG_LIMIT = 0.5  # see `Distar.warnings`
 
 
 Generator = FewStepGenerator
@@ -161,15 +161,15 @@ class Distar:
         """
         return self.loss_mean / self.scale_mean if self.scale_mean else 0.0
 
-    def advise(self, rates: Mapping[str, float]) -> list[str]:
-        """What to tell the user now, given the learning rates; train.py says each sentence once."""
+    def warnings(self, learning_rates: Mapping[str, float]) -> list[str]:
+        """What to tell the user now, given the learning rates; the loop says each sentence once."""
         told = []
-        bound = assistant_rate_bound(rates["policy"], self.settings.assistant_steps)
-        if rates["assistant"] < bound:
+        bound = assistant_rate_bound(learning_rates["policy"], self.settings.assistant_steps)
+        if learning_rates["assistant"] < bound:
             told.append(
-                f"the assistant's learning rate {rates['assistant']:g} is below {bound:g} (4 x the generator's "
-                "/ assistant_steps), where a linear analysis begins to oscillate; raise trainer.lrs.assistant "
-                "or algorithm.assistant_steps if assistant_lag grows"
+                f"the assistant's learning rate {learning_rates['assistant']:g} is below {bound:g} (4 x the "
+                "generator's / assistant_steps), where a linear analysis begins to oscillate; raise "
+                "trainer.lrs.assistant or algorithm.assistant_steps if assistant_lag grows"
             )
         if self.updates >= LAG_STEPS and abs(self.lag) > LAG_LIMIT:
             told.append(

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from palate.core import Batch, Cond, Loss, Model, Random, Reward
 from palate.path import Prediction, move
-from palate.runtime.distributed import most
+from palate.runtime.distributed import max_over_ranks
 from palate.runtime.errors import InputError
 from palate.sampling import random_step, state_kind, time_grid
 
@@ -128,7 +128,7 @@ class OPD:
         x0, eps = torch.zeros_like(x), torch.zeros_like(x)
         for name, teacher in self.settings.teachers.items():
             rows = [k for k, given in enumerate(names) if given == name]
-            if not rows and not most(len(rows), model.parameters("policy")[0]):
+            if not rows and not max_over_ranks(len(rows), model.parameters("policy")[0]):
                 continue
             asked = rows or [0]
             cond = model.encode_prompts([batch.prompts[k] for k in asked])

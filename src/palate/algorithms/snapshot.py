@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from palate.runtime.distributed import like
+from palate.runtime.distributed import shard_like
 
 
 def taken(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -18,7 +18,7 @@ def taken(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 
 def sharded_like(values: Sequence[Tensor], parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     """The values, which in a checkpoint are whole, cut as the parameters are."""
-    return [like(value, p) for value, p in zip(values, parameters, strict=True)]
+    return [shard_like(value, p) for value, p in zip(values, parameters, strict=True)]
 
 
 @contextmanager

@@ -42,7 +42,7 @@ from torch import Tensor
 from palate.algorithms.replay_buffer import Draw, ReplayBuffer
 from palate.core import Batch, Cond, Loss, Model, Random, Reward
 from palate.path import Prediction, move
-from palate.runtime.distributed import most
+from palate.runtime.distributed import max_over_ranks
 from palate.runtime.errors import InputError
 from palate.sampling import shift_time, state_kind, transition_std
 
@@ -191,7 +191,7 @@ class SQDF:
         x = rng.normal("start", model.latent_shape).to(**state_kind(model))
         states = x.expand(int(stop.max()) + 1, *x.shape).clone()
         walking, cond = torch.arange(len(stop)), batch.cond
-        calls = most(len(states) - 1, model.parameters("policy")[0])
+        calls = max_over_ranks(len(states) - 1, model.parameters("policy")[0])
         for i in range(len(states) - 1):
             still = (stop > i).nonzero().flatten()
             if len(still) < len(walking):

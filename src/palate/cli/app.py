@@ -130,9 +130,9 @@ def main() -> None:
             raise
         code = exit_code_of(error)
     if "RANK" in os.environ:
-        from palate.runtime.distributed import leave
+        from palate.runtime.distributed import exit_process
 
-        leave(code if isinstance(code, int) else 0)
+        exit_process(code if isinstance(code, int) else 0)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -149,9 +149,9 @@ def replay(
     """
     import torch
 
-    from palate import failure
     from palate import recipe as recipes
     from palate.runtime import checkpoint
+    from palate.train import replay as replay_bundle
 
     if (bundle / "recipe.yaml").is_file():
         left = sorted(path for path in (bundle / "failures").glob("step-*"))
@@ -159,12 +159,12 @@ def replay(
         raise InputError(f"{bundle} is a run; {told}")
     saved = checkpoint.load(bundle)
     if not saved.state.get("recipe"):
-        raise InputError(f"{bundle} is of a run that Python started, without a recipe; use palate.failure.replay there")
+        raise InputError(f"{bundle} is of a run that Python started, without a recipe; use palate.train.replay there")
     read = recipes.parse(saved.state["recipe"])
     torch.manual_seed(read.trainer.seed)
     model, algorithm = recipes.build_model(read), recipes.build_algorithm(read)
     recipes.load_consistency(read, model)
-    found = failure.replay(bundle, model, algorithm, recipes.build_reward(read.reward))
+    found = replay_bundle(bundle, model, algorithm, recipes.build_reward(read.reward))
     print(printable(found.text()))
     if not found.reproduced:
         raise typer.Exit(1)
@@ -177,10 +177,10 @@ def replay(
 def _ranks(nproc: int, recipe: Recipe) -> Iterator[Callable[[Callable[[], Any]], Any]]:
     """Inside, this process is one of its run's ranks; gives what lets rank 0 alone act. Launches them if need be."""
     if "RANK" in os.environ:  # started by torchrun, by srun or by the lines below
-        from palate.runtime.distributed import join
+        from palate.runtime.distributed import process_group
 
-        with join(timeout_seconds=recipe.run.rank_timeout_seconds) as ranks:
-            yield ranks.on_first
+        with process_group(timeout_seconds=recipe.run.rank_timeout_seconds) as ranks:
+            yield ranks.on_main
     elif nproc > 1:
         from palate.runtime.launch import launch
 
@@ -211,8 +211,9 @@ def _go(
     import torch
 
     from palate import recipe as recipes
-    from palate.runtime.checkpoint import check_space, write_atomically
-    from palate.train import train
+    from palate.runtime.checkpoint import check_space
+    from palate.runtime.files import write_atomically
+    from palate.train import Job, run_job
 
     folder = Path(recipe.run.folder)
     on_main(lambda: check_space(folder, need=1 << 20))
@@ -222,22 +223,20 @@ def _go(
         on_main(lambda: remove_run(folder))  # only now: a recipe that cannot be built must not cost the old run
         on_main(folder.mkdir)
     on_main(lambda: write_atomically(folder / "recipe.yaml", recipes.dump(recipe).encode()))
-    outcome = train(
+    job = Job(
         parts.model,
         parts.algorithm,
         parts.reward,
-        parts.prompts,
-        folder=folder,
-        **vars(recipe.trainer),
-        preview=parts.preview_prompts,
-        sample_steps=recipe.sample.steps,
-        sample_guidance=recipe.sample.guidance,
+        list(parts.prompts),
+        folder,
+        recipe.trainer,
+        list(parts.preview_prompts),
+        sample=recipe.sample,
         latents=parts.latents,
+        measure=recipes.guard_measure(recipe),
         identity=recipes.fingerprint(recipe),
-        resume=resume,
-        check=recipes.guard_measure(recipe),
-        progress=not quiet,
     )
+    outcome = run_job(job, resume=resume, progress=not quiet)
     if outcome.exit_code:
         on_main(lambda: print(f"continue with: palate resume {printable(str(folder))}"))
         raise typer.Exit(outcome.exit_code)

@@ -22,9 +22,10 @@ import torch.distributed as dist
 from safetensors.torch import load, save, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from palate.runtime.deprecated import old_names
 from palate.runtime.errors import InputError, PalateError, PeerAbortedError, RankLostError
 
 T = TypeVar("T")
@@ -35,9 +36,9 @@ class Ranks:
 
     def __init__(self, rank: int = 0, size: int = 1):
         self.rank, self.size = rank, size
-        self.first = rank == 0
+        self.is_main = rank == 0
 
-    def exchange(self, value: Any) -> list[Any]:
+    def all_gather_json(self, value: Any) -> list[Any]:
         """Every rank's JSON-able value, in the order of ranks."""
         if self.size == 1:
             return [value]
@@ -50,25 +51,25 @@ class Ranks:
             dist.all_gather(rows, nn.functional.pad(own, (0, longest - len(own))))
         return [json.loads(row[: int(n)].numpy().tobytes()) for row, n in zip(rows, lengths, strict=True)]
 
-    def on_first(self, act: Callable[[], T]) -> T | None:
+    def on_main(self, act: Callable[[], T]) -> T | None:
         """Rank 0 does `act` while the others wait; an error of it ends all of them. Only rank 0 gets the result."""
         result, error = None, None
-        if self.first:
+        if self.is_main:
             try:
                 result = act()
             except (ValueError, OSError, RuntimeError) as caught:
                 error = caught
-        self.agree(error)
+        self.raise_if_any(error)
         return result
 
-    def agree(self, error: Exception | None) -> None:
+    def raise_if_any(self, error: Exception | None) -> None:
         """Raise on all ranks if any of them met an error: its own where there is one, `PeerAbortedError` elsewhere."""
         if self.size == 1:
             if error:
                 raise error
             return
         code = error.exit_code if isinstance(error, PalateError) else 4 if isinstance(error, OSError) else 1
-        said = self.exchange(None if error is None else [str(error), code])
+        said = self.all_gather_json(None if error is None else [str(error), code])
         if error:
             raise error
         for rank, other in enumerate(said):
@@ -88,15 +89,15 @@ class Ranks:
             for tensor, mean in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
                 tensor.copy_(mean.view_as(tensor))
 
-    def collect(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    def gather_tensors(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """Every rank's named tensors, on rank 0 in the order of ranks; the other ranks get []."""
         if self.size == 1:
             return [dict(tensors)]
         plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         own = torch.frombuffer(bytearray(save(plain)), dtype=torch.uint8)
-        lengths = self.exchange(len(own))
+        lengths = self.all_gather_json(len(own))
         with _peers():
-            if not self.first:
+            if not self.is_main:
                 dist.send(own, 0)
                 return []
             rows = [own]
@@ -107,7 +108,7 @@ class Ranks:
 
 
 def ranks() -> Ranks:
-    """This process's ranks: those of `join`, or it alone."""
+    """This process's ranks: those of `process_group`, or it alone."""
     return Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Ranks()
 
 
@@ -117,7 +118,7 @@ def launched() -> bool:
 
 
 @contextlib.contextmanager
-def join(*, timeout_seconds: float = 600) -> Iterator[Ranks]:
+def process_group(*, timeout_seconds: float = 600) -> Iterator[Ranks]:
     """Inside, this process is one of the ranks that the environment names. No rank waits longer than the time-out.
 
     RankLostError: they did not all arrive in time.
@@ -134,11 +135,11 @@ def join(*, timeout_seconds: float = 600) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """End this rank's process at once, without Python's tear-down.
 
-    Sharded networks and meshes keep gloo's threads beyond `join`, and such a thread that meets the tear-down of Python
-    aborts the process ("terminate called without an active exception"): of 25 finished runs on two ranks, 4 ended so.
+    Sharded networks and meshes keep gloo's threads beyond `process_group`. Such a thread that meets the tear-down of
+    Python aborts the process ("terminate called without an active exception"): 4 of 25 finished runs on two ranks did.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -185,25 +186,32 @@ def shard(networks: Iterable[nn.Module], over: DeviceMesh) -> list[nn.Module]:
     return different
 
 
-def full(tensor: Tensor) -> Tensor:
+def sync_gradients(networks: Iterable[nn.Module], now: bool) -> None:
+    """Whether the next backward of sharded networks reduces gradients over the ranks, or adds them up on each."""
+    for network in networks:
+        assert isinstance(network, FSDPModule), "only networks that `shard` has cut"
+        network.set_requires_gradient_sync(now)
+
+
+def gather(tensor: Tensor) -> Tensor:
     """The whole tensor, on every rank; all ranks must ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(value: Tensor, target: Tensor) -> Tensor:
+def shard_like(value: Tensor, target: Tensor) -> Tensor:
     """`value` (whole, the same on every rank), cut as `target` is."""
     if isinstance(target, DTensor) and not isinstance(value, DTensor):
         return distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
     return value
 
 
-def most(calls: int, weight: Tensor) -> int:
+def max_over_ranks(calls: int, weight: Tensor) -> int:
     """The largest `calls` of all ranks if `weight` is cut over them, else `calls` as it is.
 
     A sharded network gathers its pieces in every call, so a rank that has no work left must call it as often as the
     others; what it computes then is thrown away. All ranks ask at the same place, before the calls.
     """
-    return max(ranks().exchange(calls)) if isinstance(weight, DTensor) else calls
+    return max(ranks().all_gather_json(calls)) if isinstance(weight, DTensor) else calls
 
 
 def global_norm(gradients: Sequence[Tensor]) -> float:
@@ -221,16 +229,16 @@ def global_norm(gradients: Sequence[Tensor]) -> float:
     return float(total.sqrt().to(torch.promote_types(gradients[0].dtype, torch.float32)))
 
 
-def whole(network: nn.Module) -> dict[str, Tensor]:
+def full_state_dict(network: nn.Module) -> dict[str, Tensor]:
     """The state of a sharded network in full tensors on the CPU, on every rank; all ranks must ask for it."""
-    return {name: full(value).cpu().contiguous() for name, value in network.state_dict().items()}
+    return {name: gather(value).cpu().contiguous() for name, value in network.state_dict().items()}
 
 
 def save_network(network: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Write a sharded network, whose `whole` state is given, as a diffusers folder."""
+    """Write a sharded network, whose `full_state_dict` is given, as a diffusers folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    if hasattr(network, "save_config"):
-        network.save_config(folder)
+    if callable(save_config := getattr(network, "save_config", None)):
+        save_config(folder)
     save_file(dict(state), str(folder / "diffusion_pytorch_model.safetensors"), metadata={"format": "pt"})
 
 
@@ -253,3 +261,16 @@ def _peers() -> Iterator[None]:
     except RuntimeError as error:  # dist.DistError and what gloo and nccl raise are RuntimeErrors
         reason = str(error).splitlines()[0][:120]
         raise RankLostError(f"another rank is lost ({reason}); continue with palate resume") from error
+
+
+__getattr__ = old_names(
+    __name__,
+    {
+        "full": gather,
+        "join": process_group,
+        "leave": exit_process,
+        "like": shard_like,
+        "most": max_over_ranks,
+        "whole": full_state_dict,
+    },
+)

@@ -22,10 +22,15 @@ class Progress:
 
     def __init__(self, steps: int, *, done: int = 0, visible: bool = True):
         self.steps, self.first, self.visible = steps, done, visible
-        self.live = None
+        self.live: Any = None  # rich's bar, imported on a terminal only
         self.started = self.spoken = time.monotonic()
 
+    def begin(self, done: int) -> None:
+        """Count from step `done`: before the block begins, once it is known."""
+        self.first = done
+
     def __enter__(self) -> Progress:
+        self.started = self.spoken = time.monotonic()
         if self.visible and sys.stdout.isatty():
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

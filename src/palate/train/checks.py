@@ -1,0 +1,163 @@
+"""What can be found out before the first step, and what to say when a step cannot work."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from palate.core import ComparesWords, HasNetworks, Model, Reward, Sampleable
+from palate.recipe import TrainerSettings
+from palate.runtime import distributed
+from palate.runtime.distributed import Ranks
+from palate.runtime.errors import InputError, OutOfMemoryError
+from palate.train.steering import noise_images
+
+if TYPE_CHECKING:
+    from palate.train.state import Weights
+
+MODEL_MEMBERS = ("schedule", "latent_shape", "encode_prompts", "encode", "decode", "predict", "parameters")
+SAMPLEABLE_MEMBERS = ("default_steps", "default_guidance", "image_size", "device")
+ALGORITHM_MEMBERS = ("trains", "step")
+
+
+def missing_members(thing: object, members: Sequence[str]) -> list[str]:
+    """Those of `members` that the object does not have."""
+    return [name for name in members if name not in dir(thing)]
+
+
+def check_parts(model: Model, algorithm: Any, reward: Reward, *, samples: bool) -> None:
+    """InputError: one of the objects lacks members of its protocol; the message lists all of them.
+
+    samples: whether previews or the guard draw images from the model.
+    """
+    needed = MODEL_MEMBERS + (SAMPLEABLE_MEMBERS if samples else ())
+    problems = []
+    if missing := missing_members(model, needed):
+        remedy = "see palate.core.Model" + (" and Sampleable" if set(missing) & set(SAMPLEABLE_MEMBERS) else "")
+        if not set(missing) - set(SAMPLEABLE_MEMBERS):
+            remedy += ", or train without previews and guard (preview_every=0, guard.every=0)"
+        problems.append(f"the model ({type(model).__name__}) lacks {', '.join(missing)}; {remedy}")
+    if missing := missing_members(algorithm, ALGORITHM_MEMBERS):
+        problems.append(
+            f"the algorithm ({type(algorithm).__name__}) lacks {', '.join(missing)}; see palate.core.Algorithm"
+        )
+    if not callable(reward):
+        problems.append(
+            f"the reward ({type(reward).__name__}) cannot be called; expected a function (images, prompts) -> (B,)"
+        )
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def require_sampleable(model: Model, what: str) -> Sampleable:
+    """The model, as one that says how it is sampled."""
+    if not isinstance(model, Sampleable):
+        missing = ", ".join(missing_members(model, SAMPLEABLE_MEMBERS))
+        raise InputError(f"{what} need a model that says how it is sampled; {type(model).__name__} lacks {missing}")
+    return model
+
+
+def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> None:
+    """ValueError if `reward` does not return one finite number for each image."""
+    values = reward(images, prompts)
+    if not isinstance(values, Tensor) or values.shape != (len(images),):
+        got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        raise InputError(
+            f"the reward returned {got} for {len(images)} images; expected a tensor of shape ({len(images)},)"
+        )
+    if not torch.isfinite(values).all():
+        raise InputError(
+            f"the reward returned {[round(float(v), 4) for v in values]} for images of noise; expected finite numbers"
+        )
+
+
+def shard_networks(model: Model, sharding: str, ranks: Ranks) -> list[nn.Module]:
+    """Cut the model's networks over the ranks (full training only); returns them."""
+    if not isinstance(model, HasNetworks) or model.weights.training != "full":
+        raise InputError("trainer.sharding is for model.weights = full; with lora set it to none: ranks hold copies")
+    if ranks.size == 1:
+        raise InputError("trainer.sharding needs more than one rank; add --nproc, or start it with torchrun")
+    return distributed.shard(model.weights.networks.values(), distributed.mesh(sharding))
+
+
+def gradient_cause(
+    model: Model, algorithm: Any, reward: Reward, prompt: str, policy: Sequence[nn.Parameter], seed: int
+) -> str:
+    """Ask the parts, one after the other, which of them loses the gradient."""
+    prompts = [prompt] * 2
+    device = policy[0].device
+    latents = torch.zeros((2, *model.latent_shape), device=device, requires_grad=True)
+    images = model.decode(latents)
+    if not images.requires_grad:
+        return "model.decode returns images without gradient (run under no_grad, or detached)"
+    images = torch.full_like(images, 0.5).requires_grad_()
+    if not reward(images, prompts).requires_grad:
+        return "the reward is not differentiable (a black box such as jpeg_size); use a differentiable one"
+    if not any(p.requires_grad for p in policy):
+        return "no policy parameter requires a gradient (an adapter switched off or frozen)"
+    t = torch.full((2,), 0.5, device=device)
+    pred = model.predict(latents.detach(), t, model.encode_prompts(prompts))
+    if not pred.x0.requires_grad:
+        return "model.predict loses the policy's gradient (run under no_grad, or another adapter left active)"
+    if _same_for_all_words(algorithm, reward, prompt, noise_images(model, seed, 1)):
+        return (
+            "the reward does not read the prompt, so the relative preference is always 0: set "
+            "algorithm.preference=absolute, with reward.noised (combine.noised_relative) for a negative"
+        )
+    return "a reward past its hinge, fully saturated pixels, or a step length of zero"
+
+
+@torch.no_grad()
+def _same_for_all_words(algorithm: Any, reward: Reward, prompt: str, image: Tensor) -> bool:
+    """Whether a preference between control words is what is trained, and the reward knows no difference."""
+    if not isinstance(algorithm, ComparesWords) or not algorithm.relative:
+        return False
+    texts = {text for each in algorithm.control_texts(prompt).values() for text in each}
+    return len(texts) > 1 and len({float(reward(image, [text])) for text in texts}) == 1
+
+
+@contextlib.contextmanager
+def memory_advice(weights: Weights) -> Iterator[None]:
+    """Turns an out-of-memory error inside into one that says which settings need less."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        signs = ("out of memory", "can't allocate memory", "not enough memory")
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in signs)
+        if not known:
+            raise
+        asked = str(error) or "the machine has no more"
+        raise OutOfMemoryError(memory_savings(weights.settings, weights.size(), asked)) from error
+
+
+def memory_savings(s: TrainerSettings, trained_bytes: int, error: str) -> str:
+    """A message for a step that did not fit: what was asked for, and each setting that needs less, with its GiB."""
+    trained = trained_bytes / 2**30
+    finer = next((m for m in range(s.micro_batches + 1, s.batch_size + 1) if s.batch_size % m == 0), None)
+    lines = [f"out of memory: {error.splitlines()[0][:200]}. No update was made. To reduce memory:"]
+    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
+    if finer:
+        taken = 0 if peak is None else max(peak - 4 * trained, 0)
+        part = "" if peak is None else f", of the {taken:.1f} GiB that images and activations took"
+        lines.append(
+            f"trainer.micro_batches={finer}: {s.micro_batches / finer:.0%} of a step's activations at a time{part}"
+        )
+    else:
+        lines.append(
+            "a smaller image, fewer differentiated steps, or gradient checkpointing: one image at a time is reached"
+        )
+    lines.append(
+        f"model.weights=lora, or a smaller model.lora_rank: training holds {4 * trained:.2f} GiB now "
+        "(weights, gradients, two moments)"
+    )
+    if s.ema_decay:
+        lines.append(f"trainer.ema_decay=0: {trained:.2f} GiB")
+    lines.append(
+        "--nproc N: each rank works on 1/N of the batch; with model.weights=full and trainer.sharding=full each "
+        f"holds 1/N of the {4 * trained:.2f} GiB"
+    )
+    return "\n".join(lines)

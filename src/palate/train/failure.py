@@ -1,0 +1,149 @@
+"""A step that was not finite: skip it, keep what it started from, and run it again.
+
+A bundle is a checkpoint folder, runs/NAME/failures/step-NNNNNN: the weights that the step started from, its prompts and
+sample ids, the algorithm's state, the recipe. All random numbers follow from them, so the step is the same again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from palate.core import Algorithm, Fingerprinted, Model, Random, Reward
+from palate.recipe import GuardSettings, TrainerSettings, check_trainer
+from palate.runtime import checkpoint, distributed
+from palate.runtime.distributed import Ranks
+from palate.runtime.environment import versions
+from palate.runtime.errors import CheckpointError, NonFiniteError
+from palate.runtime.runlog import RunLog
+from palate.train.batches import Batches, Samples
+from palate.train.state import Counters, Replicas, Weights
+from palate.train.update import Stream, Updater
+
+MAX_BAD_STEPS = 3  # updates in a row that are not finite, then the run stops
+
+
+class Snapshot(NamedTuple):
+    """What a step starts from: tensors (none where the weights are known to stay) and the algorithm's states."""
+
+    tensors: dict[str, Tensor]
+    algorithms: list[dict[str, Any]]
+
+
+@dataclasses.dataclass
+class Failures:
+    """Keeps what a step needs to be reproduced, and stops a run that fails again and again."""
+
+    folder: Path
+    settings: TrainerSettings
+    weights: Weights
+    replicas: Replicas
+    counters: Counters
+    ranks: Ranks
+    base: str  # fingerprint of the base weights
+    note: Callable[[str], None]
+
+    def snapshot(self, updates: int) -> Snapshot:
+        """What the coming step starts from; `updates` is how many the last one made.
+
+        A step that makes one update leaves the weights alone when that goes wrong, so only one that makes several, or
+        a number not known yet, has them copied now, with the optimizer.
+        """
+        state = {} if updates == 1 else self.weights.state_dict()
+        return Snapshot({key: value.detach().clone() for key, value in state.items()}, self.replicas.states())
+
+    def skip(self, problem: str, before: Snapshot, samples: Samples, log: RunLog, save: Callable[[], None]) -> None:
+        """Log the step and write its bundle. NonFiniteError: it was one of several in a row; `save` is called first."""
+        counters = self.counters
+        counters.skipped += 1
+        counters.bad_in_a_row += 1
+        log.write({"step": counters.step, "event": "skip", "reason": problem, "in_a_row": counters.bad_in_a_row})
+        bundle = self._bundle(problem, before, samples)
+        self.note(f"step {counters.step}: {problem}; this update is skipped. To see where: palate replay {bundle}")
+        if counters.bad_in_a_row < MAX_BAD_STEPS:
+            return
+        save()
+        raise NonFiniteError(
+            f"stopped at step {counters.step}: {problem}, {counters.bad_in_a_row} times in a row. The weights of the "
+            f"last good step are in {self.folder / 'checkpoints' / checkpoint.name(counters.step)}. See where it "
+            f"arises with `palate replay {bundle}`; lower trainer.lr or trainer.clip_norm, or look at the reward"
+        )
+
+    def _bundle(self, problem: str, before: Snapshot, samples: Samples) -> Path:
+        """Write what `reproduce_step` needs; the newest bundle replaces the one before."""
+        tensors = before.tensors
+        if not tensors:
+            trained = self.weights.parameters.items()
+            tensors = {f"weights/{name}/{i:04d}": p for name, ps in trained for i, p in enumerate(ps)}
+        tensors = {key: distributed.gather(value) for key, value in tensors.items()}
+        if samples.latents is not None:
+            tensors["batch/latents"] = samples.latents
+        recipe = self.folder / "recipe.yaml"
+        state = {
+            "reason": problem,
+            "trains": list(self.weights.parameters),
+            "prompts": samples.prompts,
+            "ids": samples.ids.tolist(),
+            **self.replicas.gather(before.algorithms, tensors),
+            "settings": dataclasses.asdict(self.settings),
+            "lr_scale": self.counters.lr_scale,
+            "recipe": recipe.read_text("utf-8") if recipe.is_file() else None,
+            "base_fingerprint": self.base,
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+        }
+        folder, step = self.folder / "failures", self.counters.step
+
+        def write() -> None:
+            try:
+                checkpoint.save(folder, step, tensors, state)
+                checkpoint.prune(folder, keep=1, also=set())
+            except CheckpointError as error:  # the run can go on without its bundle
+                self.note(str(error))
+
+        self.ranks.on_main(write)
+        return folder / checkpoint.name(step)
+
+
+def reproduce_step(
+    model: Model,
+    algorithm: Algorithm,
+    reward: Reward,
+    bundle: checkpoint.Checkpoint,
+    *,
+    watch: Callable[[Stream], Stream] = iter,
+) -> tuple[dict[str, float], str]:
+    """Run the step of a failure bundle again, exactly as the loop did: (metrics, what was not finite or "").
+
+    Changes the weights of `model` and the state of `algorithm` to those that the step started from. watch: sees the
+    losses go by. CheckpointError: the bundle is of other base weights, or of another shape.
+    """
+    state, ranks = bundle.state, Ranks()
+    settings = check_trainer({
+        **state["settings"], "guard": GuardSettings(every=0), "threads": state["threads"], "ema_decay": 0.0,
+        "micro_batches": state["shares"], "sharding": "none",
+    })  # fmt: skip
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    batches = Batches(
+        model, state["prompts"], None, seed=settings.seed, size=settings.batch_size,
+        micro_batches=settings.micro_batches, ranks=ranks,
+    )  # fmt: skip
+    replicas = Replicas(algorithm, settings.micro_batches, ranks)
+    if (model.fingerprint() if isinstance(model, Fingerprinted) else "") != state["base_fingerprint"]:
+        raise CheckpointError("the bundle was made with other base weights; install the version it was made with")
+    weights = Weights(model, algorithm.trains, settings)
+    weights.load_state_dict(bundle)
+    replicas.load(bundle)
+    samples = Samples(state["prompts"], torch.tensor(state["ids"]), bundle.tensors.get("batch/latents"))
+    weights.forget_gradients()
+    streams = [
+        watch(each.step(model, reward, batch, Random(settings.seed, bundle.step, batch.ids)))
+        for each, batch in zip(replicas.algorithms, batches.split(samples), strict=True)
+    ]
+    return Updater(weights, ranks, micro_batches=settings.micro_batches).step(streams, bundle.step, state["lr_scale"])

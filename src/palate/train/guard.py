@@ -1,0 +1,112 @@
+"""The guard: quantities that are not optimised, measured on fixed prompts against their values before training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from palate.recipe import GuardSettings
+from palate.runtime.errors import InputError
+
+
+@dataclass(frozen=True)
+class GuardState:
+    """What the guard remembers between two checks; a checkpoint holds it."""
+
+    base: dict[str, float] | None = None  # before the first step
+    best_step: int | None = None
+    best_value: float | None = None
+    rollbacks: int = 0
+    sums: dict[str, float] = field(default_factory=dict)  # of the metrics since the last check
+    steps: int = 0  # that the sums are over
+
+    def means(self) -> dict[str, float]:
+        return {key: value / self.steps for key, value in self.sums.items()} if self.steps else {}
+
+
+class Decision(NamedTuple):
+    """What follows from a check."""
+
+    row: dict[str, Any]  # of metrics.jsonl
+    broken: list[str]  # a sentence for each limit that is broken
+    action: str  # "", "warn", "rollback" or "stop"
+
+
+class Guard:
+    """Decides on measured values; what is done about it is the loop's."""
+
+    def __init__(self, settings: GuardSettings):
+        self.settings, self.state = settings, GuardState()
+        self._known_best = False  # whether trainer.guard.best is known to be a metric
+
+    def begin(self, values: dict[str, float]) -> dict[str, Any]:
+        """Take the values before the first step; returns the row of metrics.jsonl."""
+        self.state = dataclasses.replace(self.state, base=values, best_step=0)
+        return {"step": 0, "event": "guard", "verdict": "base", **values}
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Count a step's metrics in. InputError, once: trainer.guard.best is none of them."""
+        if not self.settings.every:
+            return
+        if not self._known_best and "grad_norm" in metrics:  # a step that updates the policy: it has all metrics
+            self._check_best({**(self.state.base or {}), **metrics})
+            self._known_best = True
+        sums = dict(self.state.sums)
+        for key, value in metrics.items():
+            sums[key] = sums.get(key, 0.0) + value
+        self.state = dataclasses.replace(self.state, sums=sums, steps=self.state.steps + 1)
+
+    def forget_best(self) -> None:
+        """New words make rewards incomparable: the next check inside the limits becomes the best."""
+        self.state = dataclasses.replace(self.state, best_value=None, sums={}, steps=0)
+
+    def decide(self, step: int, now: dict[str, float]) -> Decision:
+        """Compare the values of a step with those before training."""
+        settings, values = self.settings, {**self.state.means(), **now}
+        state = dataclasses.replace(self.state, sums={}, steps=0)
+        broken = broken_limits(now, state.base or {}, settings)
+        row = {"step": step, "event": "guard", "verdict": "; ".join(broken) or "ok", **now}
+        action = ""
+        if not broken:
+            self._check_best(values)
+            value = float(step) if settings.best is None else values[settings.best]
+            if state.best_value is None or value >= state.best_value:
+                state = dataclasses.replace(state, best_step=step, best_value=value)
+        else:
+            action = settings.action
+            if action == "rollback" and state.rollbacks >= settings.rollbacks:
+                action = "stop"
+            if action == "rollback":
+                state = dataclasses.replace(state, rollbacks=state.rollbacks + 1)
+        self.state = state
+        row |= {"best_step": state.best_step} | ({"action": action} if action else {})
+        return Decision(row, broken, action)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.state)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.state = GuardState(**state)
+
+    def _check_best(self, values: Mapping[str, float]) -> None:
+        best = self.settings.best
+        if best is not None and best not in values:
+            raise InputError(
+                f"trainer.guard.best: there is no metric {best!r}; expected null or one of {', '.join(sorted(values))}"
+            )
+
+
+def broken_limits(now: Mapping[str, float], base: Mapping[str, float], guard: GuardSettings) -> list[str]:
+    """Which of the guard's limits the values break, a sentence each. A value that is not measured breaks none."""
+    broken = []
+    for key, limit in (("heldout", guard.heldout_drop), ("concept", guard.concept_drop)):
+        if key in now and key in base and not base[key] - now[key] <= limit:
+            broken.append(f"{key} fell from {base[key]:.4g} to {now[key]:.4g}, more than {limit:g}")
+    if "diversity" in now and "diversity" in base and not now["diversity"] >= guard.diversity_ratio * base["diversity"]:
+        broken.append(
+            f"diversity fell from {base['diversity']:.4g} to {now['diversity']:.4g}, "
+            f"below {guard.diversity_ratio:g} of it"
+        )
+    return broken

@@ -1,0 +1,74 @@
+"""What a run is made of, checked, and how it ended."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from palate.core import Algorithm, DrawsOwnSamples, GuardMeasure, Model, Reward
+from palate.recipe import GuardSettings, SampleSettings, TrainerSettings, check_trainer
+from palate.runtime.errors import InputError
+from palate.train.checks import check_parts
+
+
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    folder: Path
+    step: int
+    reason: str  # "finished", "guard: ...", "signal"
+    exit_code: int  # 0, or 128 + the signal's number
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a run is made of. `train` makes one from its arguments, the command line from a recipe."""
+
+    model: Model
+    algorithm: Algorithm
+    reward: Reward
+    prompts: list[str]
+    folder: Path
+    trainer: TrainerSettings
+    preview: list[str]  # prompts of the guard and, the first ones, of previews
+    sample: SampleSettings = field(default_factory=SampleSettings)
+    latents: Tensor | None = None  # (N, C, h, w), or (N, 2, C, h, w) of pairs: one for each prompt
+    measure: GuardMeasure | None = None  # None = as the embedded model is judged
+    identity: str = ""  # a resumed run must have the same; "" = the hash of the trainer's settings
+
+    def check(self) -> None:
+        """InputError: what was given cannot work."""
+        count = len(self.prompts)
+        if not count:
+            raise InputError("got no prompts; give at least one")
+        if self.latents is not None and len(self.latents) != count:
+            raise InputError(f"got {len(self.latents)} latents and {count} prompts; expected one prompt per image")
+        if self.latents is not None and not torch.isfinite(self.latents).all():
+            bad = int((~torch.isfinite(self.latents).flatten(1).all(1)).nonzero()[0])
+            raise InputError(
+                f"the latents of image {bad} ({self.prompts[bad]!r}) are not finite; expected numbers: encode it again"
+            )
+        draws = bool(self.trainer.preview_every or (self.trainer.guard.every and self.measure is None))
+        check_parts(self.model, self.algorithm, self.reward, samples=draws)
+        if unknown := sorted(set(self.trainer.lrs or ()) - set(self.algorithm.trains)):
+            raise InputError(f"trainer.lrs.{unknown[0]}: the algorithm trains {', '.join(self.algorithm.trains)}")
+        if isinstance(self.algorithm, DrawsOwnSamples) and self.sample != SampleSettings():
+            raise InputError("sample.steps, sample.guidance: a generator draws as it was trained; leave them out")
+
+
+def check_settings(trainer: TrainerSettings | None, changes: dict[str, Any]) -> TrainerSettings:
+    """`trainer` with some fields changed, checked as a recipe's are. InputError names an unknown field's nearest."""
+    known = [field.name for field in dataclasses.fields(TrainerSettings)]
+    for name in changes:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
+            raise InputError(f"train() got an unknown option {name!r}; {hint}")
+    start = vars(trainer) if trainer else {"guard": GuardSettings(every=0)}
+    return check_trainer({**start, **{k: v for k, v in changes.items() if not (k == "guard" and v is None)}})

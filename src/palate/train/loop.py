@@ -1,0 +1,243 @@
+"""The only training loop; it owns every side effect: backward, clipping, updates, averages, logs, checkpoints.
+
+An algorithm yields losses and touches nothing else. Every random number is a function of (seed, sample id, step,
+purpose), so a run continued from a checkpoint equals the uninterrupted one bit for bit, and previews or checks never
+disturb it.
+
+Step n is the n-th update (1, 2, ...); checkpoint and samples `step-NNNNNN` hold the weights after n updates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import signal
+import time
+from typing import Any
+
+import torch
+
+from palate.core import Fingerprinted, GuardMeasure, Random, Warns
+from palate.evaluate import embedded_panel, measure_for_guard
+from palate.recipe import RESUMABLE_FIELDS, evenly_spaced
+from palate.runtime import distributed
+from palate.runtime.errors import InputError
+from palate.runtime.files import json_digest
+from palate.runtime.progress import Progress
+from palate.runtime.runlog import RunLog
+from palate.runtime.signals import Stop
+from palate.train.batches import Batches
+from palate.train.checks import check_reward, gradient_cause, memory_advice, shard_networks
+from palate.train.failure import Failures
+from palate.train.guard import Guard
+from palate.train.job import Job, Outcome
+from palate.train.preview import Previews, write_adapter
+from palate.train.saving import Saver
+from palate.train.state import Counters, Replicas, Weights
+from palate.train.steering import Steering, noise_images, unknown_words
+from palate.train.update import Updater
+
+GUARD_SEEDS = 2  # images per guard prompt: diversity needs two, concept accuracy many prompts
+
+
+class Run:
+    """One run: parts that each own their state, and the order in which a step uses them."""
+
+    def __init__(self, job: Job, *, progress: bool = True):
+        self.job, self.settings, self.ranks = job, job.trainer, distributed.ranks()
+        s = self.settings
+        if s.threads:
+            torch.set_num_threads(s.threads)
+        self.batches = Batches(
+            job.model, job.prompts, job.latents, seed=s.seed, size=s.batch_size, micro_batches=s.micro_batches,
+            ranks=self.ranks,
+        )  # fmt: skip
+        self.counters = Counters()
+        self.replicas = Replicas(job.algorithm, s.micro_batches, self.ranks)
+        self.base = job.model.fingerprint() if isinstance(job.model, Fingerprinted) else ""
+        self.sharded = shard_networks(job.model, s.sharding, self.ranks) if s.sharding != "none" else []
+        self.weights = Weights(job.model, job.algorithm.trains, s)
+        if self.ranks.size > 1 and len(set(self.ranks.all_gather_json(self.base + self.weights.digest()))) > 1:
+            raise InputError("the ranks begin with different weights; expected the same model and seed on all of them")
+        self.updater = Updater(
+            self.weights, self.ranks, micro_batches=s.micro_batches, sharded=self.sharded, diagnose=self._gradient_cause
+        )
+        self.guard = Guard(s.guard)
+        self.log = RunLog(job.folder, writes=self.ranks.is_main)
+        self.progress = Progress(s.steps, visible=progress and self.ranks.is_main)
+        self.previews = Previews(
+            job.model, job.algorithm, self.weights, job.preview[: s.preview_prompts], job.sample, folder=job.folder,
+            ranks=self.ranks,
+        )  # fmt: skip
+        self.steering = Steering(
+            job.folder, self.replicas, self.ranks, unknown_words=self._unknown_words, note=self.progress.note
+        )
+        self.failures = Failures(
+            job.folder, s, self.weights, self.replicas, self.counters, self.ranks, self.base, self.progress.note
+        )
+        self.measure = job.measure or _embedded_measure(s.seed, self.previews.sampler)
+        identity = job.identity or json_digest({**dataclasses.asdict(s), **dict.fromkeys(RESUMABLE_FIELDS)})
+        self.saver = Saver(
+            job.folder, s, self.ranks, self.weights, self.replicas, self.guard, self.counters, self.log, self.base,
+            identity,
+        )  # fmt: skip
+        self.warned: set[str] = set()
+
+    # --------------------------------------------------------------------------------------------------- the loop
+
+    def go(self, stop: Stop, *, resume: bool) -> Outcome:
+        """From the start, or from the newest checkpoint, to the end or to a signal."""
+        self._preflight()
+        notes: list[str] = []
+        if resume:
+            self.steering.replay = self.saver.resume(notes)
+        else:
+            self.ranks.on_main(self.saver.begin)
+        counters, steps, folder = self.counters, self.settings.steps, self.job.folder
+        self.progress.begin(counters.step)
+        with self.log, self.progress:
+            for text in notes:
+                self.progress.note(text)
+            if counters.finished and not (counters.finished == "finished" and counters.step < steps):
+                self.progress.note(f"this run has ended at step {counters.step} ({counters.finished}); nothing to do")
+                return Outcome(folder, counters.step, counters.finished, 0)
+            counters.finished = ""
+            self._warn()
+            if counters.step == 0:
+                self._first_look()
+            while counters.step < steps and not counters.finished:
+                self.updater.check_gradient = not resume and counters.step == 0
+                with memory_advice(self.weights), distributed.inside_networks():
+                    self.advance()
+                asked = signal.SIGTERM if distributed.orphaned() else stop.number
+                number = max(self.ranks.all_gather_json(asked))
+                if number:
+                    self.saver.save()
+                    self.progress.note(f"stopped by signal {number} after step {counters.step}; a checkpoint is saved")
+                    return Outcome(folder, counters.step, "signal", 128 + number)
+            counters.finished = counters.finished or "finished"
+            self._finish()
+            return Outcome(folder, counters.step, counters.finished, 0)
+
+    def advance(self) -> None:
+        """One step and everything that belongs to its number: nothing of it is half done in a checkpoint."""
+        began, step = time.perf_counter(), self.counters.step + 1
+        words = self.steering.take(step, self.log)
+        samples = self.batches.samples(step)
+        batches = self.batches.split(samples)
+        before = self.failures.snapshot(self.updater.updates)
+        metrics, problem = self._update(step, batches)
+        self.counters.step = step
+        if words:
+            self.steering.confirm(step, words, self.log)
+            self.guard.forget_best()
+        if problem:
+            self.failures.skip(problem, before, samples, self.log, self.saver.save)
+        else:
+            self.counters.bad_in_a_row = 0
+            self.weights.average()
+            row = {"step": step, "event": "step", **metrics, "samples": step * self.settings.batch_size}
+            self.log.write({**row, "step_seconds": round(time.perf_counter() - began, 4)})
+            self.guard.add(metrics)
+            self.progress.show(step, {**metrics, "step_seconds": time.perf_counter() - began})
+            self._warn()
+        self._scheduled(step)
+
+    def _update(self, step: int, batches: list[Any]) -> tuple[dict[str, float], str]:
+        self.weights.forget_gradients()
+        streams = [
+            algorithm.step(self.job.model, self.job.reward, batch, Random(self.settings.seed, step, batch.ids))
+            for algorithm, batch in zip(self.replicas.algorithms, batches, strict=True)
+        ]
+        return self.updater.step(streams, step, self.counters.lr_scale)
+
+    def _scheduled(self, step: int) -> None:
+        """Guard, preview, checkpoint, in this order: a checkpoint holds what the guard decided."""
+        s = self.settings
+        if s.guard.every and step % s.guard.every == 0:
+            self._guard(step)
+        last = step == s.steps or bool(self.counters.finished)
+        if s.preview_every and step % s.preview_every == 0 and not last:
+            self.previews.draw(step)
+        due = s.checkpoint_every and step % s.checkpoint_every == 0
+        if not last and (due or self.guard.state.best_step == step):
+            self.saver.save()
+
+    def _guard(self, step: int) -> None:
+        decision = self.guard.decide(step, self._measured())
+        self.log.write(decision.row)
+        if not decision.action:
+            return
+        why, best = f"step {step}: guard: {'; '.join(decision.broken)}", self.guard.state.best_step
+        if decision.action == "warn":
+            self.progress.note(why)
+            return
+        assert best is not None, "a guard that compares has seen the base"
+        self.saver.load_weights(best)
+        if decision.action == "rollback":
+            self.counters.lr_scale /= 2
+            self.progress.note(f"{why}; back to the weights of step {best}, learning rate halved")
+        else:
+            self.counters.finished = f"guard: {'; '.join(decision.broken)}"
+            self.progress.note(f"{why}; stopped, the result is the weights of step {best}")
+
+    def _measured(self) -> dict[str, float]:
+        """What the guard compares, the same on all ranks."""
+        different = max(1, self.settings.guard.prompts // GUARD_SEEDS)
+        prompts = [p for p in evenly_spaced(self.job.preview, different) for _ in range(GUARD_SEEDS)]
+        with self.weights.averaged(), torch.no_grad():
+            values = self.measure(self.job.model, prompts, list(range(len(prompts))))
+        return self.ranks.all_gather_json({key: float(value) for key, value in values.items()})[0]
+
+    def _warn(self) -> None:
+        """What the algorithm wants the user to know; each sentence is said once."""
+        if not isinstance(self.job.algorithm, Warns):
+            return
+        for text in self.job.algorithm.warnings(self.weights.rates):
+            if text not in self.warned:
+                self.warned.add(text)
+                self.progress.note(f"step {self.counters.step}: {text}")
+
+    def _finish(self) -> None:
+        if self.settings.preview_every:
+            self.previews.draw(self.counters.step)
+        write_adapter(self.job.folder, self.job.model, self.weights, self.sharded, self.ranks)
+        self.saver.save()
+
+    # ------------------------------------------------------------------------------------------ before the first step
+
+    def _preflight(self) -> None:
+        """Find now what would end the run later: unknown words, a reward of the wrong shape, a full disk."""
+        s, job = self.settings, self.job
+        used = self.batches.used_prompts(s.steps)
+        with torch.no_grad():
+            for start in range(0, len(used), 64):
+                job.model.encode_prompts(used[start : start + 64])
+            if s.preview_every or s.guard.every:
+                job.model.encode_prompts(job.preview)
+            check_reward(job.reward, noise_images(job.model, s.seed, 2), [used[0], used[-1]])
+        if problem := self._unknown_words():
+            raise InputError(problem)
+        self.ranks.on_main(self.saver.check_space)
+
+    def _unknown_words(self) -> str:
+        job, s = self.job, self.settings
+        used = self.batches.used_prompts(s.steps)
+        return unknown_words(job.algorithm, job.model, job.reward, used, seed=s.seed, ranks=self.ranks)
+
+    def _gradient_cause(self) -> str:
+        job, policy = self.job, self.weights.parameters["policy"]
+        return gradient_cause(job.model, job.algorithm, job.reward, job.prompts[0], policy, self.settings.seed)
+
+    def _first_look(self) -> None:
+        if self.settings.preview_every:
+            self.previews.draw(0)
+        if self.settings.guard.every:
+            self.log.write(self.guard.begin(self._measured()))
+            self.saver.save()
+
+
+def _embedded_measure(seed: int, sampler: Any) -> GuardMeasure:
+    """What the guard measures of the embedded model; its judges are read when they are first needed."""
+    panel = functools.cache(embedded_panel)
+    return lambda model, prompts, ids: measure_for_guard(model, prompts, ids, seed=seed, panel=panel(), sampler=sampler)

@@ -1,0 +1,69 @@
+"""`palate.train(...)`: one job from Python's arguments, run to its end."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from palate.core import Algorithm, GuardMeasure, Model, Reward
+from palate.recipe import SampleSettings, TrainerSettings, evenly_spaced
+from palate.runtime.errors import InputError
+from palate.runtime.signals import stop_signals
+from palate.train.job import Job, Outcome, check_settings
+from palate.train.loop import Run
+
+
+def train(
+    model: Model,
+    algorithm: Algorithm,
+    reward: Reward,
+    prompts: Sequence[str],
+    *,
+    folder: str | Path,
+    trainer: TrainerSettings | None = None,
+    preview: Sequence[str] | None = None,
+    sample: SampleSettings | None = None,
+    latents: Tensor | None = None,
+    check: GuardMeasure | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    **changes: Any,
+) -> Outcome:
+    """Train `model` in place and write everything into `folder`; returns how the run ended.
+
+    trainer: the settings of the loop; `changes` are fields of it by name, as `steps=20, lr=1e-4`. Without `trainer`
+    the guard is off unless `guard=GuardSettings(...)` is given. preview: prompts of the previews and, all of them, of
+    the guard (None = evenly spaced over `prompts`); sample: how previews are drawn. latents (N, C, h, w): clean latents
+    of N real images captioned by `prompts` (offline training). check: what the guard measures (None =
+    `palate.evaluate.measure_for_guard`). Inside `palate.runtime.distributed.process_group` every rank calls this with
+    the same arguments, and `batch_size` is what all of them work on together. InputError: what was given cannot work.
+    """
+    if isinstance(prompts, str):
+        raise InputError(f"prompts: expected a list of prompts, got the text {prompts!r}; write [{prompts!r}]")
+    sample, identity = _renamed_options(sample, changes)
+    settings = check_settings(trainer, changes)
+    job = Job(
+        model, algorithm, reward, list(prompts), Path(folder), settings, list(preview) if preview else evenly_spaced(prompts),
+        sample or SampleSettings(), latents, check, identity,
+    )  # fmt: skip
+    return run_job(job, resume=resume, progress=progress)
+
+
+def run_job(job: Job, *, resume: bool = False, progress: bool = True) -> Outcome:
+    """Run a job to its end, a signal or an error; on several ranks, each calls this with an equal job."""
+    job.check()
+    with stop_signals() as stop:
+        return Run(job, progress=progress).go(stop, resume=resume)
+
+
+def _renamed_options(sample: SampleSettings | None, changes: dict[str, Any]) -> tuple[SampleSettings | None, str]:
+    """Take options out of `changes` that had a place of their own until this release."""
+    old = {name: changes.pop(f"sample_{name}") for name in ("steps", "guidance") if f"sample_{name}" in changes}
+    if old:
+        warnings.warn("sample_steps, sample_guidance are now sample=SampleSettings(...)", DeprecationWarning, 3)
+        sample = SampleSettings(**old)
+    return sample, changes.pop("identity", None) or ""
