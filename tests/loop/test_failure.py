@@ -206,5 +206,5 @@ def test_the_command_names_the_place_and_its_exit_code_says_whether_it_fails(tin
     code, out, _ = palate("replay", bundle)
     assert code == 1 and "no longer fails" in out
     code, _, err = palate("replay", "runs/tiny")
-    assert code == 4 and short(err)
+    assert code == 2 and short(err)
     assert palate("train", "tiny.yaml", "--fresh")[0] == 0  # a bundle is part of a run
