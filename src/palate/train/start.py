@@ -47,8 +47,8 @@ def train(
     sample, identity = _renamed_options(sample, changes)
     settings = check_settings(trainer, changes)
     job = Job(
-        model, algorithm, reward, list(prompts), Path(folder), settings, list(preview) if preview else evenly_spaced(prompts),
-        sample or SampleSettings(), latents, check, identity,
+        model, algorithm, reward, list(prompts), Path(folder), settings,
+        list(preview) if preview else evenly_spaced(prompts), sample or SampleSettings(), latents, check, identity,
     )  # fmt: skip
     return run_job(job, resume=resume, progress=progress)
 
