@@ -1,0 +1,141 @@
+"""`palate fetch`: the weights of a published reward, downloaded once and converted where they are a pickle."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from palate.rewards.published import PUBLISHED, Download, PublishedReward
+from palate.runtime.errors import InputError
+
+
+def fetch(name: str, out: Path, source: Path | None = None) -> str:
+    """Everything that the reward needs, in the hub's cache and, converted or local, in out/NAME. Returns the value of
+    reward.source.NAME, "" where the recipe needs none. `source`: weights that are already here, to convert alone.
+
+    InputError: an unknown name, a download that fails, a file that is no plain checkpoint."""
+    if name not in PUBLISHED:
+        raise InputError(f"fetch: got {name!r}; expected one of {', '.join(sorted(PUBLISHED))}")
+    reward = PUBLISHED[name]
+    if source is None:
+        for extra in reward.extra:
+            download(extra, name)
+        files = download(reward.weights, name)
+    else:
+        if not source.is_file():
+            raise InputError(f"--from: {source} does not exist; give the downloaded {reward.weights.files[0]}")
+        files = [source]
+    if reward.converted is not None:
+        target = out / name / reward.converted
+        convert(files[0], target)
+        return str(target)
+    if name == "hpsv3":
+        return str(_together(reward, files[0], out / name))
+    return ""
+
+
+def download(what: Download, name: str) -> list[Path]:
+    """The files' places on this machine; files that a repository lacks are left out but for the weights."""
+    if what.place.startswith("https://"):
+        return [_download_address(what.place, name)]
+    found = []
+    for file in what.files:
+        try:
+            found.append(Path(hf_hub_download(what.place, file)))
+        except GatedRepoError as error:
+            raise InputError(
+                f"fetch {name}: {what.place} is gated; accept its terms at https://huggingface.co/{what.place}, then "
+                "hf auth login"
+            ) from error
+        except LocalEntryNotFoundError as error:
+            raise InputError(_unreachable(name, what, error)) from error
+        except HfHubHTTPError as error:
+            if error.response is not None and error.response.status_code == 404 and not file.endswith(".safetensors"):
+                continue  # one form of a tokenizer is enough
+            raise InputError(_unreachable(name, what, error)) from error
+        except OSError as error:
+            raise InputError(_unreachable(name, what, error)) from error
+    return found
+
+
+def _unreachable(name: str, what: Download, error: Exception) -> str:
+    why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+    steps = f"hf download {what.place} {what.files[0]}"
+    return (
+        f"fetch {name}: {what.place} cannot be reached ({why}). On a machine that can: {steps}; copy the file here, then "
+        f"palate fetch {name} --from FILE"
+    )
+
+
+def _download_address(address: str, name: str) -> Path:
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from torch.hub import download_url_to_file
+
+    target = Path(HF_HUB_CACHE).parent / "palate" / address.rsplit("/", 1)[1]
+    if target.is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        download_url_to_file(address, str(target), progress=False)
+    except OSError as error:
+        raise InputError(
+            f"fetch {name}: {address} cannot be reached ({error}). Download it elsewhere, copy it here, then "
+            f"palate fetch {name} --from FILE"
+        ) from error
+    return target
+
+
+def convert(source: Path, target: Path) -> None:
+    """A pickled checkpoint as safetensors; only tensors are read, no code in it can run. A target that is there and newer
+    is kept. InputError where the file holds anything but tensors."""
+    if target.is_file() and target.stat().st_mtime >= source.stat().st_mtime:
+        return
+    try:
+        state = torch.load(source, "cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
+        why = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{source} is no checkpoint of plain tensors, or its download is incomplete ({why}); fetch it again"
+        ) from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    tensors = {key: value.clone().contiguous() for key, value in state.items() if isinstance(value, Tensor)} \
+        if isinstance(state, dict) else {}  # fmt: skip
+    if not tensors:
+        raise InputError(f"{source} holds no named tensors; is it {target.stem} as its authors publish it?")
+    with _beside(target) as part:
+        save_file(tensors, part)
+
+
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A temporary name that takes the place of `target` when the block ends well."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".tmp-{target.name}")
+    try:
+        yield part
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _together(reward: PublishedReward, weights: Path, folder: Path) -> Path:
+    """Weights, configuration and tokenizer in one folder, as hpsv3 reads them; the weights are linked, not copied."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in [weights, *(file for extra in reward.extra for file in download(extra, "hpsv3"))]:
+        target = folder / path.name
+        if target.exists():
+            continue
+        if path.suffix == ".safetensors":
+            target.symlink_to(path.resolve())
+        else:
+            shutil.copyfile(path, target)
+    return folder

@@ -1,0 +1,132 @@
+"""Several evaluations as one table for papers and scripts: mean and standard deviation over groups of runs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from palate.report.curves import read_json
+from palate.report.html import flatten
+from palate.report.story import wanted_styles
+from palate.report.tables import headline_keys, metric_name
+from palate.runtime.errors import InputError
+
+FORMATS = ("markdown", "latex", "csv", "json")
+
+
+class Cell(NamedTuple):
+    """Of one metric in one group: mean and sample standard deviation over its runs (None of a single run)."""
+
+    mean: float
+    std: float | None
+    count: int
+
+
+def compare_runs(runs: Sequence[Path], group: str | None) -> tuple[list[str], list[str], dict[str, dict[str, Cell]]]:
+    """(groups, metric keys, cells by group and key). Runs whose recipes differ only in `group` (for example seed, or
+    trainer.seed) form one group, named by what else differs; without `group` each run is its own. The base model's
+    values, which all share, are the first group. InputError where a run was not evaluated or has no such key."""
+    evaluations = []
+    for run in runs:
+        found = read_json(run / "evaluation.json")
+        if found is None:
+            raise InputError(f"{run} has no evaluation.json; run palate evaluate {' '.join(map(str, runs))}")
+        evaluations.append(found)
+    names = _group_names(runs, group)
+    first = evaluations[0]
+    keys = [key for key in headline_keys(first, wanted_styles(first))]
+    keys += [key for key in first["metrics"] if key not in keys]
+    keys = [key for key in keys if all(key in evaluation["metrics"] for evaluation in evaluations)]
+    values: dict[str, dict[str, list[float]]] = {"base": {}}
+    for name, evaluation in zip(names, evaluations, strict=True):
+        for key in keys:
+            metric = evaluation["metrics"][key]
+            values.setdefault(name, {}).setdefault(key, []).append(metric["value"])
+            if "base" in metric:
+                values["base"].setdefault(key, []).append(metric["base"])
+    cells = {name: {key: _cell(column) for key, column in columns.items()} for name, columns in values.items()}
+    return [name for name in cells if cells[name]], keys, cells
+
+
+def _cell(values: Sequence[float]) -> Cell:
+    mean = sum(values) / len(values)
+    spread = None if len(values) < 2 else (sum((value - mean) ** 2 for value in values) / (len(values) - 1)) ** 0.5
+    return Cell(mean, spread, len(values))
+
+
+def _group_names(runs: Sequence[Path], group: str | None) -> list[str]:
+    if group is None:
+        names = [run.resolve().name for run in runs]
+        return names if len(set(names)) == len(names) else [str(run) for run in runs]
+    trees = []
+    for run in runs:
+        tree = dict(flatten(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))))
+        keys = [key for key in tree if key == group or key.endswith(f".{group}")]
+        if not keys:
+            raise InputError(f"--group: the recipe of {run} has no key {group!r}; for example trainer.seed")
+        trees.append({key: value for key, value in tree.items() if key not in (*keys, "run.folder")})
+    differing = sorted({key for tree in trees for key in tree if len({other.get(key) for other in trees}) > 1})
+    short = {key: key.rsplit(".", 1)[1] if "." in key else key for key in differing}
+    return [", ".join(f"{short[key]} {tree.get(key)}" for key in differing) or "all runs" for tree in trees]
+
+
+def as_text(form: str, groups: Sequence[str], keys: Sequence[str], cells: dict[str, dict[str, Cell]]) -> str:
+    """The table in one of FORMATS: a row per metric, a column per group, mean ± standard deviation."""
+    if form not in FORMATS:
+        raise InputError(f"--format: got {form!r}; expected one of {', '.join(FORMATS)}")
+    if form == "json":
+        found = {name: {key: cells[name][key]._asdict() for key in keys if key in cells[name]} for name in groups}
+        return json.dumps(found, indent=1) + "\n"
+    if form == "csv":
+        stream = io.StringIO()
+        writer = csv.writer(stream)
+        writer.writerow(["metric", "group", "mean", "std", "runs"])
+        for key in keys:
+            for name in groups:
+                if cell := cells[name].get(key):
+                    writer.writerow([key, name, f"{cell.mean:.6g}", "" if cell.std is None else f"{cell.std:.6g}",
+                                     cell.count])  # fmt: skip
+        return stream.getvalue()
+    rows = [[metric_name(key), *(_spelled(cells[name].get(key), form) for name in groups)] for key in keys]
+    return _latex(groups, rows) if form == "latex" else _markdown(groups, rows)
+
+
+def _spelled(cell: Cell | None, form: str) -> str:
+    if cell is None:
+        return ""
+    mean = _rounded(cell.mean)
+    if cell.std is None:
+        return mean
+    return f"${mean} \\pm {_rounded(cell.std)}$" if form == "latex" else f"{mean} ± {_rounded(cell.std)}"
+
+
+def _rounded(value: float) -> str:
+    return f"{value:.4g}" if abs(value) >= 1000 or (value and abs(value) < 5e-4) else f"{value:.3f}"
+
+
+def _markdown(groups: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [["", *groups], ["---", *["---:"] * len(groups)], *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def _latex(groups: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    body = " \\\\\n".join(" & ".join([_escaped(row[0]), *row[1:]]) for row in rows)
+    head = " & ".join(["", *map(_escaped, groups)])
+    columns = "l" + "r" * len(groups)
+    return (
+        f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{head} \\\\\n\\midrule\n{body} \\\\\n\\bottomrule\n\\end{{tabular}}\n"
+    )
+
+
+def _escaped(text: str) -> str:
+    for sign in "&%$#_{}":
+        text = text.replace(sign, "\\" + sign)
+    return text
+
+

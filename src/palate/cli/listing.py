@@ -1,0 +1,82 @@
+"""`palate runs`: every run below a folder with its state, step, words, headline and size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from palate.report.curves import read_json, read_metrics
+from palate.report.page import run_words
+from palate.report.story import wanted_styles
+from palate.runs import read_recipe
+from palate.runtime.errors import InputError
+
+
+class RunRow(NamedTuple):
+    """What the list says of one run. state: running, stopped, died, finished or broken."""
+
+    name: str
+    folder: str
+    state: str
+    step: int
+    steps: int | None
+    words: str
+    headline: str
+    megabytes: float
+    owner: str
+
+
+def find_runs(root: Path) -> list[Path]:
+    """The run folders directly in `root`, or `root` itself."""
+    if (root / "recipe.yaml").is_file():
+        return [root]
+    if not root.is_dir():
+        raise InputError(f"{root} does not exist; give the folder that holds the runs, for example runs")
+    return sorted(path.parent for path in root.glob("*/recipe.yaml"))
+
+
+def describe(folder: Path) -> RunRow:
+    """One row; a folder that cannot be read is `broken`, with the reason as its headline."""
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+    try:
+        recipe = read_recipe(folder)
+        rows = read_metrics(folder)
+        evaluation = read_json(folder / "evaluation.json")
+    except InputError as error:
+        return RunRow(folder.name, str(folder), "broken", 0, None, "", str(error).splitlines()[0], round(size, 1), "")
+    step = max((row["step"] for row in rows if isinstance(row.get("step"), int)), default=0)
+    steps = (recipe.get("trainer") or {}).get("steps") if recipe.get("optimize") is None else None
+    state, owner = state_of(folder, step, steps)
+    words = run_words(recipe, rows)
+    return RunRow(folder.name, str(folder), state, step, steps, words, headline(evaluation), round(size, 1), owner)
+
+
+def state_of(folder: Path, step: int, steps: int | None) -> tuple[str, str]:
+    """(state, owner) of a run, by its files."""
+    if steps is not None and step >= steps:
+        return "finished", ""
+    return "stopped", ""
+
+
+def headline(evaluation: dict[str, Any] | None) -> str:
+    """The one number that a list has room for: the wanted style's fraction, else the optimised reward."""
+    if not evaluation:
+        return "not measured"
+    metrics = evaluation["metrics"]
+    optimised = evaluation.get("optimised") or []
+    keys = [*(f"style/{style}" for style in wanted_styles(evaluation)), *(f"reward/{name}" for name in optimised)]
+    key = next((key for key in keys if key in metrics), None)
+    if key is None:
+        return "measured"
+    metric = metrics[key]
+    name = key.removeprefix("style/").removeprefix("reward/")
+    marks = " (warnings)" if (evaluation.get("verdict") or {}).get("warnings") else ""
+    if key.startswith("style/"):
+        return f"{name} {metric['base']:.0%} to {metric['value']:.0%}{marks}"
+    return f"{name} {metric['base']:.3g} to {metric['value']:.3g}{marks}"
+
+
+def as_json(rows: list[RunRow]) -> str:
+    """The rows as a JSON list of objects."""
+    return json.dumps([row._asdict() for row in rows], indent=1)

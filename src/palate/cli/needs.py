@@ -1,0 +1,167 @@
+"""`palate doctor RECIPE`: every file that a recipe needs, its size, licence and gate; disk and memory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import get_token, try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from palate import recipe as recipes
+from palate.cli.doctor import Finding
+from palate.models.facts import Facts, facts_of
+from palate.plan import GIB, Plan, plan
+from palate.plan.table import FREE, find_device
+from palate.recipe import Recipe
+from palate.rewards.published import PUBLISHED, PublishedReward
+from palate.runtime.errors import InputError
+
+GATED = ("black-forest-labs/FLUX.1-dev", "stabilityai/stable-diffusion-3")  # beginnings of hub ids behind terms
+VAE_GIGABYTES = 0.17
+
+
+class Need(NamedTuple):
+    """One thing that must be there. state: ok, missing, bad or note; `command` makes a missing one right."""
+
+    state: str
+    what: str
+    text: str
+    command: str = ""
+    gigabytes: float = 0.0  # still to download
+
+    def finding(self) -> Finding:
+        """As `palate doctor` prints it."""
+        return Finding(self.state, f"{self.what}: {self.text}" + (f"\n     {self.command}" if self.command else ""))
+
+
+def needs(recipe: Recipe, device: str | None = None) -> Iterator[Need]:
+    """Everything, in the order in which a run would ask for it."""
+    made = plan(recipe)
+    found = [*_model(recipe, made), *_rewards(recipe), *_prompts(recipe)]
+    yield from found
+    yield from _disk(sum(need.gigabytes for need in found))
+    yield _memory(made, device)
+
+
+# --- model ------------------------------------------------------------------------------------------------------------
+
+
+def _model(recipe: Recipe, made: Plan) -> Iterator[Need]:
+    if recipe.model.name == "emoji":
+        yield Need("ok", "model emoji", "in the package, Apache-2.0")
+        return
+    facts, folder = facts_of(recipe.model.name), recipe.model.folder
+    what = f"model {folder}"
+    if folder is None:
+        yield Need("bad", f"model {recipe.model.name}", "model.folder names no diffusers folder or hub id")
+        return
+    if Path(folder).expanduser().is_dir():
+        lacking = [part for part in facts.parts if not (Path(folder).expanduser() / part).is_dir()
+                   and part not in facts.optional]  # fmt: skip
+        text = f"lacks {', '.join(lacking)}; the download is incomplete" if lacking else "a local folder"
+        yield Need("bad" if lacking else "ok", what, f"{text}; licence of {facts.name}: {facts.licence}")
+        return
+    text_parameters = facts.published.text_parameters if facts.published else 0.0
+    size = (made.units["denoiser"].parameters / 1e9 + text_parameters) * 2 + VAE_GIGABYTES
+    licence = facts.licences.get(folder, facts.licence)
+    missing = [part for part in facts.parts if not _cached_part(folder, part)]
+    if not missing:
+        yield Need("ok", what, f"in the hub's cache; licence {licence}")
+        return
+    yield Need(
+        "missing", what, f"{', '.join(missing)}, about {size:.0f} GB in all; licence {licence}",
+        f"hf download {folder} --include {' '.join(_patterns(facts))}", size,
+    )  # fmt: skip
+    if folder.startswith(GATED):
+        yield Need(
+            "note" if get_token() else "missing",
+            f"access to {folder}",
+            "gated: its terms are accepted once, at https://huggingface.co/" + folder,
+            "" if get_token() else "hf auth login",
+        )
+
+
+def _patterns(facts: Facts) -> list[str]:
+    return ["model_index.json", *(f"'{part}/*'" for part in facts.parts)]
+
+
+def _cached_part(repository: str, part: str) -> bool:
+    """Whether the hub's cache holds a part: its configuration, or a tokenizer's or scheduler's own small file."""
+    names = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
+    found = [path for name in names
+             if isinstance(path := try_to_load_from_cache(repository, f"{part}/{name}"), str)]  # fmt: skip
+    if not found:
+        return False
+    if Path(found[0]).name != "config.json":
+        return True
+    return any(Path(found[0]).parent.glob("*.safetensors"))
+
+
+# --- rewards ----------------------------------------------------------------------------------------------------------
+
+
+def _rewards(recipe: Recipe) -> Iterator[Need]:
+    settings = recipe.reward
+    used = list(settings.weights or ([settings.name] if settings.name else []))
+    judge = recipes.heldout_of(recipe) if recipe.model.name != "emoji" else None
+    for name, role in [*((name, "reward") for name in used), *([(judge, "held-out reward")] if judge else [])]:
+        yield _reward(f"{role} {name}", name, (settings.source or {}).get(name))
+
+
+def _reward(what: str, name: str, source: str | None) -> Need:
+    known = PUBLISHED.get(name)
+    if known is None:
+        return Need("ok", what, "nothing to download" if not source else source)
+    note = f"; {known.note}" if known.note else ""
+    if source and Path(source).expanduser().exists():
+        return Need("ok", what, f"{source}; licence {known.licence}{note}")
+    size = known.weights.gigabytes + sum(extra.gigabytes for extra in known.extra)
+    converted = Path("weights") / name / (known.converted or "")
+    if known.converted and converted.is_file():
+        command = f"add reward.source.{name}={converted}"
+        return Need("missing", what, f"fetched, but the recipe does not name it; licence {known.licence}", command)
+    if known.converted is None and not source and _cached(known):
+        return Need("ok", what, f"in the hub's cache; licence {known.licence}{note}")
+    return Need(
+        "missing", what, f"about {size:.2f} GB; licence {known.licence}{note}", f"palate fetch {name}", size
+    )  # fmt: skip
+
+
+def _cached(reward: PublishedReward) -> bool:
+    weights = reward.weights
+    return all(
+        isinstance(try_to_load_from_cache(weights.place, file), str)
+        for file in weights.files
+        if file.endswith((".safetensors", "config.json"))
+    )
+
+
+# --- the rest ---------------------------------------------------------------------------------------------------------
+
+
+def _prompts(recipe: Recipe) -> Iterator[Need]:
+    try:
+        training, preview = recipes.prompts_of(recipe)
+    except (InputError, OSError) as error:
+        yield Need("bad", "prompts", str(error).splitlines()[0])
+        return
+    yield Need("ok", "prompts", f"{len(training)} to train on, {len(preview)} for previews")
+
+
+def _disk(download: float) -> Iterator[Need]:
+    cache = next(path for path in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents) if path.exists())
+    free = shutil.disk_usage(cache).free / 1e9
+    text = f"{free:.0f} GB free in the hub's cache ({HF_HUB_CACHE}), {download:.1f} GB still to download"
+    yield Need("ok" if free > download * 1.05 + 1 else "bad", "disk", text)
+
+
+def _memory(made: Plan, device: str | None) -> Need:
+    name, card = find_device(device)
+    need, room = made.bytes / GIB, FREE * card.gib
+    text = f"{need:.1f} GiB per device for a step, {card.gib:.0f} GiB on {name}, of which {room:.0f} to use"
+    if need <= room:
+        return Need("ok", "memory", text)
+    return Need("bad", "memory", text, "palate plan RECIPE says what needs less")
