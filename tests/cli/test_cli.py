@@ -158,7 +158,7 @@ def test_fresh_removes_runs_only(tiny, palate):
     assert code == 2 and short(err) and "thesis.txt" in err and (tiny / "precious" / "thesis.txt").exists()
 
 
-@pytest.mark.parametrize("mistake", ["prompts={file: none.txt}", "evaluate.file=none.txt", "model.start=emoji-1step"])
+@pytest.mark.parametrize("mistake", ["prompts={file: none.txt}", "evaluate.file=none.txt", "model.start=nowhere"])
 def test_fresh_keeps_the_old_run_when_the_new_one_cannot_begin(tiny, palate, mistake):
     old = tiny / "runs" / "tiny"
     old.mkdir(parents=True)

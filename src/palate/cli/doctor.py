@@ -141,7 +141,7 @@ def _weights() -> Iterator[Finding]:
         there = isinstance(try_to_load_from_cache(repository, "model.safetensors"), str)
         yield Finding(
             "ok" if there else "note",
-            f"reward {name}: " + ("in the hub's cache" if there else f"not downloaded (hf download {repository})"),
+            f"reward {name}: " + ("in the hub's cache" if there else f"not downloaded (palate fetch {name})"),
         )
     yield Finding(
         "ok" if get_token() else "note",

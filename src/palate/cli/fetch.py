@@ -71,7 +71,7 @@ def _unreachable(name: str, what: Download, error: Exception) -> str:
     why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
     steps = f"hf download {what.place} {what.files[0]}"
     return (
-        f"fetch {name}: {what.place} cannot be reached ({why}). On a machine that can: {steps}; copy the file here, then "
+        f"fetch {name}: {what.place} cannot be reached ({why}). Where it can: {steps}; copy the file here, then "
         f"palate fetch {name} --from FILE"
     )
 
@@ -95,8 +95,8 @@ def _download_address(address: str, name: str) -> Path:
 
 
 def convert(source: Path, target: Path) -> None:
-    """A pickled checkpoint as safetensors; only tensors are read, no code in it can run. A target that is there and newer
-    is kept. InputError where the file holds anything but tensors."""
+    """A pickled checkpoint as safetensors; only tensors are read, no code in it can run. A newer target is kept.
+    InputError where the file holds anything but tensors."""
     if target.is_file() and target.stat().st_mtime >= source.stat().st_mtime:
         return
     try:

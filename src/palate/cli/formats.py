@@ -25,7 +25,7 @@ class Cell(NamedTuple):
 
     mean: float
     std: float | None
-    count: int
+    runs: int
 
 
 def compare_runs(runs: Sequence[Path], group: str | None) -> tuple[list[str], list[str], dict[str, dict[str, Cell]]]:
@@ -91,7 +91,7 @@ def as_text(form: str, groups: Sequence[str], keys: Sequence[str], cells: dict[s
             for name in groups:
                 if cell := cells[name].get(key):
                     writer.writerow([key, name, f"{cell.mean:.6g}", "" if cell.std is None else f"{cell.std:.6g}",
-                                     cell.count])  # fmt: skip
+                                     cell.runs])  # fmt: skip
         return stream.getvalue()
     rows = [[metric_name(key), *(_spelled(cells[name].get(key), form) for name in groups)] for key in keys]
     return _latex(groups, rows) if form == "latex" else _markdown(groups, rows)
@@ -119,14 +119,11 @@ def _latex(groups: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     body = " \\\\\n".join(" & ".join([_escaped(row[0]), *row[1:]]) for row in rows)
     head = " & ".join(["", *map(_escaped, groups)])
     columns = "l" + "r" * len(groups)
-    return (
-        f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{head} \\\\\n\\midrule\n{body} \\\\\n\\bottomrule\n\\end{{tabular}}\n"
-    )
+    top = f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{head} \\\\\n\\midrule\n"
+    return f"{top}{body} \\\\\n\\bottomrule\n\\end{{tabular}}\n"
 
 
 def _escaped(text: str) -> str:
     for sign in "&%$#_{}":
         text = text.replace(sign, "\\" + sign)
     return text
-
-

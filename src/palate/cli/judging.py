@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from palate.cli.app import LOOK, app, examples
-from palate.cli.options import Json, Run, Seeds, belongs, recipe_file
+from palate.cli.options import Json, Run, Seeds, belongs, recipe_file, run_names
 from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     'palate sample --model emoji-1step --prompt "a 3d dog"    the shipped one-step generator',
 ))  # fmt: skip
 def sample(
+    ctx: typer.Context,
     run: Annotated[Path | None, typer.Argument(help="A run to sample from; or use --model.")] = None,
     model: Annotated[str | None, typer.Option(help="A model by name (emoji), a run, or an exported generator.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
@@ -38,16 +39,19 @@ def sample(
     prompts = _prompts(prompt, prompts_file)
     if (run is None) == (model is None):
         raise InputError("give either a run folder or --model, for example --model emoji")
-    loaded, sampler = load_source(model if model is not None else str(run))
-
+    from palate.cli.phases import shown
     from palate.evaluate import generate, pairs, write_samples
     from palate.report.sheet import write_sheet
 
+    with shown(ctx.obj["quiet"]):
+        loaded, sampler = load_source(model if model is not None else str(run))
     if sampler and (steps is not None or guidance is not None):
         raise InputError("--steps, --guidance: a generator draws as it was trained; leave them out")
     steps = sampler.steps if sampler else steps or loaded.default_steps
     guidance = 1.0 if sampler else loaded.default_guidance if guidance is None else guidance
-    images = generate(loaded, prompts, seeds, steps=steps, guidance=guidance, sampler=sampler)
+    with shown(ctx.obj["quiet"]):
+        images = generate(loaded, prompts, seeds, steps=steps, guidance=guidance, sampler=sampler)
+    clear_samples(out)
     told, rows = pairs(prompts, seeds)
     write_samples(out, images, told, rows, guidance=guidance, steps=steps)
     write_sheet(out)
@@ -72,6 +76,7 @@ def _prompts(prompt: list[str] | None, prompts_file: str | None) -> list[str]:
     "palate evaluate runs/a runs/b runs/c --json > found.json    paired by prompt and seed",
 ))  # fmt: skip
 def evaluate(
+    ctx: typer.Context,
     runs: Annotated[list[Path], typer.Argument(help="One or more runs; several are paired by prompt and seed.")],
     prompts_file: Annotated[str | None, typer.Option(help="One prompt per line; else the recipe's.")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Prompts to use at most.")] = None,
@@ -92,13 +97,17 @@ def evaluate(
         recipe_file(run)
     prompts = read_prompts(prompts_file) if prompts_file else None
 
+    from palate.cli.phases import shown
     from palate.cli.text import print_evaluation
     from palate.evaluate import to_json
     from palate.report import write_evaluation
     from palate.runs import evaluate_runs
 
     numbers = None if seeds is None else range(seeds)
-    found = evaluate_runs(runs, prompts=prompts, count=count, seeds=numbers, stored=stored, load=load_run, warn=_warn)
+    with shown(ctx.obj["quiet"]):
+        found = evaluate_runs(
+            runs, prompts=prompts, count=count, seeds=numbers, stored=stored, load=load_run, warn=_warn
+        )
     page = write_evaluation(runs, found, out)
     if as_json:
         print(to_json(found), end="")
@@ -108,46 +117,94 @@ def evaluate(
     print(f"report: {printable(str(page))}")
 
 
-@app.command(rich_help_panel=LOOK, epilog=examples(
-    "palate compare runs/a runs/b              side by side, the same prompts and seeds",
-    "palate compare runs/a runs/b --blind      a page on which people choose without names",
-))  # fmt: skip
+@app.command(
+    rich_help_panel=LOOK,
+    epilog=examples(
+        "palate compare runs/a runs/b              side by side, the same prompts and seeds",
+        "palate compare runs/a runs/b --blind      a page on which people choose without names",
+        "palate compare runs/s0 runs/s1 runs/s2 --group seed --format latex",
+    ),
+)
 def compare(
-    run_a: Annotated[Path | None, typer.Argument(help="The folder of a run, for example runs/NAME.")] = None,
-    run_b: Annotated[Path | None, typer.Argument(help="Another, on the same prompts and seeds.")] = None,
+    runs: Annotated[list[Path] | None, typer.Argument(help="Two or more runs.", autocompletion=run_names)] = None,
     blind: Annotated[
         bool, typer.Option("--blind", help="Write an anonymised comparison page; its answer key is a separate file.")
     ] = False,
     count: Annotated[int | None, typer.Option(min=1, help="With --blind: pairs to show at most, else 40.")] = None,
     seed: Annotated[int | None, typer.Option(help="With --blind: fixes order and sides, else secret.")] = None,
-    out: Annotated[Path | None, typer.Option(help="With --blind: the page, else RUN_A/compare-blind.html.")] = None,
+    out: Annotated[Path | None, typer.Option(help="With --blind: the page, else RUN/compare-blind.html.")] = None,
     score: Annotated[list[Path] | None, typer.Option(help="Choices made on the page (JSONL); repeatable.")] = None,
     key: Annotated[Path | None, typer.Option(help="With --score: the page's key, where it is not found.")] = None,
+    group: Annotated[
+        str | None, typer.Option(help="With --format: mean ± sd over runs that differ in this key.")
+    ] = None,
+    form: Annotated[str | None, typer.Option("--format", help="Print markdown, latex, csv or json instead.")] = None,
 ) -> None:
     """Show runs side by side, or let people choose blindly."""
-    from palate.report import study
-
     for option, value in (("--count", count), ("--seed", seed), ("--out", out)):
         belongs(option, value is not None, "--blind", blind)
     belongs("--key", key is not None, "--score", bool(score))
-    if blind and score:
-        raise InputError("--blind writes a page, --score reads its choices; give one of them")
+    belongs("--group", group is not None, "--format", form is not None)
+    if blind + bool(score) + bool(form) > 1:
+        raise InputError("--blind writes a page, --score reads its choices, --format prints a table; give one of them")
+    chosen = list(runs or ())
     if score:
-        result = study.score(study.read_choices(score), study.find_key(score, key, run_a))
+        from palate.report import study
+
+        result = study.score(study.read_choices(score), study.find_key(score, key, chosen[0] if chosen else None))
         print(printable(study.text_of(result)))
         return
-    if run_a is None or run_b is None:
-        raise InputError("give two runs: palate compare runs/a runs/b; or --score with the choices of a blind study")
-    for run in (run_a, run_b):
+    for run in chosen:
         recipe_file(run)
+    if form is not None:
+        if not chosen:
+            raise InputError("--format: give the runs to compare")
+        from palate.cli.formats import as_text, compare_runs
+
+        print(printable(as_text(form, *compare_runs(chosen, group))), end="")
+        return
+    if len(chosen) < 2:
+        raise InputError("give two runs: palate compare runs/a runs/b; or --score with the choices of a blind study")
     if blind:
-        page, secret = study.write_study(run_a, run_b, page=out, count=count or 40, seed=seed)
-        print(f"page: {printable(str(page))}")
-        print(f"key:  {printable(str(secret))} (keep it; whoever chooses must not see it)")
+        _blind(chosen, out, count or 40, seed)
         return
     from palate.report import write_report
 
-    print(f"side by side: {printable(str(write_report(run_a, compare=(run_b,))))}")
+    print(f"side by side: {printable(str(write_report(chosen[0], compare=chosen[1:])))}")
+
+
+def _blind(runs: list[Path], out: Path | None, count: int, seed: int | None) -> None:
+    from palate.report import study
+
+    if len(runs) != 2:
+        raise InputError(f"--blind compares two runs, got {len(runs)}")
+    page, secret = study.write_study(*runs, page=out, count=count, seed=seed)
+    print(f"page: {printable(str(page))}")
+    print(f"key:  {printable(str(secret))} (keep it; whoever chooses must not see it)")
+
+
+@app.command(
+    rich_help_panel=LOOK,
+    epilog=examples("palate runs", "palate runs --json | jq '.[] | select(.state == \"stopped\")'"),
+)
+def runs(
+    folder: Annotated[Path, typer.Argument(help="The folder that holds the runs.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """List runs: state, step, words, headline, size."""
+    from palate.cli import listing
+
+    rows = [listing.describe(run) for run in listing.find_runs(folder)]
+    if as_json:
+        print(listing.as_json(rows))
+        return
+    if not rows:
+        print(f"no runs in {printable(str(folder))}; begin one with palate train srpo-emoji")
+    for row in rows:
+        steps = f"{row.step}/{row.steps}" if row.steps else str(row.step)
+        print(printable(f"{row.folder:28} {row.state:9} {steps:>9}  {row.megabytes:8.1f} MB  {row.headline}"))
+        if row.words:
+            print(printable(f"{'':28} {row.words}"))
 
 
 @app.command(rich_help_panel=LOOK, epilog=examples("palate report runs/mine"))
@@ -160,6 +217,15 @@ def report(run: Run) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------- parts
+
+
+def clear_samples(folder: Path) -> None:
+    """Delete what an earlier `sample` wrote there, so that the folder holds one set; other files stay."""
+    from palate.evaluate import read_index
+
+    if (folder / "index.jsonl").is_file():
+        for row in read_index(folder):
+            (folder / row["file"]).unlink(missing_ok=True)
 
 
 def load_source(source: str) -> tuple[Model, Sampler | None]:

@@ -34,7 +34,7 @@ class Need(NamedTuple):
 
     def finding(self) -> Finding:
         """As `palate doctor` prints it."""
-        return Finding(self.state, f"{self.what}: {self.text}" + (f"\n     {self.command}" if self.command else ""))
+        return Finding(self.state, f"{self.what}: {self.text}" + (f"\n        {self.command}" if self.command else ""))
 
 
 def needs(recipe: Recipe, device: str | None = None) -> Iterator[Need]:
@@ -114,7 +114,7 @@ def _rewards(recipe: Recipe) -> Iterator[Need]:
 def _reward(what: str, name: str, source: str | None) -> Need:
     known = PUBLISHED.get(name)
     if known is None:
-        return Need("ok", what, "nothing to download" if not source else source)
+        return Need("ok", what, source or "nothing to download")
     note = f"; {known.note}" if known.note else ""
     if source and Path(source).expanduser().exists():
         return Need("ok", what, f"{source}; licence {known.licence}{note}")

@@ -54,13 +54,13 @@ def _recipe_names(incomplete: str) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.yaml") if path.stem.startswith(incomplete))
 
 
-def _run_names(incomplete: str) -> list[str]:
+def run_names(incomplete: str) -> list[str]:
     """For the shell's completion: the folders of runs/."""
     return sorted(str(path.parent) for path in Path("runs").glob("*/recipe.yaml")
                   if str(path.parent).startswith(incomplete))  # fmt: skip
 
 
-Run = Annotated[Path, typer.Argument(help="The folder of a run, for example runs/NAME.", autocompletion=_run_names)]
+Run = Annotated[Path, typer.Argument(help="The folder of a run, for example runs/NAME.", autocompletion=run_names)]
 RecipeName = Annotated[
     str,
     typer.Argument(

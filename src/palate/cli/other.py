@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,6 +11,9 @@ from palate.cli.app import CHECK, SHARE, TRAIN, app, examples
 from palate.cli.options import Json, Overrides, RecipeName, Run, recipe_file
 from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
+
+if TYPE_CHECKING:
+    from palate.cli.doctor import Finding
 
 
 @app.command(rich_help_panel=SHARE, epilog=examples(
@@ -82,30 +85,83 @@ def plan_recipe(
         raise typer.Exit(1)
 
 
-@app.command(rich_help_panel=CHECK, epilog=examples(
-    "palate doctor",
-    "palate doctor --reward hpsv2 --source weights/HPS_v2.1.safetensors",
-))  # fmt: skip
+@app.command(
+    rich_help_panel=CHECK,
+    epilog=examples(
+        "palate doctor",
+        "palate doctor srpo-flux --device rtx-4090    every file that it needs, with a command for each",
+        "palate doctor --reward hpsv2 --source weights/hpsv2",
+    ),
+)
 def doctor(
+    recipe: Annotated[str | None, typer.Argument(help="Also list what this recipe needs.")] = None,
+    overrides: Overrides = None,
+    device: Annotated[str | None, typer.Option(help="For the recipe's memory; else this machine.")] = None,
     reward: Annotated[str | None, typer.Option(help="Also load this reward and try it.")] = None,
     source: Annotated[str | None, typer.Option(help="Where its weights are, as reward.source in a recipe.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Check versions, devices, disk and weights."""
+    """Check this machine, and the files that a recipe needs.
+
+    Exit code 2 where something is bad or missing.
+    """
     from palate.cli import doctor as doctors
 
     found = list(doctors.findings())
+    if recipe is not None:
+        from palate import recipe as recipes
+        from palate.cli.needs import needs
+
+        found += [need.finding() for need in needs(recipes.read(recipe, overrides or ()), device)]
     if reward is not None:
-        found += doctors.check_reward(reward, source)
+        found += _tried(reward, source)
     if as_json:
         import json
 
         print(json.dumps([finding._asdict() for finding in found], indent=1))
     else:
         for state, text in found:
-            print(f"{state:5}{printable(text)}")
-    if any(finding.state == "bad" for finding in found):
+            print(f"{state:8}{printable(text)}")
+    if any(finding.state in ("bad", "missing") for finding in found):
         raise typer.Exit(2)
+
+
+def _tried(reward: str, source: str | None) -> list[Finding]:
+    """What trying a reward says; one that cannot load is a finding too, so that the others are still reported."""
+    from palate.cli import doctor as doctors
+
+    try:
+        return list(doctors.check_reward(reward, source))
+    except InputError as error:
+        return [doctors.Finding("bad", f"{reward}: {error}")]
+
+
+@app.command(
+    rich_help_panel=CHECK,
+    epilog=examples(
+        "palate fetch hpsv2",
+        "palate fetch hpsv2 --from HPS_v2.1_compressed.pt    converts a file that is already here",
+    ),
+)
+def fetch(
+    name: Annotated[str, typer.Argument(help="clip-score, pickscore, hpsv2, image-reward, aesthetic or hpsv3.")],
+    out: Annotated[Path, typer.Option(help="Where converted weights go, in a folder of the name.")] = Path("weights"),
+    source: Annotated[Path | None, typer.Option("--from", help="A downloaded file, to convert only.")] = None,
+) -> None:
+    """Download a published reward, converted to safetensors.
+
+    Pickles are read with weights_only, so no code in them can run.
+    """
+    from palate.cli import fetch as fetching
+
+    if source is None and name in fetching.PUBLISHED:
+        reward = fetching.PUBLISHED[name]
+        size = reward.weights.gigabytes + sum(extra.gigabytes for extra in reward.extra)
+        print(f"{name}: about {size:.2f} GB from {reward.weights.place}; licence {reward.licence}", flush=True)
+    where = fetching.fetch(name, out, source)
+    if note := fetching.PUBLISHED[name].note:
+        print(note)
+    print(f"ready: reward.source.{name}={printable(where)}" if where else f"ready: reward.name={name}")
 
 
 @app.command(rich_help_panel=TRAIN, epilog=examples(

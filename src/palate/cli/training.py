@@ -119,8 +119,14 @@ def steer(run: Run, positive: WordsOption = None, negative: WordsOption = None) 
     print(f"{printable(str(run))}: the next step takes the words; if the reward refuses them, metrics.jsonl says so")
 
 
-@app.command(rich_help_panel=CHECK, epilog=examples("palate checkpoints runs/mine"))
-def checkpoints(run: Run) -> None:
+@app.command(
+    rich_help_panel=CHECK, epilog=examples("palate checkpoints runs/mine", "palate checkpoints runs/mine --prune")
+)
+def checkpoints(
+    run: Run,
+    prune: Annotated[bool, typer.Option("--prune", help="Delete all but the newest and the guard's best.")] = False,
+    keep: Annotated[int, typer.Option(min=1, help="With --prune: how many of the newest good ones stay.")] = 1,
+) -> None:
     """List the checkpoints of a run and verify every byte."""
     from palate.runtime import checkpoint
 
@@ -135,7 +141,9 @@ def checkpoints(run: Run) -> None:
         damaged += problem is not None
         size = sum(part.stat().st_size for part in path.iterdir()) / 2**20
         print(f"{path.name}  {size:8.1f} MiB  {printable(problem) if problem else 'ok'}")
-    if damaged:
+    if prune:
+        _prune(run, keep)
+    elif damaged:
         raise CheckpointError(f"{damaged} of {len(found)} checkpoints are damaged; resuming passes them over")
 
 
@@ -168,6 +176,23 @@ def replay(
     print(printable(found.text()))
     if not found.reproduced:
         raise typer.Exit(1)
+
+
+def _prune(run: Path, keep: int) -> None:
+    """Delete checkpoints: the newest `keep` good ones stay, the guard's best, and all newer than these."""
+    from palate.report.curves import read_metrics
+    from palate.runtime import checkpoint
+
+    folder = run / "checkpoints"
+    steps = checkpoint.steps(folder)
+    good = [step for step in steps if checkpoint.verify(folder / checkpoint.name(step)) is None]
+    if not good:
+        raise CheckpointError(f"all {len(steps)} checkpoints of {run} are damaged; nothing is deleted")
+    guard = [row["best_step"] for row in read_metrics(run) if row.get("best_step") is not None]
+    first = good[-keep:][0]
+    checkpoint.prune(folder, keep=sum(step >= first for step in steps), also={int(guard[-1])} if guard else set())
+    left = checkpoint.steps(folder)
+    print(f"deleted {len(steps) - len(left)} of {len(steps)}; left: {', '.join(map(str, left))}")
 
 
 # ----------------------------------------------------------------------------------------------------- parts

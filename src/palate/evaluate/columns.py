@@ -13,6 +13,7 @@ from palate.core import Reward
 from palate.evaluate.metrics import CLOSED_FORM, cross_prompt_duplicates, label_correct, position_correct
 from palate.evaluate.panel import EvaluationPanel
 from palate.runtime.errors import InputError
+from palate.runtime.phases import tell
 
 
 class Columns(NamedTuple):
@@ -30,6 +31,7 @@ def columns_of(images: Tensor, prompts: Sequence[str], panel: EvaluationPanel, b
     features, styles = [], []
     failed: dict[str, dict[int, str]] = {}
     for start in range(0, len(images), batch_size):
+        tell("judging", start, len(images))
         batch, words = images[start : start + batch_size], list(prompts[start : start + batch_size])
         part = {}
         for name, reward in panel.rewards.items():

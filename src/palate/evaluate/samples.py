@@ -19,6 +19,7 @@ from palate.core import Model, Random, Sampleable, Sampler
 from palate.runtime.errors import InputError
 from palate.runtime.files import split_lines, write_atomically
 from palate.runtime.images import UNREADABLE, encode_png, from_pixels, read_pixels, to_pixels
+from palate.runtime.phases import tell
 from palate.sampling import sample
 
 DEFAULT_STEPS = 25  # of a model that names none of its own
@@ -78,6 +79,7 @@ def draw(model: Model, prompts: Sequence[str], noises: Sequence[Tensor], how: Dr
         default_steps, default_guidance = DEFAULT_STEPS, 1.0
     images = []
     for start in range(0, len(prompts), how.batch_size):
+        tell("drawing", start, len(prompts))
         cond = model.encode_prompts(list(prompts[start : start + how.batch_size]))
         parts = [noise[start : start + how.batch_size].to(device) for noise in noises]
         if how.sampler is None:
@@ -87,6 +89,7 @@ def draw(model: Model, prompts: Sequence[str], noises: Sequence[Tensor], how: Dr
         else:
             latents = how.sampler(model, cond, parts, weights=how.weights)
         images.append(model.decode(latents).float().cpu())
+    tell("drawing", len(prompts), len(prompts))
     return torch.cat(images)
 
 

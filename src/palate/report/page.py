@@ -79,6 +79,11 @@ def run_page(run: Path) -> dict[str, Any]:
     }
 
 
+def run_words(recipe: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
+    """The control words of a run and what they became by steering; "" for a run without."""
+    return history(word_changes(recipe, rows))
+
+
 def unjudged(recipe: dict[str, Any], changes: Sequence[WordChange], last_step: int) -> str:
     """The first sentence for a run that palate evaluate has not seen yet."""
     words = f" towards {history(changes)}" if changes else ""

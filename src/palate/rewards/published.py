@@ -1,4 +1,4 @@
-"""Where the weights of published rewards are, how large they are, and what becomes of them: the facts of `palate fetch`.
+"""Where the weights of published rewards are, how large they are, under which licence: the facts of `palate fetch`.
 
 Sizes are those of the files as published, in units of 1e9 bytes, rounded; licences as their authors state them.
 """
