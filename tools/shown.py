@@ -33,7 +33,8 @@ def weather(images: Tensor, generator: torch.Generator, vae: AutoencoderTiny | N
     if vae is not None:
         part = len(images) // 3
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            latents = vae.encode(images[:part] * 2 - 1).latents.float()
+            signed = (images[:part] * 2 - 1).contiguous(memory_format=torch.channels_last)
+            latents = vae.encode(signed).latents.float()
             latents = latents + 0.2 * torch.rand(part, 1, 1, 1, generator=generator) * torch.randn(
                 latents.shape, generator=generator
             )
@@ -71,7 +72,7 @@ def weathered(folder: Path, chunks: Sequence[int], vae_folder: Path, store: Path
     vae, found = None, []
     for chunk in chunks:
         if not (path := store / f"weathered-{chunk}.safetensors").exists():
-            vae = vae or AutoencoderTiny.from_pretrained(vae_folder).eval()
+            vae = vae or AutoencoderTiny.from_pretrained(vae_folder).eval().to(memory_format=torch.channels_last)
             generator = torch.Generator().manual_seed(chunk)
             order = torch.randperm(pool.CHUNK, generator=generator)
             clean = pool.images(folder, [chunk])[order].float() / 255

@@ -110,6 +110,7 @@ def latents(vae: AutoencoderTiny, tokenizer, folder: Path, chunks: Sequence[int]
     """Latents (float16) and token ids of the pool's images, without the held-out pairs; kept on disk per chunk."""
     cache.mkdir(parents=True, exist_ok=True)
     held_out, found = held_out_pairs(), []
+    vae = vae.to(memory_format=torch.channels_last)
     for chunk in chunks:
         if not (path := cache / f"latents-{chunk}.safetensors").exists():
             scenes = pool.scenes(folder, [chunk])
@@ -118,11 +119,16 @@ def latents(vae: AutoencoderTiny, tokenizer, folder: Path, chunks: Sequence[int]
             ]
             images = pool.images(folder, [chunk])[rows]
             with torch.autocast("cpu", torch.bfloat16):
-                parts = [vae.encode(part.float() / 255 * 2 - 1).latents.half() for part in images.split(100)]
+                parts = [vae.encode(_signed(part)).latents.half().contiguous() for part in images.split(100)]
             ids = tokenize(tokenizer, [scenes[k].caption for k in rows])
             save_file({"latents": torch.cat(parts), "ids": ids}, path)
         found.append(load_file(path))
     return {name: torch.cat([part[name] for part in found]) for name in ("latents", "ids")}
+
+
+def _signed(images: Tensor) -> Tensor:
+    """uint8 to [-1, 1], in the memory format in which the convolutions are fast."""
+    return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 PREVIEW = [
@@ -172,6 +178,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pool", type=Path, default=pool.POOL)
+    parser.add_argument("--chunks", type=int, help="of the pool, 2,000 images each; all if left out")
     parser.add_argument("--vae", type=Path, default=Path(".cache/autoencoder/vae"))
     parser.add_argument("--init", type=Path, help="a model folder to start from, as src/palate/assets/emoji")
     parser.add_argument("--work", type=Path, default=Path(".cache/base"))
@@ -194,7 +201,7 @@ def main() -> None:
         networks.load_state_dict(state["networks"])
         optimizer.load_state_dict(state["optimizer"])
         ema, step, spent = state["ema"], state["step"], state["spent"]
-    chunks = pool.ready(args.pool)
+    chunks = pool.ready(args.pool)[: args.chunks]
     data = latents(vae, tokenizer, args.pool, chunks, args.work / "latents")
     empty, losses = tokenize(tokenizer, [""])[0], []
     start, saved = time.time() - spent, time.time()

@@ -62,7 +62,7 @@ class _Block(nn.Module):
 class Detector(nn.Module):
     """Images (B, 3, 64, 64) in [0, 1] to `Cells`, and to lists of detections."""
 
-    def __init__(self, concepts: Sequence[str], paints: Sequence[str], width: int = 48):
+    def __init__(self, concepts: Sequence[str], paints: Sequence[str], width: int = 32):
         super().__init__()
         self.concepts, self.paints, self.width = list(concepts), list(paints), width
         self.stem = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1), nn.SiLU(), _Block(width, width))  # 32 x 32
