@@ -75,7 +75,7 @@ def build(name: str, made: recipe.Recipe, size: int, device: torch.device, *, sm
         image_size=224,
     )
     with device:
-        cond = published.condition(published.text_tokens, torch.float32)
+        cond = published.condition(network.config, published.text_tokens, torch.float32)
     return model, reward, type(cond)(*(torch.randn_like(tensor) for tensor in cond))
 
 

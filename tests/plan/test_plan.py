@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+from support.tiny_families import FAMILIES, SIZE, load, saved
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -106,6 +107,31 @@ def test_flops_of_a_real_update_are_the_plans():
         for loss in algorithm.step(model, reward, batch, rng):
             loss.value.backward()
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)
+
+
+ONE_OF_EACH = [n for n in FAMILIES if not n.endswith(("-v", "-schnell", "-sigma", "-base", "-dev"))]
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_the_flops_of_every_family_are_those_of_a_real_call(name):
+    """The plan of a folder, on the meta device, against torch's counter around the loaded model's own calls."""
+    folder, model = saved(name)[0], load(name, lora_rank=16, gradient_checkpointing=False)
+    settings = {"folder": folder, "dtype": "float32", **FAMILIES[name].load, "image_size": SIZE}
+    made = recipe_of(model.facts.name, "reward.name=warmth", *(f"model.{k}={v}" for k, v in settings.items()))
+    units, network = measure(made), model.weights.network
+    published = model.facts.published
+    cond = published.condition(network.config, made.model.text_tokens or published.text_tokens, torch.float32)
+    cond = type(cond)(*(torch.zeros_like(tensor) if tensor is not None else None for tensor in cond))
+    xt, t = torch.randn(1, *model.latent_shape), torch.tensor([0.5])
+    calls = {
+        "denoiser": lambda: model.output(network, xt, t, cond, model.call),
+        "decoder": lambda: model.decode(xt),
+        "encoder": lambda: model.encode(torch.rand(1, 3, SIZE, SIZE)),
+    }
+    for part, call in calls.items():
+        with sdpa_kernel(SDPBackend.MATH), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            call()
+        assert units[part].forward == pytest.approx(counter.get_total_flops(), rel=0.01), part
 
 
 def test_kept_bytes_are_what_autograd_keeps():

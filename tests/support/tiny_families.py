@@ -17,10 +17,12 @@ import torch
 from diffusers import (
     AuraFlowTransformer2DModel,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2Transformer2DModel,
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
     PNDMScheduler,
@@ -33,8 +35,11 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -45,6 +50,7 @@ from transformers import (
 
 from palate.models.aura_flow import AuraFlow
 from palate.models.flux import Flux
+from palate.models.flux2 import Flux2
 from palate.models.pixart import PixArt
 from palate.models.sd3 import StableDiffusion3
 from palate.models.sdxl import StableDiffusionXL
@@ -93,20 +99,22 @@ def t5() -> T5EncoderModel:
     return T5EncoderModel(T5Config(vocab_size=4 + len(LETTERS), d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=2))
 
 
-def qwen_tokenizer() -> Qwen2Tokenizer:
+def qwen_tokenizer(dev: bool = False) -> Qwen2Tokenizer:
     tokens = ["<|endoftext|>", "Ġ", "Ċ", ":", *LETTERS]
     tokenizer = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+    content = "m.content[0].text" if dev else "m.content"
+    end = "" if dev else "assistant:"
+    tokenizer.chat_template = f"{{% for m in messages %}}{{{{ m.role }}}}: {{{{ {content} }}}}\n{{% endfor %}}{end}"
     return tokenizer
 
 
-def qwen() -> Qwen3Model:
-    return Qwen3Model(
+def qwen(layers: int = 2, kind: type = Qwen3Model) -> Any:
+    return kind(
         Qwen3Config(
             vocab_size=4 + len(LETTERS),
             hidden_size=16,
             intermediate_size=32,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=2,
             num_key_value_heads=1,
             head_dim=8,
@@ -269,6 +277,61 @@ def z_image() -> diffusers.ZImagePipeline:
     )
 
 
+def flux2(kind: str = "klein") -> Any:
+    """klein, klein-base (guidance), or dev, whose language model is another."""
+    network = Flux2Transformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=3 * 16,
+        axes_dims_rope=(4, 4, 4, 4),
+        guidance_embeds=kind == "dev",
+    )
+    autoencoder = AutoencoderKLFlux2(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        sample_size=SIZE,
+    )
+    autoencoder.bn.running_mean.normal_(std=0.3)
+    autoencoder.bn.running_var.uniform_(0.5, 2.0)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    if kind == "dev":
+        return diffusers.Flux2Pipeline(scheduler, autoencoder, mistral(), qwen_tokenizer(dev=True), network)
+    encoder = qwen(layers=28, kind=Qwen3ForCausalLM)
+    return diffusers.Flux2KleinPipeline(
+        scheduler, autoencoder, encoder, qwen_tokenizer(), network, is_distilled=kind == "klein"
+    )
+
+
+def mistral() -> Mistral3ForConditionalGeneration:
+    text = {
+        "vocab_size": 4 + len(LETTERS),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 31,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "model_type": "mistral",
+    }
+    vision = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 8,
+        "patch_size": 4,
+        "model_type": "pixtral",
+    }
+    return Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision, image_token_index=3))
+
+
 def aura_flow() -> diffusers.AuraFlowPipeline:
     network = AuraFlowTransformer2DModel(
         sample_size=8,
@@ -301,6 +364,9 @@ FAMILIES = {
     "pixart-alpha": Family(PixArt, pixart, {"text_tokens": 32, "image_size": SIZE}, 16),
     "pixart-sigma": Family(PixArt, lambda: pixart(sigma=True), {"text_tokens": 32}, 16),
     "aura-flow": Family(AuraFlow, aura_flow, {"text_tokens": 32, "image_size": SIZE}, 16),
+    "flux2-klein": Family(Flux2, flux2, {"text_tokens": 48, "image_size": SIZE}, 16),
+    "flux2-base": Family(Flux2, lambda: flux2("base"), {"text_tokens": 48, "image_size": SIZE}, 16),
+    "flux2-dev": Family(Flux2, lambda: flux2("dev"), {"text_tokens": 256, "image_size": SIZE}, 16),
     "z-image": Family(ZImage, z_image, {"text_tokens": 48, "image_size": SIZE}, 16),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from diffusers import AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
@@ -38,8 +38,8 @@ class Cond(NamedTuple):  # tensors (B, ...): what a prompt becomes
     text: Tensor  # (B, text_tokens, 2048), zero where the prompt has ended
 
 
-def _condition(tokens: int, dtype: torch.dtype) -> Cond:
-    return Cond(torch.empty(1, tokens, 2048, dtype=dtype))
+def _condition(config: Any, tokens: int, dtype: torch.dtype) -> Cond:
+    return Cond(torch.empty(1, tokens, config.joint_attention_dim, dtype=dtype))
 
 
 FACTS = Facts(

@@ -1,13 +1,13 @@
-"""diffusers' AutoencoderKL in Palate's units: images in [0, 1], latents shifted and scaled for the denoiser."""
+"""diffusers' autoencoders in Palate's units: images in [0, 1], latents arranged and normalised for the denoiser."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
@@ -26,11 +26,61 @@ def sides(image_size: ImageSize) -> tuple[int, int]:
     return height, width
 
 
+def channels_of(config: Mapping[str, Any]) -> int:
+    """Channels of a VAE's latents, by its configuration."""
+    return config["latent_channels"] if "latent_channels" in config else config["z_dim"]
+
+
+def factor_of(config: Mapping[str, Any]) -> int:
+    """Pixels on the side of one latent of a VAE, by its configuration."""
+    stages = ("block_out_channels", "encoder_block_out_channels", "dim_mult")
+    return 2 ** (len(config[next(key for key in stages if key in config)]) - 1)
+
+
+def scale_and_shift(vae: Any) -> tuple[Tensor, Tensor]:
+    """(std, mean) by which a VAE's latents are normalised: those of its configuration, one for all channels or each."""
+    config = vae.config
+    std, mean = config.get("latents_std") or [1.0], config.get("latents_mean") or [0.0]
+    shift = config.get("shift_factor") or 0.0
+    return torch.tensor(std) / (config.get("scaling_factor") or 1.0), torch.tensor(mean) + shift
+
+
+@dataclass(frozen=True)
+class LatentLayout:
+    """How a family arranges its VAE's latents.
+
+    fold: side of the square of VAE latents whose channels are stacked in one latent. frames: the VAE takes videos, an
+    image is one frame. statistics: vae -> (std, mean), each (1,) or one per channel after folding.
+    """
+
+    fold: int = 1
+    frames: bool = False
+    statistics: Callable[[Any], tuple[Tensor, Tensor]] = scale_and_shift
+
+    def folded(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) of the VAE -> (B, C fold^2, h / fold, w / fold): channel by channel, row by row."""
+        latents = latents[:, :, 0] if self.frames else latents
+        if self.fold == 1:
+            return latents
+        b, c, h, w = latents.shape
+        n = self.fold
+        return latents.view(b, c, h // n, n, w // n, n).permute(0, 1, 3, 5, 2, 4).reshape(b, c * n * n, h // n, w // n)
+
+    def unfolded(self, latents: Tensor) -> Tensor:
+        """The inverse of `folded`."""
+        if self.fold > 1:
+            b, c, h, w = latents.shape
+            n = self.fold
+            latents = latents.view(b, c // (n * n), n, n, h, w).permute(0, 1, 4, 2, 5, 3)
+            latents = latents.reshape(b, c // (n * n), h * n, w * n)
+        return latents.unsqueeze(2) if self.frames else latents
+
+
 def latent_shape(
-    config: Mapping[str, Any], image_size: ImageSize, *, family: str, patch: int = 1
+    config: Mapping[str, Any], image_size: ImageSize, *, family: str, patch: int = 1, fold: int = 1
 ) -> tuple[int, int, int]:
-    """(C, h, w), by the VAE's configuration; ValueError if the patches do not cover the image."""
-    factor = 2 ** (len(config["block_out_channels"]) - 1)
+    """(C, h, w), by the VAE's configuration; InputError if the patches do not cover the image."""
+    factor = factor_of(config) * fold
     multiple = factor * patch
     for side in sides(image_size):
         if side < multiple or side % multiple:
@@ -40,7 +90,7 @@ def latent_shape(
                 f"{below + multiple})"
             )
     height, width = sides(image_size)
-    return config["latent_channels"], height // factor, width // factor
+    return channels_of(config) * fold**2, height // factor, width // factor
 
 
 def recompute_pieces(decoder: nn.Module, run: Callable[..., Any]) -> None:
@@ -69,23 +119,32 @@ class Autoencoder:
     it is the largest part of what large models keep: 11 GiB without, 2.4 with it, in bfloat16.
     """
 
-    def __init__(self, vae: AutoencoderKL, *, device: torch.device, gradient_checkpointing: bool = False):
-        config = vae.config
-        self.vae = vae.eval().requires_grad_(False).to(device)
+    def __init__(
+        self,
+        vae: Any,
+        *,
+        device: torch.device,
+        gradient_checkpointing: bool = False,
+        layout: LatentLayout | None = None,
+    ):
+        self.vae, self.layout = vae.eval().requires_grad_(False).to(device), layout or LatentLayout()
         self.device, self.dtype = device, next(vae.parameters()).dtype
-        std, mean = config.get("latents_std") or [1.0], config.get("latents_mean") or [0.0]
-        shift = config.get("shift_factor") or 0.0
-        self._scale = torch.tensor(std, device=device).view(1, -1, 1, 1) / config.scaling_factor
-        self._mean = torch.tensor(mean, device=device).view(1, -1, 1, 1) + shift
+        std, mean = self.layout.statistics(vae)
+        self._scale = std.to(device, torch.float32).view(1, -1, 1, 1)
+        self._mean = mean.to(device, torch.float32).view(1, -1, 1, 1)
         if gradient_checkpointing:
             recompute_pieces(vae.decoder, partial(checkpoint, use_reentrant=False))
 
     def encode(self, images: Tensor) -> Tensor:
         """Latents (B, C, h, w) of images (B, 3, H, W) in [0, 1]: the mean of the encoder's Gaussian."""
-        encoded = self.vae.encode((images * 2 - 1).to(self.device, self.dtype)).latent_dist.mode()
-        return (encoded.float() - self._mean) / self._scale
+        images = (images * 2 - 1).to(self.device, self.dtype)
+        encoded = self.vae.encode(images.unsqueeze(2) if self.layout.frames else images)
+        latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()  # AutoencoderDC's
+        return (self.layout.folded(latents).float() - self._mean) / self._scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1]; differentiable. Values are clipped, so a saturated pixel has no gradient."""
         inside = latents.to(self.device, torch.float32) * self._scale + self._mean
-        return self.vae.decode(inside.to(self.dtype)).sample.float().add(1).div(2).clamp(0, 1)
+        images = self.vae.decode(self.layout.unfolded(inside).to(self.dtype)).sample
+        images = images[:, :, 0] if self.layout.frames else images
+        return images.float().add(1).div(2).clamp(0, 1)

@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from palate.models import families
+from palate.models.autoencoder import LatentLayout
 from palate.runtime.errors import InputError
 
 
@@ -29,14 +30,15 @@ class NetworkCall(NamedTuple):
 class Published:
     """The architecture that `palate plan` assumes where no local folder says another.
 
-    condition: (tokens of the long text encoder, dtype) -> the family's Cond of one prompt, on torch's default device.
+    condition: (network's configuration, tokens of the long text encoder, dtype) -> the family's Cond of one prompt, on
+    torch's default device.
     """
 
     config: Mapping[str, Any]  # of the denoiser's class
     vae: Mapping[str, Any]  # of the VAE's class
     image_size: int
     text_tokens: int
-    condition: Callable[[int, torch.dtype], Any]
+    condition: Callable[[Any, int, torch.dtype], Any]
     text_parameters: float  # of the text encoders, in units of 1e9
 
 
@@ -60,6 +62,7 @@ class Facts:
     licences: Mapping[str, str] = field(default_factory=dict)  # hub id -> the hub's licence id
     optional: tuple[str, ...] = ()  # parts that may be missing
     vae: type[nn.Module] = AutoencoderKL
+    layout: LatentLayout = field(default_factory=LatentLayout)  # of the VAE's latents
     packing: int = 1  # channels of the denoiser's input per channel of the VAE's latents
     patch: int | None = None  # side of the denoiser's patches, in latents; None = its configuration's patch_size
     published: Published | None = None

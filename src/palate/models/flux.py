@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
@@ -56,8 +56,11 @@ class Cond(NamedTuple):
     pooled: Tensor  # (B, 768), CLIP
 
 
-def _condition(tokens: int, dtype: torch.dtype) -> Cond:
-    return Cond(torch.empty(1, tokens, 4096, dtype=dtype), torch.empty(1, 768, dtype=dtype))
+def _condition(config: Any, tokens: int, dtype: torch.dtype) -> Cond:
+    return Cond(
+        torch.empty(1, tokens, config.joint_attention_dim, dtype=dtype),
+        torch.empty(1, config.pooled_projection_dim, dtype=dtype),
+    )
 
 
 FACTS = Facts(

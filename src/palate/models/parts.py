@@ -17,7 +17,7 @@ import torch
 from diffusers.loaders import FromOriginalModelMixin
 from torch import Tensor, nn
 
-from palate.models.autoencoder import Autoencoder, ImageSize, latent_shape, sides
+from palate.models.autoencoder import Autoencoder, ImageSize, channels_of, factor_of, latent_shape, sides
 from palate.models.facts import Facts, NetworkCall
 from palate.models.repository import Repository
 from palate.models.text_cache import Encode, TextCache
@@ -152,15 +152,15 @@ def load_parts(
         raise InputError(f"model.file: diffusers reads no single file of {facts.name}; give its folder as model.folder")
     vae_config, image_size = repository.config("vae"), options.image_size
     if image_size is None:
-        factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
-        image_size = default_size or repository.config(facts.denoiser)["sample_size"] * factor
+        image_size = default_size or repository.config(facts.denoiser)["sample_size"] * factor_of(vae_config)
     patch = facts.patch or repository.config(facts.denoiser).get("patch_size", 1)
-    shape = latent_shape(vae_config, image_size, family=facts.name, patch=patch)
+    shape = latent_shape(vae_config, image_size, family=facts.name, patch=patch, fold=facts.layout.fold)
     cache = _text_cache(repository, facts.name, text, options, precision, where)
     vae = Autoencoder(
         repository.read("vae", facts.vae, precision),
         device=where,
         gradient_checkpointing=options.gradient_checkpointing,
+        layout=facts.layout,
     )
     network = repository.read(facts.denoiser, facts.network, precision, file=options.file).to(where)
     weights = named_weights(network, facts, options)
@@ -210,7 +210,7 @@ def _text_cache(
 
 def _check_channels(repository: Repository, facts: Facts) -> None:
     """InputError for networks that take more than the noisy latents: inpainting, control, editing."""
-    expected = facts.packing * repository.config("vae")["latent_channels"]
+    expected = facts.packing * channels_of(repository.config("vae"))
     got = repository.config(facts.denoiser).get("in_channels", expected)
     if got != expected:
         raise InputError(

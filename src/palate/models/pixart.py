@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import diffusers
 import torch
@@ -44,8 +44,8 @@ class Cond(NamedTuple):
     mask: Tensor  # (B, text_tokens), 1 = a token, 0 = padding
 
 
-def _condition(tokens: int, dtype: torch.dtype) -> Cond:
-    return Cond(torch.empty(1, tokens, 4096, dtype=dtype), torch.empty(1, tokens, dtype=dtype))
+def _condition(config: Any, tokens: int, dtype: torch.dtype) -> Cond:
+    return Cond(torch.empty(1, tokens, config.caption_channels, dtype=dtype), torch.empty(1, tokens, dtype=dtype))
 
 
 FACTS = Facts(

@@ -57,15 +57,18 @@ def vp_prediction(kind: str, xt: Tensor, output: Tensor, alpha: Tensor, sigma: T
     return convert[kind](xt, output, alpha, sigma)
 
 
-def flow_times(scheduler: FlowMatchEulerDiscreteScheduler, steps: int, *, patches: int, even: bool) -> Tensor:
+def flow_times(
+    scheduler: FlowMatchEulerDiscreteScheduler, steps: int, *, patches: int, even: bool, mu: float | None = None
+) -> Tensor:
     """Times (steps + 1,), float64, from 1 to 0. patches: the image's tokens, for shifts that depend on its size.
 
+    mu: log of a shift that the family has its own rule for; None = linear in the tokens (`size_shift`).
     even: the pipeline gives the scheduler sigmas 1, ..., 1/steps (FLUX, Z-Image) instead of its own range (SD3).
     """
     config = scheduler.config
     options = {"sigmas": np.linspace(1.0, 1 / steps, steps)} if even else {"num_inference_steps": steps}
     if config.use_dynamic_shifting:
-        options["mu"] = math.log(size_shift(config, patches))
+        options["mu"] = math.log(size_shift(config, patches)) if mu is None else mu
     scheduler.set_timesteps(**options)
     return scheduler.sigmas.double()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -47,8 +47,11 @@ class Cond(NamedTuple):
     pooled: Tensor  # (B, 2048), both CLIP encoders
 
 
-def _condition(tokens: int, dtype: torch.dtype) -> Cond:
-    return Cond(torch.empty(1, 77 + tokens, 4096, dtype=dtype), torch.empty(1, 2048, dtype=dtype))
+def _condition(config: Any, tokens: int, dtype: torch.dtype) -> Cond:
+    return Cond(
+        torch.empty(1, 77 + tokens, config.joint_attention_dim, dtype=dtype),
+        torch.empty(1, config.pooled_projection_dim, dtype=dtype),
+    )
 
 
 FACTS = Facts(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
@@ -41,8 +41,9 @@ class Cond(NamedTuple):
     pooled: Tensor  # (B, width) of the second encoder
 
 
-def _condition(tokens: int, dtype: torch.dtype) -> Cond:
-    return Cond(torch.empty(1, tokens, 2048, dtype=dtype), torch.empty(1, 1280, dtype=dtype))
+def _condition(config: Any, tokens: int, dtype: torch.dtype) -> Cond:
+    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+    return Cond(torch.empty(1, tokens, config.cross_attention_dim, dtype=dtype), torch.empty(1, pooled, dtype=dtype))
 
 
 FACTS = Facts(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -39,8 +39,8 @@ class Cond(NamedTuple):
     text: Tensor  # (B, 77, width)
 
 
-def _condition(tokens: int, dtype: torch.dtype) -> Cond:
-    return Cond(torch.empty(1, tokens, 768, dtype=dtype))
+def _condition(config: Any, tokens: int, dtype: torch.dtype) -> Cond:
+    return Cond(torch.empty(1, tokens, config.cross_attention_dim, dtype=dtype))
 
 
 FACTS = Facts(

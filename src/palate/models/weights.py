@@ -85,7 +85,8 @@ class NamedWeights:
                     f"model.lora_targets: no layer's name ends with {', '.join(unknown)}; ends that are "
                     f"there: {', '.join(ends)}"
                 )
-            config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=list(targets))
+            chosen = [layer for layer in layers if any(f".{layer}".endswith(f".{end}") for end in targets)]
+            config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=chosen)
             for name in self.names:
                 adapters.add(network, name, copy.deepcopy(config))
             self._take_up()

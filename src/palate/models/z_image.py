@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
@@ -39,8 +39,8 @@ class Cond(NamedTuple):
     mask: Tensor | None  # (B, text_tokens) bool; None = all
 
 
-def _condition(tokens: int, dtype: torch.dtype) -> Cond:
-    return Cond(torch.empty(1, tokens, 2560, dtype=dtype), None)
+def _condition(config: Any, tokens: int, dtype: torch.dtype) -> Cond:
+    return Cond(torch.empty(1, tokens, config.cap_feat_dim, dtype=dtype), None)
 
 
 FACTS = Facts(

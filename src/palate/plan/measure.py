@@ -53,13 +53,13 @@ def measure(recipe: Recipe) -> dict[str, Unit]:
     config = local_config(recipe, facts, facts.denoiser) or published.config
     size = sides(recipe.model.image_size or published.image_size)
     patch = facts.patch or config.get("patch_size", 2)
-    shape = latent_shape(vae_config, size, family=facts.name, patch=patch)
+    shape = latent_shape(vae_config, size, family=facts.name, patch=patch, fold=facts.layout.fold)
     dtype = torch.float32 if recipe.model.dtype == "float32" else torch.bfloat16
     with torch.device("meta"):
         network = facts.network(**config).to(dtype).requires_grad_(False).eval()
         vae = facts.vae(**vae_config).to(dtype).requires_grad_(False).eval()
         xt, t = torch.empty(1, *shape, dtype=dtype), torch.empty(1)
-        cond = published.condition(recipe.model.text_tokens or published.text_tokens, dtype)
+        cond = published.condition(network.config, recipe.model.text_tokens or published.text_tokens, dtype)
         latents = torch.empty(1, *shape, dtype=dtype, requires_grad=True)
         image = torch.empty(1, 3, *size, dtype=dtype)
         _train(network, facts, recipe)
@@ -67,10 +67,13 @@ def measure(recipe: Recipe) -> dict[str, Unit]:
     def denoise() -> Tensor:
         return family.output(network, xt, t, cond, NetworkCall(size))
 
+    def decode() -> Tensor:
+        return vae.decode(facts.layout.unfolded(latents)).sample
+
     recompute = partial(recompute_pieces, vae.decoder)
     units = {
         "denoiser": measure_unit(network, denoise, network.enable_gradient_checkpointing),
-        "decoder": measure_unit(vae.decoder, lambda: vae.decode(latents).sample, recompute),
+        "decoder": measure_unit(vae.decoder, decode, recompute),
         "encoder": measure_unit(vae.encoder, lambda: vae.encode(image).latent_dist.mode(), None),
     }
     return units | _rewards(recipe)
