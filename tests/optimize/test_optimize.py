@@ -19,6 +19,7 @@ from palate.optimize import (
     OracleError,
     Queries,
     Surrogate,
+    call_with_timeout,
     command_oracle,
     fit_surrogate,
     from_recipe,
@@ -26,17 +27,17 @@ from palate.optimize import (
     identity_of,
     leave_one_out,
     load_oracle,
-    numbers,
     optimize,
     reward_features,
     ridge_head,
     round_sizes,
     ucb_bonus,
+    validate_scores,
     with_one,
-    within,
 )
 from palate.recipe import GuardSettings, OptimizeSettings, OracleSettings, RecipeError, TrainerSettings
 from palate.runtime.checkpoint import CheckpointError
+from palate.runtime.errors import RewardServiceError
 from palate.testing import PROMPTS, TinyFlow
 
 D = torch.float64
@@ -254,7 +255,7 @@ def test_a_run_spends_its_budget_and_learns(tmp_path):
 def test_the_oracle_sees_what_is_stored(tmp_path):
     oracle = Oracle()
     go(tmp_path, oracle, surrogate="ucb")
-    images, words, scores, _rounds = Queries(tmp_path).answered(2)
+    images, words, scores, _rounds = Queries(tmp_path).evaluated(2)
     assert [image.numpy().tobytes() for image in images[:]] == oracle.seen
     assert scores.tolist() == warmth(images[:], words)
 
@@ -277,12 +278,12 @@ def test_a_question_whose_answer_was_never_seen_is_spent(tmp_path):
     oracle = Oracle({2: SystemExit(9)})  # the process dies while the second batch is asked
     with pytest.raises(SystemExit):
         go(tmp_path, oracle)
-    assert Queries(tmp_path).spent == 8 and len(Queries(tmp_path).answered(2)[1]) == 4
+    assert Queries(tmp_path).spent == 8 and len(Queries(tmp_path).evaluated(2)[1]) == 4
     with open(tmp_path / "queries.jsonl", "a") as file:
         file.write('{"query": 8, "rou')  # and its last line was cut short
     go(tmp_path, oracle)
     assert len(oracle.seen) == 14 == len(set(oracle.seen)) == Queries(tmp_path).spent
-    assert len(Queries(tmp_path).answered(2)[1]) == 10
+    assert len(Queries(tmp_path).evaluated(2)[1]) == 10
 
 
 def test_failures_are_retried_within_the_budget(tmp_path):
@@ -292,7 +293,7 @@ def test_failures_are_retried_within_the_budget(tmp_path):
     failed = [row for row in rows(tmp_path) if "failed" in row]
     assert [row["query"] for row in failed] == [0, 1, 2, 3, 8] and failed[0]["failed"] == "ValueError: no GPU"
     assert "not a finite number" in failed[4]["failed"]
-    _images, _, scores, _ = Queries(tmp_path).answered(2)
+    _images, _, scores, _ = Queries(tmp_path).evaluated(2)
     assert len(scores) == 9 and bool(torch.isfinite(scores).all())
     assert oracle.seen[0:4] == oracle.seen[4:8] and oracle.seen[8] == oracle.seen[12]  # the same images again
 
@@ -302,7 +303,7 @@ def test_failures_are_retried_within_the_budget(tmp_path):
     [
         (OSError("gone"), "OSError: gone"),
         (lambda scores: [math.inf] * len(scores), "not a finite number"),
-        (lambda scores: scores[:-1], "expected 4 numbers, one an image, got 3"),
+        (lambda scores: scores[:-1], "expected 4 numbers, one per image, got 3"),
         (lambda scores: 0.5, "got float"),
         (lambda scores: ["high"] * 4, "ValueError"),
     ],
@@ -313,7 +314,7 @@ def test_an_oracle_that_goes_on_failing_stops_the_run_with_everything_kept(tmp_p
         go(tmp_path, oracle)
     assert exit_code_of(error.value) == 5
     go(tmp_path, oracle)  # mended: goes on where it stopped, and the failures stay spent
-    assert len(oracle.seen) == 14 and len(Queries(tmp_path).answered(2)[1]) == 6
+    assert len(oracle.seen) == 14 and len(Queries(tmp_path).evaluated(2)[1]) == 6
 
 
 def test_an_oracle_that_hangs(tmp_path):
@@ -321,7 +322,7 @@ def test_an_oracle_that_hangs(tmp_path):
         time.sleep(8)
 
     with pytest.raises(TimeoutError, match=r"no answer in 0.1 s"):
-        within(0.1, hang, torch.zeros(1, 3, 2, 2), ["x"])
+        call_with_timeout(0.1, hang, torch.zeros(1, 3, 2, 2), ["x"])
     with pytest.raises(OracleError, match="TimeoutError"):
         go(tmp_path, hang, timeout=0.05, retries=0)
 
@@ -330,9 +331,9 @@ def test_a_tampered_image_or_log_is_refused(tmp_path):
     go(tmp_path, Oracle())
     (tmp_path / "queries/000002.png").write_bytes((tmp_path / "queries/000001.png").read_bytes())
     with pytest.raises(CheckpointError, match=r"000002.png is not the image"):
-        Queries(tmp_path).answered(1)[0][:]
+        Queries(tmp_path).evaluated(1)[0][:]
     (tmp_path / "queries.jsonl").write_text('{"query": 0}\nrubbish\n{"query": 1}\n')
-    with pytest.raises(ValueError, match="line 2: not a query"):
+    with pytest.raises(ValueError, match="line 2: not JSON"):
         Queries(tmp_path)
 
 
@@ -393,7 +394,7 @@ def test_an_endpoint():
         oracle = http_oracle(f"http://127.0.0.1:{server.server_port}/score", 20)
         assert oracle(torch.rand(2, 3, 4, 4), ["a", "b"]) == [0.25, 0.25]
         assert asked[0]["prompts"] == ["a", "b"] and len(asked[0]["images"]) == 2
-        with pytest.raises(OSError, match="500"):
+        with pytest.raises(RewardServiceError, match="500"):
             oracle(torch.rand(1, 3, 4, 4), ["bad"])
     finally:
         server.shutdown()
@@ -411,7 +412,7 @@ def test_a_callable_by_name(tmp_path, monkeypatch):
             load_oracle(OracleSettings(function=wrong))
     with pytest.raises(ValueError, match="no program 'no-such-program'"):
         load_oracle(OracleSettings(command=["no-such-program"]))
-    assert numbers(torch.tensor([1.0, 2.0]), 2) == [1.0, 2.0]
+    assert validate_scores(torch.tensor([1.0, 2.0]), 2) == [1.0, 2.0]
 
 
 def test_built_in_oracles():
@@ -556,7 +557,7 @@ def test_the_published_recipe_runs_on_the_embedded_model(tmp_path):
     for _ in range(2):
         outcome = from_recipe(plan, say=lambda text: None)
         assert outcome.step == 6 and outcome.exit_code == 0
-    images, words, scores, rounds = Queries(tmp_path / "run").answered(2)
+    images, words, scores, rounds = Queries(tmp_path / "run").evaluated(2)
     assert images[:].shape == (6, 3, 64, 64) and rounds.tolist() == [1, 1, 2, 2, 2, 2]
     torch.testing.assert_close(scores.float(), load_oracle(OracleSettings(name="jpeg-size"))(images[:], words))
     assert (tmp_path / "run/adapter/pytorch_lora_weights.safetensors").is_file()

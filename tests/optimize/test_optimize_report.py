@@ -83,7 +83,7 @@ def test_the_report_shows_what_was_asked(folder):
 def runs_answers(folder):
     from palate.optimize import Queries
 
-    return Queries(folder).answered(2)
+    return Queries(folder).evaluated(2)
 
 
 def test_curves_over_questions(tmp_path):

@@ -65,7 +65,7 @@ class _Scorer:
                 groups.setdefault(image.size, []).append(i)
             scores = [math.nan] * len(images)
             for rows in groups.values():
-                batch = from_pixels([np.asarray(images[i]) for i in rows])
+                batch = torch.stack([from_pixels(np.asarray(images[i])) for i in rows])
                 with torch.no_grad():
                     values = self.reward(batch, [prompts[i] for i in rows]).tolist()
                 for i, value in zip(rows, values, strict=True):
