@@ -18,6 +18,7 @@ import itertools
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ import torch
 from torch import Tensor
 
 from palate.core import Algorithm, Random, Sampleable, TextCached, TwoTower, prompt_order
+from palate.data import evenly_spaced
 from palate.optimize.oracles import call_with_timeout, load_oracle, validate_scores
 from palate.optimize.queries import Queries
 from palate.optimize.surrogate import Features, Surrogate, fit_surrogate, mean_std, reward_features
 from palate.recipe import builder, reader
-from palate.recipe.settings import OptimizeSettings, Recipe, TrainerSettings
+from palate.recipe.settings import OptimizeSettings, Recipe, SampleSettings, TrainerSettings
 from palate.rewards.load import load_reward
 from palate.rewards.oracles import Oracle
 from palate.runtime import checkpoint
@@ -37,7 +39,7 @@ from palate.runtime.errors import InputError, RewardServiceError
 from palate.runtime.files import json_digest, json_line, read_json_lines, write_atomically
 from palate.runtime.images import quantise
 from palate.sampling import sample
-from palate.train import Outcome, restore_result, train
+from palate.train import Job, Outcome, restore_result, run_job
 
 
 class OracleError(RewardServiceError):
@@ -75,8 +77,7 @@ def optimize(
     folder: str | Path,
     settings: OptimizeSettings,
     trainer: TrainerSettings,
-    sample_steps: int | None = None,
-    sample_guidance: float | None = None,
+    how: SampleSettings | None = None,
     preview: Sequence[str] = (),
     identity: str = "",
     progress: bool = True,
@@ -89,8 +90,9 @@ def optimize(
     """
     folder = Path(folder)
     queries = Queries(folder)
-    steps = sample_steps or model.default_steps
-    guidance = model.default_guidance if sample_guidance is None else sample_guidance
+    how = how or SampleSettings()
+    steps = how.steps or model.default_steps
+    guidance = model.default_guidance if how.guidance is None else how.guidance
     draw = _Draw(model, prompts, trainer.seed, steps, guidance)
     for number, size in enumerate(round_sizes(settings.budget, settings.rounds), 1):
         draw.begin(number, size)
@@ -105,22 +107,18 @@ def optimize(
         resume = bool(checkpoint.steps(here / "checkpoints"))
         if not resume:
             shutil.rmtree(here, ignore_errors=True)
-        options = {**vars(trainer), "seed": trainer.seed + number}
-        mark = hashlib.sha256(f"{identity}|{number}|{queries.digest(number)}".encode()).hexdigest()
-        outcome = train(
+        job = Job(
             model,
             make_algorithm(),
             surrogate,
             list(prompts),
-            folder=here,
-            **options,
-            identity=mark,
-            preview=preview,
-            resume=resume,
-            sample_steps=sample_steps,
-            sample_guidance=sample_guidance,
-            progress=progress,
+            here,
+            replace(trainer, seed=trainer.seed + number),
+            list(preview) or evenly_spaced(prompts),
+            sample=how,
+            identity=hashlib.sha256(f"{identity}|{number}|{queries.digest(number)}".encode()).hexdigest(),
         )
+        outcome = run_job(job, resume=resume, progress=progress)
         if outcome.exit_code:
             return outcome
         restore_result(model, here, warn=say)
@@ -230,8 +228,7 @@ def from_recipe(recipe: Recipe, *, say: Callable[[str], None] = print) -> Outcom
         folder=folder,
         settings=settings,
         trainer=recipe.trainer,
-        sample_steps=recipe.sample.steps,
-        sample_guidance=recipe.sample.guidance,
+        how=recipe.sample,
         preview=preview,
         identity=identity_of(recipe),
         say=say,
