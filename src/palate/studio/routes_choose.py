@@ -67,7 +67,8 @@ def settings(request: Request, mode: str = Form("fresh"), prompts: str = Form(""
     studio = studio_of(request)
     if mode not in MODES:
         raise InputError(f"expected {' or '.join(MODES)}")
-    own = [" ".join(line.split()) for line in prompts.splitlines() if line.strip()]
+    lines = ["".join(c if c.isprintable() else " " for c in line) for line in prompts.splitlines()]
+    own = [" ".join(line.split()) for line in lines if line.strip()]
     if len(own) > OWN_PROMPTS:
         raise InputError(f"{len(own)} prompts; at most {OWN_PROMPTS} at a time")
     for prompt in own:

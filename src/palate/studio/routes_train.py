@@ -131,8 +131,8 @@ def keep(request: Request, run: str) -> Response:
         raise InputError(f"{run} is training; stop it, or wait for its end")
     if not (view.folder / "adapter").is_dir():
         make_result(view.folder)
-    runs = studio.workspace.read("rounds.json").get("runs", [])
-    studio.workspace.write("rounds.json", {"runs": [*[r for r in runs if r != run], run]})
+    earlier = [name for name in studio.workspace.rounds() if name != run]
+    studio.workspace.write("rounds.json", {"runs": [*earlier, run]})
     studio.workspace.set(source=run)
     studio.artist.wake()
     return go_to("/choose", request)

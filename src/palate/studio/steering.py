@@ -22,7 +22,7 @@ LONGEST = 40  # characters of a word
 
 def checked_word(word: str, words: Words, *, embedded: bool) -> str:
     """The word as it can be used. InputError says why not, and what is near."""
-    word = " ".join(word.split())
+    word = " ".join("".join(c if c.isprintable() else " " for c in word).split())  # no control or bidi characters
     if not word:
         raise InputError("write a word first, for example 3d, cartoon or large")
     if len(word) > LONGEST:
@@ -84,7 +84,8 @@ class Draft:
 
     def words(self) -> Words:
         tree = self.workspace.read("steer.json")
-        sides = {s: [w for w in tree.get(s, []) if isinstance(w, str)] for s in SIDES}
+        lists = {s: tree[s] if isinstance(tree.get(s), list) else [] for s in SIDES}
+        sides = {s: [w for w in words if isinstance(w, str)] for s, words in lists.items()}
         return Words(**{side: dict.fromkeys(words, 0) for side, words in sides.items()})
 
     def change(self, side: str, word: str, *, add: bool) -> None:

@@ -123,7 +123,7 @@ class Voting:
 
     def round(self) -> int:
         """1, and one more for each model that was aligned and is now drawn from."""
-        return 1 + len(self.workspace.read("rounds.json").get("runs", []))
+        return 1 + len(self.workspace.rounds())
 
     # ------------------------------------------------------------------------------------------------ next pair
 

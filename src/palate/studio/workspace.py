@@ -89,5 +89,10 @@ class Workspace:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(tree, ensure_ascii=False).encode())
 
+    def rounds(self) -> list[str]:
+        """The runs whose model was drawn from, in order."""
+        runs = self.read("rounds.json").get("runs")
+        return [run for run in runs if isinstance(run, str)] if isinstance(runs, list) else []
+
     def session(self) -> str:
         return secrets.token_hex(4)

@@ -1,0 +1,132 @@
+"""Who is let in, and what is refused whoever asks."""
+
+from __future__ import annotations
+
+import pytest
+from starlette.testclient import TestClient
+
+from palate.runtime.errors import InputError
+from palate.studio.access import BODY_LIMIT, Access, limit_of
+from palate.studio.app import listen, serve
+
+SECRET = "t" * 20
+
+
+async def inner(scope, receive, send):
+    """Reads the whole body and says how long it was."""
+    size, more = 0, True
+    while more:
+        message = await receive()
+        size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})
+    await send({"type": "http.response.body", "body": str(size).encode()})
+
+
+def browser_of(access):
+    return TestClient(access, base_url="http://localhost", follow_redirects=False)
+
+
+def entered():
+    made = browser_of(Access(inner, token=SECRET, port=7))
+    assert made.get(f"/choose?token={SECRET}&a=1").headers["location"] == "/choose?a=1"
+    return made
+
+
+def test_the_link_lets_one_browser_in_once():
+    access = Access(inner, token=SECRET, port=7)
+    first, second = browser_of(access), browser_of(access)
+    answer = first.get(f"/?token={SECRET}")
+    cookie = answer.headers["set-cookie"].lower()
+    assert answer.status_code == 303 and "httponly" in cookie and "samesite=strict" in cookie and SECRET not in cookie
+    assert first.get("/").status_code == 200
+    assert second.get(f"/?token={SECRET}").status_code == 401 and second.get("/").status_code == 401
+    assert first.get(f"/?token={SECRET}").status_code == 303  # whoever is in may use an old link
+    invited = access.invite()
+    assert second.get(f"/?token={invited}").status_code == 303 and second.get("/").status_code == 200
+
+
+def test_a_token_file_may_be_used_again():
+    access = Access(inner, token=SECRET, port=7, lasting=True)
+    for _ in range(2):
+        other = browser_of(access)
+        assert "Enter the token" in other.get("/").text
+        assert other.get(f"/?token={SECRET}").status_code == 303 and other.get("/").status_code == 200
+
+
+@pytest.mark.parametrize("token", ["", "t" * 19, "T" * 20, "é" * 20])
+def test_a_wrong_token_is_refused(token):
+    assert browser_of(Access(inner, token=SECRET, port=7)).get("/", params={"token": token}).status_code == 401
+
+
+@pytest.mark.parametrize("cookie", ["palate-studio-7=", "palate-studio-7=x", "palate-studio-8=x", "=;;", "a" * 9000])
+def test_a_wrong_cookie_is_refused(cookie):
+    answer = browser_of(Access(inner, token=SECRET, port=7)).get("/", headers={"cookie": cookie})
+    assert answer.status_code == 401
+
+
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:8420", "localhost.evil.example", "", "[::2]"])
+def test_a_foreign_host_is_refused(host):
+    assert entered().get("/", headers={"host": host}).status_code == 403
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1:9999", "[::1]:8420"])
+def test_names_of_this_machine_are_allowed(host):
+    assert entered().get("/", headers={"host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"origin": "http://evil.example"}, {"origin": "null"}, {"origin": "http://localhost:1"},
+        {"sec-fetch-site": "cross-site"}, {"sec-fetch-site": "same-site"},
+    ],
+)  # fmt: skip
+def test_another_origin_is_refused(headers):
+    made = entered()
+    assert made.post("/", headers=headers).status_code == 403
+    assert made.post("/", headers={"origin": "http://localhost", "sec-fetch-site": "same-origin"}).status_code == 200
+
+
+def test_a_link_followed_from_another_page_lets_in():
+    """A strict cookie is not sent along with its own redirect, so a page in between goes on."""
+    made = browser_of(Access(inner, token=SECRET, port=7))
+    answer = made.get(f"/?token={SECRET}", headers={"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"})
+    assert answer.status_code == 200 and 'http-equiv="refresh"' in answer.text and "set-cookie" in answer.headers
+
+
+def test_large_bodies_are_refused_by_their_length_and_as_they_come():
+    made = entered()
+    assert made.post("/", content=b"x" * BODY_LIMIT).text == str(BODY_LIMIT)
+    assert made.post("/", content=b"x" * (BODY_LIMIT + 1)).status_code == 413
+    assert made.post("/", content=(b"x" * 65536 for _ in range(20))).status_code == 413  # no length is told
+    assert made.post("/", content=b"x", headers={"content-length": "-1"}).status_code in (400, 413)
+    assert limit_of("/choose/upload") > BODY_LIMIT
+
+
+def test_every_answer_carries_the_policy():
+    stranger = browser_of(Access(inner, token=SECRET, port=7))
+    for answer in (entered().get("/"), stranger.get("/"), stranger.get("/", headers={"host": "evil.example"})):
+        policy = answer.headers["content-security-policy"]
+        assert "default-src 'none'" in policy and "unsafe" not in policy and "http" not in policy
+        assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_a_port_in_use_gives_the_next():
+    first = listen("127.0.0.1", 0)
+    port = first.getsockname()[1]
+    second = listen("127.0.0.1", port)
+    assert second.getsockname()[1] > port
+    first.close()
+    second.close()
+    with pytest.raises(InputError, match="address of this machine"):
+        listen("203.0.113.7", 8420)
+
+
+def test_other_machines_need_a_token_file(tmp_path):
+    with pytest.raises(InputError, match="token-file"):
+        serve(tmp_path, host="0.0.0.0")
+    (tmp_path / "short").write_text("secret")
+    with pytest.raises(InputError, match="at least 16"):
+        serve(tmp_path, host="0.0.0.0", token_file=tmp_path / "short")
+    with pytest.raises(InputError, match="cannot read"):
+        serve(tmp_path, token_file=tmp_path / "missing")

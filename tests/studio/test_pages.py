@@ -1,0 +1,181 @@
+"""The pages without a browser: what they hold, what they refuse, that hostile texts stay texts."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.studio import HOSTILE, Labels
+
+from palate.models.vocabulary import vocabulary
+from palate.studio.app import PAGES
+from palate.taste.votes import Picture, Vote
+
+PATHS = [path for path, _ in PAGES]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_every_page_stands_on_an_empty_folder_labelled_and_without_inline_code(studio, path):
+    client, _ = studio
+    answer = client.get(path)
+    assert answer.status_code == 200 and not Labels(answer.text).problems
+    assert answer.text.count("<h1") == 1 and '<html lang="en">' in answer.text
+    for link in re.findall(r'(?:src|href)="([^"#]+)"', answer.text):
+        assert link.startswith("/") and client.get(link).status_code == 200, link
+
+
+def test_a_page_weighs_little(studio):
+    client, _ = studio
+    page = client.get("/choose").text
+    links = set(re.findall(r'(?:src|href)="(/static[^"]+)"', page))
+    assert len(page) + sum(len(client.get(link).content) for link in links) < 300_000
+
+
+def test_votes_are_counted_once_per_pair_and_undone(studio):
+    client, found = studio
+
+    def pair():
+        return re.search(r'data-pair="(\w+)"', client.get("/choose/pair").text)[1]
+
+    first, before = pair(), len(found.voting.votes())
+    assert pair() == first  # a reload shows the same
+    answer = client.post("/choose/vote", data={"pair": first, "choice": "left", "ms": "812"})
+    assert answer.headers["hx-trigger"] == "voted"
+    client.post("/choose/vote", data={"pair": first, "choice": "right"})  # the key twice, or an older window
+    assert len(found.voting.votes()) == before + 1 and pair() != first
+    vote = found.voting.votes()[-1]
+    assert (vote.choice, vote.ms, vote.left.model) == ("left", 812, found.artist.fingerprint)
+    client.post("/choose/undo")
+    shown = found.voting.pair()
+    assert len(found.voting.votes()) == before and (shown.left, shown.right) == (vote.left, vote.right)
+    assert shown.id != first  # the line that took the vote back names the old one
+
+
+def test_pairs_are_of_one_concept_and_no_percentage_is_shown_before_twenty(studio):
+    client, found = studio
+    while len(found.voting.votes()) < 19:
+        pair = found.voting.pair()
+        assert pair.prompt in vocabulary().concepts
+        client.post("/choose/vote", data={"pair": pair.id, "choice": "left"})
+    text = client.get("/choose/taste").text
+    assert "%" not in text and "taste-accuracy" not in text
+    assert "disabled" in re.search(r"<button[^>]*align-start[^>]*>", client.get("/align").text)[0]
+    answer = client.post("/align/start", headers={"hx-request": "true"})
+    assert answer.status_code == 422 and answer.headers["hx-retarget"] == "#notice" and "20 votes" in answer.text
+    client.post("/choose/vote", data={"pair": found.voting.pair().id, "choice": "tie"})
+    text = client.get("/choose/taste").text
+    assert 'data-testid="taste-accuracy"' in text and "%" in text
+    assert found.voting.scaling() is found.voting.scaling() or len(found.artist.rows()) < 64
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_texts_stay_texts(studio, text):
+    client, found = studio
+    for answer in (
+        client.post("/steer/word", data={"word": text}),
+        client.post("/choose/settings", data={"prompts": text}, headers={"hx-request": "true"}),
+        client.post("/recipe/check", data={"text": text}),
+        client.get("/align", params={"run": text}),
+        client.get("/drawn", params={"prompt": text}),
+        client.post("/train", data={"text": "algorithm: {name: srpo}", "name": text}),
+    ):
+        assert answer.status_code in (200, 204, 422)
+        for tag in ("<script>window", "<img src=x", "<svg", "<iframe", "<style>*", "<base", "<meta http-equiv=refresh"):
+            assert tag not in answer.text
+        assert "evil.example>" not in answer.text
+    assert not found.workspace.names()
+    for name in ("steer.json", "settings.json"):
+        (found.workspace.home / name).unlink(missing_ok=True)
+
+
+def test_hostile_prompts_of_votes_are_escaped(studio):
+    """A vote file from elsewhere may hold any text."""
+    client, found = studio
+    files = [{"file": drawn.picture.file} for drawn in found.artist.pool[:2]]
+    for text in HOSTILE:
+        tree = {"id": "x1", "prompt": text, "left": files[0], "right": files[1], "repeat_of": None}
+        found.workspace.write("pair.json", tree)
+        page = client.get("/choose").text
+        assert not Labels(page).problems and "<script>window" not in page
+    vote = Vote(HOSTILE[1], *(Picture(file["file"]) for file in files), "left")
+    found.workspace.store.append(vote)
+    assert client.get("/choose/taste").status_code == 200
+    found.workspace.store.undo()
+    (found.workspace.home / "pair.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/picture/..%2fvotes.jsonl", "/picture/" + "a" * 64 + ".png", "/sample/..%2f..%2fetc/0/passwd",
+        "/sample/x/0/0000.png", "/runs/..%2f../log", "/runs/studio/report", "/static/../app.py",
+        "/static/%2e%2e/app.py",
+        "/events?run=../x", "/live?run=..", "/compare?run=../../etc", "/compare/grid?run=x",
+    ],
+)  # fmt: skip
+def test_paths_that_lead_out_or_nowhere_are_refused(studio, path):
+    client, _ = studio
+    answer = client.get(path)
+    assert answer.status_code in (404, 422) and "root:" not in answer.text and "import " not in answer.text
+
+
+def picture(shade):
+    stream = io.BytesIO()
+    Image.fromarray(np.full((40, 30, 3), shade, np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_own_pictures_become_votes(studio):
+    client, found = studio
+    before = len(found.voting.votes())
+    files = [("better", ("a.png", picture(200))), ("better", ("b.png", picture(180))), ("worse", ("c.png", picture(9)))]
+    assert client.post("/choose/upload", files=files, data={"prompt": "fox"}).status_code == 200
+    new = found.voting.votes()[before:]
+    assert [vote.choice for vote in new] == ["left", "right"] and {vote.prompt for vote in new} == {"fox"}
+    assert found.voting.summary()["taste"] is not None  # pictures of another size are looked at as well
+    bad = [("better", ("a.png", b"GIF89a")), ("worse", ("c.png", picture(10)))]
+    answer = client.post("/choose/upload", files=bad)
+    assert answer.status_code == 422 and "not a PNG" in answer.text
+    for _ in new:
+        found.workspace.store.undo()
+
+
+def test_words_are_refused_with_what_is_near_and_kept_as_a_draft(studio):
+    client, _ = studio
+    vocab = vocabulary()
+    style = vocab.styles[0]
+    answer = client.post("/steer/word", data={"word": "sparkly"})
+    assert 'data-testid="refused"' in answer.text and style in answer.text
+    answer = client.post("/steer/word", data={"word": style})
+    assert 'data-testid="refused"' not in answer.text and "word-chip" in answer.text
+    synonym = next((word for word, known in vocab.synonyms.items() if known == style), style)
+    assert "wanted already" in client.post("/steer/word", data={"word": synonym, "side": "negative"}).text
+    client.post("/steer/word", data={"word": style, "side": "positive", "action": "remove"})
+    assert "word-chip" not in client.get("/steer").text
+    answer = client.post("/steer/start", headers={"hx-request": "true"})
+    assert answer.status_code == 422 and "at least one word" in answer.text
+
+
+def test_a_recipe_is_checked_as_the_command_line_would(studio):
+    client, _ = studio
+    text = client.get("/recipe", params={"recipe": "srpo-emoji"}).text
+    assert "<textarea" in text and "The recipe is valid" in text
+    answer = client.post("/recipe/check", data={"text": "algorithm: {name: srpoo}\nfoo: 1\n"})
+    assert answer.text.count("<li>") >= 2 and "did you mean srpo?" in answer.text
+    assert "no recipe named" in client.get("/recipe", params={"recipe": "nope"}).text
+
+
+def test_damaged_files_of_the_studio_itself_do_not_stop_it(studio):
+    client, found = studio
+    for name in ("settings.json", "pair.json", "steer.json", "rounds.json"):
+        path = found.workspace.home / name
+        wrong = json.dumps({"mode": 3, "prompts": [1], "source": 4, "runs": 2, "positive": 4, "id": 1}).encode()
+        for damage in (b"", b"{", b"[1]", wrong):
+            path.write_bytes(damage)
+            for page in PATHS:
+                assert client.get(page).status_code == 200, (name, damage, page)
+        path.unlink()
