@@ -91,7 +91,9 @@ class SRPOSettings:
 
     def __post_init__(self) -> None:
         for name in ("positive", "negative"):
-            object.__setattr__(self, name, _word_list(name, getattr(self, name)))
+            words = getattr(self, name)
+            none = self.preference == "absolute" and not any(words)  # the plain prompt is asked
+            object.__setattr__(self, name, ("",) if none else _word_list(name, words))
         for name in ("branches", "window", "train_timestep", "k_denoise", "k_inversion", "discount"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for problem, wrong in (
@@ -171,7 +173,7 @@ class SRPO:
         return {"positive": list(self.positive), "negative": list(self.negative)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steer(state["positive"], state["negative"])
+        self.positive, self.negative = tuple(state["positive"]), tuple(state["negative"])
 
     def step(self, model: Model, reward: Reward, batch: Batch, rng: Random) -> Iterator[Loss]:
         """One update: a rollout (or `batch.latents`), then a loss per injection and branch; the last one updates."""

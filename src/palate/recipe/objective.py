@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from palate.core import Reward
-from palate.recipe.settings import Recipe, RewardSettings
+from palate.recipe.settings import Recipe, RewardSettings, TasteSettings
 from palate.recipe.together import ControlWords
 from palate.rewards.combine import noised_relative, normalised, semantic_relative, weighted
 from palate.rewards.load import load_reward
 from palate.rewards.oracles import exact_reward
 from palate.runtime.code import short_name
+from palate.taste.taste import load_objective
 
 ORACLE = "oracle-"  # begins the name under which a built-in oracle is a reward of an evaluation
 
@@ -28,6 +29,8 @@ class Term:
     dtype: str | None = None
     scale: tuple[float, float] | None = None
     noised: float | None = None
+    taste: TasteSettings | None = None  # of the reward "taste", and where the weights of the one that it stands on are
+    sources: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -38,6 +41,12 @@ class Term:
         """The reward by itself."""
         if self.name.startswith(ORACLE):
             return exact_reward(self.name.removeprefix(ORACLE))
+        if self.name == "taste":
+            how = self.taste or TasteSettings()
+            return load_objective(
+                self.source, absolute=how.absolute, confidence=how.confidence,
+                base=lambda name: load_reward(name, self.sources.get(name), self.dtype),
+            )  # fmt: skip
         return load_reward(self.name, self.source, self.dtype)
 
     def part(self, reward: Reward) -> Reward:
@@ -130,6 +139,8 @@ def reward_objective(settings: RewardSettings) -> Objective:
             settings.dtype,
             settings.scale.get(name),
             settings.noised.get(name),
+            settings.taste if name == "taste" else None,
+            settings.source,
         )
         for name, weight in weights.items()
     )

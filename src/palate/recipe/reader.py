@@ -98,9 +98,12 @@ def fingerprint(recipe: Recipe) -> str:
         del tree["model"][key]
     for key in RESUMABLE_FIELDS:
         del tree["trainer"][key]
-    for section, key in (("reward", "relative"), ("model", "reference")):
-        if tree[section][key] is None:
-            del tree[section][key]  # so that runs from before this key can be resumed
+    for section, key in (
+        (tree["reward"], "relative"), (tree["reward"], "taste"), (tree["model"], "reference"),
+        (tree["trainer"]["guard"], "background_drop"),
+    ):  # fmt: skip
+        if section[key] is None:
+            del section[key]  # so that runs from before this key can be resumed
     tree["optimize"] = None  # palate optimize has an identity of its own
     return json_digest(tree)
 

@@ -59,6 +59,15 @@ class RelativeSettings:
 
 
 @dataclass(frozen=True)
+class TasteSettings:
+    """How the reward "taste" is made of a saved taste (docs/taste.md)."""
+
+    __pydantic_config__ = _STRICT
+    absolute: Finite | None = None  # weight of the reward that the taste stands on; 4
+    confidence: NonNegative = 0.0  # posterior standard deviations below the mean; 0 = the mean
+
+
+@dataclass(frozen=True)
 class ModelSettings:
     """Keys that are None have the family's own default; a family reads those that its `load` takes (docs/models.md)."""
 
@@ -100,6 +109,7 @@ class RewardSettings:
     noised: dict[RewardName, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = field(default_factory=dict)
     # ^ std of the noised image that serves as the negative of a reward that reads no prompt
     relative: RelativeSettings | None = None  # of the whole reward; not of srpo, which has words of its own
+    taste: TasteSettings | None = None  # of the reward "taste"
 
 
 @dataclass(frozen=True)
@@ -123,6 +133,9 @@ class GuardSettings:
     prompts: Positive = 48
     heldout_drop: NonNegative = 0.10  # largest fall of the held-out reward, in its own units
     concept_drop: NonNegative = 0.05  # largest fall of the share of images that still show the prompt's concept
+    background_drop: NonNegative | None = (
+        None  # largest fall of the share with the named background; None = not watched
+    )
     diversity_ratio: UnitInterval = 0.80  # smallest diversity inside a prompt and style, as a share of the base model's
     best: str | None = None  # the best step: highest in this metric among checks inside every limit; None = the newest
     action: Literal["stop", "rollback", "warn"] = "stop"

@@ -114,6 +114,12 @@ def _check_rewards(recipe: Recipe, mistakes: list[str]) -> None:
                 f"{', '.join(rewards.HELD_OUT_CANDIDATES)}"
             )
     judged = used | {heldout_of(recipe) or ""}
+    if "taste" in used:
+        judged |= {*rewards.HELD_OUT_CANDIDATES}  # it may stand on one of them
+        if "taste" not in reward.source:
+            mistakes.append("reward.source.taste: name the folder of a taste, as tastes/mine (palate taste fit)")
+    elif reward.taste is not None:
+        mistakes.append("reward.taste: the reward taste is in neither reward.name nor reward.weights")
     for key, names, known in (
         ("source", reward.source, judged),
         ("scale", reward.scale, used),

@@ -29,7 +29,7 @@ def load_reward(name: str, source: str | None = None, dtype: str | None = None) 
         return found
     if entry.kind == "embedded":
         return found(name)
-    if dtype is None or entry.kind == "service":
+    if dtype is None or entry.kind in ("service", "taste"):
         return found(source)
     return found(source, dtype=getattr(torch, dtype))
 

@@ -29,7 +29,8 @@ class Entry:
 
     name: str
     place: str  # module:object, or a file by path
-    kind: str = "own"  # function, embedded, published, service (behind a URL); own: somebody else's
+    kind: str = "own"  # function, embedded, published, taste (learned from votes), service (behind a URL);
+    # own: somebody else's
     gradient: bool = True  # whether it is differentiable in the images; of somebody else's, the loop finds out
     reads_prompt: bool = True
     example: str = ""  # of the URL of a service
@@ -37,7 +38,7 @@ class Entry:
     @property
     def takes_source(self) -> bool:
         """Whether reward.source.NAME says where its weights or its server are."""
-        return self.kind in ("published", "service", "own")
+        return self.kind in ("published", "taste", "service", "own")
 
 
 def _entries() -> dict[str, Entry]:
@@ -54,13 +55,14 @@ def _entries() -> dict[str, Entry]:
         Entry("image-reward", "palate.rewards.image_reward:load_image_reward", "published"),
         Entry("hpsv3", "palate.rewards.hpsv3:load_hpsv3", "published"),
     ]
+    learned = [Entry("taste", "palate.taste.taste:load_objective", "taste")]
     services = [
         Entry("remote", "palate.rewards.remote:load_remote", "service", gradient=False,
               example="http://127.0.0.1:8411/score"),
         Entry("vlm-judge", "palate.rewards.vlm:load_vlm", "service", gradient=False,
               example="http://127.0.0.1:8000/v1/chat/completions#MODEL"),
     ]  # fmt: skip
-    return {entry.name: entry for entry in (*embedded, *simple, *published, *services)}
+    return {entry.name: entry for entry in (*embedded, *simple, *published, *learned, *services)}
 
 
 OWN = _entries()

@@ -163,7 +163,7 @@ class Comparing:
         key = recipe.model.folder or ""
         if key not in self._models:
             self._models[key] = EmojiModel.load(recipe.model.folder, training="none")
-        sampler = getattr(recipes.build_algorithm(recipe), "sampler", None)
+        sampler = recipes.sampler_of(recipes.build_algorithm(recipe))
         _, preview = recipes.prompts_of(recipe)
         return Showing(self._models[key], sampler, list(dict.fromkeys(preview)))
 

@@ -14,6 +14,7 @@ from palate.studio.runview import RunView
 from palate.studio.steering import Draft, change, wanted_words
 from palate.studio.undo import go_back, make_result
 from palate.taste.card import START
+from palate.taste.readers import export_votes
 from palate.taste.words import with_words
 
 router = APIRouter()
@@ -73,24 +74,20 @@ def start(request: Request, way: str = Form("taste-emoji")) -> Response:
     if votes < START:
         raise InputError(f"a first taste needs {START} votes, there are {votes}; choose some more pictures")
     name = studio.workspace.new_name("align")
-    overrides = _pairs(studio, name) if way == "taste-emoji-dpo" else _taste(studio)
+    overrides = [] if way == "taste-emoji-dpo" else [f"reward.source.taste={quoted(studio.voting.learn_taste())}"]
+    if way != "taste-emoji":
+        pairs = studio.workspace.home / "pairs" / name
+        export_votes(studio.workspace.store, pairs)
+        of = {
+            "taste-emoji-dpo": f"pairs={quoted(pairs / 'train.json')}",
+            "taste-emoji-srpo": f"images={quoted(pairs / 'images')}",
+        }
+        overrides.append(f"prompts.{of[way]}")
     source = studio.workspace.settings()["source"]
     if source and way == "taste-emoji":
         overrides.append(f"model.start={quoted(studio.workspace.run(source) / 'adapter')}")
     studio.processes.train(way, name, overrides)
     return go_to("/align", request, run=name)
-
-
-def _taste(studio: Studio) -> list[str]:
-    return [f"reward.source.taste={quoted(studio.voting.learn_taste())}"]
-
-
-def _pairs(studio: Studio, name: str) -> list[str]:
-    from palate.taste.readers import export_votes
-
-    folder = studio.workspace.home / "pairs" / name
-    export_votes(studio.workspace.store, folder)
-    return [f"prompts.pairs={quoted(folder / 'train.json')}"]
 
 
 @router.post("/runs/{run}/stop")

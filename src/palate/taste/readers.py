@@ -191,7 +191,8 @@ def _bytes(path: Path) -> bytes:
 def export_votes(store: VoteStore, folder: str | Path, form: str = "hpdv2") -> int:
     """Write the votes with their pictures where other programs read them; how many.
 
-    hpdv2: train.json beside its images, for `prompts.pairs` of dpo. json: rows of file names. ValueError: another form.
+    hpdv2: train.json beside its images, for `prompts.pairs` of dpo. json: rows of file names. Both write images/ with
+    the captions that `prompts.images` reads. InputError: another form, or no vote.
     """
     folder = Path(folder)
     if form not in ("hpdv2", "json"):
@@ -202,6 +203,9 @@ def export_votes(store: VoteStore, folder: str | Path, form: str = "hpdv2") -> i
     (folder / "images").mkdir(parents=True, exist_ok=True)
     for picture in {p.file: p for vote in votes for p in (vote.left, vote.right)}.values():
         (folder / "images" / picture.file).write_bytes(store.path_of(picture).read_bytes())
+    captions = {p.file: p.prompt or vote.prompt for vote in votes for p in (vote.left, vote.right)}
+    lines = [json.dumps({"file_name": name, "text": text}, ensure_ascii=False) for name, text in captions.items()]
+    (folder / "images" / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     rows: list[dict[str, Any]] = []
     for vote in votes:
         paths = [f"images/{vote.left.file}", f"images/{vote.right.file}"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -324,21 +324,33 @@ def _features_of_choices(features: Features, choices: Sequence[Choice]) -> tuple
     return table[:, 0], table[:, 1]
 
 
-def load_objective(source: str | None, *, absolute: float | None = None, confidence: float = 0.0) -> TasteReward:
+def load_objective(
+    source: str | None,
+    *,
+    absolute: float | None = None,
+    confidence: float = 0.0,
+    base: Callable[[str], Reward] | None = None,
+) -> TasteReward:
     """The reward of a saved taste, as recipes name it: FOLDER, or several that add up, "FOLDER:WEIGHT, FOLDER:WEIGHT".
 
-    absolute, confidence: lambda and kappa of `TasteReward`. InputError: no such taste, or a weight is no number.
+    absolute, confidence: lambda and kappa of `TasteReward`. base: loads the reward that it stands on by name; None =
+    the embedded one only. InputError: no such taste, or a weight is no number.
     """
     parts = [part.strip() for part in (source or "").split(",") if part.strip()]
     if not parts:
         raise InputError("reward.source.taste: name the folder of a taste, as tastes/mine (palate taste fit makes one)")
-    tastes = []
+    tastes: list[tuple[float, Taste]] = []
+    rewards: dict[str, Reward] = {}
     for part in parts:
         folder, colon, weight = part.rpartition(":")
         try:
             share = float(weight) if colon and not Path(part).is_dir() else 1.0
         except ValueError as error:
             raise InputError(f"reward.source.taste: {part!r}: expected FOLDER or FOLDER:WEIGHT") from error
-        tastes.append((share, Taste.load(folder if colon and not Path(part).is_dir() else part)))
+        place = folder if colon and not Path(part).is_dir() else part
+        name = source_of(place)
+        if name not in rewards:
+            rewards[name] = base_reward(name) if base is None else base(name)
+        tastes.append((share, Taste.load(place, base=rewards[name])))
     taste = tastes[0][1] if len(tastes) == 1 and tastes[0][0] == 1.0 else mixed(tastes)
     return taste.objective(absolute=absolute, confidence=confidence)

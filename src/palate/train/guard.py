@@ -101,7 +101,10 @@ class Guard:
 def broken_limits(now: Mapping[str, float], base: Mapping[str, float], guard: GuardSettings) -> list[str]:
     """Which of the guard's limits the values break, a sentence each. A value that is not measured breaks none."""
     broken = []
-    for key, limit in (("heldout", guard.heldout_drop), ("concept", guard.concept_drop)):
+    limits = {"heldout": guard.heldout_drop, "concept": guard.concept_drop, "background": guard.background_drop}
+    for key, limit in limits.items():
+        if limit is None:
+            continue
         if key in now and key in base and not base[key] - now[key] <= limit:
             broken.append(f"{key} fell from {base[key]:.4g} to {now[key]:.4g}, more than {limit:g}")
     if "diversity" in now and "diversity" in base and not now["diversity"] >= guard.diversity_ratio * base["diversity"]:

@@ -36,15 +36,19 @@ def steer(folder: str | Path, positive: Sequence[str] | None = None, negative: S
     for side, given in words.items():
         if given is None:
             continue
-        if isinstance(given, str) or not given or not all(isinstance(word, str) and word.strip() for word in given):
+        if isinstance(given, str) or not all(isinstance(word, str) and word.strip() for word in given):
             raise InputError(f"{side}: expected a list of words, none empty, got {given!r}")
         words[side] = [word.strip() for word in given]
     if not (folder / METRICS).is_file():
         raise InputError(f"{folder} is not a run (it holds no {METRICS}); give the folder of one, as runs/NAME")
     if (folder / "recipe.yaml").is_file():  # a run begun from Python has none
         recipe = recipes.read(str(folder / "recipe.yaml"))
-        if not isinstance(recipes.build_algorithm(recipe), Steerable):
+        algorithm = recipes.build_algorithm(recipe)
+        if not isinstance(algorithm, Steerable):
             raise InputError(f"{folder} trains with {recipe.algorithm.name}, which has no control words to change")
+        for side, given in words.items():
+            if given is not None and not given:
+                algorithm.steer(**{side: []})  # most need a word on each side, and say so
     control = folder / CONTROL
     with contextlib.suppress(FileNotFoundError, ValueError):  # what still waits for the next step is not lost
         waiting = control_words(control.read_bytes())
