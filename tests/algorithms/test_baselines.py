@@ -22,7 +22,17 @@ SMALL = {  # the least that still runs every part of the method
     "mix-grpo-emoji": ["algorithm.steps=3", "algorithm.group=2", "algorithm.window_every=1"],
     "nft-emoji": ["algorithm.steps=2", "algorithm.group=2", "algorithm.old_rate=0.2"],
     "dpo-emoji": ["algorithm.steps=2"],
+    "leap-emoji": ["algorithm.steps=3"],
+    "dgpo-emoji": ["algorithm.steps=2", "algorithm.group=2", "algorithm.old_rate=0.2"],
+    "grpo-emoji-released": ["algorithm.steps=3", "algorithm.group=2", "model.lora_alpha=null"],
 }
+ONLINE = [  # the settings of dpo that remember or look back
+    "algorithm.steps=2",
+    "algorithm.pairs_from=policy",
+    "algorithm.refresh_every=1",
+    "algorithm.safeguard=parameters",
+    "algorithm.noise=tracked",
+]
 QUIET = [
     "trainer.batch_size=2",
     "trainer.steps=2",
@@ -76,6 +86,72 @@ def test_two_steps_train_and_a_stop_between_them_changes_no_bit(name, parts, tmp
     assert again == rows
 
 
+def test_online_dpo_resumes_with_its_moving_reference(parts, tmp_path):
+    plan = recipe.read("dpo-emoji", [*QUIET, *ONLINE])
+    whole, rows = run(parts, plan, tmp_path / "whole", steps=3)
+    run(parts, plan, tmp_path / "parts", steps=2)
+    resumed, again = run(parts, plan, tmp_path / "parts", resume=True, steps=3)
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True)) and again == rows
+    assert rows[1]["excess_preferred"] == 0.0 and all(0 <= row["safe_scale"] <= 1 for row in rows)
+
+
+@pytest.mark.slow
+def test_teachers_are_distilled_and_resume_exactly(tmp_path):
+    for name, seed in (("a", 0), ("b", 1)):
+        torch.manual_seed(seed)
+        made = recipe.build(recipe.read("draft-emoji", [*QUIET, "algorithm.steps=2"]))
+        with torch.no_grad():
+            for p in made.model.parameters():
+                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
+        made.model.save_adapter(tmp_path / name)
+    teachers = f"{{a: {{adapter: {tmp_path / 'a'}, file: animals}}, b: {{adapter: {tmp_path / 'b'}}}}}"
+    changes = [f"algorithm.teachers={teachers}", "algorithm.steps=2", "algorithm.steps_trained=2"]
+    plan = recipe.read("opd-emoji", [*QUIET, *changes])
+    torch.manual_seed(0)
+    made = recipe.build(plan)
+    kept = {key: p.detach().clone() for key, p in made.model.weights.network.named_parameters() if ".a." in key}
+    start = [p.detach().clone() for p in made.model.parameters()]
+    whole, rows = run((made, start), plan, tmp_path / "whole")
+    assert kept and all(torch.equal(p, dict(made.model.weights.network.named_parameters())[k]) for k, p in kept.items())
+    assert rows[0]["distance_b"] > 0 and "distance_a" not in rows[0]  # no prompt of these is an animal of that file
+    run((made, start), plan, tmp_path / "halves", steps=1)
+    halves, again = run((made, start), plan, tmp_path / "halves", resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole, halves, strict=True)) and again == rows
+
+
+@pytest.mark.slow
+def test_a_one_step_generator_trains_towards_a_black_box_and_resumes_exactly(tmp_path):
+    changes = ["algorithm.head_questions=2", "algorithm.head_first=2", "algorithm.assistant_first=0"]
+    full = [change for change in QUIET if not change.startswith("model.")]
+    plan = recipe.read("distar-emoji-blackbox", [*full, *changes])
+    made = recipe.build(plan)
+    names = ("policy", "assistant")
+    start = {name: [p.detach().clone() for p in made.model.parameters(name)] for name in names}
+
+    def train_from(folder, **options):
+        if not options.get("resume"):
+            with torch.no_grad():
+                for name in names:
+                    for p, value in zip(made.model.parameters(name), start[name], strict=True):
+                        p.copy_(value)
+        return run((made, start["policy"]), plan, folder, **options)
+
+    whole, rows = train_from(tmp_path / "whole", steps=3)
+    assert rows[-1]["head_answers"] == 6 and rows[-1]["answer"] < 0 and rows[-1]["force_reward"] > 0
+    train_from(tmp_path / "parts", steps=2)
+    resumed, again = train_from(tmp_path / "parts", resume=True, steps=3)
+    assert all(torch.equal(a, b) for a, b in zip(whole, resumed, strict=True)) and again == rows
+
+
+def test_the_first_factor_of_a_lora_can_be_drawn_as_sqdfs_program_does():
+    plan = recipe.read("sqdf-emoji", ["model.lora_rank=8", "model.lora_init=gaussian"])
+    torch.manual_seed(0)
+    named = dict(recipe.build_model(plan).weights.network.named_parameters())
+    first = torch.cat([p.flatten() for key, p in named.items() if ".lora_A." in key])
+    assert float(first.std()) == pytest.approx(1 / 8, rel=0.05) and abs(float(first.mean())) < 0.01
+    assert all(not p.any() for key, p in named.items() if ".lora_B." in key)
+
+
 def test_cost_of_the_recipes_for_one_prompt():
     """The table of docs/algorithms/baselines.md."""
     table = {
@@ -88,6 +164,9 @@ def test_cost_of_the_recipes_for_one_prompt():
         "nft-emoji": (112, 16),
         "dpo-emoji": (36, 2),
         "sqdf-emoji": (9, 1),
+        "leap-emoji": (20, 4),
+        "dgpo-emoji": (176, 16),
+        "opd-emoji": (15, 4),
     }
     for name, expected in table.items():
         plan = recipe.read(name)
@@ -98,7 +177,7 @@ def test_cost_of_the_recipes_for_one_prompt():
 
 def test_every_method_has_a_recipe_of_its_own_family():
     named = {recipe.read(name).algorithm.name for name in SMALL}
-    assert named == {"refl", "draft", "ddpo", "flow_grpo", "nft", "dpo"}
+    assert named == {"refl", "draft", "ddpo", "flow_grpo", "nft", "dpo", "leap_align", "dgpo"}
     dance, mix = recipe.read("dance-grpo-emoji").algorithm, recipe.read("mix-grpo-emoji").algorithm
     assert dance.same_noise and dance.fraction == 0.6 and dance.beta == 0 and dance.window is None
     assert mix.window and mix.same_noise and mix.fraction == 1

@@ -23,7 +23,10 @@ from palate.path import flow_schedule
 from palate.sampling import sample, time_grid, transition_std
 
 SHAPE = (1, 2, 2)
-TEACHERS = {"warm": Teacher(prompts=("cat 0", "cat 2")), "cold": Teacher(prompts=("cat 1", "cat 2"))}
+TEACHERS = {
+    "warm": Teacher("runs/a", prompts=("cat 0", "cat 2")),
+    "cold": Teacher("runs/a", prompts=("cat 1", "cat 2")),
+}
 SHIFT = {"warm": C, "cold": -0.5 * C.flip(-1)}
 
 
@@ -126,7 +129,9 @@ def test_routes():
     assert route(routes, "cat 0", 5) == "warm"
     with pytest.raises(ValueError, match="no teacher has the prompt 'dog'"):
         route(routes, "dog", 0)
-    routes = routes_of({"warm": Teacher(prompts=("cat 0",)), "all": Teacher()})
+    animals = routes_of({"zoo": Teacher("runs/a", prompts=("a unicorn",), file="animals")})
+    assert route(animals, "zebra", 0) == route(animals, "a unicorn", 0) == "zoo" and len(animals) == 46
+    routes = routes_of({"warm": Teacher("runs/a", prompts=("cat 0",)), "all": Teacher("runs/a")})
     assert route(routes, "dog", 3) == "all" and [route(routes, "cat 0", i) for i in (0, 1)] == ["warm", "all"]
 
 
@@ -137,7 +142,7 @@ def test_a_teacher_may_be_guided_where_the_student_is_not():
         for name in SHIFT:
             model.networks[name]["velocity"].zero_()
     plain, _ = run(settings_of(), model=model, ids=(0,))
-    guided, _ = run(settings_of(teachers={"warm": Teacher(guidance=3.0)}), model=model, ids=(0,))
+    guided, _ = run(settings_of(teachers={"warm": Teacher("runs/a", guidance=3.0)}), model=model, ids=(0,))
     assert float(plain.abs().max()) < 1e-12 and float(guided.abs().max()) > 1e-2
 
 
@@ -180,7 +185,7 @@ def test_calls(changes):
     "wrong",
     [
         {"teachers": {}},
-        {"teachers": {"policy": Teacher()}},
+        {"teachers": {"policy": Teacher("runs/a")}},
         {"steps": 0},
         {"steps_trained": 5},
         {"steps_trained": 0},

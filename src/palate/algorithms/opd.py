@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from palate.core import Batch, Cond, Loss, Model, Random, Reward
+from palate.data import read_prompts
 from palate.path import Prediction, move
 from palate.runtime.distributed import max_over_ranks
 from palate.runtime.errors import InputError
@@ -47,8 +48,9 @@ class Teacher:
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
-    adapter: str = ""  # folder of a run's adapter, or of any LoRA of this network
-    prompts: tuple[str, ...] = ()  # taught by it; none = all prompts
+    adapter: str  # folder of a run's adapter, or of any LoRA of this network
+    prompts: tuple[str, ...] = ()  # taught by it, besides those of `file`; none of either = all prompts
+    file: str | None = None  # of prompts, as prompts.file
     guidance: float | None = None  # of its step; None = the student's
 
     def __post_init__(self) -> None:
@@ -96,7 +98,7 @@ class OPD:
 
     def __init__(self, settings: OPDSettings):
         self.settings = settings
-        self.routes = routes_of(settings.teachers)
+        self.routes = routes_of(settings.teachers)  # reads the teachers' files
 
     def step(self, model: Model, reward: Reward, batch: Batch, rng: Random) -> Iterator[Loss]:
         """One update: the student's rollout, then its steps against the teachers'; each step is its own backward."""
@@ -143,7 +145,8 @@ def routes_of(teachers: Mapping[str, Teacher]) -> dict[str, list[str]]:
     """The teachers of each prompt; "" stands for those that teach every prompt."""
     routes: dict[str, list[str]] = {}
     for name, teacher in teachers.items():
-        for prompt in teacher.prompts or ("",):
+        prompts = [*teacher.prompts, *(read_prompts(teacher.file) if teacher.file else [])]
+        for prompt in prompts or [""]:
             routes.setdefault(prompt, []).append(name)
     return routes
 

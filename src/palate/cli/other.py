@@ -52,6 +52,30 @@ def export(
     print(f"LoRA: {printable(str(target))}")
 
 
+@app.command("merge", rich_help_panel=SHARE, epilog=examples(
+    "palate merge runs/warm runs/outline --out runs/both",
+    "palate train srpo-emoji model.start=runs/both model.lora_rank=8",
+))  # fmt: skip
+def merge(
+    adapters: Annotated[list[str], typer.Argument(help="Runs, adapter folders or LoRA files of one network.")],
+    out: Annotated[Path, typer.Option(help="The folder to write to.")],
+    weights: Annotated[
+        str | None, typer.Option(help="A number for each, as 0.7,0.3; equal shares of 1 if left out.")
+    ] = None,
+) -> None:
+    """Add LoRAs up into one: several tastes in one adapter, without training."""
+    from palate.models.merge import merge_adapters
+
+    try:
+        numbers = [float(part) for part in weights.split(",")] if weights else [1 / len(adapters)] * len(adapters)
+    except ValueError as error:
+        raise InputError(f"--weights: expected numbers, as 0.7,0.3, got {weights!r}") from error
+    if len(numbers) != len(adapters):
+        raise InputError(f"--weights: {len(adapters)} adapters take as many numbers, got {len(numbers)}")
+    rank = merge_adapters(adapters, numbers, out)
+    print(f"LoRA of rank {rank}: {printable(str(out))}; train on from it with model.start and model.lora_rank={rank}")
+
+
 def _words_of(run: Path) -> dict[str, str]:
     """The control words in force at the end of the run."""
     from palate import runs

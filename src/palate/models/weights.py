@@ -134,6 +134,17 @@ class NamedWeights:
             self._add(STARTED, layers, key)
             self._reference = STARTED
 
+    def draw_first_factor(self) -> None:
+        """Draw the first factor of every LoRA anew from N(0, 1/rank^2), in place of PEFT's uniform numbers; the second
+        stays 0, so that every name still says what the reference says. From torch's own generator."""
+        if self.training != "lora":
+            raise InputError("model.lora_init: there is no LoRA with model.weights=full; leave it out")
+        with torch.no_grad():
+            for name in self.names:
+                for key, p in self._own(name).items():
+                    if ".lora_A." in key:
+                        p.normal_(std=1 / p.shape[0])
+
     def add_frozen(self, source: Path | str, name: str = "consistency", key: str = "model.consistency") -> None:
         """One more name, which never trains: the reference with a LoRA, of any rank, in any layout of `models.lora`.
 

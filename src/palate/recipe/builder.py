@@ -4,9 +4,9 @@ weights last."""
 from __future__ import annotations
 
 import importlib.resources
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -42,7 +42,8 @@ from palate.models.repository import open_repository
 from palate.models.weights import FILES, adapter_file
 from palate.recipe.objective import reward_objective
 from palate.recipe.settings import Recipe, RewardSettings
-from palate.recipe.together import heldout_of, trained_names
+from palate.recipe.together import AsksBlackBox, heldout_of, trained_names
+from palate.rewards.learned import BlackBox, Features, tower_features
 from palate.rewards.load import load_reward
 from palate.rewards.table import HELD_OUT_CANDIDATES
 from palate.runtime.errors import InputError
@@ -57,6 +58,15 @@ class Parts(NamedTuple):
     prompts: list[str]
     preview_prompts: list[str]
     latents: Tensor | None
+
+
+@runtime_checkable
+class UsesTeachers(Protocol):
+    """Settings of an algorithm that learns from frozen adapters by name."""
+
+    @property
+    def teachers(self) -> Mapping[str, Any]:
+        """Name -> an object with `adapter`, the folder of a LoRA."""
 
 
 @runtime_checkable
@@ -75,8 +85,11 @@ def build(recipe: Recipe) -> Parts:
     check_start(recipe)
     with torch.random.fork_rng(devices=[]):  # first, for its missing files; the LoRA's first weights do not see it
         reward = build_reward(recipe.reward)
+        if isinstance(recipe.algorithm, AsksBlackBox) and recipe.algorithm.head_questions:
+            reward = BlackBox(reward, head_features(recipe))
     model = build_model(recipe)
     load_consistency(recipe, model)
+    load_teachers(recipe, model)
     if isinstance(model, TextCached):
         model.cache_prompts([*prompts, *preview])
     latents = encode_images(model, images) if images else None
@@ -174,6 +187,8 @@ def build_model(recipe: Recipe) -> Model:
         names=trained_names(recipe.algorithm.name),
         **{key: values[key] for key in family.keys if key in values and values[key] is not None},
     )
+    if settings.lora_init == "gaussian":
+        model.weights.draw_first_factor()
     if settings.start is not None and settings.weights == "lora":
         start, reference = _start_folder(settings.start), settings.reference or "base"
         model.weights.begin(start, rank=settings.lora_rank, alpha=settings.lora_alpha, reference=reference)
@@ -193,6 +208,29 @@ def load_consistency(recipe: Recipe, model: Model) -> None:
         model.load_consistency(recipe.model.consistency)
     else:
         model.weights.add_frozen(recipe.model.consistency, "consistency")  # type: ignore[attr-defined]
+
+
+def load_teachers(recipe: Recipe, model: Model) -> None:
+    """Give the model the frozen adapters that the algorithm learns from, each under its name."""
+    if isinstance(recipe.algorithm, UsesTeachers):
+        for name, teacher in recipe.algorithm.teachers.items():
+            key = f"algorithm.teachers.{name}.adapter"
+            model.weights.add_frozen(teacher.adapter, name, key)  # type: ignore[attr-defined]
+
+
+def head_features(recipe: Recipe) -> Features:
+    """What the head of a black-box reward sees: those of the embedded reward, or of the first two-tower reward whose
+    weights the recipe names."""
+    named = [name for name in HELD_OUT_CANDIDATES if name in recipe.reward.source]
+    candidates = ["emoji"] if recipe.model.name == "emoji" else named
+    if not candidates:
+        raise RecipeError(
+            "algorithm.head_questions: a head needs features of images; name the weights of a two-tower reward, as "
+            "reward.source.pickscore=PATH"
+        )
+    tower = load_reward(candidates[0], recipe.reward.source.get(candidates[0]), recipe.reward.dtype)
+    assert isinstance(tower, TwoTower), "the candidates are two-tower rewards"
+    return tower_features(tower)
 
 
 def _wants_consistency(recipe: Recipe) -> bool:

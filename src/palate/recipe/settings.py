@@ -77,6 +77,7 @@ class ModelSettings:
     lora_rank: Positive = 16
     lora_alpha: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # None = lora_rank
     lora_targets: Annotated[list[str], Field(min_length=1)] | None = None  # ends of layer names; None = the family's
+    lora_init: Literal["zero", "gaussian"] = "zero"  # of the LoRA's first factor; gaussian: N(0, 1/rank^2)
     start: str | None = None  # an earlier run's adapter folder, whose policy this one begins with; or emoji-1step
     reference: Literal["base", "start"] | None = None  # what the policy is held to: base (None), or the LoRA of start
     folder: str | None = None  # a diffusers folder or hub id; None = the weights in the package (emoji)

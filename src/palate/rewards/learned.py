@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from palate.core import Reward
+from palate.core import Reward, TwoTower
+from palate.rewards.simple import brightness, colourfulness, high_frequency, saturation, warmth
 from palate.runtime.errors import InputError
 
 Features = Callable[[Tensor, Sequence[str]], Tensor]  # images (B, 3, H, W), prompts -> (B, F), differentiable in images
@@ -33,6 +34,18 @@ class BlackBox:
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.reward(images, prompts)
+
+
+def tower_features(tower: TwoTower) -> Features:
+    """A two-tower reward's image features, its score of the prompt, and five statistics of the pixels."""
+    statistics = (brightness, warmth, saturation, colourfulness, high_frequency)
+
+    def features(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        seen = tower.image_features(images)
+        rows = [tower.score(seen, prompts), *(statistic(images) for statistic in statistics)]
+        return torch.cat([seen, torch.stack([row.to(seen) for row in rows], 1)], 1)
+
+    return features
 
 
 class Fit(NamedTuple):
