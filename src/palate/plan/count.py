@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import cycle, islice
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from torch import Tensor
 from palate.core import Batch, Random
 from palate.models.gaussian import GaussianModel
 from palate.path import Prediction
-from palate.recipe import Recipe, build_algorithm, trained_names
+from palate.recipe import Recipe, build_algorithm, prompts_of, trained_names
+from palate.recipe.builder import UsesTeachers
 
 LARGEST_BATCH = 256  # that is run; a larger one is counted on one of its divisors
 
@@ -19,8 +21,8 @@ LARGEST_BATCH = 256  # that is run; a larger one is counted on one of its diviso
 class _Counted(GaussianModel):
     """Exact predictions of a known Gaussian on 2 x 2 latents; every call is added up, per image."""
 
-    def __init__(self, names: Sequence[str]):
-        super().__init__(torch.zeros(1, 2, 2), 0.6, networks=[*names, "consistency"])
+    def __init__(self, names: Sequence[str], frozen: Sequence[str] = ()):
+        super().__init__(torch.zeros(1, 2, 2), 0.6, networks=[*names, "consistency", *frozen])
         self.calls: Counter[str] = Counter()
         self.trained = names
         self.default_steps, self.default_guidance = 28, 1.0
@@ -56,11 +58,14 @@ def count(recipe: Recipe, *, updates: int = 8) -> dict[str, float]:
     """
     whole, size = recipe.trainer.batch_size, _counted_batch(recipe)
     algorithm = build_algorithm(recipe)
-    model = _Counted(trained_names(recipe.algorithm.name))
+    teachers = list(recipe.algorithm.teachers) if isinstance(recipe.algorithm, UsesTeachers) else []
+    model = _Counted(trained_names(recipe.algorithm.name), teachers)
     if (every := getattr(recipe.algorithm, "rollout_every", 1)) > 1:
         updates = every * max(1, updates // every)
     reward = _CountedTowers(model) if _two_tower(recipe) else _CountedReward(model)
     prompts = [f"prompt {'x' * i}" for i in range(size)]
+    if teachers:  # who teach prompts of the recipe's own
+        prompts = list(islice(cycle(prompts_of(recipe)[0]), size))
     for step in range(1, updates + 1):
         rng = Random(0, step, range(size))
         batch = Batch(prompts, model.encode_prompts(prompts), torch.arange(size), _latents(recipe, rng))
@@ -105,6 +110,10 @@ class _CountedReward:
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self._score(self._features(images), prompts)
+
+    def features(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """What a head learns a black-box reward on."""
+        return self._features(images)[:, None]
 
     def _features(self, images: Tensor) -> Tensor:
         self.model.calls["reward"] += len(images)
