@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -100,11 +101,12 @@ def convert(source: Path, target: Path) -> None:
     if target.is_file() and target.stat().st_mtime >= source.stat().st_mtime:
         return
     try:
-        state = torch.load(source, "cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old pickle protocols
+            state = torch.load(source, "cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
-        why = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{source} is no checkpoint of plain tensors, or its download is incomplete ({why}); fetch it again"
+            f"{source} is no checkpoint of plain tensors, or its download is incomplete; fetch it again. It was not run"
         ) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     tensors = {key: value.clone().contiguous() for key, value in state.items() if isinstance(value, Tensor)} \

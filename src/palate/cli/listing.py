@@ -44,12 +44,12 @@ def describe(folder: Path) -> RunRow:
         rows = read_metrics(folder)
         evaluation = read_json(folder / "evaluation.json")
     except InputError as error:
-        return RunRow(folder.name, str(folder), "broken", 0, None, "", str(error).splitlines()[0], round(size, 1), "")
+        return RunRow(folder.name, str(folder), "broken", 0, None, "", str(error).splitlines()[0], round(size, 3), "")
     step = max((row["step"] for row in rows if isinstance(row.get("step"), int)), default=0)
     steps = (recipe.get("trainer") or {}).get("steps") if recipe.get("optimize") is None else None
     state, owner = state_of(folder, step, steps)
     words = run_words(recipe, rows)
-    return RunRow(folder.name, str(folder), state, step, steps, words, headline(evaluation), round(size, 1), owner)
+    return RunRow(folder.name, str(folder), state, step, steps, words, headline(evaluation), round(size, 3), owner)
 
 
 def state_of(folder: Path, step: int, steps: int | None) -> tuple[str, str]:

@@ -1,0 +1,125 @@
+"""Weights are fetched, converted without running their code, and listed by what a recipe needs."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+from support.commands import short
+
+from palate import recipe
+from palate.cli import fetch, needs
+from palate.plan import Unit, plan
+from palate.runtime.errors import InputError
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_pickle_becomes_the_same_tensors(tmp_path, palate, monkeypatch, wrapped):
+    monkeypatch.chdir(tmp_path)
+    state = {"a.weight": torch.randn(3, 4).T, "b": torch.arange(3.0), "step": 7}
+    torch.save({"state_dict": state, "epoch": 3} if wrapped else state, tmp_path / "weights.pt")
+    code, out, _ = palate("fetch", "hpsv2", "--from", "weights.pt")
+    target = tmp_path / "weights/hpsv2/HPS_v2.1_compressed.safetensors"
+    assert code == 0 and "ready: reward.source.hpsv2=weights/hpsv2/HPS_v2.1_compressed.safetensors" in out
+    found = load_file(target)
+    assert set(found) == {"a.weight", "b"} and torch.equal(found["a.weight"], state["a.weight"])
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+@pytest.mark.parametrize("content", [pickle.dumps({"w": Evil()}), b"", b"half a file", b"PK\x03\x04cut"])
+def test_code_in_a_pickle_never_runs_and_nothing_is_left(tmp_path, palate, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.pt").write_bytes(content)
+    code, out, error = palate("fetch", "image-reward", "--from", "evil.pt")
+    assert code == 2 and short(error) and "evil.pt is no checkpoint" in error and "code ran" not in out + error
+    assert not list((tmp_path / "weights").rglob("*.safetensors")) if (tmp_path / "weights").exists() else True
+
+
+def test_what_cannot_be_fetched_is_a_sentence_with_the_way_round(tmp_path, palate, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def offline(*_):
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(fetch, "hf_hub_download", offline)
+    code, _, error = palate("fetch", "hpsv2")
+    assert code == 2 and short(error) and "cannot be reached" in error and "--from FILE" in error
+    for arguments in (["hpsv4"], ["hpsv2", "--from", "none.pt"]):
+        code, _, error = palate("fetch", *arguments)
+        assert code == 2 and short(error)
+
+
+def test_a_missing_tokenizer_form_is_passed_over_but_missing_weights_are_not(tmp_path, monkeypatch):
+    error = EntryNotFoundError.__new__(EntryNotFoundError)
+    error.response = SimpleNamespace(status_code=404)
+
+    def hub(place, file):
+        if file in ("merges.txt", "gone.safetensors"):
+            raise error
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(fetch, "hf_hub_download", hub)
+    what = fetch.Download("a/b", ("vocab.json", "merges.txt"), 0.1)
+    assert [path.name for path in fetch.download(what, "hpsv2")] == ["vocab.json"]
+    with pytest.raises(InputError, match="cannot be reached"):
+        fetch.download(what._replace(files=("gone.safetensors",)), "hpsv2")
+
+
+UNITS = {
+    "denoiser": Unit(12 * 10**9, 1e12, 2e12, 1e9, 1e8, 1e8, 10**7, 24e9),
+    "decoder": Unit(10**8, 1e11, 2e11, 1e8, 1e8, 1e7),
+    "encoder": Unit(10**8, 1e11, 0.0, 0.0, 0.0, 0.0),
+    "reward": Unit(10**9, 1e10, 2e10, 1e8, 1e8, 0.0, 0, 4e9),
+}
+
+
+@pytest.fixture
+def flux(monkeypatch, tmp_path):
+    """The needs of srpo-flux by what they are called, with an empty hub cache."""
+    monkeypatch.setattr(needs, "plan", lambda made: plan(made, units=UNITS))
+    monkeypatch.setattr(needs, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(needs, "get_token", lambda: None)
+    cached: set[str] = set()
+    monkeypatch.setattr(
+        needs, "try_to_load_from_cache", lambda place, file: f"{place}/{file}" if place in cached else None
+    )
+
+    def of(*overrides):
+        found = needs.needs(recipe.read("srpo-flux", overrides), "rtx-4090")
+        return {need.what.split(" black-forest")[0]: need for need in found}, cached
+
+    return of
+
+
+def test_every_file_of_a_recipe_is_listed_with_one_command(flux, tmp_path):
+    found, cached = flux()
+    assert found["model"].state == "missing" and "hf download black-forest-labs/FLUX.1-dev" in found["model"].command
+    assert found["model"].gigabytes == pytest.approx(2 * (12 + 4.88) + 0.17)
+    assert found["access to"].command == "hf auth login"
+    assert found["reward hpsv2"].command == "palate fetch hpsv2"
+    assert found["held-out reward clip-score"].state == "missing" and found["prompts"].state == "ok"
+    assert found["memory"].state == "bad" and "24 GiB on rtx-4090" in found["memory"].text
+    cached.add("openai/clip-vit-large-patch14")
+    weights = tmp_path / "hps.safetensors"
+    save_file({"a": torch.zeros(1)}, weights)
+    found, _ = flux(f"reward.source={json.dumps({'hpsv2': str(weights)})}")
+    assert found["reward hpsv2"].state == found["held-out reward clip-score"].state == "ok"
+    found, _ = flux("prompts={file: none.txt}")
+    assert found["prompts"].state == "bad" and "none.txt" in found["prompts"].text
+
+
+def test_doctor_reports_a_reward_that_cannot_load_beside_all_others(palate):
+    code, out, _ = palate("doctor", "--reward", "hpsv2", "--json")
+    found = json.loads(out)
+    assert code == 2 and found[-1]["state"] == "bad" and "published as a pickle" in found[-1]["text"]
+    assert any(finding["text"].startswith("torch ") for finding in found)

@@ -1,0 +1,152 @@
+"""Commands for scripts and for many runs: the list of runs, tables of several, pruned checkpoints, hints."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+
+import pytest
+from support.commands import short
+from support.pages import fake_run
+
+from palate.cli import formats, listing
+from palate.cli.options import Seeds, Words
+from palate.cli.phases import Phases, line
+from palate.runtime import checkpoint
+from palate.runtime.errors import InputError
+from palate.runtime.phases import listening, tell
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory):
+    """Three runs that differ in the seed, and one in the learning rate."""
+    root = tmp_path_factory.mktemp("runs")
+    runs = []
+    for i, (seed, lift, lr) in enumerate([(0, 1.0, 1e-5), (1, 0.8, 1e-5), (2, 0.5, 1e-5), (0, 0.2, 1e-4)]):
+        run = fake_run(root / f"r{i}", lift=lift, steps=2)
+        tree = json.loads((run / "recipe.yaml").read_text())
+        tree["trainer"] |= {"seed": seed, "lr": lr}
+        (run / "recipe.yaml").write_text(json.dumps(tree))
+        runs.append(run)
+    return runs
+
+
+def values(runs, key):
+    return [json.loads((run / "evaluation.json").read_text())["metrics"][key]["value"] for run in runs]
+
+
+def test_a_group_is_the_mean_and_the_sample_deviation_of_its_runs(seeds):
+    groups, keys, cells = formats.compare_runs(seeds, "seed")
+    assert groups == ["base", "lr 1e-05", "lr 0.0001"] and keys[0] == "style/3d"
+    three = values(seeds[:3], "reward/emoji")
+    cell = cells["lr 1e-05"]["reward/emoji"]
+    assert cell.mean == pytest.approx(statistics.mean(three)) and cell.std == pytest.approx(statistics.stdev(three))
+    assert cells["lr 0.0001"]["reward/emoji"].std is None and cells["base"]["reward/emoji"].std == pytest.approx(0)
+    with pytest.raises(InputError, match="has no key 'sead'"):
+        formats.compare_runs(seeds, "sead")
+
+
+def test_the_four_formats_hold_the_same_numbers(seeds):
+    made = formats.compare_runs(seeds[:3], "seed")
+    mean = made[2]["all runs"]["reward/emoji"].mean
+    found = json.loads(formats.as_text("json", *made))
+    assert found["all runs"]["reward/emoji"] == {"mean": mean, "std": pytest.approx(0, abs=1), "runs": 3}
+    rows = list(csv.DictReader(io.StringIO(formats.as_text("csv", *made))))
+    (row,) = [row for row in rows if row["metric"] == "reward/emoji" and row["group"] == "all runs"]
+    assert float(row["mean"]) == pytest.approx(mean, rel=1e-5) and row["runs"] == "3"
+    markdown, latex = (formats.as_text(form, *made) for form in ("markdown", "latex"))
+    assert f"| {mean:.3f} ± " in markdown and f"${mean:.3f} \\pm " in latex and latex.count("\\\\") == len(made[1]) + 1
+    with pytest.raises(InputError, match="expected one of markdown, latex, csv, json"):
+        formats.as_text("xml", *made)
+
+
+def test_the_commands_print_them(seeds, palate):
+    code, out, _ = palate("compare", *seeds[:2], "--format", "json")
+    assert code == 0 and set(json.loads(out)) == {"base", "r0", "r1"}
+    code, out, _ = palate("runs", seeds[0].parent, "--json")
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert code == 0 and set(rows) == {"r0", "r1", "r2", "r3"}
+    assert rows["r0"]["state"] == "finished" and (rows["r0"]["step"], rows["r0"]["steps"]) == (40, 40)
+    assert rows["r0"]["words"] == "+3d −flat, outline → step 20: +outline −3d"
+    assert rows["r0"]["headline"].startswith("3d ") and rows["r0"]["megabytes"] > 0
+    for arguments in (["--group", "seed"], ["--format", "latex", "--blind"], ["--format", "xml"]):
+        code, _, error = palate("compare", *seeds[:2], *arguments)
+        assert code == 2 and short(error)
+    code, _, error = palate("runs", seeds[0].parent / "nowhere")
+    assert code == 2 and short(error)
+
+
+def test_a_run_that_cannot_be_read_stays_in_the_list(tmp_path):
+    run = fake_run(tmp_path / "bad", steps=2)
+    (run / "evaluation.json").write_text("{")
+    row = listing.describe(run)
+    assert row.state == "broken" and "evaluation.json is not JSON" in row.headline
+
+
+def test_prune_keeps_the_newest_good_one_and_the_best(tiny, palate):
+    assert palate("train", "tiny.yaml", "trainer.steps=10", "trainer.keep_checkpoints=9")[0] == 0
+    folder = tiny / "runs/tiny/checkpoints"
+    assert checkpoint.steps(folder) == [2, 4, 6, 8, 10]
+    with (tiny / "runs/tiny/metrics.jsonl").open("a") as log:
+        log.write(json.dumps({"event": "guard", "step": 10, "best_step": 4}) + "\n")
+    for file in (folder / checkpoint.name(10)).glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-3])  # damaged: the newest good one is 8
+    code, out, _ = palate("checkpoints", "runs/tiny", "--prune")
+    assert code == 0 and "deleted 2 of 5; left: 4, 8, 10" in out and checkpoint.steps(folder) == [4, 8, 10]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["train", "tiny.yaml", "--steps", "3"], "did you mean trainer.steps=3"),
+        (["train", "tiny.yaml", "--batch-size=8"], "did you mean trainer.batch_size=8?"),
+        (["resume", "runs/tiny", "--lr", "1e-4"], "did you mean trainer.lr=1e-4?"),
+    ],
+)
+def test_an_option_that_is_a_key_of_recipes_is_named(tiny, palate, arguments, hint):
+    code, _, error = palate(*arguments)
+    assert code == 2 and short(error) and hint in error
+    assert "did you mean" not in palate("train", "tiny.yaml", "--nothing", "3")[2]
+
+
+def test_options_that_every_command_has_stand_anywhere(palate):
+    assert palate("recipes", "--quiet")[0] == 0
+    code, _, error = palate("--quiet", "recipes", "--verbose")
+    assert code == 2 and "exclude each other" in error
+    code, out, _ = palate("train", "-h")
+    assert code == 0 and "Examples:" in out and "palate train srpo-emoji" in out
+
+
+def test_short_helps_are_whole_at_80_columns_and_every_command_has_two_lines_of_examples(palate, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = palate("--help")
+    listed = out.split("\nTrain:")[1]
+    assert "..." not in listed and max(map(len, out.splitlines())) <= 80
+    for group in ("Train:", "Look:", "Share:", "Check:"):
+        assert group in out
+    names = [text.split()[0] for text in listed.splitlines() if text.startswith("  ") and text.strip()[0].islower()]
+    for name in names:
+        if name not in ("palate", "customize", "votes", "taste"):  # groups, whose own commands have them
+            assert "Examples:" in palate(name, "--help")[1], name
+
+
+def test_seeds_and_words():
+    assert Seeds("0-3,8") == (0, 1, 2, 3, 8) and str(Seeds("0-3,8")) == "0-3,8"
+    assert Words(" 3d, glossy ,") == ("3d", "glossy")
+
+
+def test_phases_say_the_count_and_the_time_left(capsys):
+    assert line("drawing", 120, 416, 60.0) == "drawing 120/416  29 %, 2 min left"
+    assert line("judging", 0, 10, 9.0) == "judging 0/10  0 %" and line("loading", 0, 0, 3.0) == "loading"
+    heard = []
+    with listening(lambda *what: heard.append(what)):
+        tell("drawing", 1, 2)
+    tell("drawing", 2, 2)
+    assert heard == [("drawing", 1, 2)]
+    phases = Phases()
+    for done in range(5):
+        phases("drawing", done, 4)
+    phases("judging", 0, 4)
+    assert capsys.readouterr().err.splitlines() == ["drawing 0/4  0 %", "judging 0/4  0 %"]  # not one line per batch
