@@ -17,8 +17,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from palate.models.vocabulary import with_article
 from palate.report import Line, Mark, chart, read_metrics
-from palate.report.html import a_or_an
 from palate.report.story import wanted_styles
 from palate.runs import read_samples
 from palate.runtime.images import to_pixels
@@ -80,7 +80,7 @@ def hero(runs: list[Path], prompts: list[str], path: Path, *, rows: int = 4, zoo
 
 
 def _label(match: re.Match) -> str:
-    return f"{a_or_an(match[1])}\non {a_or_an(match[2])}"
+    return f"{with_article(match[1])}\non {with_article(match[2])}"
 
 
 def labelled(tiles: list[list[Image.Image]], columns: list[str], rows: list[str], path: Path, zoom: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -59,11 +59,11 @@ def download(what: Download, name: str) -> list[Path]:
             ) from error
         except LocalEntryNotFoundError as error:
             raise InputError(_unreachable(name, what, error)) from error
-        except HfHubHTTPError as error:
-            if error.response is not None and error.response.status_code == 404 and not file.endswith(".safetensors"):
-                continue  # one form of a tokenizer is enough
-            raise InputError(_unreachable(name, what, error)) from error
-        except OSError as error:
+        except EntryNotFoundError as error:
+            if file.endswith((".safetensors", ".pt")):
+                raise InputError(f"fetch {name}: {what.place} has no {file} any more; see docs/rewards.md") from error
+            continue  # a tokenizer in one form is enough
+        except (HfHubHTTPError, OSError) as error:
             raise InputError(_unreachable(name, what, error)) from error
     return found
 

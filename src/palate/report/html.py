@@ -43,11 +43,6 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def a_or_an(noun: str) -> str:
-    """The noun phrase with its indefinite article: an apple, a dog."""
-    return ("an " if noun[:1].lower() in tuple("aeiou") else "a ") + noun
-
-
 def render(template: str, *, styles: tuple[str, ...] = ("style.css",), script: str | None = "page.js", **values: Any):
     """A page as text. `styles` and `script` are files beside the templates; the page's policy admits these alone."""
     css = "\n".join(_text(name) for name in styles)

@@ -187,7 +187,8 @@ def compare_table(evaluations: Sequence[dict[str, Any] | None]) -> list[dict[str
     if len(measured) < len(evaluations):
         return []
     found = [{row["key"]: row for row in metric_rows(evaluation)} for evaluation in measured]
-    keys = [key for key in found[0] if all(key in rows for rows in found)]
+    first = [key for evaluation in measured[:1] for key in headline_keys(evaluation, ())]
+    keys = [key for key in (*first, *(key for key in found[0] if key not in first)) if all(key in r for r in found)]
     return [
         {"name": found[0][key]["name"], "base": found[0][key].get("base"), "cells": [rows[key] for rows in found]}
         for key in keys
