@@ -58,7 +58,7 @@ format: $(STAMP)-dev
 	@$(BIN)/ruff format $(CODE)
 
 docs: $(STAMP)-docs
-	@DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --site-dir build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site
 	@echo "build/site/index.html"
 
 clean:
