@@ -184,6 +184,8 @@ class Batch(NamedTuple):
 
 
 class Loss(NamedTuple):
+    """What an algorithm yields: a scalar to differentiate, values to log, and which weights it updates."""
+
     value: Tensor  # scalar; the loop calls backward on it
     metrics: dict[str, Tensor]
     update: str | None = None  # the named weights to step after this backward; None accumulates

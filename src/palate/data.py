@@ -254,6 +254,7 @@ def encode_images(model: Model, images: Sequence[Path | bytes]) -> Tensor:
 
 
 def read_text(path: Path, *, limit: int) -> str:
+    """A file of UTF-8 text of at most `limit` bytes; InputError names the file and what is wrong with it."""
     try:
         if path.stat().st_size > limit:
             raise RecipeError(f"{path} is larger than {limit // 1024} KiB")

@@ -39,6 +39,8 @@ from palate.sampling import Transition, log_prob, state_kind, stochastic_step, t
 
 @dataclass(frozen=True)
 class DDPOSettings:
+    """Hyperparameters of DDPO, with the paper's symbols and defaults."""
+
     steps: int = 50  # of sampling; steps - 1 of them are random and trained
     eta: float = 1.0  # 1 is the ancestral sampler
     guidance: float = 5.0

@@ -52,6 +52,8 @@ from palate.sampling import sample, shift_time, state_kind
 
 @dataclass(frozen=True)
 class DGPOSettings:
+    """Hyperparameters of DGPO, with the paper's symbols and defaults."""
+
     group: int = 24  # images per prompt
     steps: int = 10  # of sampling while training
     guidance: float = 4.5  # of sampling; the trained forward has none
@@ -174,6 +176,7 @@ class DGPO:
 
 
 def needs_old(settings: DGPOSettings) -> bool:
+    """Whether an update asks the policy from before it: for the clip, or as the reference."""
     return settings.clip is not None or settings.reference == "old"
 
 

@@ -32,6 +32,8 @@ from palate.sampling import FewStepGenerator, state_kind
 
 @dataclass(frozen=True)
 class DirectSettings:
+    """Hyperparameters of the direct maximisation of a reward through a few-step generator."""
+
     generator: FewStepGenerator = field(default_factory=FewStepGenerator)
     positive: tuple[str, ...] = ()  # wanted words, rotated: the pair of step i is (POS[i], NEG[i]),
     negative: tuple[str, ...] = ()  # each index modulo its list's length; none on both sides: the plain reward

@@ -65,6 +65,8 @@ PairLoss = Literal["sigmoid", "hinge", "ipo", "kto"]
 
 @dataclass(frozen=True)
 class DPOSettings:
+    """Hyperparameters of Diffusion-DPO and of its variants; defaults are the authors' launchers'."""
+
     beta: float = 5000.0  # both of the authors' launchers
     loss: PairLoss = "sigmoid"
     safeguard: Literal["off", "output", "parameters"] = "off"  # SDPO

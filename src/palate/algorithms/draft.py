@@ -30,6 +30,8 @@ from palate.sampling import sample, state_kind, time_grid
 
 @dataclass(frozen=True)
 class DRaFTSettings:
+    """Hyperparameters of DRaFT, DRaFT-K and DRaFT-LV."""
+
     steps: int = 50
     K: int = 1  # steps from the end that carry gradient; K = steps is DRaFT
     n: int = 0  # DRaFT-LV's noises, 2 in the paper; needs K = 1. 0 = DRaFT-K
@@ -48,6 +50,8 @@ class DRaFTSettings:
 
 
 class DRaFT:
+    """Differentiates the reward through the last K steps of sampling; `core.Algorithm`."""
+
     trains = ("policy",)
     needs_reward_gradient = True
 

@@ -62,6 +62,8 @@ from palate.sampling import Noise, Transition, log_prob, random_step, state_kind
 
 @dataclass(frozen=True)
 class FlowGRPOSettings:
+    """Hyperparameters of Flow-GRPO, DanceGRPO and MixGRPO, with Flow-GRPO's defaults."""
+
     group: int = 24  # images per prompt
     steps: int = 10  # of sampling while training
     eta: float = 0.5  # the paper's a = .7 for short steps (`sampling.eta_of_noise_level`)
@@ -137,6 +139,8 @@ class FlowGRPOSettings:
 
 
 class FlowGRPO:
+    """Group-relative policy gradient on a stochastic flow sampler; `core.Algorithm`."""
+
     trains = ("policy",)
 
     def __init__(self, settings: FlowGRPOSettings):

@@ -43,6 +43,8 @@ from palate.sampling import state_kind, time_grid
 
 @dataclass(frozen=True)
 class LeapAlignSettings:
+    """Hyperparameters of LeapAlign, with the paper's symbols and defaults."""
+
     steps: int = 25  # of sampling (section 6.1)
     guidance: float = 3.5  # of every call, the differentiated ones included (section 6.1)
     shift: float = 3.0  # of the sampling grid
@@ -68,6 +70,8 @@ class LeapAlignSettings:
 
 
 class LeapAlign:
+    """Differentiates the reward through two leaps along a sampled path; `core.Algorithm`."""
+
     trains = ("policy",)
     needs_reward_gradient = True
 

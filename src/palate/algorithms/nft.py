@@ -47,6 +47,8 @@ from palate.sampling import sample, shift_time, state_kind
 
 @dataclass(frozen=True)
 class NFTSettings:
+    """Hyperparameters of DiffusionNFT, with the paper's symbols and defaults."""
+
     group: int = 24  # images per prompt
     steps: int = 10  # of sampling while training
     guidance: float = 1.0  # of sampling; the trained forward has none

@@ -59,6 +59,8 @@ class Teacher:
 
 @dataclass(frozen=True)
 class OPDSettings:
+    """Hyperparameters of the distillation of teachers into one student."""
+
     teachers: Mapping[str, Teacher] = field(default_factory=dict)  # by name; the name is that of the frozen weights
     steps: int = 10  # of sampling
     steps_trained: int | None = None  # steps of a rollout that are distilled, drawn anew; None = all

@@ -36,6 +36,8 @@ from palate.sampling import random_step, state_kind, time_grid
 
 @dataclass(frozen=True)
 class ReFLSettings:
+    """Hyperparameters of ReFL, with the paper's symbols and defaults."""
+
     T: int = 40  # sampling steps
     T1: int = 1  # t, the steps left when the reward looks, is uniform in T1..T2; 1 is the last step
     T2: int = 10
@@ -59,6 +61,8 @@ class ReFLSettings:
 
 
 class ReFL:
+    """Differentiates the reward of a clean image that is predicted late in sampling; `core.Algorithm`."""
+
     trains = ("policy",)
     needs_reward_gradient = True
 

@@ -43,11 +43,14 @@ REPOSITORIES = {"clip-score": "openai/clip-vit-large-patch14", "pickscore": "yuv
 
 
 class Finding(NamedTuple):
+    """One line of `palate doctor`."""
+
     state: str  # ok, note, bad
     text: str
 
 
 def findings() -> Iterator[Finding]:
+    """What works on this machine, in the order in which it is printed: versions, devices, memory, extras."""
     yield Finding("ok", f"python {platform.python_version()}, {platform.system()} {platform.machine()}")
     for name, floor in FLOORS.items():
         found = _version(name)

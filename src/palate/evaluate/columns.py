@@ -17,6 +17,8 @@ from palate.runtime.phases import tell
 
 
 class Columns(NamedTuple):
+    """What is measured per image, one column per metric."""
+
     values: dict[str, Tensor]  # name -> (N,), NaN where the question does not arise
     features: Tensor  # (N, D)
     styles: list[str]  # what the classifier saw; empty if it knows no styles

@@ -139,5 +139,6 @@ def labels_of(groups: Sequence) -> np.ndarray:
 
 
 def members(groups: Sequence) -> list[list[int]]:
+    """The places of each group's members, groups in the order of their first member."""
     labels = labels_of(groups)
     return [np.flatnonzero(labels == label).tolist() for label in range(labels.max(initial=-1) + 1)]

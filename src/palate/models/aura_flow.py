@@ -34,7 +34,9 @@ PARTS = {
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # attention
 
 
-class Cond(NamedTuple):  # tensors (B, ...): what a prompt becomes
+class Cond(NamedTuple):
+    """What prompts become: tensors (B, ...)."""
+
     text: Tensor  # (B, text_tokens, 2048), zero where the prompt has ended
 
 

@@ -47,6 +47,7 @@ def unpack(packed: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str
 
 
 def save(folder: Path, weights: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
+    """Write `weights` to `folder` as their difference from `base`, which `load` needs again."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(pack(weights, base), folder / FILE, metadata={"base": _digest(base)})
 

@@ -52,6 +52,8 @@ LORA_TARGETS = (  # both streams' attention and feed-forward layers, the single 
 
 
 class Cond(NamedTuple):
+    """What prompts become: tensors (B, ...)."""
+
     text: Tensor  # (B, text_tokens, 4096), T5
     pooled: Tensor  # (B, 768), CLIP
 

@@ -40,6 +40,8 @@ class PixArtTransformer2DModel(diffusers.PixArtTransformer2DModel, PeftAdapterMi
 
 
 class Cond(NamedTuple):
+    """What prompts become: tensors (B, ...)."""
+
     text: Tensor  # (B, text_tokens, 4096)
     mask: Tensor  # (B, text_tokens), 1 = a token, 0 = padding
 

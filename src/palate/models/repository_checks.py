@@ -34,6 +34,7 @@ def family_with(network: str | None) -> str | None:
 
 
 def check_task(source: str, pipeline: str, family: str) -> None:
+    """InputError if the folder's pipeline edits, inpaints or conditions on images instead of drawing."""
     if OTHER_TASKS.search(pipeline):
         raise InputError(
             f"model.folder {source} holds a {pipeline}, which changes given images (inpainting, editing, refining); "
@@ -42,6 +43,7 @@ def check_task(source: str, pipeline: str, family: str) -> None:
 
 
 def check_quantised(source: str, part: str, config: Mapping[str, Any]) -> None:
+    """InputError if a part's weights are stored quantised, so that they cannot be trained or adapted."""
     if found := config.get("quantization_config"):
         method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
         raise InputError(
@@ -51,6 +53,7 @@ def check_quantised(source: str, part: str, config: Mapping[str, Any]) -> None:
 
 
 def check_file(file: Path) -> None:
+    """InputError unless `file` is a .safetensors file that exists."""
     if not file.is_file():
         raise InputError(f"model.file {file} does not exist; give a .safetensors file with the denoiser's weights")
     if file.suffix != ".safetensors":
@@ -61,6 +64,7 @@ def check_file(file: Path) -> None:
 
 
 def check_weights(source: str, files: list[str], parts: Iterable[str]) -> None:
+    """InputError unless each part has its weights, as .safetensors, among `files`."""
     for part in parts:
         found = [name for name in files if name.startswith(f"{part}/")]
         every = [match for name in found if (match := WEIGHTS.fullmatch(name.rpartition("/")[2]))]

@@ -43,6 +43,8 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", 
 
 
 class Cond(NamedTuple):
+    """What prompts become: tensors (B, ...)."""
+
     text: Tensor  # (B, 77 + text_tokens, 4096), CLIP's layers padded to T5's width, then T5
     pooled: Tensor  # (B, 2048), both CLIP encoders
 

@@ -37,6 +37,8 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention
 
 
 class Cond(NamedTuple):
+    """What prompts become: tensors (B, ...)."""
+
     text: Tensor  # (B, 77, width), both encoders' last but one layers side by side
     pooled: Tensor  # (B, width) of the second encoder
 

@@ -36,6 +36,8 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention
 
 
 class Cond(NamedTuple):
+    """What prompts become: tensors (B, ...)."""
+
     text: Tensor  # (B, 77, width)
 
 

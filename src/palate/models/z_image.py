@@ -35,6 +35,8 @@ LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # of every attention, refin
 
 
 class Cond(NamedTuple):
+    """What prompts become: tensors (B, ...)."""
+
     text: Tensor  # (B, text_tokens, 2560); the network sees only what the mask keeps
     mask: Tensor | None  # (B, text_tokens) bool; None = all
 

@@ -92,6 +92,7 @@ class KeptBytes:
 
 @contextmanager
 def kept_bytes(own: set[int]) -> Iterator[KeptBytes]:
+    """Counts what autograd keeps for the backward pass inside the block; storages in `own` are not counted."""
     counted = KeptBytes(own)
     with torch.autograd.graph.saved_tensors_hooks(counted.note, lambda tensor: tensor):
         yield counted

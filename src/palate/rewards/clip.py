@@ -31,6 +31,7 @@ CLIP_TOKENIZER = "openai/clip-vit-large-patch14"  # the vocabulary of every CLIP
 
 
 def normalised_pixels(images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1] with CLIP's mean and standard deviation taken out."""
     mean, std = (torch.tensor(c, dtype=images.dtype, device=images.device).view(1, 3, 1, 1) for c in (MEAN, STD))
     return (images - mean) / std
 

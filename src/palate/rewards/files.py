@@ -71,6 +71,7 @@ def weights_file(reward: str, source: str, *, default: str, how: str) -> Path:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file; InputError names a file that cannot be read."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

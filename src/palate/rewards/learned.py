@@ -49,6 +49,8 @@ def tower_features(tower: TwoTower) -> Features:
 
 
 class Fit(NamedTuple):
+    """A ridge regression of scores on standardised features."""
+
     mean: Tensor  # (F,) of the features
     std: Tensor  # (F,)
     head: Tensor  # (F + 1,), the last is b

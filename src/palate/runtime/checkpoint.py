@@ -30,12 +30,15 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 
 class Checkpoint(NamedTuple):
+    """What `load` read, after every hash was checked."""
+
     step: int
     tensors: dict[str, Tensor]
     state: dict[str, Any]
 
 
 def name(step: int) -> str:
+    """The folder name of a step's checkpoint."""
     return f"step-{step:06d}"
 
 

@@ -50,6 +50,8 @@ WORD_PAIRS = (  # opposite descriptions that a text tower tells apart
 
 
 class Block(NamedTuple):
+    """Columns of features that belong together, as those of one reward's tower."""
+
     name: str
     columns: tuple[str, ...]
     values: Callable[[Tensor, Tensor, Sequence[str]], Tensor]  # images, tower features, prompts -> (B, len(columns))

@@ -60,6 +60,7 @@ class Posterior(NamedTuple):
 
 
 def logistic(x: Array) -> Array:
+    """1 / (1 + exp(-x)), without overflow."""
     return np.exp(-np.logaddexp(0, -x))
 
 

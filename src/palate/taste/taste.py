@@ -158,6 +158,7 @@ def source_of(folder: str | Path) -> str:
 
 
 def base_reward(source: str) -> Reward:
+    """The reward whose features a taste stands on; InputError if only the caller can load it."""
     if source != "emoji":
         raise InputError(f"this taste stands on {source}; give that reward as base, with its weights")
     from palate.rewards.emoji import load_reward
@@ -262,6 +263,7 @@ def read_choices(votes: str | Path | VoteStore | Sequence[Any]) -> list[Choice]:
 
 
 def as_choice(pair: Any) -> Choice:
+    """A `Choice` from what a caller may give instead of one."""
     if isinstance(pair, Choice):
         return pair
     if isinstance(pair, Mapping):

@@ -20,6 +20,8 @@ FEWEST = 3  # pictures of a word before its mean counts
 
 
 class WordChoice(NamedTuple):
+    """A word that a taste prefers, and how sure it is."""
+
     word: str
     kind: str  # style, background, size
     gain: float  # of the taste over plain prompts, in standard deviations of the pool

@@ -21,6 +21,8 @@ Note = Callable[[str], None]
 
 
 class Finding(NamedTuple):
+    """Where a step became not finite when it was run again."""
+
     step: int
     reported: str  # what the run said
     reproduced: str  # what is not finite now, or "" if the step no longer fails
