@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from palate.cli.app import LOOK, app, examples
-from palate.cli.options import Json, Run, Seeds, belongs, recipe_file, run_names
+from palate.cli.options import Json, Run, Seeds, all_prompts, belongs, recipe_file, run_names
 from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
 
@@ -36,7 +36,7 @@ def sample(
 
     Writes single PNGs, index.jsonl, grid.png (a row per prompt, a column per seed) and index.html.
     """
-    prompts = _prompts(prompt, prompts_file)
+    prompts = all_prompts(prompt, prompts_file)
     if (run is None) == (model is None):
         raise InputError("give either a run folder or --model, for example --model emoji")
     from palate.cli.phases import shown
@@ -58,19 +58,6 @@ def sample(
     print(f"{len(images)} images in {printable(str(out))}, all together in {printable(str(out / 'grid.png'))}")
 
 
-def _prompts(prompt: list[str] | None, prompts_file: str | None) -> list[str]:
-    from palate.data import read_prompts
-
-    prompts = list(prompt or ())
-    if any(not text.strip() for text in prompts):
-        raise InputError("--prompt: got an empty prompt")
-    if prompts_file:
-        prompts += read_prompts(prompts_file)
-    if not prompts:
-        raise InputError("no prompt: give --prompt or --prompts-file")
-    return prompts
-
-
 @app.command(rich_help_panel=LOOK, epilog=examples(
     "palate evaluate runs/mine",
     "palate evaluate runs/a runs/b runs/c --json > found.json    paired by prompt and seed",
@@ -83,6 +70,9 @@ def evaluate(
     seeds: Annotated[int | None, typer.Option(min=1, help="Images per prompt.")] = None,
     stored: Annotated[bool, typer.Option("--stored", help="Judge the images of the last evaluation.")] = False,
     out: Annotated[Path | None, typer.Option(help="The page; else evaluation.html in the first run.")] = None,
+    tasks: Annotated[
+        bool, typer.Option("--tasks", help="Ask for things, numbers, colours and places instead.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure base model and result on the same noise.
@@ -95,6 +85,11 @@ def evaluate(
         raise InputError("--stored judges the images that are there; leave out --prompts-file, --count and --seeds")
     for run in runs:
         recipe_file(run)
+    if tasks:
+        from palate.cli.tasks import evaluate_with_tasks
+
+        given = bool(prompts_file or count or stored or out)
+        return evaluate_with_tasks(runs, seeds, load_run, given, as_json=as_json, quiet=ctx.obj["quiet"])
     prompts = read_prompts(prompts_file) if prompts_file else None
 
     from palate.cli.phases import shown

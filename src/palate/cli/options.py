@@ -91,3 +91,17 @@ def belongs(option: str, used: bool, other: str, given: bool) -> None:
     """InputError where an option is used without the one that it belongs to."""
     if used and not given:
         raise InputError(f"{option} belongs to {other}; give both, or neither")
+
+
+def all_prompts(prompt: list[str] | None, prompts_file: str | None) -> list[str]:
+    """Those of --prompt and of --prompts-file. InputError: there are none, or an empty one."""
+    from palate.data import read_prompts
+
+    prompts = list(prompt or ())
+    if any(not text.strip() for text in prompts):
+        raise InputError("--prompt: got an empty prompt")
+    if prompts_file:
+        prompts += read_prompts(prompts_file)
+    if not prompts:
+        raise InputError("no prompt: give --prompt or --prompts-file")
+    return prompts

@@ -283,7 +283,7 @@ def check_removable(folder: Path) -> None:
         raise InputError(f"run.folder: {folder} is not an ordinary folder")
     ours = {"recipe.yaml", "environment.json", "metrics.jsonl", "samples", "checkpoints", "adapter", "export",
             "report.html",
-            "evaluation", "evaluation.json", "evaluation.html", "evaluations.json", "control.json",
+            "evaluation", "evaluation.json", "evaluation.html", "evaluations.json", "tasks.json", "control.json",
             "steering.json", "failures", "queries",
             "queries.jsonl", "rounds.jsonl"}  # fmt: skip
     parts = (".tmp-", "compare", "round-")

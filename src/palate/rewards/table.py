@@ -42,7 +42,10 @@ class Entry:
 
 
 def _entries() -> dict[str, Entry]:
-    embedded = [Entry(name, "palate.rewards.emoji:load_reward", "embedded") for name in ("emoji", "emoji-heldout")]
+    embedded = [
+        *(Entry(name, "palate.rewards.emoji:load_reward", "embedded") for name in ("emoji", "emoji-heldout")),
+        Entry("emoji-tasks", "palate.rewards.tasks:load_tasks", "embedded", gradient=False),
+    ]
     simple = [
         Entry(name, f"palate.rewards.simple:{name}", "function", gradient=name != "jpeg_size", reads_prompt=False)
         for name in ("colourfulness", "brightness", "warmth", "saturation", "high_frequency", "jpeg_size")

@@ -1,0 +1,63 @@
+"""Tasks asked of a model and its base: shares, their change, and a mean in which tasks count alike."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from palate.evaluate import tasks as module
+from palate.evaluate.tasks import evaluate_tasks, tasks_json
+
+PROMPTS = {"counting": ["two cats", "three cats"], "colours": ["a red car"]}
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Pictures that are as bright as they are right: the base never, the result on its even seeds, red cars always."""
+
+    def generate(model, prompts, seeds, *, weights="policy", sampler=None):
+        rows = [(prompt, seed) for prompt in prompts for seed in seeds]
+        value = [float(weights == "policy" and ("car" in prompt or seed % 2 == 0)) for prompt, seed in rows]
+        return torch.tensor(value)[:, None, None, None].expand(-1, 3, 4, 4)
+
+    monkeypatch.setattr(module, "generate", generate)
+    return lambda images, prompts: images.mean((1, 2, 3))
+
+
+def test_scores_are_shares_of_right_images(drawn):
+    found = evaluate_tasks(None, seeds=range(4), prompts=PROMPTS, reward=drawn)
+    assert found["counting"][:3] == (0.0, 0.5, 0.5) and found["colours"][:3] == (0.0, 1.0, 1.0)
+    assert found["counting"].change_low <= 0.5 <= found["counting"].change_high
+
+
+def test_tasks_count_alike_whatever_their_number_of_prompts(drawn):
+    found = evaluate_tasks(None, seeds=range(4), prompts=PROMPTS, reward=drawn)
+    assert found["mean"].value == pytest.approx(0.75) and found["mean"].change == pytest.approx(0.75)
+    assert tasks_json(found)["mean"]["base"] == 0.0
+
+
+def test_the_command_needs_assets_with_words_for_tasks(tmp_path):
+    """Until the vocabulary has them, a sentence says so, and nothing is drawn."""
+    from typer.testing import CliRunner
+
+    from palate.cli import app
+    from palate.models.vocabulary import vocabulary
+
+    if vocabulary().counts:
+        pytest.skip("these assets have them")
+    (tmp_path / "recipe.yaml").write_text("model:\n  name: emoji\n")
+    result = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--tasks"])
+    assert result.exit_code != 0 and not (tmp_path / "tasks.json").exists()
+
+
+def test_the_command_writes_each_runs_scores(tmp_path, drawn, capsys):
+    import json
+
+    from palate.cli import tasks as command
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "task_prompts", lambda: PROMPTS)
+        patch.setattr(command, "TaskReward", lambda strict: drawn)
+        command.evaluate_with_tasks([tmp_path], 2, lambda run: (None, None), as_json=False, quiet=True)
+    assert json.loads((tmp_path / "tasks.json").read_text())["colours"]["value"] == 1.0
+    assert "counting" in capsys.readouterr().out
