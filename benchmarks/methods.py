@@ -56,6 +56,10 @@ METHODS = {  # name -> recipe, what is swept as its strength in frontier.py
     "MixGRPO": ("mix-grpo-emoji", ("trainer.lr", ())),
     "DiffusionNFT": ("nft-emoji", ("algorithm.kl", (0.0, 1e-4, 1e-1))),
     "Diffusion-DPO": ("dpo-emoji", ("algorithm.beta", (500.0, 2000.0, 8000.0))),
+    "online DPO": ("dpo-emoji-online", ("algorithm.beta", (500.0, 2000.0, 8000.0))),
+    "DGPO": ("dgpo-emoji", ("algorithm.kl", (0.0, 1e-3, 1e-1))),
+    "LeapAlign": ("leap-emoji", ("trainer.lr", ())),
+    "Flow-GRPO released": ("grpo-emoji-released", ("algorithm.beta", (0.0, 0.04, 0.4))),
 }
 RATES = (0.5, 1.0, 2.0)  # times the recipe's learning rate
 WORDS = {
@@ -72,8 +76,13 @@ QUICK = {
     "flow_grpo": ["algorithm.steps=4", "algorithm.group=2"],
     "nft": ["algorithm.steps=3", "algorithm.group=2"],
     "dpo": ["algorithm.steps=3"],
+    "dgpo": ["algorithm.steps=3", "algorithm.group=2"],
+    "leap_align": ["algorithm.steps=3"],
 }  # --quick, by family
-FIXED = {"MixGRPO": ["algorithm.window_every=3"]}  # its few updates then visit all levels, as its recipe's many do
+FIXED = {
+    "MixGRPO": ["algorithm.window_every=3"],  # its few updates then visit all levels, as its recipe's many do
+    "Flow-GRPO released": ["model.lora_alpha=8"],  # twice the rank that all have, as its 64 of 32
+}
 PLAIN = ["trainer.ema_decay=0", "trainer.guard.every=0", "trainer.preview_every=0", "trainer.checkpoint_every=0"]
 FAIR = [
     "model.lora_rank=4",

@@ -94,7 +94,7 @@ class OPDSettings:
 
 
 class OPD:
-    """Its only state is none: the teachers are frozen, and which one speaks is a function of the prompt and the id."""
+    """It has no state: the teachers are frozen, and which one speaks is a function of the prompt and the id."""
 
     trains = ("policy",)
 
