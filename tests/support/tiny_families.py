@@ -18,6 +18,7 @@ from diffusers import (
     AuraFlowTransformer2DModel,
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -26,6 +27,7 @@ from diffusers import (
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
     PNDMScheduler,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
@@ -37,6 +39,8 @@ from transformers import (
     CLIPTokenizer,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -52,6 +56,7 @@ from palate.models.aura_flow import AuraFlow
 from palate.models.flux import Flux
 from palate.models.flux2 import Flux2
 from palate.models.pixart import PixArt
+from palate.models.qwen_image import QwenImage
 from palate.models.sd3 import StableDiffusion3
 from palate.models.sdxl import StableDiffusionXL
 from palate.models.stable_diffusion import StableDiffusion
@@ -332,6 +337,40 @@ def mistral() -> Mistral3ForConditionalGeneration:
     return Mistral3ForConditionalGeneration(Mistral3Config(text_config=text, vision_config=vision, image_token_index=3))
 
 
+def qwen_image() -> diffusers.QwenImagePipeline:
+    network = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+    autoencoder = AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.8, 1.1, 2.0],
+    )
+    text = {
+        "vocab_size": 4 + len(LETTERS),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0},
+    }
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 16}
+    encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, max_shift=0.9)
+    return diffusers.QwenImagePipeline(scheduler, autoencoder, encoder, qwen_tokenizer(), network)
+
+
 def aura_flow() -> diffusers.AuraFlowPipeline:
     network = AuraFlowTransformer2DModel(
         sample_size=8,
@@ -367,6 +406,7 @@ FAMILIES = {
     "flux2-klein": Family(Flux2, flux2, {"text_tokens": 48, "image_size": SIZE}, 16),
     "flux2-base": Family(Flux2, lambda: flux2("base"), {"text_tokens": 48, "image_size": SIZE}, 16),
     "flux2-dev": Family(Flux2, lambda: flux2("dev"), {"text_tokens": 256, "image_size": SIZE}, 16),
+    "qwen-image": Family(QwenImage, qwen_image, {"text_tokens": 64, "image_size": SIZE}, 16),
     "z-image": Family(ZImage, z_image, {"text_tokens": 48, "image_size": SIZE}, 16),
 }
 

@@ -8,9 +8,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
+    QwenImageDecoder3d,
+    QwenImageResample,
+    QwenImageResidualBlock,
+)
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from palate.runtime.errors import InputError
@@ -93,7 +98,10 @@ def latent_shape(
     return channels_of(config) * fold**2, height // factor, width // factor
 
 
-def recompute_pieces(decoder: nn.Module, run: Callable[..., Any]) -> None:
+PIECES = (ResnetBlock2D, Upsample2D, QwenImageResidualBlock, QwenImageResample)
+
+
+def recompute_pieces(decoder: Any, run: Callable[..., Any]) -> None:
     """Have `run(function, *tensors)`, torch's checkpoint for one, call each piece of a diffusers decoder.
 
     A piece is a residual block, an upsampling, or the last norm, activation and convolution together: torch keeps the
@@ -105,11 +113,26 @@ def recompute_pieces(decoder: nn.Module, run: Callable[..., Any]) -> None:
         return lambda *args, **named: run(partial(function, **named), *args)
 
     for module in decoder.modules():
-        if isinstance(module, (ResnetBlock2D, Upsample2D)):
+        if isinstance(module, PIECES):
             module.forward = piece(module.forward)
-    norm, act, conv = (m.forward for m in (decoder.conv_norm_out, decoder.conv_act, decoder.conv_out))
-    decoder.conv_norm_out.forward = decoder.conv_act.forward = lambda x: x
-    decoder.conv_out.forward = piece(lambda x: conv(act(norm(x))))
+    of_videos = isinstance(decoder, QwenImageDecoder3d)
+    names = ("norm_out", "nonlinearity", "conv_out") if of_videos else ("conv_norm_out", "conv_act", "conv_out")
+    parts = [getattr(decoder, name) for name in names]
+    norm, act, conv = (part.forward for part in parts)
+    parts[0].forward = parts[1].forward = lambda x: x
+    parts[2].forward = piece(lambda x: conv(act(norm(x))))
+
+
+def decode_with(vae: Any, layout: LatentLayout, latents: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] of arranged latents, not normalised: what the network is run for.
+
+    Of a VAE of videos the decoder itself: for one frame its cache holds nothing, and what it changes could not be
+    recomputed.
+    """
+    inside = layout.unfolded(latents)
+    if layout.frames:
+        return vae.decoder(vae.post_quant_conv(inside))[:, :, 0]
+    return vae.decode(inside).sample
 
 
 class Autoencoder:
@@ -145,6 +168,5 @@ class Autoencoder:
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1]; differentiable. Values are clipped, so a saturated pixel has no gradient."""
         inside = latents.to(self.device, torch.float32) * self._scale + self._mean
-        images = self.vae.decode(self.layout.unfolded(inside).to(self.dtype)).sample
-        images = images[:, :, 0] if self.layout.frames else images
+        images = decode_with(self.vae, self.layout, inside.to(self.dtype))
         return images.float().add(1).div(2).clamp(0, 1)

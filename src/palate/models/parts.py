@@ -135,7 +135,11 @@ class LoadedModel:
             output = self.output(network, xt.to(inside), t, cond, self.call).to(outside)
         if guidance == 1.0:
             return output
-        unconditional, conditional = output.chunk(2)
+        return self.combine(*output.chunk(2), guidance)
+
+    @staticmethod
+    def combine(unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:
+        """u + w (c - u), both (B, C, h, w); a family that was published with another rule has its own."""
         return unconditional + guidance * (conditional - unconditional)
 
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from palate.models import families
-from palate.models.autoencoder import latent_shape, recompute_pieces, sides
+from palate.models.autoencoder import decode_with, latent_shape, recompute_pieces, sides
 from palate.models.emoji import EmojiModel
 from palate.models.facts import Facts, NetworkCall, Published
 from palate.models.parts import LoadedModel, Options, named_weights
@@ -68,13 +68,17 @@ def measure(recipe: Recipe) -> dict[str, Unit]:
         return family.output(network, xt, t, cond, NetworkCall(size))
 
     def decode() -> Tensor:
-        return vae.decode(facts.layout.unfolded(latents)).sample
+        # a view made without gradient says of itself that it has one, which the counter's hooks then miss
+        return decode_with(vae, facts.layout, latents if torch.is_grad_enabled() else latents.detach())
+
+    def encode() -> Tensor:
+        return vae.encode(image.unsqueeze(2) if facts.layout.frames else image).latent_dist.mode()
 
     recompute = partial(recompute_pieces, vae.decoder)
     units = {
         "denoiser": measure_unit(network, denoise, network.enable_gradient_checkpointing),
         "decoder": measure_unit(vae.decoder, decode, recompute),
-        "encoder": measure_unit(vae.encoder, lambda: vae.encode(image).latent_dist.mode(), None),
+        "encoder": measure_unit(vae.encoder, encode, None),
     }
     return units | _rewards(recipe)
 
