@@ -65,7 +65,7 @@ def digests(folder: Path) -> dict[str, str]:
         found[log.relative_to(folder).as_posix()] = _sha(json.dumps(kept, sort_keys=True).encode())
     for file in sorted(folder.rglob("*.safetensors")):
         found[file.relative_to(folder).as_posix()] = tensors_digest(file)
-    for picture in sorted(folder.rglob("*.png")):
+    for picture in sorted(path for path in folder.rglob("*.png") if path.name != "grid.png"):
         found[picture.relative_to(folder).as_posix()] = _sha(picture.read_bytes())
     if not found:
         raise SystemExit(f"{folder}: nothing was written")

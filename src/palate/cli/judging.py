@@ -42,13 +42,18 @@ def sample(
     from palate.cli.phases import shown
     from palate.evaluate import generate, pairs, write_samples
     from palate.report.sheet import write_sheet
+    from palate.train.checks import require_sampleable
 
     with shown(ctx.obj["quiet"]):
         loaded, sampler = load_source(model if model is not None else str(run))
     if sampler and (steps is not None or guidance is not None):
         raise InputError("--steps, --guidance: a generator draws as it was trained; leave them out")
-    steps = sampler.steps if sampler else steps or loaded.default_steps
-    guidance = 1.0 if sampler else loaded.default_guidance if guidance is None else guidance
+    if sampler:
+        steps, guidance = sampler.steps, 1.0
+    else:
+        model_defaults = require_sampleable(loaded, "samples")
+        steps = steps or model_defaults.default_steps
+        guidance = model_defaults.default_guidance if guidance is None else guidance
     with shown(ctx.obj["quiet"]):
         images = generate(loaded, prompts, seeds, steps=steps, guidance=guidance, sampler=sampler)
     clear_samples(out)

@@ -14,6 +14,7 @@ from palate.recipe import SampleSettings
 from palate.runtime import checkpoint, distributed
 from palate.runtime.distributed import Ranks
 from palate.runtime.files import new_folder
+from palate.runtime.images import encode_png, grid
 from palate.train.checks import require_sampleable
 from palate.train.state import Weights
 
@@ -48,6 +49,7 @@ class Previews:
         def write() -> None:
             with new_folder(self.folder / "samples" / checkpoint.name(step)) as temporary:
                 write_samples(temporary, images, prompts, seeds, guidance=guidance, steps=steps)
+                (temporary / "grid.png").write_bytes(encode_png(grid(images, round(len(images) ** 0.5))))
 
         self.ranks.on_main(write)
         return images
