@@ -108,7 +108,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path):
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     run(tmp_path, steps=1)
     before = hashlib.sha256((tmp_path / "metrics.jsonl").read_bytes()).hexdigest()
-    with pytest.raises(ValueError, match="palate resume"):
+    with pytest.raises(ValueError, match="resume=True"):
         run(tmp_path, steps=1)
     assert hashlib.sha256((tmp_path / "metrics.jsonl").read_bytes()).hexdigest() == before
 

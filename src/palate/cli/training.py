@@ -16,11 +16,13 @@ from palate.cli.app import CHECK, TRAIN, app, examples
 from palate.cli.options import Fresh, Overrides, Ranks, RecipeName, Run, WordsOption, recipe_file
 from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.progress import printable
+from palate.runtime.runlock import OWNER, owned
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from palate.recipe import Recipe
+    from palate.train import Outcome
 
 
 @app.command(rich_help_panel=TRAIN, epilog=examples(
@@ -95,12 +97,14 @@ def optimize(recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = Fal
     read = recipes.read(recipe, overrides or ())
     if read.optimize is None:
         raise InputError("optimize: this recipe has no such section; use `palate train`, or give optimize.oracle.name")
-    if fresh:
-        recipes.prompts_of(read)  # a missing file must not cost the old scores
-        remove_run(Path(read.run.folder))
     from palate.optimize import from_recipe
 
-    outcome = from_recipe(read, say=lambda text: print(printable(text), flush=True))
+    folder = Path(read.run.folder)
+    with owned(folder):
+        if fresh:
+            recipes.prompts_of(read)  # a missing file must not cost the old scores
+            remove_run(folder)
+        outcome = from_recipe(read, say=lambda text: print(printable(text), flush=True))
     if outcome.exit_code:
         print("continue with the same command")
         raise typer.Exit(outcome.exit_code)
@@ -233,21 +237,32 @@ def check_room(folder: Path, fresh: bool) -> None:
 def _go(
     recipe: Recipe, on_main: Callable[[Callable[[], Any]], Any], *, resume: bool, fresh: bool = False, quiet: bool
 ) -> None:
+    from palate.runtime.checkpoint import check_space
+
+    folder = Path(recipe.run.folder)
+    with contextlib.ExitStack() as held:
+        on_main(lambda: held.enter_context(owned(folder)))
+        on_main(lambda: check_space(folder, need=1 << 20))
+        outcome = _trained(recipe, on_main, resume=resume, fresh=fresh, quiet=quiet)
+    if outcome.exit_code:
+        on_main(lambda: print(f"continue with: palate resume {printable(str(folder))}"))
+        raise typer.Exit(outcome.exit_code)
+    on_main(lambda: print(f"{outcome.reason} at step {outcome.step}: {printable(str(folder))}"))
+
+
+def _trained(
+    recipe: Recipe, on_main: Callable[[Callable[[], Any]], Any], *, resume: bool, fresh: bool, quiet: bool
+) -> Outcome:
     import torch
 
     from palate import recipe as recipes
-    from palate.runtime.checkpoint import check_space
-    from palate.runtime.files import write_atomically
     from palate.train import Job, run_job
 
     folder = Path(recipe.run.folder)
-    on_main(lambda: check_space(folder, need=1 << 20))
     torch.manual_seed(recipe.trainer.seed)  # the LoRA's first weights; nothing later draws from this generator
     parts = recipes.build(recipe)
     if fresh:
         on_main(lambda: remove_run(folder))  # only now: a recipe that cannot be built must not cost the old run
-        on_main(folder.mkdir)
-    on_main(lambda: write_atomically(folder / "recipe.yaml", recipes.dump(recipe).encode()))
     job = Job(
         parts.model,
         parts.algorithm,
@@ -260,19 +275,21 @@ def _go(
         latents=parts.latents,
         measure=recipes.guard_measure(recipe),
         identity=recipes.fingerprint(recipe),
+        recipe=recipes.dump(recipe),
     )
-    outcome = run_job(job, resume=resume, progress=not quiet)
-    if outcome.exit_code:
-        on_main(lambda: print(f"continue with: palate resume {printable(str(folder))}"))
-        raise typer.Exit(outcome.exit_code)
-    on_main(lambda: print(f"{outcome.reason} at step {outcome.step}: {printable(str(folder))}"))
+    return run_job(job, resume=resume, progress=not quiet)
 
 
 def remove_run(folder: Path) -> None:
-    """Delete an earlier run; refuses a folder that is not one, whatever the recipe says."""
+    """Delete an earlier run, as its owner; refuses a folder that is not one, whatever the recipe says."""
     check_removable(folder)
     if folder.exists():
-        shutil.rmtree(folder)
+        with owned(folder):
+            for path in folder.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name != OWNER:
+                    path.unlink()
 
 
 def check_removable(folder: Path) -> None:
@@ -285,7 +302,7 @@ def check_removable(folder: Path) -> None:
             "report.html",
             "evaluation", "evaluation.json", "evaluation.html", "evaluations.json", "tasks.json", "control.json",
             "steering.json", "failures", "queries",
-            "queries.jsonl", "rounds.jsonl"}  # fmt: skip
+            "queries.jsonl", "rounds.jsonl", OWNER}  # fmt: skip
     parts = (".tmp-", "compare", "round-")
     if keys := sorted(path.name for path in folder.glob("compare*-key.json")):
         raise InputError(

@@ -41,6 +41,7 @@ class Job:
     latents: Tensor | None = None  # (N, C, h, w), or (N, 2, C, h, w) of pairs: one for each prompt
     measure: GuardMeasure | None = None  # None = as the embedded model is judged
     identity: str = ""  # a resumed run must have the same; "" = the hash of the trainer's settings
+    recipe: str | None = None  # the text of recipe.yaml
 
     def check(self) -> None:
         """InputError: what was given cannot work."""

@@ -79,7 +79,7 @@ class Run:
         identity = job.identity or json_digest({**dataclasses.asdict(s), **dict.fromkeys(RESUMABLE_FIELDS)})
         self.saver = Saver(
             job.folder, s, self.ranks, self.weights, self.replicas, self.guard, self.counters, self.log, self.base,
-            identity,
+            identity, job.recipe,
         )  # fmt: skip
         self.warned: set[str] = set()
 

@@ -37,6 +37,7 @@ class Saver:
     log: RunLog
     base: str  # fingerprint of the base weights
     identity: str  # what a resumed run must share
+    recipe: str | None = None  # the text of recipe.yaml
 
     @property
     def checkpoints(self) -> Path:
@@ -45,12 +46,22 @@ class Saver:
     def begin(self) -> None:
         """The files that a run has before its first step. InputError: the folder holds a run."""
         if checkpoint.steps(self.checkpoints) or (self.folder / METRICS).exists():
-            raise InputError(
-                f"{self.folder} already holds a run: continue it with `palate resume {self.folder}`, choose another "
-                "run.folder, or replace it with --fresh"
+            way = (
+                f"`palate resume {self.folder}`"
+                if self.recipe or (self.folder / "recipe.yaml").exists()
+                else ("train(..., resume=True)")
             )
+            raise InputError(
+                f"{self.folder} already holds a run: continue it with {way}, choose another folder, or replace it "
+                "(--fresh on the command line)"
+            )
+        self.write_recipe()
         write_atomically(self.folder / "environment.json", json.dumps(environment(self.base), indent=1).encode())
         (self.folder / CONTROL).unlink(missing_ok=True)
+
+    def write_recipe(self) -> None:
+        if self.recipe is not None:
+            write_atomically(self.folder / "recipe.yaml", self.recipe.encode())
 
     def check_space(self) -> None:
         """CheckpointError: the disk has no room for the checkpoints that are kept."""
@@ -110,6 +121,7 @@ class Saver:
         self.replicas.load(saved)
         self.counters.load_state_dict(saved.step, state)
         self.guard.load_state_dict(state["guard"])
+        self.ranks.on_main(self.write_recipe)
         return self.ranks.on_main(lambda: rewind(self.folder, saved.step)) or []
 
 

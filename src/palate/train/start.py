@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from palate.core import Algorithm, GuardMeasure, Model, Reward
 from palate.recipe import SampleSettings, TrainerSettings, evenly_spaced
+from palate.runtime import distributed
 from palate.runtime.errors import InputError
+from palate.runtime.runlock import owned
 from palate.runtime.signals import stop_signals
 from palate.train.job import Job, Outcome, check_settings
 from palate.train.loop import Run
@@ -56,7 +59,9 @@ def train(
 def run_job(job: Job, *, resume: bool = False, progress: bool = True) -> Outcome:
     """Run a job to its end, a signal or an error; on several ranks, each calls this with an equal job."""
     job.check()
-    with stop_signals() as stop:
+    with contextlib.ExitStack() as held:
+        distributed.ranks().on_main(lambda: held.enter_context(owned(job.folder)))
+        stop = held.enter_context(stop_signals())
         return Run(job, progress=progress).go(stop, resume=resume)
 
 
