@@ -277,6 +277,12 @@ def prompt_order(count: int, seed: int, first: int, size: int) -> list[int]:
     return chosen
 
 
+def used_prompts(prompts: Sequence[str], seed: int, samples: int) -> list[str]:
+    """Those of `prompts` that the first `samples` samples of a run use, in the order in which they were given."""
+    order = prompt_order(len(prompts), seed, 0, min(samples, len(prompts)))
+    return [prompts[i] for i in sorted(set(order))]
+
+
 class Random:
     """Counter-based random numbers: row i is a function of (seed, ids[i], step, purpose) and of nothing else.
 

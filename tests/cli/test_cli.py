@@ -217,6 +217,10 @@ def test_plain_progress_tells_step_reward_and_time(capsys):
             bar.show(step, {"reward_denoise": 0.25, "loss": 1.0, "step_seconds": 0.5})
         bar.note("\x1b[31mhello")
     out = capsys.readouterr().out
-    assert "step 1/3  reward_denoise 0.25, 0.50 s a step" in out and "step 3/3" in out and "s left" in out
+    assert (
+        "step 1/3  33 %, 0 s left  0.50 s per step, reward_denoise 0.25" in out
+        and "step 3/3" in out
+        and "s left" in out
+    )
     assert "hello" in out and "\x1b" not in out
     assert torch.is_grad_enabled()

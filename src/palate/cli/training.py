@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from palate.cli.app import CHECK, TRAIN, app, examples
+from palate.cli.phases import shown
 from palate.cli.options import Fresh, Overrides, Ranks, RecipeName, Run, WordsOption, recipe_file
 from palate.runtime.errors import CheckpointError, InputError
-from palate.runtime.progress import printable
+from palate.runtime.progress import printable, say
 from palate.runtime.runlock import OWNER, owned
 
 if TYPE_CHECKING:
@@ -245,9 +246,9 @@ def _go(
         on_main(lambda: check_space(folder, need=1 << 20))
         outcome = _trained(recipe, on_main, resume=resume, fresh=fresh, quiet=quiet)
     if outcome.exit_code:
-        on_main(lambda: print(f"continue with: palate resume {printable(str(folder))}"))
+        on_main(lambda: say(f"continue with: palate resume {folder}"))
         raise typer.Exit(outcome.exit_code)
-    on_main(lambda: print(f"{outcome.reason} at step {outcome.step}: {printable(str(folder))}"))
+    on_main(lambda: say(f"{outcome.reason} at step {outcome.step}: {folder}"))
 
 
 def _trained(
@@ -260,7 +261,8 @@ def _trained(
 
     folder = Path(recipe.run.folder)
     torch.manual_seed(recipe.trainer.seed)  # the LoRA's first weights; nothing later draws from this generator
-    parts = recipes.build(recipe)
+    with shown(quiet or "RANK" in os.environ):
+        parts = recipes.build(recipe)
     if fresh:
         on_main(lambda: remove_run(folder))  # only now: a recipe that cannot be built must not cost the old run
     job = Job(

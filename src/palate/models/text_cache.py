@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from palate.runtime.errors import InputError
+from palate.runtime.phases import tell
 
 Encode = Callable[[str], dict[str, Tensor]]  # one prompt -> its tensors, without a batch axis
 
@@ -76,7 +77,8 @@ class TextCache:
         if missing:
             self._check_folder()
             self._encode = self._encode or self._load()
-        for prompt in missing:
+        for done, prompt in enumerate(missing):
+            tell("encoding", done, len(missing))
             self._write(prompt)
         self.free()
 

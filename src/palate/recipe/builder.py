@@ -23,6 +23,7 @@ from palate.core import (
     TakesConsistency,
     TextCached,
     TwoTower,
+    used_prompts,
 )
 from palate.data import (
     RecipeError,
@@ -91,7 +92,9 @@ def build(recipe: Recipe) -> Parts:
     load_consistency(recipe, model)
     load_teachers(recipe, model)
     if isinstance(model, TextCached):
-        model.cache_prompts([*prompts, *preview])
+        trainer = recipe.trainer  # of a long list, a short run uses only a part
+        used = used_prompts(prompts, trainer.seed, trainer.steps * trainer.batch_size)
+        model.cache_prompts([*used, *preview])
     latents = encode_images(model, images) if images else None
     if latents is not None and recipe.prompts.pairs is not None:
         latents = latents.unflatten(0, (-1, 2))  # (N, 2, C, h, w)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from palate.core import Batch, Model, prompt_order
+from palate.core import Batch, Model, prompt_order, used_prompts
 from palate.runtime.distributed import Ranks
 from palate.runtime.errors import InputError
 
@@ -67,9 +67,3 @@ class Batches:
     def used_prompts(self, steps: int) -> list[str]:
         """The prompts that the first `steps` steps work on, each once, in the order in which they were given."""
         return used_prompts(self.prompts, self.seed, steps * self.size)
-
-
-def used_prompts(prompts: Sequence[str], seed: int, samples: int) -> list[str]:
-    """Those of `prompts` that the first `samples` samples of a run use, in the order in which they were given."""
-    order = prompt_order(len(prompts), seed, 0, min(samples, len(prompts)))
-    return [prompts[i] for i in sorted(set(order))]

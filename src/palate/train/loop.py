@@ -23,6 +23,7 @@ from palate.recipe import RESUMABLE_FIELDS, evenly_spaced
 from palate.runtime import distributed
 from palate.runtime.errors import InputError
 from palate.runtime.files import json_digest
+from palate.runtime.phases import tell
 from palate.runtime.progress import Progress
 from palate.runtime.runlog import RunLog
 from palate.runtime.signals import Stop
@@ -99,9 +100,12 @@ class Run:
             for text in notes:
                 self.progress.note(text)
             if counters.finished and not (counters.finished == "finished" and counters.step < steps):
-                self.progress.note(f"this run has ended at step {counters.step} ({counters.finished}); nothing to do")
+                self.progress.note(
+                    f"this run has ended at step {counters.step} ({counters.finished}); {self._way_on()}"
+                )
                 return Outcome(folder, counters.step, counters.finished, 0)
             counters.finished = ""
+            self.ranks.on_main(self.saver.remove_adapter)
             self._warn()
             if counters.step == 0:
                 self._first_look()
@@ -109,15 +113,23 @@ class Run:
                 self.updater.check_gradient = not resume and counters.step == 0
                 with memory_advice(self.weights), distributed.inside_networks():
                     self.advance()
+                stop.stepped = True
                 asked = signal.SIGTERM if distributed.orphaned() else stop.number
                 number = max(self.ranks.all_gather_json(asked))
                 if number:
-                    self.saver.save()
+                    self._hand_over()
                     self.progress.note(f"stopped by signal {number} after step {counters.step}; a checkpoint is saved")
                     return Outcome(folder, counters.step, "signal", 128 + number)
             counters.finished = counters.finished or "finished"
             self._finish()
             return Outcome(folder, counters.step, counters.finished, 0)
+
+    def _way_on(self) -> str:
+        """What may be done with a run that has ended."""
+        if self.counters.finished != "finished":
+            return f"its result can begin a new run with other settings: model.start={self.job.folder}"
+        more = self.counters.step * 2
+        return f"train on with `palate resume {self.job.folder} trainer.steps={more}`"
 
     def advance(self) -> None:
         """One step and everything that belongs to its number: nothing of it is half done in a checkpoint."""
@@ -158,10 +170,15 @@ class Run:
             self._guard(step)
         last = step == s.steps or bool(self.counters.finished)
         if s.preview_every and step % s.preview_every == 0 and not last:
-            self.previews.draw(step)
+            self._preview(step)
         due = s.checkpoint_every and step % s.checkpoint_every == 0
         if not last and (due or self.guard.state.best_step == step):
+            self.progress.phase("saving")
             self.saver.save()
+
+    def _preview(self, step: int) -> None:
+        self.progress.phase("previews", 0, len(self.previews.prompts))
+        self.previews.draw(step)
 
     def _guard(self, step: int) -> None:
         decision = self.guard.decide(step, self._measured())
@@ -185,6 +202,7 @@ class Run:
         """What the guard compares, the same on all ranks."""
         different = max(1, self.settings.guard.prompts // GUARD_SEEDS)
         prompts = [p for p in evenly_spaced(self.job.preview, different) for _ in range(GUARD_SEEDS)]
+        self.progress.phase("guard", 0, len(prompts))
         with self.weights.averaged(), torch.no_grad():
             values = self.measure(self.job.model, prompts, list(range(len(prompts))))
         return self.ranks.all_gather_json({key: float(value) for key, value in values.items()})[0]
@@ -200,7 +218,12 @@ class Run:
 
     def _finish(self) -> None:
         if self.settings.preview_every:
-            self.previews.draw(self.counters.step)
+            self._preview(self.counters.step)
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """The trained weights in the form in which others read them, and the checkpoint that they are of."""
+        self.progress.phase("saving")
         write_adapter(self.job.folder, self.job.model, self.weights, self.sharded, self.ranks)
         self.saver.save()
 
@@ -212,6 +235,7 @@ class Run:
         used = self.batches.used_prompts(s.steps)
         with torch.no_grad():
             for start in range(0, len(used), 64):
+                tell("encoding", start, len(used))
                 job.model.encode_prompts(used[start : start + 64])
             if s.preview_every or s.guard.every:
                 job.model.encode_prompts(job.preview)
@@ -231,9 +255,10 @@ class Run:
 
     def _first_look(self) -> None:
         if self.settings.preview_every:
-            self.previews.draw(0)
+            self._preview(0)
         if self.settings.guard.every:
             self.log.write(self.guard.begin(self._measured()))
+            self.progress.phase("saving")
             self.saver.save()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,10 @@ class Saver:
     def write_recipe(self) -> None:
         if self.recipe is not None:
             write_atomically(self.folder / "recipe.yaml", self.recipe.encode())
+
+    def remove_adapter(self) -> None:
+        """The adapter of an earlier end is not the result any more, once a run goes on."""
+        shutil.rmtree(self.folder / "adapter", ignore_errors=True)
 
     def check_space(self) -> None:
         """CheckpointError: the disk has no room for the checkpoints that are kept."""

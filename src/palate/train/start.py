@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,8 +63,20 @@ def run_job(job: Job, *, resume: bool = False, progress: bool = True) -> Outcome
     job.check()
     with contextlib.ExitStack() as held:
         distributed.ranks().on_main(lambda: held.enter_context(owned(job.folder)))
-        stop = held.enter_context(stop_signals())
-        return Run(job, progress=progress).go(stop, resume=resume)
+        runs: list[Run] = []
+        stop = held.enter_context(stop_signals(lambda number: _answer(runs, number)))
+        runs.append(Run(job, progress=progress))
+        return runs[0].go(stop, resume=resume)
+
+
+def _answer(runs: Sequence[Run], number: int) -> None:
+    """Say at once what a signal will do; written past Python's own buffers, which may be in use at this moment."""
+    if not runs or not runs[0].progress.visible:
+        return
+    again = "Ctrl-C again" if number == signal.SIGINT else "a second signal"
+    text = f"\nfinishing step {runs[0].counters.step + 1}, then saving; {again} ends the run without it\n"
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())
 
 
 def _renamed_options(sample: SampleSettings | None, changes: dict[str, Any]) -> tuple[SampleSettings | None, str]:
