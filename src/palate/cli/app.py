@@ -102,6 +102,7 @@ def set_up_log(level: int) -> None:
         logger.addHandler(plain)
     for handler in logger.handlers:
         handler.addFilter(_strip_controls)
+        handler.addFilter(lambda record: not record.__dict__.get("shown"))  # a live line has printed it
     logger.setLevel(level)
     logger.propagate = False
 
