@@ -11,6 +11,7 @@ from palate.report.page import run_words
 from palate.report.story import wanted_styles
 from palate.runs import read_recipe
 from palate.runtime.errors import InputError
+from palate.runtime.runlock import status
 
 
 class RunRow(NamedTuple):
@@ -53,7 +54,10 @@ def describe(folder: Path) -> RunRow:
 
 
 def state_of(folder: Path, step: int, steps: int | None) -> tuple[str, str]:
-    """(state, owner) of a run, by its files."""
+    """(state, owner) of a run, by its owner's lock and its files."""
+    found = status(folder)
+    if found.owner:
+        return found.state, found.owner.text()
     if steps is not None and step >= steps:
         return "finished", ""
     return "stopped", ""

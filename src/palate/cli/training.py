@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from palate.cli.app import CHECK, TRAIN, app, examples
-from palate.cli.phases import shown
 from palate.cli.options import Fresh, Overrides, Ranks, RecipeName, Run, WordsOption, recipe_file
+from palate.cli.phases import shown
 from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.progress import printable, say
 from palate.runtime.runlock import OWNER, owned
