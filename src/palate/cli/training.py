@@ -304,7 +304,7 @@ def check_removable(folder: Path) -> None:
             "report.html",
             "evaluation", "evaluation.json", "evaluation.html", "evaluations.json", "tasks.json", "control.json",
             "steering.json", "failures", "queries",
-            "queries.jsonl", "rounds.jsonl", OWNER}  # fmt: skip
+            "queries.jsonl", "rounds.jsonl", "tensorboard", "wandb", OWNER}  # fmt: skip
     parts = (".tmp-", "compare", "round-")
     if keys := sorted(path.name for path in folder.glob("compare*-key.json")):
         raise InputError(

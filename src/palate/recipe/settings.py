@@ -13,7 +13,7 @@ from palate.runtime.errors import InputError
 # of trainer: these may change when a run is resumed
 RESUMABLE_FIELDS = (
     "steps", "checkpoint_every", "keep_checkpoints", "preview_every", "preview_prompts", "threads", "micro_batches",
-    "sharding",
+    "sharding", "tracker",
 )  # fmt: skip
 _STRICT = ConfigDict(extra="forbid")
 
@@ -167,6 +167,8 @@ class TrainerSettings:
     micro_batches: Positive = 1
     # weights = full on several ranks: FSDP2; hybrid = inside a machine
     sharding: Literal["none", "full", "hybrid"] = "none"
+    # where the log is sent as well: metrics, previews, the guard's verdicts
+    tracker: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     guard: GuardSettings = field(default_factory=GuardSettings)
 
 

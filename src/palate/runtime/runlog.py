@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +27,7 @@ class RunLog:
         self.folder = folder
         self._path = folder / METRICS if writes else Path(os.devnull)
         self._file: IO[bytes] | None = None
+        self.listener: Callable[[dict[str, Any]], None] | None = None  # hears of each row that is written
 
     def __enter__(self) -> RunLog:
         self._file = open(self._path, "ab", buffering=0)
@@ -44,6 +46,8 @@ class RunLog:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise CheckpointError(write_problem(self.folder, len(line), error)) from error
+        if self.listener:
+            self.listener(row)
 
     def sync(self) -> None:
         """Wait until the disk has every row."""

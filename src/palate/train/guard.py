@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from palate.recipe import GuardSettings
+import torch
+
+from palate.core import GuardMeasure, Model, Sampler
+from palate.evaluate import embedded_panel, measure_for_guard
+from palate.recipe import GuardSettings, evenly_spaced
+from palate.runtime.distributed import Ranks
 from palate.runtime.errors import InputError
+from palate.runtime.phases import tell
+from palate.train.state import Weights
+
+SEEDS = 2  # images per guard prompt: diversity needs two, concept accuracy many prompts
 
 
 @dataclass(frozen=True)
@@ -113,3 +123,29 @@ def broken_limits(now: Mapping[str, float], base: Mapping[str, float], guard: Gu
             f"below {guard.diversity_ratio:g} of it"
         )
     return broken
+
+
+@dataclass(frozen=True)
+class Measurer:
+    """Measures what the guard compares, with the averaged weights where they are kept; the same on all ranks."""
+
+    model: Model
+    prompts: list[str]  # those of the guard are evenly spaced over them
+    settings: GuardSettings
+    measure: GuardMeasure
+    weights: Weights
+    ranks: Ranks
+
+    def __call__(self) -> dict[str, float]:
+        different = max(1, self.settings.prompts // SEEDS)
+        prompts = [p for p in evenly_spaced(self.prompts, different) for _ in range(SEEDS)]
+        tell("guard", 0, len(prompts))
+        with self.weights.averaged(), torch.no_grad():
+            values = self.measure(self.model, prompts, list(range(len(prompts))))
+        return self.ranks.all_gather_json({key: float(value) for key, value in values.items()})[0]
+
+
+def embedded_measure(seed: int, sampler: Sampler | None) -> GuardMeasure:
+    """What the guard measures of the embedded model; its judges are read when they are first needed."""
+    panel = functools.cache(embedded_panel)
+    return lambda model, prompts, ids: measure_for_guard(model, prompts, ids, seed=seed, panel=panel(), sampler=sampler)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from palate.core import Algorithm, DrawsOwnSamples, GuardMeasure, Model, Reward
-from palate.recipe import GuardSettings, SampleSettings, TrainerSettings, check_trainer
+from palate.recipe import RESUMABLE_FIELDS, GuardSettings, SampleSettings, TrainerSettings, check_trainer
 from palate.runtime.errors import InputError
+from palate.runtime.files import json_digest
 from palate.train.checks import check_parts
+from palate.train.tracking import check_trackers
 
 
 class Outcome(NamedTuple):
@@ -55,12 +57,25 @@ class Job:
             raise InputError(
                 f"the latents of image {bad} ({self.prompts[bad]!r}) are not finite; expected numbers: encode it again"
             )
+        check_trackers(self.trainer.tracker)
         draws = bool(self.trainer.preview_every or (self.trainer.guard.every and self.measure is None))
         check_parts(self.model, self.algorithm, self.reward, samples=draws)
         if unknown := sorted(set(self.trainer.lrs or ()) - set(self.algorithm.trains)):
             raise InputError(f"trainer.lrs.{unknown[0]}: the algorithm trains {', '.join(self.algorithm.trains)}")
         if isinstance(self.algorithm, DrawsOwnSamples) and self.sample != SampleSettings():
             raise InputError("sample.steps, sample.guidance: a generator draws as it was trained; leave them out")
+
+
+def identity_of(settings: TrainerSettings) -> str:
+    """Hash of the settings that decide the numbers: what a resumed run must share.
+
+    Fields that came later than others are left out while they are unset, so that older runs can be resumed.
+    """
+    tree = {**dataclasses.asdict(settings), **dict.fromkeys(RESUMABLE_FIELDS)}
+    del tree["tracker"]
+    if tree["guard"]["background_drop"] is None:
+        del tree["guard"]["background_drop"]
+    return json_digest(tree)
 
 
 def check_settings(trainer: TrainerSettings | None, changes: dict[str, Any]) -> TrainerSettings:

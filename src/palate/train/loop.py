@@ -9,20 +9,19 @@ Step n is the n-th update (1, 2, ...); checkpoint and samples `step-NNNNNN` hold
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
 import signal
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from palate.core import Fingerprinted, GuardMeasure, Random, Warns
-from palate.evaluate import embedded_panel, measure_for_guard
-from palate.recipe import RESUMABLE_FIELDS, evenly_spaced
+from palate.core import Fingerprinted, Random, Warns
 from palate.runtime import distributed
 from palate.runtime.errors import InputError
-from palate.runtime.files import json_digest
+from palate.runtime.images import grid
 from palate.runtime.phases import tell
 from palate.runtime.progress import Progress
 from palate.runtime.runlog import RunLog
@@ -30,15 +29,14 @@ from palate.runtime.signals import Stop
 from palate.train.batches import Batches
 from palate.train.checks import check_reward, gradient_cause, memory_advice, shard_networks
 from palate.train.failure import Failures
-from palate.train.guard import Guard
-from palate.train.job import Job, Outcome
+from palate.train.guard import Guard, Measurer, embedded_measure
+from palate.train.job import Job, Outcome, identity_of
 from palate.train.preview import Previews, write_adapter
 from palate.train.saving import Saver
 from palate.train.state import Counters, Replicas, Weights
 from palate.train.steering import Steering, noise_images, unknown_words
+from palate.train.tracking import Trackers, tracking
 from palate.train.update import Updater
-
-GUARD_SEEDS = 2  # images per guard prompt: diversity needs two, concept accuracy many prompts
 
 
 class Run:
@@ -76,12 +74,13 @@ class Run:
         self.failures = Failures(
             job.folder, s, self.weights, self.replicas, self.counters, self.ranks, self.base, self.progress.note
         )
-        self.measure = job.measure or _embedded_measure(s.seed, self.previews.sampler)
-        identity = job.identity or json_digest({**dataclasses.asdict(s), **dict.fromkeys(RESUMABLE_FIELDS)})
+        measure = job.measure or embedded_measure(s.seed, self.previews.sampler)
+        self.measure = Measurer(job.model, job.preview, s.guard, measure, self.weights, self.ranks)
         self.saver = Saver(
             job.folder, s, self.ranks, self.weights, self.replicas, self.guard, self.counters, self.log, self.base,
-            identity, job.recipe,
+            job.identity or identity_of(s), job.recipe,
         )  # fmt: skip
+        self.trackers = Trackers({}, self.progress.note)
         self.warned: set[str] = set()
 
     # --------------------------------------------------------------------------------------------------- the loop
@@ -96,7 +95,7 @@ class Run:
             self.ranks.on_main(self.saver.begin)
         counters, steps, folder = self.counters, self.settings.steps, self.job.folder
         self.progress.begin(counters.step)
-        with self.log, self.progress:
+        with self.log, self.progress, self._tracked():
             for text in notes:
                 self.progress.note(text)
             if counters.finished and not (counters.finished == "finished" and counters.step < steps):
@@ -123,6 +122,16 @@ class Run:
             counters.finished = counters.finished or "finished"
             self._finish()
             return Outcome(folder, counters.step, counters.finished, 0)
+
+    @contextlib.contextmanager
+    def _tracked(self) -> Iterator[None]:
+        """Inside, what is logged and previewed also goes to the trackers."""
+        names = self.settings.tracker if self.ranks.is_main else []
+        config = {"algorithm": type(self.job.algorithm).__name__, **dataclasses.asdict(self.settings)}
+        at, note = self.counters.step, self.progress.note
+        with tracking(names, self.job.folder, config, resumed_at=at, note=note) as self.trackers:
+            self.log.listener = self.trackers.row
+            yield
 
     def _way_on(self) -> str:
         """What may be done with a run that has ended."""
@@ -178,10 +187,11 @@ class Run:
 
     def _preview(self, step: int) -> None:
         self.progress.phase("previews", 0, len(self.previews.prompts))
-        self.previews.draw(step)
+        images = self.previews.draw(step)
+        self.trackers.image(step, "previews", grid(images, max(1, round(len(images) ** 0.5)), gap=2))
 
     def _guard(self, step: int) -> None:
-        decision = self.guard.decide(step, self._measured())
+        decision = self.guard.decide(step, self.measure())
         self.log.write(decision.row)
         if not decision.action:
             return
@@ -198,15 +208,6 @@ class Run:
             self.counters.finished = f"guard: {'; '.join(decision.broken)}"
             self.progress.note(f"{why}; stopped, the result is the weights of step {best}")
 
-    def _measured(self) -> dict[str, float]:
-        """What the guard compares, the same on all ranks."""
-        different = max(1, self.settings.guard.prompts // GUARD_SEEDS)
-        prompts = [p for p in evenly_spaced(self.job.preview, different) for _ in range(GUARD_SEEDS)]
-        self.progress.phase("guard", 0, len(prompts))
-        with self.weights.averaged(), torch.no_grad():
-            values = self.measure(self.job.model, prompts, list(range(len(prompts))))
-        return self.ranks.all_gather_json({key: float(value) for key, value in values.items()})[0]
-
     def _warn(self) -> None:
         """What the algorithm wants the user to know; each sentence is said once."""
         if not isinstance(self.job.algorithm, Warns):
@@ -219,6 +220,10 @@ class Run:
     def _finish(self) -> None:
         if self.settings.preview_every:
             self._preview(self.counters.step)
+        if self.guard.state.base and self.settings.tracker:
+            first, last = self.guard.state.base, self.measure()
+            rows = [{"metric": key, "base": first[key], "result": last.get(key)} for key in first]
+            self.trackers.table(self.counters.step, "result", rows)
         self._hand_over()
 
     def _hand_over(self) -> None:
@@ -257,12 +262,6 @@ class Run:
         if self.settings.preview_every:
             self._preview(0)
         if self.settings.guard.every:
-            self.log.write(self.guard.begin(self._measured()))
+            self.log.write(self.guard.begin(self.measure()))
             self.progress.phase("saving")
             self.saver.save()
-
-
-def _embedded_measure(seed: int, sampler: Any) -> GuardMeasure:
-    """What the guard measures of the embedded model; its judges are read when they are first needed."""
-    panel = functools.cache(embedded_panel)
-    return lambda model, prompts, ids: measure_for_guard(model, prompts, ids, seed=seed, panel=panel(), sampler=sampler)

@@ -1,0 +1,105 @@
+"""What trackers receive, read back by their own readers; a tracker that fails ends nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from support.loop import rows, run
+
+from palate.recipe import GuardSettings
+from palate.train import tracking
+from palate.train.tracking import Trackers
+
+GUARD = GuardSettings(every=2, prompts=4)
+OPTIONS = {"steps": 3, "preview_every": 3, "preview_prompts": 4, "guard": GUARD,
+           "check": lambda model, prompts, ids: {"heldout": 1.0, "concept": 0.5}}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_tensorboard_holds_the_metrics_previews_and_verdicts(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tmp_path, tracker=["tensorboard"], **OPTIONS)
+    found = EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    logged = {row["step"]: row["loss"] for row in rows(tmp_path) if row["event"] == "step"}
+    assert {event.step: pytest.approx(event.value) for event in found.Scalars("loss")} == logged
+    assert [(event.step, event.value) for event in found.Scalars("guard/concept")] == [(0, 0.5), (2, 0.5)]
+    assert [event.step for event in found.Images("previews")] == [0, 3]
+    verdicts = found.Tensors("events/guard/text_summary")
+    assert [event.step for event in verdicts] == [0, 2] and b"ok" in verdicts[1].tensor_proto.string_val[0]
+    assert b"| heldout | 1.0 | 1.0 |" in found.Tensors("result/text_summary")[0].tensor_proto.string_val[0]
+
+
+@pytest.mark.slow
+def test_wandb_offline_keeps_a_run(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    run(tmp_path, tracker=["wandb"], **OPTIONS)
+    files = list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 1 and files[0].stat().st_size > 1000
+    assert len(list((tmp_path / "wandb").glob("offline-run-*/files/media/images/previews_*.png"))) == 2
+
+
+@pytest.mark.slow
+def test_trackio_keeps_a_run_on_this_machine(tmp_path, monkeypatch):
+    trackio = pytest.importorskip("trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    _, outcome = run(tmp_path / "mine", tracker=["trackio"], **OPTIONS)
+    assert outcome.reason == "finished" and trackio
+    assert any(path.suffix in (".db", ".parquet") for path in (tmp_path / "trackio").rglob("*"))
+
+
+class Recording:
+    def __init__(self, fails_at: str = ""):
+        self.heard, self.fails_at = [], fails_at
+
+    def __getattr__(self, name):
+        def hear(*values):
+            if name == self.fails_at:
+                raise ConnectionError("the service is down")
+            self.heard.append((name, *values))
+
+        return hear
+
+
+def test_rows_become_scalars_and_sentences():
+    tracker = Recording()
+    trackers = Trackers({"x": tracker}, print)
+    trackers.row({"step": 3, "event": "step", "loss": 0.5, "skipped": "nan"})
+    trackers.row({"step": 4, "event": "guard", "verdict": "ok", "heldout": 1, "best_step": 4})
+    trackers.row({"step": 5, "event": "steer", "positive": ["3d", "flat"], "negative": None})
+    assert tracker.heard == [
+        ("scalars", 3, {"loss": 0.5}), ("event", 3, "events/step", "skipped: nan"),
+        ("scalars", 4, {"guard/heldout": 1.0}), ("event", 4, "events/guard", "verdict: ok"),
+        ("event", 5, "events/steer", "positive: 3d, flat"),
+    ]  # fmt: skip
+
+
+def test_a_tracker_that_fails_is_told_once_and_the_others_go_on():
+    said: list[str] = []
+    good = Recording()
+    trackers = Trackers({"bad": Recording("scalars"), "good": good}, said.append)
+    for step in (1, 2):
+        trackers.row({"step": step, "event": "step", "loss": 1.0})
+    trackers.image(2, "previews", np.zeros((2, 2, 3), np.uint8))
+    assert len(good.heard) == 3 and len(said) == 1 and "the service is down" in said[0]
+
+
+def test_a_tracker_that_cannot_be_opened_or_is_missing_is_told(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise OSError("no login")
+
+    monkeypatch.setitem(tracking.TRACKERS, "wandb", broken)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    _, outcome = run(tmp_path / "a", tracker=["wandb"], steps=1)
+    assert outcome.reason == "finished"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        ValueError, match=r"trainer.tracker: wandb is not installed; run `pip install 'palate\[wandb\]'`"
+    ):
+        run(tmp_path / "b", tracker=["wandb"], steps=1)
+    with pytest.raises(ValueError, match="tracker"):
+        run(tmp_path / "c", tracker=["mlflow"], steps=1)
