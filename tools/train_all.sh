@@ -14,7 +14,7 @@ python tools/stage.py "$work/stage"
 export PYTHONPATH=$work/stage
 mkdir -p "$work/log" "$work/shipped"
 [ -d "$work/shipped/emoji" ] || cp -r src/palate/assets/emoji "$work/shipped/" # what the new model begins with
-assets=$work/stage/palate/assets pool=$work/pool vae=$work/autoencoder/vae
+assets=$work/stage/palate/assets pool=$work/pool vae=$work/autoencoder/polished
 judges=(--pool "$pool" --vae "$vae" --work "$work/rewards")
 run() { echo "$(date +%H:%M) $*"; python "$@"; }
 
@@ -24,6 +24,7 @@ run() { echo "$(date +%H:%M) $*"; python "$@"; }
     run tools/pool.py --chunks 40 --pool "$pool"
     run tools/train_autoencoder.py --minutes "$(minutes 90)" --anchor "$work/shipped/emoji/vae" --pool "$pool" \
         --work "$work/autoencoder"
+    run tools/polish_decoder.py --minutes "$(minutes 20)" --pool "$pool" --work "$work/autoencoder"
     run tools/train_detector.py --minutes "$(minutes 25)" "${judges[@]}"
     run tools/train_rewards.py judge --minutes "$(minutes 25)" --seed 3 --lr 3e-3 "${judges[@]}"
     run tools/train_rewards.py emoji --minutes "$(minutes 40)" --batch 80 "${judges[@]}"

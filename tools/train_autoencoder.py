@@ -6,7 +6,7 @@
 Loss: L1 of pixels, of image gradients and of the Laplacian, and of how strong the Laplacian is in each neighbourhood:
 the last term pays for fine detail as such, where L1 alone prefers none to a misplaced one. Noise on the latents keeps
 the decoder smooth where a diffusion model lands, and each latent channel is pulled to mean 0, variance 1, so that the
-scaling factor is 1. State is saved every two minutes; the same command resumes, and --minutes counts in all.
+scaling factor is 1. State is saved every three minutes; the same command resumes, and --minutes counts in all.
 
 --anchor FOLDER begins with that autoencoder's encoder, adds channels to its latents, and holds the channels that it had
 to what it makes of the images: a denoiser of the narrower latents then goes on on the wider ones.
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,10 +25,11 @@ import torch
 import torch.nn.functional as F
 from data import Atlas, Composer, save_grid
 from diffusers import AutoencoderTiny
+from progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-BATCH, EMA = 16, 0.998
+BATCH, EMA, NOISE = 16, 0.998, 0.1
 _LAPLACE = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]]).expand(3, 1, 3, 3).contiguous()
 
 
@@ -115,6 +115,35 @@ def save(vae: AutoencoderTiny, folder: Path) -> None:
     config.write_text(json.dumps(table, indent=2) + "\n")
 
 
+def step_loss(model: AutoencoderTiny, batch: Tensor, held: Tensor | None, rng: torch.Generator) -> dict[str, Tensor]:
+    """The terms of one step, before their weights. held: what the first channels should be."""
+    with torch.autocast("cpu", torch.bfloat16):
+        latents = model.encoder((batch * 2 - 1).contiguous(memory_format=torch.channels_last))
+    latents = latents.float()
+    spread = latents.var((0, 2, 3)).sub(1).square().mean() + latents.mean((0, 2, 3)).square().mean()
+    noisy = latents + NOISE * torch.rand(len(batch), 1, 1, 1, generator=rng) * torch.randn(latents.shape, generator=rng)
+    with torch.autocast("cpu", torch.bfloat16):
+        decoded = model.decoder(noisy)
+    terms = losses(decoded.float().add(1).div(2).contiguous(), batch) | {"spread": spread}
+    if held is not None:
+        terms["anchor"] = (latents[:, : held.shape[1]] - held.float()).square().mean()
+    return terms
+
+
+@torch.no_grad()
+def follow(average: AutoencoderTiny, model: AutoencoderTiny, step: int) -> None:
+    """Move the average of the weights."""
+    decay = min(EMA, (step + 1) / (step + 10))
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+
+
+@torch.no_grad()
+def show(vae: AutoencoderTiny, images: Tensor, path: Path) -> None:
+    """A sheet of images, each beside its reconstruction."""
+    decoded = vae.decode(vae.encode(images * 2 - 1).latents).sample.add(1).div(2).clamp(0, 1)
+    save_grid(torch.stack([images, decoded], 1).flatten(0, 1), path, columns=12, zoom=2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=60, help="of training in all, resumed time included")
@@ -126,7 +155,6 @@ def main() -> None:
     parser.add_argument("--pool", type=Path, default=pool.POOL)
     parser.add_argument("--work", type=Path, default=Path(".cache/autoencoder"))
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
 
     torch.manual_seed(args.seed)
     anchor = AutoencoderTiny.from_pretrained(args.anchor).float().eval() if args.anchor else None
@@ -137,67 +165,29 @@ def main() -> None:
     average = build(args.channels, args.width, encoder_width)
     average.load_state_dict(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0, betas=(0.9, 0.99))
-    state, step, spent = args.work / "state.pt", 0, 0.0
-    if state.exists():
-        found = torch.load(state, weights_only=True)
-        model.load_state_dict(found["model"])
-        average.load_state_dict(found["average"])
-        optimizer.load_state_dict(found["optimizer"])
-        step, spent = found["step"], found["spent"]
-    chunks, log, check = pool.ready(args.pool), [], fresh()
+    parts = {"model": model, "average": average, "optimizer": optimizer}
+    chunks, check = pool.ready(args.pool), fresh()
     images = pool.images(args.pool, chunks)
     held = targets(anchor, images, args.work / "anchor", chunks) if anchor else None
-    start, saved = time.time() - spent, time.time()
-
-    def keep() -> None:
-        parts = {"model": model.state_dict(), "average": average.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save(parts | {"step": step, "spent": time.time() - start}, state.with_suffix(".new"))
-        state.with_suffix(".new").rename(state)
-
-    while (spent := time.time() - start) < args.minutes * 60:
-        step += 1
-        left = 1 - spent / 60 / args.minutes
+    run = Progress(args.work / "state.pt", parts, args.minutes)
+    for step in run:
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, step / 100) * min(1, max(0.01, 1.8 * left))
-        if step % 500 == 0 and len(found := pool.ready(args.pool)) > len(chunks):
-            chunks, images = found, pool.images(args.pool, found)
-            held = targets(anchor, images, args.work / "anchor", chunks) if anchor else None
+            group["lr"] = args.lr * min(1, step / 100) * min(1, max(0.01, 1.8 * (1 - run.share)))
         rng = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         pick = torch.randint(len(images), (BATCH,), generator=rng)
-        batch = images[pick].float() / 255
-        with torch.autocast("cpu", torch.bfloat16):
-            latents = model.encoder((batch * 2 - 1).contiguous(memory_format=torch.channels_last))
-        latents = latents.float()
-        spread = latents.var((0, 2, 3)).sub(1).square().mean() + latents.mean((0, 2, 3)).square().mean()
-        noisy = latents + 0.1 * torch.rand(BATCH, 1, 1, 1, generator=rng) * torch.randn(latents.shape, generator=rng)
-        with torch.autocast("cpu", torch.bfloat16):
-            decoded = model.decoder(noisy)
-        terms = losses(decoded.float().add(1).div(2).contiguous(), batch) | {"spread": spread}
-        if held is not None:
-            terms["anchor"] = (latents[:, : held.shape[1]] - held[pick].float()).square().mean()
+        terms = step_loss(model, images[pick].float() / 255, None if held is None else held[pick], rng)
         loss = sum(WEIGHTS[name] * value for name, value in terms.items())
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        with torch.no_grad():
-            decay = min(EMA, (step + 1) / (step + 10))
-            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-        log.append({name: value.item() for name, value in terms.items()})
-        if step % 100 == 0:
-            recent = {name: round(float(np.mean([row[name] for row in log[-100:]])), 5) for name in log[-1]}
-            print(f"step {step} {spent / 60:.1f} min {recent}", flush=True)
-        if time.time() - saved > 120:
-            keep()
-            saved = time.time()
+        follow(average, model, step)
+        run.log(terms)
         if step % 1000 == 0:
             print(f"step {step} fresh {fidelity(average.eval(), check)}", flush=True)
             save(average, args.work / "vae")
-    keep()
-    print(f"{step} steps of {BATCH}, {spent / 60:.1f} minutes, fresh {fidelity(average.eval(), check)}", flush=True)
-    with torch.no_grad():
-        decoded = average.decode(average.encode(check[:48] * 2 - 1).latents).sample.add(1).div(2).clamp(0, 1)
-    save_grid(torch.stack([check[:48], decoded], 1).flatten(0, 1), args.work / "grid.png", columns=12, zoom=2)
+    print(f"{run.step} steps of {BATCH}, {run.spent / 60:.1f} min, fresh {fidelity(average.eval(), check)}", flush=True)
+    show(average, check[:48], args.work / "grid.png")
     save(average, args.work / "vae")
 
 

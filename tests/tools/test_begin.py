@@ -57,3 +57,11 @@ def test_the_terms_of_the_reconstruction_are_zero_only_for_the_image_itself():
     line = torch.zeros(1, 3, 5, 5)
     line[..., 2, 2] = 1
     assert autoencoder.laplacian(line)[0, 0].tolist() == [[0, 1, 0], [1, -4, 1], [0, 1, 0]]
+
+
+def test_the_energy_of_detail_is_paid_where_it_is_not_its_place_to_the_pixel():
+    """A checkerboard moved by one pixel has all its detail; a grey one has none."""
+    polish = pytest.importorskip("polish_decoder")
+    board = (torch.arange(24)[:, None] + torch.arange(24)).remainder(2).float().expand(1, 3, 24, 24)
+    assert float(polish.energy(board.roll(1, -1), board)) < 1e-4
+    assert float(polish.energy(torch.full_like(board, 0.5), board)) > 1
