@@ -13,6 +13,7 @@ import torch
 from palate import evaluate, runs
 from palate.evaluate import EvaluationPanel
 from palate.path import Prediction, flow_schedule
+from palate.runtime.errors import InputError
 
 
 class FakeClassifier:
@@ -69,12 +70,16 @@ class FakeModel:
     latent_shape = (3, 8, 8)
     image_size = 8
     default_steps, default_guidance = 1, 1.0
+    device = torch.device("cpu")
 
     def __init__(self, lift: float = 0.2):
         self.lift = lift
 
     def encode_prompts(self, prompts):
         return list(prompts)
+
+    def encode(self, images):
+        return images
 
     def decode(self, latents):
         return latents.clamp(0, 1)
@@ -360,12 +365,12 @@ def test_quick_check_agrees_with_the_full_evaluation():
 
 
 def test_evaluate_run_measures_the_result_against_the_base_and_repeats_to_the_byte(tmp_path):
-    (tmp_path / "recipe.yaml").write_text("reward: {name: emoji}\n")
+    (tmp_path / "recipe.yaml").write_text(ALGORITHM + "reward: {name: emoji}\nprompts: {list: [dog]}\n")
     ask = {"prompts": ["dog", "apple blue"], "seeds": [0, 1], "panel": panel()}
     result = runs.evaluate_run(tmp_path, model=FakeModel(0.2), **ask)
     first = (tmp_path / "evaluation.json").read_bytes()
     assert result["metrics"]["reward/emoji"]["change"] == pytest.approx(0.2, abs=0.003)  # 8-bit PNG
-    assert result["optimised"] == ["emoji"] and result["verdict"]["text"].startswith("Optimised reward up")
+    assert result["optimised"] == ["emoji"] and result["verdict"]["text"].startswith("Optimised reward")
     runs.evaluate_run(tmp_path, model=FakeModel(0.2), **ask)
     assert (tmp_path / "evaluation.json").read_bytes() == first
     again = runs.evaluate_samples(
@@ -374,11 +379,14 @@ def test_evaluate_run_measures_the_result_against_the_base_and_repeats_to_the_by
     assert again["metrics"] == result["metrics"]  # the stored images are the judged images
 
 
+ALGORITHM = "algorithm: {name: ddpo}\n"  # one without control words
+
+
 def run_folder(
     path, text="reward: {name: emoji}\nevaluate: {prompts: 2, seeds: 2}\nprompts: {list: [dog, apple blue, apple]}\n"
 ):
     path.mkdir(parents=True)
-    (path / "recipe.yaml").write_text(text)
+    (path / "recipe.yaml").write_text(text if "algorithm" in text else ALGORITHM + text)
     return path
 
 
@@ -411,8 +419,9 @@ def test_several_runs_are_paired_on_the_same_prompts_and_noise(tmp_path):
 
 
 def test_relative_rewards_of_other_words_are_other_questions(tmp_path):
-    folders = [run_folder(tmp_path / n, "reward: {name: emoji}\nprompts: {list: [dog, apple]}\n"
-                          f"algorithm: {{positive: [{w}]}}\n") for n, w in (("a", "3d"), ("b", "flat"))]  # fmt: skip
+    text = "reward: {name: emoji}\nprompts: {list: [dog, apple]}\n"
+    words = {"a": "algorithm: {name: srpo, positive: [3d]}\n", "b": "algorithm: {name: srpo, positive: [flat]}\n"}
+    folders = [run_folder(tmp_path / name, text + own) for name, own in words.items()]
     between = runs.evaluate_runs(folders, panel=panel(), load=load)["between"]["b"]
     assert "reward/emoji" in between and not any(key.endswith("-relative") for key in between)
 
@@ -433,10 +442,8 @@ def test_sums_of_other_weights_are_other_questions_and_other_guidance_is_said(tm
 
 
 def test_prompts_that_are_given_are_all_asked(tmp_path):
-    folders = [
-        run_folder(tmp_path / name, f"reward: {{name: emoji}}\nevaluate: {{prompts: {count}}}\n")
-        for name, count in (("a", 2), ("b", 3))
-    ]
+    text = "reward: {{name: emoji}}\nprompts: {{list: [a]}}\nevaluate: {{prompts: {0}}}\n"
+    folders = [run_folder(tmp_path / name, text.format(count)) for name, count in (("a", 2), ("b", 3))]
     prompts = ["dog", "apple", "apple blue", "dog blue"]
     found = runs.evaluate_runs(folders, prompts=prompts, seeds=[0], panel=panel(), load=load)["runs"]
     assert all([row["prompt"] for row in run["rows"]] == prompts for run in found.values())
@@ -466,8 +473,8 @@ def test_runs_on_other_prompts_or_seeds_are_refused_before_anything_is_drawn(tmp
     with pytest.raises(ValueError, match="no stored images of the base; run palate evaluate"):
         runs.evaluate_runs([a], panel=panel(), stored=True)
     runs.evaluate_runs([a], panel=panel(), load=load)
-    runs.evaluate_runs([b], panel=panel(), load=load, seeds=[0, 5], prompts=["dog", "apple blue"])
-    with pytest.raises(ValueError, match=r"a and b cannot be paired: .* of row [01] is"):
+    runs.evaluate_runs([b], panel=panel(), load=load, seeds=[7], prompts=["apple"])
+    with pytest.raises(ValueError, match="no prompt and seed in common"):
         runs.evaluate_runs([a, b], panel=panel(), stored=True)
     (a / "evaluation/result/0001.png").unlink()
     with pytest.raises(ValueError, match=r"0001.png is missing"):
@@ -541,22 +548,25 @@ def test_a_change_of_style_is_not_over_optimisation_because_the_plain_held_out_r
 
 
 def test_words_in_force_follow_the_steering(tmp_path):
-    recipe = {"algorithm": {"positive": ["3d"], "negative": ["flat"]}}
-    assert runs.words_in_force(tmp_path, recipe) == (["3d"], ["flat"])
-    (tmp_path / "metrics.jsonl").write_text(
+    words = "algorithm: {name: srpo, positive: [3d], negative: [flat]}\nreward: {name: emoji}\nprompts: {list: [dog]}\n"
+    folder = run_folder(tmp_path / "run", words)
+    assert runs.RunFolder(folder).words() == (["3d"], ["flat"])
+    (folder / "metrics.jsonl").write_text(
         '{"event": "step", "step": 1}\n{"event": "steer", "step": 2, "positive": ["outline"], "negative": null}\n'
     )
-    assert runs.words_in_force(tmp_path, recipe) == (["outline"], ["flat"])
+    run = runs.RunFolder(folder)
+    assert run.words() == runs.words_in_force(folder, run.tree) == (["outline"], ["flat"])
+    assert run.objective().pairs == (("outline", "flat"),)
 
 
 def test_the_relative_reward_of_a_recipe_is_evaluated_as_it_was_optimised(tmp_path):
-    recipe = {"reward": {"name": "warmth", "relative": {"positive": "3d", "negative": "", "k": 0.5}}, "algorithm": {}}
-    words = runs.words_in_force(tmp_path, recipe)
-    assert words == (["3d"], [])
+    text = "reward: {name: emoji, relative: {positive: 3d, k: 0.5}}\nprompts: {list: [dog]}\n"
+    run = runs.RunFolder(run_folder(tmp_path / "run", text))
+    assert run.words() == (["3d"], [])
     count = lambda images, prompts: torch.tensor([len(prompts[0]) * 1.0])  # noqa: E731
-    rewards, optimised = runs._with_optimised({"warmth": count, "other": count}, "other", recipe, words)
-    assert optimised == ["warmth-relative", "warmth"]
-    for name in ("warmth-relative", "other-relative"):
+    rewards, optimised = run.objective().rewards({"emoji": count, "other": count}, "other")
+    assert optimised == ["emoji-relative", "emoji"]
+    for name in ("emoji-relative", "other-relative"):
         assert float(rewards[name](torch.zeros(1, 3, 2, 2), ["dog"])) == 1.5 * len("3d. dog") - len("dog")
 
 
@@ -623,3 +633,35 @@ def test_500_images_are_judged_by_every_embedded_metric_in_a_minute():
     found = evaluate.evaluate_images(images, sorted(prompts), [i % 100 for i in range(500)], panel)
     assert found.summary["images"] == 500 and len(found.rows) == 500
     assert time.process_time() - began < 60
+
+
+def test_an_evaluation_on_other_prompts_or_seeds_keeps_the_older_one(tmp_path):
+    """Asked for again it comes back, and two runs are compared on the prompts and seeds that both have."""
+    a, b = run_folder(tmp_path / "a"), run_folder(tmp_path / "b")
+    ask = {"panel": panel(), "load": load}
+    runs.evaluate_runs([a], prompts=["dog", "apple", "apple blue"], seeds=[0, 1], **ask)
+    whole = (a / "evaluation.json").read_bytes()
+    pictures = {path.name: path.read_bytes() for path in (a / "evaluation/result").iterdir()}
+    runs.evaluate_runs([a], prompts=["dog"], seeds=[1], **ask)
+    kept = [path for path in (a / "evaluations").iterdir()]
+    assert [(path / "evaluation.json").read_bytes() for path in kept] == [whole]
+    assert {path.name: path.read_bytes() for path in (kept[0] / "evaluation/result").iterdir()} == pictures
+    runs.evaluate_runs([b], prompts=["dog", "apple"], seeds=[1, 2], **ask)
+    found = runs.evaluate_runs([a, b], panel=panel(), stored=True)["between"]["b"]
+    rows = [json.loads((run / "evaluation.json").read_text())["rows"] for run in (a, b)]
+    assert runs.common_rows(*rows) == [(0, 0)]  # ("dog", 1)
+    values = [row[0]["reward/emoji"] for row in rows]
+    assert found["reward/emoji"]["change"] == pytest.approx(values[1] - values[0], abs=1e-6)
+    assert "vendi" not in found  # of other sets of images
+    runs.evaluate_runs([a], prompts=["dog", "apple", "apple blue"], seeds=[0, 1], **ask)
+    assert (a / "evaluation.json").read_bytes() == whole
+    assert [path.name for path in (a / "evaluations").iterdir()] == [runs.evaluation_key(["dog"], [1])]
+
+
+def test_overrides_judge_a_finished_run_and_change_nothing_of_it(tmp_path):
+    folder = run_folder(tmp_path / "a")
+    run = runs.RunFolder(folder, ["evaluate.seeds=1", "sample.steps=3"])
+    assert (run.recipe.evaluate.seeds, run.recipe.sample.steps) == (1, 3)
+    for change in ("trainer.lr=1", "reward.name=warmth", "algorithm.name=dpo", "prompts.list=a"):
+        with pytest.raises(InputError, match="start a new run"):
+            runs.RunFolder(folder, [change])

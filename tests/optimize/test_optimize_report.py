@@ -106,9 +106,8 @@ def test_curves_over_questions(tmp_path):
 def test_an_oracle_of_ones_own_is_not_asked_again(folder, tmp_path):
     tree = yaml.safe_load((folder / "recipe.yaml").read_text())
     tree["optimize"]["oracle"] |= {"name": None, "noise": 0.0, "function": "nowhere:score"}
-    assert runs._shares(tree) == {} and "oracle-jpeg-size" in runs._shares(
-        recipe.as_tree(recipe.read(str(folder / "recipe.yaml")))
-    )
+    assert runs.RunFolder(folder).objective().description() == {"weights": {"oracle-jpeg-size": 1.0}}
+    assert recipe.objective_of(recipe.parse(yaml.safe_dump(tree))).terms == ()
     shutil.copy(folder / "recipe.yaml", tmp_path / "recipe.yaml")
     with pytest.raises(ValueError, match="no trained round yet"):
         runs.trained_model(tmp_path)

@@ -69,7 +69,12 @@ def sample(
 ))  # fmt: skip
 def evaluate(
     ctx: typer.Context,
-    runs: Annotated[list[Path], typer.Argument(help="One or more runs; several are paired by prompt and seed.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            help="One or more runs, paired by prompt and seed; then evaluate.*=, sample.*=, reward.source.*=."
+        ),
+    ],
     prompts_file: Annotated[str | None, typer.Option(help="One prompt per line; else the recipe's.")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Prompts to use at most.")] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Images per prompt.")] = None,
@@ -88,7 +93,11 @@ def evaluate(
 
     if stored and (prompts_file or count or seeds):
         raise InputError("--stored judges the images that are there; leave out --prompts-file, --count and --seeds")
-    for run in runs:
+    overrides = [word for word in runs if "=" in word and not Path(word).is_dir()]
+    folders = [Path(word) for word in runs if word not in overrides]
+    if not folders:
+        raise InputError("give at least one run, for example runs/mine")
+    for run in folders:
         recipe_file(run)
     if tasks:
         from palate.cli.tasks import evaluate_with_tasks
@@ -106,9 +115,9 @@ def evaluate(
     numbers = None if seeds is None else range(seeds)
     with shown(ctx.obj["quiet"]):
         found = evaluate_runs(
-            runs, prompts=prompts, count=count, seeds=numbers, stored=stored, load=load_run, warn=_warn
+            folders, prompts=prompts, count=count, seeds=numbers, stored=stored, warn=_warn, overrides=overrides
         )
-    page = write_evaluation(runs, found, out)
+    page = write_evaluation(folders, found, out)
     if as_json:
         print(to_json(found), end="")
         return

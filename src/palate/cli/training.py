@@ -16,8 +16,9 @@ from palate.cli.app import CHECK, TRAIN, app, examples
 from palate.cli.options import Fresh, Overrides, Ranks, RecipeName, Run, WordsOption, recipe_file
 from palate.cli.phases import shown
 from palate.runtime.errors import CheckpointError, InputError
+from palate.runtime.own_files import foreign_files
 from palate.runtime.progress import printable, say
-from palate.runtime.runlock import OWNER, owned
+from palate.runtime.runlock import owned
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -300,17 +301,10 @@ def check_removable(folder: Path) -> None:
         return
     if folder.is_symlink() or not folder.is_dir():
         raise InputError(f"run.folder: {folder} is not an ordinary folder")
-    ours = {"recipe.yaml", "environment.json", "metrics.jsonl", "samples", "checkpoints", "adapter", "export",
-            "report.html",
-            "evaluation", "evaluation.json", "evaluation.html", "evaluations.json", "tasks.json", "control.json",
-            "steering.json", "failures", "queries",
-            "queries.jsonl", "rounds.jsonl", "tensorboard", "wandb", OWNER}  # fmt: skip
-    parts = (".tmp-", "compare", "round-")
     if keys := sorted(path.name for path in folder.glob("compare*-key.json")):
         raise InputError(
             f"run.folder: {folder} holds {keys[0]}, without which the choices of its blind study cannot "
             "be read; move it elsewhere, or delete it, and then replace the run with --fresh"
         )
-    foreign = sorted(p.name for p in folder.iterdir() if p.name not in ours and not p.name.startswith(parts))
-    if foreign:
+    if foreign := foreign_files(folder):
         raise InputError(f"run.folder: {folder} also holds {foreign[0]}, which no run wrote; --fresh leaves it alone")

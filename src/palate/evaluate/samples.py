@@ -6,6 +6,7 @@ A sample folder holds 0000.png ... and index.jsonl, one row per image.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -77,6 +78,9 @@ def draw(model: Model, prompts: Sequence[str], noises: Sequence[Tensor], how: Dr
     else:
         device = next((p.device for p in model.parameters("policy")), torch.device("cpu"))
         default_steps, default_guidance = DEFAULT_STEPS, 1.0
+    guidance = default_guidance if how.guidance is None else how.guidance
+    if not math.isfinite(guidance):
+        raise InputError(f"guidance is {guidance}; expected a finite number, 1 = off")
     images = []
     for start in range(0, len(prompts), how.batch_size):
         tell("drawing", start, len(prompts))
@@ -84,7 +88,6 @@ def draw(model: Model, prompts: Sequence[str], noises: Sequence[Tensor], how: Dr
         parts = [noise[start : start + how.batch_size].to(device) for noise in noises]
         if how.sampler is None:
             steps = how.steps or default_steps
-            guidance = default_guidance if how.guidance is None else how.guidance
             latents = sample(model, cond, parts[0], steps, guidance=guidance, weights=how.weights)
         else:
             latents = how.sampler(model, cond, parts, weights=how.weights)

@@ -13,6 +13,7 @@ import importlib.resources
 import json
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,13 @@ def text_of(source: str) -> str:
         near = difflib.get_close_matches(source, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"published recipes: {', '.join(known)}"
         raise RecipeError(f"no recipe named {source!r} and no such file; {hint}")
+    state = path.stat()
+    return _text_of_file(path.absolute(), state.st_mtime_ns, state.st_size)
+
+
+@lru_cache(maxsize=64)
+def _text_of_file(path: Path, modified: int, size: int) -> str:
+    """The file's text, read once however many parts of a command ask for the recipe."""
     return read_text(path, limit=YAML_LIMIT)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from palate.core import Model
+from palate.core import Fingerprinted, Model
 from palate.recipe import TrainerSettings
 from palate.runtime import checkpoint, distributed
 from palate.runtime.distributed import Ranks
@@ -133,6 +133,12 @@ class Saver:
 def restore_result(model: Model, folder: Path, *, warn: Callable[[str], None]) -> int:
     """Put the newest good checkpoint's weights (the average, if one was kept) into `model`; returns its step."""
     saved = checkpoint.load_newest(folder / "checkpoints", warn=warn)
+    base = model.fingerprint() if isinstance(model, Fingerprinted) else ""
+    if saved.state["base_fingerprint"] != base:
+        raise CheckpointError(
+            f"{folder} was trained from other base weights ({saved.state['base_fingerprint'][:12]}, now {base[:12]}); "
+            "its adapter fits those alone: install the version of the model it started from"
+        )
     source = "ema" if any(key.startswith("ema/") for key in saved.tensors) else "weights"
     for name in saved.state["trains"]:
         copy_into(model.parameters(name), saved.tensors, f"{source}/{name}")
