@@ -18,7 +18,7 @@ from palate.cli.phases import shown
 from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.own_files import foreign_files
 from palate.runtime.progress import printable, say
-from palate.runtime.runlock import owned
+from palate.runtime.runlock import OWNER, owned
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
