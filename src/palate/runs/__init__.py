@@ -1,0 +1,27 @@
+"""Run folders: what lies on disk, judged by `palate.evaluate` and written beside it.
+
+A sample folder holds 0000.png ... and index.jsonl, one row per image. `palate evaluate` leaves two of them in a run,
+evaluation/base and evaluation/result, with evaluation.json: the same prompts and noise before and after.
+"""
+
+from __future__ import annotations
+
+from palate.evaluate import check_same, evaluate_samples, read_index, read_samples, write_samples
+from palate.runs.comparison import between, common_rows
+from palate.runs.evaluation import evaluate_run, evaluate_runs, evaluation_key
+from palate.runs.folder import (
+    RunFolder,
+    read_recipe,
+    run_names,
+    trained_model,
+    tree_words,
+    words_in_force,
+)
+
+control_words = tree_words
+
+__all__ = [
+    "RunFolder", "between", "check_same", "common_rows", "control_words",
+    "evaluate_run", "evaluate_runs", "evaluate_samples", "evaluation_key", "read_index", "read_recipe",
+    "read_samples", "run_names", "trained_model", "tree_words", "words_in_force", "write_samples",
+]  # fmt: skip

@@ -1,0 +1,221 @@
+"""A run judged: base model against result on the same noise, written beside the run.
+
+evaluation/{base,result} and evaluation.json are the newest evaluation. One on other prompts or seeds does not replace
+it: the older one moves to evaluations/KEY, where KEY tells its prompts and seeds, and comes back when they are asked
+for again.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from palate.core import Model, Sampleable, Sampler
+from palate.data import evenly_spaced, read_prompts
+from palate.evaluate.measurement import evaluate_samples, to_json
+from palate.evaluate.panel import EvaluationPanel
+from palate.evaluate.samples import check_same, generate, pairs, read_index, write_samples
+from palate.evaluate.verdicts import verdict
+from palate.recipe import builder
+from palate.recipe.objective import ORACLE
+from palate.recipe.settings import Recipe
+from palate.recipe.together import heldout_of
+from palate.runs.comparison import between
+from palate.runs.folder import RunFolder, run_names
+from palate.runtime.errors import InputError
+from palate.runtime.files import json_digest, replace, write_atomically
+
+SIDES = ("base", "result")
+CURRENT = ("evaluation", "evaluation.json")
+Load = Callable[[Path], tuple[Model, Sampler | None]]
+
+
+def evaluate_run(
+    run_folder: str | Path | RunFolder,
+    *,
+    prompts: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    model: Model | None = None,
+    panel: EvaluationPanel | None = None,
+    sampler: Sampler | None = None,
+    stored: bool = False,
+) -> dict[str, Any]:
+    """Base model against the run's result on prompts x seeds from the same noise: every reward with the optimised one
+    marked, a verdict, the images. Writes evaluation/{base,result}/ and evaluation.json into the run folder and returns
+    the latter. None = what the recipe's evaluate section says. `stored`: judge the images that lie there already."""
+    run = run_folder if isinstance(run_folder, RunFolder) else RunFolder(run_folder)
+    panel = panel or builder.panel_of(run.recipe)
+    objective = run.objective()
+    rewards, optimised = objective.rewards(panel.rewards, panel.heldout)
+    if stored:
+        _check_stored(run)
+    else:
+        prompts = prompts_of(run.recipe) if prompts is None else list(prompts)
+        seeds = seeds_of(run.recipe) if seeds is None else list(seeds)
+        if model is None:
+            model, sampler = run.model()
+        bring_forward(run.path, evaluation_key(*pairs(prompts, seeds)))
+        _draw(run, model, sampler, prompts, seeds)
+    folder = run.path / "evaluation"
+    result = evaluate_samples(folder / "result", base_folder=folder / "base", panel=panel._replace(rewards=rewards))
+    positive, negative = run.words()
+    result |= {
+        "optimised": optimised,
+        "heldout": panel.heldout,
+        "objective": objective.description(),
+        "words": {"positive": positive, "negative": negative} | ({"k": objective.k} if objective.k else {}),
+        "verdict": verdict(
+            result["metrics"], optimised, panel.heldout, result["failed"], num_prompts=result["prompts"]
+        ),
+    }
+    if f"{ORACLE}hidden-judge" in optimised:
+        result["verdict"]["warnings"].append(
+            "the oracle was the judge itself: concepts, diversity and drift are not "
+            "independent of what was optimised; the held-out reward is"
+        )
+    write_atomically(run.path / "evaluation.json", to_json(result).encode())
+    return result
+
+
+def evaluate_runs(
+    run_folders: Sequence[str | Path],
+    *,
+    prompts: Sequence[str] | None = None,
+    count: int | None = None,
+    seeds: Sequence[int] | None = None,
+    stored: bool = False,
+    panel: EvaluationPanel | None = None,
+    load: Load | None = None,
+    warn: Callable[[str], None] = warnings.warn,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """`evaluate_run` for each, on the same prompts and seeds and by the same rewards: those that any of the runs
+    optimised are asked of all. Returns {"first": name, "runs": {name: evaluation}, "between": {name: {metric: ...}}},
+    the last as `between` gives it against the first run, on the prompts and seeds that both have.
+
+    prompts, count (at most so many), seeds: None = each recipe's own, which must then agree. InputError before any
+    image is drawn where they do not. `load`: folder -> model, sampler; None = `RunFolder.model`. `warn` hears of runs
+    whose base model was drawn in other steps or with other guidance. `overrides`: see `RunFolder`.
+    """
+    names = run_names([Path(folder) for folder in run_folders])
+    runs = [RunFolder(folder, overrides) for folder in run_folders]
+    asked: list[tuple[list[str], list[int]] | None] = []
+    for run in runs:
+        if stored:
+            _check_stored(run)
+            asked.append(None)
+            continue
+        mine = prompts_of(run.recipe, prompts, count), seeds_of(run.recipe) if seeds is None else list(seeds)
+        asked.append(mine)
+        check_same(_rows(*(asked[0] or mine)), _rows(*mine), names[0], names[len(asked) - 1])
+    panel = panel or _common_panel(runs, names)
+    for run in runs:
+        panel = panel._replace(rewards=run.objective().load(panel.rewards))
+    found = {}
+    for name, run, given in zip(names, runs, asked, strict=True):
+        if given is None:
+            found[name] = evaluate_run(run, panel=panel, stored=True)
+            continue
+        model, sampler = run.model(warn) if load is None else load(run.path)
+        found[name] = evaluate_run(run, model=model, sampler=sampler, panel=panel, prompts=given[0], seeds=given[1])
+    first, ways = names[0], [_how_drawn(run) for run in runs]
+    for name, way in zip(names, ways, strict=True):
+        if way != ways[0]:
+            warn(
+                f"{first} is drawn with {ways[0]}, {name} with {way}: more than the training differs between them; "
+                "give both the same sample.guidance and sample.steps"
+            )
+    return {"first": first, "runs": found, "between": {name: between(found[first], found[name]) for name in names[1:]}}
+
+
+def prompts_of(recipe: Recipe, prompts: Sequence[str] | None = None, count: int | None = None) -> list[str]:
+    """Those given, else evaluate.prompts of the recipe's: of evaluate.file, the preview's, the training prompts.
+    `count` of either, evenly spaced."""
+    if prompts is None:
+        file = recipe.evaluate.file or recipe.prompts.preview or recipe.prompts.file
+        prompts = read_prompts(file) if file else recipe.prompts.list
+        count = count or recipe.evaluate.prompts
+    if not prompts:
+        raise InputError(
+            "the recipe names no prompts to evaluate on; set evaluate.file to a text file, one prompt per line"
+        )
+    return evenly_spaced(prompts, count or len(prompts))
+
+
+def seeds_of(recipe: Recipe) -> list[int]:
+    """0 ... evaluate.seeds - 1."""
+    return list(range(recipe.evaluate.seeds))
+
+
+# --- evaluations that are kept --------------------------------------------------------------------------------------
+
+
+def evaluation_key(prompts: Sequence[str], seeds: Sequence[int]) -> str:
+    """What tells an evaluation's rows, all prompts and seeds in order, from another's."""
+    return json_digest([[prompt, int(seed)] for prompt, seed in zip(prompts, seeds, strict=True)])[:12]
+
+
+def bring_forward(run: Path, key: str) -> None:
+    """Make room for an evaluation: one on other rows moves to evaluations/KEY, one on the same comes back."""
+    if (run / "evaluation" / "result" / "index.jsonl").is_file():
+        rows = read_index(run / "evaluation" / "result")
+        there = evaluation_key([row["prompt"] for row in rows], [row["seed"] for row in rows])
+        if there == key:
+            return
+        _move(run, run / "evaluations" / there)
+    if (kept := run / "evaluations" / key).is_dir():
+        _move(kept, run)
+        kept.rmdir()
+
+
+def _move(source: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for name in CURRENT:
+        if (source / name).exists():
+            replace(source / name, target / name)
+
+
+# --- parts ----------------------------------------------------------------------------------------------------------
+
+
+def _draw(run: RunFolder, model: Model, sampler: Sampler | None, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+    assert isinstance(model, Sampleable), "a run's model can be sampled"
+    how = run.recipe.sample
+    steps = how.steps or model.default_steps
+    guidance = model.default_guidance if how.guidance is None else how.guidance
+    for side, weights in (("base", "reference"), ("result", "policy")):
+        own = sampler if side == "result" else None  # a generator is judged beside its teacher, drawn in many steps
+        images = generate(model, prompts, seeds, steps=steps, guidance=guidance, weights=weights, sampler=own)
+        scale, count = (1.0, own.steps) if own else (guidance, steps)
+        write_samples(run.path / "evaluation" / side, images, *pairs(prompts, seeds), guidance=scale, steps=count)
+
+
+def _common_panel(runs: Sequence[RunFolder], names: Sequence[str]) -> EvaluationPanel:
+    judges = [heldout_of(run.recipe) for run in runs]
+    for name, judge in zip(names, judges, strict=True):
+        if judge != judges[0]:
+            raise InputError(
+                f"{names[0]} is judged by {judges[0]}, {name} by {judge}; give evaluate.heldout=NAME, one that "
+                "neither optimised"
+            )
+    return builder.panel_of(runs[0].recipe)
+
+
+def _check_stored(run: RunFolder) -> None:
+    for side in SIDES:
+        if not (run.path / "evaluation" / side / "index.jsonl").is_file():
+            raise InputError(
+                f"{run.path} has no stored images of the {side}; run palate evaluate on it without --stored"
+            )
+
+
+def _rows(prompts: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    return [{"prompt": p, "seed": s} for p, s in zip(*pairs(prompts, seeds), strict=True)]
+
+
+def _how_drawn(run: RunFolder) -> str:
+    """How the base images of an evaluation were drawn."""
+    row = read_index(run.path / "evaluation" / "base")[0]
+    return ", ".join(f"{key} {row[key]:g}" for key in ("guidance", "steps") if key in row)
