@@ -19,7 +19,12 @@ from palate.runtime.errors import InputError
 def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
     """Layer -> the shape of its weight, of every layer that a LoRA can adapt, also one that is adapted already."""
     return {
-        name.removesuffix(".base_layer"): tuple(module.weight.shape)
+        name.removesuffix(".base_layer"): (
+            module.out_features,
+            module.in_features,
+        )  # a stored weight's shape is another
+        if isinstance(module, nn.Linear)
+        else tuple(module.weight.shape)
         for name, module in network.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d) and ".lora_" not in name
     }

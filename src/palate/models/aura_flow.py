@@ -73,7 +73,7 @@ class AuraFlow(LoadedModel):
         **options: Unpack[LoadOptions],
     ) -> AuraFlow:
         """From a diffusers folder or hub id; docs/models.md describes the options that all families share."""
-        repository = open_repository(folder, family=FAMILY, parts=PARTS, file=options.get("file"))
+        repository = open_repository(folder, family=FAMILY, parts=PARTS, options=options)
         config = repository.config("transformer")
         factor = 2 ** (len(repository.config("vae")["block_out_channels"]) - 1)
         largest = math.isqrt(config["pos_embed_max_size"]) * config["patch_size"] * factor

@@ -38,6 +38,7 @@ MECHANISM = frozenset(
         "lora",
         "original",
         "parts",
+        "quantised",
         "repository",
         "repository_checks",
         "schedules",
@@ -62,6 +63,7 @@ class LoadOptions(TypedDict, total=False):
     gradient_checkpointing: bool
     image_size: int | Sequence[int] | None
     file: str | None
+    quantize: str | None
     text_cache: str | Path | None
 
 

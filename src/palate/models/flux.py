@@ -145,7 +145,7 @@ class Flux(LoadedModel):
         **options: Unpack[LoadOptions],
     ) -> Flux:
         """From a diffusers folder or hub id; docs/models.md describes the options that all families share."""
-        repository = open_repository(folder, family=FAMILY, parts=PARTS, file=options.get("file"))
+        repository = open_repository(folder, family=FAMILY, parts=PARTS, options=options)
         clip_tokenizer = repository.tokenizer("tokenizer", CLIPTokenizer)
         t5_tokenizer = repository.tokenizer("tokenizer_2", T5TokenizerFast)
 

@@ -163,7 +163,7 @@ class Flux2(LoadedModel):
         **options: Unpack[LoadOptions],
     ) -> Flux2:
         """From a diffusers folder or hub id; docs/models.md describes the options that all families share."""
-        repository = open_repository(folder, family=FAMILY, parts=PARTS, file=options.get("file"))
+        repository = open_repository(folder, family=FAMILY, parts=PARTS, options=options)
         mistral = str(repository.kind("text_encoder")).startswith("Mistral3")
         tokenizer = repository.tokenizer("tokenizer", AutoTokenizer)
 

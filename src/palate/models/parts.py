@@ -41,6 +41,7 @@ class Options:
     gradient_checkpointing: bool = True
     image_size: ImageSize | None = None
     file: str | None = None
+    quantize: str | None = None  # nf4, int8, fp8: how frozen weights are stored
     text_cache: str | Path | None = None
 
 
@@ -152,6 +153,8 @@ def load_parts(
     """
     precision, where = _precision(options.dtype, options.training), _place(options.device)
     _check_channels(repository, facts)
+    if options.quantize is not None and options.training == "full":
+        raise InputError("model.quantize stores frozen weights; set model.weights=lora, or leave it out")
     if options.file is not None and not issubclass(facts.network, FromOriginalModelMixin):
         raise InputError(f"model.file: diffusers reads no single file of {facts.name}; give its folder as model.folder")
     vae_config, image_size = repository.config("vae"), options.image_size
@@ -202,6 +205,7 @@ def _text_cache(
 ) -> TextCache:
     read = [p for p in repository.index if p in repository and p.startswith(("text_encoder", "tokenizer"))]
     key = f"{family} {text.limit} {options.dtype} {repository.version(read)}"
+    key += f" {options.quantize}" if options.quantize else ""
     return TextCache(
         lambda: text.load(precision, where),
         key=hashlib.sha256(key.encode()).hexdigest(),

@@ -88,7 +88,7 @@ class PixArt(LoadedModel):
 
         text_tokens: None = 120 for alpha, 300 for Sigma, as they were trained.
         """
-        repository = open_repository(folder, family=FAMILY, parts=PARTS)
+        repository = open_repository(folder, family=FAMILY, parts=PARTS, options=options)
         if text_tokens is None:
             text_tokens = 300 if repository.index.get("_class_name") == "PixArtSigmaPipeline" else 120
         tokenizer = repository.tokenizer("tokenizer", T5TokenizerFast)

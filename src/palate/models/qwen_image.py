@@ -80,7 +80,7 @@ class QwenImage(LoadedModel):
     @classmethod
     def load(cls, folder: str | Path, *, text_tokens: int = 512, **options: Unpack[LoadOptions]) -> QwenImage:
         """From a diffusers folder or hub id; docs/models.md describes the options that all families share."""
-        repository = open_repository(folder, family=FAMILY, parts=PARTS, file=options.get("file"))
+        repository = open_repository(folder, family=FAMILY, parts=PARTS, options=options)
         tokenizer = repository.tokenizer("tokenizer", AutoTokenizer)
 
         def load_encoders(precision: torch.dtype, where: torch.device) -> Encode:

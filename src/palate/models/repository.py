@@ -23,6 +23,8 @@ from torch import nn
 from palate.models import lora
 from palate.models.adapters import common, shapes_of
 from palate.models.facts import Facts
+from palate.models.families import LoadOptions
+from palate.models.quantised import quantise
 from palate.models.repository_checks import (
     WEIGHTS,
     check_file,
@@ -46,6 +48,7 @@ class Repository:
     root: Path
     index: dict[str, Any]  # model_index.json
     files: tuple[str, ...] = ()  # part/file of all there are; none where the hub could not be asked
+    quantize: str | None = None  # how the large layers of what `read` reads are stored, `models.quantised`
 
     def __contains__(self, part: str) -> bool:
         return self.kind(part) is not None
@@ -99,7 +102,8 @@ class Repository:
             raise InputError(f"{what}: cannot be read as {kind.__name__}; is it another model's? ({why})") from error
         if any(p.is_meta for p in network.parameters()):
             raise InputError(f"{file or self.source}: holds no weights for parts of {kind.__name__}; is it whole?")
-        return network.eval().requires_grad_(False)
+        network = network.eval().requires_grad_(False)
+        return network if self.quantize is None or part == "vae" else quantise(network, self.quantize, dtype)
 
     def tokenizer(self, part: str, kind: type) -> Any:
         if not any((self.root / part / name).is_file() for name in VOCABULARIES):  # its class would make an empty one
@@ -136,10 +140,11 @@ def open_repository(
     *,
     family: str,
     parts: Mapping[str, str],
-    file: str | None = None,
+    options: LoadOptions | None = None,
     optional: Iterable[str] = (),
 ) -> Repository:
     """The repository, if it has every one of `parts` (name -> class) with safetensors weights; ValueError if not."""
+    file = (options or {}).get("file")
     if folder is None:
         raise InputError(
             f"model.folder: {family} needs a diffusers folder or a hub id, like "
@@ -163,7 +168,9 @@ def open_repository(
             "diffusers' from_single_file(...).save_pretrained(folder), or give a hub id (owner/name)"
         )
     index = _json(root / "model_index.json")
-    repository = Repository(str(path) if local else source, root, index, tuple(files or ()))
+    repository = Repository(
+        str(path) if local else source, root, index, tuple(files or ()), (options or {}).get("quantize")
+    )
     check_task(source, str(index.get("_class_name")), family)
     for part, kind in parts.items():
         got = repository.kind(part)

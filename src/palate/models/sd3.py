@@ -107,7 +107,7 @@ class StableDiffusion3(LoadedModel):
         **options: Unpack[LoadOptions],
     ) -> StableDiffusion3:
         """From a diffusers folder or hub id; docs/models.md describes the options that all families share."""
-        repository = open_repository(folder, family=FAMILY, parts=PARTS, file=options.get("file"), optional=OPTIONAL)
+        repository = open_repository(folder, family=FAMILY, parts=PARTS, options=options, optional=OPTIONAL)
         config = repository.config("transformer")
         largest = config["pos_embed_max_size"] * config["patch_size"]
         if (image_size := options.get("image_size")) is not None:

@@ -98,7 +98,7 @@ class StableDiffusionXL(LoadedModel):
         **options: Unpack[LoadOptions],
     ) -> StableDiffusionXL:
         """From a diffusers folder or hub id; docs/models.md describes the options, which all families share."""
-        repository = open_repository(folder, family=FAMILY, parts=PARTS, file=options.get("file"))
+        repository = open_repository(folder, family=FAMILY, parts=PARTS, options=options)
         first, second = (repository.tokenizer(name, CLIPTokenizer) for name in ("tokenizer", "tokenizer_2"))
         published = repository.index["scheduler"][1]
         kind = EulerDiscreteScheduler if published == "EulerDiscreteScheduler" else DDIMScheduler

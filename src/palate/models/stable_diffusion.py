@@ -77,7 +77,7 @@ class StableDiffusion(LoadedModel):
         **options: Unpack[LoadOptions],
     ) -> StableDiffusion:
         """From a diffusers folder or hub id; docs/models.md describes the options, which all families share."""
-        repository = open_repository(folder, family=FAMILY, parts=PARTS, file=options.get("file"))
+        repository = open_repository(folder, family=FAMILY, parts=PARTS, options=options)
         if "text_encoder_2" in repository:
             raise InputError(f"model.folder {folder} has two text encoders; set model.name to sdxl")
         tokenizer = repository.tokenizer("tokenizer", CLIPTokenizer)

@@ -26,6 +26,7 @@ from palate.models.original import Lora
 from palate.runtime.errors import InputError
 
 FILES = {"lora": (lora.FILE,), "full": ("diffusion_pytorch_model.safetensors", delta.FILE)}
+STORED = ("Linear4bit", "Linear8bitLt", "Float8Linear")  # layers of models.quantised
 STARTED = "start"  # the frozen copy of model.start that the reference is with model.reference=start
 
 
@@ -215,6 +216,10 @@ class NamedWeights:
 
     def merged(self, name: str = "policy") -> nn.Module:
         """A plain network of its own that says what the name says, its adapter added to the weights."""
+        if any(type(module).__name__ in STORED for module in self.network.modules()):
+            raise InputError(
+                "a network that is stored quantised cannot be merged; load it with model.quantize=null"
+            )
         network = self._copied(name)
         if self.training == "lora" and name != "reference":
             network.fuse_lora(adapter_names=[name])

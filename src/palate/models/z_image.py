@@ -75,7 +75,7 @@ class ZImage(LoadedModel):
         **options: Unpack[LoadOptions],
     ) -> ZImage:
         """From a diffusers folder or hub id; docs/models.md describes the options that all families share."""
-        repository = open_repository(folder, family=FAMILY, parts=PARTS, file=options.get("file"))
+        repository = open_repository(folder, family=FAMILY, parts=PARTS, options=options)
         tokenizer = repository.tokenizer("tokenizer", AutoTokenizer)
 
         def as_chat(prompt: str) -> str:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from palate.models.quantised import quantisable
+
 
 class Unit(NamedTuple):
     """One network on one image, in FLOPs and bytes."""
@@ -23,6 +25,7 @@ class Unit(NamedTuple):
     block: float  # bytes of the largest block while it is recomputed
     trained: int = 0  # parameters with a gradient
     weight_bytes: float = 0.0
+    quantisable: int = 0  # parameters that model.quantize stores in fewer bits
 
 
 def measure_unit(module: nn.Module, run: Callable[[], Tensor], checkpointing: Callable[[Any], None] | None) -> Unit:
@@ -56,6 +59,7 @@ def measure_unit(module: nn.Module, run: Callable[[], Tensor], checkpointing: Ca
         block,
         sum(p.numel() for p in module.parameters() if p.requires_grad),
         float(sum(p.numel() * p.element_size() for p in module.parameters())),
+        sum(layer.weight.numel() for layer in quantisable(module).values()),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
+from palate.models.quantised import BYTES
 from palate.plan.activations import Unit
 from palate.plan.count import count
 from palate.plan.measure import family_of, local_config, measure
@@ -67,6 +68,8 @@ def memory_of(
     full = recipe.model.weights == "full"
     width = DTYPE_BYTES[recipe.model.dtype or ("float32" if recipe.model.name == "emoji" else "bfloat16")]
     base = (denoiser.parameters - (0 if full else denoiser.trained)) * width
+    if recipe.model.quantize is not None:
+        base -= denoiser.quantisable * (width - BYTES[recipe.model.quantize])
     shards = gpus if full else 1
     trained = names * denoiser.trained * 4 / shards
     ema = denoiser.trained * 4 / shards if recipe.trainer.ema_decay else 0.0
@@ -120,6 +123,8 @@ def _changes(recipe: Recipe, gpus: int) -> list[tuple[str, Recipe]]:
     if model.gradient_checkpointing is False:
         on = replace(recipe, model=replace(model, gradient_checkpointing=True))
         found.append(("model.gradient_checkpointing=true", on))
+    if model.quantize is None and model.weights == "lora" and model.name != "emoji":
+        found += [(f"model.quantize={q}", replace(recipe, model=replace(model, quantize=q))) for q in ("int8", "nf4")]
     if trainer.ema_decay:
         found.append(("trainer.ema_decay=0", replace(recipe, trainer=replace(trainer, ema_decay=0.0))))
     if model.weights == "full":

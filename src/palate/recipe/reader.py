@@ -108,6 +108,7 @@ def fingerprint(recipe: Recipe) -> str:
         del tree["trainer"][key]
     for section, key in (
         (tree["reward"], "relative"), (tree["reward"], "taste"), (tree["model"], "reference"),
+        (tree["model"], "quantize"),
         (tree["trainer"]["guard"], "background_drop"),
     ):  # fmt: skip
         if section[key] is None:

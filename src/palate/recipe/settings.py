@@ -83,6 +83,7 @@ class ModelSettings:
     folder: str | None = None  # a diffusers folder or hub id; None = the weights in the package (emoji)
     consistency: str | None = None  # folder of a consistency LoRA (LCM-LoRA); None = the one in the package (emoji)
     file: str | None = None  # a .safetensors file whose denoiser takes the place of the folder's
+    quantize: Literal["nf4", "int8", "fp8"] | None = None  # how frozen weights are stored; None = in dtype
     dtype: Literal["float32", "bfloat16"] | None = None  # of frozen weights and of computation; bfloat16
     device: str | None = None  # cpu, cuda, cuda:N; None = the accelerator if there is one
     gradient_checkpointing: bool | None = None  # of denoiser and VAE decoder; on
