@@ -217,9 +217,7 @@ class NamedWeights:
     def merged(self, name: str = "policy") -> nn.Module:
         """A plain network of its own that says what the name says, its adapter added to the weights."""
         if any(type(module).__name__ in STORED for module in self.network.modules()):
-            raise InputError(
-                "a network that is stored quantised cannot be merged; load it with model.quantize=null"
-            )
+            raise InputError("a network that is stored quantised cannot be merged; load it with model.quantize=null")
         network = self._copied(name)
         if self.training == "lora" and name != "reference":
             network.fuse_lora(adapter_names=[name])
