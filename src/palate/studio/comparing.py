@@ -17,7 +17,7 @@ from torch import Tensor
 
 from palate import recipe as recipes
 from palate.core import Model, Sampler
-from palate.data import spread
+from palate.data import evenly_spaced
 from palate.evaluate import generate
 from palate.export import Lora, read_adapter
 from palate.models.emoji import EmojiModel
@@ -74,7 +74,7 @@ class Comparing:
 
     def _make(self, name: str, run: str, other: str) -> None:
         showing = self.showing(run)
-        prompts = spread(showing.prompts, PAIRS)
+        prompts = evenly_spaced(showing.prompts, PAIRS)
         sides = {"a": self._draw(showing, prompts, [(1.0, self._lora(run))]),
                  "b": self._draw(showing, prompts, [(1.0, self._lora(other))] if other else [])}  # fmt: skip
         order = sorted(range(len(prompts)), key=lambda i: secrets.token_bytes(4))

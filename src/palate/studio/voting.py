@@ -134,10 +134,9 @@ class Voting:
 
     def _next(self, last: Vote | None) -> Pair | None:
         votes, name = self.votes(), secrets.token_hex(8)
-        fresh = [vote for vote in votes if vote.session == self.session or not vote.session]
-        if last is not None and len(votes) in REPEATS and last.repeat_of is None and len(fresh) > 5:
-            again = fresh[int(self._rng.integers(len(fresh) - 5))]  # not one that is still remembered
-            if again.repeat_of is None and again.left.file != again.right.file:
+        if last is not None and len(votes) in REPEATS and last.repeat_of is None:
+            again = votes[int(self._rng.integers(len(votes) - 5))]  # not one that is still remembered
+            if again.repeat_of is None and again.left.model:
                 return self._show(Pair(name, again.prompt, again.right, again.left, again.id))
         rows = self.artist.rows()
         if len(rows) < 2:

@@ -1,0 +1,267 @@
+"""The studio in a real Chromium: a person's whole way, interruptions, two windows, phone, keyboard, hostile prompts."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
+from selenium.webdriver import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from support.studio import HOSTILE, wait_for
+
+from palate.studio.app import PAGES
+from palate.taste.votes import Picture, Vote, VoteStore
+
+pytestmark = pytest.mark.slow
+WARMER = """
+const warmth = (image) => {
+  const canvas = document.createElement("canvas");
+  canvas.width = canvas.height = 64;
+  const context = canvas.getContext("2d");
+  context.drawImage(image, 0, 0, 64, 64);
+  const pixels = context.getImageData(0, 0, 64, 64).data;
+  let sum = 0;
+  for (let k = 0; k < pixels.length; k += 4) sum += pixels[k] - pixels[k + 2];
+  return sum;
+};
+const [left, right] = ["left", "right"].map((side) => document.querySelector(`[data-testid=${side}] img`));
+return left.complete && right.complete ? warmth(left) > warmth(right) : null;
+"""
+
+
+def get(page, name):
+    return page.find_element(By.CSS_SELECTOR, f'[data-testid="{name}"]')
+
+
+def text(page, name):
+    """The text of an element; "" while it is not there, or is being changed."""
+    try:
+        return get(page, name).text
+    except (NoSuchElementException, StaleElementReferenceException):
+        return ""
+
+
+def press(page, key):
+    ActionChains(page).send_keys(key).perform()
+
+
+def votes(page):
+    return int(text(page, "votes") or -1)
+
+
+def pair_id(page):
+    return page.execute_script("return document.querySelector('[data-pair]')?.dataset.pair ?? ''")
+
+
+def vote(page, count, key=None):
+    """Choose `count` times, the warmer picture unless a key is given; the seconds from a key to the next pair."""
+    times = []
+    for _ in range(count):
+        warmer = wait_for(lambda: [page.execute_script(WARMER)] if pair_id(page) else None, 30, "a pair")[0]
+        if warmer is None:
+            wait_for(lambda: page.execute_script(WARMER) is not None, 10, "its pictures")
+            warmer = page.execute_script(WARMER)
+        before, began = pair_id(page), time.perf_counter()
+        press(page, key or (Keys.ARROW_LEFT if warmer else Keys.ARROW_RIGHT))
+        wait_for(lambda before=before: pair_id(page) not in ("", before), 20, "the next pair")
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def complaints(page, root):
+    """Errors on the console, and requests that went elsewhere."""
+    found = [entry["message"] for entry in page.get_log("browser") if entry["level"] == "SEVERE"]
+    found = [line for line in found if "favicon" not in line]
+    for entry in page.get_log("performance"):
+        message = json.loads(entry["message"])["message"]
+        if message["method"] == "Network.requestWillBeSent":
+            url = message["params"]["request"]["url"]
+            if not url.startswith((root, "data:", "blob:", "about:", "chrome")):
+                found.append(url)
+    return found
+
+
+@pytest.fixture
+def open_studio(serve, browser):
+    """open_studio(runs, width) -> (page, server): let in, the first pair on the screen."""
+
+    def begin(runs, **screen):
+        server = serve(runs)
+        page = browser(**screen)
+        page.get(server.url)
+        page.get(server.root + "/choose")
+        wait_for(lambda: pair_id(page), 60, "the first pair")
+        return page, server
+
+    return begin
+
+
+def test_a_persons_whole_way(open_studio, serve, tmp_path):
+    """Vote 24, reload in the middle, align, steer, lose the trainer, resume, stop, compare, export."""
+    page, server = open_studio(tmp_path)
+    vote(page, 11)
+    shown = pair_id(page)
+    page.refresh()
+    assert votes(page) == 11 and pair_id(page) == shown  # nothing lives in the page
+    press(page, Keys.BACKSPACE)
+    wait_for(lambda: votes(page) == 10, 10, "the vote taken back")
+    vote(page, 14)
+    assert votes(page) == 24
+    accuracy = wait_for(lambda: text(page, "taste-accuracy"), 20, "the taste")
+    assert "% (" in accuracy
+
+    page.get(server.root + "/align")
+    wait_for(lambda: get(page, "align-start").is_enabled(), 20, "align to be offered")
+    get(page, "align-start").click()
+    wait_for(lambda: "run=align-1" in page.current_url, 20, "the run's page")
+    wait_for(lambda: int(text(page, "step") or 0) >= 3, 120, "its first steps")
+    assert text(page, "run-state") == "Running"
+
+    page.get(server.root + "/steer")
+    get(page, "word-add").send_keys("sparkling")
+    get(page, "word-wanted").click()
+    assert "near" in wait_for(lambda: text(page, "refused"), 10, "the refusal")
+    get(page, "word-add").clear()
+    get(page, "word-add").send_keys("cartoon")
+    get(page, "word-wanted").click()
+    wait_for(lambda: "from step" in text(page, "word-chip"), 30, "the step at which the word took effect")
+
+    pid = json.loads((tmp_path / "studio/processes/align-1.json").read_text())["pid"]
+    wait_for(lambda: int(text(page, "step") or 0) >= 6, 60, "a checkpoint")
+    os.kill(pid, signal.SIGKILL)
+    page.get(server.root + "/align?run=align-1")
+    wait_for(lambda: text(page, "run-state") == "Died", 20, "the run to show as died")
+    page.find_element(By.XPATH, "//button[text()='Resume']").click()
+    wait_for(lambda: text(page, "run-state") == "Running", 60, "the run to go on")
+    wait_for(lambda: int(text(page, "step") or 0) >= 12, 120, "more steps")
+    get(page, "align-stop").click()
+    wait_for(lambda: text(page, "run-state") in ("Stopped", "Finished"), 60, "the run to stop")
+
+    page.get(server.root + "/compare?run=align-1")
+    get(page, "blind-start").click()
+    for number in range(6):
+        wait_for(lambda n=number: f"{n + 1} of" in page.find_element(By.CSS_SELECTOR, ".prompt").text, 60, "a pair")
+        press(page, Keys.ARROW_LEFT if page.execute_script(WARMER) else Keys.ARROW_RIGHT)
+    assert "% (" in wait_for(lambda: "% (" in text(page, "win-rate") and text(page, "win-rate"), 20, "the win rate")
+
+    page.get(server.root + "/runs")
+    assert get(page, "run-state").text in ("Stopped", "Finished")
+    page.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path / "down")})
+    get(page, "export-comfyui").click()
+    wait_for(lambda: list((tmp_path / "down").glob("*.safetensors")), 60, "the download")
+    assert not complaints(page, server.root)
+
+
+def test_two_windows_a_killed_server_and_every_key(open_studio, serve, browser, tmp_path):
+    page, server = open_studio(tmp_path)
+    vote(page, 1, Keys.ARROW_DOWN)
+    vote(page, 1, Keys.ARROW_UP)
+    first = page.current_window_handle
+    page.switch_to.new_window("tab")
+    page.get(server.root + "/choose")
+    wait_for(lambda: votes(page) == 2, 20, "the other window's votes")
+    shown = pair_id(page)
+    vote(page, 1, Keys.ARROW_LEFT)
+    page.switch_to.window(first)
+    assert pair_id(page) == shown  # this window is older
+    press(page, Keys.ARROW_RIGHT)  # about a pair that was voted on: it counts once, and the newer pair comes
+    wait_for(lambda: pair_id(page) != shown, 20, "the newer pair")
+    assert votes(page) == 3
+    server.kill(signal.SIGKILL)
+    again = serve(tmp_path)
+    other = browser()
+    other.get(again.url)
+    other.get(again.root + "/choose")
+    wait_for(lambda: votes(other) == 3, 60, "the votes after the server was killed")
+    assert [v.choice for v in VoteStore(tmp_path / "studio").read()] == ["tie", "both-bad", "left"]
+
+
+def test_fifty_hostile_prompts_run_nothing(open_studio, tmp_path):
+    page, server = open_studio(tmp_path)
+    vote(page, 1)
+    store = VoteStore(tmp_path / "studio")
+    pictures = [store.read()[0].left.file, store.read()[0].right.file]
+    prompts = (HOSTILE * 3)[:50]
+    for i, prompt in enumerate(prompts):
+        store.append(Vote(prompt, Picture(pictures[0], prompt), Picture(pictures[1], prompt), "left", id=f"h{i}"))
+        tree = {"id": f"x{i}", "prompt": prompt, "repeat_of": None,
+                "left": {"file": pictures[0]}, "right": {"file": pictures[1]}}  # fmt: skip
+        (tmp_path / "studio" / "pair.json").write_text(json.dumps(tree))
+        page.get(server.root + "/choose")
+        assert pair_id(page) == f"x{i}" and page.execute_script("return window.pwned") is None
+    page.get(server.root + "/align")
+    for word in HOSTILE[:6]:
+        page.get(server.root + "/steer")
+        get(page, "word-add").send_keys(word)
+        get(page, "word-wanted").click()
+        wait_for(lambda: text(page, "refused"), 10, "the refusal")
+        assert page.execute_script("return window.pwned") is None
+    assert not complaints(page, server.root)
+
+
+@pytest.mark.parametrize(("width", "dark"), [(390, False), (390, True), (1200, True)])
+def test_pages_fit_the_screen_and_can_be_read(open_studio, tmp_path, width, dark):
+    """Nothing wider than the screen, contrast of texts at least 4.5, targets large enough for a finger."""
+    page, server = open_studio(tmp_path, width=width, dark=dark)
+    for path, _ in PAGES:
+        page.get(server.root + path)
+        wait_for(lambda: page.execute_script("return document.readyState") == "complete", 10, path)
+        assert page.execute_script("return document.documentElement.scrollWidth - innerWidth") <= 0, path
+        assert not page.execute_script(UNREADABLE), (path, page.execute_script(UNREADABLE))
+        if width < 500:
+            assert not page.execute_script(SMALL), (path, page.execute_script(SMALL))
+    assert not complaints(page, server.root)
+
+
+UNREADABLE = """
+const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+const light = (rgb) => rgb.slice(0, 3).map((c) => c / 255)
+  .map((c) => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+  .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+const ground = (node) => {
+  for (; node; node = node.parentElement) {
+    const colour = parse(getComputedStyle(node).backgroundColor);
+    if (colour.length < 4 || colour[3] > 0.9) return colour;
+  }
+  return [255, 255, 255];
+};
+const found = [];
+for (const node of document.querySelectorAll("main *, nav a")) {
+  const own = [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim());
+  if (!own || node.closest(":disabled, .sr, .skip, dialog, option") || !node.offsetParent) continue;
+  const [a, b] = [light(parse(getComputedStyle(node).color)), light(ground(node))].sort((x, y) => y - x);
+  const ratio = (a + 0.05) / (b + 0.05);
+  if (ratio < 4.5) found.push(`${node.textContent.trim().slice(0, 30)}: ${ratio.toFixed(2)}`);
+}
+return found;
+"""
+SMALL = """
+return [...document.querySelectorAll("main button, main .button, main summary, nav a")]
+  .filter((node) => node.offsetParent && !node.closest(".chip, .notice, dialog"))
+  .filter((node) => node.getBoundingClientRect().height < 30)
+  .map((node) => node.textContent.trim());
+"""
+
+
+def test_the_keyboard_alone_reaches_everything(open_studio, tmp_path):
+    page, server = open_studio(tmp_path)
+    page.get(server.root + "/steer")
+    seen = []
+    for _ in range(16):
+        press(page, Keys.TAB)
+        name, visible = page.execute_script(
+            "const e = document.activeElement;"
+            "return [e.dataset.testid ?? e.textContent.trim(), e.matches(':focus-visible')]"
+        )
+        assert visible or not name, f"{name} has no visible focus"
+        seen.append(name)
+        if name == "word-add":
+            ActionChains(page).send_keys("large", Keys.ENTER).perform()
+            wait_for(lambda: text(page, "word-chip"), 10, "the word")
+    for name in ("Skip to the page", "Choose", "word-add", "word-wanted", "word-unwanted", "steer-start"):
+        assert name in seen, (name, seen)
