@@ -248,6 +248,14 @@ class DrawsOwnSamples(Protocol):
 
 
 @runtime_checkable
+class DrawsReference(Protocol):
+    """An algorithm whose reference is drawn by its sampler too: it is the generator that training began with."""
+
+    @property
+    def draws_reference(self) -> bool: ...
+
+
+@runtime_checkable
 class Warns(Protocol):
     """An algorithm that knows when its settings are at odds; the loop says each sentence once."""
 

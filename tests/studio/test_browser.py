@@ -145,7 +145,8 @@ def test_a_persons_whole_way(open_studio, serve, tmp_path):
     page.get(server.root + "/compare?run=align-1")
     get(page, "blind-start").click()
     for number in range(6):
-        wait_for(lambda n=number: f"{n + 1} of" in page.find_element(By.CSS_SELECTOR, ".prompt").text, 60, "a pair")
+        shown = "return document.querySelector('#blind .prompt')?.textContent ?? ''"
+        wait_for(lambda n=number, script=shown: f" {n + 1} of" in page.execute_script(script), 60, "a pair")
         press(page, Keys.ARROW_LEFT if page.execute_script(WARMER) else Keys.ARROW_RIGHT)
     assert "% (" in wait_for(lambda: "% (" in text(page, "win-rate") and text(page, "win-rate"), 20, "the win rate")
 

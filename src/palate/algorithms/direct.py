@@ -57,6 +57,7 @@ class Direct:
     """The algorithm object; its only state is the control words in force. `sampler` is how images are drawn."""
 
     trains = ("policy",)
+    draws_reference = True  # the LoRA is over the generator, so the reference is that generator as it was
     needs_reward_gradient = True
 
     def __init__(self, settings: DirectSettings):

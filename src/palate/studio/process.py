@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from palate import recipe as recipes
-from palate.runtime import checkpoint
+from palate.runtime import checkpoint, runlock
 from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.files import write_atomically
 from palate.studio.workspace import Workspace
@@ -66,31 +67,36 @@ class Processes:
         return True
 
     def owner(self, name: str) -> int | None:
-        """The process that trains the run, if it lives."""
+        """The process that trains the run, or that loads its model, if it lives on this machine."""
+        found = runlock.status(self.workspace.runs / name)
+        if found.state == "running" and found.owner is not None:
+            return found.owner.pid if found.owner.host == socket.gethostname() else None
         child = self._children.get(name)
-        if child is not None and child.poll() is None:
-            return child.pid
-        tree = self.workspace.read(f"processes/{name}.json")
+        if child is not None:
+            return child.pid if child.poll() is None else None
+        tree = self.workspace.read(f"processes/{name}.json")  # begun by a studio that has ended since
         pid = tree.get("pid")
-        if child is None and isinstance(pid, int) and tree.get("began") and began(pid) == tree["began"]:
-            return pid
-        return None
+        return pid if isinstance(pid, int) and tree.get("began") and began(pid) == tree["began"] else None
 
     def state(self, folder: Path) -> tuple[str, str]:
-        """(running, stopped, died or finished; a sentence)."""
-        name = folder.name
+        """(waiting, running, stopped, died or finished; a sentence)."""
+        name, found = folder.name, runlock.status(folder)
+        if found.state == "running":
+            elsewhere = found.owner is not None and found.owner.host != socket.gethostname()
+            return "running", f"It is trained by {found.owner.text()}." if elsewhere and found.owner else ""
         if self.owner(name) is not None:
-            return ("running" if (folder / "metrics.jsonl").is_file() else "waiting"), ""
-        state = newest(folder)
-        if state.get("finished"):
-            text = str(state["finished"])
+            return "waiting", ""
+        if found.state == "finished":
+            text = str(newest(folder).get("finished", ""))
             return "finished", "" if text == "finished" else text
         child = self._children.get(name)
-        if child is not None and child.returncode in STOPS:
-            return "stopped", ""
-        if child is None and "continue with: palate resume" in self.log(name)[-400:]:
-            return "stopped", ""
-        return "died", last_message(self.log(name))
+        log = self.log(name)
+        failed = (
+            child.returncode not in (0, *STOPS) if child else bool(log) and "continue with: palate resume" not in log
+        )
+        if found.state == "died" or failed:
+            return "died", last_message(log)
+        return "stopped", ""
 
     def running(self) -> list[str]:
         return [name for name in self.workspace.names() if self.owner(name) is not None]

@@ -16,6 +16,7 @@ from palate.report import write_report
 from palate.runs import trained_model
 from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
+from palate.runtime.runlock import require_free
 from palate.studio.app import go_to, studio_of
 from palate.studio.undo import make_result
 
@@ -43,6 +44,7 @@ def delete(request: Request, run: str, sure: str = Form("")) -> Response:
     folder = studio.workspace.run(run)
     if studio.processes.owner(run) is not None:
         raise InputError(f"{run} is training; stop it first")
+    require_free(folder, "it cannot be deleted")
     if sure != run:
         raise InputError(f"to delete {run} with its checkpoints and pictures, say so in the question that is asked")
     if folder.is_symlink():

@@ -6,45 +6,46 @@ import shutil
 from pathlib import Path
 
 from palate import recipe as recipes
+from palate.core import SavesAdapter
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
+from palate.runtime.files import new_folder
+from palate.runtime.runlock import owned
 from palate.runtime.runlog import rewind
 from palate.train import restore_result
 
 
 def go_back(folder: Path, step: int) -> None:
-    """Make `step` the newest of the run in `folder`: its weights become the result. No process may be training it.
+    """Make `step` the newest of the run in `folder`: its weights become the result.
 
-    InputError: there is no good checkpoint of that step. Later checkpoints, pictures and metrics are deleted.
+    InputError: there is no checkpoint of that step, or a process trains the run. CheckpointError: it is damaged; then
+    nothing is taken away. Later checkpoints, pictures and metrics are deleted.
     """
     checkpoints = folder / "checkpoints"
-    if step not in checkpoint.steps(checkpoints):
-        raise InputError(f"step {step} of {folder.name} was not kept; kept are {checkpoint.steps(checkpoints)}")
-    checkpoint.load(checkpoints / checkpoint.name(step))  # every byte verified before anything goes
-    for kind in ("checkpoints", "samples"):
-        for later in checkpoint.steps(folder / kind):
-            if later > step:
-                shutil.rmtree(folder / kind / checkpoint.name(later))
-    rewind(folder, step)
-    recipe = recipes.read(str(folder / "recipe.yaml"))
-    model = recipes.build_model(recipe)
-    restore_result(model, folder, warn=lambda text: None)
-    write_adapter(model, folder)
-
-
-def write_adapter(model: object, folder: Path) -> None:
-    """The LoRA of the model's present weights as the run's result."""
-    temporary = folder / ".tmp-adapter"
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_adapter(temporary)  # type: ignore[attr-defined]
-    if (folder / "adapter").is_dir():
-        shutil.rmtree(folder / "adapter")
-    temporary.replace(folder / "adapter")
+    with owned(folder):
+        if step not in checkpoint.steps(checkpoints):
+            raise InputError(f"step {step} of {folder.name} was not kept; kept are {checkpoint.steps(checkpoints)}")
+        checkpoint.load(checkpoints / checkpoint.name(step))  # every byte verified before anything goes
+        for kind in ("checkpoints", "samples"):
+            for later in checkpoint.steps(folder / kind):
+                if later > step:
+                    shutil.rmtree(folder / kind / checkpoint.name(later))
+        rewind(folder, step)
+        _write_adapter(folder)
 
 
 def make_result(folder: Path) -> None:
     """A run that was stopped has checkpoints and no adapter: write that of the newest one."""
+    with owned(folder):
+        _write_adapter(folder)
+
+
+def _write_adapter(folder: Path) -> None:
+    """The LoRA of the newest checkpoint as the run's result."""
     recipe = recipes.read(str(folder / "recipe.yaml"))
     model = recipes.build_model(recipe)
+    if not isinstance(model, SavesAdapter):
+        raise InputError(f"{folder.name}: its model has no adapter to write")
     restore_result(model, folder, warn=lambda text: None)
-    write_adapter(model, folder)
+    with new_folder(folder / "adapter") as temporary:
+        model.save_adapter(temporary)
