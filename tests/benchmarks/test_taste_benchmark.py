@@ -1,0 +1,59 @@
+"""benchmarks/taste.py: simulated people are as right as they should be, and the quick form gives every row."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from support import ROOT
+
+from palate.evaluate import embedded_panel
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import taste as bench  # noqa: E402
+
+
+def test_a_simulated_person_is_right_on_seven_of_eight_random_pairs():
+    rng = np.random.default_rng(0)
+    u = rng.gamma(2.0, 3.0, 500)
+    scale = bench.temperature(u, rng)
+    i, j = rng.integers(0, 500, (2, 50_000))
+    right = (1 / (1 + np.exp(-np.abs(u[i] - u[j]) / scale))).mean()
+    assert right == pytest.approx(bench.RIGHT, abs=0.01)
+
+
+def test_the_tastes_that_no_feature_says_are_what_their_names_say():
+    liked = bench.people(embedded_panel())
+    image = torch.ones(1, 3, 64, 64)
+    low, left, disc = image.clone(), image.clone(), image.clone()
+    low[:, :, 48:, 16:48] = 0
+    left[:, :, 16:48, :16] = 0
+    line = torch.linspace(-1, 1, 64)
+    disc[:, :, (line[:, None].square() + line.square()) < 0.3] = 0
+    bar = image.clone()
+    bar[:, :, 30:34, 4:60] = 0
+    prompts = ["a dog"]
+
+    def prefers(name, better, worse):
+        return float(liked[name](better, prompts)) > float(liked[name](worse, prompts)) + 1e-3
+
+    assert prefers("low", low, left) and prefers("leftish", left, low)
+    assert prefers("symmetric", disc, left) and prefers("round", disc, bar)
+    noise = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    assert prefers("few-colours", disc, noise) and prefers("soft-edges", image * 0.5, noise)
+    assert prefers("large", disc, bar) and prefers("contrast", disc, image)
+
+
+@pytest.mark.slow
+def test_the_quick_form_runs_through(capsys):
+    rows = bench.main(["all", "--quick"])
+    ways = {row.get("way") for row in rows}
+    assert {"direct", "best-of-8", "words", "dpo"} <= ways
+    assert {(row["bald"], row["votes"]) for row in rows if row["what"] == "accuracy"} == {
+        (bald, votes) for bald in (False, True) for votes in bench.VOTES[:2]
+    }
+    assert all(0 <= row["unseen"] <= 1 for row in rows if row["what"] == "accuracy")
+    assert "of unseen pairs" in capsys.readouterr().out
