@@ -13,7 +13,7 @@ from palate.evaluate import embedded_panel
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import taste as bench  # noqa: E402
+import taste as bench
 
 
 def test_a_simulated_person_is_right_on_seven_of_eight_random_pairs():
