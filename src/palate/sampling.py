@@ -139,7 +139,9 @@ class Transition(NamedTuple):
     mean: Tensor | None = None  # (B, C, h, w) of that policy's step, where it is asked for
 
     def rows(self, chosen: Tensor) -> Transition:
-        return Transition(*(None if value is None else value[chosen] for value in self))
+        x, x_next, t, t_next, log_prob, mean = self
+        kept = None if mean is None else mean[chosen]
+        return Transition(x[chosen], x_next[chosen], t[chosen], t_next[chosen], log_prob[chosen], kept)
 
 
 def sample(
@@ -184,7 +186,7 @@ def sample(
             else:  # what the network puts out stands for its velocity, and x is at t
                 pred = model.predict(x, told(t), cond, guidance=guidance, weights=weights)
                 pred = from_velocity(x, pred.eps - pred.x0, *model.schedule(t))
-            if eta == 0:
+            if rng_noise is None or eta == 0:
                 x = move(pred, alpha_next, sigma_next)
             else:
                 std = transition_std(*model.schedule(t), alpha_next, sigma_next, eta)
@@ -228,7 +230,7 @@ class FewStepGenerator:
             with torch.set_grad_enabled(want_grad and k == len(noises) - 1):
                 t = torch.full_like(noise[:, 0, 0, 0], self.t_init * (1 - k / self.steps))
                 alpha, sigma = model.schedule(t)
-                first = k == 0 and self.input_scale is not None
-                x = self.input_scale * noise if first else add_noise(x0, noise, alpha, sigma)
+                scaled = self.input_scale if k == 0 else None
+                x = add_noise(x0, noise, alpha, sigma) if scaled is None else scaled * noise
                 x0 = model.predict(x, t, cond, weights=weights).x0
         return x0

@@ -141,7 +141,7 @@ def rollout(model: Model, cond: Cond, rng: Random, settings: DDPOSettings) -> tu
     s = settings
     x = rng.normal("rollout", model.latent_shape).to(**state_kind(model))
     times = time_grid(s.steps, shift=s.shift).to(x)
-    path = []
+    path: list[Transition] = []
     for i in range(s.steps):
         t, t_next = times[i].expand(len(x)), times[i + 1].expand(len(x))
         level, following = model.schedule(t), model.schedule(t_next)

@@ -177,7 +177,7 @@ class DPO:
     def _noised(self, model: Model, pairs: Pairs, rng: Random) -> tuple[Tensor, Tensor]:
         """Clean latents and noises (2 B, C, h, w), first all preferred images, then all rejected ones."""
         x0, noise = pairs.x0, pairs.noise
-        if self.settings.noise == "fresh":
+        if self.settings.noise == "fresh" or noise is None:
             noise = rng.normal("inject", model.latent_shape).to(x0)[:, None].expand_as(x0)
         if self.settings.flip:
             flip = (rng.uniform("flip") < 0.5).to(x0.device).view(-1, 1, 1, 1, 1)
@@ -190,17 +190,17 @@ class DPO:
         """lambda (B,), detached."""
         s = self.settings
         if s.safeguard == "output":
-            errors = (policy - eps).detach()
-            return safe_scale(*errors.flatten(1).chunk(2), s.mu)
+            ours, theirs = (policy - eps).detach().flatten(1).chunk(2)
+            return safe_scale(ours, theirs, s.mu)
         with torch.no_grad():  # by how much each pair's own loss pulls at either error
             pull = pair_slope(preferred, rejected, s.beta, s.loss, pairs.preference, pairs.present)
         weight = pairs.weight / len(preferred)
         own = model.parameters("policy")
         protected = torch.autograd.grad(preferred.mean(), own, retain_graph=True)
-        ours = torch.autograd.grad((weight * pull[0] * preferred).sum(), own, retain_graph=True)
-        theirs = torch.autograd.grad((weight * pull[1] * rejected).sum(), own, retain_graph=True)
+        mine = torch.autograd.grad((weight * pull[0] * preferred).sum(), own, retain_graph=True)
+        others = torch.autograd.grad((weight * pull[1] * rejected).sum(), own, retain_graph=True)
         lift, drag = (
-            torch.stack([(a * b).sum() for a, b in zip(protected, side, strict=True)]).sum() for side in (ours, theirs)
+            torch.stack([(a * b).sum() for a, b in zip(protected, side, strict=True)]).sum() for side in (mine, others)
         )
         return bounded(lift, -drag, s.mu).expand(len(preferred))
 
@@ -306,7 +306,8 @@ def pair_slope(preferred: Tensor, rejected: Tensor, *options: Any) -> tuple[Tens
     """d loss / d m_w and d loss / d m_l of each pair, (B,) each; `options` as of `pair_loss`."""
     with torch.enable_grad():
         m_w, m_l = preferred.detach().requires_grad_(), rejected.detach().requires_grad_()
-        return torch.autograd.grad(pair_loss(m_w, m_l, *options).sum(), (m_w, m_l))
+        on_w, on_l = torch.autograd.grad(pair_loss(m_w, m_l, *options).sum(), (m_w, m_l))
+    return on_w, on_l
 
 
 def safe_scale(error_preferred: Tensor, error_rejected: Tensor, mu: float) -> Tensor:

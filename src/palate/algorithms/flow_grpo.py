@@ -156,7 +156,7 @@ class FlowGRPO:
             x0, path = rollout(model, model.encode_prompts(prompts), images_rng, shared, s)
             images = model.decode(x0)
             parts = parts_of(reward, images, prompts) if s.per_reward else {"reward": (1.0, reward(images, prompts))}
-        rewards = sum(weight * part.detach() for weight, part in parts.values())
+        rewards = torch.stack([weight * part.detach() for weight, part in parts.values()]).sum(0)
         advantages = self._advantages(parts, rewards).clamp(-s.advantage_clip, s.advantage_clip)
         if s.steps_per == "sample":
             path = own_steps(path, trained_count(len(path), s.fraction, s.fraction_rounding), images_rng)
@@ -189,7 +189,8 @@ class FlowGRPO:
         mean, std = transition(model, now.x, now.t, now.t_next, cond, s)
         length = (now.t - now.t_next).to(mean)
         now_log_prob = log_prob(now.x_next, mean, std)
-        moved = kl(mean, now.mean, std) if now.mean is not None else None  # KL(p_theta | p_old)
+        # KL(p_theta | p_old), where a setting reads it
+        moved = torch.zeros_like(now_log_prob) if now.mean is None else kl(mean, now.mean, std)
         if s.ratio == "guard":
             rho = guarded_ratio(now_log_prob, now.log_prob, moved, std, elements)
             advantages = advantages / length
@@ -243,8 +244,15 @@ def own_steps(path: list[Transition], kept: int, rng: Random) -> list[Transition
     """`kept` transitions in which each image has random steps of its own, without repetition (DanceGRPO)."""
     order = torch.stack([rng.uniform(f"step-order-{i}") for i in range(len(path))]).argsort(0)  # (steps, N)
     rows = torch.arange(order.shape[1], device=path[0].x.device)
-    stacked = [None if part[0] is None else torch.stack(part) for part in zip(*path, strict=True)]
-    return [Transition(*(None if p is None else p[order[k].to(rows), rows] for p in stacked)) for k in range(kept)]
+    x, x_next, t, t_next, before = (torch.stack(part) for part in list(zip(*path, strict=True))[:5])
+    means = [drawn.mean for drawn in path if drawn.mean is not None]
+
+    def chosen(k: int) -> Transition:
+        at = order[k].to(rows), rows
+        mean = torch.stack(means)[at] if means else None
+        return Transition(x[at], x_next[at], t[at], t_next[at], before[at], mean)
+
+    return [chosen(k) for k in range(kept)]
 
 
 def rollout(

@@ -140,6 +140,7 @@ class NFT:
         self, model: Model, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond, r: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         s = self.settings
+        assert self.old is not None, "set at the beginning of the step"
         alpha, sigma = model.schedule(t)
         xt = add_noise(x0, eps, alpha, sigma)
         with torch.no_grad():  # before the policy's call: the graph must not see weights change

@@ -88,6 +88,7 @@ class ReFL:
         if s.pretrain:
             eps = rng.normal("pretrain", model.latent_shape).to(noise)
             t = 1 - rng.uniform("pretrain-level").to(noise)  # in (0, 1]
+            assert batch.latents is not None, "asked for above"
             value = pretrain_loss(model, batch.latents.to(noise), eps, t, batch.cond)
             yield Loss(s.pretrain * value, {"pretrain": value.detach()}, "policy")
 
@@ -109,7 +110,7 @@ def approach(
     for i in range(settings.T - left):
         t, t_next = times[i].expand(len(x)), times[i + 1].expand(len(x))
         pred = model.predict(x, t, cond, guidance=settings.guidance)
-        if settings.eta:
+        if settings.eta and rng_noise is not None:
             mean, std = random_step(pred, model.schedule(t), model.schedule(t_next), settings.eta)
             x = mean + std * rng_noise(i).to(x)
         else:

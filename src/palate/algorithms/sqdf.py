@@ -158,7 +158,7 @@ class SQDF:
             prompts, cond = batch.prompts, batch.cond
             draw = Draw(states[-1], index, torch.ones(len(index)), prompts, torch.zeros(len(index)))
         else:
-            draw = self._replay(model, reward, batch, rng, times)
+            draw = self._replay(self.buffer, model, reward, batch, rng, times)
             prompts = draw.prompts
             with torch.no_grad():
                 cond = model.encode_prompts(prompts)
@@ -169,9 +169,12 @@ class SQDF:
             metrics["age"] = draw.age.double().mean()
         yield Loss(value, metrics, "policy")
 
-    def _replay(self, model: Model, reward: Reward, batch: Batch, rng: Random, times: Tensor) -> Draw:
+    def _replay(
+        self, buffer: ReplayBuffer, model: Model, reward: Reward, batch: Batch, rng: Random, times: Tensor
+    ) -> Draw:
         """Fresh trajectories into the buffer when they are due, then a draw from all of it."""
-        s, buffer, count = self.settings, self.buffer, len(batch.prompts)
+        s, count = self.settings, len(batch.prompts)
+        assert s.buffer != "none", "there is a buffer"
         s.check_batch(count)
         if (rng.step - 1) % s.rollout_every == 0 or not len(buffer):
             states = self._walk(model, batch, rng, times, stop=torch.full((count,), s.rollout_steps))
@@ -338,10 +341,9 @@ def calls_per_update(settings: SQDFSettings, walked: int | None = None) -> dict[
     s = settings
     guided, of_estimate = (1 if guidance == 1 else 2 for guidance in (s.guidance, s.estimator_guidance))
     collected = float(s.buffer != "none" and walked != 0) / (s.rollout_every if walked is None else 1)
-    if walked is None:
-        walked = (s.rollout_steps - 1) / 2 if s.buffer == "none" else s.rollout_steps / s.rollout_every
+    mean = (s.rollout_steps - 1) / 2 if s.buffer == "none" else s.rollout_steps / s.rollout_every
     return {
-        "forward": (walked + 2) * guided + steps_of(s.estimator) * of_estimate,
+        "forward": ((mean if walked is None else walked) + 2) * guided + steps_of(s.estimator) * of_estimate,
         "backward": guided,
         "decode": 1 + collected,
         "reward": 1 + collected,

@@ -60,5 +60,6 @@ def decoupled(parts: Mapping[str, tuple[float, Tensor]], group: int, *, unbiased
     """
     if not parts:
         raise InputError("decoupled got no rewards; expected {'name': (weight, rewards)} with at least one entry")
-    total = sum(weight * standard_scores(rewards, group, unbiased=unbiased) for weight, rewards in parts.values())
+    scores = [weight * standard_scores(rewards, group, unbiased=unbiased) for weight, rewards in parts.values()]
+    total = torch.stack(scores).sum(0)
     return divided(total, total.std(correction=int(unbiased)))

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,10 +82,10 @@ class HPSv3Reward:
 
     def image_features(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Merged patch features (B, N, D) and the grid (h, w); differentiable."""
-        model = self.parts["model"]
+        model: Any = self.parts["model"]
         if model.device != images.device:
             self.parts.to(images.device)
-        vision = model.config.vision_config
+        vision: Any = model.config.vision_config
         images = images.to(torch.promote_types(images.dtype, torch.float32))
         shape = resized_shape(
             *images.shape[-2:], unit=vision.patch_size * vision.spatial_merge_size, pixels=self.pixels
@@ -102,7 +103,7 @@ class HPSv3Reward:
 
     def score(self, features: tuple[Tensor, tuple[int, int]], prompts: Sequence[str]) -> Tensor:
         seen, _ = features
-        model = self.parts["model"]
+        model: Any = self.parts["model"]
         texts = [torch.tensor(self._ids(prompt, seen.shape[1])) for prompt in prompts]
         ids = nn.utils.rnn.pad_sequence(texts, batch_first=True).to(seen.device)  # right padding: causal, so harmless
         lengths = torch.tensor([len(text) for text in texts], device=seen.device)
