@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from palate import data, recipe
+from palate import recipe
 from palate.data import (
     Pair,
     RecipeError,
@@ -41,7 +41,7 @@ WRITE = {
     "anime.json": json.dumps(PROMPTS),  # HPDv2's benchmark
     "test.json": json.dumps([{"prompt": p, "image_path": ["a.jpg"], "rank": [1]} for p in PROMPTS]),  # HPDv2's ranking
     "PartiPrompts.tsv": "Prompt\tCategory\tChallenge\tNote\na red fox\tAnimals\tBasic\t\n"
-    '"a sign, ""open"", in rain"\tWorld\tWriting\t\nzwei Füchse\tAnimals\tQuantity\t\n',
+    'a sign, "open", in rain\tWorld\tWriting\t\nzwei Füchse\tAnimals\tQuantity\t\n',
     "drawbench.csv": '\ufeffPrompts,Category\na red fox,Colors\n"a sign, ""open"", in rain",Text\nzwei Füchse,Count\n',
     "evaluation_metadata.jsonl": "".join(
         json.dumps({"tag": "counting", "include": [{"class": "fox", "count": 2, "color": "red"}], "prompt": p}) + "\n"
@@ -235,7 +235,7 @@ def test_images_are_read_and_encoded_a_few_at_a_time(monkeypatch):
             told.append(("encode", len(images)))
             return images.mean((2, 3), keepdim=True)
 
-    monkeypatch.setattr(data, "load_images", seen)
+    monkeypatch.setattr("palate.data.pictures.load_images", seen)
     shades = range(0, 210, 3)
     latents = encode_images(Model(), [png((shade, 0, 0)) for shade in shades])
     assert told == [(what, count) for count in (32, 32, 6) for what in ("read", "encode")]

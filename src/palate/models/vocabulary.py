@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import unicodedata
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
@@ -94,8 +95,12 @@ def known_words(prompt: str) -> list[str]:
     """
     vocab = vocabulary()
     known, singular = set(vocab.words), {several: one for one, several in _PLURALS.items()}
-    result, unknown = [], []
-    for word in re.findall(r"[^\W_]+", prompt.lower()):
+    result: list[str] = []
+    unknown = [sign for sign in prompt if unicodedata.category(sign) in ("So", "Co", "Cs", "Cn")]  # emoji, for one
+    words = re.findall(r"[^\W_]+", prompt.lower())
+    if prompt.strip() and not words and not unknown:
+        raise InputError(f"the prompt {prompt[:60]!r} holds no word; all that are known: palate recipes --words")
+    for word in words:
         candidates = [
             word,
             vocab.synonyms.get(word),

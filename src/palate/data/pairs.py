@@ -1,0 +1,61 @@
+"""Preference pairs as they are published: Pick-a-Pic and HPDv2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from palate.data.tables import RecipeError, parquet_rows, read_rows
+
+
+class Pair(NamedTuple):
+    """Two images of one prompt and which one people chose. An image is a file or its encoded bytes."""
+
+    prompt: str
+    first: Path | bytes
+    second: Path | bytes
+    preference: float  # share of votes for the first: 1, 0, or 0.5 for a tie
+
+
+def preference_pairs(source: str) -> Iterator[Pair]:
+    """Pairs of Pick-a-Pic (.parquet) or HPDv2 (train.json, its images beside it or in train/), in the file's order.
+
+    Rows without a label are left out. Pick-a-Pic is read row group by row group: its files are large.
+    """
+    path = Path(source)
+    if not path.is_file():
+        raise RecipeError(f"pairs file {source!r} does not exist; give a Pick-a-Pic .parquet or HPDv2's train.json")
+    for number, row in enumerate(parquet_rows(path) if path.suffix.lower() == ".parquet" else read_rows(path), 1):
+        if {"caption", "jpg_0", "jpg_1", "label_0"} <= row.keys():
+            if row.get("has_label", True) and row["jpg_0"] and row["jpg_1"]:
+                yield Pair(row["caption"], row["jpg_0"], row["jpg_1"], _share(path, number, row["label_0"]))
+        elif {"prompt", "human_preference"} <= row.keys() and (names := row.get("file_path") or row.get("image_path")):
+            if len(names) != 2 or len(row["human_preference"]) != 2:
+                raise RecipeError(f"{path}, row {number}: expected two images and two votes, as in HPDv2's train.json")
+            first, second = (_picture_of(path, name) for name in names)
+            votes = [float(vote) for vote in row["human_preference"]]
+            yield Pair(row["prompt"], first, second, _share(path, number, votes[0] / sum(votes) if sum(votes) else 0.5))
+        else:
+            raise RecipeError(
+                f"{path}, row {number}: neither Pick-a-Pic (caption, jpg_0, jpg_1, label_0) nor HPDv2 "
+                f"(prompt, file_path, human_preference); got {', '.join(map(str, row))}"[:300]
+            )
+
+
+def _share(path: Path, number: int, value: Any) -> float:
+    if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise RecipeError(f"{path}, row {number}: a preference of {value!r}; expected a number from 0 to 1")
+    return float(value)
+
+
+def _picture_of(listed: Path, name: str) -> Path:
+    """The picture that a list names: beside the list, or in the folder of the list's own name (train.json: train/).
+
+    A name never leads out of that folder; links that lie in it are followed, wherever they lead.
+    """
+    folder = listed.parent
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise RecipeError(f"{folder}: the image path {name!r} leaves the folder of its list")
+    inner = folder / listed.stem / name
+    return inner if inner.is_file() and not (folder / name).is_file() else folder / name

@@ -1,0 +1,140 @@
+"""Pictures with captions, checked, loaded and encoded."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from palate.core import Sampleable
+from palate.data.tables import TEXT_LIMIT, RecipeError, read_text
+from palate.runtime.files import split_lines
+from palate.runtime.images import UNREADABLE, as_rgb
+
+ENCODED_TOGETHER = 32  # images
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+OTHER_PICTURES = (".heic", ".heif", ".avif", ".jxl", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".tga", ".exr")
+JPEG_TAIL = 4096  # bytes at the end of a JPEG in which its end marker is looked for
+
+
+def captioned_images(folder: Path) -> list[tuple[Path, str]]:
+    """(image, caption) pairs of a folder, sorted by name.
+
+    Captions come from metadata.jsonl ({"file_name", "text"} a line), captions.txt (`name<TAB>caption` a line), or a
+    text file of the image's own stem.
+    """
+    if not folder.is_dir():
+        raise RecipeError(f"prompts.images: {folder} is not a folder")
+    images = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_ENDINGS)
+    left_out = _left_out(folder)
+    if not images:
+        also = f" itself; {left_out}" if left_out else ""
+        raise RecipeError(f"prompts.images: {folder} holds no {', '.join(IMAGE_ENDINGS)} image{also}")
+    if left_out:
+        logging.getLogger("palate").warning("prompts.images: %s uses %d pictures; %s", folder, len(images), left_out)
+    captions = _captions(folder, images)
+    missing = [path.name for path in images if not captions.get(path.name)]
+    if missing:
+        raise RecipeError(
+            f"prompts.images: {len(missing)} of {len(images)} images have no caption, {missing[0]} for one; "
+            f"write {Path(missing[0]).stem}.txt, or a line in captions.txt (name<TAB>caption) or metadata.jsonl"
+        )
+    return [(path, captions[path.name]) for path in images]
+
+
+def _left_out(folder: Path) -> str:
+    """What in the folder looks like a picture and is not used, counted; "" if nothing does."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    other = [path for path in files if path.suffix.lower() in OTHER_PICTURES]
+    below = [path for path in files if path.parent != folder and path.suffix.lower() in IMAGE_ENDINGS]
+    told = []
+    if below:
+        told.append(f"{len(below)} in folders inside it are left out, as {below[0].relative_to(folder)}: move them up")
+    if other:
+        told.append(f"{len(other)} in other formats are left out, as {other[0].relative_to(folder)}: save them as .png")
+    return "; ".join(told)
+
+
+def _captions(folder: Path, images: list[Path]) -> dict[str, str]:
+    rows: dict[str, str] = {}
+    if (file := folder / "metadata.jsonl").is_file():
+        for number, line in enumerate(split_lines(read_text(file, limit=TEXT_LIMIT)), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                rows[str(row["file_name"])] = str(row["text"]).strip()
+            except (ValueError, KeyError, TypeError) as error:
+                raise RecipeError(f'{file}, line {number}: expected {{"file_name": ..., "text": ...}}') from error
+    elif (file := folder / "captions.txt").is_file():
+        for number, line in enumerate(split_lines(read_text(file, limit=TEXT_LIMIT)), 1):
+            if not line.strip():
+                continue
+            image, tab, caption = line.partition("\t")
+            if not tab:
+                raise RecipeError(f"{file}, line {number}: expected the image's name, a tab, the caption")
+            rows[image.strip()] = caption.strip()
+    else:
+        for path in images:
+            if (own := path.with_suffix(".txt")).is_file():
+                rows[path.name] = " ".join(read_text(own, limit=TEXT_LIMIT).split())
+    return rows
+
+
+def check_images(images: Sequence[Path | bytes]) -> None:
+    """RecipeError naming the first image that is missing, cut short or something else; decodes none that is whole."""
+    for image in images:
+        with _opened(image) as opened:
+            kind = opened.format
+            opened.verify()
+        if kind == "JPEG" and not _ends_as_jpeg(image):  # which verify() does not look at
+            with _opened(image) as opened:
+                opened.load()
+
+
+def _ends_as_jpeg(image: Path | bytes) -> bool:
+    """Whether the end marker stands where a JPEG ends; programs may write a little after it."""
+    if isinstance(image, bytes):
+        return b"\xff\xd9" in image[-JPEG_TAIL:]
+    with open(image, "rb") as file:
+        file.seek(max(0, image.stat().st_size - JPEG_TAIL))
+        return b"\xff\xd9" in file.read()
+
+
+def load_images(paths: Sequence[Path | bytes], *, size: int | tuple[int, int]) -> Tensor:
+    """(N, 3, H, W) in [0, 1] of files or encoded bytes, scaled to cover `size` (a side, or height and width) and cut
+    around the middle."""
+    height, width = (size, size) if isinstance(size, int) else size
+    rows = []
+    for path in paths:
+        with _opened(path) as image:
+            fitted = ImageOps.fit(as_rgb(image), (width, height), Image.Resampling.LANCZOS)
+        rows.append(torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255)
+    return torch.stack(rows)
+
+
+@contextmanager
+def _opened(image: Path | bytes) -> Iterator[Any]:
+    """The picture of a file or of encoded bytes; what goes wrong while it is used is an error that names it."""
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            yield opened
+    except UNREADABLE as error:
+        what = f"{len(image)} bytes of a table" if isinstance(image, bytes) else image
+        raise RecipeError(f"cannot read the image {what} ({error}); repair or remove it") from error
+
+
+def encode_images(model: Sampleable, images: Sequence[Path | bytes]) -> Tensor:
+    """Latents of all images, once, so that training never runs the encoder; a few pictures in memory at a time."""
+    chunks = (images[k : k + ENCODED_TOGETHER] for k in range(0, len(images), ENCODED_TOGETHER))
+    with torch.no_grad():
+        return torch.cat([model.encode(load_images(chunk, size=model.image_size)) for chunk in chunks])

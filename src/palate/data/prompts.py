@@ -1,0 +1,86 @@
+"""Prompts of text files and tables, and GenEval's metadata."""
+
+from __future__ import annotations
+
+import importlib.resources
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from palate.data.tables import TABLES, TEXT_LIMIT, RecipeError, read_rows, read_text
+from palate.runtime.files import split_lines
+
+PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")  # case does not matter; the first that is there
+
+
+def read_prompts(source: str) -> list[str]:
+    """Prompts of a file: a path, or the name of a .txt in the package. Blank lines and # lines of .txt do not count."""
+    path = Path(source)
+    packaged = importlib.resources.files("palate") / "assets" / "prompts" / f"{source.removesuffix('.txt')}.txt"
+    if not path.is_file() and path.name == source and packaged.is_file():
+        prompts = _lines(packaged.read_text("utf-8"))
+    elif not path.is_file():
+        raise RecipeError(f"prompt file {source!r} does not exist; give a text file with one prompt a line")
+    elif path.suffix.lower() in TABLES:
+        prompts = [prompt for _, prompt in prompt_rows(source)]
+    else:
+        prompts = _lines(read_text(path, limit=TEXT_LIMIT))
+    if not prompts:
+        raise RecipeError(f"prompt file {source!r} holds no prompt; write one a line")
+    return prompts
+
+
+def prompt_rows(source: str) -> list[tuple[dict[str, Any], str]]:
+    """(row, prompt) of a table: the row keeps what else is published beside the prompt (Category, tag, ...)."""
+    path, found = Path(source), []
+    for number, row in enumerate(read_rows(path), 1):
+        column = _prompt_column(row)
+        if column is None:
+            raise RecipeError(
+                f"{path}, row {number}: no prompt in it; expected a column named {', '.join(PROMPT_COLUMNS)}, "
+                f"got {', '.join(map(str, row)) or 'nothing'}"[:300]
+            )
+        prompt = row[column]
+        if not isinstance(prompt, str):
+            raise RecipeError(f"{path}, row {number}: {column} is {type(prompt).__name__}; expected text")
+        if prompt.strip():
+            found.append((row, " ".join(prompt.split())))
+    return found
+
+
+def geneval(source: str) -> list[dict[str, Any]]:
+    """The rows of GenEval's metadata: {"tag", "include": [{"class", "count", ...}], "prompt", perhaps "exclude"}."""
+    rows = []
+    for number, (row, prompt) in enumerate(prompt_rows(source), 1):
+        wanted = row.get("include")
+        if (
+            not isinstance(row.get("tag"), str)
+            or not isinstance(wanted, list)
+            or not all(
+                isinstance(item, dict) and isinstance(item.get("class"), str) and isinstance(item.get("count"), int)
+                for item in wanted
+            )
+        ):
+            raise RecipeError(
+                f"{source}, row {number}: expected GenEval metadata, "
+                '{"tag", "include": [{"class", "count"}], "prompt"}'
+            )
+        rows.append({**row, "prompt": prompt})
+    return rows
+
+
+def evenly_spaced(prompts: Sequence[str], count: int = 256) -> list[str]:
+    """At most `count` different prompts, evenly spaced over the list."""
+    different = list(dict.fromkeys(prompts))
+    count = min(count, len(different))
+    return [different[i * len(different) // count] for i in range(count)]
+
+
+def _lines(text: str) -> list[str]:
+    lines = [line.strip() for line in split_lines(text)]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _prompt_column(row: dict[str, Any]) -> str | None:
+    names = {str(name).strip().lower(): name for name in row}
+    return next((names[column] for column in PROMPT_COLUMNS if column in names), None)
