@@ -3,7 +3,7 @@
 Everything heavy is imported inside the commands, so that --help answers at once.
 """
 
-from palate.cli import judging, other, taste, training
+from palate.cli import judging, keeping, other, taste, training
 from palate.cli.app import MAX_LINES, app, exit_code_of, main
 
-__all__ = ["MAX_LINES", "app", "exit_code_of", "judging", "main", "other", "taste", "training"]
+__all__ = ["MAX_LINES", "app", "exit_code_of", "judging", "keeping", "main", "other", "taste", "training"]

@@ -63,7 +63,7 @@ def merge(
         str | None, typer.Option(help="A number for each, as 0.7,0.3; equal shares of 1 if left out.")
     ] = None,
 ) -> None:
-    """Add LoRAs up into one: several tastes in one adapter, without training."""
+    """Add LoRAs up into one, without training."""
     from palate.models.merge import merge_adapters
 
     try:
@@ -97,6 +97,7 @@ def plan_recipe(
     device: Annotated[str | None, typer.Option(help="For example rtx-4090 or cpu; else this machine.")] = None,
     utilisation: Annotated[float, typer.Option(help="The fraction of the peak that is reached.")] = 0.35,
     price: Annotated[float | None, typer.Option(min=0, help="Of one GPU for one hour, to add up the cost.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Estimate memory and time of a recipe before training."""
     from palate import plan as planner
@@ -104,7 +105,10 @@ def plan_recipe(
 
     read = recipes.read(recipe, overrides or ())
     made = planner.plan(read, gpus=gpus)
-    print(planner.table(read, made, device=device, utilisation=utilisation, price=price))
+    if as_json:
+        print(planner.as_json(read, made, device=device, utilisation=utilisation))
+    else:
+        print(planner.table(read, made, device=device, utilisation=utilisation, price=price))
     if not planner.can_fit(read, made, device):
         raise typer.Exit(1)
 

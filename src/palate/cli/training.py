@@ -1,24 +1,23 @@
-"""Commands that train: train, resume, optimize, steer; and what happened to a run: checkpoints, replay."""
+"""Commands that train: train, resume, optimize, steer."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from palate.cli.app import CHECK, TRAIN, app, examples
+from palate.cli.app import TRAIN, app, examples
+from palate.cli.folders import check_room, remove_run
 from palate.cli.options import Fresh, Overrides, Ranks, RecipeName, Run, WordsOption, recipe_file
 from palate.cli.phases import shown
 from palate.runtime.errors import CheckpointError, InputError
-from palate.runtime.own_files import foreign_files
 from palate.runtime.progress import printable, say
-from palate.runtime.runlock import OWNER, owned
+from palate.runtime.runlock import owned
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -125,82 +124,6 @@ def steer(run: Run, positive: WordsOption = None, negative: WordsOption = None) 
     print(f"{printable(str(run))}: the next step takes the words; if the reward refuses them, metrics.jsonl says so")
 
 
-@app.command(
-    rich_help_panel=CHECK, epilog=examples("palate checkpoints runs/mine", "palate checkpoints runs/mine --prune")
-)
-def checkpoints(
-    run: Run,
-    prune: Annotated[bool, typer.Option("--prune", help="Delete all but the newest and the guard's best.")] = False,
-    keep: Annotated[int, typer.Option(min=1, help="With --prune: how many of the newest good ones stay.")] = 1,
-) -> None:
-    """List the checkpoints of a run and verify every byte."""
-    from palate.runtime import checkpoint
-
-    folder = run / "checkpoints"
-    found = checkpoint.steps(folder)
-    if not found:
-        raise CheckpointError(f"{folder} holds no checkpoint")
-    damaged = 0
-    for step in found:
-        path = folder / checkpoint.name(step)
-        problem = checkpoint.verify(path)
-        damaged += problem is not None
-        size = sum(part.stat().st_size for part in path.iterdir()) / 2**20
-        print(f"{path.name}  {size:8.1f} MiB  {printable(problem) if problem else 'ok'}")
-    if prune:
-        _prune(run, keep)
-    elif damaged:
-        raise CheckpointError(f"{damaged} of {len(found)} checkpoints are damaged; resuming passes them over")
-
-
-@app.command(rich_help_panel=CHECK, epilog=examples("palate replay runs/mine/failures/step-000012"))
-def replay(
-    bundle: Annotated[Path, typer.Argument(help="What a run left: runs/NAME/failures/step-NNNNNN.")],
-) -> None:
-    """Repeat a step that was not finite and find the cause.
-
-    Prints where the first value that is not finite arises. Exit code 1 where the step no longer fails.
-    """
-    import torch
-
-    from palate import recipe as recipes
-    from palate.runtime import checkpoint
-    from palate.train import replay as replay_bundle
-
-    if (bundle / "recipe.yaml").is_file():
-        left = sorted(path for path in (bundle / "failures").glob("step-*"))
-        told = f"give one of its failures, for example {left[-1]}" if left else "it has left no failures to replay"
-        raise InputError(f"{bundle} is a run; {told}")
-    saved = checkpoint.load(bundle)
-    if not saved.state.get("recipe"):
-        raise InputError(f"{bundle} is of a run that Python started, without a recipe; use palate.train.replay there")
-    read = recipes.parse(saved.state["recipe"])
-    torch.manual_seed(read.trainer.seed)
-    model, algorithm = recipes.build_model(read), recipes.build_algorithm(read)
-    recipes.load_consistency(read, model)
-    found = replay_bundle(bundle, model, algorithm, recipes.build_reward(read.reward))
-    print(printable(found.text()))
-    if not found.reproduced:
-        raise typer.Exit(1)
-
-
-def _prune(run: Path, keep: int) -> None:
-    """Delete checkpoints: the newest `keep` good ones stay, the guard's best, and all newer than these."""
-    from palate.report.curves import read_metrics
-    from palate.runtime import checkpoint
-
-    folder = run / "checkpoints"
-    steps = checkpoint.steps(folder)
-    good = [step for step in steps if checkpoint.verify(folder / checkpoint.name(step)) is None]
-    if not good:
-        raise CheckpointError(f"all {len(steps)} checkpoints of {run} are damaged; nothing is deleted")
-    guard = [row["best_step"] for row in read_metrics(run) if row.get("best_step") is not None]
-    first = good[-keep:][0]
-    checkpoint.prune(folder, keep=sum(step >= first for step in steps), also={int(guard[-1])} if guard else set())
-    left = checkpoint.steps(folder)
-    print(f"deleted {len(steps) - len(left)} of {len(steps)}; left: {', '.join(map(str, left))}")
-
-
 # ----------------------------------------------------------------------------------------------------- parts
 
 
@@ -220,22 +143,6 @@ def _ranks(nproc: int, recipe: Recipe) -> Iterator[Callable[[Callable[[], Any]],
         yield lambda act: act()
 
 
-def check_room(folder: Path, fresh: bool) -> None:
-    """InputError where the folder holds a run that nobody asked to replace."""
-    if fresh:
-        check_removable(folder)
-    elif (folder / "metrics.jsonl").exists():
-        raise InputError(
-            f"{folder} already holds a run: continue it with `palate resume {folder}`, choose another run.folder, "
-            "or replace it with --fresh"
-        )
-    elif (folder / "queries.jsonl").exists():
-        raise InputError(
-            f"{folder} holds the queries of a black-box objective, by palate optimize; choose another run.folder, or "
-            "replace it, scores included, with --fresh"
-        )
-
-
 def _go(
     recipe: Recipe, on_main: Callable[[Callable[[], Any]], Any], *, resume: bool, fresh: bool = False, quiet: bool
 ) -> None:
@@ -246,10 +153,21 @@ def _go(
         on_main(lambda: held.enter_context(owned(folder)))
         on_main(lambda: check_space(folder, need=1 << 20))
         outcome = _trained(recipe, on_main, resume=resume, fresh=fresh, quiet=quiet)
+        on_main(lambda: _index_previews(folder))
     if outcome.exit_code:
         on_main(lambda: say(f"continue with: palate resume {folder}"))
         raise typer.Exit(outcome.exit_code)
     on_main(lambda: say(f"{outcome.reason} at step {outcome.step}: {folder}"))
+
+
+def _index_previews(folder: Path) -> None:
+    """A page beside the previews of each step, to look at without the report."""
+    from palate.report.pictures import preview_folders
+    from palate.report.sheet import write_page_of
+
+    for step in preview_folders(folder):
+        if not (step / "index.html").is_file():
+            write_page_of(step)
 
 
 def _trained(
@@ -281,30 +199,3 @@ def _trained(
         recipe=recipes.dump(recipe),
     )
     return run_job(job, resume=resume, progress=not quiet)
-
-
-def remove_run(folder: Path) -> None:
-    """Delete an earlier run, as its owner; refuses a folder that is not one, whatever the recipe says."""
-    check_removable(folder)
-    if folder.exists():
-        with owned(folder):
-            for path in folder.iterdir():
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                elif path.name != OWNER:
-                    path.unlink()
-
-
-def check_removable(folder: Path) -> None:
-    """InputError where the folder holds anything that no run wrote."""
-    if not folder.exists():
-        return
-    if folder.is_symlink() or not folder.is_dir():
-        raise InputError(f"run.folder: {folder} is not an ordinary folder")
-    if keys := sorted(path.name for path in folder.glob("compare*-key.json")):
-        raise InputError(
-            f"run.folder: {folder} holds {keys[0]}, without which the choices of its blind study cannot "
-            "be read; move it elsewhere, or delete it, and then replace the run with --fresh"
-        )
-    if foreign := foreign_files(folder):
-        raise InputError(f"run.folder: {folder} also holds {foreign[0]}, which no run wrote; --fresh leaves it alone")

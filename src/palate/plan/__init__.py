@@ -13,7 +13,7 @@ from palate.plan.activations import Unit, measure_unit
 from palate.plan.count import count
 from palate.plan.measure import measure
 from palate.plan.memory import Plan, memory_savings, plan
-from palate.plan.table import DEVICES, GIB, Device, can_fit, duration, table, this_machine
+from palate.plan.table import DEVICES, GIB, Device, as_json, can_fit, duration, table, this_machine
 
 levers = memory_savings  # its name before 0.2
 
@@ -23,6 +23,7 @@ __all__ = [
     "Device",
     "Plan",
     "Unit",
+    "as_json",
     "can_fit",
     "count",
     "duration",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from typing import NamedTuple
@@ -114,6 +115,20 @@ def table(
     if not fits(made, card):
         lines += ["", *_too_large(recipe, made, card)]
     return "\n".join([*lines, *([""] if made.notes else []), *(f"note: {note}" for note in made.notes)])
+
+
+def as_json(recipe: Recipe, made: Plan, *, device: str | None, utilisation: float = 0.35) -> str:
+    """The plan for scripts: bytes and FLOPs of an update, its seconds on the device, whether it fits."""
+    name, card = find_device(device)
+    seconds = made.seconds(card.tflops, utilisation)
+    found = {
+        "device": name, "device_gib": card.gib, "gpus": made.gpus, "fits": fits(made, card),
+        "total_bytes": made.bytes, "memory_bytes": made.memory, "flops_per_update": made.flops,
+        "seconds_per_update": seconds, "seconds": seconds * recipe.trainer.steps, "calls_per_update": made.calls,
+        "notes": list(made.notes),
+        "savings_bytes": {} if fits(made, card) else dict(memory_savings(recipe, made)),
+    }  # fmt: skip
+    return json.dumps(found, indent=1)
 
 
 def _parts(made: Plan) -> list[str]:
