@@ -47,6 +47,7 @@ from palate.evaluate.samples import (
     write_samples,
 )
 from palate.evaluate.verdicts import CONCEPT_LIMIT, DIVERSITY_LIMIT, verdict
+from palate.runtime.callable_module import callable_as
 from palate.runtime.deprecated import old_names
 from palate.runtime.images import quantise
 
@@ -74,3 +75,5 @@ __getattr__ = old_names(
         "quick_check": measure_for_guard,
     },
 )
+
+callable_as(__name__, "palate.api", "evaluate")

@@ -196,6 +196,10 @@ class EmojiModel:
         """What was trained: the policy's LoRA file (full training: its unet folder), other names in folders below."""
         self.weights.save_all(folder)
 
+    def reset(self, seed: int = 0) -> None:
+        """Untrained again, so that the same object can be trained once more from the start."""
+        self.weights.reset(seed)
+
     def load_adapter(self, folder: Path | str) -> None:
         """Read back what `save_adapter` wrote, into a model of the same training mode, rank and names."""
         self.weights.load_all(folder)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -64,6 +65,7 @@ class NamedWeights:
         if isinstance(names, str) or len(set(names)) < len(names) or "policy" not in names or "reference" in names:
             raise InputError(f"names got {names!r}; expected different names, 'policy' one of them, 'reference' none")
         self.training, self.names, self.facts = training, tuple(names), facts
+        self._began: Path | None = None  # the file of `begin`
         network.requires_grad_(False)
         self.network = network  # the policy's; with LoRA everyone's
         self.networks = dict.fromkeys((*self.names, "reference"), network)
@@ -103,6 +105,24 @@ class NamedWeights:
         """The trainable parameters of that name, in a fixed order; none for "reference" and other frozen names."""
         return list(self._own(name).values())
 
+    def reset(self, seed: int = 0) -> None:
+        """Untrained again: LoRA matrices as peft first draws them (from `seed`), copies as the reference is.
+
+        InputError: the weights began with a file (`begin`); load the model again.
+        """
+        if self._began:
+            raise InputError(f"the weights began with {self._began}; load the model again instead of resetting it")
+        if self.training == "full":
+            for name in self.names:
+                self.networks[name].load_state_dict(self.networks["reference"].state_dict())
+        if self.training == "lora":
+            layers = [part for part in self.network.modules() if isinstance(part, BaseTunerLayer)]
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                for layer in layers:
+                    for name in self.names:
+                        layer.reset_lora_parameters(name, True)
+
     def begin(
         self, source: Path | str, *, rank: int, alpha: float | None, reference: str = "base", key: str = "model.start"
     ) -> None:
@@ -114,6 +134,7 @@ class NamedWeights:
         if self.training != "lora":
             raise InputError(f"{key}: a LoRA can be the start of a LoRA only; set model.weights=lora")
         path = lora.find_file(source, key)
+        self._began = path
         layers = lora.read(path, adapters.shapes_of(self.network), self.facts, key, config=self._config())
         its_rank, its_alpha = adapters.common(layers)
         if its_rank != rank:

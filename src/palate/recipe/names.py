@@ -12,6 +12,8 @@ from palate.models import families
 from palate.rewards import table as rewards
 from palate.runtime.code import names_a_file
 
+PYTHON = "python:"  # begins the name of a part that was an object: recipe.yaml of a run that Python began
+
 
 def near(word: str, known: Iterable[str], prefix: str = "") -> str:
     """ "; did you mean X?" for the nearest of the known words, or "" where none is near."""

@@ -21,6 +21,7 @@ import yaml
 
 from palate.data import RecipeError, read_text
 from palate.recipe.checks import validate
+from palate.recipe.names import PYTHON
 from palate.recipe.paths import with_absolute_paths
 from palate.recipe.settings import RESUMABLE_FIELDS, Recipe
 from palate.runtime.files import json_digest
@@ -76,6 +77,12 @@ def parse(text: str, overrides: Sequence[str] = (), *, beside: Path | None = Non
     if not isinstance(tree, dict):
         got = "nothing" if tree is None else type(tree).__name__
         raise RecipeError(f"a recipe is a mapping of sections (run, model, algorithm, ...), got {got}")
+    objects = [k for k, v in tree.items() if isinstance(v, dict) and str(v.get("name", "")).startswith(PYTHON)]
+    if objects:
+        raise RecipeError(
+            f"this run was begun from Python, and its {', '.join(objects)} cannot be rebuilt from the recipe; go on "
+            "with palate.train(..., resume=True), draw with palate.load(folder, model=...).sample(prompts)"
+        )
     mistakes: list[str] = []
     for override in overrides:
         _override(tree, override, mistakes)

@@ -14,6 +14,7 @@ from palate.report.page import write_report
 from palate.report.pictures import picture
 from palate.report.story import gauges, sentence
 from palate.report.tables import metric_rows
+from palate.runtime.callable_module import callable_as
 
 __all__ = [
     "Line",
@@ -32,3 +33,5 @@ __all__ = [
     "write_evaluation",
     "write_report",
 ]
+
+callable_as(__name__, "palate.api", "report")

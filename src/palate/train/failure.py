@@ -22,6 +22,7 @@ from palate.runtime.environment import versions
 from palate.runtime.errors import CheckpointError, NonFiniteError
 from palate.runtime.runlog import RunLog
 from palate.train.batches import Batches, Samples
+from palate.train.described import from_python
 from palate.train.state import Counters, Replicas, Weights
 from palate.train.update import Stream, Updater
 
@@ -92,7 +93,7 @@ class Failures:
             **self.replicas.gather(before.algorithms, tensors),
             "settings": dataclasses.asdict(self.settings),
             "lr_scale": self.counters.lr_scale,
-            "recipe": recipe.read_text("utf-8") if recipe.is_file() else None,
+            "recipe": recipe.read_text("utf-8") if recipe.is_file() and not from_python(self.folder) else None,
             "base_fingerprint": self.base,
             "versions": versions(),
             "threads": torch.get_num_threads(),

@@ -19,6 +19,7 @@ from palate.runtime.environment import environment, versions
 from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.files import write_atomically
 from palate.runtime.runlog import METRICS, RunLog, rewind
+from palate.train.described import from_python
 from palate.train.guard import Guard
 from palate.train.state import Counters, Replicas, Weights, copy_into
 from palate.train.steering import CONTROL, describe
@@ -47,11 +48,8 @@ class Saver:
     def begin(self) -> None:
         """The files that a run has before its first step. InputError: the folder holds a run."""
         if checkpoint.steps(self.checkpoints) or (self.folder / METRICS).exists():
-            way = (
-                f"`palate resume {self.folder}`"
-                if self.recipe or (self.folder / "recipe.yaml").exists()
-                else ("train(..., resume=True)")
-            )
+            named = (self.folder / "recipe.yaml").exists() and not from_python(self.folder)
+            way = f"`palate resume {self.folder}`" if named else "train(..., resume=True)"
             raise InputError(
                 f"{self.folder} already holds a run: continue it with {way}, choose another folder, or replace it "
                 "(--fresh on the command line)"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import warnings
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,12 @@ from palate.runtime import distributed
 from palate.runtime.errors import InputError
 from palate.runtime.runlock import owned
 from palate.runtime.signals import stop_signals
+from palate.train.described import describe_job
 from palate.train.job import Job, Outcome, check_settings
 from palate.train.loop import Run
+
+logger = logging.getLogger("palate")
+_starts: weakref.WeakKeyDictionary[Model, list[float]] = weakref.WeakKeyDictionary()  # sums of first parameters
 
 
 def train(
@@ -51,9 +57,11 @@ def train(
         raise InputError(f"prompts: expected a list of prompts, got the text {prompts!r}; write [{prompts!r}]")
     sample, identity = _renamed_options(sample, changes)
     settings = check_settings(trainer, changes)
+    how = sample or SampleSettings()
     job = Job(
         model, algorithm, reward, list(prompts), Path(folder), settings,
-        list(preview) if preview else evenly_spaced(prompts), sample or SampleSettings(), latents, check, identity,
+        list(preview) if preview else evenly_spaced(prompts), how, latents, check, identity,
+        describe_job(model, algorithm, reward, list(prompts), str(folder), settings, how),
     )  # fmt: skip
     return run_job(job, resume=resume, progress=progress)
 
@@ -66,7 +74,22 @@ def run_job(job: Job, *, resume: bool = False, progress: bool = True) -> Outcome
         runs: list[Run] = []
         stop = held.enter_context(stop_signals(lambda number: _answer(runs, number)))
         runs.append(Run(job, progress=progress))
+        _warn_of_earlier_training(job.model, runs[0], resume)
         return runs[0].go(stop, resume=resume)
+
+
+def _warn_of_earlier_training(model: Model, run: Run, resume: bool) -> None:
+    """Three seeds in a loop are not three seeds if each begins where the one before ended."""
+    now = [float(p.detach().double().sum()) for ps in run.weights.parameters.values() for p in ps]
+    try:
+        start = _starts.setdefault(model, now)
+    except TypeError:  # an object without a weak reference or a hash
+        return
+    if start != now and not resume:
+        logger.warning(
+            "this model object was trained before and starts from those weights; for a new start call its reset(), or "
+            "load it again"
+        )
 
 
 def _answer(runs: Sequence[Run], number: int) -> None:

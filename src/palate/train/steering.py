@@ -21,6 +21,7 @@ from palate.runtime.distributed import Ranks
 from palate.runtime.errors import InputError
 from palate.runtime.files import write_atomically
 from palate.runtime.runlog import METRICS, RunLog
+from palate.train.described import from_python
 from palate.train.state import Replicas
 
 CONTROL = "control.json"
@@ -41,7 +42,7 @@ def steer(folder: str | Path, positive: Sequence[str] | None = None, negative: S
         words[side] = [word.strip() for word in given]
     if not (folder / METRICS).is_file():
         raise InputError(f"{folder} is not a run (it holds no {METRICS}); give the folder of one, as runs/NAME")
-    if (folder / "recipe.yaml").is_file():  # a run begun from Python has none
+    if (folder / "recipe.yaml").is_file() and not from_python(folder):
         recipe = recipes.read(str(folder / "recipe.yaml"))
         algorithm = recipes.build_algorithm(recipe)
         if not isinstance(algorithm, Steerable):

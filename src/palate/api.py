@@ -1,0 +1,105 @@
+"""Finished runs from Python: `palate.load`, `palate.evaluate`, `palate.report`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from palate import recipe as recipes
+from palate.core import DrawsOwnSamples, Model, Sampler
+from palate.evaluate import generate, quantise
+from palate.recipe.names import PYTHON
+from palate.report import write_report
+from palate.runs import evaluate_run, read_recipe, trained_model
+from palate.runtime.errors import InputError
+from palate.runtime.images import encode_png, grid
+from palate.train import restore_result
+
+logger = logging.getLogger("palate")
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run's model with the weights that are its result now, and how images are drawn from it."""
+
+    folder: Path
+    model: Model
+    step: int | None  # of the checkpoint; None: of a run that a recipe describes, whose loader chose it
+    sampler: Sampler | None = None
+
+    def sample(
+        self, prompts: Sequence[str], seeds: Sequence[int] = (0,), *, steps: int | None = None,
+        guidance: float | None = None, weights: str = "policy",
+    ) -> Images:  # fmt: skip
+        """len(prompts) x len(seeds) images, all seeds of the first prompt first; weights="reference" is the base.
+
+        The noise is a function of (seed, index of the prompt), so base and result can be compared in pairs.
+        """
+        if isinstance(prompts, str):
+            prompts = [prompts]
+        sampler = self.sampler if weights == "policy" else None
+        drawn = generate(self.model, prompts, seeds, steps=steps, guidance=guidance, weights=weights, sampler=sampler)
+        return Images(quantise(drawn), len(seeds))
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images (N, 3, H, W) in [0, 1] that a notebook shows as a grid."""
+
+    tensor: Tensor
+    columns: int = 4
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def __getitem__(self, row: int) -> Tensor:
+        return self.tensor[row]
+
+    def save(self, path: str | Path) -> None:
+        """Write all of them as one PNG."""
+        Path(path).write_bytes(self._repr_png_())
+
+    def _repr_png_(self) -> bytes:
+        return encode_png(grid(self.tensor, self.columns, gap=2))
+
+
+def load(run: str | Path, *, model: Model | None = None, algorithm: Any = None) -> LoadedRun:
+    """The result of a run: its newest good checkpoint, averaged where an average is kept.
+
+    model: an object as the run was begun with, for a run of Python's own parts; its weights are replaced. algorithm:
+    likewise, needed where it draws samples in its own way. InputError: not a run, or a part has to be passed.
+    """
+    folder = Path(run)
+    recipe = read_recipe(folder)
+    if model is not None:
+        step = restore_result(model, folder, warn=logger.warning)
+        return LoadedRun(folder, model, step, algorithm.sampler if isinstance(algorithm, DrawsOwnSamples) else None)
+    if str((recipe.get("model") or {}).get("name", "")).startswith(PYTHON):
+        raise InputError(f"{folder} was begun from Python; pass the model: palate.load({str(folder)!r}, model=...)")
+    found, sampler = trained_model(folder, warn=logger.warning)
+    return LoadedRun(folder, found, None, sampler)
+
+
+def evaluate(run: str | Path, *, model: Model | None = None, **options: Any) -> dict[str, Any]:
+    """Measure a run's result against its base and write evaluation.json; `palate evaluate` in Python.
+
+    options: prompts, seeds, panel, sampler, stored, as of `palate.runs.evaluate_run`. InputError: not a run, or begun
+    from Python with a reward that no recipe can name.
+    """
+    folder = Path(run)
+    if model is not None:
+        restore_result(model, folder, warn=logger.warning)
+    return evaluate_run(folder, model=model, **options)
+
+
+def report(run: str | Path) -> Path:
+    """Write the page of a run and return its path; `palate report` in Python."""
+    return write_report(Path(run))
+
+
+__all__ = ["Images", "LoadedRun", "evaluate", "load", "recipes", "report"]

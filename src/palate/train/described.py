@@ -1,0 +1,52 @@
+"""The recipe.yaml of a run that Python began: it says what can be said, and names the objects that it cannot rebuild.
+
+Reports read it as any other. What has to rebuild the objects (resume, sample, evaluate on the command line) refuses it
+with the way that works, which is to pass the objects.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from palate.core import Algorithm, Model, Reward
+from palate.recipe import SampleSettings, TrainerSettings
+from palate.recipe.names import PYTHON
+
+HEAD = "# Begun from Python: the parts named python:... are objects. Pass them: palate.load(folder, model=...)\n"
+
+
+def describe_job(
+    model: Model, algorithm: Algorithm, reward: Reward, prompts: list[str], folder: str,
+    trainer: TrainerSettings, sample: SampleSettings,
+) -> str:  # fmt: skip
+    """The YAML text."""
+    settings = vars(algorithm).get("settings")
+    own = dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) and not isinstance(settings, type) else {}
+    tree = {
+        "run": {"folder": folder},
+        "model": {"name": PYTHON + _name(model)},
+        "algorithm": {"name": PYTHON + _name(algorithm), **own},
+        "reward": {"name": PYTHON + _name(reward)},
+        "prompts": {"list": prompts},
+        "trainer": dataclasses.asdict(trainer),
+        "sample": dataclasses.asdict(sample),
+    }
+    plain = json.loads(json.dumps(tree, default=str))
+    return HEAD + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def from_python(folder: Path) -> bool:
+    """Whether the run's recipe.yaml is such a description."""
+    file = folder / "recipe.yaml"
+    return file.is_file() and HEAD in file.read_text("utf-8")[: len(HEAD)]
+
+
+def _name(thing: Any) -> str:
+    """module.Class of an object, module.function of a function."""
+    named = thing if hasattr(thing, "__qualname__") else type(thing)
+    return f"{named.__module__}.{named.__qualname__}"

@@ -1,0 +1,121 @@
+"""The public names, and a run that Python began: everything that a run is good for works on it."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.loop import run, srpo
+
+import palate
+from palate.models.emoji import EmojiModel
+from palate.testing import PROMPTS, TinyFlow
+from palate.testing import tiny_reward as reward
+
+
+def test_every_public_name_is_there_and_listed():
+    for name in palate.__all__:
+        assert getattr(palate, name) is not None
+    assert set(dir(palate)) == set(palate.__all__)
+    assert {"SRPO", "SQDF", "Distar", "Flux", "load", "evaluate", "report", "train", "load_reward"} <= set(dir(palate))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        palate.nothing  # noqa: B018
+
+
+def test_what_type_checkers_see_is_what_is_there():
+    import ast
+    from pathlib import Path
+
+    tree = ast.parse(Path(palate.__file__).read_text("utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.asname or alias.name for node in block.body for alias in node.names}
+    assert seen == set(palate.__all__) - {"__version__"}
+
+
+@pytest.mark.slow
+def test_looking_at_the_names_does_not_import_torch():
+    code = "import sys, palate; dir(palate); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("python") / "run"
+    model, _ = run(folder, steps=3, preview_every=3, preview_prompts=2)
+    return folder, model
+
+
+def test_a_run_from_python_can_be_loaded_drawn_and_reported(begun):
+    folder, trained = begun
+    loaded = palate.load(folder, model=TinyFlow())
+    assert loaded.step == 3
+    assert all(torch.equal(a, b) for a, b in zip(loaded.model.parameters(), trained.parameters(), strict=True))
+    images = loaded.sample(PROMPTS[:2], seeds=(0, 1))
+    assert len(images) == 4 and images._repr_png_().startswith(b"\x89PNG")
+    base = loaded.sample(PROMPTS[:2], seeds=(0, 1), weights="reference")
+    assert not torch.equal(images.tensor, base.tensor)
+    page = palate.report(folder)
+    text = page.read_text("utf-8")
+    assert page.name == "report.html" and "python:palate.algorithms.srpo.SRPO" in text and PROMPTS[0] in text
+
+
+def test_what_cannot_be_rebuilt_is_named_with_the_way_that_works(begun):
+    from palate import recipe
+
+    folder, _ = begun
+    with pytest.raises(ValueError, match=r"model, algorithm, reward cannot be rebuilt.*resume=True.*palate.load"):
+        recipe.read(str(folder / "recipe.yaml"))
+    with pytest.raises(ValueError, match=r"pass the model: palate.load"):
+        palate.load(folder)
+    with pytest.raises(ValueError, match=r"continue it with train\(..., resume=True\)"):
+        run(folder, steps=3)
+    with pytest.raises(ValueError, match="expected a run folder"):
+        palate.load(folder / "nowhere")
+
+
+def test_a_run_from_python_goes_on_and_can_be_steered(begun, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(begun[0], tmp_path / "run")
+    palate.steer(folder, ["icy"])
+    _, outcome = run(folder, steps=4, resume=True)
+    assert outcome.step == 4
+
+
+def test_training_an_object_twice_is_told_unless_it_was_reset(tmp_path, caplog):
+    def told(folder, model, **options):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "palate"):
+            palate.train(model, srpo(), reward, PROMPTS, folder=tmp_path / folder, steps=1, batch_size=1, lr=0.1,
+                         progress=False, **options)  # fmt: skip
+        return [record.getMessage() for record in caplog.records if "trained before" in record.getMessage()]
+
+    logging.getLogger("palate").propagate = True
+    model = TinyFlow()
+    start = [p.detach().clone() for p in model.parameters()]
+    assert not told("a", model) and len(told("b", model)) == 1
+    assert not told("b", model, resume=True)
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), start, strict=True):
+            p.copy_(value)
+    assert not told("c", model)
+
+
+@pytest.mark.parametrize("training", ["lora", "full"])
+def test_a_reset_model_is_as_it_was_loaded(training):
+    torch.manual_seed(0)
+    model = EmojiModel.load(training=training, lora_rank=2)
+    model.reset(7)
+    start = [p.detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    model.reset(7)
+    assert all(torch.equal(a, b) for a, b in zip(start, model.parameters(), strict=True))
+    x, t = torch.zeros(1, *model.latent_shape), torch.full((1,), 0.5)
+    cond = model.encode_prompts(["a dog"])
+    with torch.no_grad():
+        assert torch.equal(model.predict(x, t, cond).x0, model.predict(x, t, cond, weights="reference").x0)
