@@ -15,9 +15,11 @@ from torch import nn
 
 from palate.algorithms.ddpo import DDPO, DDPOSettings
 from palate.algorithms.distar import Distar, DistarSettings, Generator
+from palate.algorithms.dgpo import DGPO, DGPOSettings
 from palate.algorithms.dpo import DPO, DPOSettings
 from palate.algorithms.draft import DRaFT, DRaFTSettings
 from palate.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings
+from palate.algorithms.leap_align import LeapAlign, LeapAlignSettings
 from palate.algorithms.nft import NFT, NFTSettings
 from palate.algorithms.refl import ReFL, ReFLSettings
 from palate.algorithms.sqdf import SQDF, SQDFSettings
@@ -35,6 +37,13 @@ MAKE = {
     "flow_grpo": lambda: FlowGRPO(FlowGRPOSettings(group=2, steps=3, guidance=1.0)),
     "nft": lambda: NFT(NFTSettings(group=2, steps=2, n=2)),
     "dpo": lambda: DPO(DPOSettings(steps=2, guidance=1.0, beta=10.0)),
+    "dpo-online": lambda: DPO(
+        DPOSettings(
+            steps=2, guidance=1.0, beta=10.0, pairs_from="policy", refresh_every=2, safeguard="output", noise="tracked"
+        )
+    ),
+    "leap_align": lambda: LeapAlign(LeapAlignSettings(steps=3, guidance=1.0)),
+    "dgpo": lambda: DGPO(DGPOSettings(group=2, steps=2, guidance=1.0, n=2, beta=10.0)),
     "sqdf": lambda: SQDF(
         SQDFSettings(rollout_steps=3, final_time=0.02, guidance=1.0, estimator="tweedie", buffer_size=16)
     ),
