@@ -189,6 +189,22 @@ def test_dance_grpo_trains_a_floor_of_the_steps_and_others_for_each_image():
         grpo(fraction=0.2, fraction_rounding="down")
 
 
+def test_one_noise_for_a_group_or_for_all():
+    model, cond = model_of(), model_of().encode_prompts(["cat"] * 6)
+    images, groups = Random(0, 1, range(6)), Random(0, 1, [0, 1])
+    starts = {}
+    for same in (True, "all"):
+        with torch.no_grad():
+            _, path = rollout(model, cond, images, groups, grpo(same_noise=same))
+        starts[same] = path[0].x
+    assert torch.equal(starts[True][:1].expand(3, -1, -1, -1), starts[True][:3])
+    assert not torch.equal(starts[True][0], starts[True][3])
+    noise = Random(0, 1, [9]).shared_normal("rollout", (1, 2, 2)).double()
+    assert torch.equal(starts["all"], noise.expand(6, -1, -1, -1))
+    with pytest.raises(ValueError, match="same_noise"):
+        grpo(same_noise="some")
+
+
 def test_guarded_log_ratios_are_linear_in_the_noise_with_mean_zero():
     """log p / p_old + KL = z . (mean - mean_old) / std, so times std it is z . (mean - mean_old)."""
     old, now, z = (torch.randn(2000, 1, 2, 2, dtype=D, generator=torch.Generator().manual_seed(i)) for i in range(3))

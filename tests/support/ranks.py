@@ -14,8 +14,8 @@ from support.loop import rows, run, srpo, tensors
 from torch import nn
 
 from palate.algorithms.ddpo import DDPO, DDPOSettings
-from palate.algorithms.distar import Distar, DistarSettings, Generator
 from palate.algorithms.dgpo import DGPO, DGPOSettings
+from palate.algorithms.distar import Distar, DistarSettings, Generator
 from palate.algorithms.dpo import DPO, DPOSettings
 from palate.algorithms.draft import DRaFT, DRaFTSettings
 from palate.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings

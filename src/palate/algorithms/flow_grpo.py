@@ -35,8 +35,8 @@ Deviations from the papers and their programs, with the setting that repeats the
 - density = "per_element" divides log-densities and KL by the number of latent elements, as the programs do, and
   the small clip and beta belong to that; "joint" is what the papers write.
 - Flow-GRPO's program leaves the time step out of the KL: kl_unit = "released". Its .04 is .04 (t - t_next) of "exact".
-- DanceGRPO: unbiased = True, fraction_rounding = "down", steps_per = "sample". Its and MixGRPO's images of a group
-  share their first noise.
+- DanceGRPO: unbiased = True, fraction_rounding = "down", steps_per = "sample". Its images all share their
+  first noise (same_noise = "all"), MixGRPO's those of a group.
 - Flow-GRPO's SD3 configurations: baseline = "batch", minibatches = 2. With one update per batch of samples every ratio
   is 1, and the clip never acts.
 - Rewards that are equal up to rounding give exactly no update; the programs divide the rounding by 1e-4 or 1e-8.
@@ -70,7 +70,7 @@ class FlowGRPOSettings:
     guidance: float = 4.5
     shift: float = 3.0
     noise: Noise = "posterior"  # what a random step adds; eta is then its level (`sampling.random_step`)
-    same_noise: bool = False  # one initial noise for a group (DanceGRPO, MixGRPO)
+    same_noise: bool | Literal["all"] = False  # one initial noise for a group (MixGRPO); all: of a step (DanceGRPO)
     fraction: float = 1.0  # share of the random steps that is trained, drawn anew each step (DanceGRPO: .6)
     fraction_rounding: Literal["up", "down"] = "up"  # of fraction times the random steps (DanceGRPO: down)
     steps_per: Literal["batch", "sample"] = "batch"  # whether the images share the trained steps (DanceGRPO: sample)
@@ -103,6 +103,7 @@ class FlowGRPOSettings:
                 self.noise not in ("posterior", "coefficients", "flow_sde", "constant_sde"),
             ),
             ("shift: above 0", not self.shift > 0),
+            ("same_noise: true, false or 'all'", self.same_noise not in (True, False, "all")),
             ("fraction: above 0 and at most 1", not 0 < self.fraction <= 1),
             (
                 "window: between 1 and steps - 1, or null for all steps",
@@ -260,11 +261,14 @@ def rollout(
 ) -> tuple[Tensor, list[Transition]]:
     """Clean latents (N, C, h, w) and the random transitions on the way. Run it under no_grad.
 
-    `rng` has one id an image. `shared`, if given, has one id a group, and draws the initial noise of all its images.
+    `rng` has one id per image. `shared`, if given, has one id per group, and draws the initial noise of all its images;
+    with same_noise "all" one noise is that of every image of the step, on every rank.
     """
     s = settings
     if shared is None:
         noise = rng.normal("rollout", model.latent_shape)
+    elif s.same_noise == "all":
+        noise = shared.shared_normal("rollout", model.latent_shape).expand(len(rng.ids), -1, -1, -1)
     else:
         noise = shared.normal("rollout", model.latent_shape).repeat_interleave(s.group, 0)
     x = noise.to(**state_kind(model))
