@@ -16,6 +16,7 @@ import diffusers
 import torch
 from diffusers import (
     AuraFlowTransformer2DModel,
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
@@ -28,6 +29,7 @@ from diffusers import (
     PixArtTransformer2DModel,
     PNDMScheduler,
     QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     ZImageTransformer2DModel,
@@ -37,6 +39,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     Qwen2_5_VLConfig,
@@ -57,6 +61,7 @@ from palate.models.flux import Flux
 from palate.models.flux2 import Flux2
 from palate.models.pixart import PixArt
 from palate.models.qwen_image import QwenImage
+from palate.models.sana import Sana
 from palate.models.sd3 import StableDiffusion3
 from palate.models.sdxl import StableDiffusionXL
 from palate.models.stable_diffusion import StableDiffusion
@@ -371,6 +376,49 @@ def qwen_image() -> diffusers.QwenImagePipeline:
     return diffusers.QwenImagePipeline(scheduler, autoencoder, encoder, qwen_tokenizer(), network)
 
 
+def sana() -> diffusers.SanaPipeline:
+    network = SanaTransformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=8,
+    )
+    autoencoder = AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 16),
+        decoder_block_out_channels=(8, 16),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        scaling_factor=0.41407,
+    )
+    encoder = Gemma2Model(
+        Gemma2Config(
+            vocab_size=4 + len(LETTERS),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+        )
+    )
+    scheduler = DPMSolverMultistepScheduler(
+        flow_shift=3.0, prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=2
+    )
+    return diffusers.SanaPipeline(t5_tokenizer(), encoder, autoencoder, network, scheduler)
+
+
 def aura_flow() -> diffusers.AuraFlowPipeline:
     network = AuraFlowTransformer2DModel(
         sample_size=8,
@@ -407,6 +455,7 @@ FAMILIES = {
     "flux2-base": Family(Flux2, lambda: flux2("base"), {"text_tokens": 48, "image_size": SIZE}, 16),
     "flux2-dev": Family(Flux2, lambda: flux2("dev"), {"text_tokens": 256, "image_size": SIZE}, 16),
     "qwen-image": Family(QwenImage, qwen_image, {"text_tokens": 64, "image_size": SIZE}, 16),
+    "sana": Family(Sana, sana, {"text_tokens": 32, "image_size": SIZE}, 16),
     "z-image": Family(ZImage, z_image, {"text_tokens": 48, "image_size": SIZE}, 16),
 }
 

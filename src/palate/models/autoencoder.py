@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
+from diffusers import AutoencoderDC
+from diffusers.models.autoencoders.autoencoder_dc import DCUpBlock2d, EfficientViTBlock, ResBlock
+from diffusers.models.autoencoders.autoencoder_dc import Decoder as DCDecoder
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
     QwenImageDecoder3d,
     QwenImageResample,
@@ -98,7 +101,15 @@ def latent_shape(
     return channels_of(config) * fold**2, height // factor, width // factor
 
 
-PIECES = (ResnetBlock2D, Upsample2D, QwenImageResidualBlock, QwenImageResample)
+PIECES = (
+    ResnetBlock2D,
+    Upsample2D,
+    QwenImageResidualBlock,
+    QwenImageResample,
+    ResBlock,
+    EfficientViTBlock,
+    DCUpBlock2d,
+)
 
 
 def recompute_pieces(decoder: Any, run: Callable[..., Any]) -> None:
@@ -115,12 +126,16 @@ def recompute_pieces(decoder: Any, run: Callable[..., Any]) -> None:
     for module in decoder.modules():
         if isinstance(module, PIECES):
             module.forward = piece(module.forward)
-    of_videos = isinstance(decoder, QwenImageDecoder3d)
-    names = ("norm_out", "nonlinearity", "conv_out") if of_videos else ("conv_norm_out", "conv_act", "conv_out")
-    parts = [getattr(decoder, name) for name in names]
-    norm, act, conv = (part.forward for part in parts)
-    parts[0].forward = parts[1].forward = lambda x: x
-    parts[2].forward = piece(lambda x: conv(act(norm(x))))
+    if isinstance(decoder, QwenImageDecoder3d):
+        last = [decoder.norm_out, decoder.nonlinearity, decoder.conv_out]
+    elif isinstance(decoder, DCDecoder):  # its norm is told the channels last
+        last = [decoder.conv_act, decoder.conv_out]
+    else:
+        last = [decoder.conv_norm_out, decoder.conv_act, decoder.conv_out]
+    together = [part.forward for part in last]
+    for part in last[:-1]:
+        part.forward = lambda x: x
+    last[-1].forward = piece(lambda x: reduce(lambda value, function: function(value), together, x))
 
 
 def decode_with(vae: Any, layout: LatentLayout, latents: Tensor) -> Tensor:
@@ -133,6 +148,12 @@ def decode_with(vae: Any, layout: LatentLayout, latents: Tensor) -> Tensor:
     if layout.frames:
         return vae.decoder(vae.post_quant_conv(inside))[:, :, 0]
     return vae.decode(inside).sample
+
+
+def encode_with(vae: Any, layout: LatentLayout, images: Tensor) -> Tensor:
+    """Arranged latents, not normalised, of images (B, 3, H, W) in [-1, 1]: the mean of the encoder's Gaussian."""
+    encoded = vae.encode(images.unsqueeze(2) if layout.frames else images)
+    return layout.folded(encoded.latent if isinstance(vae, AutoencoderDC) else encoded.latent_dist.mode())
 
 
 class Autoencoder:
@@ -160,10 +181,8 @@ class Autoencoder:
 
     def encode(self, images: Tensor) -> Tensor:
         """Latents (B, C, h, w) of images (B, 3, H, W) in [0, 1]: the mean of the encoder's Gaussian."""
-        images = (images * 2 - 1).to(self.device, self.dtype)
-        encoded = self.vae.encode(images.unsqueeze(2) if self.layout.frames else images)
-        latents = encoded.latent if hasattr(encoded, "latent") else encoded.latent_dist.mode()  # AutoencoderDC's
-        return (self.layout.folded(latents).float() - self._mean) / self._scale
+        latents = encode_with(self.vae, self.layout, (images * 2 - 1).to(self.device, self.dtype))
+        return (latents.float() - self._mean) / self._scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1]; differentiable. Values are clipped, so a saturated pixel has no gradient."""

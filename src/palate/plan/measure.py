@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from palate.models import families
-from palate.models.autoencoder import decode_with, latent_shape, recompute_pieces, sides
+from palate.models.autoencoder import decode_with, encode_with, latent_shape, recompute_pieces, sides
 from palate.models.emoji import EmojiModel
 from palate.models.facts import Facts, NetworkCall, Published
 from palate.models.parts import LoadedModel, Options, named_weights
@@ -72,7 +72,7 @@ def measure(recipe: Recipe) -> dict[str, Unit]:
         return decode_with(vae, facts.layout, latents if torch.is_grad_enabled() else latents.detach())
 
     def encode() -> Tensor:
-        return vae.encode(image.unsqueeze(2) if facts.layout.frames else image).latent_dist.mode()
+        return encode_with(vae, facts.layout, image)
 
     recompute = partial(recompute_pieces, vae.decoder)
     units = {
