@@ -313,8 +313,12 @@ class Random:
         return torch.from_numpy(np.stack(rows))
 
     def uniform(self, purpose: str) -> Tensor:
-        """Uniform on [0, 1), (B,), float64."""
+        """Uniform on [0, 1), (B,), float64. For a network's times take `times`."""
         return torch.tensor([self._generator(purpose, i).random() for i in self.ids], dtype=torch.float64)
+
+    def times(self, purpose: str) -> Tensor:
+        """Uniform on (0, 1], (B,), float32: times at which a network may be asked, none of them clean."""
+        return (1 - self.uniform(purpose)).float().clamp_min(torch.finfo(torch.float32).tiny)
 
     def integers(self, purpose: str, low: int, high: int) -> Tensor:
         """Uniform integers low..high, both inclusive, (B,)."""

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 import pytest
 
 from palate.runtime.errors import CheckpointError, InputError
-from palate.runtime.files import file_digest, json_line, new_folder, read_json_lines, split_lines, write_atomically
+from palate.runtime.files import (
+    file_digest,
+    json_line,
+    new_folder,
+    read_json_lines,
+    split_lines,
+    write_atomically,
+    write_problem,
+)
 from palate.runtime.runlog import RunLog, read_metrics
 
 ODD = "a\u2028b\u0085c\x0cd\x1ce"
@@ -64,3 +73,13 @@ def test_a_full_disk_is_told(tmp_path):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with RunLog(tmp_path) as log, pytest.raises(CheckpointError, match="MiB"):
         log.write({"step": 1})
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [(28, "Free some space"), (30, "read-only"), (13, "permissions"), (17, "in the way"), (20, "where a folder is"),
+     (2, "moved or deleted"), (5, "health"), (36, "shorter"), (99, "another place")],
+)  # fmt: skip
+def test_the_remedy_of_a_write_error_fits_the_error(tmp_path, number, remedy):
+    text = write_problem(tmp_path, 1, OSError(number, os.strerror(number)))
+    assert remedy in text and str(tmp_path) in text and ("Free some space" in text) == (number == 28)

@@ -48,8 +48,26 @@ def export(
 
         print(f"network: {printable(str(export_merged(run, load_run(run)[0], out)))}")
         return
+    _write_missing_adapter(run)
     target = export_lora(run, form, out, _words_of(run)) / lora_file(run, form)
     print(f"LoRA: {printable(str(target))}")
+
+
+def _write_missing_adapter(run: Path) -> None:
+    """A run that died has checkpoints and no adapter: write that of the newest one."""
+    from palate.cli.judging import load_run
+    from palate.core import SavesAdapter
+    from palate.runtime import checkpoint
+    from palate.runtime.files import new_folder
+    from palate.runtime.runlock import owned, require_free
+
+    if (run / "adapter").exists() or not checkpoint.steps(run / "checkpoints"):
+        return
+    require_free(run, "its LoRA changes with every step")
+    model, _ = load_run(run)
+    if isinstance(model, SavesAdapter):
+        with owned(run), new_folder(run / "adapter") as temporary:
+            model.save_adapter(temporary)
 
 
 @app.command("merge", rich_help_panel=SHARE, epilog=examples(

@@ -17,7 +17,7 @@ from palate.cli.options import Fresh, Overrides, Ranks, RecipeName, Run, WordsOp
 from palate.cli.phases import shown
 from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.progress import printable, say
-from palate.runtime.runlock import owned
+from palate.runtime.runlock import owned, status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -118,10 +118,28 @@ def optimize(recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = Fal
 ))  # fmt: skip
 def steer(run: Run, positive: WordsOption = None, negative: WordsOption = None) -> None:
     """Change the control words of a running run."""
+    from palate.runtime.runlog import METRICS, read_metrics
     from palate.train import steer as change
+    from palate.train.steering import await_words
 
+    seen = read_metrics(run / METRICS)
     change(run, *(None if words is None else list(words) for words in (positive, negative)))
-    print(f"{printable(str(run))}: the next step takes the words; if the reward refuses them, metrics.jsonl says so")
+    state = status(run).state
+    if state != "running":
+        done = max((row["step"] for row in seen), default=0)
+        say(
+            f"{run}: this run is not running ({state}), so the words wait; `palate resume {run} "
+            f"trainer.steps={2 * max(done, 1)}` takes them at its first step"
+        )
+        return
+    longest = max([row["step_seconds"] for row in seen[-20:] if "step_seconds" in row], default=10.0)
+    found = await_words(run, len(seen), min(2 * longest + 5, 120))
+    if found is None:
+        say(f"{run}: the running step is still at work; the next one takes the words, and metrics.jsonl says so")
+    elif found["event"] == "steer":
+        say(f"{run}: step {found['step']} took the words")
+    else:
+        raise InputError(f"step {found['step']} refused the words and keeps the old ones: {found['reason']}")
 
 
 # ----------------------------------------------------------------------------------------------------- parts

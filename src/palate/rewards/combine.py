@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -145,6 +146,26 @@ def reward_scale(reward: Reward, images: Tensor, prompts: Sequence[str]) -> tupl
     with torch.no_grad():
         values = reward(images, prompts).double()
     return float(values.mean()), float(values.std(correction=0))
+
+
+def as_scores(values: Any, device: torch.device) -> Any:
+    """Lists, NumPy arrays and tensors of whole numbers as a float32 tensor (B,); anything else as it is."""
+    if isinstance(values, Tensor):
+        return values if values.is_floating_point() else values.to(device, torch.float32)
+    if isinstance(values, (list, tuple, np.ndarray)):
+        try:
+            return torch.as_tensor(np.asarray(values, dtype=np.float32), device=device)
+        except (TypeError, ValueError):
+            return values
+    return values
+
+
+def as_tensor_reward(reward: Reward) -> Reward:
+    """The reward, whose answers go through `as_scores`. What was no tensor has no gradient."""
+    if isinstance(reward, TwoTower):
+        score, own = reward.score, torch.device("cpu")
+        return Towers(reward.image_features, lambda seen, prompts: as_scores(score(seen, prompts), own))
+    return lambda images, prompts: as_scores(reward(images, prompts), images.device)
 
 
 def checked(reward: Reward, name: str) -> Reward:

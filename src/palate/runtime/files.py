@@ -7,6 +7,7 @@ str.splitlines also cuts at U+2028, U+0085 and form feeds, which may stand insid
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +19,16 @@ from typing import Any
 
 from palate.runtime.errors import InputError
 
+_REMEDIES = {
+    errno.EACCES: "Its owner or its permissions forbid it: change them, or set run.folder to a place of your own",
+    errno.EPERM: "Its owner or its permissions forbid it: change them, or set run.folder to a place of your own",
+    errno.EROFS: "The disk is mounted read-only: set run.folder to another disk",
+    errno.EEXIST: "A file of that name is in the way: move it, or set run.folder to another place",
+    errno.ENOTDIR: "A file stands where a folder is needed: move it, or set run.folder to another place",
+    errno.ENOENT: "The folder was moved or deleted meanwhile: put it back, or set run.folder to another place",
+    errno.ENAMETOOLONG: "The name is too long for this disk: set run.folder to a shorter one",
+    errno.EIO: "The disk reports an error: look at its health before you trust it again",
+}
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
@@ -116,11 +127,14 @@ def json_digest(value: Any) -> str:
 
 
 def write_problem(folder: Path, need: int, error: Exception) -> str:
-    """The message for a write under `folder` that failed: what was needed, what is free, what to do."""
+    """The message for a write under `folder` that failed: what was wrong, and the remedy for that."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-    return (
-        f"cannot write {folder}: {reason} (need about {need / 2**20:.1f} MiB, free {free / 2**20:.1f} MiB). "
-        "Free some space or set run.folder to another disk; what was saved before is intact"
-    )
+    code = error.errno if isinstance(error, OSError) else None
+    if code in (errno.ENOSPC, errno.EDQUOT, None):
+        return (
+            f"cannot write {folder}: {reason} (need about {need / 2**20:.1f} MiB, free {free / 2**20:.1f} MiB). "
+            "Free some space or set run.folder to another disk; what was saved before is intact"
+        )
+    return f"cannot write {folder}: {reason}. {_REMEDIES.get(code, 'Set run.folder to another place')}"

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from palate.core import ComparesWords, HasNetworks, Model, Reward, Sampleable
 from palate.recipe import TrainerSettings
+from palate.rewards.combine import as_scores, as_tensor_reward
 from palate.runtime import distributed
 from palate.runtime.distributed import Ranks
 from palate.runtime.errors import InputError, OutOfMemoryError
@@ -61,9 +62,15 @@ def require_sampleable(model: Model, what: str) -> Sampleable:
     return model
 
 
-def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> None:
-    """ValueError if `reward` does not return one finite number for each image."""
+def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Reward:
+    """The reward, as one that returns a float tensor: lists, NumPy arrays and whole numbers are converted.
+
+    InputError: it does not return one finite number for each image.
+    """
     values = reward(images, prompts)
+    if not isinstance(values, Tensor) or not values.is_floating_point():
+        reward = as_tensor_reward(reward)
+        values = as_scores(values, images.device)
     if not isinstance(values, Tensor) or values.shape != (len(images),):
         got = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise InputError(
@@ -73,6 +80,7 @@ def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> None
         raise InputError(
             f"the reward returned {[round(float(v), 4) for v in values]} for images of noise; expected finite numbers"
         )
+    return reward
 
 
 def shard_networks(model: Model, sharding: str, ranks: Ranks) -> list[nn.Module]:

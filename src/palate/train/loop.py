@@ -44,6 +44,7 @@ class Run:
 
     def __init__(self, job: Job, *, progress: bool = True):
         self.job, self.settings, self.ranks = job, job.trainer, distributed.ranks()
+        self.reward = job.reward
         s = self.settings
         if s.threads:
             torch.set_num_threads(s.threads)
@@ -167,7 +168,7 @@ class Run:
     def _update(self, step: int, batches: list[Any]) -> tuple[dict[str, float], str]:
         self.weights.forget_gradients()
         streams = [
-            algorithm.step(self.job.model, self.job.reward, batch, Random(self.settings.seed, step, batch.ids))
+            algorithm.step(self.job.model, self.reward, batch, Random(self.settings.seed, step, batch.ids))
             for algorithm, batch in zip(self.replicas.algorithms, batches, strict=True)
         ]
         return self.updater.step(streams, step, self.counters.lr_scale)
@@ -244,7 +245,7 @@ class Run:
                 job.model.encode_prompts(used[start : start + 64])
             if s.preview_every or s.guard.every:
                 job.model.encode_prompts(job.preview)
-            check_reward(job.reward, noise_images(job.model, s.seed, 2), [used[0], used[-1]])
+            self.reward = check_reward(job.reward, noise_images(job.model, s.seed, 2), [used[0], used[-1]])
         if problem := self._unknown_words():
             raise InputError(problem)
         self.ranks.on_main(self.saver.check_space)

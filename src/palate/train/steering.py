@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ import torch
 
 from palate import recipe as recipes
 from palate.core import Model, Random, Reward, Steerable
+from palate.models.vocabulary import known_words
 from palate.runtime.distributed import Ranks
 from palate.runtime.errors import InputError
 from palate.runtime.files import write_atomically
-from palate.runtime.runlog import METRICS, RunLog
+from palate.runtime.runlog import METRICS, RunLog, read_metrics
 from palate.train.described import from_python
 from palate.train.state import Replicas
 
@@ -47,14 +49,39 @@ def steer(folder: str | Path, positive: Sequence[str] | None = None, negative: S
         algorithm = recipes.build_algorithm(recipe)
         if not isinstance(algorithm, Steerable):
             raise InputError(f"{folder} trains with {recipe.algorithm.name}, which has no control words to change")
-        for side, given in words.items():
-            if given is not None and not given:
-                algorithm.steer(**{side: []})  # most need a word on each side, and say so
+        _check_words(recipe, algorithm, words)
     control = folder / CONTROL
     with contextlib.suppress(FileNotFoundError, ValueError):  # what still waits for the next step is not lost
         waiting = control_words(control.read_bytes())
         words = {side: waiting[side] if given is None else given for side, given in words.items()}
     write_atomically(control, json.dumps(words).encode())
+
+
+def _check_words(recipe: Any, algorithm: Steerable, words: Words) -> None:
+    """InputError now for what the run would refuse later: unknown words, the same ones on both sides, none at all."""
+    algorithm.steer(words["positive"], words["negative"])
+    positive, negative = words["positive"], words["negative"]
+    if positive and negative and set(positive) == set(negative):
+        raise InputError(f"positive and negative are both {', '.join(positive)}: the difference is always 0")
+    if recipe.model.name == "emoji":
+        for side, texts in algorithm.control_texts("a dog").items():
+            for text in texts if words.get(side) else ():
+                try:
+                    known_words(text)
+                except ValueError as error:
+                    raise InputError(f"{side}: {error}") from error
+
+
+def await_words(folder: Path, seen: int, seconds: float) -> dict[str, Any] | None:
+    """The event by which a running run took or refused new words, of the rows after the first `seen`; None: not yet."""
+    deadline = time.monotonic() + seconds
+    while True:
+        for row in read_metrics(folder / METRICS)[seen:]:
+            if row.get("event") in ("steer", "steer_refused"):
+                return row
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(0.2)
 
 
 def control_words(text: bytes) -> Words:
