@@ -197,6 +197,8 @@ def _trained(
     from palate.train import Job, run_job
 
     folder = Path(recipe.run.folder)
+    if resume:
+        recipes.check_identity(folder, recipe)
     torch.manual_seed(recipe.trainer.seed)  # the LoRA's first weights; nothing later draws from this generator
     with shown(quiet or "RANK" in os.environ):
         parts = recipes.build(recipe)
@@ -213,7 +215,8 @@ def _trained(
         sample=recipe.sample,
         latents=parts.latents,
         measure=recipes.guard_measure(recipe),
-        identity=recipes.fingerprint(recipe),
+        identity=recipes.run_identity(recipe),
         recipe=recipes.dump(recipe),
+        kept=recipes.identity_text(recipe),
     )
     return run_job(job, resume=resume, progress=not quiet)

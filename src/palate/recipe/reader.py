@@ -24,7 +24,8 @@ from palate.recipe.checks import validate
 from palate.recipe.names import PYTHON
 from palate.recipe.paths import with_absolute_paths
 from palate.recipe.settings import RESUMABLE_FIELDS, Recipe
-from palate.runtime.files import json_digest
+from palate.runtime.code import code_digest, names_a_file, short_name
+from palate.runtime.files import file_digest, json_digest
 
 YAML_LIMIT = 256 * 1024  # bytes; a recipe is a page of text
 YAML_DEPTH = 100
@@ -121,7 +122,29 @@ def fingerprint(recipe: Recipe) -> str:
         if section[key] is None:
             del section[key]  # so that runs from before this key can be resumed
     tree["optimize"] = None  # palate optimize has an identity of its own
-    return json_digest(tree)
+    tree["reward"]["source"] = {}  # where weights lie; what they are is in `recipe.identity`
+    for section, key in (("prompts", "file"), ("prompts", "images"), ("prompts", "pairs"), ("prompts", "preview")):
+        tree[section][key] = content_digest(tree[section][key])
+    return json_digest(_with_code(tree))
+
+
+def content_digest(path: str | None) -> str | None:
+    """A file's SHA-256, or that of the names and contents of a folder's files; the name of anything else."""
+    if path is None or not Path(path).exists():
+        return path
+    if Path(path).is_file():
+        return file_digest(Path(path))
+    files = sorted(each for each in Path(path).iterdir() if each.is_file())
+    return json_digest([[each.name, file_digest(each)] for each in files])
+
+
+def _with_code(tree: Any) -> Any:
+    """The tree with every FILE.py:OBJECT followed by the file's SHA-256, and without its folder."""
+    if isinstance(tree, dict):
+        return {_with_code(key): _with_code(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_with_code(value) for value in tree]
+    return f"{short_name(tree)} {code_digest(tree)}" if isinstance(tree, str) and names_a_file(tree) else tree
 
 
 def read_yaml(text: str, what: str) -> Any:

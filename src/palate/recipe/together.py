@@ -10,6 +10,7 @@ from palate.models import families
 from palate.recipe.names import near
 from palate.recipe.settings import Recipe, RewardSettings
 from palate.rewards import table as rewards
+from palate.runtime.code import load_object, names_a_file
 from palate.runtime.errors import InputError
 
 
@@ -85,7 +86,10 @@ def check_together(recipe: Recipe, mistakes: list[str]) -> None:
 def _check_model(recipe: Recipe, mistakes: list[str]) -> None:
     model = recipe.model
     try:
-        reads = families.find(model.name).keys
+        family = families.find(model.name)
+        if names_a_file(model.name):
+            family.load_class()
+        reads = family.keys
     except InputError as error:
         mistakes.append(str(error))
         return
@@ -93,7 +97,7 @@ def _check_model(recipe: Recipe, mistakes: list[str]) -> None:
     own = {key for name in families.names() for key in families.find(name).keys}
     for key in sorted((own & given.keys()) - set(reads)):
         mistakes.append(f"model.{key}: {model.name} does not read it; its own keys: {', '.join(reads) or 'none'}")
-    if model.name in families.names() and model.name != "emoji" and model.folder is None:
+    if family.module.startswith("palate.models.") and model.name != "emoji" and model.folder is None:
         mistakes.append(f"model.folder: {model.name} needs a diffusers folder or a hub id")
 
 
@@ -137,6 +141,11 @@ def _check_rewards(recipe: Recipe, mistakes: list[str]) -> None:
             mistakes.append(f"reward.{key}.{idle[0]}: {idle[0]} is in neither reward.name nor reward.weights")
     for name in sorted(used):
         entry = rewards.find(name)
+        if names_a_file(name):
+            try:
+                load_object(name, key="reward.name" if reward.name else "reward.weights")
+            except InputError as error:
+                mistakes.append(str(error))
         if entry.kind == "service" and name not in reward.source:
             mistakes.append(f"reward.source.{name}: give the server's URL, as {entry.example}")
 

@@ -13,6 +13,7 @@ import yaml
 from palate.core import Model, Sampler
 from palate.optimize.loop import newest_round
 from palate.recipe import builder, reader
+from palate.recipe.identity import changes
 from palate.recipe.objective import Objective, control_words, objective_of
 from palate.recipe.settings import Recipe
 from palate.runtime.errors import InputError
@@ -82,6 +83,8 @@ class RunFolder:
         """The recipe's model with the weights of the run's newest good checkpoint (of `palate optimize`: its newest
         round's), and how the algorithm draws from it (None = as the model does). `warn` hears of damaged checkpoints
         that were passed over. CheckpointError: there is none, or the base model's files have changed since."""
+        for change in changes(self.path, self.recipe):
+            warn(f"{self.path}: {change}")
         model = builder.build_model(self.recipe)
         folder = self.path if self.recipe.optimize is None else newest_round(self.path)
         restore_result(model, folder, warn=warn)

@@ -44,6 +44,7 @@ class Job:
     measure: GuardMeasure | None = None  # None = as the embedded model is judged
     identity: str = ""  # a resumed run must have the same; "" = the hash of the trainer's settings
     recipe: str | None = None  # the text of recipe.yaml
+    kept: str | None = None  # the text of identity.json: what the run is started with, by content
 
     def check(self) -> None:
         """InputError: what was given cannot work."""

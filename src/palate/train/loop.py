@@ -79,7 +79,7 @@ class Run:
         self.measure = Measurer(job.model, job.preview, s.guard, measure, self.weights, self.ranks)
         self.saver = Saver(
             job.folder, s, self.ranks, self.weights, self.replicas, self.guard, self.counters, self.log, self.base,
-            job.identity or identity_of(s), job.recipe,
+            job.identity or identity_of(s), job.recipe, job.kept,
         )  # fmt: skip
         self.trackers = Trackers({}, self.progress.note)
         self.warned: set[str] = set()

@@ -40,6 +40,7 @@ class Saver:
     base: str  # fingerprint of the base weights
     identity: str  # what a resumed run must share
     recipe: str | None = None  # the text of recipe.yaml
+    kept: str | None = None  # the text of identity.json
 
     @property
     def checkpoints(self) -> Path:
@@ -55,6 +56,8 @@ class Saver:
                 "(--fresh on the command line)"
             )
         self.write_recipe()
+        if self.kept is not None:
+            write_atomically(self.folder / "identity.json", self.kept.encode())
         write_atomically(self.folder / "environment.json", json.dumps(environment(self.base), indent=1).encode())
         (self.folder / CONTROL).unlink(missing_ok=True)
 
