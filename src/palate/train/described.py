@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from palate.core import Algorithm, Model, Reward
-from palate.recipe import SampleSettings, TrainerSettings
+from palate.recipe import SampleSettings, TrainerSettings, text_of
 from palate.recipe.names import PYTHON
 
 HEAD = "# Begun from Python: the parts named python:... are objects. Pass them: palate.load(folder, model=...)\n"
@@ -43,7 +43,7 @@ def describe_job(
 def from_python(folder: Path) -> bool:
     """Whether the run's recipe.yaml is such a description."""
     file = folder / "recipe.yaml"
-    return file.is_file() and HEAD in file.read_text("utf-8")[: len(HEAD)]
+    return file.is_file() and text_of(str(file)).startswith(HEAD)
 
 
 def _name(thing: Any) -> str:
