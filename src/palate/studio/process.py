@@ -68,7 +68,7 @@ class Processes:
 
     def owner(self, name: str) -> int | None:
         """The process that trains the run, or that loads its model, if it lives on this machine."""
-        found = runlock.status(self.workspace.runs / name)
+        found = self._status(name)
         if found.state == "running" and found.owner is not None:
             return found.owner.pid if found.owner.host == socket.gethostname() else None
         child = self._children.get(name)
@@ -80,7 +80,7 @@ class Processes:
 
     def state(self, folder: Path) -> tuple[str, str]:
         """(waiting, running, stopped, died or finished; a sentence)."""
-        name, found = folder.name, runlock.status(folder)
+        name, found = folder.name, self._status(folder.name)
         if found.state == "running":
             elsewhere = found.owner is not None and found.owner.host != socket.gethostname()
             return "running", f"It is trained by {found.owner.text()}." if elsewhere and found.owner else ""
@@ -97,6 +97,12 @@ class Processes:
         if found.state == "died" or failed:
             return "died", last_message(log)
         return "stopped", ""
+
+    def _status(self, name: str) -> runlock.RunStatus:
+        child = self._children.get(name)
+        if child is not None:
+            child.poll()  # a killed child stays a process until somebody asks how it ended
+        return runlock.status(self.workspace.runs / name)
 
     def running(self) -> list[str]:
         return [name for name in self.workspace.names() if self.owner(name) is not None]
