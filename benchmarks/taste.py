@@ -40,8 +40,9 @@ from palate.taste.ask import RANDOM, next_pair
 from palate.taste.card import LEARNT, accuracy
 from palate.taste.features import Features, Scaling, features_of, scaling_of
 from palate.taste.learner import Posterior, fit, leave_one_out
+from palate.taste.pictures import raw_features
 from palate.taste.reward import TasteReward
-from palate.taste.taste import SIDE_STD, raw_features
+from palate.taste.taste import SIDE_STD
 from palate.taste.words import offered, with_words, word_gains
 from palate.train import train
 

@@ -14,7 +14,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from support.studio import HOSTILE, wait_for
 
-from palate.studio.app import PAGES
+from palate.studio.shared import PAGES
 from palate.taste.votes import Picture, Vote, VoteStore
 
 pytestmark = pytest.mark.slow

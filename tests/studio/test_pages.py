@@ -12,7 +12,7 @@ from PIL import Image
 from support.studio import HOSTILE, Labels
 
 from palate.models.vocabulary import vocabulary
-from palate.studio.app import PAGES
+from palate.studio.shared import PAGES
 from palate.taste.votes import Picture, Vote
 
 PATHS = [path for path, _ in PAGES]

@@ -13,7 +13,8 @@ from palate.rewards.combine import score_pair
 from palate.runtime.errors import InputError
 from palate.taste.ask import next_pair, telling_pairs
 from palate.taste.features import COLOUR_COLUMNS
-from palate.taste.taste import Choice, load_objective, mixed
+from palate.taste.pictures import Choice
+from palate.taste.taste import load_objective, mixed
 from palate.taste.words import offered, with_words, word_gains
 
 G = torch.Generator().manual_seed(5)

@@ -1,4 +1,4 @@
-"""The application: what its pages share, how it answers mistakes, and the server."""
+"""The application: its pages put together, how it answers mistakes, and the server."""
 
 from __future__ import annotations
 
@@ -12,81 +12,25 @@ from contextlib import asynccontextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from fastapi.responses import Response
 from fastapi.staticfiles import StaticFiles
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.exceptions import HTTPException
 
 from palate.runtime.errors import InputError, PalateError
 from palate.runtime.progress import printable
+from palate.studio import routes_choose, routes_compare, routes_runs, routes_start, routes_train
 from palate.studio.access import SECRET_LENGTH, Access
-from palate.studio.artist import Artist
-from palate.studio.comparing import Comparing
-from palate.studio.process import Processes
-from palate.studio.runview import RunView, view_of
-from palate.studio.steering import Effects
-from palate.studio.voting import Voting
-from palate.studio.workspace import Workspace
+from palate.studio.shared import Studio, studio_of
 
 PORT, TRIES = 8420, 20
-PAGES = (("/", "Start"), ("/choose", "Choose"), ("/align", "Align"), ("/steer", "Steer"), ("/compare", "Compare"),
-         ("/runs", "Runs"))  # fmt: skip
-
-
-class Studio:
-    """What the routes use. Nothing in it is the page's state: that is in the workspace."""
-
-    def __init__(self, runs: str | Path):
-        self.workspace = Workspace(runs)
-        self.artist = Artist(self.workspace)
-        self.voting = Voting(self.workspace, self.artist)
-        self.processes = Processes(self.workspace)
-        self.comparing = Comparing(self.workspace, self.artist)
-        self.effects = Effects(self.artist)
-        self.pages = Environment(loader=PackageLoader("palate.studio", "templates"), autoescape=True,
-                                 undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-        self.access: Access | None = None
-
-    def render(self, request: Request, template: str, **values: Any) -> HTMLResponse:
-        page = self.pages.get_template(template)
-        shared = {"path": request.url.path, "pages": PAGES, "studio": self}
-        return HTMLResponse(page.render(**shared, **values))
-
-    def view(self, name: str) -> RunView:
-        return view_of(self.workspace.run(name), self.processes)
-
-    def views(self) -> list[RunView]:
-        """All runs whose recipe can be read, newest first."""
-        found = []
-        for name in self.workspace.names():
-            try:
-                found.append(self.view(name))
-            except InputError:
-                continue  # another version's recipe, or an edited one
-        return found
-
-    def chosen(self, name: str | None, *, steerable: bool = False) -> RunView | None:
-        """The run of that name; without one the run at work, else the newest."""
-        if name:
-            return self.view(name)
-        views = [view for view in self.views() if view.steerable or not steerable]
-        return next((view for view in views if view.state in ("running", "waiting")), views[0] if views else None)
-
-
-def studio_of(request: Request) -> Studio:
-    studio: Studio = request.app.state.studio
-    return studio
 
 
 def make_app(runs: str | Path, *, token: str, hosts: tuple[str, ...] = (), lasting: bool = False, port: int = 0) -> Any:
     """The ASGI application on a folder of runs. `token` lets one browser in (any number, if `lasting`)."""
-    from palate.studio import routes_choose, routes_compare, routes_runs, routes_start, routes_train
-
     studio = Studio(runs)
 
     @asynccontextmanager
@@ -132,14 +76,6 @@ async def _missing(request: Request, error: Exception) -> Response:
 
 async def _malformed(request: Request, error: Exception) -> Response:
     return _answer(request, "The request lacks a value, or holds one of another kind.", 422)
-
-
-def go_to(path: str, request: Request, **query: str) -> Response:
-    """Another page, whether a whole page or a part asks."""
-    target = path + (f"?{urlencode(query)}" if query else "")
-    if request.headers.get("hx-request"):
-        return Response(status_code=204, headers={"HX-Redirect": target})
-    return RedirectResponse(target, 303)
 
 
 def listen(host: str, port: int) -> socket.socket:

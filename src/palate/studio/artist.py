@@ -29,7 +29,7 @@ from palate.sampling import FewStepGenerator
 from palate.studio.workspace import Workspace
 from palate.taste.features import Features, features_of
 from palate.taste.learner import Array
-from palate.taste.taste import raw_features
+from palate.taste.pictures import raw_features
 from palate.taste.votes import Picture
 from palate.taste.words import with_words
 

@@ -21,6 +21,7 @@ from palate.runtime.files import write_atomically
 from palate.studio.workspace import Workspace
 
 LOG_TAIL = 64 * 1024  # bytes of a log that are shown
+COMMAND = (sys.executable, "-m", "palate")
 STOPS = (130, 143)  # exit codes of a run that was asked to stop
 
 
@@ -51,7 +52,7 @@ class Processes:
             log = self.log_path(name)
             with open(log, "ab") as out:
                 child = subprocess.Popen(
-                    [sys.executable, "-m", "palate", *arguments], stdin=subprocess.DEVNULL, stdout=out,
+                    [*COMMAND, *arguments], stdin=subprocess.DEVNULL, stdout=out,
                     stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, "NO_COLOR": "1"},
                 )  # fmt: skip
             self._children[name] = child
@@ -106,6 +107,10 @@ class Processes:
 
     def running(self) -> list[str]:
         return [name for name in self.workspace.names() if self.owner(name) is not None]
+
+    def children(self) -> list[subprocess.Popen[bytes]]:
+        """The processes that this studio began, whether they still live or not."""
+        return list(self._children.values())
 
     def log_path(self, name: str) -> Path:
         return self.workspace.logs / f"{name}.log"

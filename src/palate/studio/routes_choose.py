@@ -10,8 +10,8 @@ from fastapi.responses import FileResponse, HTMLResponse, Response
 
 from palate.models.vocabulary import known_words
 from palate.runtime.errors import InputError
-from palate.studio.app import go_to, studio_of
 from palate.studio.artist import png_of
+from palate.studio.shared import go_to, studio_of
 from palate.studio.workspace import MODES
 
 router = APIRouter()

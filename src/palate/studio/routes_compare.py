@@ -9,9 +9,9 @@ from fastapi.responses import FileResponse, HTMLResponse, Response
 
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
-from palate.studio.app import Studio, go_to, studio_of
 from palate.studio.comparing import ENOUGH, STRONGEST
 from palate.studio.runview import RunView
+from palate.studio.shared import Studio, go_to, studio_of
 
 router = APIRouter()
 

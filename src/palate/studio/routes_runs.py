@@ -17,7 +17,7 @@ from palate.runs import trained_model
 from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
 from palate.runtime.runlock import require_free
-from palate.studio.app import go_to, studio_of
+from palate.studio.shared import go_to, studio_of
 from palate.studio.undo import make_result
 
 router = APIRouter()

@@ -12,8 +12,8 @@ from fastapi.responses import HTMLResponse, PlainTextResponse, Response, Streami
 
 from palate import recipe as recipes
 from palate.runtime.errors import InputError
-from palate.studio.app import go_to, studio_of
 from palate.studio.process import quoted
+from palate.studio.shared import go_to, studio_of
 
 router = APIRouter()
 POLL = 0.4  # seconds between looks at a run folder
@@ -101,7 +101,7 @@ async def events(request: Request, run: str) -> StreamingResponse:
 
     async def stream() -> AsyncIterator[str]:
         last, idle = await asyncio.to_thread(stamp), 0.0
-        yield "retry: 1000\n\n"
+        yield "retry: 1000\n\nevent: change\ndata: \n\n"  # what happened between the page and this stream
         while not await request.is_disconnected():
             await asyncio.sleep(POLL)
             now, idle = await asyncio.to_thread(stamp), idle + POLL

@@ -8,9 +8,9 @@ from fastapi import APIRouter, Form, Request
 from fastapi.responses import HTMLResponse, Response
 
 from palate.runtime.errors import InputError
-from palate.studio.app import Studio, go_to, studio_of
 from palate.studio.process import quoted
 from palate.studio.runview import RunView
+from palate.studio.shared import Studio, go_to, studio_of
 from palate.studio.steering import Draft, change, wanted_words
 from palate.studio.undo import go_back, make_result
 from palate.taste.card import START

@@ -17,17 +17,17 @@ import numpy as np
 import torch
 
 from palate.runtime.errors import InputError
-from palate.studio.artist import Artist, Drawn, png_of, read_picture
+from palate.studio.artist import Artist, Drawn, read_picture
 from palate.studio.workspace import Workspace
 from palate.taste import card as cards
 from palate.taste.ask import RANDOM, REPEATS, next_pair
 from palate.taste.features import Scaling, scaling_of
-from palate.taste.learner import Array, Posterior, fit, leave_one_out
+from palate.taste.learner import Array, Posterior, fit
 from palate.taste.taste import SIDE_STD, Taste, fit_taste, learn
 from palate.taste.votes import CHOICES, OUTCOMES, Picture, Vote
 from palate.taste.words import WordChoice, offered, word_gains
 
-PAIR, SCALING = "pair.json", "scaling.pt"
+PAIR, SCALING = "pair.json", "scaling.safetensors"
 REFIT_PRIOR = 10  # votes between choices of the prior
 FREEZE = 64  # pictures after which the features' constants may be frozen
 
@@ -163,17 +163,17 @@ class Voting:
 
     def scaling(self, rows: Sequence[Drawn] | None = None) -> Scaling:
         """The features' constants: frozen at the first taste, so that a later pool does not move old votes."""
-        path = self.workspace.home / "scaling.safetensors"
+        path = self.workspace.home / SCALING
         with self._lock:
             if self._scaling is None and path.is_file():
-                self._scaling = read_scaling(path, len(self.artist.features.columns))
+                self._scaling = Scaling.load(path, len(self.artist.features.columns))
             if self._scaling is not None:
                 return self._scaling
             rows = self.artist.rows() if rows is None else rows
             features = torch.from_numpy(np.stack([drawn.features for drawn in rows]))
             made = scaling_of(features, [drawn.prompt for drawn in rows], self.artist.features.sizes)
             if len(self.votes()) >= cards.START and len(rows) >= FREEZE:
-                write_scaling(path, made)
+                made.save(path)
                 self._scaling = made
             return made
 
@@ -254,31 +254,3 @@ class Voting:
     def words(self) -> list[WordChoice]:
         card = self.summary()["taste"]
         return list(card["offered"]) if card else []
-
-
-def held_out(d: Array, y: Array) -> dict[str, Any]:
-    return cards.accuracy(leave_one_out(d, y, side_std=SIDE_STD), y)
-
-
-def write_scaling(path: Path, scaling: Scaling) -> None:
-    from safetensors.torch import save_file
-
-    temporary = path.with_name(f".tmp-{path.name}")
-    save_file({"mean": scaling.mean, "gain": scaling.gain, "covariance": scaling.covariance}, temporary)
-    temporary.replace(path)
-
-
-def read_scaling(path: Path, columns: int) -> Scaling | None:
-    """None for a damaged file, or one of other features."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        t = load_file(path)
-        scaling = Scaling(t["mean"], t["gain"], t["covariance"])
-    except (OSError, SafetensorError, KeyError):
-        return None
-    return scaling if scaling.mean.shape == (columns,) else None
-
-
-__all__ = ["Pair", "Voting", "png_of"]

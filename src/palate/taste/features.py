@@ -14,9 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from palate.core import Reward, TwoTower
@@ -201,6 +204,22 @@ class Scaling:
         """The standard deviation of w'z over those pictures; 1 where it does not vary."""
         variance = float(weights.double() @ self.covariance @ weights.double())
         return variance**0.5 if variance > 0 else 1.0
+
+    def save(self, path: Path) -> None:
+        """Write the constants, whole or not at all."""
+        temporary = path.with_name(f".tmp-{path.name}")
+        save_file({"mean": self.mean, "gain": self.gain, "covariance": self.covariance}, temporary)
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path, columns: int) -> Scaling | None:
+        """What `save` wrote; None for a damaged file, or one of other features."""
+        try:
+            tensors = load_file(path)
+            found = cls(tensors["mean"], tensors["gain"], tensors["covariance"])
+        except (OSError, SafetensorError, KeyError):
+            return None
+        return found if found.mean.shape == (columns,) else None
 
 
 def scaling_of(features: Tensor, groups: Sequence[str], sizes: Sequence[int]) -> Scaling:

@@ -4,42 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from palate.core import Reward
+from palate.rewards.load import load_reward
 from palate.runtime.errors import InputError
 from palate.runtime.files import write_atomically
-from palate.runtime.images import UNREADABLE, as_rgb, from_pixels, read_pixels
 from palate.taste import card as cards
 from palate.taste.features import Features, Scaling, features_of, scaling_of
 from palate.taste.learner import Array, Posterior, fit, leave_one_out, rater_qualities
+from palate.taste.pictures import as_choice, features_of_choices, raw_features, read_choices
 from palate.taste.reward import ABSOLUTE, TasteReward
-from palate.taste.votes import CHOICES, OUTCOMES, VoteStore
+from palate.taste.votes import OUTCOMES, VoteStore
 
 FILE, CARD = "taste.safetensors", "card.json"
 SIDE_STD = 1.0  # logits: prior of how much somebody favours the left place
-BATCH = 64
-
-
-class Choice(NamedTuple):
-    """Two pictures of one prompt and what was chosen. A picture is (3, H, W) in [0, 1], a PIL image, or a file."""
-
-    prompt: str
-    left: Any
-    right: Any
-    choice: str = "tie"  # one of votes.CHOICES
-    rater: str = ""
-    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,7 +76,7 @@ class Taste:
         if not len(pairs):
             return np.zeros(0)
         choices = [as_choice(pair) for pair in pairs]
-        left, right = _features_of_choices(self.features, choices)
+        left, right = features_of_choices(self.features, choices)
         gain = self.scaling.gain.numpy()
         return self.posterior.probability((left - right) * gain)
 
@@ -161,9 +149,7 @@ def base_reward(source: str) -> Reward:
     """The reward whose features a taste stands on; InputError if only the caller can load it."""
     if source != "emoji":
         raise InputError(f"this taste stands on {source}; give that reward as base, with its weights")
-    from palate.rewards.emoji import load_reward
-
-    return load_reward("emoji")
+    return load_reward(source)
 
 
 def fit_taste(
@@ -186,7 +172,7 @@ def fit_taste(
         raise InputError("got no votes; a taste needs some")
     reward = base if base is not None else base_reward(source)
     features = features_of(reward, source, blocks)
-    left, right = _features_of_choices(features, choices)
+    left, right = features_of_choices(features, choices)
     if scaling is None:
         if pool is None:
             rows, groups = np.concatenate([left, right]), [c.prompt for c in choices] * 2
@@ -244,86 +230,6 @@ def mixed(parts: Sequence[tuple[float, Taste]]) -> Taste:
     posterior = Posterior(mean, covariance, first.posterior.prior, 0.0, np.zeros(0))
     card = {"mixed": [{"weight": weight, "votes": taste.digest} for weight, taste in parts]}
     return Taste(first.features, first.scaling, posterior, first.base, card, first.digest)
-
-
-def read_choices(votes: str | Path | VoteStore | Sequence[Any]) -> list[Choice]:
-    """The votes as `Choice`s with files for pictures; those whose pictures are gone are left out."""
-    if isinstance(votes, (str, Path)):
-        votes = VoteStore(votes)
-    if isinstance(votes, VoteStore):
-        there, missing = votes.with_pictures()
-        if not there and missing:
-            raise InputError(f"the pictures of all {missing} votes are gone from {votes.pictures}; copy them back")
-        paths = [(votes.path_of(v.left), votes.path_of(v.right)) for v in there]
-        return [
-            Choice(v.prompt, left, right, v.choice, v.rater, f"{left.name}{right.name}")
-            for v, (left, right) in zip(there, paths, strict=True)
-        ]
-    return [as_choice(vote) for vote in votes]
-
-
-def as_choice(pair: Any) -> Choice:
-    """A `Choice` from what a caller may give instead of one."""
-    if isinstance(pair, Choice):
-        return pair
-    if isinstance(pair, Mapping):
-        if not {"left", "right"} <= pair.keys():
-            raise InputError(f"a pair needs left and right, got {', '.join(map(str, pair))}")
-        choice = str(pair.get("choice", "tie")).replace("neither", "both-bad")
-        if choice not in CHOICES:
-            raise InputError(f"choice: expected one of {', '.join(CHOICES)}, got {choice!r}")
-        return Choice(str(pair.get("prompt", "")), pair["left"], pair["right"], choice, str(pair.get("rater", "")))
-    if isinstance(pair, (tuple, list)) and len(pair) in (2, 3):
-        return Choice(str(pair[2]) if len(pair) == 3 else "", pair[0], pair[1])
-    raise InputError(f"expected pairs as (left, right, prompt) or mappings, got {type(pair).__name__}")
-
-
-def as_image(picture: Any) -> Tensor:
-    """(3, H, W) in [0, 1] of a tensor, a PIL image or a file."""
-    if isinstance(picture, Tensor):
-        if picture.ndim != 3 or picture.shape[0] != 3 or not picture.is_floating_point():
-            raise InputError(f"a picture of shape {tuple(picture.shape)}; expected (3, H, W) floats in [0, 1]")
-        return picture.detach().float().cpu()
-    if isinstance(picture, Image.Image):
-        return from_pixels(np.asarray(as_rgb(picture)))
-    if isinstance(picture, (str, Path)):
-        try:
-            return from_pixels(read_pixels(Path(picture)))
-        except UNREADABLE as error:
-            raise InputError(f"cannot read the picture {picture}: {error}") from error
-    raise InputError(f"expected a picture as a tensor, a PIL image or a file, got {type(picture).__name__}")
-
-
-def raw_features(features: Features, images: Tensor, prompts: Sequence[str]) -> Array:
-    """(N, D) in batches, without gradient."""
-    with torch.no_grad():
-        parts = [features(images[i : i + BATCH], prompts[i : i + BATCH]) for i in range(0, len(images), BATCH)]
-    return torch.cat(parts).double().cpu().numpy()
-
-
-def _features_of_choices(features: Features, choices: Sequence[Choice]) -> tuple[Array, Array]:
-    """Features (n, D) of the left and of the right pictures; one that occurs in several votes is looked at once."""
-    index: dict[tuple[Any, str], int] = {}
-    wanted: list[tuple[Any, str]] = []
-    places = []
-    for choice in choices:
-        for picture in (choice.left, choice.right):
-            key = (str(picture) if isinstance(picture, (str, Path)) else id(picture), choice.prompt)
-            if key not in index:
-                index[key] = len(wanted)
-                wanted.append((picture, choice.prompt))
-            places.append(index[key])
-    rows: list[Array | None] = [None] * len(wanted)
-    by_size: dict[tuple[int, ...], list[int]] = {}
-    loaded = [as_image(picture) for picture, _ in wanted]
-    for i, image in enumerate(loaded):
-        by_size.setdefault(tuple(image.shape), []).append(i)
-    for members in by_size.values():
-        images = torch.stack([loaded[i] for i in members])
-        for i, row in zip(members, raw_features(features, images, [wanted[i][1] for i in members]), strict=True):
-            rows[i] = row
-    table = np.stack([row for row in rows if row is not None])[places].reshape(len(choices), 2, -1)
-    return table[:, 0], table[:, 1]
 
 
 def load_objective(

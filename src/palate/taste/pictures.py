@@ -1,0 +1,111 @@
+"""Choices as a taste reads them: pictures of any form, and the features of each, looked at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from palate.runtime.errors import InputError
+from palate.runtime.images import UNREADABLE, as_rgb, from_pixels, read_pixels
+from palate.taste.features import Features
+from palate.taste.learner import Array
+from palate.taste.votes import CHOICES, VoteStore
+
+BATCH = 64
+
+
+class Choice(NamedTuple):
+    """Two pictures of one prompt and what was chosen. A picture is (3, H, W) in [0, 1], a PIL image, or a file."""
+
+    prompt: str
+    left: Any
+    right: Any
+    choice: str = "tie"  # one of votes.CHOICES
+    rater: str = ""
+    name: str = ""
+
+
+def read_choices(votes: str | Path | VoteStore | Sequence[Any]) -> list[Choice]:
+    """The votes as `Choice`s with files for pictures; those whose pictures are gone are left out."""
+    if isinstance(votes, (str, Path)):
+        votes = VoteStore(votes)
+    if isinstance(votes, VoteStore):
+        there, missing = votes.with_pictures()
+        if not there and missing:
+            raise InputError(f"the pictures of all {missing} votes are gone from {votes.pictures}; copy them back")
+        paths = [(votes.path_of(v.left), votes.path_of(v.right)) for v in there]
+        return [
+            Choice(v.prompt, left, right, v.choice, v.rater, f"{left.name}{right.name}")
+            for v, (left, right) in zip(there, paths, strict=True)
+        ]
+    return [as_choice(vote) for vote in votes]
+
+
+def as_choice(pair: Any) -> Choice:
+    """A `Choice` from what a caller may give instead of one."""
+    if isinstance(pair, Choice):
+        return pair
+    if isinstance(pair, Mapping):
+        if not {"left", "right"} <= pair.keys():
+            raise InputError(f"a pair needs left and right, got {', '.join(map(str, pair))}")
+        choice = str(pair.get("choice", "tie")).replace("neither", "both-bad")
+        if choice not in CHOICES:
+            raise InputError(f"choice: expected one of {', '.join(CHOICES)}, got {choice!r}")
+        return Choice(str(pair.get("prompt", "")), pair["left"], pair["right"], choice, str(pair.get("rater", "")))
+    if isinstance(pair, (tuple, list)) and len(pair) in (2, 3):
+        return Choice(str(pair[2]) if len(pair) == 3 else "", pair[0], pair[1])
+    raise InputError(f"expected pairs as (left, right, prompt) or mappings, got {type(pair).__name__}")
+
+
+def as_image(picture: Any) -> Tensor:
+    """(3, H, W) in [0, 1] of a tensor, a PIL image or a file."""
+    if isinstance(picture, Tensor):
+        if picture.ndim != 3 or picture.shape[0] != 3 or not picture.is_floating_point():
+            raise InputError(f"a picture of shape {tuple(picture.shape)}; expected (3, H, W) floats in [0, 1]")
+        return picture.detach().float().cpu()
+    if isinstance(picture, Image.Image):
+        return from_pixels(np.asarray(as_rgb(picture)))
+    if isinstance(picture, (str, Path)):
+        try:
+            return from_pixels(read_pixels(Path(picture)))
+        except UNREADABLE as error:
+            raise InputError(f"cannot read the picture {picture}: {error}") from error
+    raise InputError(f"expected a picture as a tensor, a PIL image or a file, got {type(picture).__name__}")
+
+
+def raw_features(features: Features, images: Tensor, prompts: Sequence[str]) -> Array:
+    """(N, D) in batches, without gradient."""
+    with torch.no_grad():
+        parts = [features(images[i : i + BATCH], prompts[i : i + BATCH]) for i in range(0, len(images), BATCH)]
+    return torch.cat(parts).double().cpu().numpy()
+
+
+def features_of_choices(features: Features, choices: Sequence[Choice]) -> tuple[Array, Array]:
+    """Features (n, D) of the left and of the right pictures; one that occurs in several votes is looked at once."""
+    index: dict[tuple[Any, str], int] = {}
+    wanted: list[tuple[Any, str]] = []
+    places = []
+    for choice in choices:
+        for picture in (choice.left, choice.right):
+            key = (str(picture) if isinstance(picture, (str, Path)) else id(picture), choice.prompt)
+            if key not in index:
+                index[key] = len(wanted)
+                wanted.append((picture, choice.prompt))
+            places.append(index[key])
+    rows: list[Array | None] = [None] * len(wanted)
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    loaded = [as_image(picture) for picture, _ in wanted]
+    for i, image in enumerate(loaded):
+        by_size.setdefault(tuple(image.shape), []).append(i)
+    for members in by_size.values():
+        images = torch.stack([loaded[i] for i in members])
+        for i, row in zip(members, raw_features(features, images, [wanted[i][1] for i in members]), strict=True):
+            rows[i] = row
+    table = np.stack([row for row in rows if row is not None])[places].reshape(len(choices), 2, -1)
+    return table[:, 0], table[:, 1]

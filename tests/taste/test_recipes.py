@@ -1,0 +1,100 @@
+"""A taste in a recipe: read, built, mixed, guarded; what is missing is said before weights load."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from palate import fit_taste, recipe
+from palate.algorithms.srpo import SRPO, SRPOSettings
+from palate.data import RecipeError
+from palate.models.vocabulary import vocabulary
+from palate.recipe import GuardSettings
+from palate.train import broken_limits
+
+PICTURES = torch.rand(24, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 0.3
+PICTURES = PICTURES + torch.rand(24, 3, 1, 1, generator=torch.Generator().manual_seed(1)) * 0.7
+PROMPT = vocabulary().concepts[0]
+
+
+def taste_of(measure, seed):
+    rng, values = np.random.default_rng(seed), measure(PICTURES)
+    votes = []
+    for _ in range(24):
+        i, j = (int(k) for k in rng.choice(24, 2, replace=False))
+        choice = "left" if values[i] > values[j] else "right"
+        votes.append({"prompt": PROMPT, "left": PICTURES[i], "right": PICTURES[j], "choice": choice})
+    return fit_taste(votes, blocks=["colour"])
+
+
+@pytest.fixture(scope="module")
+def tastes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tastes")
+    taste_of(lambda x: x[:, 0].mean((1, 2)), 0).save(folder / "red")
+    taste_of(lambda x: -x[:, 0].mean((1, 2)), 1).save(folder / "green")
+    return folder
+
+
+def reward_of(*overrides):
+    read = recipe.read("taste-emoji", overrides)
+    return recipe.build_reward(read.reward)(PICTURES, [PROMPT] * 24)
+
+
+def test_settings_reach_the_reward(tastes):
+    source = f"reward.source.taste={tastes / 'red'}"
+    plain = reward_of(source, "reward.taste.absolute=0")
+    emoji = recipe.load_reward("emoji")(PICTURES, [PROMPT] * 24)
+    assert torch.allclose(reward_of(source) - plain, 4 * emoji, atol=1e-4)
+    assert torch.allclose(reward_of(source, "reward.taste.absolute=1.5") - plain, 1.5 * emoji, atol=1e-4)
+    assert (reward_of(source, "reward.taste.absolute=0", "reward.taste.confidence=1") < plain).all()
+    red = PICTURES[:, 0].mean((1, 2))
+    assert float(np.corrcoef(plain.detach(), red)[0, 1]) > 0.8
+
+
+def test_tastes_add_up_by_their_weights(tastes):
+    both = f"{tastes / 'red'}:0.75, {tastes / 'green'}:0.25"
+    mixed = reward_of(f"reward.source.taste={both}", "reward.taste.absolute=0")
+    red = reward_of(f"reward.source.taste={tastes / 'red'}", "reward.taste.absolute=0")
+    assert float(np.corrcoef(mixed.detach(), red.detach())[0, 1]) > 0.8
+    opposed = reward_of(
+        f"reward.source.taste={tastes / 'red'}:0.25, {tastes / 'green'}:0.75", "reward.taste.absolute=0"
+    )
+    assert float(np.corrcoef(opposed.detach(), red.detach())[0, 1]) < 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["reward.source={}"], "reward.source.taste: name the folder"),
+        (["reward.name=emoji", "reward.source={}", "reward.taste={absolute: 1}"], "reward.taste"),
+        (["reward.taste.confidence=-1"], "reward.taste.confidence"),
+        (["reward.taste.lambda=4"], "unknown key"),
+    ],
+)
+def test_mistakes_are_told_before_anything_loads(overrides, said):
+    with pytest.raises(RecipeError, match=said):
+        recipe.read("taste-emoji", overrides)
+
+
+@pytest.mark.parametrize("source", ["nowhere", "nowhere:x", "a:1, b:2"])
+def test_a_taste_that_is_not_there_is_named(source):
+    read = recipe.read("taste-emoji", [f"reward.source.taste={source}"])
+    with pytest.raises(ValueError, match="taste"):
+        recipe.build_reward(read.reward)
+
+
+def test_the_guard_watches_named_backgrounds_where_it_is_told_to():
+    base, now = {"background": 1.0, "concept": 0.9}, {"background": 0.9, "concept": 0.9}
+    assert not broken_limits(now, base, GuardSettings())
+    assert "background fell from 1 to 0.9" in broken_limits(now, base, GuardSettings(background_drop=0.05))[0]
+
+
+def test_an_absolute_preference_needs_no_words():
+    algorithm = SRPO(SRPOSettings(preference="absolute", positive=(), negative=()))
+    assert algorithm.control_texts("a cat") == {"positive": ["a cat"], "negative": ["a cat"]}
+    again = SRPO(SRPOSettings())
+    again.load_state_dict(algorithm.state_dict())
+    assert again.words(0) == ("", "")
+    with pytest.raises(ValueError, match="control words"):
+        SRPOSettings(positive=())
