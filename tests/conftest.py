@@ -32,7 +32,7 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("palate.recipe.builder.build_model", lambda settings: TinyFlow())
     monkeypatch.setattr("palate.recipe.builder.build_reward", lambda settings: tiny_reward)
-    monkeypatch.setattr(cli.judging, "base_model", TinyFlow)
+    monkeypatch.setattr("palate.cli.sources.base_model", TinyFlow)
     (tmp_path / "tiny.yaml").write_text(RECIPE.format(folder="runs/tiny"))
     return tmp_path
 

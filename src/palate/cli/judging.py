@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -11,10 +11,6 @@ from palate.cli.app import LOOK, app, examples
 from palate.cli.options import Json, Run, Seeds, all_prompts, belongs, recipe_file, run_names
 from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
-
-if TYPE_CHECKING:
-    from palate.core import Model
-    from palate.evaluate import Sampler
 
 
 @app.command(rich_help_panel=LOOK, epilog=examples(
@@ -24,7 +20,7 @@ if TYPE_CHECKING:
 def sample(
     ctx: typer.Context,
     run: Annotated[Path | None, typer.Argument(help="A run to sample from; or use --model.")] = None,
-    model: Annotated[str | None, typer.Option(help="A model by name (emoji), a run, or an exported generator.")] = None,
+    model: Annotated[str | None, typer.Option(help="emoji, a run, a generator, a diffusers folder or hub id.")] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     prompts_file: Annotated[str | None, typer.Option(help="A text file, one prompt per line.")] = None,
     seeds: Annotated[Seeds, typer.Option(parser=Seeds, metavar="SEEDS", help="For example 0-15 or 1,5,9.")] = "0-3",  # type: ignore[assignment]
@@ -45,6 +41,8 @@ def sample(
     from palate.train.checks import require_sampleable
 
     with shown(ctx.obj["quiet"]):
+        from palate.cli.sources import load_source
+
         loaded, sampler = load_source(model if model is not None else str(run))
     if sampler and (steps is not None or guidance is not None):
         raise InputError("--steps, --guidance: a generator draws as it was trained; leave them out")
@@ -100,10 +98,11 @@ def evaluate(
     for run in folders:
         recipe_file(run)
     if tasks:
+        from palate.cli.sources import load_run
         from palate.cli.tasks import evaluate_with_tasks
 
         given = bool(prompts_file or count or stored or out)
-        return evaluate_with_tasks(runs, seeds, load_run, given, as_json=as_json, quiet=ctx.obj["quiet"])
+        return evaluate_with_tasks(folders, seeds, load_run, given, as_json=as_json, quiet=ctx.obj["quiet"])
     prompts = read_prompts(prompts_file) if prompts_file else None
 
     from palate.cli.phases import shown
@@ -235,30 +234,6 @@ def clear_samples(folder: Path) -> None:
     if (folder / "index.jsonl").is_file():
         for row in read_index(folder):
             (folder / row["file"]).unlink(missing_ok=True)
-
-
-def load_source(source: str) -> tuple[Model, Sampler | None]:
-    """What `--model` or a run folder names: the embedded base model, an exported generator, or a run's result."""
-    if source == "emoji" and not Path(source).is_dir():
-        return base_model(), None
-    from palate.export import load_one_step, one_step_folder
-
-    exported = one_step_folder(source)
-    return load_one_step(exported) if exported else load_run(Path(source))
-
-
-def base_model() -> Model:
-    """The embedded model, untrained."""
-    from palate.models.emoji import EmojiModel
-
-    return EmojiModel.load(training="none")
-
-
-def load_run(run: Path) -> tuple[Model, Sampler | None]:
-    """The result of a run; InputError where the folder is none."""
-    from palate.runs import trained_model
-
-    return trained_model(recipe_file(run).parent, warn=_warn)
 
 
 def _warn(text: str) -> None:

@@ -32,7 +32,7 @@ def export(
 
     if form == "one-step":
         from palate import recipe as recipes
-        from palate.cli.judging import load_run
+        from palate.cli.sources import load_run
 
         read = recipes.read(str(recipe_file(run)))
         if read.algorithm.name != "distar":
@@ -43,7 +43,7 @@ def export(
         print(f"pipeline: {printable(str(target))}; its README.md has the call")
         return
     if form == "merged":
-        from palate.cli.judging import load_run
+        from palate.cli.sources import load_run
         from palate.export import export_merged
 
         print(f"network: {printable(str(export_merged(run, load_run(run)[0], out)))}")

@@ -36,6 +36,7 @@ MECHANISM = frozenset(
         "families",
         "gaussian",
         "lora",
+        "merge",
         "original",
         "parts",
         "quantised",

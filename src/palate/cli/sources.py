@@ -1,0 +1,83 @@
+"""What `palate sample` can draw with: a run, the embedded model, an exported generator, any base model."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+from palate.cli.options import recipe_file
+from palate.core import Model, Sampler
+from palate.export import load_one_step, one_step_folder
+from palate.models import families
+from palate.models.emoji import EmojiModel
+from palate.models.facts import facts_of
+from palate.runs import trained_model
+from palate.runtime.errors import InputError
+
+INDEX = "model_index.json"
+
+
+def load_source(source: str) -> tuple[Model, Sampler | None]:
+    """The model of that name, hub id or folder, and how it draws (None = as itself). InputError: no such one."""
+    path = Path(source).expanduser()
+    if source == "emoji" and not path.is_dir():
+        return base_model(), None
+    if exported := one_step_folder(source):
+        return load_one_step(exported)
+    if (path / INDEX).is_file() or (not path.exists() and source.count("/") == 1):
+        return load_base(source), None
+    return load_run(path)
+
+
+def base_model() -> Model:
+    """The embedded model, untrained."""
+    return EmojiModel.load(training="none")
+
+
+def load_run(run: Path) -> tuple[Model, Sampler | None]:
+    """The result of a run; InputError where the folder is none."""
+    return trained_model(recipe_file(run).parent, warn=lambda text: logging.getLogger("palate").warning("%s", text))
+
+
+def load_base(source: str) -> Model:
+    """A diffusers folder or hub id, untrained, by the family whose parts it holds."""
+    index = _index(source)
+    return families.find(family_of(index, source)).load_class().load(source, training="none")
+
+
+def family_of(index: dict[str, Any], source: str) -> str:
+    """The family whose parts model_index.json lists, the one with the most where several fit."""
+    kinds = {part: entry[1] for part, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    found: dict[str, int] = {}
+    for name in families.names():
+        facts = None if name == "emoji" else facts_of(name)
+        if facts is None or kinds.get(facts.denoiser) != facts.parts[facts.denoiser]:
+            continue  # other parts have more than one class: T5Tokenizer, T5TokenizerFast
+        needed = [part for part in facts.parts if part not in facts.optional]
+        if all(part in kinds for part in needed):
+            found[name] = len(needed)
+    if not found:
+        held = ", ".join(sorted(str(kind) for kind in kinds.values() if kind)) or "no parts"
+        raise InputError(f"{source} is of no family that Palate knows ({held}); see docs/models.md")
+    return max(found, key=lambda name: found[name])
+
+
+def _index(source: str) -> dict[str, Any]:
+    path = Path(source).expanduser() / INDEX
+    try:
+        text = path.read_text("utf-8") if path.is_file() else Path(hf_hub_download(source, INDEX)).read_text("utf-8")
+        found = json.loads(text)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise InputError(
+            f"{source} is no run, no folder with a {INDEX} and no hub id that can be reached ({why}); give emoji, a "
+            "run or a diffusers folder"
+        ) from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds {type(found).__name__}; expected the index of a diffusers pipeline")
+    return found
