@@ -79,6 +79,14 @@ class Sampleable(Model, Protocol):
 
 
 @runtime_checkable
+class HasPosterior(Protocol):
+    """A model whose encoder says how sure it is of a latent."""
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean, which is what `encode` returns, and standard deviation, (B, C, h, w) each, of the latents of images."""
+
+
+@runtime_checkable
 class PublishedGrid(Protocol):
     """A model that was published with times of its own."""
 

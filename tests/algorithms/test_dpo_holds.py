@@ -310,6 +310,17 @@ def test_captions_are_dropped_and_pairs_flipped_in_their_share():
     torch.testing.assert_close(tracked[0], flipped[0], atol=1e-12, rtol=0)
 
 
+def test_latents_are_drawn_from_the_encoders_gaussian():
+    mean, std = pairs_of(2), 0.1 + pairs_of(2).abs()
+    encoded = torch.cat([mean, std], 2)
+    (got,), _ = run(DPOSettings(beta=2.0, posterior=True), pairs=encoded, reward=never)
+    noise = Random(0, 1, [0, 1]).normal("posterior", (2, *SHAPE)).double()
+    (expected,), _ = run(DPOSettings(beta=2.0), pairs=mean + std * noise, reward=never)
+    torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match=r"algorithm\.posterior needs latents"):
+        run(DPOSettings(posterior=True), pairs=mean, reward=never)
+
+
 # ---------------------------------------------------------------- contracts
 
 

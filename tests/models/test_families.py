@@ -157,7 +157,7 @@ def test_decoded_images_equal_the_pipelines(name):
     with torch.no_grad():
         std, mean = (x.view(1, -1, 1, 1) for x in model.facts.layout.statistics(pipeline.vae))
         if "scaling_factor" in config:  # and FLUX.2's are those of its pipeline, in the tests of samples
-            assert std == 1 / config.scaling_factor and mean == (config.get("shift_factor") or 0.0)
+            assert std == torch.tensor(1 / config.scaling_factor) and mean == (config.get("shift_factor") or 0.0)
         raw = pipeline.vae.decode(model.facts.layout.unfolded(latents * std + mean)).sample
         raw = raw[:, :, 0] if raw.ndim == 5 else raw
         theirs = pipeline.image_processor.postprocess(raw, output_type="pt")
@@ -167,6 +167,14 @@ def test_decoded_images_equal_the_pipelines(name):
         inputs = inputs.unsqueeze(2) if model.facts.layout.frames else inputs
         encoded = pipeline.vae.encode(inputs)
         posterior = encoded.latent if "latent" in encoded else encoded.latent_dist.mode()
+        if "latent" in encoded:
+            with pytest.raises(ValueError, match="deterministic"):
+                model.posterior(ours)
+        else:
+            middle, deviation = model.posterior(ours)
+            assert torch.allclose(middle, again, atol=1e-6)
+            expected = model.facts.layout.folded(encoded.latent_dist.std) / std
+            assert torch.allclose(deviation, expected, rtol=1e-3, atol=1e-5)
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert torch.allclose(again, (model.facts.layout.folded(posterior) - mean) / std, atol=1e-4)
 

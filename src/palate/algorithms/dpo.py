@@ -39,8 +39,7 @@ Deviations from the papers and their programs:
   program has one lambda per batch. "parameters" takes the gradients in the parameters, to which the guarantee belongs,
   for the rank's whole batch; it costs three more backwards.
 - PNAPO's dynamic beta is left out.
-- Flips are of latents, where the program flips images before it encodes them; latents are the encoder's mode, where the
-  program samples its posterior.
+- Flips are of latents, where the program flips images before it encodes them.
 """
 
 from __future__ import annotations
@@ -84,6 +83,7 @@ class DPOSettings:
 
     caption_dropout: float = 0.0  # share of pairs trained without their prompt (the authors' program: .2)
     flip: bool = False  # mirror half of the pairs (the authors' program does)
+    posterior: bool = False  # draw given images' latents from the encoder's Gaussian, anew each time (the program does)
 
     def __post_init__(self) -> None:
         for problem, wrong in (
@@ -208,7 +208,10 @@ class DPO:
         """Pairs, given or drawn, and metrics of the drawing. Run it under no_grad."""
         s, kind = self.settings, state_kind(model)
         if batch.latents is not None:
-            return given_pairs(batch.latents.to(**kind), model.latent_shape, s), {}
+            latents = batch.latents.to(**kind)
+            if s.posterior:
+                latents = drawn_latents(latents, rng.normal("posterior", (2, *model.latent_shape)).to(latents))
+            return given_pairs(latents, model.latent_shape, s), {}
         n = s.candidates
         rng = Random(rng.seed, rng.step, [n * i + k for i in rng.ids for k in range(n)])
         prompts = [prompt for prompt in batch.prompts for _ in range(n)]
@@ -236,6 +239,17 @@ class DPO:
         weight = (~tie).to(x0) if s.ties == "drop" else torch.ones_like(preference)
         metrics = {"reward": scores.mean(), "reward_gap": gap.mean(), "ties": tie.to(x0).mean()}
         return Pairs(x0, noise, preference, weight, torch.ones(len(x0), 2, **kind)), metrics
+
+
+def drawn_latents(posterior: Tensor, noise: Tensor) -> Tensor:
+    """mean + std noise (B, 2, C, h, w) of encoded pairs (B, 2, 2 C, h, w), mean and std side by side."""
+    if posterior.ndim != 5 or posterior.shape[2] != 2 * noise.shape[2]:
+        raise InputError(
+            f"algorithm.posterior needs latents (B, 2, 2 C, h, w), means and standard deviations side by side, got "
+            f"{tuple(posterior.shape)}; give prompts.pairs, or set algorithm.posterior=false"
+        )
+    mean, std = posterior.chunk(2, 2)
+    return mean + std * noise
 
 
 def given_pairs(latents: Tensor, shape: tuple[int, ...], settings: DPOSettings) -> Pairs:

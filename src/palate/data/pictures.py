@@ -15,8 +15,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from palate.core import Sampleable
+from palate.core import HasPosterior, Sampleable
 from palate.data.tables import TEXT_LIMIT, RecipeError, read_text
+from palate.runtime.errors import InputError
 from palate.runtime.files import split_lines
 from palate.runtime.images import UNREADABLE, as_rgb
 
@@ -133,8 +134,16 @@ def _opened(image: Path | bytes) -> Iterator[Any]:
         raise RecipeError(f"cannot read the image {what} ({error}); repair or remove it") from error
 
 
-def encode_images(model: Sampleable, images: Sequence[Path | bytes]) -> Tensor:
-    """Latents of all images, once, so that training never runs the encoder; a few pictures in memory at a time."""
+def encode_images(model: Sampleable, images: Sequence[Path | bytes], *, posterior: bool = False) -> Tensor:
+    """Latents of all images, once, so that training never runs the encoder; a few pictures in memory at a time.
+
+    posterior: (N, 2 C, h, w), mean and standard deviation side by side. InputError: the model knows no deviation.
+    """
+    if posterior and not isinstance(model, HasPosterior):
+        raise InputError("algorithm.posterior: this model's autoencoder is deterministic; set it to false")
     chunks = (images[k : k + ENCODED_TOGETHER] for k in range(0, len(images), ENCODED_TOGETHER))
     with torch.no_grad():
-        return torch.cat([model.encode(load_images(chunk, size=model.image_size)) for chunk in chunks])
+        pictures = (load_images(chunk, size=model.image_size) for chunk in chunks)
+        if posterior and isinstance(model, HasPosterior):
+            return torch.cat([torch.cat(model.posterior(part), 1) for part in pictures])
+        return torch.cat([model.encode(part) for part in pictures])

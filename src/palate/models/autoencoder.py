@@ -184,6 +184,15 @@ class Autoencoder:
         latents = encode_with(self.vae, self.layout, (images * 2 - 1).to(self.device, self.dtype))
         return (latents.float() - self._mean) / self._scale
 
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (B, C, h, w) of the encoder's Gaussian. InputError: it has none."""
+        images = (images * 2 - 1).to(self.device, self.dtype)
+        encoded = self.vae.encode(images.unsqueeze(2) if self.layout.frames else images)
+        if hasattr(encoded, "latent"):  # AutoencoderDC's
+            raise InputError("this model's autoencoder is deterministic; set algorithm.posterior=false")
+        mean, std = (self.layout.folded(x).float() for x in (encoded.latent_dist.mean, encoded.latent_dist.std))
+        return (mean - self._mean) / self._scale, std / self._scale
+
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1]; differentiable. Values are clipped, so a saturated pixel has no gradient."""
         inside = latents.to(self.device, torch.float32) * self._scale + self._mean

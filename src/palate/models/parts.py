@@ -94,6 +94,10 @@ class LoadedModel:
     def encode(self, images: Tensor) -> Tensor:
         return self.parts.vae.encode(images)
 
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation (B, C, h, w) of the latents of images."""
+        return self.parts.vae.posterior(images)
+
     def decode(self, latents: Tensor) -> Tensor:
         return self.parts.vae.decode(latents)
 

@@ -71,6 +71,14 @@ class UsesTeachers(Protocol):
 
 
 @runtime_checkable
+class SamplesPosterior(Protocol):
+    """Settings of an algorithm that may draw latents from the encoder's Gaussian."""
+
+    @property
+    def posterior(self) -> bool: ...
+
+
+@runtime_checkable
 class UsesEstimator(Protocol):
     """Settings of an algorithm that may ask the model for its consistency weights."""
 
@@ -95,7 +103,8 @@ def build(recipe: Recipe) -> Parts:
         trainer = recipe.trainer  # of a long list, a short run uses only a part
         used = used_prompts(prompts, trainer.seed, trainer.steps * trainer.batch_size)
         model.cache_prompts([*used, *preview])
-    latents = encode_images(model, images) if images else None
+    sampled = isinstance(recipe.algorithm, SamplesPosterior) and recipe.algorithm.posterior
+    latents = encode_images(model, images, posterior=sampled) if images else None
     if latents is not None and recipe.prompts.pairs is not None:
         latents = latents.unflatten(0, (-1, 2))  # (N, 2, C, h, w)
     return Parts(model, build_algorithm(recipe), reward, list(prompts), preview, latents)
