@@ -1,0 +1,102 @@
+"""An override's value is what it says: no comment, no YAML document; and the commonest slips find their key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from palate import recipe
+from palate.recipe import RecipeError, homes_of
+
+GOOD = "run: {folder: runs/x}\nalgorithm: {name: srpo}\nreward: {name: emoji}\nprompts: {list: [a dog]}\n"
+
+TEXTS = [
+    "exp #2", "a: b", "*star", "&anchor", "@x", "`x`", "!tag", "- a", "| x", "> x", "%x", "a, b", "x # y # z", "?",
+    "'half", '"half', "it's", "C:/runs/x", "2024-01-01", "12:30", "yes please", "ключ", "a\tb",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("key", ["run.folder", "prompts.file", "model.start"])
+def test_a_text_is_taken_as_it_stands(key, text):
+    extra = ["prompts.list=null"] if key == "prompts.file" else []
+    made = recipe.parse(GOOD, [*extra, f"{key}={text}"])
+    section, name = key.split(".")
+    assert vars(vars(made)[section])[name] == text
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "value"),
+    [
+        ("trainer.steps=40", ("trainer", "steps"), 40),
+        ("trainer.lr=1e-4", ("trainer", "lr"), 1e-4),
+        ("trainer.lr=0.5", ("trainer", "lr"), 0.5),
+        ("sample.guidance=null", ("sample", "guidance"), None),
+        ("sample.guidance=", ("sample", "guidance"), None),
+        ("model.gradient_checkpointing=false", ("model", "gradient_checkpointing"), False),
+        ("algorithm.positive=[3d, flat]", ("algorithm", "positive"), ("3d", "flat")),
+        ("algorithm.positive=3d, glossy photo", ("algorithm", "positive"), ("3d", "glossy photo")),
+        ("algorithm.branches=denoise", ("algorithm", "branches"), ("denoise",)),
+        ("run.folder='exp #2'", ("run", "folder"), "exp #2"),
+        ('run.folder="7"', ("run", "folder"), "7"),
+        ("prompts.list=a dog, sitting", ("prompts", "list"), ["a dog, sitting"]),
+        ("model.lora_targets=to_q, to_k", ("model", "lora_targets"), ["to_q", "to_k"]),
+    ],
+)
+def test_values_of_every_kind(override, where, value):
+    extra = ["model.name=stable-diffusion", "model.folder=x"] if "gradient" in override else []
+    made = recipe.parse(GOOD, [*extra, override])
+    assert vars(vars(made)[where[0]]).get(where[1]) == value
+
+
+@pytest.mark.parametrize("key", ["run.folder", "model.text_cache", "model.start", "prompts.file"])
+def test_a_tilde_is_the_home_folder(key):
+    extra = ["prompts.list=null"] if key == "prompts.file" else []
+    if key == "model.text_cache":
+        extra = ["model.name=flux", "model.folder=x"]
+    made = recipe.parse(GOOD, [*extra, f"{key}=~/somewhere"])
+    section, name = key.split(".")
+    assert vars(vars(made)[section])[name] == str(Path.home() / "somewhere")
+
+
+def test_a_path_is_found_from_another_folder(tmp_path, monkeypatch):
+    """In the current folder first, then beside the recipe; what lies nowhere stays a name."""
+    here, beside = tmp_path / "here", tmp_path / "beside"
+    for folder in (here, beside):
+        folder.mkdir()
+        (folder / "list.txt").write_text("a dog\n")
+    (beside / "own.yaml").write_text(GOOD.replace("list: [a dog]", "file: list.txt"))
+    monkeypatch.chdir(here)
+    assert recipe.read(str(beside / "own.yaml")).prompts.file == str(here / "list.txt")
+    (here / "list.txt").unlink()
+    made = recipe.read(str(beside / "own.yaml"))
+    assert made.prompts.file == str(beside / "list.txt")
+    monkeypatch.chdir(tmp_path)
+    assert recipe.parse(recipe.dump(made)) == made
+    assert recipe.read("srpo-emoji").prompts.file == "emoji-train"
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("steps=3", "did you mean trainer.steps=3"),
+        ("lr=0.1", "did you mean trainer.lr=0.1"),
+        ("every=5", "did you mean trainer.guard.every=5"),
+        ("folder=x", "model.folder=x"),
+        ("budget=9", "did you mean optimize.budget=9"),
+    ],
+)
+def test_a_key_without_its_section_finds_it(override, hint):
+    with pytest.raises(RecipeError) as caught:
+        recipe.parse(GOOD, [override])
+    assert hint in str(caught.value) and homes_of(override.partition("=")[0])
+
+
+@pytest.mark.parametrize(
+    "override", ["trainer.betas=3", "algorithm.window=x", "algorithm.positive=5", "reward.scale=[1]"]
+)
+def test_nobody_reads_the_word_tuple(override):
+    with pytest.raises(RecipeError) as caught:
+        recipe.parse(GOOD, [override])
+    assert "tuple" not in str(caught.value).lower()
