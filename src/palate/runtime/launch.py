@@ -11,19 +11,20 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+from palate.runtime.progress import say
 
 GRACE_SECONDS = 4.0  # that the other ranks get to end by themselves when one has failed
 LOST = 7  # exit code of a rank that failed only because it lost another one
-STOPPED = (0, 130, 143)  # exit codes of ranks that ended as they were told to
+STOPPED = (0, 129, 130, 143)  # exit codes of ranks that ended as they were told to
 
 
 def launch(command: Sequence[str], nproc: int) -> int:
     """Run `command` as ranks 0 .. nproc - 1 of this machine; returns the exit code of the first one that failed, or 0.
 
-    SIGTERM and SIGINT are handed on. A worker whose launcher has died sees its parent change (PALATE_LAUNCHER).
+    SIGTERM, SIGINT and SIGHUP are handed on. A worker whose launcher has died sees its parent change (PALATE_LAUNCHER).
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -61,7 +62,7 @@ def _wait(workers: Sequence[subprocess.Popen]) -> int:
             if code not in STOPPED:
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         if time.monotonic() > deadline:
-            print(f"palate: a rank has failed; ending the {len(running)} that still run", file=sys.stderr, flush=True)
+            say(f"palate: a rank has failed; ending the {len(running)} that still run", error=True)
             for worker in running:
                 worker.kill()
                 worker.wait()
@@ -71,13 +72,14 @@ def _wait(workers: Sequence[subprocess.Popen]) -> int:
 
 
 @contextlib.contextmanager
-def _handed_on(workers: Sequence[subprocess.Popen]):
+def _handed_on(workers: Sequence[subprocess.Popen]) -> Iterator[None]:
     def hand_on(number: int, _frame: object) -> None:
         for worker in workers:
             with contextlib.suppress(ProcessLookupError):
                 worker.send_signal(number)
 
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+    wanted = [n for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, hand_on) for number in wanted}
     try:
         yield
     finally:
