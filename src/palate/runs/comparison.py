@@ -28,7 +28,7 @@ def between(first: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str,
     """
     rows = common_rows(first["rows"], other["rows"])
     if not rows:
-        raise InputError("the evaluations share no prompt and seed; evaluate both on the same prompts and seeds")
+        raise InputError("the evaluations have no prompt and seed in common; evaluate both on the same ones")
     same = len(rows) == len(first["rows"]) == len(other["rows"]) and all(i == j for i, j in rows)
     prompts = [first["rows"][i]["prompt"] for i, _ in rows]
     found = {}
