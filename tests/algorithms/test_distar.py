@@ -83,13 +83,13 @@ ours, theirs = denoiser(MU, SG**2), denoiser(M, R**2)
 
 
 def loss_of(distance, *, gradient="paper", c=0.3):
-    """Score-space losses of the spec: L2 has k^2, the pseudo-Huber distance k (with its constant k c)."""
+    """Losses in score space: L2 has k^2, the pseudo-Huber distance k (with its constant k c)."""
     power = 2 if distance == "l2" else 1
     options = {"distance": distance, "c": K * c, "weight": K**-power, "gradient": gradient}
     return lambda x0, xt: distar_loss(ours(xt), theirs(xt), x0, **options)
 
 
-# 1: distances
+# Distances
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_limits_of_the_distance():
     assert not distance_of(zero, "pseudo_huber", 0.1).any() and not slope_of(zero, "pseudo_huber", 0.1).any()
 
 
-# 2, 3: golden values
+# Golden values
 
 
 def golden():
@@ -191,7 +191,7 @@ def test_parametrisations_agree(flow):
         torch.testing.assert_close(grad, found[0][1], atol=1e-10, rtol=0)
 
 
-# 4, 8, 12a: the theorem on Gaussians, and the wrong graphs
+# The theorem on Gaussians, and the wrong graphs
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_isotropic_dimensions_add_in_the_scale_and_not_in_the_mean():
     assert float(scale) == pytest.approx(3 * -2.1040221, abs=4 * 3.2 * 3**0.5 / 200)
 
 
-# 5: the theorem where scores are not linear
+# The theorem where scores are not linear
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_theorem_beyond_gaussians(distance, kind, expected):
     assert found.tolist() == pytest.approx(expected, rel=2e-3)
 
 
-# 7: fixed points
+# Fixed points
 
 
 def test_equal_networks_push_nowhere_exactly():
@@ -367,14 +367,14 @@ def test_matched_distributions_have_no_force():
         assert found == pytest.approx((0, 0), abs=1e-14)
 
 
-# 9: where reward and divergence balance (fixture B)
+# Where reward and divergence balance
 
 B = {"a": 0.8, "s": 0.3, "m": 0.2, "r": 1.3}
 V_B = B["a"] ** 2 * B["r"] ** 2 + B["s"] ** 2
 
 
 def force_b(mu, sg, kind, *, reference=0.2, c=0.3):
-    """Score-space gradient of the regulariser (w = 1) of N(mu, sg^2) at fixture B's level."""
+    """Score-space gradient of the regulariser (w = 1) of N(mu, sg^2) at level (a, s) of B."""
     a, s = B["a"], B["s"]
     k = s * s / a
     psi, ref = denoiser(mu, sg**2, a, s), denoiser(reference, B["r"] ** 2, a, s)
@@ -424,7 +424,7 @@ def test_a_large_reward_outruns_the_pseudo_huber_force():
     assert far == pytest.approx(threshold, rel=1e-6) and far < threshold
 
 
-# 10: guidance inside and outside
+# Guidance inside and outside
 
 
 def test_guidance_inside_and_outside():
@@ -448,7 +448,7 @@ def test_guidance_inside_and_outside():
     torch.testing.assert_close(inside, outside)
 
 
-# 11: the assistant
+# The assistant
 
 
 @pytest.mark.parametrize("error", ["eps", "x0", "velocity"])
@@ -467,7 +467,7 @@ def test_the_assistants_minimiser_is_the_score(error):
 
 
 def test_two_time_scales_at_equal_width():
-    """The linear system of test 11: at v = V no oscillation iff k >= 4 g, which is `assistant_rate_bound`."""
+    """Assistant and generator as a linear system: at v = V no oscillation iff k >= 4 g, which is `assistant_rate_bound`."""
 
     def changes_of_sign(ratio):
         g, mean, late = 4e-3, 1.0, 0.0  # distance to the optimum, lag of the assistant behind the generator
@@ -505,7 +505,7 @@ def test_an_assistant_slower_than_the_threshold_lets_a_narrow_generator_run_away
     assert (sizes[1] > 1.5 * sizes[0]) == grows and (sizes[1] < sizes[0] / 1.5) != grows
 
 
-# 12: de Bruijn, blindness at low noise
+# De Bruijn, blindness at low noise
 
 
 def test_de_bruijn_links_the_l2_divergence_to_kl():

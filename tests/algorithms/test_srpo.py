@@ -39,7 +39,7 @@ HPS = SRPOSettings(
     hinge=0.7,
     guidance=3.5,
 )
-ROUND_DENOISE, ROUND_INVERSION = (0.8785, 0.8570), (0.8356, 0.8570)  # as srpo.md 8.7 and 8.8 print them
+ROUND_DENOISE, ROUND_INVERSION = (0.8785, 0.8570), (0.8356, 0.8570)  # four digits, worked out by hand
 
 
 def level(t, schedule=flow_schedule):
@@ -50,7 +50,7 @@ def latents(seed=0, n=2):
     return torch.randn(n, 3, 1, 2, 2, dtype=D, generator=torch.Generator().manual_seed(seed)).unbind(0)
 
 
-# 8.1 to 8.4: recover
+# Recover
 
 
 @pytest.mark.parametrize("schedule", [flow_schedule, VP], ids=["flow", "vp"])
@@ -96,7 +96,7 @@ def test_parametrisations():
     (a, s), (a_e, s_e) = level(0.878486), level(0.857036)
     xs = add_noise(x0, eps, a, s)
     velocity = eps - x0 + delta
-    linear = (xs + (s_e - s) * velocity - s_e * eps) / a_e  # srpo.md 2.2
+    linear = (xs + (s_e - s) * velocity - s_e * eps) / a_e  # (5) with the velocity in place of the noise
     torch.testing.assert_close(recover(from_velocity(xs, velocity, a, s), eps, a_e, s_e), linear, atol=1e-12, rtol=0)
     eps_theta = xs + (1 - s) * velocity  # (a) the DDIM step of the noise prediction
     torch.testing.assert_close(recover(from_eps(xs, eps_theta, a, s), eps, a_e, s_e), linear, atol=1e-11, rtol=0)
@@ -117,7 +117,7 @@ def test_vp_gain_in_noise_units_is_a_difference_of_noise_to_signal_ratios():
     torch.testing.assert_close(recover(pred, eps, a_e, s_e), x0 - (s / a - s_e / a_e) * delta, atol=1e-12, rtol=0)
 
 
-# 8.7, 8.8: bias of the injected noise
+# Bias of the injected noise
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_step_errs_independently_of_the_noised_latent_only_with_fresh_noise(nois
         assert correlation < -0.9
 
 
-# 8.5, 8.6, 8.11: gradients through `step`
+# Gradients through `step`
 
 CP, CN = latents(seed=7, n=2)
 CP, CN = CP[0], CN[0]
@@ -368,7 +368,7 @@ def test_nothing_but_the_policys_one_call_carries_gradient():
     )
 
 
-# 8.10: the released program's levels
+# The released program's levels
 
 
 def test_released_table():
@@ -449,7 +449,7 @@ def test_the_truncated_time_reaches_the_network_but_not_the_recovery():
     torch.testing.assert_close(seen[0], (xs + (e - s) * 0.3 - e * eps) / (1 - e), atol=1e-12, rtol=0)
 
 
-# 8.12 and the book-keeping of `step`
+# The book-keeping of `step`
 
 
 def test_words_rotate_as_in_the_program():

@@ -176,7 +176,7 @@ def test_deterministic_sampler_converges_to_the_ode_map():
 
 
 def test_rollout_numbers():
-    """srpo.md 8.9: a point mass is hit exactly; the Gaussian's contrast after 25, 50 and 1000 shifted Euler steps."""
+    """A point mass is hit exactly; the Gaussian's contrast after 25, 50 and 1000 shifted Euler steps."""
     point = GaussianModel(torch.full((1, 2, 2), 0.7, dtype=torch.float64), 0.0)
     noise = torch.randn(3, 1, 2, 2, dtype=torch.float64)
     x = sample(point, point.encode_prompts([""]), noise, 7, shift=3.0)
