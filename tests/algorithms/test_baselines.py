@@ -72,6 +72,7 @@ def run(parts, plan, folder, **changes):
     return [p.detach().clone() for p in made.model.parameters()], rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_two_steps_train_and_a_stop_between_them_changes_no_bit(name, parts, tmp_path):
     plan = recipe.read(name, [*QUIET, *SMALL[name]])

@@ -105,6 +105,7 @@ def reparameterised(settings, schedule):
     return torch.autograd.grad((x * C).sum(), model.parameters()[0])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [flow_schedule, VP], ids=["flow", "vp"])
 def test_mean_policy_gradient_is_the_reparameterised_gradient(schedule):
     """Within 4 standard errors, and the error is at most a fifth of the gradient."""

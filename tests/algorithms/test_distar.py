@@ -467,7 +467,7 @@ def test_the_assistants_minimiser_is_the_score(error):
 
 
 def test_two_time_scales_at_equal_width():
-    """Assistant and generator as a linear system: at v = V no oscillation iff k >= 4 g, which is `assistant_rate_bound`."""
+    """As a linear system: at v = V no oscillation iff k >= 4 g, which is `assistant_rate_bound`."""
 
     def changes_of_sign(ratio):
         g, mean, late = 4e-3, 1.0, 0.0  # distance to the optimum, lag of the assistant behind the generator

@@ -125,6 +125,7 @@ def reparameterised(settings, step):
     return torch.autograd.grad((x * C).sum(), model.parameters()[0])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window, same_noise", [(None, False), (None, True), (1, False)], ids=["all", "dance", "mix"])
 def test_mean_policy_gradient_is_the_reparameterised_gradient(window, same_noise):
     settings = settings_of(

@@ -923,6 +923,7 @@ def test_distillation_leaves_a_true_consistency_map_as_it_is():
     assert error[0] / error[1] == pytest.approx(2, rel=0.1) and error[1] < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "family"), [("sqdf-sd15", "stable-diffusion"), ("sqdf-sdxl", "sdxl")])
 def test_the_published_recipes_run_on_tiny_networks_of_the_same_classes(tmp_path, name, family):
     """A LoRA stands in for the LCM-LoRA; the recipe finds it, and it speaks in the loss."""

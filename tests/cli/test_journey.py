@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from palate import cli
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     "trainer.batch_size=2",
     "trainer.preview_prompts=2",

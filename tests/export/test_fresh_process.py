@@ -35,6 +35,8 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+pytestmark = pytest.mark.slow
+
 for job in json.loads(sys.argv[1]):
     pipe = DiffusionPipeline.from_pretrained(job["base"])
     pipe.set_progress_bar_config(disable=True)

@@ -31,7 +31,7 @@ from palate.runtime.errors import InputError, PalateError
 from palate.testing import tiny_reward as reward
 from palate.train import NonFiniteError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 MEANS = ("srpo", "refl", "draft", "dpo", "distar")  # their loss is a mean over the batch's samples
 KINDS = {"lora": {"training": "lora"}, "full": {"sharding": "full"}}  # copies of adapters; FSDP2
 

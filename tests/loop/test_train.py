@@ -130,6 +130,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_saves_it_ends_bit_identical(tmp_path):
     """SIGKILL twice, each time inside a save (each save synchronises three times), then run to the end."""
     run(tmp_path / "whole", ema_decay=0.5)

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import zipfile
 
+import pytest
 from support import ROOT
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_every_file_of_the_package_and_the_command(tmp_path):
     files = [
         path.relative_to(ROOT).as_posix()

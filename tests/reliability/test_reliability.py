@@ -105,6 +105,7 @@ def survives_kills(folder: Path, name: str, points: int, inside_saves: int, step
         shutil.rmtree(killed)
 
 
+@pytest.mark.slow
 def test_killed_at_any_of_25_points_it_ends_bit_identical(tmp_path):
     survives_kills(tmp_path, "srpo", points=25, inside_saves=10)
 
