@@ -77,6 +77,7 @@ def _csv(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a parquet file, each as a mapping of its columns."""
     try:
         import pyarrow
         import pyarrow.parquet

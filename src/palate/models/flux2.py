@@ -55,6 +55,8 @@ QWEN_LAYERS, MISTRAL_LAYERS = (9, 18, 27), (10, 20, 30)  # hidden states that ar
 
 
 class Cond(NamedTuple):
+    """What prompts become: tensors (B, ...)."""
+
     text: Tensor  # (B, text_tokens, 3 x the language model's width)
 
 

@@ -45,6 +45,8 @@ DROPPED = 34  # tokens of the template before the user's words
 
 
 class Cond(NamedTuple):
+    """What prompts become: tensors (B, ...)."""
+
     text: Tensor  # (B, text_tokens, 3584), zero where the prompt has ended
     mask: Tensor | None  # (B, text_tokens) bool; None = all
 

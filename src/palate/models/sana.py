@@ -37,6 +37,8 @@ INSTRUCTION = "\n".join(inspect.signature(SanaPipeline.__call__).parameters["com
 
 
 class Cond(NamedTuple):
+    """What prompts become: tensors (B, ...)."""
+
     text: Tensor  # (B, text_tokens, 2304)
     mask: Tensor  # (B, text_tokens), 1 = a token, 0 = padding
 

@@ -135,4 +135,5 @@ def reward_features(reward: TwoTower, prompts: Sequence[str]) -> Features:
 
 
 def words_of(prompt: str) -> set[str]:
+    """The words of a prompt, in lower case."""
     return set(re.findall(r"\w+", prompt.lower()))

@@ -1,0 +1,82 @@
+"""The figures of tools/house.py are at their limits or below, so that the code stays as readable as it is.
+
+A limit goes down when the code allows it, and never up.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from support import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+import house
+
+HOUSE = house.House(house.read())
+
+
+def test_no_modules_import_one_another():
+    assert HOUSE.circles() == []
+
+
+def test_imports_hide_in_functions_of_the_command_line_only():
+    """There they keep `palate --help` quick; elsewhere they would hide an arrow that points upwards."""
+    assert HOUSE.hidden() == []
+
+
+def test_classes_and_functions_fit_on_a_few_screens():
+    long = [found for found in HOUSE.classes() if found[0] > 200]
+    assert long == [], "classes have at most 200 lines"
+    assert [found for found in HOUSE.functions() if found[0] > 60] == [], "functions have at most 60 lines"
+
+
+def test_few_functions_take_more_than_seven_parameters():
+    assert len(HOUSE.wide()) <= 13, HOUSE.wide()
+
+
+def test_abilities_are_protocols_and_not_probed_for():
+    """What is left asks other people's objects, or fields of dataclasses by name."""
+    assert len(HOUSE.probes()) <= 56, HOUSE.probes()
+    own = ("hasattr(model,", "getattr(model,", "hasattr(algorithm,", "getattr(algorithm,", "hasattr(reward,",
+           "getattr(reward,", "(self.model,", "(self.algorithm,", "(self.reward,")  # fmt: skip
+    assert [probe for probe in HOUSE.probes() if any(part in probe for part in own)] == []
+
+
+def test_pixels_become_bytes_and_back_in_one_file():
+    assert {found.split(":")[0] for found in HOUSE.conversions()} == {"palate.runtime.images"}
+
+
+def test_every_public_class_and_function_has_a_docstring():
+    assert HOUSE.undocumented() == []
+
+
+SAMPLE = {
+    "palate": "",
+    "palate.a": "from palate import b\ndef f(x, y, z, p, q, r, s, t):\n    from palate.c import g\n    return g.x\n",
+    "palate.b": "import palate.c\nclass Long:\n" + "    x = 1\n" * 9,
+    "palate.c": "from palate.a import f\ndef g():\n    '''text'''\n    return hasattr(f, 'x') * 255 .round()\n",
+    "palate.d": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from palate.e import h\n",
+    "palate.e": "from palate.d import x\ndef h(a: int, b: int, c: int, d: int, e: int, f: int, g: int): ...\n",
+}
+
+
+@pytest.fixture
+def sample(tmp_path):
+    for name, text in SAMPLE.items():
+        path = tmp_path / "palate" / ("__init__.py" if name == "palate" else name.split(".")[1] + ".py")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    return house.House(house.read(tmp_path))
+
+
+def test_the_counters_count(sample):
+    """A circle of three, one hidden import, one wide function, a probe; what stands under TYPE_CHECKING is no arrow."""
+    assert sample.circles() == [["palate.a", "palate.b", "palate.c"]]
+    assert sample.hidden() == ["palate.a:3 imports palate.c"]
+    assert sample.wide() == ["palate.a.f (8)"] and sample.classes()[0] == (10, "palate.b.Long")
+    assert [probe.split()[0] for probe in sample.probes()] == ["palate.c:4"]
+    assert len(sample.conversions()) == 1
+    assert {"palate.a.f", "palate.b.Long", "palate.e.h"} <= set(sample.undocumented())
+    assert "palate.c.g" not in sample.undocumented()
