@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from palate.core import Cond, Model
+from palate.core import Cond, Model, PublishedGrid
 from palate.path import Coefficient, Prediction, add_noise, from_velocity, move
 from palate.runtime.errors import InputError
 
@@ -172,8 +172,10 @@ def sample(
     if eta > 0 and rng_noise is None:
         raise InputError("sample got eta > 0 without rng_noise; pass a function of the step index that returns noise")
     state_dtype = torch.promote_types(noise.dtype, torch.float32)  # levels and state never in half precision
-    published = getattr(model, "time_grid", None) if shift is None else None
-    times = published(steps) if published else time_grid(steps, shift=1.0 if shift is None else shift)
+    if shift is None and isinstance(model, PublishedGrid):
+        times = model.time_grid(steps)
+    else:
+        times = time_grid(steps, shift=1.0 if shift is None else shift)
     times = times.to(noise.device, state_dtype)
     want_grad = torch.is_grad_enabled()
     x = noise

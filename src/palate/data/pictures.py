@@ -19,7 +19,7 @@ from palate.core import HasPosterior, Sampleable
 from palate.data.tables import TEXT_LIMIT, RecipeError, read_text
 from palate.runtime.errors import InputError
 from palate.runtime.files import split_lines
-from palate.runtime.images import UNREADABLE, as_rgb
+from palate.runtime.images import UNREADABLE, as_rgb, from_pixels
 
 ENCODED_TOGETHER = 32  # images
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -119,7 +119,7 @@ def load_images(paths: Sequence[Path | bytes], *, size: int | tuple[int, int]) -
     for path in paths:
         with _opened(path) as image:
             fitted = ImageOps.fit(as_rgb(image), (width, height), Image.Resampling.LANCZOS)
-        rows.append(torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255)
+        rows.append(from_pixels(np.array(fitted)))
     return torch.stack(rows)
 
 
