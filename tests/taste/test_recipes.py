@@ -98,3 +98,27 @@ def test_an_absolute_preference_needs_no_words():
     assert again.words(0) == ("", "")
     with pytest.raises(ValueError, match="control words"):
         SRPOSettings(positive=())
+
+
+def test_an_evaluation_of_direct_compares_the_generator_with_itself(tmp_path, monkeypatch):
+    """Not with the many-step model, which is what other generators are judged beside."""
+    from palate.runs import evaluation
+    from palate.runs.folder import RunFolder
+
+    for name, expected in (("direct-emoji", [True, True]), ("distar-emoji-quick", [False, True])):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "recipe.yaml").write_text(recipe.dump(recipe.read(name)))
+        drawn = []
+
+        def generate(model, prompts, seeds, *, weights, sampler, drawn=drawn, **_):
+            drawn.append((weights, sampler is not None))
+            return torch.zeros(len(prompts) * len(seeds), 3, 8, 8)
+
+        monkeypatch.setattr(evaluation, "generate", generate)
+        monkeypatch.setattr(evaluation, "evaluate_samples", lambda *a, **k: {"metrics": {}, "failed": [], "prompts": 1})
+        monkeypatch.setattr(evaluation, "verdict", lambda *a, **k: {"warnings": []})
+        model = recipe.build_model(recipe.read("direct-emoji"))
+        sampler = recipe.sampler_of(recipe.build_algorithm(recipe.read(name)))
+        evaluation.evaluate_run(RunFolder(folder), prompts=["a dog"], seeds=[0], model=model, sampler=sampler)
+        assert [with_sampler for _, with_sampler in drawn] == expected and drawn[0][0] == "reference"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from palate.core import Model, Sampleable, Sampler
+from palate.core import DrawsReference, Model, Sampleable, Sampler
 from palate.data import evenly_spaced, read_prompts
 from palate.evaluate.measurement import evaluate_samples, to_json
 from palate.evaluate.panel import EvaluationPanel
@@ -185,8 +185,10 @@ def _draw(run: RunFolder, model: Model, sampler: Sampler | None, prompts: Sequen
     how = run.recipe.sample
     steps = how.steps or model.default_steps
     guidance = model.default_guidance if how.guidance is None else how.guidance
+    algorithm = builder.build_algorithm(run.recipe)
+    alike = isinstance(algorithm, DrawsReference) and algorithm.draws_reference
     for side, weights in (("base", "reference"), ("result", "policy")):
-        own = sampler if side == "result" else None  # a generator is judged beside its teacher, drawn in many steps
+        own = sampler if alike or side == "result" else None  # else beside its teacher, drawn in many steps
         images = generate(model, prompts, seeds, steps=steps, guidance=guidance, weights=weights, sampler=own)
         scale, count = (1.0, own.steps) if own else (guidance, steps)
         write_samples(run.path / "evaluation" / side, images, *pairs(prompts, seeds), guidance=scale, steps=count)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from palate import recipe as recipes
+from palate.algorithms.direct import DirectSettings
+from palate.algorithms.srpo import SRPOSettings
 from palate.evaluate import read_index
 from palate.recipe import Recipe
 from palate.runtime import checkpoint
@@ -68,7 +70,10 @@ class RunView:
 
     @property
     def steerable(self) -> bool:
-        return self.recipe.algorithm.name in ("srpo", "direct")
+        algorithm = self.recipe.algorithm
+        return isinstance(algorithm, DirectSettings) or (
+            isinstance(algorithm, SRPOSettings) and algorithm.preference == "relative"
+        )
 
     @property
     def reward_name(self) -> str:

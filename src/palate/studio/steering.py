@@ -73,7 +73,8 @@ def change(view: RunView, side: str, word: str, *, add: bool) -> None:
         new = [*getattr(words, side), word]
     else:
         new = [other for other in getattr(words, side) if other != word]
-    steer(view.folder, **{side: new})
+    both = {"positive": list(words.positive), "negative": list(words.negative)}
+    steer(view.folder, **(both | {side: new}))  # both, so that a word may change its side
 
 
 class Draft:
