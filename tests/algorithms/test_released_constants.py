@@ -236,6 +236,23 @@ def test_the_guard_gives_every_step_the_same_weight():
     assert all(float(loss.metrics["kl_old"]) < 1e-20 for loss in losses)
 
 
+def test_the_guards_ratio_of_a_later_update_is_the_closed_form():
+    """After an update by b the mean has moved by shift b, so rho = exp(mean z . (shift b)) and KL_old its square."""
+    settings, model = grpo(ratio="guard", steps=3, minibatches=3), model_of()
+    first, losses = run(settings, model=model, lr=3.0)
+    rng, moved = Random(0, 1, [0, 1, 2]), -3.0 * first
+    times = time_grid(3)
+    for i in range(2):
+        now, following = (flow_schedule(times[k : k + 1]) for k in (i, i + 1))
+        unit = torch.ones(1, 1, 2, 2, dtype=D)
+        shift, std = random_step(Prediction(-now[1] * unit, now[0] * unit), now, following, 0.8)
+        z = rng.normal(f"sde-{i}", (1, 2, 2)).double()[1]  # the second minibatch is the second image
+        metrics = losses[2 + i].metrics
+        assert float(metrics["ratio"]) == pytest.approx(float((z * shift[0] * moved).mean().exp()), abs=1e-12)
+        assert float(metrics["kl_old"]) == pytest.approx(float(((shift[0] * moved / std) ** 2 / 2).mean()), rel=1e-9)
+        assert float(metrics["kl_old"]) > 1e-4
+
+
 def test_the_divergence_mask_blocks_only_what_moves_away_beyond_the_limit():
     rho = torch.tensor([1.1, 1.1, 0.9, 0.9, 1.1, 0.9], dtype=D)
     advantages = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0], dtype=D)
