@@ -40,7 +40,7 @@ def to_diffusers(layers: Mapping[str, Lora], part: str) -> tuple[dict[str, Tenso
 
 def to_comfyui(layers: Mapping[str, Lora]) -> dict[str, Tensor]:
     """ComfyUI's names of a transformer: diffusers' own, with an alpha tensor beside each pair."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, lora in layers.items():
         stem = f"transformer.{name}"
         tensors |= {f"{stem}.lora_A.weight": lora.down, f"{stem}.lora_B.weight": lora.up}
@@ -56,7 +56,7 @@ def to_kohya(layers: Mapping[str, Lora], facts: Facts) -> dict[str, Tensor]:
         raise InputError(f"--format kohya: there is no such form of {facts.name}; use comfyui or diffusers")
     plain = {name.replace(".", "_"): lora for name, lora in layers.items()}
     renamed = plain if facts.denoiser == "unet" else fuse(layers, facts.original)
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, lora in renamed.items():
         stem = f"lora_unet_{name}"
         tensors |= {f"{stem}.lora_down.weight": lora.down, f"{stem}.lora_up.weight": lora.up}

@@ -38,7 +38,7 @@ def common(layers: Mapping[str, Lora]) -> tuple[int, float]:
     )
 
 
-def add(network: nn.Module, name: str, config: LoraConfig) -> None:
+def add(network: Any, name: str, config: LoraConfig) -> None:
     """One more adapter; PEFT's warning that there are several is not passed on."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
@@ -48,9 +48,10 @@ def add(network: nn.Module, name: str, config: LoraConfig) -> None:
 def config_of(layers: Mapping[str, Lora]) -> LoraConfig:
     """The configuration of an adapter that has exactly these layers, each with its rank and alpha."""
     rank, alpha = common(layers)
+    scale: Any = alpha  # PEFT's type says int, its code takes any number
     return LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=scale,
         target_modules=sorted(layers),
         rank_pattern={name: lora.rank for name, lora in layers.items() if lora.rank != rank},
         alpha_pattern={name: lora.alpha for name, lora in layers.items() if lora.alpha != alpha},
@@ -96,7 +97,7 @@ def adapted(network: nn.Module, name: str) -> dict[str, Any]:
     }
 
 
-def _magnitude(module: LoraLayer, name: str) -> Tensor | None:
+def _magnitude(module: Any, name: str) -> Tensor | None:
     if name not in module.lora_magnitude_vector:
         return None
     return module.lora_magnitude_vector[name].weight.detach().flatten()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from diffusers import AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from diffusers.loaders import AuraFlowLoraLoaderMixin
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from palate.models.autoencoder import sides
@@ -108,7 +108,7 @@ class AuraFlow(LoadedModel):
         return from_velocity(xt, output, *self.schedule(t))
 
     @staticmethod
-    def output(transformer: nn.Module, xt: Tensor, t: Tensor, cond: Cond, call: NetworkCall) -> Tensor:
+    def output(transformer: Any, xt: Tensor, t: Tensor, cond: Cond, call: NetworkCall) -> Tensor:
         """One call of the network: its units of time, its packing if it has one."""
         return transformer(xt, encoder_hidden_states=cond.text, timestep=t).sample
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.loaders import FluxLoraLoaderMixin
-from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from palate.models.facts import VAE_16, Facts, NetworkCall, OriginalBlocks, Published
 from palate.models.families import LoadOptions
@@ -32,7 +32,7 @@ PARTS = {
     "text_encoder": "CLIPTextModel",
     "text_encoder_2": "T5EncoderModel",
     "tokenizer": "CLIPTokenizer",
-    "tokenizer_2": "T5TokenizerFast",
+    "tokenizer_2": "T5Tokenizer",
     "scheduler": "",
 }
 LORA_TARGETS = (  # both streams' attention and feed-forward layers, the single stream's attention
@@ -147,7 +147,7 @@ class Flux(LoadedModel):
         """From a diffusers folder or hub id; docs/models.md describes the options that all families share."""
         repository = open_repository(folder, family=FAMILY, parts=PARTS, options=options)
         clip_tokenizer = repository.tokenizer("tokenizer", CLIPTokenizer)
-        t5_tokenizer = repository.tokenizer("tokenizer_2", T5TokenizerFast)
+        t5_tokenizer = repository.tokenizer("tokenizer_2", T5Tokenizer)
 
         def load_encoders(precision: torch.dtype, where: torch.device) -> Encode:
             clip = repository.read("text_encoder", CLIPTextModel, precision).to(where)
@@ -189,7 +189,7 @@ class Flux(LoadedModel):
         return from_velocity(xt, output, *self.schedule(t))
 
     @staticmethod
-    def output(transformer: nn.Module, xt: Tensor, t: Tensor, cond: Cond, call: NetworkCall) -> Tensor:
+    def output(transformer: Any, xt: Tensor, t: Tensor, cond: Cond, call: NetworkCall) -> Tensor:
         guidance = torch.full_like(t, call.guidance_embed) if transformer.config.guidance_embeds else None
         patches = transformer(
             hidden_states=pack(xt),

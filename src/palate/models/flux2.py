@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKLFlux2, FlowMatchEulerDiscreteScheduler, Flux2Transformer2DModel
 from diffusers.loaders import Flux2LoraLoaderMixin
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from palate.models.autoencoder import LatentLayout
@@ -221,7 +221,7 @@ class Flux2(LoadedModel):
         return from_velocity(xt, output, *self.schedule(t))
 
     @staticmethod
-    def output(transformer: nn.Module, xt: Tensor, t: Tensor, cond: Cond, call: NetworkCall) -> Tensor:
+    def output(transformer: Any, xt: Tensor, t: Tensor, cond: Cond, call: NetworkCall) -> Tensor:
         guidance = torch.full_like(t, call.guidance_embed) if transformer.config.guidance_embeds else None
         image, words = positions(xt, cond.text.shape[1])
         tokens = transformer(

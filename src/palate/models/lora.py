@@ -102,7 +102,7 @@ def peft_config(layers: Mapping[str, Lora], prefix: str = "") -> dict[str, Any]:
 
 def to_peft(layers: Mapping[str, Lora], prefix: str = "") -> dict[str, Tensor]:
     """Tensors under PEFT's names, each beginning with `prefix`."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, lora in layers.items():
         stem = f"{prefix}{name}"
         tensors |= {f"{stem}.lora_A.weight": lora.down, f"{stem}.lora_B.weight": lora.up}
@@ -131,10 +131,11 @@ def read(
     own = {name: value for name, value in tensors.items() if not TEXT_ENCODERS.match(name)}
     if tensors and not own:
         raise InputError(f"{key}: {path} is a LoRA of text encoders alone; it has no layer of this network")
-    groups, rates, layers = _grouped(own, path, key), Rates(metadata, path), {}
+    groups, rates = _grouped(own, path, key), Rates(metadata, path)
+    layers: dict[str, Lora] = {}
     known = _known(shapes, facts)
     if facts is not None and facts.lora_loader is not None and not all(known(stem) for stem in groups):
-        groups = _grouped(_translated(own, facts, config), path, key)
+        groups = _grouped(_translated(own, facts.lora_loader, config), path, key)
     for stem, parts in groups.items():
         if "down" not in parts or "up" not in parts:
             raise InputError(f"{key}: {path}: {stem} has no {'lora_B' if 'down' in parts else 'lora_A'} beside it")
@@ -162,11 +163,11 @@ def _known(shapes: Mapping[str, Sequence[int]], facts: Facts | None) -> Callable
     return known
 
 
-def _translated(tensors: Mapping[str, Tensor], facts: Facts, config: Mapping[str, Any] | None) -> Mapping[str, Tensor]:
+def _translated(tensors: Mapping[str, Tensor], loader: Any, config: Mapping[str, Any] | None) -> Mapping[str, Tensor]:
     """The tensors under diffusers' names, by diffusers' own translation; as they were if it knows none."""
     options = {} if config is None else {"unet_config": SimpleNamespace(**config)}
     try:
-        found = facts.lora_loader.lora_state_dict(dict(tensors), **options)
+        found = loader.lora_state_dict(dict(tensors), **options)
     except (ValueError, KeyError, RuntimeError, IndexError, NotImplementedError, AttributeError):
         return tensors  # then a layer's name is reported
     if not isinstance(found, tuple):
@@ -224,7 +225,9 @@ class Rates:
         return alpha * rank**0.5 if self.config.get("use_rslora") else alpha  # alpha / sqrt(rank) in place of / rank
 
 
-def _named(name: str, lora: Lora, shapes: Mapping[str, Sequence[int]], facts: Facts, where: str) -> dict[str, Lora]:
+def _named(
+    name: str, lora: Lora, shapes: Mapping[str, Sequence[int]], facts: Facts | None, where: str
+) -> dict[str, Lora]:
     """The layer, or layers where the original program holds several in one, in diffusers' names."""
     flat = {layer.replace(".", "_"): layer for layer in shapes}
     layer = name if name in shapes else flat.get(name.replace(".", "_"))

@@ -76,8 +76,10 @@ class LoadedModel:
     (`predict`) and its times (`time_grid`).
     """
 
+    facts: Facts
+
     @staticmethod
-    def output(network: nn.Module, xt: Tensor, t: Tensor, cond: Any, call: NetworkCall) -> Tensor:
+    def output(network: Any, xt: Tensor, t: Tensor, cond: Any, call: NetworkCall) -> Tensor:
         """One call of the denoiser in its own units: (B, C, h, w). `palate plan` calls it without a model."""
         raise NotImplementedError
 
@@ -144,7 +146,8 @@ class LoadedModel:
             output = self.output(network, xt.to(inside), t, cond, self.call).to(outside)
         if guidance == 1.0:
             return output
-        return self.combine(*output.chunk(2), guidance)
+        unconditional, conditional = output.chunk(2)
+        return self.combine(unconditional, conditional, guidance)
 
     @staticmethod
     def combine(unconditional: Tensor, conditional: Tensor, guidance: float) -> Tensor:

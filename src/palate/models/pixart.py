@@ -13,8 +13,8 @@ import diffusers
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from diffusers.loaders import PeftAdapterMixin
-from torch import Tensor, nn
-from transformers import T5EncoderModel, T5TokenizerFast
+from torch import Tensor
+from transformers import T5EncoderModel, T5Tokenizer
 
 from palate.models.facts import VAE_4, Facts, NetworkCall, Published
 from palate.models.families import LoadOptions
@@ -91,7 +91,7 @@ class PixArt(LoadedModel):
         repository = open_repository(folder, family=FAMILY, parts=PARTS, options=options)
         if text_tokens is None:
             text_tokens = 300 if repository.index.get("_class_name") == "PixArtSigmaPipeline" else 120
-        tokenizer = repository.tokenizer("tokenizer", T5TokenizerFast)
+        tokenizer = repository.tokenizer("tokenizer", T5Tokenizer)
 
         def load_encoders(precision: torch.dtype, where: torch.device) -> Encode:
             t5 = repository.read("text_encoder", T5EncoderModel, precision).to(where)
@@ -124,9 +124,9 @@ class PixArt(LoadedModel):
         return vp_prediction(self.scheduler.config.prediction_type, xt, output, *self.schedule(t))
 
     @staticmethod
-    def output(transformer: nn.Module, xt: Tensor, t: Tensor, cond: Cond, call: NetworkCall) -> Tensor:
+    def output(transformer: Any, xt: Tensor, t: Tensor, cond: Cond, call: NetworkCall) -> Tensor:
         step = training_step(t, call.training_steps)
-        size = {"resolution": None, "aspect_ratio": None}
+        size: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
         if transformer.use_additional_conditions:
             height, width = call.image_size
             size = {

@@ -10,6 +10,8 @@ trains on them as on others, in float32, and the gradient passes through the wei
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,14 +40,14 @@ class Float8Linear(nn.Linear):
 
 def quantisable(network: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers that are stored in fewer bits: those inside the lists of repeated blocks."""
-    found = {}
+    found: dict[str, nn.Linear] = {}
     for path, blocks in network.named_modules():
         if isinstance(blocks, nn.ModuleList):
             found |= {f"{path}.{name}": layer for name, layer in blocks.named_modules() if type(layer) is nn.Linear}
     return found
 
 
-def quantise(network: nn.Module, method: str, dtype: torch.dtype) -> nn.Module:
+def quantise(network: Any, method: str, dtype: torch.dtype) -> Any:
     """Put the layers of `quantisable` in their stored form, in place; bitsandbytes rounds when the network is moved."""
     if method not in METHODS:
         raise InputError(f"model.quantize got {method!r}; expected one of {', '.join(METHODS)}")
@@ -64,6 +66,7 @@ def _of_bitsandbytes(layer: nn.Linear, method: str, dtype: torch.dtype) -> nn.Li
         raise InputError(f"model.quantize={method} needs bitsandbytes: pip install 'palate[bitsandbytes]'") from error
     kinds = bitsandbytes.nn
     sizes = {"input_features": layer.in_features, "output_features": layer.out_features, "bias": layer.bias is not None}
+    stored: Any
     with torch.device("meta"):
         if method == "nf4":
             stored = kinds.Linear4bit(**sizes, compute_dtype=dtype, quant_type="nf4")

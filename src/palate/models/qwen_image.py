@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 from diffusers.loaders import QwenImageLoraLoaderMixin
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from palate.models.autoencoder import LatentLayout
@@ -125,7 +125,7 @@ class QwenImage(LoadedModel):
         return unpack(plain * (length / plain.norm(dim=-1, keepdim=True)), conditional.shape)
 
     @staticmethod
-    def output(transformer: nn.Module, xt: Tensor, t: Tensor, cond: Cond, call: NetworkCall) -> Tensor:
+    def output(transformer: Any, xt: Tensor, t: Tensor, cond: Cond, call: NetworkCall) -> Tensor:
         height, width = xt.shape[-2:]
         patches = transformer(
             hidden_states=pack(xt),

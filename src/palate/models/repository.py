@@ -67,7 +67,7 @@ class Repository:
     def skeleton(self, part: str) -> nn.Module:
         """A part of diffusers on the meta device: its layers' names and shapes, no weights."""
         with torch.device("meta"):
-            return getattr(diffusers, self.kind(part)).from_config(self.config(part))
+            return getattr(diffusers, str(self.kind(part))).from_config(self.config(part))
 
     def variant(self, part: str) -> str | None:
         """ "fp16" if the part has its weights in that form only."""
@@ -86,13 +86,13 @@ class Repository:
         if rank is not None and (its := common(layers)[0]) != rank:
             raise InputError(f"{key}: the LoRA in {source} has rank {its}; set model.lora_rank={its}")
 
-    def read(self, part: str, kind: type, dtype: torch.dtype, *, file: str | None = None) -> nn.Module:
+    def read(self, part: str, kind: Any, dtype: torch.dtype, *, file: str | None = None) -> nn.Module:
         """A network in `dtype`, in evaluation mode, frozen. `file`: its weights in place of the repository's own."""
         try:
             if file is not None:
                 network = kind.from_single_file(file, config=str(self.root), subfolder=part, torch_dtype=dtype)
             else:
-                options = {"torch_dtype" if issubclass(kind, ModelMixin) else "dtype": dtype}
+                options: dict[str, Any] = {"torch_dtype" if issubclass(kind, ModelMixin) else "dtype": dtype}
                 if (variant := self.variant(part)) is not None:
                     options["variant"] = variant
                 network = kind.from_pretrained(self.source, subfolder=part, use_safetensors=True, **options)
@@ -105,7 +105,7 @@ class Repository:
         network = network.eval().requires_grad_(False)
         return network if self.quantize is None or part == "vae" else quantise(network, self.quantize, dtype)
 
-    def tokenizer(self, part: str, kind: type) -> Any:
+    def tokenizer(self, part: str, kind: Any) -> Any:
         if not any((self.root / part / name).is_file() for name in VOCABULARIES):  # its class would make an empty one
             raise InputError(
                 f"model.folder {self.source}: {part} holds no vocabulary ({', '.join(VOCABULARIES)}); "
@@ -158,7 +158,7 @@ def open_repository(
         )
     local = path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
     if local:
-        root, files = path, [p.relative_to(path).as_posix() for p in path.glob("*/*")]
+        root, files = path, _files_in(path)
     else:
         root, files = _from_hub(source)
     if not (root / "model_index.json").is_file():
@@ -205,6 +205,10 @@ def open_repository(
         for path in sorted(p for part in weighty for p in (root / part).glob("*.safetensors")):
             check_header(path)
     return repository
+
+
+def _files_in(path: Path) -> list[str] | None:
+    return [file.relative_to(path).as_posix() for file in path.glob("*/*")]
 
 
 def _from_hub(source: str) -> tuple[Path, list[str] | None]:

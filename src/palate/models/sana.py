@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
 from diffusers.loaders import SanaLoraLoaderMixin
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from palate.models.facts import Facts, NetworkCall, Published
@@ -123,7 +123,7 @@ class Sana(LoadedModel):
         return from_velocity(xt, output, *self.schedule(t))
 
     @staticmethod
-    def output(transformer: nn.Module, xt: Tensor, t: Tensor, cond: Cond, call: NetworkCall) -> Tensor:
+    def output(transformer: Any, xt: Tensor, t: Tensor, cond: Cond, call: NetworkCall) -> Tensor:
         """The network is told whole thousandths, as its scheduler tells them."""
         step = (t * call.training_steps + 1e-3).floor() * transformer.config.timestep_scale
         output = transformer(

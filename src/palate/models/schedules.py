@@ -7,13 +7,12 @@ spacing begins at t = .982, SD3 applies its shift twice at the clean end, FLUX's
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import (
     DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
 from torch import Tensor
@@ -21,7 +20,7 @@ from torch import Tensor
 from palate.path import Prediction, from_eps, from_v, from_x0
 from palate.runtime.errors import InputError
 
-VPScheduler = DDIMScheduler | EulerDiscreteScheduler | DPMSolverMultistepScheduler
+VPScheduler = Any  # DDIM, Euler or DPM-Solver++: diffusers' classes have no types
 
 
 def vp_times(scheduler: VPScheduler, steps: int) -> Tensor:
@@ -66,7 +65,7 @@ def flow_times(
     even: the pipeline gives the scheduler sigmas 1, ..., 1/steps (FLUX, Z-Image) instead of its own range (SD3).
     """
     config = scheduler.config
-    options = {"sigmas": np.linspace(1.0, 1 / steps, steps)} if even else {"num_inference_steps": steps}
+    options: dict[str, Any] = {"sigmas": np.linspace(1.0, 1 / steps, steps)} if even else {"num_inference_steps": steps}
     if config.use_dynamic_shifting:
         options["mu"] = math.log(size_shift(config, patches)) if mu is None else mu
     scheduler.set_timesteps(**options)

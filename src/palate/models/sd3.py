@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from diffusers.loaders import SD3LoraLoaderMixin
-from torch import Tensor, nn
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+from torch import Tensor
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from palate.models.autoencoder import sides
 from palate.models.facts import VAE_16, Facts, NetworkCall, Published
@@ -35,7 +35,7 @@ PARTS = {
     "text_encoder_3": "T5EncoderModel",
     "tokenizer": "CLIPTokenizer",
     "tokenizer_2": "CLIPTokenizer",
-    "tokenizer_3": "T5TokenizerFast",
+    "tokenizer_3": "T5Tokenizer",
     "scheduler": "",
 }
 OPTIONAL = ("text_encoder_3", "tokenizer_3")
@@ -116,7 +116,7 @@ class StableDiffusion3(LoadedModel):
                 raise InputError(f"model.image_size got {image_size}; this network's positions end at {largest} pixels")
         clip_tokenizers = [repository.tokenizer(name, CLIPTokenizer) for name in ("tokenizer", "tokenizer_2")]
         with_t5 = "text_encoder_3" in repository
-        t5_tokenizer = repository.tokenizer("tokenizer_3", T5TokenizerFast) if with_t5 else None
+        t5_tokenizer: Any = repository.tokenizer("tokenizer_3", T5Tokenizer) if with_t5 else None
 
         def load_encoders(precision: torch.dtype, where: torch.device) -> Encode:
             clips = [
@@ -162,7 +162,7 @@ class StableDiffusion3(LoadedModel):
         return from_velocity(xt, output, *self.schedule(t))
 
     @staticmethod
-    def output(transformer: nn.Module, xt: Tensor, t: Tensor, cond: Cond, call: NetworkCall) -> Tensor:
+    def output(transformer: Any, xt: Tensor, t: Tensor, cond: Cond, call: NetworkCall) -> Tensor:
         return transformer(
             hidden_states=xt, timestep=t * 1000, encoder_hidden_states=cond.text, pooled_projections=cond.pooled
         ).sample

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from palate.models.facts import VAE_4, Facts, NetworkCall, Published
@@ -143,7 +143,7 @@ class StableDiffusionXL(LoadedModel):
         return vp_prediction(self.scheduler.config.prediction_type, xt, output, *self.schedule(t))
 
     @staticmethod
-    def output(unet: nn.Module, xt: Tensor, t: Tensor, cond: Cond, call: NetworkCall) -> Tensor:
+    def output(unet: Any, xt: Tensor, t: Tensor, cond: Cond, call: NetworkCall) -> Tensor:
         height, width = call.image_size
         time_ids = xt.new_tensor([[height, width, 0, 0, height, width]])  # original size, crop, target size
         step = training_step(t, call.training_steps)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from palate.models.facts import VAE_4, Facts, NetworkCall, Published
@@ -113,7 +113,7 @@ class StableDiffusion(LoadedModel):
         return vp_prediction(self.scheduler.config.prediction_type, xt, output, *self.schedule(t))
 
     @staticmethod
-    def output(unet: nn.Module, xt: Tensor, t: Tensor, cond: Cond, call: NetworkCall) -> Tensor:
+    def output(unet: Any, xt: Tensor, t: Tensor, cond: Cond, call: NetworkCall) -> Tensor:
         step = training_step(t, call.training_steps)
         return unet(xt, step, encoder_hidden_states=cond.text).sample
 

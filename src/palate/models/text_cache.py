@@ -66,8 +66,8 @@ class TextCache:
             found |= {prompt: self._write(prompt) for prompt in missing}
         elif self._encode is not None:
             self.free()
-        names = found[prompts[0]]
-        return {name: torch.stack([found[prompt][name] for prompt in prompts]).to(self.device) for name in names}
+        rows = [tensors for prompt in prompts if (tensors := found[prompt]) is not None]
+        return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
     def fill(self, prompts: Sequence[str]) -> None:
         """Encode what is missing of `prompts` and "", then free the encoders. Warns once if prompts are too long."""

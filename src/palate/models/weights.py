@@ -67,8 +67,8 @@ class NamedWeights:
         self.training, self.names, self.facts = training, tuple(names), facts
         self._began: Path | None = None  # the file of `begin`
         network.requires_grad_(False)
-        self.network = network  # the policy's; with LoRA everyone's
-        self.networks = dict.fromkeys((*self.names, "reference"), network)
+        self.network: Any = network  # the policy's; with LoRA everyone's; diffusers' classes have no types
+        self.networks: dict[str, Any] = dict.fromkeys((*self.names, "reference"), network)
         self._frozen: set[str] = set()
         self._speaking = "policy"
         self._reference: str | None = None  # the adapter that the reference has; None = none
@@ -89,7 +89,8 @@ class NamedWeights:
                     f"there: {', '.join(ends)}"
                 )
             chosen = [layer for layer in layers if any(f".{layer}".endswith(f".{end}") for end in targets)]
-            config = LoraConfig(r=rank, lora_alpha=rank if alpha is None else alpha, target_modules=chosen)
+            scale: Any = rank if alpha is None else alpha  # PEFT's type says int, its code takes any number
+            config = LoraConfig(r=rank, lora_alpha=scale, target_modules=chosen)
             for name in self.names:
                 adapters.add(network, name, copy.deepcopy(config))
             self._take_up()
@@ -116,7 +117,7 @@ class NamedWeights:
             for name in self.names:
                 self.networks[name].load_state_dict(self.networks["reference"].state_dict())
         if self.training == "lora":
-            layers = [part for part in self.network.modules() if isinstance(part, BaseTunerLayer)]
+            layers: list[Any] = [part for part in self.network.modules() if isinstance(part, BaseTunerLayer)]
             with torch.random.fork_rng():
                 torch.manual_seed(seed)
                 for layer in layers:
@@ -200,7 +201,7 @@ class NamedWeights:
         self._adapters += added
         self._select(self._speaking)
 
-    def _copied(self, name: str) -> nn.Module:
+    def _copied(self, name: str) -> Any:
         """A copy of a network. Its checkpointing function refers to this object, which is not copied with it."""
         return copy.deepcopy(self.networks[name], {id(self): self})
 
@@ -235,7 +236,7 @@ class NamedWeights:
         for network in self._distinct():
             network.enable_gradient_checkpointing(self._checkpointed)
 
-    def merged(self, name: str = "policy") -> nn.Module:
+    def merged(self, name: str = "policy") -> Any:
         """A plain network of its own that says what the name says, its adapter added to the weights."""
         if any(type(module).__name__ in STORED for module in self.network.modules()):
             raise InputError("a network that is stored quantised cannot be merged; load it with model.quantize=null")
@@ -330,7 +331,7 @@ class NamedWeights:
 
         return checkpoint(run, *args, use_reentrant=False)
 
-    def _distinct(self) -> list[nn.Module]:
+    def _distinct(self) -> list[Any]:
         return list({id(network): network for network in self.networks.values()}.values())
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Unpack
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, ZImageTransformer2DModel
 from diffusers.loaders import ZImageLoraLoaderMixin
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from palate.models.facts import VAE_16, Facts, NetworkCall, Published
@@ -114,7 +114,7 @@ class ZImage(LoadedModel):
         return from_velocity(xt, -output, *self.schedule(t))
 
     @staticmethod
-    def output(transformer: nn.Module, xt: Tensor, t: Tensor, cond: Cond, call: NetworkCall) -> Tensor:
+    def output(transformer: Any, xt: Tensor, t: Tensor, cond: Cond, call: NetworkCall) -> Tensor:
         frames = list(xt.unsqueeze(2).unbind(0))
         words = list(cond.text)
         if cond.mask is not None:

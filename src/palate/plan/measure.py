@@ -55,6 +55,8 @@ def measure(recipe: Recipe) -> dict[str, Unit]:
     patch = facts.patch or config.get("patch_size", 2)
     shape = latent_shape(vae_config, size, family=facts.name, patch=patch, fold=facts.layout.fold)
     dtype = torch.float32 if recipe.model.dtype == "float32" else torch.bfloat16
+    network: Any
+    vae: Any
     with torch.device("meta"):
         network = facts.network(**config).to(dtype).requires_grad_(False).eval()
         vae = facts.vae(**vae_config).to(dtype).requires_grad_(False).eval()
@@ -134,7 +136,8 @@ def _rewards(recipe: Recipe) -> dict[str, Unit]:
         if found is None:
             continue
         unit = measure_unit(*found, None)
-        total = Unit(*(a + b for a, b in zip(total, unit, strict=False)))
+        both: Any = (a + b for a, b in zip(total, unit, strict=True))
+        total = Unit(*both)
     return {"reward": total}
 
 
@@ -148,10 +151,12 @@ def _reward_tower(name: str, dtype: torch.dtype) -> tuple[nn.Module, Callable[[]
             if name == "clip-score"
             else vit_h_14()
         )
-        model = CLIPModel(config).to(dtype).requires_grad_(False).eval()
+        model: Any = CLIPModel(config)
+        model = model.to(dtype).requires_grad_(False).eval()
         return model, lambda: model.get_image_features(pixel_values=pixels).pooler_output
     if name == "aesthetic":
-        tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**VIT_L)).to(dtype).requires_grad_(False).eval()
+        tower: Any = CLIPVisionModelWithProjection(CLIPVisionConfig(**VIT_L))
+        tower = tower.to(dtype).requires_grad_(False).eval()
         return tower, lambda: tower(pixel_values=pixels).image_embeds
     if name == "image-reward":
         return _blip(pixels)
@@ -180,7 +185,7 @@ def _embedded(recipe: Recipe) -> dict[str, Unit]:
     model = EmojiModel.load(recipe.model.folder, training=recipe.model.weights, lora_rank=recipe.model.lora_rank)
     cond, latents = model.encode_prompts([""]), torch.randn(1, *model.latent_shape, requires_grad=True)
     image = torch.rand(1, 3, model.image_size, model.image_size, requires_grad=True)
-    reward = load_reward("emoji")
+    reward: Any = load_reward("emoji")
     return {
         "denoiser": measure_unit(
             model.weights.network, lambda: model.predict(latents.detach(), torch.full((1,), 0.5), cond).x0, None

@@ -67,7 +67,7 @@ def memory_of(
     denoiser, names = units["denoiser"], len(trained_names(recipe.algorithm.name))
     full = recipe.model.weights == "full"
     width = DTYPE_BYTES[recipe.model.dtype or ("float32" if recipe.model.name == "emoji" else "bfloat16")]
-    base = (denoiser.parameters - (0 if full else denoiser.trained)) * width
+    base: float = (denoiser.parameters - (0 if full else denoiser.trained)) * width
     if recipe.model.quantize is not None:
         base -= denoiser.quantisable * (width - BYTES[recipe.model.quantize])
     shards = gpus if full else 1
