@@ -16,10 +16,16 @@ from palate.runtime.errors import InputError
 from palate.runtime.images import to_pixels
 
 
-@pytest.mark.parametrize("name", ["stable-diffusion", "sdxl", "sd3", "flux", "pixart", "z-image", "aura-flow"])
-def test_a_folder_is_of_the_family_whose_parts_it_holds(name):
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("stable-diffusion", "stable-diffusion"), ("sdxl", "sdxl"), ("sd3", "sd3"), ("flux", "flux"), ("sana", "sana"),
+        ("pixart-alpha", "pixart"), ("z-image", "z-image"), ("aura-flow", "aura-flow"), ("flux2-klein", "flux2"),
+    ],
+)  # fmt: skip
+def test_a_folder_is_of_the_family_whose_parts_it_holds(name, family):
     index = json.loads((saved(name)[0] / "model_index.json").read_text())
-    assert family_of(index, "there") == name
+    assert family_of(index, "there") == family
 
 
 def test_a_folder_of_no_family_is_refused_by_what_it_holds(tmp_path, palate):
