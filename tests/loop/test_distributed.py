@@ -50,7 +50,7 @@ class Noticed:
 
     def __init__(self, step, act, rank=1):
         self.inner, self.at, self.act, self.rank = srpo(), step, act, rank
-        self.trains, self.steer = self.inner.trains, self.inner.steer
+        self.trains, self.steer, self.control_texts = self.inner.trains, self.inner.steer, self.inner.control_texts
         self.state_dict, self.load_state_dict = self.inner.state_dict, self.inner.load_state_dict
 
     def step(self, model, reward, batch, rng):

@@ -27,6 +27,7 @@ from palate.train.described import from_python
 from palate.train.state import Replicas
 
 CONTROL = "control.json"
+STEERABLE_MEMBERS = ("steer", "control_texts", "state_dict", "load_state_dict")
 Words = dict[str, Any]  # {"positive": list or None, "negative": list or None}; None keeps a list
 
 
@@ -164,7 +165,8 @@ class Steering:
             self._read = self.control.read_bytes()
             words = control_words(self._read)
             if not isinstance(self.replicas.algorithms[0], Steerable):
-                raise InputError("this algorithm has no control words")
+                lacks = [name for name in STEERABLE_MEMBERS if name not in dir(self.replicas.algorithms[0])]
+                raise InputError(f"this algorithm has no control words (it lacks {', '.join(lacks)})")
             return words, True
         except FileNotFoundError:
             return None, False
