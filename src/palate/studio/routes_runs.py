@@ -10,8 +10,11 @@ from pathlib import Path
 
 from fastapi import APIRouter, Form, Request
 from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
+from safetensors.torch import save_file
 
-from palate.export import WEIGHTS, export_lora, export_merged
+from palate.export import export_lora, export_merged, read_adapter
+from palate.export.names import to_form
+from palate.models.facts import facts_of
 from palate.report import write_report
 from palate.runs import trained_model
 from palate.runtime.errors import InputError
@@ -89,13 +92,28 @@ def export(request: Request, run: str, form: str) -> Response:
     }
     if form == "merged" and target.exists():
         shutil.rmtree(target)
+    if form == "comfyui" and studio.view(run).recipe.model.name == "emoji":
+        makers[form] = lambda: embedded_lora(folder)
     written = makers.get(form, lambda: export_lora(folder, form))()
     if form == "comfyui":
-        files = sorted(written.glob("*.safetensors"))
-        return FileResponse(files[0] if files else written / WEIGHTS, media_type="application/octet-stream",
-                            filename=f"{run}.safetensors")  # fmt: skip
+        file = min(written.glob("*.safetensors"))
+        return FileResponse(file, media_type="application/octet-stream", filename=f"{run}.safetensors")
     return Response(zipped(written, run), media_type="application/zip",
                     headers={"Content-Disposition": f'attachment; filename="{run}-{form}.zip"'})  # fmt: skip
+
+
+def embedded_lora(folder: Path) -> Path:
+    """The embedded model's LoRA under the names that ComfyUI reads; the folder written to.
+
+    `palate export` refuses this form, because ComfyUI cannot load the embedded model itself. Here it shows what a run
+    of a large model gives; the page says so.
+    """
+    tensors, extra = to_form(read_adapter(folder / "adapter"), "comfyui", facts_of("emoji"))
+    target = folder / "export" / "comfyui"
+    target.mkdir(parents=True, exist_ok=True)
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(plain, target / f"{folder.name}.safetensors", {"format": "pt", "palate.family": "emoji", **extra})
+    return target
 
 
 def zipped(folder: Path, name: str) -> bytes:
