@@ -24,6 +24,7 @@ import resvg_py
 import torch
 from concepts import CONCEPTS
 from data import ASSETS
+from lexicon import COLOURS, COUNTS, GLUE, PAINTS, POSITIONS, RELATIONS, SIZES, SYNONYMS
 from PIL import Image
 from recolour import main_colour
 
@@ -48,109 +49,6 @@ KEYWORDS = ("cldr-annotations-full", "48.2.0", "Unicode-3.0")
 REJECTED: dict[str, set[str]] = {  # drawings that show another thing than the concept's other drawings
     "phosphor": {"mouse", "pepper", "phone", "scooter"},
 }
-
-COLOURS = {
-    "white": (255, 255, 255),
-    "black": (24, 24, 27),
-    "gray": (140, 140, 145),
-    "red": (214, 48, 49),
-    "orange": (240, 147, 43),
-    "yellow": (249, 220, 92),
-    "green": (59, 165, 93),
-    "blue": (52, 120, 220),
-    "purple": (136, 84, 208),
-    "pink": (248, 165, 194),
-}
-PAINTS = ["red", "orange", "yellow", "green", "blue", "purple", "pink"]  # colours that a drawing can be turned to
-SYNONYMS = {  # words people type for what the model knows; CLDR adds the concepts' own
-    "3d": ["glossy", "shiny", "rendered", "render", "realistic", "plastic", "clay", "volumetric", "shaded", "soft"],
-    "flat": ["minimal", "minimalist", "minimalistic", "simple", "vector", "2d", "plain"],
-    "cartoon": ["cartoonish", "comic", "comics", "toon", "drawn", "noto", "illustration", "illustrated"],
-    "outline": ["outlined", "line", "lineart", "sketch", "contour", "monochrome", "stencil", "ink", "silhouette"],
-    "gray": ["grey"],
-    "purple": ["violet"],
-    "red": ["crimson", "scarlet"],
-    "blue": ["azure", "navy"],
-    "pink": ["rosy"],
-    "yellow": ["golden"],
-    "white": ["snowy"],
-    "black": ["dark"],
-    "green": ["emerald"],
-    "small": ["little", "tiny", "mini"],
-    "large": ["big", "huge", "giant"],
-    "left": ["leftmost"],
-    "right": ["rightmost"],
-    "top": ["upper"],
-    "bottom": ["lower"],
-    "above": ["over", "atop"],
-    "below": ["under", "beneath", "underneath"],
-    "and": ["with", "plus"],
-    "two": ["2", "pair"],
-    "three": ["3", "trio"],
-    "four": ["4"],
-    "a": ["one", "1", "single"],
-    "dog": ["puppy", "doggy"],
-    "cat": ["kitten", "kitty"],
-    "rabbit": ["bunny"],
-    "mouse": ["mice"],
-    "wolf": ["wolves"],
-    "cow": ["cattle"],
-    "bee": ["honeybee"],
-    "dinosaur": ["dino", "trex", "sauropod"],
-    "fir": ["pine", "tree", "evergreen"],
-    "donut": ["doughnut"],
-    "burger": ["hamburger"],
-    "teddy": ["plush"],
-    "bulb": ["lightbulb", "lamp"],
-    "fire": ["flame"],
-    "car": ["automobile"],
-    "truck": ["lorry", "van"],
-    "airplane": ["plane", "aeroplane", "jet"],
-    "bicycle": ["bike"],
-    "motorcycle": ["motorbike"],
-    "ufo": ["saucer"],
-    "gift": ["present"],
-    "house": ["home"],
-    "pumpkin": ["halloween"],
-    "tangerine": ["mandarin", "clementine"],
-    "corn": ["maize"],
-    "cherry": ["cherries"],
-    "strawberry": ["strawberries"],
-    "grapes": ["grape"],
-    "eggplant": ["aubergine"],
-    "coffee": ["tea", "cup", "mug"],
-    "icecream": ["gelato", "cone"],
-    "smiley": ["emoji", "smile", "face"],
-    "robot": ["android", "bot"],
-    "ghost": ["spirit", "phantom"],
-    "skull": ["skeleton"],
-    "sailboat": ["boat", "yacht"],
-    "ladybug": ["ladybird"],
-    "crocodile": ["alligator"],
-    "turtle": ["tortoise"],
-    "horse": ["pony"],
-    "pig": ["piglet"],
-    "sheep": ["lamb", "ewe"],
-    "fish": ["trout"],
-    "television": ["tv"],
-    "phone": ["smartphone", "mobile"],
-    "sofa": ["couch"],
-    "hat": ["tophat"],
-    "glasses": ["spectacles", "sunglasses"],
-    "sneaker": ["shoe", "trainer"],
-    "gem": ["diamond", "jewel"],
-    "lock": ["padlock"],
-    "gear": ["cog"],
-    "soccer": ["ball"],
-    "globe": ["earth", "world"],
-    "bell": ["bells"],
-    "lightning": ["bolt"],
-}
-GLUE = ["a", "on", "background", "style", "at", "the", "and", "to", "of"]
-SIZES = ["small", "large"]
-POSITIONS = ["left", "right", "top", "bottom"]
-COUNTS = ["two", "three", "four"]
-RELATIONS = ["above", "below"]
 
 
 class Drawing(NamedTuple):
