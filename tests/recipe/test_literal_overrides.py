@@ -8,6 +8,7 @@ import pytest
 
 from palate import recipe
 from palate.recipe import RecipeError, homes_of
+from palate.runtime.errors import InputError
 
 GOOD = "run: {folder: runs/x}\nalgorithm: {name: srpo}\nreward: {name: emoji}\nprompts: {list: [a dog]}\n"
 
@@ -100,3 +101,37 @@ def test_nobody_reads_the_word_tuple(override):
     with pytest.raises(RecipeError) as caught:
         recipe.parse(GOOD, [override])
     assert "tuple" not in str(caught.value).lower()
+
+
+def test_equal_words_and_a_huge_rate_get_a_sentence(caplog, monkeypatch):
+    for positive, negative in (("3d", "3d"), ("a, b", "b, a")):
+        with pytest.raises(RecipeError, match="so neither is preferred"):
+            recipe.parse(GOOD, [f"algorithm.positive={positive}", f"algorithm.negative={negative}"])
+    monkeypatch.setattr("palate.recipe.builder.check_start", lambda made: (_ for _ in ()).throw(KeyboardInterrupt))
+    for rate, told in (("100", 1), ("0.001", 0)):
+        caplog.clear()
+        with pytest.raises(KeyboardInterrupt):
+            recipe.build(recipe.parse(GOOD, [f"trainer.lr={rate}"]))
+        assert caplog.text.count("AdamW moves each weight") == told
+
+
+def test_without_a_network_one_sentence_says_so(monkeypatch):
+    """No retries of the hub's client: two short tries of our own, once per process."""
+    from palate.rewards import files
+    from palate.runtime import hub
+
+    calls = []
+    monkeypatch.setattr("socket.create_connection", lambda *_: calls.append(1) or (_ for _ in ()).throw(OSError()))
+    for name in ("HF_HUB_OFFLINE", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    hub.reachable.cache_clear()
+    try:
+        for _ in range(2):
+            with pytest.raises(
+                InputError, match=r"reward.source.hpsv2: nobody/nothing is not in the local cache"
+            ) as told:
+                files.weights_file("hpsv2", "nobody/nothing", default="model.safetensors", how="It is published there.")
+            assert len(str(told.value).splitlines()) == 1
+        assert len(calls) == hub.TRIES
+    finally:
+        hub.reachable.cache_clear()

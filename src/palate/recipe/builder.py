@@ -4,6 +4,7 @@ weights last."""
 from __future__ import annotations
 
 import importlib.resources
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -49,6 +50,8 @@ from palate.rewards.load import load_reward
 from palate.rewards.table import HELD_OUT_CANDIDATES
 from palate.runtime.errors import InputError
 
+LARGE_LR = 0.1  # from here on a sentence is due: a step of that size destroys any network
+
 
 class Parts(NamedTuple):
     """What a recipe builds: the arguments of `palate.train`."""
@@ -88,6 +91,10 @@ class UsesEstimator(Protocol):
 
 def build(recipe: Recipe) -> Parts:
     """Load everything the recipe names."""
+    if (lr := recipe.trainer.lr) >= LARGE_LR:
+        logging.getLogger("palate").warning(
+            "trainer.lr = %g: AdamW moves each weight by about that much per step; usual values are 1e-6 to 1e-3", lr
+        )
     captions, images = _pictures(recipe)
     check_images(images)
     prompts, preview = prompts_of(recipe, captions)

@@ -166,6 +166,15 @@ def _check_algorithm(recipe: Recipe, mistakes: list[str]) -> None:
         mistakes.append(
             f"prompts.images: {name} reads pairs of images; give prompts.pairs, or prompts.file to draw them"
         )
+    if (
+        isinstance(settings, ControlWords)
+        and any(settings.positive)
+        and set(settings.positive) == set(settings.negative)
+    ):
+        mistakes.append(
+            f"algorithm.positive, algorithm.negative: both are {', '.join(settings.positive)}, so neither is "
+            "preferred; give different words"
+        )
     trained = trained_names(name)
     for key in sorted(set(recipe.trainer.lrs or ()) - set(trained)):
         mistakes.append(f"trainer.lrs.{key}: {name} trains {', '.join(trained)}{near(key, trained, 'trainer.lrs.')}")

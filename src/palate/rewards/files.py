@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
 from palate.runtime.errors import InputError
+from palate.runtime.hub import reachable
 
+OFFLINE = "and the hub cannot be reached"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 CONVERT = (
     "python -c \"import sys, torch; from safetensors.torch import save_file; w = torch.load(sys.argv[1], 'cpu', "
@@ -61,12 +63,16 @@ def weights_file(reward: str, source: str, *, default: str, how: str) -> Path:
     if path.is_absolute() or source.startswith(".") or source.count("/") != 1 or path.suffix == ".safetensors":
         raise InputError(f"{key}: {source} does not exist. {how}")
     try:
-        return Path(hf_hub_download(source, default))
+        return Path(hf_hub_download(source, default, local_files_only=not reachable()))
     except GatedRepoError as error:
         raise InputError(
             f"{key}: {source} is gated; accept its terms on huggingface.co and run `hf auth login`"
         ) from error
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except LocalEntryNotFoundError as error:
+        if not reachable():
+            raise InputError(f"{key}: {source} is not in the local cache, {OFFLINE}. {how}") from error
+        raise InputError(f"{key}: {source} holds no reachable {default} ({_first_line(error)}). {how}") from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise InputError(f"{key}: {source} holds no reachable {default} ({_first_line(error)}). {how}") from error
 
 
@@ -92,9 +98,14 @@ def pretrained(kind: Any, reward: str, source: str, *, how: str, **options: Any)
         raise InputError(f"{key}: {folder} holds {what}")
     if weights:
         options["use_safetensors"] = True
+    remote = not folder.exists()
+    if remote and not reachable():
+        options["local_files_only"] = True
     try:
         return kind.from_pretrained(source, **options)
     except (OSError, ValueError, SafetensorError) as error:
+        if options.get("local_files_only"):
+            raise InputError(f"{key}: {source} is not in the local cache, {OFFLINE}. {how}") from error
         hint = "accept its terms on huggingface.co and run `hf auth login`" if "gated" in str(error) else how
         raise InputError(
             f"{key}: {source} cannot be loaded as {kind.__name__} ({_first_line(error)}). {hint}"
