@@ -92,9 +92,8 @@ class Processes:
             return "finished", "" if text == "finished" else text
         child = self._children.get(name)
         log = self.log(name)
-        failed = (
-            child.returncode not in (0, *STOPS) if child else bool(log) and "continue with: palate resume" not in log
-        )
+        said = any(line.startswith("palate: ") for line in log.splitlines()[-12:])  # an error, in its last lines
+        failed = child.returncode not in (0, *STOPS) if child else said
         if found.state == "died" or failed:
             return "died", last_message(log)
         return "stopped", ""
