@@ -67,7 +67,7 @@ def test_prioritised_draws_follow_the_law():
     share = [draw.prompts.count(f"prompt {k}") / n for k in range(3)]
     assert share[2] == 0 and share[0] == pytest.approx(0.25, abs=4 * math.sqrt(0.1875 / n))
     for i, p in enumerate(step_probabilities(4, 0.6).tolist()):
-        assert float((draw.index == i).double().mean()) == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / n))
+        assert float((draw.step == i).double().mean()) == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / n))
     assert bool((draw.weight == 1).all())
 
 
@@ -82,7 +82,7 @@ def test_importance_weights_recover_the_uniform_mean():
     assert abs(float(f.mean()) - want) > 0.2  # what it would be without the weights
     assert float(draw.weight.max()) == pytest.approx(1 / UNIFORM_SHARE)
     p = float(0.9 * trajectory_probabilities(rewards)[1] * step_probabilities(4, 0.5)[3] + 0.1 / 12)
-    last = torch.tensor([prompt == "prompt 1" for prompt in draw.prompts]) & (draw.index == 3)
+    last = torch.tensor([prompt == "prompt 1" for prompt in draw.prompts]) & (draw.step == 3)
     assert float(draw.weight[last][0]) == pytest.approx(1 / (12 * p))
     assert float(last.double().mean()) == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / n))
 
@@ -114,7 +114,7 @@ def test_first_in_first_out(memory):
         assert sorted(draw.prompts) == sorted(f"prompt {n}" for n in buffer.ids)  # all of them: without replacement
         for k, prompt in enumerate(draw.prompts):
             n = int(prompt.split()[1])
-            torch.testing.assert_close(draw.states[k], torch.full((2, 2, 2), n + int(draw.index[k]) / 100))
+            torch.testing.assert_close(draw.states[k], torch.full((2, 2, 2), n + int(draw.step[k]) / 100))
             assert int(draw.age[k]) == count - 1 - n
         assert not set(buffer._held) & set(buffer._mapped) and len(buffer._held) + len(buffer._mapped) == len(buffer)
         if buffer._scratch:  # shards whose trajectories are forgotten are deleted

@@ -31,10 +31,10 @@ UNIFORM_SHARE = 0.1  # of the importance law: no trajectory is left out, and no 
 
 
 class Draw(NamedTuple):
-    """B states of the buffer: x (B, C, h, w) are the inputs of the steps `index` (B,), `weight` (B,) their weights."""
+    """B states of the buffer: x (B, C, h, w) are the inputs of the steps `step` (B,), `weight` (B,) their weights."""
 
     states: Tensor
-    index: Tensor
+    step: Tensor
     weight: Tensor
     prompts: list[str]
     age: Tensor  # (B,) trajectories inserted since

@@ -215,7 +215,7 @@ class SQDF:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         s = self.settings
         xt = draw.states.to(**state_kind(model))
-        t, t_next = times[draw.index].to(xt), times[draw.index + 1].to(xt)
+        t, t_next = times[draw.step].to(xt), times[draw.step + 1].to(xt)
         between = (*model.schedule(t), *model.schedule(t_next))
         with torch.no_grad():  # before the policy's call: a switch of adapters after it would lose its gradient
             reference = model.predict(xt, t, cond, guidance=s.guidance, weights="reference")
@@ -223,11 +223,11 @@ class SQDF:
         mean, std = transition(model.predict(xt, t, cond, guidance=s.guidance), *between, s.eta)
         action = mean + std * rng.normal("action", model.latent_shape).to(xt)
 
-        last = (draw.index == s.rollout_steps - 1).to(xt.device).view(-1, 1, 1, 1)
+        last = (draw.step == s.rollout_steps - 1).to(xt.device).view(-1, 1, 1, 1)
         x0 = estimate(model, action, t_next, cond, s.estimator, guidance=s.estimator_guidance)
         x0 = torch.where(last, action, x0)
         r = reward(model.decode(x0), draw.prompts)
-        left = (s.rollout_steps - 1 - draw.index).to(r)
+        left = (s.rollout_steps - 1 - draw.step).to(r)
         discount = torch.tensor(s.gamma, dtype=r.dtype, device=r.device) ** left
         divergence = kl(mean, mean_ref, std).to(r)
         value = soft_q_loss(r, divergence, discount, s.alpha_kl, draw.weight.to(r))
@@ -237,7 +237,7 @@ class SQDF:
             "kl": divergence.mean(),
             "moved": (mean - mean_ref).square().mean().sqrt(),
             "std": std.mean(),
-            "index": draw.index.double().mean(),
+            "index": draw.step.double().mean(),
         }
         if s.buffer == "importance":
             metrics["weight_max"] = draw.weight.max()

@@ -55,7 +55,7 @@ def export(
 
 def _write_missing_adapter(run: Path) -> None:
     """A run that died has checkpoints and no adapter: write that of the newest one."""
-    from palate.cli.judging import load_run
+    from palate.cli.sources import load_run
     from palate.core import SavesAdapter
     from palate.runtime import checkpoint
     from palate.runtime.files import new_folder

@@ -20,6 +20,7 @@ from palate.core import (
     GuardMeasure,
     Model,
     Reward,
+    Sampleable,
     Sampler,
     TakesConsistency,
     TextCached,
@@ -111,7 +112,11 @@ def build(recipe: Recipe) -> Parts:
         used = used_prompts(prompts, trainer.seed, trainer.steps * trainer.batch_size)
         model.cache_prompts([*used, *preview])
     sampled = isinstance(recipe.algorithm, SamplesPosterior) and recipe.algorithm.posterior
-    latents = encode_images(model, images, posterior=sampled) if images else None
+    latents = None
+    if images:
+        if not isinstance(model, Sampleable):
+            raise InputError("prompts.images: the model has no image_size, so pictures cannot be fitted to it")
+        latents = encode_images(model, images, posterior=sampled)
     if latents is not None and recipe.prompts.pairs is not None:
         latents = latents.unflatten(0, (-1, 2))  # (N, 2, C, h, w)
     return Parts(model, build_algorithm(recipe), reward, list(prompts), preview, latents)

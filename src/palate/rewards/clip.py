@@ -19,8 +19,15 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    VisionTextDualEncoderModel,
+)
 
 from palate.rewards.files import load_state, pretrained, read_tensors, weights_file
 from palate.runtime.errors import InputError
@@ -66,7 +73,7 @@ class ClipReward:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: CLIPModel | VisionTextDualEncoderModel,
         tokenize: Callable[[Sequence[str]], Mapping[str, Tensor]],
         *,
         image_size: int,
@@ -249,7 +256,8 @@ def tokenizer_of(reward: str, source: str, *, length: int) -> Callable[[Sequence
 
 
 def _reward(model: CLIPModel, name: str, tokenizer: str, **options: Any) -> ClipReward:
-    length = model.config.text_config.max_position_embeddings
-    return ClipReward(
-        model, tokenizer_of(name, tokenizer, length=length), image_size=model.config.vision_config.image_size, **options
-    )
+    text, vision = model.config.text_config, model.config.vision_config
+    assert isinstance(text, CLIPTextConfig) and isinstance(vision, CLIPVisionConfig), "a CLIPModel has both parts"
+    assert isinstance(vision.image_size, int), "CLIP's pictures are square"
+    tokenize = tokenizer_of(name, tokenizer, length=text.max_position_embeddings)
+    return ClipReward(model, tokenize, image_size=vision.image_size, **options)

@@ -24,7 +24,10 @@ from palate.runtime.errors import InputError
 
 __all__ = ["COLOURS", "EmojiClassifier", "background", "load_reward", "parse_prompt", "position"]
 
-REWARDS = {"emoji": ("reward-emoji", CLIPModel), "emoji-heldout": ("reward-heldout", VisionTextDualEncoderModel)}
+REWARDS: dict[str, tuple[str, type[CLIPModel] | type[VisionTextDualEncoderModel]]] = {
+    "emoji": ("reward-emoji", CLIPModel),
+    "emoji-heldout": ("reward-heldout", VisionTextDualEncoderModel),
+}
 COLOURS = list(vocabulary().colours)
 
 

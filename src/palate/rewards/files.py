@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -27,6 +27,8 @@ CONVERT = (
     "weights_only=True); w = w.get('state_dict', w); save_file({k: v.clone().contiguous() for k, v in w.items() "
     'if torch.is_tensor(v)}, sys.argv[2])"'
 )
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def convert_command(path: Path) -> str:
@@ -113,8 +115,8 @@ def pretrained(kind: Any, reward: str, source: str, *, how: str, **options: Any)
 
 
 def load_state(
-    build: Callable[[], nn.Module], state: Mapping[str, Tensor], *, reward: str, path: Path, dtype: torch.dtype
-) -> nn.Module:
+    build: Callable[[], M], state: Mapping[str, Tensor], *, reward: str, path: Path, dtype: torch.dtype
+) -> M:
     """The module, frozen, with every one of its tensors from `state`; a missing or left-over key is an error."""
     with no_init_weights():  # every weight is overwritten below
         module = build()

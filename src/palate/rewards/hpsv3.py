@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Qwen2VLConfig
+from transformers import AutoTokenizer, PreTrainedConfig, Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
 from palate.rewards.clip import normalised_pixels
@@ -161,11 +161,14 @@ def load_hpsv3(source: str | None = None, *, dtype: torch.dtype = torch.bfloat16
     model_state, head_state = split_checkpoint(read_tensors(path))
     config = Qwen2VLConfig(**json.loads((folder / "config.json").read_text("utf-8")))
     words = model_state.get("language_model.embed_tokens.weight")
+    text = config.text_config
+    assert isinstance(text, PreTrainedConfig), "transformers builds it from config.json"
     if words is not None:
-        config.text_config.vocab_size = words.shape[0]  # the reward token was added to Qwen's vocabulary
-    options = {"reward": "hpsv3", "path": path}
-    model = load_state(lambda: Qwen2VLModel._from_config(config, dtype=dtype), model_state, dtype=dtype, **options)
-    head = load_state(lambda: head_of(config.text_config.hidden_size), head_state, dtype=torch.float32, **options)
+        text.vocab_size = words.shape[0]  # the reward token was added to Qwen's vocabulary
+    model = load_state(
+        lambda: Qwen2VLModel._from_config(config, dtype=dtype), model_state, reward="hpsv3", path=path, dtype=dtype
+    )
+    head = load_state(lambda: head_of(text.hidden_size), head_state, reward="hpsv3", path=path, dtype=torch.float32)
     tokenizer = pretrained(AutoTokenizer, "hpsv3", source, how=HOW)
     tokenizer.add_special_tokens({"additional_special_tokens": [REWARD_TOKEN]})
     image = tokenizer.convert_ids_to_tokens(config.image_token_id)

@@ -7,7 +7,7 @@ activations (one affine map), and (x - 0.16717) / 1.03334: about normal on the a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -35,6 +35,9 @@ class ImageReward:
         bias: Tensor,
         tokenize: Callable[[Sequence[str]], Mapping[str, Tensor]],
     ):
+        size = vision.config.image_size
+        assert isinstance(size, int), "BLIP's pictures are square"
+        self.vision, self.text, self.image_size = vision, text, size
         self.towers = nn.ModuleDict({"vision": vision, "text": text}).eval().requires_grad_(False)
         self.weight, self.bias = weight, bias
         self._tokens = lru_cache(maxsize=100_000)(lambda prompt: tokenize([prompt]))
@@ -44,8 +47,8 @@ class ImageReward:
         own = next(self.towers.parameters())
         if own.device != images.device:
             self.towers.to(images.device)
-        pixels = preprocess(images, self.towers["vision"].config.image_size)
-        return self.towers["vision"](pixel_values=pixels.to(own.dtype)).last_hidden_state
+        pixels = preprocess(images, self.image_size)
+        return self.vision(pixel_values=pixels.to(own.dtype)).last_hidden_state
 
     def score(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
         tokens = [self._tokens(prompt) for prompt in prompts]
@@ -53,7 +56,7 @@ class ImageReward:
             torch.cat([t[name] for t in tokens]).to(features.device) for name in ("input_ids", "attention_mask")
         )
         seen = torch.ones(features.shape[:2], dtype=torch.long, device=features.device)
-        output = self.towers["text"](
+        output = self.text(
             input_ids=ids,
             attention_mask=mask,
             encoder_hidden_states=features,
@@ -135,9 +138,9 @@ def load_image_reward(source: str | None = None, *, dtype: torch.dtype = torch.f
     path = weights_file("image-reward", source, default="ImageReward.safetensors", how=HOW)
     vision_state, text_state, head = split_checkpoint(read_tensors(path))
     vision_config, text_config = blip_large()
-    options = {"reward": "image-reward", "path": path, "dtype": dtype}
-    vision = load_state(lambda: BlipVisionModel(vision_config), vision_state, **options)
-    text = load_state(lambda: BlipTextModel(text_config, add_pooling_layer=False), text_state, **options)
+    load = partial(load_state, reward="image-reward", path=path, dtype=dtype)
+    vision = load(lambda: BlipVisionModel(vision_config), vision_state)
+    text = load(lambda: BlipTextModel(text_config, add_pooling_layer=False), text_state)
     try:
         weight, bias = affine_head(head)
     except ValueError as error:

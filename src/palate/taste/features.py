@@ -149,7 +149,7 @@ def _words_block(reward: ClipReward) -> Block:
     vocab = vocabulary()
     styles, colours = list(vocab.styles), list(vocab.colours)
     small, large = vocab.sizes[0], vocab.sizes[-1]
-    scale = float(reward.model.logit_scale.detach().exp())  # type: ignore[operator]
+    scale = float(reward.model.logit_scale.detach().exp())
 
     def texts(concept: str) -> list[str]:
         return [
