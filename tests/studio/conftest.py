@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from starlette.testclient import TestClient
 from support.studio import wait_for
 
 from palate.studio.app import make_app
+from palate.studio.process import began
 
 TOKEN = "a-token-of-the-tests"
 CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
@@ -37,6 +39,7 @@ class Server:
     """`palate studio` in a process of its own."""
 
     def __init__(self, runs, port=0):
+        self.runs = runs
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "palate", "studio", "--port", str(port), "--no-browser", "--runs", str(runs)],
@@ -44,7 +47,9 @@ class Server:
         )  # fmt: skip
         self.line = self.process.stdout.readline()
         found = re.search(r"http\S+", self.line)
-        assert found, f"no link in {self.line!r}: {self.process.communicate()[1]}"
+        if not found:
+            self.process.kill()
+            pytest.fail(f"no link in {self.line!r}: {self.process.communicate()[1]}")
         self.url = found[0]
         self.root = re.match(r"http://[^/]+", self.url)[0]
 
@@ -52,6 +57,14 @@ class Server:
         if self.process.poll() is None:
             self.process.send_signal(number)
         self.process.communicate(timeout=30)
+
+    def end(self):
+        """The server, and the trainers that it began: those outlive it by design."""
+        self.kill()
+        for path in (self.runs / "studio" / "processes").glob("*.json"):
+            tree = json.loads(path.read_text("utf-8"))
+            if tree["began"] and began(tree["pid"]) == tree["began"]:
+                os.kill(tree["pid"], signal.SIGKILL)
 
 
 @pytest.fixture
@@ -65,7 +78,7 @@ def serve():
 
     yield begin
     for server in servers:
-        server.kill()
+        server.end()
 
 
 @pytest.fixture
