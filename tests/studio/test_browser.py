@@ -46,6 +46,22 @@ def text(page, name):
         return ""
 
 
+def click(page, name):
+    """Press a button once it can be pressed; a live part may be put in its place anew meanwhile."""
+
+    def pressed():
+        try:
+            found = get(page, name)
+            if not found.is_enabled():
+                return False
+            found.click()
+            return True
+        except (NoSuchElementException, StaleElementReferenceException):
+            return False
+
+    wait_for(pressed, 30, f"{name} to be pressed")
+
+
 def press(page, key):
     ActionChains(page).send_keys(key).perform()
 
@@ -116,19 +132,19 @@ def test_a_persons_whole_way(open_studio, serve, tmp_path):
     assert "% (" in accuracy
 
     page.get(server.root + "/align")
-    wait_for(lambda: get(page, "align-start").is_enabled(), 20, "align to be offered")
-    get(page, "align-start").click()
+    click(page, "align-start")
     wait_for(lambda: "run=align-1" in page.current_url, 20, "the run's page")
     wait_for(lambda: int(text(page, "step") or 0) >= 3, 120, "its first steps")
     assert text(page, "run-state") == "Running"
 
     page.get(server.root + "/steer")
     get(page, "word-add").send_keys("sparkling")
-    get(page, "word-wanted").click()
+    click(page, "word-wanted")
     assert "near" in wait_for(lambda: text(page, "refused"), 10, "the refusal")
+    wait_for(lambda: get(page, "word-add").get_property("value") == "sparkling", 10, "the refused word to come back")
     get(page, "word-add").clear()
     get(page, "word-add").send_keys("cartoon")
-    get(page, "word-wanted").click()
+    click(page, "word-wanted")
     wait_for(lambda: "from step" in text(page, "word-chip"), 30, "the step at which the word took effect")
 
     pid = json.loads((tmp_path / "studio/processes/align-1.json").read_text())["pid"]
@@ -136,14 +152,14 @@ def test_a_persons_whole_way(open_studio, serve, tmp_path):
     os.kill(pid, signal.SIGKILL)
     page.get(server.root + "/align?run=align-1")
     wait_for(lambda: text(page, "run-state") == "Died", 20, "the run to show as died")
-    page.find_element(By.XPATH, "//button[text()='Resume']").click()
+    click(page, "resume")
     wait_for(lambda: text(page, "run-state") == "Running", 60, "the run to go on")
     wait_for(lambda: int(text(page, "step") or 0) >= 12, 120, "more steps")
-    get(page, "align-stop").click()
+    click(page, "align-stop")
     wait_for(lambda: text(page, "run-state") in ("Stopped", "Finished"), 60, "the run to stop")
 
     page.get(server.root + "/compare?run=align-1")
-    get(page, "blind-start").click()
+    click(page, "blind-start")
     for number in range(6):
         shown = "return document.querySelector('#blind .prompt')?.textContent ?? ''"
         wait_for(lambda n=number, script=shown: f" {n + 1} of" in page.execute_script(script), 60, "a pair")
@@ -153,7 +169,7 @@ def test_a_persons_whole_way(open_studio, serve, tmp_path):
     page.get(server.root + "/runs")
     assert get(page, "run-state").text in ("Stopped", "Finished")
     page.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path / "down")})
-    get(page, "export-comfyui").click()
+    click(page, "export-comfyui")
     wait_for(lambda: list((tmp_path / "down").glob("*.safetensors")), 60, "the download")
     assert not complaints(page, server.root)
 
@@ -199,7 +215,7 @@ def test_fifty_hostile_prompts_run_nothing(open_studio, tmp_path):
     for word in HOSTILE[:6]:
         page.get(server.root + "/steer")
         get(page, "word-add").send_keys(word)
-        get(page, "word-wanted").click()
+        click(page, "word-wanted")
         wait_for(lambda: text(page, "refused"), 10, "the refusal")
         assert page.execute_script("return window.pwned") is None
     assert not complaints(page, server.root)
