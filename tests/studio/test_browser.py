@@ -8,6 +8,7 @@ import signal
 import time
 
 import pytest
+from PIL import Image
 from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
@@ -196,6 +197,20 @@ def test_two_windows_a_killed_server_and_every_key(open_studio, serve, browser, 
     other.get(again.root + "/choose")
     wait_for(lambda: votes(other) == 3, 60, "the votes after the server was killed")
     assert [v.choice for v in VoteStore(tmp_path / "studio").read()] == ["tie", "both-bad", "left"]
+
+
+def test_own_pictures_are_added_by_a_form(open_studio, tmp_path):
+    """A form of the browser's own, without htmx: its Origin must be the studio's, or it is refused."""
+    page, server = open_studio(tmp_path / "runs")
+    for name, shade in (("better", 220), ("worse", 20)):
+        Image.new("RGB", (40, 30), (shade, 90, 90)).save(tmp_path / f"{name}.png")
+    page.find_element(By.CSS_SELECTOR, "details summary").click()
+    for name in ("better", "worse"):
+        page.find_element(By.NAME, name).send_keys(str(tmp_path / f"{name}.png"))
+    page.find_element(By.NAME, "worse").submit()
+    wait_for(lambda: votes(page) == 1, 30, "the vote")
+    assert [v.choice for v in VoteStore(tmp_path / "runs/studio").read()] == ["left"]
+    assert not complaints(page, server.root)
 
 
 def test_fifty_hostile_prompts_run_nothing(open_studio, tmp_path):
