@@ -221,7 +221,7 @@ class FewStepGenerator:
         ):
             if wrong:
                 name = problem.split(":")[0]
-                raise InputError(f"generator expected {problem}; got {name} = {getattr(self, name)!r}")
+                raise InputError(f"generator expected {problem}; got {name} = {vars(self)[name]!r}")
 
     def __call__(self, model: Model, cond: Cond, noises: Sequence[Tensor], *, weights: str = "policy") -> Tensor:
         """x0 (B, C, h, w) after len(noises) <= steps evaluations; only the last one carries gradient."""

@@ -30,8 +30,6 @@ def test_imports_hide_in_functions_of_the_command_line_only():
 LONG = {
     "palate.models.weights.NamedWeights": 300,
     "palate.train.loop.Run": 240,
-    "palate.studio.voting.Voting": 220,
-    "palate.models.repository.open_repository": 70,
 }
 
 
@@ -42,12 +40,12 @@ def test_classes_and_functions_fit_on_a_few_screens():
 
 
 def test_few_functions_take_more_than_seven_parameters():
-    assert len(HOUSE.wide()) <= 14, HOUSE.wide()
+    assert len(HOUSE.wide()) <= 13, HOUSE.wide()
 
 
 def test_abilities_are_protocols_and_not_probed_for():
     """What is left asks other people's objects, or fields of dataclasses by name."""
-    assert len(HOUSE.probes()) <= 58, HOUSE.probes()
+    assert len(HOUSE.probes()) <= 25, HOUSE.probes()
     own = ("hasattr(model,", "getattr(model,", "hasattr(algorithm,", "getattr(algorithm,", "hasattr(reward,",
            "getattr(reward,", "(self.model,", "(self.algorithm,", "(self.reward,")  # fmt: skip
     assert [probe for probe in HOUSE.probes() if any(part in probe for part in own)] == []

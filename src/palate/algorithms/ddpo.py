@@ -68,7 +68,7 @@ class DDPOSettings:
         ):
             if wrong:
                 name = problem.split(":")[0]
-                raise InputError(f"DDPOSettings expected {problem}; got {name} = {getattr(self, name)!r}")
+                raise InputError(f"DDPOSettings expected {problem}; got {name} = {vars(self)[name]!r}")
 
     def check_batch(self, size: int) -> None:
         """ValueError for a batch that is too small."""

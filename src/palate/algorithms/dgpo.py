@@ -96,7 +96,7 @@ class DGPOSettings:
         ):
             if wrong:
                 name = problem.split(":")[0]
-                raise InputError(f"DGPOSettings expected {problem}; got {name} = {getattr(self, name)!r}")
+                raise InputError(f"DGPOSettings expected {problem}; got {name} = {vars(self)[name]!r}")
 
 
 class DGPO:

@@ -42,7 +42,7 @@ class DirectSettings:
 
     def __post_init__(self) -> None:
         for name in ("positive", "negative"):
-            object.__setattr__(self, name, word_list(name, getattr(self, name)))
+            object.__setattr__(self, name, word_list(name, vars(self)[name]))
         if overlap := sorted(set(self.positive) & set(self.negative)):
             raise InputError(f"DirectSettings: {overlap[0]!r} is wanted and unwanted at once; keep it on one side")
         if not self.k >= 0:

@@ -100,7 +100,7 @@ class DistarSettings:
 
     def __post_init__(self) -> None:
         for name in ("t_generator", "t_assistant"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, tuple(vars(self)[name]))
         for problem, wrong in (
             ("divergence: 'distar' or 'kl'", self.divergence not in ("distar", "kl")),
             ("distance: 'pseudo_huber' or 'l2'", self.distance not in ("pseudo_huber", "l2")),
@@ -127,7 +127,7 @@ class DistarSettings:
         ):
             if wrong:
                 names = problem.split(":")[0].split(" and ")
-                got = ", ".join(f"{n} = {getattr(self, n)!r}" for n in names)
+                got = ", ".join(f"{n} = {vars(self)[n]!r}" for n in names)
                 raise InputError(f"DistarSettings expected {problem}; got {got}")
 
 

@@ -103,7 +103,7 @@ class DPOSettings:
         ):
             if wrong:
                 name = problem.split(":")[0]
-                raise InputError(f"DPOSettings expected {problem}; got {name} = {getattr(self, name)!r}")
+                raise InputError(f"DPOSettings expected {problem}; got {name} = {vars(self)[name]!r}")
 
 
 class Pairs(NamedTuple):

@@ -130,7 +130,7 @@ class FlowGRPOSettings:
         ):
             if wrong:
                 name = problem.split(":")[0]
-                raise InputError(f"FlowGRPOSettings expected {problem}; got {name} = {getattr(self, name)!r}")
+                raise InputError(f"FlowGRPOSettings expected {problem}; got {name} = {vars(self)[name]!r}")
         count = len(random_steps(self, 1))
         if trained_count(count, self.fraction, self.fraction_rounding) < 1:
             raise InputError(

@@ -66,7 +66,7 @@ class LeapAlignSettings:
         ):
             if wrong:
                 name = problem.split(":")[0]
-                raise InputError(f"LeapAlignSettings expected {problem}; got {name} = {getattr(self, name)!r}")
+                raise InputError(f"LeapAlignSettings expected {problem}; got {name} = {vars(self)[name]!r}")
 
 
 class LeapAlign:

@@ -82,7 +82,7 @@ class NFTSettings:
         ):
             if wrong:
                 name = problem.split(":")[0]
-                raise InputError(f"NFTSettings expected {problem}; got {name} = {getattr(self, name)!r}")
+                raise InputError(f"NFTSettings expected {problem}; got {name} = {vars(self)[name]!r}")
 
 
 class NFT:

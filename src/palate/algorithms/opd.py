@@ -90,7 +90,7 @@ class OPDSettings:
         ):
             if wrong:
                 name = problem.split(":")[0]
-                raise InputError(f"OPDSettings expected {problem}; got {name} = {getattr(self, name)!r}")
+                raise InputError(f"OPDSettings expected {problem}; got {name} = {vars(self)[name]!r}")
 
 
 class OPD:

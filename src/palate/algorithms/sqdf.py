@@ -114,7 +114,7 @@ class SQDFSettings:
         ):
             if wrong:
                 names = problem.split(":")[0].replace(" and ", ", ").split(", ")
-                got = ", ".join(f"{n} = {getattr(self, n)!r}" for n in names if hasattr(self, n))
+                got = ", ".join(f"{n} = {vars(self)[n]!r}" for n in names if n in vars(self))
                 raise InputError(f"SQDFSettings expected {problem}; got {got}")
 
     def check_batch(self, size: int) -> None:

@@ -91,11 +91,11 @@ class SRPOSettings:
 
     def __post_init__(self) -> None:
         for name in ("positive", "negative"):
-            words = getattr(self, name)
+            words = vars(self)[name]
             none = self.preference == "absolute" and not any(words)  # the plain prompt is asked
             object.__setattr__(self, name, ("",) if none else _word_list(name, words))
         for name in ("branches", "window", "train_timestep", "k_denoise", "k_inversion", "discount"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+            object.__setattr__(self, name, tuple(vars(self)[name]))
         for problem, wrong in (
             (
                 "branches: one or both of 'denoise', 'inversion', each once",
@@ -131,7 +131,7 @@ class SRPOSettings:
         ):
             if wrong:
                 names = problem.split(":")[0].split(", ")
-                got = ", ".join(f"{n} = {getattr(self, n)!r}" for n in names if hasattr(self, n))
+                got = ", ".join(f"{n} = {vars(self)[n]!r}" for n in names if n in vars(self))
                 raise InputError(f"SRPOSettings expected {problem}" + (f"; got {got}" if got else ""))
 
 

@@ -15,14 +15,13 @@ Nothing here imports an algorithm, or torch, before `Entry.load_class` is called
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, get_type_hints
 
-from palate.runtime.code import load_object, names_a_file
+from palate.runtime.code import imported, load_object, names_a_file
 from palate.runtime.errors import InputError
 
 GROUP = "palate.algorithms"
@@ -61,7 +60,7 @@ class Entry:
             return load_object(self.place, key="algorithm.name")
         module, _, kind = self.place.partition(":")
         try:
-            return getattr(importlib.import_module(module), kind)
+            return imported(module, kind)
         except (ModuleNotFoundError, AttributeError) as error:
             if isinstance(error, ModuleNotFoundError) and not (error.name and module.startswith(error.name)):
                 raise

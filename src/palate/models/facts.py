@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from diffusers import AutoencoderKL
@@ -87,9 +87,17 @@ VAE_4: Mapping[str, Any] = {
 VAE_16: Mapping[str, Any] = {**VAE_4, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
 
 
+@runtime_checkable
+class HasFacts(Protocol):
+    """A family's class that says what it is made of; one of an installed package need not."""
+
+    @property
+    def facts(self) -> Facts: ...
+
+
 def facts_of(name: str) -> Facts:
     """The facts of a family by `model.name`. InputError: it has none."""
     family = families.find(name).load_class()
-    if not isinstance(getattr(family, "facts", None), Facts):  # of an installed package, it may be
+    if not isinstance(family, HasFacts) or not isinstance(family.facts, Facts):
         raise InputError(f"model.name {name}: {family.__name__} says nothing about itself; give it `facts`")
     return family.facts

@@ -11,7 +11,6 @@ Nothing here imports a family, or torch, before `Family.load_class` is called: a
 from __future__ import annotations
 
 import ast
-import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from palate import models
-from palate.runtime.code import load_object, names_a_file, split_name
+from palate.runtime.code import imported, load_object, names_a_file, split_name
 from palate.runtime.errors import InputError
 
 GROUP = "palate.models"
@@ -82,7 +81,7 @@ class Family:
         if names_a_file(self.module):
             return load_object(self.module, key="model.name")
         try:
-            return getattr(importlib.import_module(self.module), self.kind)
+            return imported(self.module, self.kind)
         except ModuleNotFoundError as error:
             if error.name is None or not self.module.startswith(error.name):
                 raise

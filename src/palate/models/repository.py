@@ -145,18 +145,7 @@ def open_repository(
 ) -> Repository:
     """The repository, if it has every one of `parts` (name -> class) with safetensors weights; ValueError if not."""
     file = (options or {}).get("file")
-    if folder is None:
-        raise InputError(
-            f"model.folder: {family} needs a diffusers folder or a hub id, like "
-            "stabilityai/stable-diffusion-xl-base-1.0"
-        )
-    source, path = str(folder), Path(folder).expanduser()
-    if path.is_file():
-        raise InputError(
-            f"model.folder {source} is a file; give the diffusers folder or hub id that it belongs to as "
-            f"model.folder, and the file as model.file"
-        )
-    local = path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
+    source, path, local = _where(folder, family)
     if local:
         root, files = path, _files_in(path)
     else:
@@ -173,25 +162,8 @@ def open_repository(
     )
     check_task(source, str(index.get("_class_name")), family)
     for part, kind in parts.items():
-        got = repository.kind(part)
-        if got is None and part in optional:
-            continue
-        if got is None:
-            other = next((found for k in map(repository.kind, index) if (found := family_with(k))), None)
-            if other is not None and part in ("unet", "transformer"):
-                raise InputError(
-                    f"model.folder {source} holds {index.get('_class_name')}, not a {family} model; set "
-                    f"model.name to {other}"
-                )
-            raise InputError(
-                f"model.folder {source} has no {part}, which {family} needs; complete the download, or "
-                "use a repository that has it"
-            )
-        if kind != got and part in ("unet", "transformer", "vae"):
-            raise InputError(
-                f"model.folder {source}: its {part} is a {got}, {family} needs a {kind}"
-                + (f"; set model.name to {other}" if (other := family_with(got)) else "")
-            )
+        if part in repository or part not in optional:
+            _check_part(repository, source, part, kind, family)
     weighty = [p for p in parts if p in repository and not p.startswith(("tokenizer", "scheduler"))]
     for part in parts:
         if part in repository and not part.startswith("tokenizer"):
@@ -205,6 +177,43 @@ def open_repository(
         for path in sorted(p for part in weighty for p in (root / part).glob("*.safetensors")):
             check_header(path)
     return repository
+
+
+def _where(folder: str | Path | None, family: str) -> tuple[str, Path, bool]:
+    """What was given, as text and as a path, and whether it is a folder here rather than a hub id."""
+    if folder is None:
+        raise InputError(
+            f"model.folder: {family} needs a diffusers folder or a hub id, like "
+            "stabilityai/stable-diffusion-xl-base-1.0"
+        )
+    source, path = str(folder), Path(folder).expanduser()
+    if path.is_file():
+        raise InputError(
+            f"model.folder {source} is a file; give the diffusers folder or hub id that it belongs to as "
+            f"model.folder, and the file as model.file"
+        )
+    return source, path, path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
+
+
+def _check_part(repository: Repository, source: str, part: str, kind: str, family: str) -> None:
+    """InputError unless the repository has that part, of that class."""
+    index, got = repository.index, repository.kind(part)
+    if got is None:
+        other = next((found for k in map(repository.kind, index) if (found := family_with(k))), None)
+        if other is not None and part in ("unet", "transformer"):
+            raise InputError(
+                f"model.folder {source} holds {index.get('_class_name')}, not a {family} model; set "
+                f"model.name to {other}"
+            )
+        raise InputError(
+            f"model.folder {source} has no {part}, which {family} needs; complete the download, or "
+            "use a repository that has it"
+        )
+    if kind != got and part in ("unet", "transformer", "vae"):
+        raise InputError(
+            f"model.folder {source}: its {part} is a {got}, {family} needs a {kind}"
+            + (f"; set model.name to {other}" if (other := family_with(got)) else "")
+        )
 
 
 def _files_in(path: Path) -> list[str] | None:

@@ -9,11 +9,11 @@ from itertools import cycle, islice
 import torch
 from torch import Tensor
 
-from palate.core import Batch, Random
+from palate.core import Batch, ChecksBatch, Random
 from palate.models.gaussian import GaussianModel
 from palate.path import Prediction
 from palate.recipe import Recipe, build_algorithm, prompts_of, trained_names
-from palate.recipe.builder import UsesTeachers
+from palate.recipe.builder import SharesRollouts, UsesTeachers
 
 LARGEST_BATCH = 256  # that is run; a larger one is counted on one of its divisors
 
@@ -60,7 +60,8 @@ def count(recipe: Recipe, *, updates: int = 8) -> dict[str, float]:
     algorithm = build_algorithm(recipe)
     teachers = list(recipe.algorithm.teachers) if isinstance(recipe.algorithm, UsesTeachers) else []
     model = _Counted(trained_names(recipe.algorithm.name), teachers)
-    if (every := getattr(recipe.algorithm, "rollout_every", 1)) > 1:
+    if isinstance(recipe.algorithm, SharesRollouts):
+        every = recipe.algorithm.rollout_every
         updates = every * max(1, updates // every)
     reward = _CountedTowers(model) if _two_tower(recipe) else _CountedReward(model)
     prompts = [f"prompt {'x' * i}" for i in range(size)]
@@ -83,12 +84,11 @@ def _counted_batch(recipe: Recipe) -> int:
     whole = recipe.trainer.batch_size
     if whole <= LARGEST_BATCH:
         return whole
-    fits = getattr(recipe.algorithm, "check_batch", None)
     for size in range(LARGEST_BATCH, 0, -1):
         if whole % size == 0:
             try:
-                if fits is not None:
-                    fits(size)
+                if isinstance(recipe.algorithm, ChecksBatch):
+                    recipe.algorithm.check_batch(size)
             except ValueError:
                 continue
             return size

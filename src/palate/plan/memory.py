@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from palate.models.quantised import BYTES
 from palate.plan.activations import Unit
@@ -74,7 +74,8 @@ def memory_of(
     trained = names * denoiser.trained * 4 / shards
     ema = denoiser.trained * 4 / shards if recipe.trainer.ema_decay else 0.0
     batch = max(1.0, recipe.trainer.batch_size / gpus / recipe.trainer.micro_batches)
-    kept = "kept_checkpointed" if checkpointed else "kept"
+    decoder = units["decoder"]
+    denoiser_kept, decoder_kept = (u.kept_checkpointed if checkpointed else u.kept for u in (denoiser, decoder))
     backward = any(calls.get(f"denoiser{frozen} backward") for frozen in ("", " frozen"))
     through = {part: calls.get(f"{part} backward", 0.0) > 0 for part in ("decoder", "reward")}
     depth = _graph_depth(calls, recipe)
@@ -86,8 +87,8 @@ def memory_of(
         "moving average": ema,
         "VAE": units["decoder"].weight_bytes + units["encoder"].weight_bytes,
         "rewards": units["reward"].weight_bytes,
-        "activations: denoiser": batch * depth * getattr(denoiser, kept) if backward else 0.0,
-        "activations: VAE decoder": batch * getattr(units["decoder"], kept) if through["decoder"] else 0.0,
+        "activations: denoiser": batch * depth * denoiser_kept if backward else 0.0,
+        "activations: VAE decoder": batch * decoder_kept if through["decoder"] else 0.0,
         "activations: rewards": batch * units["reward"].kept if through["reward"] else 0.0,
         "the block being recomputed": batch * max(denoiser.block, units["decoder"].block)
         if checkpointed and backward
@@ -138,10 +139,9 @@ def _changes(recipe: Recipe, gpus: int) -> list[tuple[str, Recipe]]:
 def _both(recipe: Recipe, one: Recipe, other: Recipe) -> Recipe:
     """`one` with the sections that `other` has changed of `recipe`; changes of one section are joined key by key."""
     for section in ("model", "trainer", "reward"):
-        before, after = getattr(recipe, section), getattr(other, section)
-        changed = {f.name: getattr(after, f.name) for f in fields(after)}
-        changed = {key: value for key, value in changed.items() if value != getattr(before, key)}
-        one = replace(one, **{section: replace(getattr(one, section), **changed)})
+        before, after = vars(vars(recipe)[section]), vars(vars(other)[section])
+        changed = {key: value for key, value in after.items() if value != before[key]}
+        one = replace(one, **{section: replace(vars(one)[section], **changed)})
     return one
 
 

@@ -6,7 +6,6 @@ named without its folder or ending (`srpo-emoji`), any other by its path; overri
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from palate.data import RecipeError, captioned_images, evenly_spaced, read_prompts
@@ -29,6 +28,7 @@ from palate.recipe.settings import (
     TrainerSettings,
 )
 from palate.recipe.together import heldout_of, trained_names
+from palate.runtime.code import imported
 from palate.runtime.deprecated import old_names
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ _renamed = old_names(__name__, {"spread": evenly_spaced})
 
 def __getattr__(name: str) -> Any:
     if name in _LATER:
-        return getattr(import_module(_LATER[name]), name)
+        return imported(_LATER[name], name)
     if name in ("HARMLESS", "guard_check", "referee_of"):  # old names, for one release
         now = {"HARMLESS": "RESUMABLE_FIELDS", "guard_check": "guard_measure", "referee_of": "panel_of"}[name]
         return globals()[now] if now in globals() else __getattr__(now)

@@ -75,6 +75,15 @@ class UsesTeachers(Protocol):
 
 
 @runtime_checkable
+class SharesRollouts(Protocol):
+    """Settings of an algorithm whose rollout may serve several updates."""
+
+    @property
+    def rollout_every(self) -> int:
+        """Updates that a rollout serves."""
+
+
+@runtime_checkable
 class SamplesPosterior(Protocol):
     """Settings of an algorithm that may draw latents from the encoder's Gaussian."""
 

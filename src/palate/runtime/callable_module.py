@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import types
 from typing import Any
+
+from palate.runtime.code import imported
 
 
 def callable_as(package: str, module: str, function: str) -> None:
@@ -16,6 +17,6 @@ def callable_as(package: str, module: str, function: str) -> None:
 
     class Callable(types.ModuleType):
         def __call__(self, *arguments: Any, **options: Any) -> Any:
-            return getattr(importlib.import_module(module), function)(*arguments, **options)
+            return imported(module, function)(*arguments, **options)
 
     sys.modules[package].__class__ = Callable

@@ -63,12 +63,17 @@ def load_object(name: str, *, key: str) -> Any:
     return vars(module)[attribute]
 
 
+def imported(module: str, attribute: str) -> Any:
+    """That attribute of a module, which is imported first. ModuleNotFoundError or AttributeError: there is none."""
+    return getattr(importlib.import_module(module), attribute)
+
+
 def load_module_object(name: str, *, key: str) -> Any:
     """The object that package.module:object names, looked for in the current folder as well. InputError: none."""
     module, colon, attribute = name.partition(":")
     with importable(Path.cwd()):
         try:
-            return getattr(importlib.import_module(module), attribute) if colon and attribute else None
+            return imported(module, attribute) if colon and attribute else None
         except Exception as error:  # importing runs the user's own code
             raise InputError(f"{key}: cannot import {name!r} ({type(error).__name__}: {error})") from error
 

@@ -206,12 +206,12 @@ class Artist:
 
 def hidden_prompt(prompt: str, rng: np.random.Generator) -> str:
     """The prompt with random words of style, size and background where it names none."""
-    vocab, named = vocabulary(), parse_prompt(prompt)
+    vocab, named = vocabulary(), parse_prompt(prompt)._asdict()
     chosen = [
         str(rng.choice(words))
         for kind, words, share in (
             ("size", vocab.sizes, 0.4), ("style", vocab.styles, 0.7), ("background", list(vocab.colours), 0.7))
-        if getattr(named, kind) is None and rng.random() < share
+        if named[kind] is None and rng.random() < share
     ]  # fmt: skip
     try:
         return with_words(prompt, chosen)

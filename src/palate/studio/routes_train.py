@@ -178,7 +178,7 @@ def steer_start(request: Request) -> Response:
     if not words.positive and not words.negative:
         raise InputError("choose at least one word, wanted or unwanted, before you start")
     name = studio.workspace.new_name("steer")
-    overrides = [f"algorithm.{side}={json.dumps(list(getattr(words, side)))}" for side in ("positive", "negative")]
+    overrides = [f"algorithm.{side}={json.dumps(list(words.of(side)))}" for side in ("positive", "negative")]
     source = studio.workspace.settings()["source"]
     if source:
         overrides.append(f"model.start={quoted(studio.workspace.run(source) / 'adapter')}")

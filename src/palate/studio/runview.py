@@ -30,6 +30,10 @@ class Words:
     positive: dict[str, int] = field(default_factory=dict)
     negative: dict[str, int] = field(default_factory=dict)
 
+    def of(self, side: str) -> dict[str, int]:
+        """Those of a side, "positive" or "negative"."""
+        return {"positive": self.positive, "negative": self.negative}[side]
+
 
 @dataclass(frozen=True)
 class RunView:

@@ -53,7 +53,7 @@ def wanted_words(view: RunView) -> Words:
     """Those in force with those that wait for the next step, which have step -1."""
     now = view.words()
     waiting = waiting_words(view.folder) or {}
-    sides = {side: dict(getattr(now, side)) for side in SIDES}
+    sides = {side: dict(now.of(side)) for side in SIDES}
     for side, given in waiting.items():
         sides[side] = {word: sides[side].get(word, -1) for word in given}
     return Words(**sides)
@@ -70,9 +70,9 @@ def change(view: RunView, side: str, word: str, *, add: bool) -> None:
     words = wanted_words(view)
     if add:
         word = checked_word(word, words, embedded=view.recipe.model.name == "emoji")
-        new = [*getattr(words, side), word]
+        new = [*words.of(side), word]
     else:
-        new = [other for other in getattr(words, side) if other != word]
+        new = [other for other in words.of(side) if other != word]
     both = {"positive": list(words.positive), "negative": list(words.negative)}
     steer(view.folder, **(both | {side: new}))  # both, so that a word may change its side
 
@@ -93,7 +93,7 @@ class Draft:
         if side not in SIDES:
             raise InputError("a word is wanted (positive) or unwanted (negative)")
         words = self.words()
-        sides = {s: list(getattr(words, s)) for s in SIDES}
+        sides = {s: list(words.of(s)) for s in SIDES}
         if add:
             sides[side].append(checked_word(word, words, embedded=True))
         else:

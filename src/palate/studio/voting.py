@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from palate.runtime.errors import InputError
-from palate.studio.artist import Artist, Drawn, read_picture
+from palate.studio.artist import Artist, Drawn
+from palate.studio.known import KnownFeatures
 from palate.studio.workspace import Workspace
 from palate.taste import card as cards
 from palate.taste.ask import RANDOM, REPEATS, next_pair
@@ -41,6 +42,20 @@ class Pair(NamedTuple):
     right: Picture
     repeat_of: str | None = None
 
+    @classmethod
+    def of(cls, tree: dict[str, Any]) -> Pair | None:
+        """What `tree` once gave; None where it is no pair."""
+        try:
+            left, right = Picture(**tree["left"]), Picture(**tree["right"])
+            return cls(tree["id"], tree["prompt"], left, right, tree["repeat_of"])
+        except (KeyError, TypeError):
+            return None
+
+    def tree(self) -> dict[str, Any]:
+        """As it is stored."""
+        return {"id": self.id, "prompt": self.prompt, "left": asdict(self.left), "right": asdict(self.right),
+                "repeat_of": self.repeat_of}  # fmt: skip
+
 
 class Voting:
     def __init__(self, workspace: Workspace, artist: Artist):
@@ -48,7 +63,7 @@ class Voting:
         self.session = workspace.session()
         self._lock = threading.RLock()
         self._rng = np.random.default_rng()
-        self._known: dict[tuple[str, str], Array] = {}  # features of pictures by file and prompt
+        self._features = KnownFeatures(artist, workspace.store.pictures)
         self._read: tuple[Any, list[Vote]] = (None, [])
         self._scaling: Scaling | None = None
         self._fitted: tuple[int, Posterior] | None = None
@@ -71,13 +86,7 @@ class Voting:
     def pair(self) -> Pair | None:
         """The pair on the screen; None while no picture is there yet."""
         with self._lock:
-            tree = self.workspace.read(PAIR)
-            try:
-                pair = Pair(
-                    tree["id"], tree["prompt"], Picture(**tree["left"]), Picture(**tree["right"]), tree["repeat_of"]
-                )
-            except (KeyError, TypeError):
-                pair = None
+            pair = Pair.of(self.workspace.read(PAIR))
             pictures = self.workspace.store.pictures
             if pair and all((pictures / p.file).is_file() for p in (pair.left, pair.right)):
                 return pair
@@ -128,8 +137,7 @@ class Voting:
     # ------------------------------------------------------------------------------------------------ next pair
 
     def _show(self, pair: Pair) -> Pair:
-        self.workspace.write(PAIR, {"id": pair.id, "prompt": pair.prompt, "left": asdict(pair.left),
-                                    "right": asdict(pair.right), "repeat_of": pair.repeat_of})  # fmt: skip
+        self.workspace.write(PAIR, pair.tree())
         return pair
 
     def _next(self, last: Vote | None) -> Pair | None:
@@ -179,9 +187,9 @@ class Voting:
 
     def differences(self, scaling: Scaling) -> tuple[Array, Array, list[Vote]]:
         """Standardised feature differences (n, D), outcomes (n,) and the votes whose pictures are there."""
-        votes = [vote for vote in self.votes() if self._features(vote.left, vote.prompt) is not None
-                 and self._features(vote.right, vote.prompt) is not None]  # fmt: skip
-        d = [self._known[v.left.file, v.prompt] - self._known[v.right.file, v.prompt] for v in votes]
+        both = [(self._features.of(v.left, v.prompt), self._features.of(v.right, v.prompt), v) for v in self.votes()]
+        there = [(left, right, v) for left, right, v in both if left is not None and right is not None]
+        votes, d = [v for *_, v in there], [left - right for left, right, _ in there]
         size = len(self.artist.features.columns)
         table = (np.stack(d) if d else np.zeros((0, size))) * scaling.gain.numpy()
         return table, np.array([OUTCOMES[vote.choice] for vote in votes]), votes
@@ -195,18 +203,6 @@ class Voting:
             found = fit(d, y, side_std=SIDE_STD)
         self._fitted = (len(y), found)
         return found
-
-    def _features(self, picture: Picture, prompt: str) -> Array | None:
-        key = (picture.file, prompt)
-        if key not in self._known:
-            for drawn in self.artist.pool:
-                self._known[drawn.picture.file, drawn.prompt] = drawn.features
-        if key not in self._known:
-            path = self.workspace.store.pictures / picture.file
-            if not path.is_file():
-                return None
-            self._known[key] = self.artist.look(read_picture(path)[None], [prompt])[0]
-        return self._known[key]
 
     def summary(self) -> dict[str, Any]:
         """What is known of the taste: counts at any time; accuracy, words and pictures from the first taste on."""

@@ -33,11 +33,11 @@ def word_gains(utilities: Array, prompts: Sequence[str], std: float) -> list[Wor
 
     utilities (N,) w'z of pictures drawn for `prompts`; best first. Words with fewer than FEWEST pictures are left out.
     """
-    captions = [_caption(prompt) for prompt in prompts]
+    captions = [_caption(prompt)._asdict() for prompt in prompts]
     found = []
     vocab = vocabulary()
     for kind, words in (("style", vocab.styles), ("background", list(vocab.colours)), ("size", vocab.sizes)):
-        named = np.array([getattr(caption, kind) or "" for caption in captions])
+        named = np.array([caption[kind] or "" for caption in captions])
         plain = utilities[named == ""]
         for word in words:
             own = utilities[named == word]
@@ -62,7 +62,7 @@ def with_words(prompt: str, words: Sequence[str]) -> str:
     """
     for word in words:
         kind, known = kind_of(word)
-        there = getattr(parse_prompt(prompt), kind)
+        there = parse_prompt(prompt)._asdict()[kind]
         if there is None:
             prompt = f"{prompt} on {article(known)} background" if kind == "background" else f"{known} {_bare(prompt)}"
         else:
