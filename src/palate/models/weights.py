@@ -16,30 +16,17 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from palate.models import adapters, delta, lora
+from palate.models import adapters, lora
 from palate.models.facts import Facts
 from palate.models.original import Lora
+from palate.models.saved import check_alpha, check_mergeable, check_rates, config_of, read_saved
+from palate.models.selection import Adapters, layers_ending
 from palate.runtime.errors import InputError
 
-FILES = {"lora": (lora.FILE,), "full": ("diffusion_pytorch_model.safetensors", delta.FILE)}
-STORED = ("Linear4bit", "Linear8bitLt", "Float8Linear")  # layers of models.quantised
 STARTED = "start"  # the frozen copy of model.start that the reference is with model.reference=start
-
-
-def adapter_file(folder: Path | str, training: str) -> Path:
-    """What `NamedWeights.load` reads in `folder`; ValueError if it is not there."""
-    for name in FILES[training]:
-        if (Path(folder) / name).is_file():
-            return Path(folder) / name
-    other = "full" if training == "lora" else "lora"
-    there = next((name for name in FILES[other] if (Path(folder) / name).is_file()), None)
-    remedy = f"; it holds {there}: set model.weights={other}" if there else ""
-    raise InputError(f"no {FILES[training][0]} in {folder}; expected the adapter folder of a {training} run{remedy}")
 
 
 class NamedWeights:
@@ -70,9 +57,7 @@ class NamedWeights:
         self.network: Any = network  # the policy's; with LoRA everyone's; diffusers' classes have no types
         self.networks: dict[str, Any] = dict.fromkeys((*self.names, "reference"), network)
         self._frozen: set[str] = set()
-        self._speaking = "policy"
-        self._reference: str | None = None  # the adapter that the reference has; None = none
-        self._adapters: list[nn.Parameter] = []
+        self._adapters = Adapters(network)
         if training == "full":
             self.networks |= {name: copy.deepcopy(network) for name in self.networks if name != "policy"}
             for name in self.names:
@@ -80,15 +65,7 @@ class NamedWeights:
         if training == "lora":
             if rank < 1:
                 raise InputError(f"lora_rank got {rank}; expected at least 1")
-            layers = [layer for layer, part in network.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
-            unknown = [end for end in targets if not any(f".{layer}".endswith(f".{end}") for layer in layers)]
-            if unknown:
-                ends = sorted({layer.rpartition(".")[2] for layer in layers if not layer[-1].isdigit()})
-                raise InputError(
-                    f"model.lora_targets: no layer's name ends with {', '.join(unknown)}; ends that are "
-                    f"there: {', '.join(ends)}"
-                )
-            chosen = [layer for layer in layers if any(f".{layer}".endswith(f".{end}") for end in targets)]
+            chosen = layers_ending(network, targets)
             scale: Any = rank if alpha is None else alpha  # PEFT's type says int, its code takes any number
             config = LoraConfig(r=rank, lora_alpha=scale, target_modules=chosen)
             for name in self.names:
@@ -97,10 +74,7 @@ class NamedWeights:
 
     def _take_up(self) -> None:
         """The adapters of `names` train, and no other parameter."""
-        self._adapters = [p for name in self.names for p in self._own(name).values()]
-        self._select("policy")
-        for p in self._adapters:
-            p.requires_grad_(True)
+        self._adapters.train([p for name in self.names for p in self._own(name).values()])
 
     def parameters(self, name: str = "policy") -> list[nn.Parameter]:
         """The trainable parameters of that name, in a fixed order; none for "reference" and other frozen names."""
@@ -117,12 +91,7 @@ class NamedWeights:
             for name in self.names:
                 self.networks[name].load_state_dict(self.networks["reference"].state_dict())
         if self.training == "lora":
-            layers: list[Any] = [part for part in self.network.modules() if isinstance(part, BaseTunerLayer)]
-            with torch.random.fork_rng():
-                torch.manual_seed(seed)
-                for layer in layers:
-                    for name in self.names:
-                        layer.reset_lora_parameters(name, True)
+            self._adapters.redraw(self.names, seed)
 
     def begin(
         self, source: Path | str, *, rank: int, alpha: float | None, reference: str = "base", key: str = "model.start"
@@ -136,15 +105,8 @@ class NamedWeights:
             raise InputError(f"{key}: a LoRA can be the start of a LoRA only; set model.weights=lora")
         path = lora.find_file(source, key)
         self._began = path
-        layers = lora.read(path, adapters.shapes_of(self.network), self.facts, key, config=self._config())
-        its_rank, its_alpha = adapters.common(layers)
-        if its_rank != rank:
-            raise InputError(f"{key}: the LoRA in {path} has rank {its_rank}; set model.lora_rank={its_rank}")
-        if alpha is not None and alpha != its_alpha:
-            raise InputError(
-                f"{key}: the LoRA in {path} has alpha {its_alpha:g}, model.lora_alpha is {alpha:g}; leave it out, and "
-                "it is the file's"
-            )
+        layers = lora.read(path, adapters.shapes_of(self.network), self.facts, key, config=config_of(self.network))
+        check_rates(layers, path, rank, alpha, key)
         self.network.delete_adapters(list(self.names))
         for name in self.names:
             adapters.add(self.network, name, adapters.config_of(layers))
@@ -155,7 +117,7 @@ class NamedWeights:
         self._take_up()
         if reference == "start":
             self._add(STARTED, layers, key)
-            self._reference = STARTED
+            self._adapters.reference = STARTED
 
     def draw_first_factor(self) -> None:
         """Draw the first factor of every LoRA anew from N(0, 1/rank^2), in place of PEFT's uniform numbers; the second
@@ -177,7 +139,7 @@ class NamedWeights:
             raise InputError(f"weights {name!r} are there already; expected a new name")
         path = lora.find_file(source, key)
         network = self.network if self.training == "lora" else self._copied("reference")
-        layers = lora.read(path, adapters.shapes_of(network), self.facts, key, config=self._config())
+        layers = lora.read(path, adapters.shapes_of(network), self.facts, key, config=config_of(self.network))
         if self.training == "lora":
             self._add(name, layers, key)
         else:
@@ -188,26 +150,13 @@ class NamedWeights:
 
     def _add(self, name: str, layers: Mapping[str, Lora], key: str) -> None:
         """A frozen adapter beside those that train, whose flags stay as they are."""
-        flags = [p.requires_grad for p in self._adapters]
-        adapters.add(self.network, name, adapters.config_of(layers))
-        adapters.fill(self.network, name, layers, key)
+        self._adapters.add_frozen(name, layers, key)
         self.networks[name] = self.network
         self._frozen.add(name)
-        for p, flag in zip(self._adapters, flags, strict=True):
-            p.requires_grad_(flag)
-        added = [p for key, p in self.network.named_parameters() if f".{name}." in key]
-        for p in added:
-            p.requires_grad_(False)
-        self._adapters += added
-        self._select(self._speaking)
 
     def _copied(self, name: str) -> Any:
         """A copy of a network. Its checkpointing function refers to this object, which is not copied with it."""
         return copy.deepcopy(self.networks[name], {id(self): self})
-
-    def _config(self) -> Mapping[str, Any]:
-        config = getattr(self.network, "config", None)  # of diffusers' networks
-        return dict(config) if config is not None else {}
 
     @contextmanager
     def speaking_as(self, weights: str) -> Iterator[nn.Module]:
@@ -218,15 +167,15 @@ class NamedWeights:
         ("policy") is restored on the way out, whatever happens inside.
         """
         self._known(weights)
-        before = self._speaking
+        before = self._adapters.selected
         if self.training != "lora" or weights == before:
             yield self.networks[weights]
             return
         try:
-            self._select(weights)
+            self._adapters.select(weights)
             yield self.network
         finally:
-            self._select(before)
+            self._adapters.select(before)
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass, block by block, under the weights that made them.
@@ -238,8 +187,7 @@ class NamedWeights:
 
     def merged(self, name: str = "policy") -> Any:
         """A plain network of its own that says what the name says, its adapter added to the weights."""
-        if any(type(module).__name__ in STORED for module in self.network.modules()):
-            raise InputError("a network that is stored quantised cannot be merged; load it with model.quantize=null")
+        check_mergeable(self.network)
         network = self._copied(name)
         if self.training == "lora" and name != "reference":
             network.fuse_lora(adapter_names=[name])
@@ -262,31 +210,12 @@ class NamedWeights:
         With full training also a difference from the reference (`delta`).
         """
         own = self._own(name)
-        path = adapter_file(folder, self.training)
-        packed = path.name == delta.FILE
-        saved = delta.load(Path(folder), self.networks["reference"].state_dict()) if packed else load_file(path)
+        saved = read_saved(folder, name, own, training=self.training, reference=self.networks["reference"])
         if self.training == "lora":
-            saved = {_named(key, name): tensor for key, tensor in saved.items()}
-        if {n: p.shape for n, p in own.items()} != {n: t.shape for n, t in saved.items()}:
-            ranks, its = ({len(t) for n, t in state.items() if ".lora_A." in n} for state in (own, saved))
-            remedy = f"; set model.lora_rank={min(its)}" if len(its) == 1 and its != ranks else ""
-            raise InputError(
-                f"the adapter in {folder} does not fit this model: another rank, target or architecture{remedy}"
-            )
-        if self.training == "lora":
-            self._check_alpha(path, name)
+            check_alpha(self.network, name, folder)
         with torch.no_grad():
             for key, parameter in own.items():
                 parameter.copy_(saved[key])
-
-    def _check_alpha(self, path: Path, name: str) -> None:
-        """InputError if the file's alpha is not this model's: it would come back too strong or too weak."""
-        rates = lora.Rates.of(path)
-        for layer, module in adapters.adapted(self.network, name).items():
-            rank, alpha = module.r[name], float(module.lora_alpha[name])
-            if (its := rates.alpha(layer, rank)) != alpha:
-                both = f"alpha {its:g}, this model {alpha:g}"
-                raise InputError(f"the adapter in {path.parent} has {both}; set model.lora_alpha={its:g}")
 
     def save_all(self, folder: Path | str) -> None:
         """`save` of the policy into the folder, of each other name into a folder of that name in it."""
@@ -310,20 +239,8 @@ class NamedWeights:
         mark = tuple(f".{part}.{name}." for part in parts) if self.training == "lora" else ("",)
         return {key: p for key, p in self.networks[name].named_parameters() if any(m in key for m in mark)}
 
-    def _select(self, weights: str) -> None:
-        flags = [p.requires_grad for p in self._adapters]
-        chosen = self._reference if weights == "reference" else weights
-        if chosen is None:
-            self.network.disable_adapters()
-        else:
-            self.network.enable_adapters()
-            self.network.set_adapter(chosen)
-        self._speaking = weights
-        for p, flag in zip(self._adapters, flags, strict=True):
-            p.requires_grad_(flag)
-
     def _checkpointed(self, function: Any, *args: Any) -> Any:
-        weights = self._speaking
+        weights = self._adapters.selected
 
         def run(*args: Any) -> Any:
             with self.speaking_as(weights):
@@ -333,10 +250,3 @@ class NamedWeights:
 
     def _distinct(self) -> list[Any]:
         return list({id(network): network for network in self.networks.values()}.values())
-
-
-def _named(key: str, name: str) -> str:
-    """A tensor of a saved adapter under the name that the parameter has while the adapter is called `name`."""
-    for part in ("lora_A", "lora_B"):
-        key = key.replace(f".{part}.", f".{part}.{name}.")
-    return key.replace(".lora_magnitude_vector", f".lora_magnitude_vector.{name}.weight")

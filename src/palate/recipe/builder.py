@@ -42,7 +42,7 @@ from palate.models import families
 from palate.models.facts import Facts
 from palate.models.lora import find_file
 from palate.models.repository import open_repository
-from palate.models.weights import FILES, adapter_file
+from palate.models.saved import FILES, adapter_file
 from palate.recipe.objective import reward_objective
 from palate.recipe.settings import Recipe, RewardSettings
 from palate.recipe.together import AsksBlackBox, heldout_of, trained_names

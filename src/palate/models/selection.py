@@ -1,0 +1,82 @@
+"""The LoRA adapters of one network: which layers they are on, and with which of them the network speaks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from palate.models import adapters
+from palate.models.original import Lora
+from palate.runtime.errors import InputError
+
+
+def layers_ending(network: nn.Module, targets: Sequence[str]) -> list[str]:
+    """The linear and convolutional layers whose names end with one of `targets`. InputError: one names no layer."""
+    layers = [layer for layer, part in network.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)]
+    unknown = [end for end in targets if not any(f".{layer}".endswith(f".{end}") for layer in layers)]
+    if unknown:
+        ends = sorted({layer.rpartition(".")[2] for layer in layers if not layer[-1].isdigit()})
+        raise InputError(
+            f"model.lora_targets: no layer's name ends with {', '.join(unknown)}; ends that are "
+            f"there: {', '.join(ends)}"
+        )
+    return [layer for layer in layers if any(f".{layer}".endswith(f".{end}") for end in targets)]
+
+
+class Adapters:
+    """Those of one network, by name, of which one or none is selected.
+
+    PEFT flips requires_grad in all of them when it selects one; here every flag stays as it was.
+    """
+
+    def __init__(self, network: Any):
+        self.network = network
+        self.selected = "policy"
+        self.reference: str | None = None  # the adapter that the reference has; None = none
+        self._parameters: list[nn.Parameter] = []
+
+    def train(self, parameters: list[nn.Parameter]) -> None:
+        """These parameters, all that the adapters have, train from now on; "policy" is selected."""
+        self._parameters = parameters
+        self.select("policy")
+        for p in parameters:
+            p.requires_grad_(True)
+
+    def select(self, weights: str) -> None:
+        """The network speaks as that name; as "reference" with every adapter off, or with the reference's own."""
+        flags = [p.requires_grad for p in self._parameters]
+        chosen = self.reference if weights == "reference" else weights
+        if chosen is None:
+            self.network.disable_adapters()
+        else:
+            self.network.enable_adapters()
+            self.network.set_adapter(chosen)
+        self.selected = weights
+        for p, flag in zip(self._parameters, flags, strict=True):
+            p.requires_grad_(flag)
+
+    def add_frozen(self, name: str, layers: Mapping[str, Lora], key: str) -> None:
+        """A frozen adapter beside those that train, whose flags stay as they are."""
+        flags = [p.requires_grad for p in self._parameters]
+        adapters.add(self.network, name, adapters.config_of(layers))
+        adapters.fill(self.network, name, layers, key)
+        for p, flag in zip(self._parameters, flags, strict=True):
+            p.requires_grad_(flag)
+        added = [p for key, p in self.network.named_parameters() if f".{name}." in key]
+        for p in added:
+            p.requires_grad_(False)
+        self._parameters += added
+        self.select(self.selected)
+
+    def redraw(self, names: Sequence[str], seed: int) -> None:
+        """The adapters of `names` as PEFT first draws them, from `seed`."""
+        layers: list[Any] = [part for part in self.network.modules() if isinstance(part, BaseTunerLayer)]
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for layer in layers:
+                for name in names:
+                    layer.reset_lora_parameters(name, True)
