@@ -146,7 +146,7 @@ def released_gradients(model: Flux, reward: ClipReward, cond: Cond, rng: Random)
     with torch.no_grad():
         for j in range(s.rollout_steps):
             here, there = shifted(1 - j / s.rollout_steps), shifted(1 - (j + 1) / s.rollout_steps)
-            x = x + (there - here) * velocity(x, here)
+            x = x + (there - here) * velocity(x, math.floor(round(1000 * here, 9)) / 1000)
     n = s.timestep_length
     m0 = int(rng.integers("level", 5, n - 5))
     first, last = (shifted(1 - a / s.vis_sampling_step) for a in s.train_timestep)

@@ -930,12 +930,12 @@ def test_the_reward_waits_for_distillation_and_its_force_is_capped():
 def test_the_assistants_lag_is_noticed():
     rates = {"policy": 1e-4, "assistant": 4e-4}
     algorithm = Distar(DistarSettings())
-    assert algorithm.lag == 0.0 and algorithm.advise(rates) == []
-    assert "is below 0.0004" in algorithm.advise({"policy": 1e-4, "assistant": 3e-4})[0]
+    assert algorithm.lag == 0.0 and algorithm.warnings(rates) == []
+    assert "is below 0.0004" in algorithm.warnings({"policy": 1e-4, "assistant": 3e-4})[0]
     for _ in range(100):
         algorithm._follow(0.6, 1.0)
     algorithm._follow(math.nan, 1.0)
-    assert algorithm.lag == pytest.approx(0.6) and "lags behind" in algorithm.advise(rates)[0]
+    assert algorithm.lag == pytest.approx(0.6) and "lags behind" in algorithm.warnings(rates)[0]
     again = Distar(DistarSettings())
     again.load_state_dict(algorithm.state_dict())
     assert again.lag == algorithm.lag and again.updates == 100
@@ -1073,12 +1073,12 @@ def to_tensor(image):
 
 
 def test_the_guard_draws_as_the_generator_does(tmp_path, monkeypatch):
-    import palate.evaluate
+    from palate.train import guard
 
     asked = []
-    monkeypatch.setattr(palate.evaluate, "embedded_panel", lambda: None)
+    monkeypatch.setattr(guard, "embedded_panel", lambda: None)
     monkeypatch.setattr(
-        palate.evaluate,
+        guard,
         "measure_for_guard",
         lambda model, words, ids, **how: asked.append(how["sampler"]) or {"concept": 1.0},
     )

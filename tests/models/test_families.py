@@ -143,7 +143,7 @@ def test_a_recipe_gives_a_side_or_height_and_width():
     assert plan.model.image_size == (768, 1024) and recipe.parse(recipe.dump(plan)) == plan
     assert recipe.read("srpo-flux").model.image_size == 720
     for wrong in ("0", "[64]", "[64, -3]", "wide", "true"):
-        with pytest.raises(recipe.RecipeError, match=r"image_size: expected pixels a side, or .height, width., got"):
+        with pytest.raises(recipe.RecipeError, match=r"image_size: expected the pixels of a side, or .height, width."):
             recipe.read("srpo-flux", [f"model.image_size={wrong}"])
 
 

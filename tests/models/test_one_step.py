@@ -119,16 +119,19 @@ def test_other_methods_begin_with_it(shipped, tmp_path):
     )
     ours = model.weights.networks["policy"].state_dict()
     assert any(not torch.equal(ours[key], start[key]) for key in start)
-    with pytest.raises(ValueError, match="expected the adapter folder of a lora run"):
+    with pytest.raises(ValueError, match="is no part of a LoRA"):
         recipe.build_model(recipe.read("srpo-emoji", [f"model.start={folder}"]))
 
 
 def test_a_name_stands_for_the_packaged_one(shipped, monkeypatch):
+    with pytest.raises(ValueError, match=r"model\.start: emoji-no-such-folder does not exist"):
+        recipe.build_model(recipe.read("srpo-emoji", ["model.start=emoji-no-such-folder"]))
     seen = []
-    monkeypatch.setattr("palate.models.weights.NamedWeights.load", lambda self, folder, name: seen.append(folder))
-    recipe.build_model(recipe.read("srpo-emoji", ["model.start=emoji-consistency-or-no-such-folder"]))
-    recipe.build_model(recipe.read("srpo-emoji", ["model.start=emoji"]))  # any folder of the package
-    assert seen[0] == "emoji-consistency-or-no-such-folder" and Path(seen[1]).parts[-2:] == ("assets", "emoji")
+    monkeypatch.setattr(
+        "palate.models.weights.NamedWeights.begin", lambda self, source, **how: seen.append(Path(source))
+    )
+    recipe.build_model(recipe.read("srpo-emoji", ["model.start=emoji-consistency"]))  # any folder of the package
+    assert [source.parts[-2:] for source in seen] == [("assets", "emoji-consistency")]
     assert recipe.read("distar-emoji-quick").model.start == "emoji-1step"
 
 

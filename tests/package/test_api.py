@@ -72,7 +72,7 @@ def test_what_cannot_be_rebuilt_is_named_with_the_way_that_works(begun):
         palate.load(folder)
     with pytest.raises(ValueError, match=r"continue it with train\(..., resume=True\)"):
         run(folder, steps=3)
-    with pytest.raises(ValueError, match="expected a run folder"):
+    with pytest.raises(ValueError, match="is not a run"):
         palate.load(folder / "nowhere")
 
 
@@ -91,7 +91,7 @@ def test_training_an_object_twice_is_told_unless_it_was_reset(tmp_path, caplog):
         with caplog.at_level(logging.WARNING, "palate"):
             palate.train(model, srpo(), reward, PROMPTS, folder=tmp_path / folder, steps=1, batch_size=1, lr=0.1,
                          progress=False, **options)  # fmt: skip
-        return [record.getMessage() for record in caplog.records if "trained before" in record.getMessage()]
+        return {record.getMessage() for record in caplog.records if "trained before" in record.getMessage()}
 
     logging.getLogger("palate").propagate = True
     model = TinyFlow()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor
+from torch._weights_only_unpickler import UnpicklingError
 
 from palate.rewards.published import PUBLISHED, Download, PublishedReward
 from palate.runtime.errors import InputError
@@ -104,7 +104,7 @@ def convert(source: Path, target: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old pickle protocols
             state = torch.load(source, "cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
+    except (UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
         raise InputError(
             f"{source} is no checkpoint of plain tensors, or its download is incomplete; fetch it again. It was not run"
         ) from error

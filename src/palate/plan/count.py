@@ -13,7 +13,7 @@ from palate.core import Batch, ChecksBatch, Random
 from palate.models.gaussian import GaussianModel
 from palate.path import Prediction
 from palate.recipe import Recipe, build_algorithm, prompts_of, trained_names
-from palate.recipe.builder import SharesRollouts, UsesTeachers
+from palate.recipe.builder import SamplesPosterior, SharesRollouts, UsesTeachers
 
 LARGEST_BATCH = 256  # that is run; a larger one is counted on one of its divisors
 
@@ -96,9 +96,10 @@ def _counted_batch(recipe: Recipe) -> int:
 
 
 def _latents(recipe: Recipe, rng: Random) -> Tensor | None:
-    """Clean latents (B, 1, 2, 2) of offline training; (B, 2, 1, 2, 2) of pairs."""
+    """Clean latents (B, 1, 2, 2) of offline training; (B, 2, 1, 2, 2) of pairs, (B, 2, 2, 2, 2) of their Gaussians."""
     if recipe.prompts.pairs is not None:
-        return torch.stack([rng.normal("x", (1, 2, 2))] * 2, 1)
+        sampled = isinstance(recipe.algorithm, SamplesPosterior) and recipe.algorithm.posterior
+        return torch.stack([rng.normal("x", (2 if sampled else 1, 2, 2))] * 2, 1)
     return rng.normal("x", (1, 2, 2)) if recipe.prompts.images is not None else None
 
 
