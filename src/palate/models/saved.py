@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,16 @@ def read_saved(
             f"the adapter in {folder} does not fit this model: another rank, target or architecture{remedy}"
         )
     return saved
+
+
+def write_saved(folder: Path | str, name: str, network: Any, *, training: str) -> None:
+    """What was trained under that name: a diffusers LoRA file, or with full training a diffusers network folder."""
+    if training == "lora":
+        layers = adapters.layers_of(network, name)
+        record = json.dumps(lora.peft_config(layers), indent=2, sort_keys=True)
+        lora.write(Path(folder) / lora.FILE, lora.to_peft(layers), {"format": "pt", lora.METADATA: record})
+    else:
+        network.save_pretrained(folder, max_shard_size="1000GB")  # one file, which `read_saved` reads
 
 
 def check_alpha(network: nn.Module, name: str, folder: Path | str) -> None:

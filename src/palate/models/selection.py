@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -27,6 +29,13 @@ def layers_ending(network: nn.Module, targets: Sequence[str]) -> list[str]:
     return [layer for layer in layers if any(f".{layer}".endswith(f".{end}") for end in targets)]
 
 
+def own_parameters(network: nn.Module, name: str, *, adapter: bool) -> dict[str, nn.Parameter]:
+    """The parameters of the adapter `name`; without adapters all of the network's."""
+    parts = ("lora_A", "lora_B", "lora_magnitude_vector")
+    mark = tuple(f".{part}.{name}." for part in parts) if adapter else ("",)
+    return {key: p for key, p in network.named_parameters() if any(m in key for m in mark)}
+
+
 class Adapters:
     """Those of one network, by name, of which one or none is selected.
 
@@ -38,6 +47,15 @@ class Adapters:
         self.selected = "policy"
         self.reference: str | None = None  # the adapter that the reference has; None = none
         self._parameters: list[nn.Parameter] = []
+
+    def put_on(self, names: Sequence[str], targets: Sequence[str], *, rank: int, alpha: float | None) -> None:
+        """One adapter per name on the layers that end with one of `targets`; alpha None = rank."""
+        if rank < 1:
+            raise InputError(f"lora_rank got {rank}; expected at least 1")
+        scale: Any = rank if alpha is None else alpha  # PEFT's type says int, its code takes any number
+        config = LoraConfig(r=rank, lora_alpha=scale, target_modules=layers_ending(self.network, targets))
+        for name in names:
+            adapters.add(self.network, name, copy.deepcopy(config))
 
     def train(self, parameters: list[nn.Parameter]) -> None:
         """These parameters, all that the adapters have, train from now on; "policy" is selected."""

@@ -8,22 +8,20 @@ adapter off. Full training: one copy of the network a name, beside a frozen one.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from palate.models import adapters, lora
 from palate.models.facts import Facts
 from palate.models.original import Lora
-from palate.models.saved import check_alpha, check_mergeable, check_rates, config_of, read_saved
-from palate.models.selection import Adapters, layers_ending
+from palate.models.saved import check_alpha, check_mergeable, check_rates, config_of, read_saved, write_saved
+from palate.models.selection import Adapters, own_parameters
 from palate.runtime.errors import InputError
 
 STARTED = "start"  # the frozen copy of model.start that the reference is with model.reference=start
@@ -47,10 +45,7 @@ class NamedWeights:
         names: Sequence[str] = ("policy",),
         facts: Facts | None = None,
     ):
-        if training not in ("lora", "full", "none"):
-            raise InputError(f"training got {training!r}; expected lora, full or none")
-        if isinstance(names, str) or len(set(names)) < len(names) or "policy" not in names or "reference" in names:
-            raise InputError(f"names got {names!r}; expected different names, 'policy' one of them, 'reference' none")
+        _check_names(training, names)
         self.training, self.names, self.facts = training, tuple(names), facts
         self._began: Path | None = None  # the file of `begin`
         network.requires_grad_(False)
@@ -63,13 +58,7 @@ class NamedWeights:
             for name in self.names:
                 self.networks[name].requires_grad_(True)
         if training == "lora":
-            if rank < 1:
-                raise InputError(f"lora_rank got {rank}; expected at least 1")
-            chosen = layers_ending(network, targets)
-            scale: Any = rank if alpha is None else alpha  # PEFT's type says int, its code takes any number
-            config = LoraConfig(r=rank, lora_alpha=scale, target_modules=chosen)
-            for name in self.names:
-                adapters.add(network, name, copy.deepcopy(config))
+            self._adapters.put_on(self.names, targets, rank=rank, alpha=alpha)
             self._take_up()
 
     def _take_up(self) -> None:
@@ -111,9 +100,8 @@ class NamedWeights:
         for name in self.names:
             adapters.add(self.network, name, adapters.config_of(layers))
         adapters.fill(self.network, "policy", layers, key)
-        for name in self.names:
-            for p in self._own(name).values():
-                p.data = p.data.float()
+        for p in (p for name in self.names for p in self._own(name).values()):
+            p.data = p.data.float()
         self._take_up()
         if reference == "start":
             self._add(STARTED, layers, key)
@@ -125,10 +113,9 @@ class NamedWeights:
         if self.training != "lora":
             raise InputError("model.lora_init: there is no LoRA with model.weights=full; leave it out")
         with torch.no_grad():
-            for name in self.names:
-                for key, p in self._own(name).items():
-                    if ".lora_A." in key:
-                        p.normal_(std=1 / p.shape[0])
+            for key, p in (pair for name in self.names for pair in self._own(name).items()):
+                if ".lora_A." in key:
+                    p.normal_(std=1 / p.shape[0])
 
     def add_frozen(self, source: Path | str, name: str = "consistency", key: str = "model.consistency") -> None:
         """One more name, which never trains: the reference with a LoRA, of any rank, in any layout of `models.lora`.
@@ -182,7 +169,7 @@ class NamedWeights:
 
         diffusers' own function would recompute under whichever adapter is selected when backward runs.
         """
-        for network in self._distinct():
+        for network in {id(network): network for network in self.networks.values()}.values():
             network.enable_gradient_checkpointing(self._checkpointed)
 
     def merged(self, name: str = "policy") -> Any:
@@ -197,12 +184,7 @@ class NamedWeights:
 
     def save(self, folder: Path | str, name: str = "policy") -> None:
         """What was trained under that name: a diffusers LoRA file, or with full training a diffusers network folder."""
-        if self.training == "lora":
-            layers = adapters.layers_of(self.network, name)
-            record = json.dumps(lora.peft_config(layers), indent=2, sort_keys=True)
-            lora.write(Path(folder) / lora.FILE, lora.to_peft(layers), {"format": "pt", lora.METADATA: record})
-        else:
-            self.networks[name].save_pretrained(folder, max_shard_size="1000GB")  # one file, which `load` reads
+        write_saved(folder, name, self.networks[name], training=self.training)
 
     def load(self, folder: Path | str, name: str = "policy") -> None:
         """Read back what `save` wrote, into weights of the same training mode and rank; ValueError if not.
@@ -235,9 +217,7 @@ class NamedWeights:
         self._known(name)
         if name == "reference" or name in self._frozen or self.training == "none":
             return {}
-        parts = ("lora_A", "lora_B", "lora_magnitude_vector")
-        mark = tuple(f".{part}.{name}." for part in parts) if self.training == "lora" else ("",)
-        return {key: p for key, p in self.networks[name].named_parameters() if any(m in key for m in mark)}
+        return own_parameters(self.networks[name], name, adapter=self.training == "lora")
 
     def _checkpointed(self, function: Any, *args: Any) -> Any:
         weights = self._adapters.selected
@@ -248,5 +228,9 @@ class NamedWeights:
 
         return checkpoint(run, *args, use_reentrant=False)
 
-    def _distinct(self) -> list[Any]:
-        return list({id(network): network for network in self.networks.values()}.values())
+
+def _check_names(training: str, names: Sequence[str]) -> None:
+    if training not in ("lora", "full", "none"):
+        raise InputError(f"training got {training!r}; expected lora, full or none")
+    if isinstance(names, str) or len(set(names)) < len(names) or "policy" not in names or "reference" in names:
+        raise InputError(f"names got {names!r}; expected different names, 'policy' one of them, 'reference' none")

@@ -15,6 +15,7 @@ from palate.rewards.combine import as_scores, as_tensor_reward
 from palate.runtime import distributed
 from palate.runtime.distributed import Ranks
 from palate.runtime.errors import InputError, OutOfMemoryError
+from palate.runtime.phases import tell
 from palate.train.steering import noise_images
 
 if TYPE_CHECKING:
@@ -52,6 +53,16 @@ def check_parts(model: Model, algorithm: Any, reward: Reward, *, samples: bool) 
         )
     if problems:
         raise InputError("\n".join(problems))
+
+
+def encode_all(model: Model, used: list[str], preview: list[str]) -> None:
+    """Encode the prompts of a run once, so that one that the model cannot read ends it before the first step."""
+    with torch.no_grad():
+        for start in range(0, len(used), 64):
+            tell("encoding", start, len(used))
+            model.encode_prompts(used[start : start + 64])
+        if preview:
+            model.encode_prompts(preview)
 
 
 def require_sampleable(model: Model, what: str) -> Sampleable:

@@ -18,19 +18,20 @@ from typing import Any
 
 import torch
 
-from palate.core import Fingerprinted, Random, Warns
+from palate.core import Fingerprinted, Random
 from palate.runtime import distributed
 from palate.runtime.errors import InputError
 from palate.runtime.images import grid
-from palate.runtime.phases import tell
 from palate.runtime.progress import Progress
 from palate.runtime.runlog import RunLog
 from palate.runtime.signals import Stop
+from palate.train.acting import act_on
 from palate.train.batches import Batches
-from palate.train.checks import check_reward, gradient_cause, memory_advice, shard_networks
+from palate.train.checks import check_reward, encode_all, gradient_cause, memory_advice, shard_networks
 from palate.train.failure import Failures
 from palate.train.guard import Guard, Measurer, embedded_measure
 from palate.train.job import Job, Outcome, identity_of
+from palate.train.notes import Warnings, way_on
 from palate.train.preview import Previews, write_adapter
 from palate.train.saving import Saver
 from palate.train.state import Counters, Replicas, Weights
@@ -82,7 +83,7 @@ class Run:
             job.identity or identity_of(s), job.recipe, job.kept,
         )  # fmt: skip
         self.trackers = Trackers({}, self.progress.note)
-        self.warned: set[str] = set()
+        self.warnings = Warnings(job.algorithm, self.weights, self.progress.note)
 
     # --------------------------------------------------------------------------------------------------- the loop
 
@@ -96,17 +97,16 @@ class Run:
             self.ranks.on_main(self.saver.begin)
         counters, steps, folder = self.counters, self.settings.steps, self.job.folder
         self.progress.begin(counters.step)
-        with self.log, self.progress, self._tracked():
+        with self.log, self.progress, _tracked(self) as self.trackers:
             for text in notes:
                 self.progress.note(text)
             if counters.finished and not (counters.finished == "finished" and counters.step < steps):
-                self.progress.note(
-                    f"this run has ended at step {counters.step} ({counters.finished}); {self._way_on()}"
-                )
+                ended = f"this run has ended at step {counters.step} ({counters.finished})"
+                self.progress.note(f"{ended}; {way_on(counters, folder)}")
                 return Outcome(folder, counters.step, counters.finished, 0)
             counters.finished = ""
             self.ranks.on_main(self.saver.remove_adapter)
-            self._warn()
+            self.warnings.say(counters.step)
             if counters.step == 0:
                 self._first_look()
             while counters.step < steps and not counters.finished:
@@ -123,23 +123,6 @@ class Run:
             counters.finished = counters.finished or "finished"
             self._finish()
             return Outcome(folder, counters.step, counters.finished, 0)
-
-    @contextlib.contextmanager
-    def _tracked(self) -> Iterator[None]:
-        """Inside, what is logged and previewed also goes to the trackers."""
-        names = self.settings.tracker if self.ranks.is_main else []
-        config = {"algorithm": type(self.job.algorithm).__name__, **dataclasses.asdict(self.settings)}
-        at, note = self.counters.step, self.progress.note
-        with tracking(names, self.job.folder, config, resumed_at=at, note=note) as self.trackers:
-            self.log.listener = self.trackers.row
-            yield
-
-    def _way_on(self) -> str:
-        """What may be done with a run that has ended."""
-        if self.counters.finished != "finished":
-            return f"its result can begin a new run with other settings: model.start={self.job.folder}"
-        more = self.counters.step * 2
-        return f"train on with `palate resume {self.job.folder} trainer.steps={more}`"
 
     def advance(self) -> None:
         """One step and everything that belongs to its number: nothing of it is half done in a checkpoint."""
@@ -162,7 +145,7 @@ class Run:
             self.log.write({**row, "step_seconds": round(time.perf_counter() - began, 4)})
             self.guard.add(metrics)
             self.progress.show(step, {**metrics, "step_seconds": time.perf_counter() - began})
-            self._warn()
+            self.warnings.say(step)
         self._scheduled(step)
 
     def _update(self, step: int, batches: list[Any]) -> tuple[dict[str, float], str]:
@@ -194,29 +177,7 @@ class Run:
     def _guard(self, step: int) -> None:
         decision = self.guard.decide(step, self.measure())
         self.log.write(decision.row)
-        if not decision.action:
-            return
-        why, best = f"step {step}: guard: {'; '.join(decision.broken)}", self.guard.state.best_step
-        if decision.action == "warn":
-            self.progress.note(why)
-            return
-        assert best is not None, "a guard that compares has seen the base"
-        self.saver.load_weights(best)
-        if decision.action == "rollback":
-            self.counters.lr_scale /= 2
-            self.progress.note(f"{why}; back to the weights of step {best}, learning rate halved")
-        else:
-            self.counters.finished = f"guard: {'; '.join(decision.broken)}"
-            self.progress.note(f"{why}; stopped, the result is the weights of step {best}")
-
-    def _warn(self) -> None:
-        """What the algorithm wants the user to know; each sentence is said once."""
-        if not isinstance(self.job.algorithm, Warns):
-            return
-        for text in self.job.algorithm.warnings(self.weights.rates):
-            if text not in self.warned:
-                self.warned.add(text)
-                self.progress.note(f"step {self.counters.step}: {text}")
+        act_on(decision, step, guard=self.guard, saver=self.saver, counters=self.counters, note=self.progress.note)
 
     def _finish(self) -> None:
         if self.settings.preview_every:
@@ -239,12 +200,8 @@ class Run:
         """Find now what would end the run later: unknown words, a reward of the wrong shape, a full disk."""
         s, job = self.settings, self.job
         used = self.batches.used_prompts(s.steps)
+        encode_all(job.model, used, job.preview if s.preview_every or s.guard.every else [])
         with torch.no_grad():
-            for start in range(0, len(used), 64):
-                tell("encoding", start, len(used))
-                job.model.encode_prompts(used[start : start + 64])
-            if s.preview_every or s.guard.every:
-                job.model.encode_prompts(job.preview)
             self.reward = check_reward(job.reward, noise_images(job.model, s.seed, 2), [used[0], used[-1]])
         if problem := self._unknown_words():
             raise InputError(problem)
@@ -266,3 +223,14 @@ class Run:
             self.log.write(self.guard.begin(self.measure()))
             self.progress.phase("saving")
             self.saver.save()
+
+
+@contextlib.contextmanager
+def _tracked(run: Run) -> Iterator[Trackers]:
+    """Inside, what is logged and previewed also goes to the trackers."""
+    names = run.settings.tracker if run.ranks.is_main else []
+    config = {"algorithm": type(run.job.algorithm).__name__, **dataclasses.asdict(run.settings)}
+    at, note = run.counters.step, run.progress.note
+    with tracking(names, run.job.folder, config, resumed_at=at, note=note) as trackers:
+        run.log.listener = trackers.row
+        yield trackers
