@@ -288,9 +288,13 @@ def test_the_keyboard_alone_reaches_everything(open_studio, tmp_path):
         press(page, Keys.TAB)
         name, visible = page.execute_script(
             "const e = document.activeElement;"
-            "return [e.dataset.testid ?? e.textContent.trim(), e.matches(':focus-visible')]"
+            "if (e === document.body) return ['', false];"
+            "return [e.dataset.testid ?? (e.textContent.trim() || e.name), e.matches(':focus-visible')]"
         )
-        assert visible or not name, f"{name} has no visible focus"
+        if not name:  # past the last element; the focus is not lost before
+            assert "steer-start" in seen, seen
+            continue
+        assert visible, f"{name} has no visible focus"
         seen.append(name)
         if name == "word-add":
             ActionChains(page).send_keys("large", Keys.ENTER).perform()

@@ -37,6 +37,7 @@ GENERATOR = "emoji-1step"
 PER_CONCEPT = 8  # pictures of a concept that are drawn together
 POOL = 480  # pictures of a round; then the thread rests
 AGAIN = 160  # pictures that are drawn anew when so many pairs were voted on that the pool runs dry
+LOADING = threading.Lock()  # weights are filled in under a setting of the whole process: one thread at a time
 
 
 class Drawn(NamedTuple):
@@ -132,10 +133,11 @@ class Artist:
                     self.changed.wait(timeout=2.0)
 
     def _load(self) -> None:
-        self.model = EmojiModel.load(GENERATOR, training="none")
+        with LOADING:
+            self.model = EmojiModel.load(GENERATOR, training="none")
+            self.reward = load_reward("emoji")
         self.sampler = generator_sampler(self.model.folder)
         self.fingerprint = self.model.fingerprint()
-        self.reward = load_reward("emoji")
         self.features = features_of(self.reward, "emoji")
         self._source = ""
 
@@ -144,13 +146,14 @@ class Artist:
         source = self.workspace.settings()["source"]
         if source == self._source:
             return
-        if source:
-            model, sampler = trained_model(self.workspace.run(source), warn=lambda text: None)
-            if sampler is None:
-                raise InputError(f"{source} is no run of a one-step generator; pictures are drawn by one")
-        else:
-            model = EmojiModel.load(GENERATOR, training="none")
-            sampler = generator_sampler(model.folder)
+        with LOADING:
+            if source:
+                model, sampler = trained_model(self.workspace.run(source), warn=lambda text: None)
+            else:
+                model = EmojiModel.load(GENERATOR, training="none")
+                sampler = generator_sampler(model.folder)
+        if sampler is None:
+            raise InputError(f"{source} is no run of a one-step generator; pictures are drawn by one")
         with self._using:
             self.model, self.sampler = model, sampler
         self._source = source

@@ -23,7 +23,7 @@ from palate.export import Lora, read_adapter
 from palate.models.emoji import EmojiModel
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
-from palate.studio.artist import Artist, png_of, with_strength
+from palate.studio.artist import LOADING, Artist, png_of, with_strength
 from palate.studio.workspace import Workspace
 from palate.taste.card import wilson
 
@@ -161,8 +161,9 @@ class Comparing:
                 f"{run} is no LoRA of the embedded model; see its pictures step by step, or palate compare"
             )
         key = recipe.model.folder or ""
-        if key not in self._models:
-            self._models[key] = EmojiModel.load(recipe.model.folder, training="none")
+        with LOADING:  # the page asks for its live grid and for a study at once
+            if key not in self._models:
+                self._models[key] = EmojiModel.load(recipe.model.folder, training="none")
         sampler = recipes.sampler_of(recipes.build_algorithm(recipe))
         _, preview = recipes.prompts_of(recipe)
         return Showing(self._models[key], sampler, list(dict.fromkeys(preview)))

@@ -20,6 +20,7 @@ from palate.runs import trained_model
 from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
 from palate.runtime.runlock import require_free
+from palate.studio.artist import LOADING
 from palate.studio.shared import go_to, studio_of
 from palate.studio.undo import make_result
 
@@ -87,9 +88,7 @@ def export(request: Request, run: str, form: str) -> Response:
             raise InputError(f"{run} is training: it writes its LoRA at the end; stop it, or wait")
         make_result(folder)
     target = folder / "export" / form
-    makers: dict[str, Callable[[], Path]] = {
-        "merged": lambda: export_merged(folder, trained_model(folder, warn=lambda text: None)[0]),
-    }
+    makers: dict[str, Callable[[], Path]] = {"merged": lambda: merged(folder)}
     if form == "merged" and target.exists():
         shutil.rmtree(target)
     if form == "comfyui" and studio.view(run).recipe.model.name == "emoji":
@@ -100,6 +99,13 @@ def export(request: Request, run: str, form: str) -> Response:
         return FileResponse(file, media_type="application/octet-stream", filename=f"{run}.safetensors")
     return Response(zipped(written, run), media_type="application/zip",
                     headers={"Content-Disposition": f'attachment; filename="{run}-{form}.zip"'})  # fmt: skip
+
+
+def merged(folder: Path) -> Path:
+    """The run's model with its LoRA in its weights; the folder written to."""
+    with LOADING:
+        model = trained_model(folder, warn=lambda text: None)[0]
+    return export_merged(folder, model)
 
 
 def embedded_lora(folder: Path) -> Path:

@@ -12,6 +12,7 @@ from palate.runtime.errors import InputError
 from palate.runtime.files import new_folder
 from palate.runtime.runlock import owned
 from palate.runtime.runlog import rewind
+from palate.studio.artist import LOADING
 from palate.train import restore_result
 
 
@@ -43,7 +44,8 @@ def make_result(folder: Path) -> None:
 def _write_adapter(folder: Path) -> None:
     """The LoRA of the newest checkpoint as the run's result."""
     recipe = recipes.read(str(folder / "recipe.yaml"))
-    model = recipes.build_model(recipe)
+    with LOADING:
+        model = recipes.build_model(recipe)
     if not isinstance(model, SavesAdapter):
         raise InputError(f"{folder.name}: its model has no adapter to write")
     restore_result(model, folder, warn=lambda text: None)
