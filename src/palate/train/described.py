@@ -25,7 +25,7 @@ def describe_job(
     trainer: TrainerSettings, sample: SampleSettings,
 ) -> str:  # fmt: skip
     """The YAML text."""
-    settings = vars(algorithm).get("settings")
+    settings = vars(algorithm).get("settings") if "__dict__" in dir(algorithm) else None  # what it lacks is said later
     own = dataclasses.asdict(settings) if dataclasses.is_dataclass(settings) and not isinstance(settings, type) else {}
     tree = {
         "run": {"folder": folder},
