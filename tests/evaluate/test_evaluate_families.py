@@ -101,7 +101,7 @@ def test_runs_that_others_judge_are_not_paired(towers, tmp_path):
     for name, optimised in (("a", "pickscore"), ("b", "clip-score")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "recipe.yaml").write_text(text(towers, tmp_path / name, reward={"name": optimised}))
-    with pytest.raises(ValueError, match=r"a is judged by clip-score, b by pickscore; set evaluate.heldout"):
+    with pytest.raises(ValueError, match=r"a is judged by clip-score, b by pickscore; give evaluate.heldout"):
         runs.evaluate_runs([tmp_path / "a", tmp_path / "b"])
 
 

@@ -231,7 +231,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(pair, tmp_path, folder):
 def test_each_share_keeps_its_own_replay_buffer(pair, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(pair / "sqdf-one", folder)
-    with pytest.raises(ValueError, match="a state for each of its 2 shares"):
+    with pytest.raises(ValueError, match="a state for each of its 2 parts of a batch"):
         go(folder, "sqdf", resume=True)
     go(folder, "sqdf", resume=True, micro_batches=2)
     identical(folder, pair / "sqdf-full")
@@ -320,7 +320,7 @@ def test_a_rank_that_hangs_ends_the_job_after_the_time_out(tmp_path, monkeypatch
 
 def test_what_cannot_work_is_refused_with_its_remedy(tmp_path):
     with pytest.raises(
-        ValueError, match=r"batch_size = 8 cannot be cut into 3 equal shares \(1 ranks x 3 micro_batches\)"
+        ValueError, match=r"batch_size = 8 cannot be cut into 3 equal parts \(1 ranks x 3 micro_batches\)"
     ):
         go(tmp_path / "a", micro_batches=3)
     with pytest.raises(ValueError, match=r"sharding needs more than one rank.*--nproc"):

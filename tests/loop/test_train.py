@@ -438,7 +438,7 @@ def test_steer_checks_what_it_is_given(tmp_path):
     with pytest.raises(ValueError, match="not a run"):
         palate.steer(tmp_path, ["3d"])
     (tmp_path / "metrics.jsonl").touch()
-    for words in ((None, None), ([], None), (["3d", " "], None), ("3d", None), (None, [3])):
+    for words in ((None, None), (["3d", " "], None), ("3d", None), (None, [3])):
         with pytest.raises(ValueError):
             palate.steer(tmp_path, *words)
     palate.steer(tmp_path, [" 3d "])

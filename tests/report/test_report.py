@@ -231,7 +231,7 @@ def test_a_run_that_has_only_begun_is_reported_and_a_broken_one_is_refused(tmp_p
         '{"event": "step", "step": 1, "reward": 0.5}\n{"event": "st'
     )  # killed while writing
     assert "The objective" in report.write_report(tmp_path).read_text(encoding="utf-8")
-    with pytest.raises(ValueError, match=r"recipe.yaml is missing"):
+    with pytest.raises(ValueError, match=r"is not a run \(it holds no recipe.yaml\)"):
         report.write_report(tmp_path / "nowhere")
     folder = fake_run(tmp_path / "run")
     (folder / "samples/step-000000/0001.png").write_bytes(b"no")

@@ -28,7 +28,7 @@ ALGORITHM_MEMBERS = ("trains", "step")
 
 def missing_members(thing: object, members: Sequence[str]) -> list[str]:
     """Those of `members` that the object does not have."""
-    return [name for name in members if name not in dir(thing)]
+    return [name for name in members if not hasattr(thing, name)]  # those that a proxy hands on count
 
 
 def check_parts(model: Model, algorithm: Any, reward: Reward, *, samples: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -61,9 +62,10 @@ def train(
     job = Job(
         model, algorithm, reward, list(prompts), Path(folder), settings,
         list(preview) if preview else evenly_spaced(prompts), how, latents, check, identity,
-        describe_job(model, algorithm, reward, list(prompts), str(folder), settings, how),
     )  # fmt: skip
-    return run_job(job, resume=resume, progress=progress)
+    job.check()
+    text = describe_job(model, algorithm, reward, job.prompts, str(folder), settings, how)
+    return run_job(dataclasses.replace(job, recipe=text), resume=resume, progress=progress)
 
 
 def run_job(job: Job, *, resume: bool = False, progress: bool = True) -> Outcome:
