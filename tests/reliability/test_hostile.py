@@ -365,7 +365,8 @@ def test_prompts_and_control_words_reach_no_file_name_and_no_terminal(tmp_path, 
         run(tmp_path / "run", prompts=prompts, steps=2, batch_size=8, preview_every=2, preview=prompts[-20:-1],
             preview_prompts=99, checkpoint_every=0, progress=True)  # fmt: skip
     names = {path.name for path in (tmp_path / "run").rglob("*")}
-    known = {"samples", "checkpoints", "recipe.yaml", "identity.json", ".owner", "grid.png", "index.html", "adapter", "metrics.jsonl", "environment.json", "index.jsonl",
+    known = {"samples", "checkpoints", "recipe.yaml", "identity.json", ".owner", "grid.png", "index.html",
+             "adapter", "metrics.jsonl", "environment.json", "index.jsonl",
              "tiny.safetensors",
              "step-000000", "step-000002", checkpoint.TENSORS, checkpoint.STATE, checkpoint.MANIFEST}  # fmt: skip
     assert all(name in known or (name.endswith(".png") and name[:-4].isdigit()) for name in names)
