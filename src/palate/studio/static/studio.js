@@ -101,7 +101,7 @@ if (live) {
   const source = new EventSource(`/events?run=${encodeURIComponent(run)}`);
   source.addEventListener("change", () => { waiting ??= setTimeout(refresh, 150); });
   window.addEventListener("pagehide", () => source.close());
-  document.addEventListener("htmx:afterSettle", (event) => {
+  document.addEventListener("htmx:afterSwap", (event) => { // at once: later it would undo a click on a link
     const now = find("[data-testid=run-state]", live)?.dataset.state;
     if (event.target.id !== "live" || now === state) return;
     const over = ["running", "waiting"].includes(state) && !["running", "waiting"].includes(now);
