@@ -81,6 +81,20 @@ def serve():
         server.end()
 
 
+def show_on(driver, width, height=900, dark=False):
+    """A screen of that size and colour scheme; a phone below 500 pixels."""
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    media = {"features": [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]}
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+
+
+@pytest.fixture
+def show():
+    """show(driver, width, height, dark): another screen for a browser that is open."""
+    return show_on
+
+
 @pytest.fixture
 def browser():
     """browser(width) -> a headless Chromium; skipped where there is none."""
@@ -103,11 +117,7 @@ def browser():
         driver = webdriver.Chrome(options=options, service=Service(DRIVER))
         drivers.append(driver)
         driver.set_page_load_timeout(60)
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
-        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        if dark:
-            media = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
-            driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        show_on(driver, width, height, dark)
         return driver
 
     yield begin

@@ -118,7 +118,7 @@ def open_studio(serve, browser):
     return begin
 
 
-def test_a_persons_whole_way(open_studio, serve, tmp_path):
+def test_a_persons_whole_way(open_studio, show, tmp_path):
     """Vote 24, reload in the middle, align, steer, lose the trainer, resume, stop, compare, export."""
     page, server = open_studio(tmp_path)
     vote(page, 11)
@@ -172,6 +172,10 @@ def test_a_persons_whole_way(open_studio, serve, tmp_path):
     page.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path / "down")})
     click(page, "export-comfyui")
     wait_for(lambda: list((tmp_path / "down").glob("*.safetensors")), 60, "the download")
+    for width, dark in SCREENS:
+        show(page, width, dark=dark)
+        for path in ("/align?run=align-1", "/steer?run=align-1", "/compare?run=align-1", "/runs"):
+            check_fit(page, server.root + path)
     assert not complaints(page, server.root)
 
 
@@ -236,20 +240,33 @@ def test_fifty_hostile_prompts_run_nothing(open_studio, tmp_path):
     assert not complaints(page, server.root)
 
 
-@pytest.mark.parametrize(("width", "dark"), [(390, False), (390, True), (1200, True)])
-def test_pages_fit_the_screen_and_can_be_read(open_studio, tmp_path, width, dark):
+def check_fit(page, address):
     """Nothing wider than the screen, contrast of texts at least 4.5, targets large enough for a finger."""
-    page, server = open_studio(tmp_path, width=width, dark=dark)
-    for path, _ in PAGES:
-        page.get(server.root + path)
-        wait_for(lambda: page.execute_script("return document.readyState") == "complete", 10, path)
-        assert page.execute_script("return document.documentElement.scrollWidth - innerWidth") <= 0, path
-        assert not page.execute_script(UNREADABLE), (path, page.execute_script(UNREADABLE))
-        if width < 500:
-            assert not page.execute_script(SMALL), (path, page.execute_script(SMALL))
+    page.get(address)
+    wait_for(lambda: page.execute_script(SETTLED), 30, f"{address} to be whole")
+    width = page.execute_script("return innerWidth")
+    assert page.execute_script("return document.documentElement.scrollWidth - innerWidth") <= 0, (address, width)
+    assert not page.execute_script(UNREADABLE), (address, width, page.execute_script(UNREADABLE))
+    if width < 500:
+        assert not page.execute_script(SMALL), (address, page.execute_script(SMALL))
+
+
+def test_pages_fit_the_screen_and_can_be_read(open_studio, show, tmp_path):
+    """Before and after the first taste; those of a run are looked at in the person's whole way."""
+    page, server = open_studio(tmp_path)
+    for count in (0, 20):
+        page.get(server.root + "/choose")
+        vote(page, count)
+        for width, dark in SCREENS:
+            show(page, width, dark=dark)
+            for path, _ in PAGES:
+                check_fit(page, server.root + path)
+                assert bool(count) == bool(text(page, "taste-accuracy")) or path not in ("/choose", "/align")
     assert not complaints(page, server.root)
 
 
+SCREENS = [(390, False), (390, True), (1200, False), (1200, True)]
+SETTLED = "return document.readyState === 'complete' && !document.querySelector('.htmx-request')"
 UNREADABLE = """
 const parse = (text) => text.match(/[\\d.]+/g).map(Number);
 const light = (rgb) => rgb.slice(0, 3).map((c) => c / 255)
