@@ -157,6 +157,9 @@ def test_choices_are_read_once_and_contradictions_are_named(tmp_path):
         file("late.jsonl", row(0, "left"), row(1, "tie"), row(0, "right", "two")),
     )
     assert len(study.read_choices([early, late])) == 3
+    odd = tmp_path / "odd.jsonl"  # as a browser writes it: JSON.stringify leaves these characters as they are
+    odd.write_text(json.dumps(row(0, "left", "a\u2028b\x85c"), ensure_ascii=False) + "\n", "utf-8")
+    assert [found["session"] for found in study.read_choices([odd])] == ["a\u2028b\x85c"]
     with pytest.raises(ValueError, match=r"late2.jsonl line 1: pair 0 of session one was 'left' before and is 'right'"):
         study.read_choices([early, file("late2.jsonl", row(0, "right"))])
     for bad in ({"study": "s"}, row(0, "middle"), row("0", "left"), row(True, "left"), [1], "x"):

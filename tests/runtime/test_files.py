@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+from pathlib import Path
 
 import pytest
 
+import palate
 from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.files import (
     file_digest,
@@ -83,3 +86,11 @@ def test_a_full_disk_is_told(tmp_path):
 def test_the_remedy_of_a_write_error_fits_the_error(tmp_path, number, remedy):
     text = write_problem(tmp_path, 1, OSError(number, os.strerror(number)))
     assert remedy in text and str(tmp_path) in text and ("Free some space" in text) == (number == 28)
+
+
+def test_no_file_is_cut_at_the_separators_inside_a_prompt():
+    """`str.splitlines` also cuts at U+2028, U+0085 and form feeds; files are read by `split_lines`."""
+    read = re.compile(r"read_text\([^()]*\)\.splitlines|read_bytes\(\)\.decode\([^()]*\)\.splitlines")
+    files = sorted(Path(palate.__file__).parent.rglob("*.py"))
+    assert len(files) > 150 and read.search('path.read_text("utf-8").splitlines()')
+    assert [file.name for file in files if read.search(file.read_text("utf-8"))] == []

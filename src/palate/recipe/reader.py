@@ -35,7 +35,7 @@ def published() -> dict[str, str]:
     """Name -> first comment line of every recipe in the package."""
     folder = importlib.resources.files("palate") / "recipes"
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
-    return {f.name[: -len(".yaml")]: f.read_text("utf-8").splitlines()[0].lstrip("# ") for f in files}
+    return {f.name[: -len(".yaml")]: f.read_text("utf-8").split("\n", 1)[0].lstrip("# ") for f in files}
 
 
 def text_of(source: str) -> str:

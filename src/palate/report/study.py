@@ -18,6 +18,7 @@ from palate.report.html import render
 from palate.report.pictures import picture
 from palate.runs import check_same, read_index, run_names
 from palate.runtime.errors import InputError
+from palate.runtime.files import split_lines
 
 CHOICES = ("left", "right", "tie")
 
@@ -92,7 +93,7 @@ def read_choices(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
     for path in map(Path, paths):
         if not path.is_file():
             raise InputError(f"{path} does not exist; expected the file that the page's download button saves")
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(split_lines(path.read_text(encoding="utf-8")), 1):
             if not line.strip():
                 continue
             where = f"{path} line {number}"

@@ -24,6 +24,7 @@ from palate.models.vocabulary import parse_prompt, vocabulary
 from palate.rewards.emoji import load_reward
 from palate.runs import trained_model
 from palate.runtime.errors import InputError, PalateError
+from palate.runtime.files import split_lines
 from palate.runtime.images import encode_png, from_pixels, quantise, read_pixels, to_pixels
 from palate.sampling import FewStepGenerator
 from palate.studio.workspace import Workspace
@@ -191,7 +192,7 @@ class Artist:
         """The pool of an earlier start, as far as its pictures and the model are still the same."""
         path = self.workspace.home / "pool.jsonl"
         found: list[tuple[str, Picture]] = []
-        for line in path.read_text("utf-8").splitlines() if path.is_file() else ():
+        for line in split_lines(path.read_text("utf-8")) if path.is_file() else ():
             try:
                 row = json.loads(line)
                 prompt = str(row["shown"])

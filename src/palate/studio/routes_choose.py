@@ -10,6 +10,7 @@ from fastapi.responses import FileResponse, HTMLResponse, Response
 
 from palate.models.vocabulary import known_words
 from palate.runtime.errors import InputError
+from palate.runtime.files import split_lines
 from palate.studio.artist import png_of
 from palate.studio.shared import go_to, studio_of
 from palate.studio.workspace import MODES
@@ -67,7 +68,7 @@ def settings(request: Request, mode: str = Form("fresh"), prompts: str = Form(""
     studio = studio_of(request)
     if mode not in MODES:
         raise InputError(f"expected {' or '.join(MODES)}")
-    lines = ["".join(c if c.isprintable() else " " for c in line) for line in prompts.splitlines()]
+    lines = ["".join(c if c.isprintable() else " " for c in line) for line in split_lines(prompts)]
     own = [" ".join(line.split()) for line in lines if line.strip()]
     if len(own) > OWN_PROMPTS:
         raise InputError(f"{len(own)} prompts; at most {OWN_PROMPTS} at a time")
