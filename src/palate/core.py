@@ -60,6 +60,16 @@ class Model(Protocol):
 
 
 @runtime_checkable
+class EncodesPictures(Protocol):
+    """A model that real pictures can be fitted to: training on them needs its image size."""
+
+    @property
+    def image_size(self) -> int | tuple[int, int]: ...
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
 class Sampleable(Model, Protocol):
     """A model that says how it is sampled when nobody else does: previews, the guard and evaluations need it."""
 

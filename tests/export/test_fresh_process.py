@@ -29,13 +29,13 @@ JOBS = {  # of a run: family, recipe, form of export, its own overrides, how dif
     "sdxl": ("sdxl", "srpo-sdxl-24gb", "diffusers", [], {"guidance_scale": 5.0}),
     "sdxl, kohya": ("sdxl", "srpo-sdxl-24gb", "kohya", [], {"guidance_scale": 5.0}),
 }
+pytestmark = pytest.mark.slow
+
 STRANGER = """
 import json, sys
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
-
-pytestmark = pytest.mark.slow
 
 for job in json.loads(sys.argv[1]):
     pipe = DiffusionPipeline.from_pretrained(job["base"])

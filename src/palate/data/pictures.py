@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from palate.core import HasPosterior, Sampleable
+from palate.core import EncodesPictures, HasPosterior
 from palate.data.tables import TEXT_LIMIT, RecipeError, read_text
 from palate.runtime.errors import InputError
 from palate.runtime.files import split_lines
@@ -134,7 +134,7 @@ def _opened(image: Path | bytes) -> Iterator[Any]:
         raise RecipeError(f"cannot read the image {what} ({error}); repair or remove it") from error
 
 
-def encode_images(model: Sampleable, images: Sequence[Path | bytes], *, posterior: bool = False) -> Tensor:
+def encode_images(model: EncodesPictures, images: Sequence[Path | bytes], *, posterior: bool = False) -> Tensor:
     """Latents of all images, once, so that training never runs the encoder; a few pictures in memory at a time.
 
     posterior: (N, 2 C, h, w), mean and standard deviation side by side. InputError: the model knows no deviation.

@@ -39,6 +39,8 @@ MECHANISM = frozenset(
         "original",
         "parts",
         "quantised",
+        "saved",
+        "selection",
         "repository",
         "repository_checks",
         "schedules",

@@ -17,10 +17,10 @@ from palate.algorithms import table as algorithms
 from palate.core import (
     Algorithm,
     DrawsOwnSamples,
+    EncodesPictures,
     GuardMeasure,
     Model,
     Reward,
-    Sampleable,
     Sampler,
     TakesConsistency,
     TextCached,
@@ -123,7 +123,7 @@ def build(recipe: Recipe) -> Parts:
     sampled = isinstance(recipe.algorithm, SamplesPosterior) and recipe.algorithm.posterior
     latents = None
     if images:
-        if not isinstance(model, Sampleable):
+        if not isinstance(model, EncodesPictures):
             raise InputError("prompts.images: the model has no image_size, so pictures cannot be fitted to it")
         latents = encode_images(model, images, posterior=sampled)
     if latents is not None and recipe.prompts.pairs is not None:
