@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq
 
+from palate.evaluate.intervals import wilson
 from palate.runtime.errors import InputError
-from palate.taste.card import accuracy, agreement, calibration_error, verdict, wilson
+from palate.taste.card import accuracy, agreement, calibration_error, verdict
 from palate.taste.learner import PRIORS, entropy, fit, leave_one_out, logistic, rater_qualities
 
 
@@ -140,14 +141,6 @@ def test_accuracy_counts_choices_and_leaves_ties_out():
     assert found["of"] == 4 and found["accuracy"] == pytest.approx((1 + 1 + 0.5 + 0) / 4)
     assert (found["low"], found["high"]) == pytest.approx(wilson(2.5, 4))
     assert accuracy(np.array([0.9]), np.array([0.5]))["accuracy"] is None
-
-
-def test_wilson_is_the_score_interval():
-    """It inverts the score test: at each end |share - end| = z sqrt(end (1 - end) / n)."""
-    low, high = wilson(7, 10)
-    for end in (low, high):
-        assert abs(0.7 - end) == pytest.approx(1.959964 * math.sqrt(end * (1 - end) / 10), abs=1e-6)
-    assert wilson(0, 3)[0] == 0.0 and wilson(3, 3)[1] == 1.0
 
 
 def test_calibration_error_is_the_gap_between_confidence_and_truth():

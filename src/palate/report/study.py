@@ -11,9 +11,9 @@ import json
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
+from palate.evaluate.intervals import win_rate_interval
 from palate.report.html import render
 from palate.report.pictures import picture
 from palate.runs import check_same, read_index, run_names
@@ -151,22 +151,14 @@ def _read_key(path: Path) -> dict[str, Any]:
     return key
 
 
-def wilson(successes: float, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval (1927) of a share successes / n, inside [0, 1] for any n > 0."""
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    share, shrink = successes / n, 1 + z * z / n
-    middle = (share + z * z / (2 * n)) / shrink
-    half = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5 / shrink
-    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))  # whatever rounding does
-
-
 def score(choices: Sequence[dict[str, Any]], key: dict[str, Any]) -> dict[str, Any]:
     """How often run a was preferred: {"wins": {"a", "b"}, "ties", "choices", "sessions", "win_rate", "low", "high"} and
     the same among the choices that were not ties ("decided", None when all were).
 
-    A tie counts as half a win for each, with Wilson's 95 % interval over all choices, which is wide enough since a half
-    varies less than a win. Intervals take choices as independent; several people on few pairs are less so."""
+    A tie counts as half a win for each. The 95 % intervals are those of `evaluate.intervals.win_rate_interval`, grouped
+    by pair: several people on the same pairs say less than as many choices on different ones."""
     wins, ties = {"a": 0, "b": 0}, 0
+    scores, pairs = [], []
     for row in choices:
         if row["study"] != key["study"]:
             raise InputError(
@@ -176,25 +168,28 @@ def score(choices: Sequence[dict[str, Any]], key: dict[str, Any]) -> dict[str, A
         if not 0 <= row["pair"] < len(key["pairs"]):
             raise InputError(f"a choice is of pair {row['pair']}; this study has pairs 0 to {len(key['pairs']) - 1}")
         left = key["pairs"][row["pair"]]["left"]
-        if row["choice"] == "tie":
+        winner = None if row["choice"] == "tie" else left if row["choice"] == "left" else "ab".replace(left, "")
+        pairs.append(row["pair"])
+        scores.append(0.5 if winner is None else float(winner == "a"))
+        if winner is None:
             ties += 1
         else:
-            wins[left if row["choice"] == "left" else "ab".replace(left, "")] += 1
-    decided = wins["a"] + wins["b"]
+            wins[winner] += 1
+    decided = [(score, pair) for score, pair in zip(scores, pairs, strict=True) if score != 0.5]
     return {
         "runs": key["runs"],
         "wins": wins,
         "ties": ties,
         "choices": len(choices),
         "sessions": len({row["session"] for row in choices}),
-        **_rate(wins["a"] + ties / 2, len(choices)),
-        "decided": _rate(wins["a"], decided) if decided else None,
+        **_rate(scores, pairs),
+        "decided": _rate(*zip(*decided, strict=True)) if decided else None,
     }
 
 
-def _rate(successes: float, n: int) -> dict[str, float]:
-    low, high = wilson(successes, n)
-    return {"win_rate": successes / n, "low": low, "high": high}
+def _rate(scores: Sequence[float], pairs: Sequence[int]) -> dict[str, float]:
+    low, high = win_rate_interval(scores, pairs)
+    return {"win_rate": sum(scores) / len(scores), "low": low, "high": high}
 
 
 def text_of(result: dict[str, Any]) -> str:

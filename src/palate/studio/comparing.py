@@ -19,13 +19,13 @@ from palate import recipe as recipes
 from palate.core import Model, Sampler
 from palate.data import evenly_spaced
 from palate.evaluate import generate
+from palate.evaluate.intervals import win_rate_interval
 from palate.export import Lora, read_adapter
 from palate.models.emoji import EmojiModel
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
 from palate.studio.artist import LOADING, Artist, png_of, with_strength
 from palate.studio.workspace import Workspace
-from palate.taste.card import wilson
 
 PAIRS = 24  # of a study
 SHOWN = 12  # pictures of the live grid
@@ -119,14 +119,14 @@ class Comparing:
         return found
 
     def win_rate(self, name: str) -> dict[str, Any] | None:
-        """How often the run was preferred, a tie counting half, with Wilson's interval; None before ENOUGH answers."""
+        """How often the run was preferred, a tie counting half, with its interval; None before ENOUGH answers."""
         answers, pairs = self.answers(name), self._pairs(name)
         if len(answers) < ENOUGH:
             return None
-        wins = sum(0.5 if choice == "tie" else float(choice == ("left" if pairs[i]["left"] == "a" else "right"))
-                   for i, choice in answers.items())  # fmt: skip
-        low, high = wilson(wins, len(answers))
-        return {"rate": wins / len(answers), "low": low, "high": high, "of": len(answers)}
+        scores = [0.5 if choice == "tie" else float(choice == ("left" if pairs[i]["left"] == "a" else "right"))
+                  for i, choice in answers.items()]  # fmt: skip
+        low, high = win_rate_interval(scores)
+        return {"rate": sum(scores) / len(scores), "low": low, "high": high, "of": len(scores)}
 
     def _folder(self, name: str) -> Path:
         return self.workspace.home / "compare" / name

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
+from palate.evaluate.intervals import wilson
 from palate.taste.learner import Array, Posterior
 
 START, GOOD = 20, 40  # votes after which a first taste is shown, and after which one is worth aligning to
 LEARNT = 0.60  # held-out accuracy above which alignment is offered
 AGREEMENT, REPEATS = 0.60, 5  # below this share, of at least so many pairs asked twice, the votes disagree
 BINS = 10  # of the calibration error
-
-
-def wilson(successes: float, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval (1927) of a share successes / n, inside [0, 1] for any n > 0."""
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    share, shrink = successes / n, 1 + z * z / n
-    middle = (share + z * z / (2 * n)) / shrink
-    half = z * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5 / shrink
-    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 def accuracy(probabilities: Array, outcomes: Array) -> dict[str, Any]:
