@@ -58,6 +58,6 @@ def test_the_command_writes_each_runs_scores(tmp_path, drawn, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "task_prompts", lambda: PROMPTS)
         patch.setattr(command, "TaskReward", lambda strict: drawn)
-        command.evaluate_with_tasks([tmp_path], 2, lambda run: (None, None), as_json=False, quiet=True)
+        command.evaluate_with_tasks([tmp_path], 2, load=lambda run: (None, None), as_json=False, quiet=True)
     assert json.loads((tmp_path / "tasks.json").read_text())["colours"]["value"] == 1.0
     assert "counting" in capsys.readouterr().out

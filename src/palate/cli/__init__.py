@@ -1,6 +1,9 @@
-"""The `palate` command. `app` holds what all commands share, the other files the commands by what they are for.
+"""The `palate` command. `app` holds what all commands share, `options` the options that several have.
 
-Everything heavy is imported inside the commands, so that --help answers at once.
+A command is declared in `training`, `judging`, `keeping`, `other` or `taste`: its options, its help, and the checks
+that need no library, so that --help and a mistake in the options answer at once. What it does stands in a module of
+its own (`drawing` of sample, `measuring` of evaluate, ...), which imports what it likes at its top and is itself the
+one import inside the command's function. A new command takes both: a declaration, and a module where it is heavy.
 """
 
 from palate.cli import judging, keeping, other, taste, training

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from packaging.version import Version
 
+from palate.runtime.errors import InputError
+
 FLOORS = {
     "torch": "2.10",
     "diffusers": "0.42.1",
@@ -150,6 +152,14 @@ def _weights() -> Iterator[Finding]:
         "ok" if get_token() else "note",
         "a hub token is set" if get_token() else "no hub token: gated models need `hf auth login`",
     )
+
+
+def try_reward(name: str, source: str | None) -> list[Finding]:
+    """What trying a reward says; one that cannot load is a finding too, so that the others are still reported."""
+    try:
+        return list(check_reward(name, source))
+    except InputError as error:
+        return [Finding("bad", f"{name}: {error}")]
 
 
 def check_reward(name: str, source: str | None) -> Iterator[Finding]:

@@ -9,12 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from palate.report.curves import read_json
 from palate.report.html import flatten
 from palate.report.story import wanted_styles
 from palate.report.tables import headline_keys, metric_name
+from palate.runs import read_recipe
 from palate.runtime.errors import InputError
 
 FORMATS = ("markdown", "latex", "csv", "json")
@@ -66,7 +65,7 @@ def _group_names(runs: Sequence[Path], group: str | None) -> list[str]:
         return names if len(set(names)) == len(names) else [str(run) for run in runs]
     trees = []
     for run in runs:
-        tree = dict(flatten(yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))))
+        tree = dict(flatten(read_recipe(run)))
         keys = [key for key in tree if key == group or key.endswith(f".{group}")]
         if not keys:
             raise InputError(f"--group: the recipe of {run} has no key {group!r}; for example trainer.seed")

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from palate.cli.app import LOOK, app, examples
-from palate.cli.options import Json, Run, Seeds, all_prompts, belongs, recipe_file, run_names
+from palate.cli.options import Json, Run, Seeds, all_prompts, belongs, prompts_in, recipe_file, run_names
+from palate.cli.phases import shown
 from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
 
@@ -35,30 +36,12 @@ def sample(
     prompts = all_prompts(prompt, prompts_file)
     if (run is None) == (model is None):
         raise InputError("give either a run folder or --model, for example --model emoji")
-    from palate.cli.phases import shown
-    from palate.evaluate import generate, pairs, write_samples
-    from palate.report.sheet import write_sheet
-    from palate.train.checks import require_sampleable
-
     with shown(ctx.obj["quiet"]):
-        from palate.cli.sources import load_source
+        from palate.cli.drawing import draw
 
-        loaded, sampler = load_source(model if model is not None else str(run))
-    if sampler and (steps is not None or guidance is not None):
-        raise InputError("--steps, --guidance: a generator draws as it was trained; leave them out")
-    if sampler:
-        steps, guidance = sampler.steps, 1.0
-    else:
-        model_defaults = require_sampleable(loaded, "samples")
-        steps = steps or model_defaults.default_steps
-        guidance = model_defaults.default_guidance if guidance is None else guidance
-    with shown(ctx.obj["quiet"]):
-        images = generate(loaded, prompts, seeds, steps=steps, guidance=guidance, sampler=sampler)
-    clear_samples(out)
-    told, rows = pairs(prompts, seeds)
-    write_samples(out, images, told, rows, guidance=guidance, steps=steps)
-    write_sheet(out)
-    print(f"{len(images)} images in {printable(str(out))}, all together in {printable(str(out / 'grid.png'))}")
+        source = model if model is not None else str(run)
+        count = draw(source, prompts, seeds, steps=steps, guidance=guidance, out=out)
+    print(f"{count} images in {printable(str(out))}, all together in {printable(str(out / 'grid.png'))}")
 
 
 @app.command(rich_help_panel=LOOK, epilog=examples(
@@ -87,8 +70,6 @@ def evaluate(
 
     Rewards, right concepts, diversity, drift, all with intervals; one page with the pictures.
     """
-    from palate.data import read_prompts
-
     if stored and (prompts_file or count or seeds):
         raise InputError("--stored judges the images that are there; leave out --prompts-file, --count and --seeds")
     overrides = [word for word in runs if "=" in word and not Path(word).is_dir()]
@@ -98,31 +79,18 @@ def evaluate(
     for run in folders:
         recipe_file(run)
     if tasks:
-        from palate.cli.sources import load_run
+        if prompts_file or count or stored or out:
+            raise InputError(
+                "--tasks has prompts of its own and draws; leave out --prompts-file, --count, --stored, --out"
+            )
         from palate.cli.tasks import evaluate_with_tasks
 
-        given = bool(prompts_file or count or stored or out)
-        return evaluate_with_tasks(folders, seeds, load_run, given, as_json=as_json, quiet=ctx.obj["quiet"])
-    prompts = read_prompts(prompts_file) if prompts_file else None
+        return evaluate_with_tasks(folders, seeds, as_json=as_json, quiet=ctx.obj["quiet"])
+    prompts = prompts_in(prompts_file) if prompts_file else None
+    from palate.cli import measuring
 
-    from palate.cli.phases import shown
-    from palate.cli.text import print_evaluation
-    from palate.evaluate import to_json
-    from palate.report import write_evaluation
-    from palate.runs import evaluate_runs
-
-    numbers = None if seeds is None else range(seeds)
-    with shown(ctx.obj["quiet"]):
-        found = evaluate_runs(
-            folders, prompts=prompts, count=count, seeds=numbers, stored=stored, warn=_warn, overrides=overrides
-        )
-    page = write_evaluation(folders, found, out)
-    if as_json:
-        print(to_json(found), end="")
-        return
-    for name, evaluation in found["runs"].items():
-        print_evaluation(name, evaluation)
-    print(f"report: {printable(str(page))}")
+    asked = measuring.Asked(prompts, count, seeds, stored, overrides)
+    measuring.evaluate(folders, asked, out, as_json=as_json, quiet=ctx.obj["quiet"])
 
 
 @app.command(
@@ -156,39 +124,22 @@ def compare(
     if blind + bool(score) + bool(form) > 1:
         raise InputError("--blind writes a page, --score reads its choices, --format prints a table; give one of them")
     chosen = list(runs or ())
-    if score:
-        from palate.report import study
-
-        result = study.score(study.read_choices(score), study.find_key(score, key, chosen[0] if chosen else None))
-        print(printable(study.text_of(result)))
-        return
-    for run in chosen:
+    for run in () if score else chosen:
         recipe_file(run)
-    if form is not None:
-        if not chosen:
-            raise InputError("--format: give the runs to compare")
-        from palate.cli.formats import as_text, compare_runs
-
-        print(printable(as_text(form, *compare_runs(chosen, group))), end="")
-        return
-    if len(chosen) < 2:
+    if form is not None and not chosen:
+        raise InputError("--format: give the runs to compare")
+    if not score and form is None and len(chosen) < 2:
         raise InputError("give two runs: palate compare runs/a runs/b; or --score with the choices of a blind study")
-    if blind:
-        _blind(chosen, out, count or 40, seed)
-        return
-    from palate.report import write_report
+    from palate.cli import comparing
 
-    print(f"side by side: {printable(str(write_report(chosen[0], compare=chosen[1:])))}")
-
-
-def _blind(runs: list[Path], out: Path | None, count: int, seed: int | None) -> None:
-    from palate.report import study
-
-    if len(runs) != 2:
-        raise InputError(f"--blind compares two runs, got {len(runs)}")
-    page, secret = study.write_study(*runs, page=out, count=count, seed=seed)
-    print(f"page: {printable(str(page))}")
-    print(f"key:  {printable(str(secret))} (keep it; whoever chooses must not see it)")
+    if score:
+        comparing.score(score, key, chosen[0] if chosen else None)
+    elif form is not None:
+        comparing.table(chosen, form, group)
+    elif blind:
+        comparing.blind(chosen, out, count or 40, seed)
+    else:
+        comparing.side_by_side(chosen)
 
 
 @app.command(
@@ -222,21 +173,3 @@ def report(run: Run) -> None:
     from palate.report import write_report
 
     print(f"report: {printable(str(write_report(run)))}")
-
-
-# ----------------------------------------------------------------------------------------------------- parts
-
-
-def clear_samples(folder: Path) -> None:
-    """Delete what an earlier `sample` wrote there, so that the folder holds one set; other files stay."""
-    from palate.evaluate import read_index
-
-    if (folder / "index.jsonl").is_file():
-        for row in read_index(folder):
-            (folder / row["file"]).unlink(missing_ok=True)
-
-
-def _warn(text: str) -> None:
-    import logging
-
-    logging.getLogger("palate").warning("%s", text)

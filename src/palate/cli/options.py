@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from palate.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from palate.recipe import Recipe
 
 MAX_SEEDS = 4096
 
@@ -77,6 +81,13 @@ WordsOption = Annotated[Words | None, typer.Option(parser=Words, metavar="WORDS"
                         help='Words separated by commas, for example "3d, glossy".')]  # fmt: skip
 
 
+def read_recipe(name: str, overrides: Sequence[str] | None) -> Recipe:
+    """`palate.recipe.read`."""
+    from palate.recipe import read
+
+    return read(name, overrides or ())
+
+
 def recipe_file(run: Path) -> Path:
     """The recipe of a run folder; InputError where it is none."""
     if run.name == "recipe.yaml" and run.is_file():
@@ -93,15 +104,20 @@ def belongs(option: str, used: bool, other: str, given: bool) -> None:
         raise InputError(f"{option} belongs to {other}; give both, or neither")
 
 
-def all_prompts(prompt: list[str] | None, prompts_file: str | None) -> list[str]:
-    """Those of --prompt and of --prompts-file. InputError: there are none, or an empty one."""
+def prompts_in(file: str) -> list[str]:
+    """`palate.data.read_prompts`."""
     from palate.data import read_prompts
 
+    return read_prompts(file)
+
+
+def all_prompts(prompt: list[str] | None, prompts_file: str | None) -> list[str]:
+    """Those of --prompt and of --prompts-file. InputError: there are none, or an empty one."""
     prompts = list(prompt or ())
     if any(not text.strip() for text in prompts):
         raise InputError("--prompt: got an empty prompt")
     if prompts_file:
-        prompts += read_prompts(prompts_file)
+        prompts += prompts_in(prompts_file)
     if not prompts:
         raise InputError("no prompt: give --prompt or --prompts-file")
     return prompts

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from palate.cli.app import CHECK, SHARE, TRAIN, app, examples
-from palate.cli.options import Json, Overrides, RecipeName, Run, recipe_file
+from palate.cli.options import Json, Overrides, RecipeName, Run, read_recipe, recipe_file
 from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
-
-if TYPE_CHECKING:
-    from palate.cli.doctor import Finding
 
 
 @app.command(rich_help_panel=SHARE, epilog=examples(
@@ -28,46 +26,10 @@ def export(
     out: Annotated[Path | None, typer.Option(help="The folder to write to; RUN/export/FORMAT if left out.")] = None,
 ) -> None:
     """Write a run's LoRA or generator for other programs."""
-    from palate.export import export_lora, export_one_step, lora_file
+    recipe_file(run)
+    from palate.cli import exporting
 
-    if form == "one-step":
-        from palate import recipe as recipes
-        from palate.cli.sources import load_run
-
-        read = recipes.read(str(recipe_file(run)))
-        if read.algorithm.name != "distar":
-            raise InputError(
-                f"--format one-step: {read.algorithm.name} makes no generator; use the run of a distar recipe"
-            )
-        target = export_one_step(load_run(run)[0], read.algorithm, out or run / "export" / form)
-        print(f"pipeline: {printable(str(target))}; its README.md has the call")
-        return
-    if form == "merged":
-        from palate.cli.sources import load_run
-        from palate.export import export_merged
-
-        print(f"network: {printable(str(export_merged(run, load_run(run)[0], out)))}")
-        return
-    _write_missing_adapter(run)
-    target = export_lora(run, form, out, _words_of(run)) / lora_file(run, form)
-    print(f"LoRA: {printable(str(target))}")
-
-
-def _write_missing_adapter(run: Path) -> None:
-    """A run that died has checkpoints and no adapter: write that of the newest one."""
-    from palate.cli.sources import load_run
-    from palate.core import SavesAdapter
-    from palate.runtime import checkpoint
-    from palate.runtime.files import new_folder
-    from palate.runtime.runlock import owned, require_free
-
-    if (run / "adapter").exists() or not checkpoint.steps(run / "checkpoints"):
-        return
-    require_free(run, "its LoRA changes with every step")
-    model, _ = load_run(run)
-    if isinstance(model, SavesAdapter):
-        with owned(run), new_folder(run / "adapter") as temporary:
-            model.save_adapter(temporary)
+    exporting.export(run, form, out)
 
 
 @app.command("merge", rich_help_panel=SHARE, epilog=examples(
@@ -82,26 +44,16 @@ def merge(
     ] = None,
 ) -> None:
     """Add LoRAs up into one, without training."""
-    from palate.models.merge import merge_adapters
-
     try:
         numbers = [float(part) for part in weights.split(",")] if weights else [1 / len(adapters)] * len(adapters)
     except ValueError as error:
         raise InputError(f"--weights: expected numbers, as 0.7,0.3, got {weights!r}") from error
     if len(numbers) != len(adapters):
         raise InputError(f"--weights: {len(adapters)} adapters take as many numbers, got {len(numbers)}")
+    from palate.models.merge import merge_adapters
+
     rank = merge_adapters(adapters, numbers, out)
     print(f"LoRA of rank {rank}: {printable(str(out))}; train on from it with model.start and model.lora_rank={rank}")
-
-
-def _words_of(run: Path) -> dict[str, str]:
-    """The control words in force at the end of the run."""
-    from palate import runs
-
-    if not (run / "recipe.yaml").is_file():
-        return {}
-    positive, negative = runs.words_in_force(run, runs.read_recipe(run))
-    return {"positive": ", ".join(positive), "negative": ", ".join(negative)}
 
 
 @app.command("plan", rich_help_panel=CHECK, epilog=examples(
@@ -118,10 +70,9 @@ def plan_recipe(
     as_json: Json = False,
 ) -> None:
     """Estimate memory and time of a recipe before training."""
+    read = read_recipe(recipe, overrides)
     from palate import plan as planner
-    from palate import recipe as recipes
 
-    read = recipes.read(recipe, overrides or ())
     made = planner.plan(read, gpus=gpus)
     if as_json:
         print(planner.as_json(read, made, device=device, utilisation=utilisation))
@@ -153,33 +104,21 @@ def doctor(
     """
     from palate.cli import doctor as doctors
 
-    found = list(doctors.findings())
+    found = list(doctors.findings())  # first of all: what is imported below may be what is broken
     if recipe is not None:
-        from palate import recipe as recipes
+        read = read_recipe(recipe, overrides)
         from palate.cli.needs import needs
 
-        found += [need.finding() for need in needs(recipes.read(recipe, overrides or ()), device)]
+        found += [need.finding() for need in needs(read, device)]
     if reward is not None:
-        found += _tried(reward, source)
+        found += doctors.try_reward(reward, source)
     if as_json:
-        import json
-
         print(json.dumps([finding._asdict() for finding in found], indent=1))
     else:
         for state, text in found:
             print(f"{state:8}{printable(text)}")
     if any(finding.state in ("bad", "missing") for finding in found):
         raise typer.Exit(2)
-
-
-def _tried(reward: str, source: str | None) -> list[Finding]:
-    """What trying a reward says; one that cannot load is a finding too, so that the others are still reported."""
-    from palate.cli import doctor as doctors
-
-    try:
-        return list(doctors.check_reward(reward, source))
-    except InputError as error:
-        return [doctors.Finding("bad", f"{reward}: {error}")]
 
 
 @app.command(
@@ -219,8 +158,6 @@ def recipes(
     words: Annotated[bool, typer.Option("--words", help="List the words that the embedded model knows.")] = False,
 ) -> None:
     """List the published recipes, or print one."""
-    from palate.recipe import published, text_of
-
     if words:
         from palate.models.vocabulary import vocabulary
 
@@ -229,6 +166,8 @@ def recipes(
             print(f"{kind}: {', '.join(getattr(vocab, kind))}")
         print("synonyms: " + ", ".join(f"{word} = {known}" for word, known in vocab.synonyms.items()))
         return
+    from palate.recipe import published, text_of
+
     if show is not None:
         print(text_of(show), end="")
         return

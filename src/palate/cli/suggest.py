@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from palate import recipe as recipes
+
 
 def key_named(name: str) -> list[str]:
     """The dotted keys of the settings that end in this name, the trainer's first; empty where there is none."""
-    from palate import recipe as recipes
-
     tree = recipes.as_tree(recipes.read("srpo-emoji"))
 
     def walk(part: dict, prefix: str) -> list[str]:

@@ -10,24 +10,21 @@ from rich.console import Console
 from rich.table import Table
 
 from palate.cli.phases import shown
+from palate.cli.sources import load_run
 from palate.core import Model, Sampler
 from palate.evaluate.tasks import SEEDS, TaskScore, evaluate_tasks, tasks_json
 from palate.report.html import number, signed
 from palate.rewards.tasks import TaskReward, task_prompts
 from palate.runs import run_names
-from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
 
 Load = Callable[[Path], tuple[Model, Sampler | None]]
 
 
 def evaluate_with_tasks(
-    runs: Sequence[Path], seeds: int | None, load: Load, given: bool = False, *, as_json: bool, quiet: bool
+    runs: Sequence[Path], seeds: int | None, *, load: Load = load_run, as_json: bool, quiet: bool
 ) -> None:
-    """Write each run's tasks.json and print a table of it, or all as JSON. given: whether there are options of another
-    kind of evaluation, an InputError."""
-    if given:
-        raise InputError("--tasks has prompts of its own and draws; leave out --prompts-file, --count, --stored, --out")
+    """Write each run's tasks.json and print a table of it, or all as JSON."""
     prompts, reward = task_prompts(), TaskReward(strict=True)
     found = {}
     for run, name in zip(runs, run_names(runs), strict=True):

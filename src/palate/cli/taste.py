@@ -14,8 +14,6 @@ from palate.runtime.progress import printable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from palate.taste.taste import Taste
-
 Votes = Annotated[Path, typer.Argument(help="A folder with votes.jsonl in it, or such a file, for example votes.")]
 TasteFolder = Annotated[Path, typer.Argument(help="The folder of a taste, for example tastes/mine.")]
 Runs = Annotated[Path, typer.Option("--runs", help="The folder of runs, votes and tastes.")]
@@ -44,11 +42,10 @@ def import_votes(
     key: Annotated[Path | None, typer.Option(help="The key of a blind study, where it is not beside it.")] = None,
 ) -> None:
     """Read votes from elsewhere; their pictures are copied."""
-    from palate.taste.readers import import_votes as read
-    from palate.taste.votes import VoteStore
+    from palate.taste import readers
 
-    store = VoteStore(to)
-    count = read(source, store, prompt=prompt, rater=rater, key=key)
+    store = readers.VoteStore(to)
+    count = readers.import_votes(source, store, prompt=prompt, rater=rater, key=key)
     print(f"{count} new votes, {len(store.read())} in all: {printable(str(store.file))}")
 
 
@@ -61,10 +58,9 @@ def export_votes(
     form: Annotated[str, typer.Option("--format", help="hpdv2 (train.json, for dpo) or json.")] = "hpdv2",
 ) -> None:
     """Write votes where dpo and other programs read them."""
-    from palate.taste.readers import export_votes as write
-    from palate.taste.votes import VoteStore
+    from palate.taste import readers
 
-    print(f"{write(VoteStore(votes), out, form)} votes: {printable(str(out))}")
+    print(f"{readers.export_votes(readers.VoteStore(votes), out, form)} votes: {printable(str(out))}")
 
 
 @votes_app.command("show")
@@ -101,44 +97,17 @@ def fit(
     blocks: Annotated[str | None, typer.Option(help="Blocks of features, as words,colour; also tower, pairs.")] = None,
 ) -> None:
     """Learn a taste, and say how well it foretells votes."""
-    from palate.recipe import load_reward
-    from palate.taste.taste import fit_taste
+    from palate.cli import tasting
 
-    base = load_reward(features, weights) if features != "emoji" else None
-    names = [name.strip() for name in blocks.split(",")] if blocks else None
-    taste = fit_taste(votes, base=base, source=features, blocks=names)
-    taste.save(out)
-    _print_card(taste)
-    print(f"taste: {printable(str(out))}")
+    tasting.fit(votes, out, features, weights, blocks)
 
 
 @taste_app.command("show")
 def show(taste: TasteFolder, weights: SourceWeights = None) -> None:
     """Say what a taste is made of, and how good it is."""
-    _print_card(_load(taste, weights))
+    from palate.cli import tasting
 
-
-def _load(folder: Path, weights: str | None) -> Taste:
-    from palate.recipe import load_reward
-    from palate.taste.taste import Taste, source_of
-
-    source = source_of(folder)
-    return Taste.load(folder, base=load_reward(source, weights) if source != "emoji" else None)
-
-
-def _print_card(taste: Taste) -> None:
-    card = taste.card
-    print(printable(str(card.get("verdict", "a mix of tastes"))))
-    if "votes" in card:
-        error = card["calibration_error"]
-        print(f"{card['votes']} votes, {card['ties']} of them ties; calibration error "
-              + ("not known" if error is None else f"{error:.3f}"))  # fmt: skip
-    for side, names in (card.get("words") or {}).items():
-        if names:
-            print(f"{side}: {printable(', '.join(names))}")
-    raters = card.get("raters") or {}
-    if len(raters) > 1:
-        print("quality of raters: " + ", ".join(f"{printable(name) or 'unnamed'} {q:g}" for name, q in raters.items()))
+    tasting.show(taste, weights)
 
 
 @taste_app.command("ask", epilog=examples("palate taste ask tastes/mine samples --count 20 -o next.jsonl"))
@@ -151,25 +120,9 @@ def ask(
     weights: SourceWeights = None,
 ) -> None:
     """Choose the pairs whose answers tell most (BALD)."""
-    import json
+    from palate.cli import tasting
 
-    import numpy as np
-
-    from palate.evaluate import read_samples
-    from palate.taste.ask import telling_pairs
-
-    found = _load(taste, weights)
-    images, rows = read_samples(pictures)
-    prompts = [row["prompt"] for row in rows]
-    pairs = telling_pairs(found.posterior, found.rows(images, prompts), prompts, count, np.random.default_rng(seed))
-    if not pairs:
-        raise InputError(f"{pictures} holds no two pictures of one prompt; draw several seeds of each")
-    lines = [
-        {"prompt": prompts[i], "left": str(pictures / rows[i]["file"]), "right": str(pictures / rows[j]["file"]),
-         "nats": round(nats, 4)} for i, j, nats in pairs
-    ]  # fmt: skip
-    out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    print(f"{len(lines)} pairs, most telling first: {printable(str(out))}")
+    tasting.ask(taste, pictures, count=count, out=out, seed=seed, weights=weights)
 
 
 @app.command(rich_help_panel=LOOK, epilog=examples(

@@ -16,6 +16,7 @@ from palate.export.names import FORMATS, to_form
 from palate.models.facts import Facts, facts_of
 from palate.models.lora import FILE, METADATA, write
 from palate.models.original import Lora
+from palate.recipe import Recipe
 from palate.runtime.checkpoint import write_atomically
 from palate.runtime.errors import InputError
 
@@ -27,11 +28,14 @@ def lora_file(run: Path, form: str) -> str:
     return FILE if form == "diffusers" else f"{run.resolve().name}.safetensors"
 
 
-def export_lora(run: Path, form: str, out: Path | None = None, words: Words | None = None) -> Path:
-    """Write the LoRA of a finished run as `names` says; the folder written to, `run`/export/`form` if left out."""
+def export_lora(
+    run: Path, form: str, out: Path | None = None, words: Words | None = None, *, recipe: Recipe | None = None
+) -> Path:
+    """Write the LoRA of a finished run as `names` says; the folder written to, `run`/export/`form` if left out.
+    recipe: the run's, where it has been read already."""
     if form not in FORMATS:
         raise InputError(f"--format: got {form!r}; expected one of {', '.join(FORMATS)}, merged")
-    recipe = _recipe(run)
+    recipe = recipe or _recipe(run)
     if recipe.model.weights != "lora":
         raise InputError(f"{run} trained the full model; its network is in {run / 'adapter'}, for from_pretrained")
     facts = facts_of(recipe.model.name)
@@ -47,9 +51,10 @@ def export_lora(run: Path, form: str, out: Path | None = None, words: Words | No
     return folder
 
 
-def export_merged(run: Path, model: Any, out: Path | None = None) -> Path:
-    """The trained network of a run with its LoRA added to the weights, as a diffusers folder; `model` is the run's."""
-    recipe = _recipe(run)
+def export_merged(run: Path, model: Any, out: Path | None = None, *, recipe: Recipe | None = None) -> Path:
+    """The trained network of a run with its LoRA added to the weights, as a diffusers folder; `model` is the run's, and
+    `recipe`, where it has been read already."""
+    recipe = recipe or _recipe(run)
     folder = run / "export" / "merged" if out is None else out
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"--out: {folder} is not empty; give a new folder")
@@ -59,7 +64,7 @@ def export_merged(run: Path, model: Any, out: Path | None = None) -> Path:
     return folder
 
 
-def describe(run: Path, recipe: Any, layers: Mapping[str, Lora], words: Words | None) -> dict[str, str]:
+def describe(run: Path, recipe: Recipe, layers: Mapping[str, Lora], words: Words | None) -> dict[str, str]:
     """What the file says of itself: palate's own keys, kohya's, and those of the modelspec standard that lists show."""
     ranks, alphas = sorted({lora.rank for lora in layers.values()}), sorted({lora.alpha for lora in layers.values()})
     said = {side: text for side, text in (words or {}).items() if text}
@@ -112,7 +117,7 @@ def read_adapter(folder: Path) -> dict[str, Lora]:
     return layers
 
 
-def _recipe(run: Path) -> Any:
+def _recipe(run: Path) -> Recipe:
     if not (run / "recipe.yaml").is_file():
         raise InputError(f"{run} is not a run (it holds no recipe.yaml); give the folder of one, as runs/NAME")
     return recipes.read(str(run / "recipe.yaml"))

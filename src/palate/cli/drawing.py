@@ -1,0 +1,39 @@
+"""What `palate sample` does once its options are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from palate.cli.sources import load_source
+from palate.evaluate import generate, pairs, read_index, write_samples
+from palate.report.sheet import write_sheet
+from palate.runtime.errors import InputError
+from palate.train.checks import require_sampleable
+
+
+def draw(
+    source: str, prompts: Sequence[str], seeds: Sequence[int], *, steps: int | None, guidance: float | None, out: Path
+) -> int:
+    """Pictures of prompts x seeds with a run or a model, their index and their sheet, in `out`; how many there are."""
+    model, sampler = load_source(source)
+    if sampler and (steps is not None or guidance is not None):
+        raise InputError("--steps, --guidance: a generator draws as it was trained; leave them out")
+    if sampler:
+        steps, guidance = sampler.steps, 1.0
+    else:
+        own = require_sampleable(model, "samples")
+        steps = steps or own.default_steps
+        guidance = own.default_guidance if guidance is None else guidance
+    images = generate(model, prompts, seeds, steps=steps, guidance=guidance, sampler=sampler)
+    clear_samples(out)
+    write_samples(out, images, *pairs(prompts, seeds), guidance=guidance, steps=steps)
+    write_sheet(out)
+    return len(images)
+
+
+def clear_samples(folder: Path) -> None:
+    """Delete what an earlier `sample` wrote there, so that the folder holds one set; other files stay."""
+    if (folder / "index.jsonl").is_file():
+        for row in read_index(folder):
+            (folder / row["file"]).unlink(missing_ok=True)

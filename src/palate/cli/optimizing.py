@@ -1,0 +1,28 @@
+"""What `palate optimize` does once the recipe is read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from palate import recipe as recipes
+from palate.cli.folders import remove_run
+from palate.optimize import from_recipe
+from palate.recipe import Recipe
+from palate.runtime.progress import printable
+from palate.runtime.runlock import owned
+
+
+def optimize(recipe: Recipe, *, fresh: bool) -> None:
+    """Query and train as the owner of the run's folder. typer.Exit with the outcome's code."""
+    folder = Path(recipe.run.folder)
+    with owned(folder):
+        if fresh:
+            recipes.prompts_of(recipe)  # a missing file must not cost the old scores
+            remove_run(folder)
+        outcome = from_recipe(recipe, say=lambda text: print(printable(text), flush=True))
+    if outcome.exit_code:
+        print("continue with the same command")
+        raise typer.Exit(outcome.exit_code)
+    print(f"finished after {outcome.step} queries: {printable(recipe.run.folder)}")

@@ -1,0 +1,32 @@
+"""The recipe with which `palate resume` goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from palate import recipe as recipes
+from palate.cli.options import recipe_file
+from palate.recipe import Recipe
+from palate.runtime import checkpoint
+from palate.runtime.errors import CheckpointError, InputError
+
+
+def read_resumed(run: Path, overrides: Sequence[str]) -> Recipe:
+    """The run's own recipe with the overrides. InputError where they would change the run itself; CheckpointError
+    where there is nothing to continue from."""
+    text = recipes.text_of(str(file := recipe_file(run)))
+    started = recipes.parse(text, beside=file.absolute().parent)
+    if started.optimize is not None:
+        raise InputError(f"{run} queries a black-box objective; continue it with `palate optimize {file}`")
+    recipe = recipes.parse(text, overrides, beside=file.absolute().parent)
+    recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, folder=str(run)))
+    if recipes.fingerprint(started) != recipes.fingerprint(recipe):
+        raise InputError(
+            "these overrides would change the run itself; when resuming, only trainer.steps, previews, checkpoints, "
+            "threads, sample and evaluate may change. Start a new run for the rest"
+        )
+    if not checkpoint.steps(run / "checkpoints"):
+        raise CheckpointError(f"{run / 'checkpoints'} holds no checkpoint; start the run again with --fresh")
+    return recipe

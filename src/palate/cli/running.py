@@ -1,0 +1,70 @@
+"""What `palate train` and `palate resume` do once the recipe is read."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+import torch
+import typer
+
+from palate import recipe as recipes
+from palate.cli.folders import remove_run
+from palate.cli.phases import shown
+from palate.cli.ranks import OnMain
+from palate.recipe import Recipe
+from palate.report.pictures import preview_folders
+from palate.report.sheet import write_page_of
+from palate.runtime.checkpoint import check_space
+from palate.runtime.progress import say
+from palate.runtime.runlock import owned
+from palate.train import Job, Outcome, run_job
+
+
+def run(recipe: Recipe, on_main: OnMain, *, resume: bool, fresh: bool, quiet: bool) -> None:
+    """Train as the owner of the run's folder, and say how to go on. typer.Exit with the outcome's code."""
+    folder = Path(recipe.run.folder)
+    with contextlib.ExitStack() as held:
+        on_main(lambda: held.enter_context(owned(folder)))
+        on_main(lambda: check_space(folder, need=1 << 20))
+        outcome = _trained(recipe, on_main, resume=resume, fresh=fresh, quiet=quiet)
+        on_main(lambda: _index_previews(folder))
+    if outcome.exit_code:
+        on_main(lambda: say(f"continue with: palate resume {folder}"))
+        raise typer.Exit(outcome.exit_code)
+    on_main(lambda: say(f"{outcome.reason} at step {outcome.step}: {folder}"))
+
+
+def _index_previews(folder: Path) -> None:
+    """A page beside the previews of each step, to look at without the report."""
+    for step in preview_folders(folder):
+        if not (step / "index.html").is_file():
+            write_page_of(step)
+
+
+def _trained(recipe: Recipe, on_main: OnMain, *, resume: bool, fresh: bool, quiet: bool) -> Outcome:
+    folder = Path(recipe.run.folder)
+    if resume:
+        recipes.check_identity(folder, recipe)
+    torch.manual_seed(recipe.trainer.seed)  # the LoRA's first weights; nothing later draws from this generator
+    with shown(quiet or "RANK" in os.environ):
+        parts = recipes.build(recipe)
+    if fresh:
+        on_main(lambda: remove_run(folder))  # only now: a recipe that cannot be built must not cost the old run
+    job = Job(
+        parts.model,
+        parts.algorithm,
+        parts.reward,
+        list(parts.prompts),
+        folder,
+        recipe.trainer,
+        list(parts.preview_prompts),
+        sample=recipe.sample,
+        latents=parts.latents,
+        measure=recipes.guard_measure(recipe),
+        identity=recipes.run_identity(recipe),
+        recipe=recipes.dump(recipe),
+        kept=recipes.identity_text(recipe),
+    )
+    return run_job(job, resume=resume, progress=not quiet)

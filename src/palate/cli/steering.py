@@ -1,0 +1,35 @@
+"""What `palate steer` does: leave new words for a run, and wait until it has taken them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from palate.runtime.errors import InputError
+from palate.runtime.progress import say
+from palate.runtime.runlock import status
+from palate.runtime.runlog import METRICS, read_metrics
+from palate.train.steering import await_words
+from palate.train.steering import steer as change
+
+
+def steer(run: Path, positive: Sequence[str] | None, negative: Sequence[str] | None) -> None:
+    """Say at which step the run took the words, or what they wait for. InputError where it refused them."""
+    seen = read_metrics(run / METRICS)
+    change(run, *(None if words is None else list(words) for words in (positive, negative)))
+    state = status(run).state
+    if state != "running":
+        done = max((row["step"] for row in seen), default=0)
+        say(
+            f"{run}: this run is not running ({state}), so the words wait; `palate resume {run} "
+            f"trainer.steps={2 * max(done, 1)}` takes them at its first step"
+        )
+        return
+    longest = max([row["step_seconds"] for row in seen[-20:] if "step_seconds" in row], default=10.0)
+    found = await_words(run, len(seen), min(2 * longest + 5, 120))
+    if found is None:
+        say(f"{run}: the running step is still at work; the next one takes the words, and metrics.jsonl says so")
+    elif found["event"] == "steer":
+        say(f"{run}: step {found['step']} took the words")
+    else:
+        raise InputError(f"step {found['step']} refused the words and keeps the old ones: {found['reason']}")

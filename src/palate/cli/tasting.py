@@ -1,0 +1,67 @@
+"""What `palate taste` does once its options are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from palate.evaluate import read_samples
+from palate.recipe import load_reward
+from palate.runtime.errors import InputError
+from palate.runtime.progress import printable
+from palate.taste.ask import telling_pairs
+from palate.taste.taste import Taste, fit_taste, source_of
+
+
+def fit(votes: Path, out: Path, features: str, weights: str | None, blocks: str | None) -> None:
+    """Learn a taste from the votes, save it and print what it is worth."""
+    base = load_reward(features, weights) if features != "emoji" else None
+    names = [name.strip() for name in blocks.split(",")] if blocks else None
+    taste = fit_taste(votes, base=base, source=features, blocks=names)
+    taste.save(out)
+    print_card(taste)
+    print(f"taste: {printable(str(out))}")
+
+
+def show(folder: Path, weights: str | None) -> None:
+    """Print the card of a saved taste."""
+    print_card(_load(folder, weights))
+
+
+def ask(folder: Path, pictures: Path, *, count: int, out: Path, seed: int, weights: str | None) -> None:
+    """Write the pairs of pictures whose answers tell most, a JSON line each."""
+    found = _load(folder, weights)
+    images, rows = read_samples(pictures)
+    prompts = [row["prompt"] for row in rows]
+    pairs = telling_pairs(found.posterior, found.rows(images, prompts), prompts, count, np.random.default_rng(seed))
+    if not pairs:
+        raise InputError(f"{pictures} holds no two pictures of one prompt; draw several seeds of each")
+    lines = [
+        {"prompt": prompts[i], "left": str(pictures / rows[i]["file"]), "right": str(pictures / rows[j]["file"]),
+         "nats": round(nats, 4)} for i, j, nats in pairs
+    ]  # fmt: skip
+    out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    print(f"{len(lines)} pairs, most telling first: {printable(str(out))}")
+
+
+def print_card(taste: Taste) -> None:
+    """The verdict, how many votes there are, the words of both sides, the raters."""
+    card = taste.card
+    print(printable(str(card.get("verdict", "a mix of tastes"))))
+    if "votes" in card:
+        error = card["calibration_error"]
+        print(f"{card['votes']} votes, {card['ties']} of them ties; calibration error "
+              + ("not known" if error is None else f"{error:.3f}"))  # fmt: skip
+    for side, names in (card.get("words") or {}).items():
+        if names:
+            print(f"{side}: {printable(', '.join(names))}")
+    raters = card.get("raters") or {}
+    if len(raters) > 1:
+        print("quality of raters: " + ", ".join(f"{printable(name) or 'unnamed'} {q:g}" for name, q in raters.items()))
+
+
+def _load(folder: Path, weights: str | None) -> Taste:
+    source = source_of(folder)
+    return Taste.load(folder, base=load_reward(source, weights) if source != "emoji" else None)
