@@ -2,7 +2,11 @@
 
     python benchmarks/taste.py accuracy [--seeds 0 1 2]     votes 10 to 160, at random and by BALD
     python benchmarks/taste.py align [--people warm3d large] [--rounds 3] [--seeds 0 1 2]
+    python benchmarks/taste.py golden                       one round of "warm3d" as it was first measured
     python benchmarks/taste.py all --quick                  the mechanics, in a minute; its numbers mean nothing
+
+A person with one seed is a row, a file in RESULTS that is not made again: an interrupted command goes on where it was.
+--jobs 1 leaves the other core alone. The tables go to RESULTS/taste-accuracy.md and RESULTS/taste-rounds.md.
 
 Simulated people have a true taste u and choose the left picture with probability s((u_left - u_right) / T), where T is
 set so that they are right on 87.5 % of random pairs. Six tastes are made of what the features measure (the last is
@@ -18,16 +22,17 @@ picture of the same noise; the share of right concepts; diversity against the ba
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from methods import Row, about, measured, parsed, slug
 from torch import Tensor
 
 from palate import recipe
@@ -36,10 +41,11 @@ from palate.evaluate import diversity, embedded_panel, generate, pairs
 from palate.models.vocabulary import parse_prompt, vocabulary
 from palate.rewards.simple import border, luma, saturation, warmth
 from palate.studio.artist import hidden_prompt
+from palate.studio.voting import REFIT_PRIOR
 from palate.taste.ask import RANDOM, next_pair
-from palate.taste.card import LEARNT, accuracy
+from palate.taste.card import accuracy, learnt, over_chance
 from palate.taste.features import Features, Scaling, features_of, scaling_of
-from palate.taste.learner import Posterior, fit, leave_one_out
+from palate.taste.learner import PRIORS, Posterior, fit, leave_one_out
 from palate.taste.pictures import raw_features
 from palate.taste.reward import TasteReward
 from palate.taste.taste import SIDE_STD
@@ -51,6 +57,8 @@ VOTES = (10, 20, 40, 80, 160)
 ANIMALS = {"dog", "cat", "fox", "lion", "tiger", "horse", "unicorn", "cow", "pig", "mouse", "rabbit", "hamster", "bear",
            "panda", "koala", "monkey", "elephant", "owl", "penguin", "frog", "wolf", "chick", "parrot"}  # fmt: skip
 Utility = Callable[[Tensor, list[str]], Tensor]
+UNCONDITIONAL = ("warm3d", "large", "contrast", "pastel", "darkline")  # of what the features measure
+PEOPLE = (*UNCONDITIONAL, "toonzoo", "symmetric", "round", "low", "leftish", "few-colours", "soft-edges")
 
 
 def mask_of(images: Tensor) -> Tensor:
@@ -112,9 +120,7 @@ class Pool:
     raw: np.ndarray
 
     def utilities(self, utility: Utility) -> np.ndarray:
-        with torch.no_grad():
-            return np.concatenate([utility(self.images[i : i + 64], self.prompts[i : i + 64]).double().numpy()
-                                   for i in range(0, len(self.images), 64)])  # fmt: skip
+        return in_parts(utility, self.images, self.prompts)
 
 
 def draw_pool(model: Any, sampler: Any, features: Features, *, concepts: int, each: int, seed: int) -> Pool:
@@ -147,7 +153,8 @@ def temperature(u: np.ndarray, rng: np.random.Generator) -> float:
 class Voter:
     """One simulated person, the votes so far, and the taste fitted to them."""
 
-    def __init__(self, utility: Utility, pool: Pool, scaling: Scaling, seed: int):
+    def __init__(self, utility: Utility, pool: Pool, scaling: Scaling, seed: int, *, side_std: float = SIDE_STD):
+        self.side_std = side_std
         self.utility, self.scaling, self.rng = utility, scaling, np.random.default_rng(seed)
         self.temperature = temperature(pool.utilities(utility), self.rng)
         self.d: list[np.ndarray] = []
@@ -173,12 +180,17 @@ class Voter:
             self.posterior = self.fitted()
 
     def fitted(self) -> Posterior:
-        return fit(np.stack(self.d), np.array(self.y), side_std=SIDE_STD)
+        """As the studio does: refitted after every vote, the prior chosen anew after every REFIT_PRIOR."""
+        again = self.posterior is None or len(self.y) % REFIT_PRIOR == 0
+        priors = PRIORS if again or self.posterior is None else (self.posterior.prior,)
+        return fit(np.stack(self.d), np.array(self.y), priors=priors, side_std=self.side_std)
 
-    def held_out(self) -> float:
-        return accuracy(leave_one_out(np.stack(self.d), np.array(self.y), side_std=SIDE_STD), np.array(self.y))[
-            "accuracy"
-        ]
+    def held_out(self) -> dict[str, Any]:
+        """What a taste's card says of the votes: accuracy on held-out ones with its interval, and the evidence."""
+        d, y = np.stack(self.d), np.array(self.y)
+        assert self.posterior is not None
+        found = accuracy(leave_one_out(d, y, side_std=self.side_std), y)
+        return found | {"votes": len(y), "log_evidence": self.posterior.log_evidence}
 
     def foretells(self, pool: Pool, pairs_: int = 4000) -> float:
         """Share of unseen pairs of one prompt that the taste orders as the person would."""
@@ -194,49 +206,53 @@ class Voter:
 class Bench:
     """Models, rewards and pools that every cell of the tables uses."""
 
-    def __init__(self, quick: bool):
+    def __init__(self, concepts: int, quick: bool, blocks: tuple[str, ...] | None = None):
         self.quick = quick
         self.panel = embedded_panel()
         self.people = people(self.panel)
         self.reward = self.panel.rewards["emoji"]
-        self.features = features_of(self.reward, "emoji")
+        self.features = features_of(self.reward, "emoji", blocks)
         self.plan = recipe.read("taste-emoji")
         self.model, self.algorithm = recipe.build_model(self.plan), recipe.build_algorithm(self.plan)
         self.sampler = recipe.sampler_of(self.algorithm)
-        size = {"concepts": 12, "each": 6} if quick else {"concepts": min(104, len(vocabulary().concepts)), "each": 10}
-        self.size = size
-        self.first = draw_pool(self.model, self.sampler, self.features, **size, seed=1)
-        self.unseen = draw_pool(self.model, self.sampler, self.features, **size, seed=2)
+        self.size = {"concepts": 12, "each": 6} if quick else {"concepts": concepts, "each": 10}
+        self.first = draw_pool(self.model, self.sampler, self.features, **self.size, seed=1)
         self.scaling = scaling_of(torch.from_numpy(self.first.raw), self.first.prompts, self.features.sizes)
-        self.prompts = recipe.prompts_of(self.plan)[1][: 8 if quick else 104]
+        self.prompts = recipe.evenly_spaced(recipe.prompts_of(self.plan)[1], 8 if quick else concepts)
+        self.shown, _ = pairs(self.prompts, (0, 1))
 
-    def accuracy_rows(self, names: list[str], seeds: list[int]) -> list[dict[str, Any]]:
-        rows = []
-        for name in names:
-            for seed in seeds:
-                for bald in (False, True):
-                    voter = Voter(self.people[name], self.first, self.scaling, seed)
-                    began = time.perf_counter()
-                    for count in VOTES[:2] if self.quick else VOTES:
-                        voter.vote(self.first, count - len(voter.y), bald=bald)
-                        rows.append({"what": "accuracy", "person": name, "seed": seed, "bald": bald, "votes": count,
-                                     "unseen": voter.foretells(self.unseen), "held_out": voter.held_out()})  # fmt: skip
-                    rows[-1]["seconds_per_vote"] = (time.perf_counter() - began) / len(voter.y)
-        return rows
+    @cached_property
+    def unseen(self) -> Pool:
+        """Pictures that nobody votes on."""
+        return draw_pool(self.model, self.sampler, self.features, **self.size, seed=2)
 
-    def measured(
-        self, model: Any, utility: Utility, images: Tensor, base: Tensor, prompts: list[str]
-    ) -> dict[str, float]:
+    @cached_property
+    def base(self) -> Tensor:
+        """The unaligned pictures that results are compared with."""
+        return self.pictures(self.model, self.prompts, "reference")
+
+    @cached_property
+    def candidates(self) -> Tensor:
+        """Of which the best by a taste is taken, (8, N, 3, H, W): the same for everybody."""
+        many = 2 if self.quick else 8
+        return torch.stack(
+            [self.pictures(self.model, self.prompts, "reference", (10 + 2 * k, 11 + 2 * k)) for k in range(many)]
+        )
+
+    def measured(self, utility: Utility, images: Tensor, base: Tensor, prompts: list[str]) -> dict[str, float]:
         """The true taste in standard deviations of the first pool, wins against the base's pictures, what was kept."""
         pool = self.first.utilities(utility)
-        u, before = (utility(x, prompts).double().numpy() for x in (images, base))
+        u, before = (in_parts(utility, x, prompts) for x in (images, base))
         judge = self.panel.classifier
         wanted = [parse_prompt(p).concept for p in prompts]
-        right = [judge.concepts[int(k)] == want for k, want in zip(judge.concept(images), wanted, strict=True)]
+        right = [
+            [judge.concepts[int(k)] == want for k, want in zip(judge.concept(x), wanted, strict=True)]
+            for x in (images, base)
+        ]
         spread = [float(diversity(judge.features(x), prompts).nanmean()) for x in (images, base)]
         after, start = ((float(x.mean()) - pool.mean()) / pool.std() for x in (u, before))
-        return {"taste": float(after), "before": float(start),
-                "win": float((u > before).mean()), "concept": float(np.mean(right)),
+        return {"taste": float(after), "before": float(start), "win": float((u > before).mean()),
+                "concept": float(np.mean(right[0])), "concept_before": float(np.mean(right[1])),
                 "diversity": spread[0] / spread[1] if spread[1] > 0 else float("nan")}  # fmt: skip
 
     def pictures(
@@ -244,35 +260,8 @@ class Bench:
     ) -> Tensor:
         return generate(model, prompts, seeds, weights=weights, sampler=self.sampler)
 
-    def align_rows(self, name: str, seed: int, rounds: int, votes: int) -> list[dict[str, Any]]:
-        """Rounds of voting and aligning, and the rivals after each at the same votes."""
-        utility, rows = self.people[name], []
-        torch.manual_seed(seed)
-        model = recipe.build_model(self.plan)
-        voter, pool = Voter(utility, self.first, self.scaling, seed), self.first
-        shown, _ = pairs(self.prompts, (0, 1))
-        base = self.pictures(model, self.prompts, "reference")
-        for number in range(1, rounds + 1):
-            voter.vote(pool, votes, bald=True)
-            assert voter.posterior is not None
-            held_out = voter.held_out()
-            about = {"what": "align", "person": name, "seed": seed, "round": number, "votes": len(voter.y),
-                     "held_out": held_out, "offered": held_out > LEARNT}  # fmt: skip
-            objective = TasteReward(self.features, self.scaling, torch.from_numpy(voter.posterior.mean),
-                                    torch.from_numpy(voter.posterior.covariance), self.reward)  # fmt: skip
-            began = time.process_time()
-            outcome = self._train(model, objective, seed)
-            seconds = time.process_time() - began
-            images = self.pictures(model, self.prompts)
-            rows.append(about | {"way": "direct", "ended": outcome, "cpu_seconds": seconds,
-                                 **self.measured(model, utility, images, base, shown)})  # fmt: skip
-            rows += [about | {"way": way} | self.measured(model, utility, found, base, shown)
-                     for way, found in self.rivals(model, voter, objective).items()]  # fmt: skip
-            pool = draw_pool(model, self.sampler, self.features, **self.size, seed=10 * number + seed)
-        rows.append(about | {"way": "dpo"} | self.dpo(voter, utility, seed))
-        return rows
-
-    def _train(self, model: Any, objective: TasteReward, seed: int) -> str:
+    def align(self, model: Any, objective: TasteReward, seed: int) -> str:
+        """One round of training, with the guard; why it ended."""
         changes = (
             {"steps": 2, "guard": recipe.GuardSettings(every=0)} if self.quick else {"guard": self.plan.trainer.guard}
         )
@@ -284,17 +273,12 @@ class Bench:
             )  # fmt: skip
         return outcome.reason
 
-    def rivals(self, model: Any, voter: Voter, objective: TasteReward) -> dict[str, Tensor]:
+    def rivals(self, voter: Voter, objective: TasteReward) -> dict[str, Tensor]:
         """Without training: the best of 8 by the learned taste, and the words that it picks."""
         assert voter.posterior is not None
-        many = 2 if self.quick else 8
-        shown, _ = pairs(self.prompts, (0, 1))
-        drawn = torch.stack(
-            [self.pictures(model, self.prompts, "reference", (10 + 2 * k, 11 + 2 * k)) for k in range(many)]
-        )
         with torch.no_grad():
-            scores = torch.stack([objective(images, shown) for images in drawn])
-        best = drawn[scores.argmax(0), torch.arange(len(shown))]
+            scores = torch.stack([objective(images, self.shown) for images in self.candidates])
+        best = self.candidates[scores.argmax(0), torch.arange(len(self.shown))]
         z = self.scaling(torch.from_numpy(self.first.raw)).numpy()
         gains = word_gains(
             z @ voter.posterior.mean, self.first.hidden, self.scaling.std(torch.from_numpy(voter.posterior.mean))
@@ -303,7 +287,7 @@ class Bench:
         named = [
             with_words(prompt, words) if parse_prompt(prompt).background is None else prompt for prompt in self.prompts
         ]
-        return {"best-of-8": best, "words": self.pictures(model, named, "reference")}
+        return {"best-of-8": best, "words": self.pictures(self.model, named, "reference")}
 
     def dpo(self, voter: Voter, utility: Utility, seed: int) -> dict[str, float]:
         """Diffusion-DPO on the voted pairs, on the base model; measured against the base model's own pictures."""
@@ -320,62 +304,162 @@ class Bench:
         prompts = self.prompts[: 4 if self.quick else 52]
         shown, _ = pairs(prompts, (0, 1))
         images, base = (generate(model, prompts, (0, 1), weights=weights) for weights in ("policy", "reference"))
-        return self.measured(model, utility, images, base, shown)
+        return self.measured(utility, images, base, shown)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Means over people and seeds, a line each."""
-    lines = []
+@cache
+def bench(concepts: int, quick: bool, blocks: tuple[str, ...] | None = None) -> Bench:
+    """One per process."""
+    return Bench(concepts, quick, blocks)
+
+
+def in_parts(utility: Utility, images: Tensor, prompts: Sequence[str]) -> np.ndarray:
+    """The true taste of many pictures, 64 at a time."""
+    with torch.no_grad():
+        return np.concatenate([utility(images[i : i + 64], list(prompts[i : i + 64])).double().numpy()
+                               for i in range(0, len(images), 64)])  # fmt: skip
+
+
+def reward_of(voter: Voter, features: Features, reward: Any) -> TasteReward:
+    """What is optimised: the voter's posterior mean, with the absolute reward."""
+    assert voter.posterior is not None
+    mean, covariance = (torch.from_numpy(x) for x in (voter.posterior.mean, voter.posterior.covariance))
+    return TasteReward(features, voter.scaling, mean, covariance, reward)
+
+
+# ----------------------------------------------------------------------------------------------------------- the rows
+
+
+def accuracy_row(name: str, seed: int, concepts: int, quick: bool) -> list[dict[str, Any]]:
+    """How many unseen pairs are foretold after 10 to 160 votes, at random and by BALD."""
+    here, rows = bench(concepts, quick), []
     for bald in (False, True):
-        for votes in VOTES:
-            values = [
-                r["unseen"] for r in rows if r["what"] == "accuracy" and r["bald"] == bald and r["votes"] == votes
-            ]
-            if values:
-                how = "BALD" if bald else "random"
-                lines.append(f"{votes:4} votes, {how:6}: {np.mean(values):.3f} of unseen pairs ({len(values)} runs)")
-    keys = dict.fromkeys((r["person"], r["round"], r["way"]) for r in rows if r["what"] == "align")
-    for person, number, way in keys:
-        own = [r for r in rows if r["what"] == "align" and (r["person"], r["round"], r["way"]) == (person, number, way)]
-        mean = {
-            k: np.nanmean([r[k] for r in own]) for k in ("before", "taste", "win", "concept", "diversity", "held_out")
-        }
-        lines.append(f"{person:12} round {number} {way:10} taste {mean['before']:+.2f} -> {mean['taste']:+.2f}  win "
-                     f"{mean['win']:.2f}  concept {mean['concept']:.3f}  diversity x {mean['diversity']:.2f}  held-out "
-                     f"{mean['held_out']:.2f}{'' if own[0]['offered'] else '  not offered'}")  # fmt: skip
+        voter = Voter(here.people[name], here.first, here.scaling, seed)
+        for count in VOTES[:2] if quick else VOTES:
+            voter.vote(here.first, count - len(voter.y), bald=bald)
+            found = voter.held_out() if count <= 80 else {}  # refits of more take long
+            found |= {"learnt": learnt(found), "nats": over_chance(found)} if found else {}
+            rows.append({"person": name, "seed": seed, "bald": bald, "votes": count,
+                         "unseen": voter.foretells(here.unseen), **found})  # fmt: skip
+    return rows
+
+
+def align_row(name: str, seed: int, rounds: int, votes: int, concepts: int, quick: bool) -> list[dict[str, Any]]:
+    """Rounds of voting and aligning, and the rivals after each at the same votes."""
+    here, rows = bench(concepts, quick), []
+    utility = here.people[name]
+    torch.manual_seed(seed)
+    model = recipe.build_model(here.plan)
+    voter, pool = Voter(utility, here.first, here.scaling, seed), here.first
+    about_: dict[str, Any] = {}
+    for number in range(1, rounds + 1):
+        voter.vote(pool, votes, bald=True)
+        found = voter.held_out()
+        about_ = {"person": name, "seed": seed, "round": number, "votes": len(voter.y), "held_out": found["accuracy"],
+                  "low": found["low"], "offered": learnt(found)}  # fmt: skip
+        objective = reward_of(voter, here.features, here.reward)
+        began = time.process_time()
+        ended = here.align(model, objective, seed)
+        seconds = time.process_time() - began
+        images = here.pictures(model, here.prompts)
+        rows.append(about_ | {"way": "direct", "ended": ended, "cpu_seconds": seconds,
+                              **here.measured(utility, images, here.base, here.shown)})  # fmt: skip
+        rows += [about_ | {"way": way} | here.measured(utility, found, here.base, here.shown)
+                 for way, found in here.rivals(voter, objective).items()]  # fmt: skip
+        pool = draw_pool(model, here.sampler, here.features, **here.size, seed=10 * number + seed)
+    rows.append(about_ | {"way": "dpo"} | here.dpo(voter, utility, seed))
+    return rows
+
+
+def golden_row(seed: int, concepts: int, quick: bool) -> dict[str, Any]:
+    """The first measured round: "warm3d", `colour` features, 40 random votes, lambda 4, 30 updates without guard."""
+    here = bench(concepts, quick, ("colour",))
+    utility = here.people["warm3d"]
+    torch.manual_seed(seed)
+    model = recipe.build_model(here.plan)
+    voter = Voter(utility, here.first, here.scaling, seed, side_std=0.0)
+    voter.vote(here.first, 40, bald=False)
+    assert voter.posterior is not None
+    began = time.process_time()
+    ended = here.align(model, reward_of(voter, here.features, here.reward), seed)
+    seconds = time.process_time() - began
+    found = here.measured(utility, here.pictures(model, here.prompts), here.base, here.shown)
+    return {"seed": seed, "prior": voter.posterior.prior, "log_evidence": voter.posterior.log_evidence,
+            "unseen": voter.foretells(here.unseen), "ended": ended, "cpu_seconds": seconds, **found}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- the tables
+
+
+def accuracy_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Unseen pairs foretold, over people and seeds; those whom a linear utility of the features can hold, and all."""
+    lines = ["| votes | random | BALD | random, all people | BALD, all people |", "|--:|--:|--:|--:|--:|"]
+    for votes in VOTES:
+        cells = []
+        for names in (UNCONDITIONAL, None):
+            for bald in (False, True):
+                values = [r["unseen"] for r in rows if r["bald"] == bald and r["votes"] == votes
+                          and (names is None or r["person"] in names)]  # fmt: skip
+                cells.append(about(values) if values else "-")
+        lines.append(f"| {votes} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def parser() -> argparse.ArgumentParser:
+def rounds_table(rows: Sequence[dict[str, Any]]) -> str:
+    """A line per person, round and way; means and standard deviations over seeds."""
+    lines = ["| person | round | way | true taste, before -> after | blind win rate | concepts | diversity | held out "
+             "| learnt |", "|---|--:|---|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+    for person, number, way in dict.fromkeys((r["person"], r["round"], r["way"]) for r in rows):
+        own = [r for r in rows if (r["person"], r["round"], r["way"]) == (person, number, way)]
+
+        def mean(key: str, form: str = "{:.2f}", own: list[dict[str, Any]] = own) -> str:
+            return about([r[key] for r in own], form)
+
+        kept = about([r["concept"] - r["concept_before"] for r in own], "{:+.3f}")
+        offers = sum(r["offered"] for r in own)
+        lines.append(f"| {person} | {number} | {way} | {np.mean([r['before'] for r in own]):+.2f} -> "
+                     f"{mean('taste', '{:+.2f}')} | {mean('win')} | {kept} | {mean('diversity')} | {mean('held_out')} "
+                     f"| {offers} of {len(own)} |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def arguments() -> argparse.Namespace:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("what", choices=("accuracy", "align", "all"))
+    made.add_argument("what", choices=("accuracy", "align", "golden", "all"))
     made.add_argument("--people", nargs="+", default=None, help="names; all twelve if left out")
     made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     made.add_argument("--rounds", type=int, default=3)
     made.add_argument("--votes", type=int, default=20, help="per round")
-    made.add_argument("--quick", action="store_true")
-    made.add_argument("--out", type=Path, default=None, help="JSON of every row")
-    return made
+    made.add_argument("--concepts", type=int, default=min(104, len(vocabulary().concepts)),
+                      help="of the pools (10 pictures each) and of the pictures that are judged (2 each)")  # fmt: skip
+    return parsed(made)
 
 
-def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
-    given = parser().parse_args(arguments)
-    bench = Bench(given.quick)
-    names = given.people or (["warm3d"] if given.quick else list(bench.people))
-    seeds, rounds = (given.seeds[:1], 1) if given.quick else (given.seeds, given.rounds)
-    rows: list[dict[str, Any]] = []
+def main() -> None:
+    given = arguments()
+    names = given.people or (["warm3d"] if given.quick else list(PEOPLE))
+    seeds, count = (given.seeds[:1], 1) if given.quick else (given.seeds, given.rounds)
+    results, tables = given.results, {}
+    size = (given.concepts, given.quick)
+
+    def rows(what: str, make: Callable[..., Any], shown: str, *more: int) -> list[dict[str, Any]]:
+        cells = [(name, seed) for seed in seeds for name in names]
+        wanted = [Row(results / f"{slug('taste', what, *cell)}.json", make, (*cell, *more, *size)) for cell in cells]
+        made = measured(wanted, given.jobs, lambda found: [round(row[shown], 3) for row in found])
+        return [row for found in made for row in found]
+
     if given.what in ("accuracy", "all"):
-        rows += bench.accuracy_rows(names, seeds)
+        tables["taste-accuracy"] = accuracy_table(rows("accuracy", accuracy_row, "unseen"))
     if given.what in ("align", "all"):
-        for name in names:
-            for seed in seeds:
-                rows += bench.align_rows(name, seed, rounds, given.votes)
-                if given.out:
-                    given.out.write_text(json.dumps(rows, indent=1))
-    if given.out:
-        given.out.write_text(json.dumps(rows, indent=1))
-    print(table(rows))
-    return rows
+        tables["taste-rounds"] = rounds_table(rows("align", align_row, "taste", count, given.votes))
+    if given.what == "golden":
+        found = measured([Row(results / f"{slug('taste', 'golden', seed)}.json", golden_row,
+                              (seed, given.concepts, given.quick)) for seed in seeds], given.jobs)  # fmt: skip
+        for row in found:
+            print(row)
+    for name, text in tables.items():
+        (results / f"{name}.md").write_text(text + "\n")
+        print(text)
 
 
 if __name__ == "__main__":

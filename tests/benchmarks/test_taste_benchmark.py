@@ -48,12 +48,11 @@ def test_the_tastes_that_no_feature_says_are_what_their_names_say():
 
 
 @pytest.mark.slow
-def test_the_quick_form_runs_through(capsys):
-    rows = bench.main(["all", "--quick"])
-    ways = {row.get("way") for row in rows}
-    assert {"direct", "best-of-8", "words", "dpo"} <= ways
-    assert {(row["bald"], row["votes"]) for row in rows if row["what"] == "accuracy"} == {
-        (bald, votes) for bald in (False, True) for votes in bench.VOTES[:2]
-    }
-    assert all(0 <= row["unseen"] <= 1 for row in rows if row["what"] == "accuracy")
-    assert "of unseen pairs" in capsys.readouterr().out
+def test_the_quick_form_gives_every_row_and_the_tables_name_them():
+    votes = bench.accuracy_row("warm3d", 0, 12, True)
+    assert {(row["bald"], row["votes"]) for row in votes} == {(b, n) for b in (False, True) for n in bench.VOTES[:2]}
+    assert all(0 <= row["unseen"] <= 1 and row["low"] < row["high"] for row in votes)
+    rows = bench.align_row("warm3d", 0, 1, 20, 12, True)
+    assert [row["way"] for row in rows] == ["direct", "best-of-8", "words", "dpo"]
+    assert all(0 <= row["win"] <= 1 and row["offered"] == rows[0]["offered"] for row in rows)
+    assert "| 20 |" in bench.accuracy_table(votes) and "| warm3d | 1 | best-of-8 |" in bench.rounds_table(rows)

@@ -72,6 +72,34 @@ def test_pairs_are_of_one_concept_and_no_percentage_is_shown_before_twenty(studi
     assert found.voting.scaling() is found.voting.scaling() or len(found.artist.rows()) < 64
 
 
+def start_button(client):
+    return re.search(r"<button[^>]*align-start[^>]*>", client.get("/align").text)[0]
+
+
+def test_a_taste_that_is_not_learnt_is_not_offered_for_alignment(studio, monkeypatch):
+    """Answers "left", whatever the pictures: the page says so and what to do; button and request refuse."""
+    client, found = studio
+    begun = []
+    monkeypatch.setattr(found.processes, "train", lambda *given: begun.append(given))
+    while len(found.voting.votes()) < 22:
+        client.post("/choose/vote", data={"pair": found.voting.pair().id, "choice": "left"})
+    assert found.voting.summary()["taste"]["learnt"] is False
+    page = client.get("/align").text
+    assert "no taste is learnt yet" in page and "Choose 20 more pictures" in page and "all the same" not in page
+    assert "disabled" in start_button(client) and 'href="/choose">Choose more pictures' in page
+    assert 'href="/align"' not in client.get("/choose/taste").text
+    for way in ("taste-emoji", "taste-emoji-srpo", "taste-emoji-dpo"):
+        answer = client.post("/align/start", data={"way": way}, headers={"hx-request": "true"})
+        assert answer.status_code == 422 and "no taste is learnt yet" in answer.text
+    assert not begun
+    card = found.voting.summary()["taste"]
+    learnt = card | {"learnt": True, "verdict": "Your choices are predicted in 80 % (65 to 90) of cases."}
+    monkeypatch.setattr(found.voting, "summary", lambda: {"votes": 22, "start": 20, "good": 40, "taste": learnt})
+    assert "disabled" not in start_button(client)
+    client.post("/align/start", data={"way": "taste-emoji"})
+    assert [given[:2] for given in begun] == [("taste-emoji", "align-1")]
+
+
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_texts_stay_texts(studio, text):
     client, found = studio

@@ -10,8 +10,10 @@ from scipy.optimize import brentq
 
 from palate.evaluate.intervals import wilson
 from palate.runtime.errors import InputError
-from palate.taste.card import accuracy, agreement, calibration_error, verdict
+from palate.taste.ask import next_pair
+from palate.taste.card import accuracy, agreement, calibration_error, learnt, verdict
 from palate.taste.learner import PRIORS, entropy, fit, leave_one_out, logistic, rater_qualities
+from palate.taste.taste import learn
 
 
 @pytest.mark.parametrize(
@@ -155,8 +157,52 @@ def test_agreement_compares_pairs_with_their_sides_exchanged():
     assert agreement(outcomes, [(2, 3)] * 5)["disagree"] and not agreement(outcomes, [(2, 3)] * 4)["disagree"]
 
 
-def test_no_percentage_before_the_first_taste_and_a_warning_at_chance():
-    good = {"accuracy": 0.74, "low": 0.58, "high": 0.86, "of": 35}
-    assert "%" not in verdict(good, 19)
-    assert verdict(good, 40) == "Your choices are predicted in 74 % (58 to 86) of cases."
-    assert "no taste is learnt" in verdict(good | {"accuracy": 0.6}, 40)
+def card_of(votes=40, accuracy=0.74, evidence=3.0):
+    """A card whose evidence is that many nats over chance."""
+    return {"accuracy": accuracy, "low": 0.58, "high": 0.86, "of": votes - 5, "votes": votes,
+            "log_evidence": evidence - votes * math.log(2)}  # fmt: skip
+
+
+def test_no_percentage_before_the_first_taste_and_what_to_do_at_chance():
+    assert verdict(card_of(19)) == "1 more votes until a first taste."
+    assert verdict(card_of()) == "Your choices are predicted in 74 % (58 to 86) of cases."
+    assert verdict(card_of(30)).endswith("of cases. 10 more votes make it a good taste.")
+    for card in (card_of(accuracy=0.6), card_of(evidence=-0.1)):
+        assert "no taste is learnt" in verdict(card) and "Choose 20 more pictures" in verdict(card)
+    assert "ties" in verdict(card_of() | {"accuracy": None})
+
+
+def test_a_taste_is_learnt_by_enough_votes_its_accuracy_and_its_evidence():
+    assert learnt(card_of()) and learnt(card_of(20))
+    for card in (card_of(19), card_of(accuracy=0.6), card_of(accuracy=None), card_of(evidence=-0.1), {}):
+        assert not learnt(card)
+    assert learnt({"mixed": [{"learnt": True}, {"learnt": True}]})
+    assert not learnt({"mixed": [{"learnt": True}, {"learnt": False}]})
+
+
+def simulated(kind, seed, count=40):
+    """The card of somebody who likes one direction of 12, one for half of the groups and another for the rest, or
+    nothing; `count` pairs by BALD."""
+    rng = np.random.default_rng(seed)
+    z, groups = rng.normal(size=(240, 12)), [str(k // 8) for k in range(240)]
+    one, two = rng.normal(size=(2, 12))
+    half = np.arange(240) // 8 % 2 == 0
+    u = {"one": z @ one, "two": np.where(half, z @ one, -z @ one + 0.3 * z @ two), "none": np.zeros(240)}[kind]
+    posterior, d, y, shown = None, [], [], set()
+    for _ in range(count):
+        i, j = next_pair(posterior, z, groups, shown, rng)
+        shown.add(frozenset((i, j)))
+        d.append(z[i] - z[j])
+        y.append(float(rng.random() < logistic(np.array(u[i] - u[j]))))
+        if len(y) >= 4:
+            posterior = fit(np.stack(d), np.array(y), priors=(3.0,))
+    return learn(np.stack(d), np.array(y), [""] * count, z, [f"block: {k}" for k in range(12)])[1]
+
+
+@pytest.mark.slow
+def test_one_taste_is_learnt_and_two_in_one_or_none_are_not():
+    """Forty votes by BALD, ten people of each kind. The accuracy alone would call eight of the last twenty learnt."""
+    cards = {kind: [simulated(kind, seed) for seed in range(10)] for kind in ("one", "two", "none")}
+    assert sum(map(learnt, cards["one"])) >= 8
+    assert sum(map(learnt, cards["two"] + cards["none"])) <= 2
+    assert sum(card["accuracy"] > 0.6 for card in cards["two"] + cards["none"]) >= 6

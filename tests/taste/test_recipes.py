@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from palate import fit_taste, recipe
 from palate.algorithms.srpo import SRPO, SRPOSettings
+from palate.cli import app
 from palate.data import RecipeError
 from palate.models.vocabulary import vocabulary
 from palate.recipe import GuardSettings
+from palate.runtime.errors import InputError
 from palate.train import broken_limits
 
 PICTURES = torch.rand(24, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 0.3
@@ -75,6 +78,45 @@ def test_tastes_add_up_by_their_weights(tastes):
 def test_mistakes_are_told_before_anything_loads(overrides, said):
     with pytest.raises(RecipeError, match=said):
         recipe.read("taste-emoji", overrides)
+
+
+@pytest.fixture(scope="module")
+def coin(tmp_path_factory):
+    """The folder of a taste of choices at random."""
+    rng = np.random.default_rng(2)
+    votes = []
+    for _ in range(24):
+        i, j = (int(k) for k in rng.choice(24, 2, replace=False))
+        choice = str(rng.choice(["left", "right"]))
+        votes.append({"prompt": PROMPT, "left": PICTURES[i], "right": PICTURES[j], "choice": choice})
+    return fit_taste(votes, blocks=["colour"]).save(tmp_path_factory.mktemp("coin") / "coin")
+
+
+def test_a_taste_that_is_not_learnt_is_not_trained_towards_unless_the_recipe_says_so(coin, tastes, monkeypatch):
+    """Before anything large loads; a sum with such a part is refused as well. An evaluation may still read it."""
+    built = []
+    monkeypatch.setattr("palate.recipe.builder.build_model", lambda recipe: built.append(recipe) or 1 / 0)
+    for source in (f"{coin}", f"{tastes / 'red'}:0.7, {coin}:0.3"):
+        given = f"reward.source.taste={source}"
+        with pytest.raises(InputError, match=r"no taste is learnt yet.*Choose 20 more.*reward\.taste\.allow_unlearnt"):
+            recipe.build(recipe.read("taste-emoji", [given]))
+        assert not built
+        with pytest.raises(ZeroDivisionError):
+            recipe.build(recipe.read("taste-emoji", [given, "reward.taste.allow_unlearnt=true"]))
+        assert recipe.build_reward(recipe.read("taste-emoji", [given]).reward)(PICTURES[:1], [PROMPT]).isfinite()
+        built.clear()
+    with pytest.raises(ZeroDivisionError):
+        recipe.build(recipe.read("taste-emoji", [f"reward.source.taste={tastes / 'red'}"]))
+    weighed = ["reward.name=null", "reward.weights={taste: 1.0, emoji: 1.0}", f"reward.source.taste={coin}"]
+    with pytest.raises(InputError, match="no taste is learnt yet"):
+        recipe.build(recipe.read("taste-emoji", weighed))
+
+
+def test_the_command_line_says_that_a_taste_is_not_learnt_and_what_to_do(coin, tastes):
+    said = {name: CliRunner().invoke(app, ["taste", "show", str(folder)]).output
+            for name, folder in (("coin", coin), ("red", tastes / "red"))}  # fmt: skip
+    assert "no taste is learnt yet" in said["coin"] and "Choose 20 more pictures" in said["coin"]
+    assert "not learnt" not in said["red"] and "no taste" not in said["red"]
 
 
 @pytest.mark.parametrize("source", ["nowhere", "nowhere:x", "a:1, b:2"])

@@ -12,7 +12,8 @@ from palate.recipe import load_reward
 from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
 from palate.taste.ask import telling_pairs
-from palate.taste.taste import Taste, fit_taste, source_of
+from palate.taste.saved import source_of
+from palate.taste.taste import Taste, fit_taste
 
 
 def fit(votes: Path, out: Path, features: str, weights: str | None, blocks: str | None) -> None:

@@ -43,7 +43,7 @@ from palate.models.facts import Facts
 from palate.models.lora import find_file
 from palate.models.repository import open_repository
 from palate.models.saved import FILES, adapter_file
-from palate.recipe.objective import reward_objective
+from palate.recipe.objective import check_taste, reward_objective
 from palate.recipe.settings import Recipe, RewardSettings
 from palate.recipe.together import AsksBlackBox, heldout_of, trained_names
 from palate.rewards.learned import BlackBox, Features, tower_features
@@ -109,6 +109,7 @@ def build(recipe: Recipe) -> Parts:
     check_images(images)
     prompts, preview = prompts_of(recipe, captions)
     check_start(recipe)
+    check_taste(recipe.reward)
     with torch.random.fork_rng(devices=[]):  # first, for its missing files; the LoRA's first weights do not see it
         reward = build_reward(recipe.reward)
         if isinstance(recipe.algorithm, AsksBlackBox) and recipe.algorithm.head_questions:

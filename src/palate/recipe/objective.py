@@ -13,6 +13,7 @@ from palate.rewards.combine import noised_relative, normalised, semantic_relativ
 from palate.rewards.load import load_reward
 from palate.rewards.oracles import exact_reward
 from palate.runtime.code import short_name
+from palate.taste.saved import check_learnt
 from palate.taste.taste import load_objective
 
 ORACLE = "oracle-"  # begins the name under which a built-in oracle is a reward of an evaluation
@@ -147,6 +148,13 @@ def reward_objective(settings: RewardSettings) -> Objective:
     relative = settings.relative
     pairs = ((relative.positive, relative.negative),) if relative is not None else ()
     return Objective(terms, settings.name is None, pairs, relative.k if relative is not None else 0.0)
+
+
+def check_taste(settings: RewardSettings) -> None:
+    """InputError: the recipe aligns to a taste that is not learnt, and does not say that it wants to."""
+    named = settings.name == "taste" or "taste" in (settings.weights or ())
+    if named and not (settings.taste is not None and settings.taste.allow_unlearnt):
+        check_learnt(settings.source.get("taste"))
 
 
 def control_words(recipe: Recipe) -> dict[str, list[str]]:

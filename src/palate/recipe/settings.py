@@ -65,6 +65,7 @@ class TasteSettings:
     __pydantic_config__ = _STRICT
     absolute: Finite | None = None  # weight of the reward that the taste stands on; 4
     confidence: NonNegative = 0.0  # posterior standard deviations below the mean; 0 = the mean
+    allow_unlearnt: bool = False  # train although held-out votes are not foretold better than by chance
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,11 @@ def start(request: Request, way: str = Form("taste-emoji")) -> Response:
         raise InputError(f"expected one of {', '.join(WAYS)}")
     if votes < START:
         raise InputError(f"a first taste needs {START} votes, there are {votes}; choose some more pictures")
+    taste = studio.voting.summary()["taste"]
+    if taste is None:
+        raise InputError("the model is still loading; try again in a moment")
+    if not taste["learnt"]:
+        raise InputError(taste["verdict"])
     name = studio.workspace.new_name("align")
     overrides = [] if way == "taste-emoji-dpo" else [f"reward.source.taste={quoted(studio.voting.learn_taste())}"]
     if way != "taste-emoji":

@@ -229,9 +229,8 @@ class Voting:
         repeats = [(place[v.repeat_of], i) for i, v in enumerate(votes) if v.repeat_of in place]
         std = scaling.std(torch.from_numpy(posterior.mean))
         gains = word_gains(utilities, [drawn.picture.prompt for drawn in rows], std)
-        learnt = card["accuracy"] is not None and card["accuracy"] > cards.LEARNT
         return card | {
-            "learnt": learnt, "offered": offered(gains), "gone": len(self.votes()) - len(votes),
+            "offered": offered(gains), "gone": len(self.votes()) - len(votes),
             "repeats": cards.agreement([float(v) for v in y], repeats),
             "liked": [rows[i].picture.file for i in order[::-1][:6]],
             "disliked": [rows[i].picture.file for i in order[:6]],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ from palate.evaluate.intervals import wilson
 from palate.taste.learner import Array, Posterior
 
 START, GOOD = 20, 40  # votes after which a first taste is shown, and after which one is worth aligning to
-LEARNT = 0.60  # held-out accuracy above which alignment is offered
+LEARNT = 0.60  # held-out accuracy above which alignment is offered, if the evidence agrees
+MORE = 20  # votes that are asked for while a taste is not learnt
 AGREEMENT, REPEATS = 0.60, 5  # below this share, of at least so many pairs asked twice, the votes disagree
 BINS = 10  # of the calibration error
 
@@ -27,6 +28,24 @@ def accuracy(probabilities: Array, outcomes: Array) -> dict[str, Any]:
     right = float(np.where(p == 0.5, 0.5, (p > 0.5) == (y > 0.5)).sum())
     low, high = wilson(right, len(y))
     return {"accuracy": right / len(y), "low": low, "high": high, "of": len(y)}
+
+
+def learnt(card: Mapping[str, Any]) -> bool:
+    """Whether a taste may be aligned to: enough votes, held-out ones foretold in more than LEARNT of cases, and all of
+    them likelier under the taste than under tosses of a coin. A sum of tastes is learnt if all of its parts are.
+
+    The accuracy alone does not tell: pairs that are chosen by what the taste is unsure of flatter it, and coin tosses
+    are foretold in .6 of cases by chance often enough. The evidence does not depend on how pairs were chosen.
+    """
+    if "mixed" in card:
+        return all(part.get("learnt", True) for part in card["mixed"])
+    accuracy, votes = card.get("accuracy"), card.get("votes", 0)
+    return accuracy is not None and votes >= START and accuracy > LEARNT and over_chance(card) > 0
+
+
+def over_chance(card: Mapping[str, Any]) -> float:
+    """Log evidence of the taste over that of a coin, in nats: the logarithm of their Bayes factor."""
+    return float(card["log_evidence"]) + int(card["votes"]) * math.log(2)
 
 
 def calibration_error(probabilities: Array, outcomes: Array) -> float | None:
@@ -73,14 +92,19 @@ def telling_columns(posterior: Posterior, z: Array, columns: Sequence[str], coun
     return found
 
 
-def verdict(found: dict[str, Any], votes: int) -> str:
-    """The state of a taste in one sentence; no percentage before START votes."""
+def verdict(card: Mapping[str, Any]) -> str:
+    """The state of a taste in one sentence, and what to do next; no percentage before START votes."""
+    votes = int(card["votes"])
     if votes < START:
         return f"{START - votes} more votes until a first taste."
-    if found["accuracy"] is None:
+    if card["accuracy"] is None:
         return "All votes are ties: there is nothing to learn from them yet."
-    percent, low, high = (math.floor(100 * found[key] + 0.5) for key in ("accuracy", "low", "high"))
-    text = f"Your choices are predicted in {percent} % ({low} to {high}) of cases."
-    if found["accuracy"] <= LEARNT:
-        return text + " That is not better than chance by enough: no taste is learnt yet, so aligning is not advised."
-    return text + ("" if votes >= GOOD else f" {GOOD - votes} more votes make it a good taste.")
+    percent, low, high = (math.floor(100 * card[key] + 0.5) for key in ("accuracy", "low", "high"))
+    text = f"Your choices are predicted in {percent} % ({low} to {high}) of cases"
+    if not learnt(card):
+        return (
+            f"{text}, which chance may do as well: no taste is learnt yet, so there is nothing to align to. Choose "
+            f'{MORE} more pictures, with "no difference" where you see none, or say it in words. A taste that asks '
+            "for one thing here and for another there is not learnt by more votes."
+        )
+    return f"{text}." + ("" if votes >= GOOD else f" {GOOD - votes} more votes make it a good taste.")

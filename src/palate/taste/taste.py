@@ -24,9 +24,9 @@ from palate.taste.features import Features, Scaling, features_of, scaling_of
 from palate.taste.learner import Array, Posterior, fit, leave_one_out, rater_qualities
 from palate.taste.pictures import as_choice, features_of_choices, raw_features, read_choices
 from palate.taste.reward import ABSOLUTE, TasteReward
+from palate.taste.saved import CARD, FILE, parts_of, source_of
 from palate.taste.votes import OUTCOMES, VoteStore
 
-FILE, CARD = "taste.safetensors", "card.json"
 SIDE_STD = 1.0  # logits: prior of how much somebody favours the left place
 
 
@@ -43,9 +43,8 @@ class Taste:
 
     @property
     def learnt(self) -> bool:
-        """Whether held-out votes are foretold well enough to align to it."""
-        accuracy = self.card.get("accuracy")
-        return accuracy is not None and accuracy > cards.LEARNT
+        """Whether held-out votes are foretold well enough to align to it (`card.learnt`)."""
+        return cards.learnt(self.card)
 
     def objective(self, *, absolute: float | None = None, confidence: float = 0.0) -> TasteReward:
         """The differentiable reward; absolute None = its default, 0 for a taste without a base reward."""
@@ -135,16 +134,6 @@ class Taste:
         return cls(features, scaling, posterior, reward if about["absolute"] else None, about["card"], about["votes"])
 
 
-def source_of(folder: str | Path) -> str:
-    """The name of the reward that a saved taste stands on. InputError: there is no taste."""
-    path = Path(folder) / FILE
-    try:
-        with safe_open(path, "pt") as file:
-            return str(json.loads((file.metadata() or {})["taste"])["source"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{folder} holds no taste ({FILE}); make one with palate taste fit VOTES") from error
-
-
 def base_reward(source: str) -> Reward:
     """The reward whose features a taste stands on; InputError if only the caller can load it."""
     if source != "emoji":
@@ -198,14 +187,13 @@ def learn(
     posterior = fit(scaled, outcomes, side_std=SIDE_STD)
     foretold = leave_one_out(scaled, outcomes, side_std=SIDE_STD)
     found = cards.accuracy(foretold, outcomes)
-    card = {
+    card: dict[str, Any] = {
         "votes": len(outcomes), "ties": int((outcomes == 0.5).sum()), **found,
         "calibration_error": cards.calibration_error(foretold, outcomes), "prior": posterior.prior,
         "log_evidence": posterior.log_evidence, "side": posterior.side,
         "words": cards.telling_columns(posterior, z, columns), "raters": quality,
-        "verdict": cards.verdict(found, len(outcomes)),
     }  # fmt: skip
-    return posterior, card
+    return posterior, card | {"verdict": cards.verdict(card), "learnt": cards.learnt(card)}
 
 
 def mixed(parts: Sequence[tuple[float, Taste]]) -> Taste:
@@ -228,7 +216,7 @@ def mixed(parts: Sequence[tuple[float, Taste]]) -> Taste:
         mean += scale * own.numpy()
         covariance += scale**2 * (factor[:, None] * torch.from_numpy(taste.posterior.covariance) * factor).numpy()
     posterior = Posterior(mean, covariance, first.posterior.prior, 0.0, np.zeros(0))
-    card = {"mixed": [{"weight": weight, "votes": taste.digest} for weight, taste in parts]}
+    card = {"mixed": [{"weight": weight, "votes": taste.digest, "learnt": taste.learnt} for weight, taste in parts]}
     return Taste(first.features, first.scaling, posterior, first.base, card, first.digest)
 
 
@@ -244,21 +232,12 @@ def load_objective(
     absolute, confidence: lambda and kappa of `TasteReward`. base: loads the reward that it stands on by name; None =
     the embedded one only. InputError: no such taste, or a weight is no number.
     """
-    parts = [part.strip() for part in (source or "").split(",") if part.strip()]
-    if not parts:
-        raise InputError("reward.source.taste: name the folder of a taste, as tastes/mine (palate taste fit makes one)")
     tastes: list[tuple[float, Taste]] = []
     rewards: dict[str, Reward] = {}
-    for part in parts:
-        folder, colon, weight = part.rpartition(":")
-        try:
-            share = float(weight) if colon and not Path(part).is_dir() else 1.0
-        except ValueError as error:
-            raise InputError(f"reward.source.taste: {part!r}: expected FOLDER or FOLDER:WEIGHT") from error
-        place = folder if colon and not Path(part).is_dir() else part
-        name = source_of(place)
+    for folder, weight in parts_of(source):
+        name = source_of(folder)
         if name not in rewards:
             rewards[name] = base_reward(name) if base is None else base(name)
-        tastes.append((share, Taste.load(place, base=rewards[name])))
+        tastes.append((weight, Taste.load(folder, base=rewards[name])))
     taste = tastes[0][1] if len(tastes) == 1 and tastes[0][0] == 1.0 else mixed(tastes)
     return taste.objective(absolute=absolute, confidence=confidence)
