@@ -7,14 +7,14 @@ import torch
 from support import tiny_families
 
 from palate.models.emoji import EmojiModel
-from palate.models.gaussian import GaussianModel
+from palate.models.gaussian import Decoding, GaussianModel
 from palate.path import add_noise
 
 PROMPTS = ["a 3d dog on a blue background", "a cat", "a flat apple on red"]
 MODELS = {
     "emoji-lora": lambda: EmojiModel.load(training="lora", lora_rank=4),
     "emoji-full": lambda: EmojiModel.load(training="full"),
-    "gaussian": lambda: GaussianModel(torch.full((2, 3, 4), 0.3), 0.6, decode_scale=0.1, decode_offset=0.5),
+    "gaussian": lambda: GaussianModel(torch.full((2, 3, 4), 0.3), 0.6, decoding=Decoding(0.1, 0.5)),
     **{name: lambda name=name: tiny_families.load(name) for name in tiny_families.FAMILIES},
     "sdxl-full": lambda: tiny_families.load("sdxl", training="full"),
     "flux-full": lambda: tiny_families.load("flux", training="full"),

@@ -18,6 +18,7 @@ from palate.cli import exit_code_of
 from palate.optimize import (
     OracleError,
     Queries,
+    Search,
     Surrogate,
     call_with_timeout,
     command_oracle,
@@ -108,18 +109,8 @@ def go(folder, oracle, *, budget=14, rounds=2, at=(), retries=1, timeout=20.0, b
         surrogate=surrogate,
     )
     trainer = TrainerSettings(steps=3, batch_size=2, lr=1e-2, seed=3, checkpoint_every=1, guard=GuardSettings(every=0))
-    optimize(
-        model,
-        make,
-        oracle,
-        features,
-        PROMPTS,
-        folder=folder,
-        settings=settings,
-        trainer=trainer,
-        progress=False,
-        say=lambda text: None,
-    )
+    search = Search(model, make, oracle, features, PROMPTS, folder, settings, trainer)
+    optimize(search, progress=False, say=lambda text: None)
     return model
 
 

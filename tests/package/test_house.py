@@ -38,7 +38,7 @@ def test_classes_and_functions_fit_on_a_few_screens():
 
 
 def test_few_functions_take_more_than_seven_parameters():
-    assert len(HOUSE.wide()) <= 13, HOUSE.wide()
+    assert len(HOUSE.wide()) <= 8, HOUSE.wide()
 
 
 def test_abilities_are_protocols_and_not_probed_for():

@@ -24,7 +24,7 @@ pytest.importorskip("fastapi")
 from palate import cli, recipe  # noqa: E402
 from palate.optimize import load_oracle  # noqa: E402
 from palate.recipe import OracleSettings  # noqa: E402
-from palate.rewards.remote import TOKEN, RemoteError, RemoteReward, load_remote  # noqa: E402
+from palate.rewards.remote import TOKEN, Patience, RemoteError, RemoteReward, load_remote  # noqa: E402
 from palate.rewards.server import Limits, make_app  # noqa: E402
 
 SECRET = "a-token-of-twenty-six-bytes"
@@ -65,8 +65,9 @@ def served():
     thread.join(5)
 
 
-def client(port, token=SECRET, **options):
-    return RemoteReward(f"http://127.0.0.1:{port}/score", token, **({"retries": 0, "piece": 4, "wait": 0.01} | options))
+def client(port, token=SECRET, *, timeout=120.0, retries=0, piece=4, **options):
+    patience = Patience(timeout, retries, wait=0.01)
+    return RemoteReward(f"http://127.0.0.1:{port}/score", token, patience=patience, piece=piece, **options)
 
 
 def test_scores_are_the_rewards_own_in_order(served):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from palate.models.gaussian import GaussianModel, gaussian_ode, gaussian_prediction
+from palate.models.gaussian import Decoding, GaussianModel, gaussian_ode, gaussian_prediction
 from palate.path import add_noise, flow_schedule, score, vp_schedule
 
 SCHEDULES = {"flow": flow_schedule, "vp": vp_schedule(torch.linspace(0.9999, 0.001, 100, dtype=torch.float64))}
@@ -106,7 +106,7 @@ def test_what_trains_and_what_it_does(name):
 
 
 def test_decode_is_the_affine_map_and_encode_its_inverse():
-    model = GaussianModel(MU, 0.6, decode_scale=0.5, decode_offset=0.25)
+    model = GaussianModel(MU, 0.6, decoding=Decoding(0.5, 0.25))
     x = torch.randn(3, 1, 2, 2, dtype=torch.float64)
     torch.testing.assert_close(model.decode(x), 0.5 * x + 0.25)
     torch.testing.assert_close(model.encode(model.decode(x)), x)

@@ -35,7 +35,7 @@ Deviations from the paper and from the released program:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -183,13 +183,17 @@ class SRPO:
             "positive": with_control(positive, batch.prompts, s.template),
             "negative": with_control(negative, batch.prompts, s.template),
         }
+
+        def judge(images: Tensor) -> tuple[Tensor, Tensor]:
+            return score_pair(reward, images, texts["positive"], texts["negative"])
+
         x0, rollout_noise = self._clean_latents(model, batch, rng)
         for j in range(s.n):
             eps = rollout_noise if rollout_noise is not None else rng.normal(f"inject-{j}", model.latent_shape).to(x0)
             for branch in s.branches:
                 levels = draw_levels(s, branch, rng, j)
                 last = j == s.n - 1 and branch == s.branches[-1]
-                value, metrics = self._branch_loss(model, reward, batch, texts, x0, eps, branch, levels)
+                value, metrics = self._branch_loss(model, judge, batch.cond, x0, eps, branch, levels)
                 yield Loss(value / (s.n * len(s.branches)), metrics, "policy" if last else None)
 
     def _clean_latents(self, model: Model, batch: Batch, rng: Random) -> tuple[Tensor, Tensor | None]:
@@ -219,14 +223,14 @@ class SRPO:
     def _branch_loss(
         self,
         model: Model,
-        reward: Reward,
-        batch: Batch,
-        texts: dict[str, list[str]],
+        judge: Callable[[Tensor], tuple[Tensor, Tensor]],
+        cond: Any,
         x0: Tensor,
         eps: Tensor,
         branch: Branch,
         levels: Levels,
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of one injection and branch, and its metrics; `judge`: images -> scores of both sides, (B,) each."""
         s = self.settings
         levels = Levels(*(x.to(x0) for x in levels))
         alpha_s, sigma_s = model.schedule(levels.start)
@@ -234,7 +238,7 @@ class SRPO:
         xs = add_noise(x0, eps, alpha_s, sigma_s)
 
         def predict(weights: str) -> Prediction:
-            pred = model.predict(xs, levels.told, batch.cond, guidance=s.guidance, weights=weights)
+            pred = model.predict(xs, levels.told, cond, guidance=s.guidance, weights=weights)
             if s.levels == "window":
                 return pred
             return from_velocity(xs, pred.eps - pred.x0, alpha_s, sigma_s)  # xs is at levels.start, not at levels.told
@@ -244,7 +248,7 @@ class SRPO:
                 reference = predict("reference")
         pred = predict("policy")
         x0hat = recover(pred, eps, alpha_e, sigma_e)
-        favoured, other = score_pair(reward, model.decode(x0hat), texts["positive"], texts["negative"])
+        favoured, other = judge(model.decode(x0hat))
         r = self._preference(branch, favoured, other, levels.position)
         loss = preference_loss(r, between(s.discount, levels.position), s.hinge)
         metrics = {

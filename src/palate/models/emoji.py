@@ -19,6 +19,7 @@ from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
 from palate.models import delta
 from palate.models.facts import Facts
+from palate.models.parts import Options
 from palate.models.vocabulary import known_words
 from palate.models.weights import NamedWeights
 from palate.path import Prediction, flow_schedule, from_velocity
@@ -50,6 +51,8 @@ FACTS = Facts(
     vae=AutoencoderTiny,
 )
 
+PLAIN = Options()
+
 
 class EmojiModel:
     """The `Model` protocol over the embedded weights, or over a folder of the same layout."""
@@ -67,12 +70,7 @@ class EmojiModel:
         text_encoder: CLIPTextModel,
         tokenizer: PreTrainedTokenizerFast,
         vae: AutoencoderTiny,
-        *,
-        training: str = "lora",
-        lora_rank: int = 16,
-        lora_alpha: float | None = None,
-        lora_targets: Sequence[str] | None = None,
-        names: Sequence[str] = ("policy",),
+        options: Options = PLAIN,
     ):
         self.folder: Path | None = None  # where the parts came from
         self.text_encoder = text_encoder.eval().requires_grad_(False)
@@ -80,14 +78,14 @@ class EmojiModel:
         self.vae = vae.eval().requires_grad_(False)
         self._fingerprint = _digest(unet, text_encoder, vae)
         self.latent_shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
-        self.training = training
+        self.training = options.training
         self.weights = NamedWeights(
             unet.eval(),
-            training=training,
-            rank=lora_rank,
-            alpha=lora_alpha,
-            targets=lora_targets or LORA_TARGETS,
-            names=names,
+            training=options.training,
+            rank=options.lora_rank,
+            alpha=options.lora_alpha,
+            targets=options.lora_targets or LORA_TARGETS,
+            names=options.names,
             facts=FACTS,
         )
         self._null = self._encode([""])
@@ -130,14 +128,7 @@ class EmojiModel:
             raise InputError(f"model.folder {folder} could not be read: {error}") from error
         if packed:
             parts[0].load_state_dict(delta.load(folder, parts[0].state_dict()))
-        model = cls(
-            *parts,
-            training=training,
-            lora_rank=lora_rank,
-            lora_alpha=lora_alpha,
-            lora_targets=lora_targets,
-            names=names,
-        )
+        model = cls(*parts, Options(training, lora_rank, lora_alpha, lora_targets, names))
         model.folder = folder
         return model
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +46,18 @@ def gaussian_ode(
     return alpha_next * mu + (q_next / q) ** 0.5 * (x - alpha * mu)
 
 
+class Decoding(NamedTuple):
+    """Images are `scale` x + `offset` of latents x."""
+
+    scale: float = 1.0
+    offset: float = 0.0
+
+
+AS_IT_IS = Decoding()
+
+
 class GaussianModel:
-    """`palate.core.Model` on N(mu, s^2 I); latents are images up to the affine map `decode_scale x + decode_offset`.
+    """`palate.core.Model` on N(mu, s^2 I); latents are images up to an affine map, `decoding`.
 
     `means` gives prompts their own mu; every other prompt, and the empty prompt of guidance, has `mean`. Guidance w
     then is exact too: it predicts N(mu_empty + w (mu_prompt - mu_empty), s^2 I). Decoded values are NOT clipped, so
@@ -65,8 +76,7 @@ class GaussianModel:
         means: Mapping[str, Tensor] | None = None,
         trains: Sequence[str] = ("velocity",),
         networks: Sequence[str] = ("policy",),
-        decode_scale: float = 1.0,
-        decode_offset: float = 0.0,
+        decoding: Decoding = AS_IT_IS,
     ):
         known = ("mean", "log_std", "velocity", "linear")
         if mean.ndim != 3 or not set(trains) <= set(known):
@@ -81,7 +91,7 @@ class GaussianModel:
         self.latent_shape: tuple[int, int, int] = (mean.shape[0], mean.shape[1], mean.shape[2])
         self.image_size, self.device = mean.shape[-1], mean.device
         self.trains = tuple(trains)
-        self.decode_scale, self.decode_offset = decode_scale, decode_offset
+        self.decoding = decoding
         self.networks = {name: self._network() for name in networks}
 
     def _network(self) -> nn.ParameterDict:
@@ -99,10 +109,10 @@ class GaussianModel:
         return torch.stack([self.means.get(p, self.mean) for p in prompts])
 
     def encode(self, images: Tensor) -> Tensor:
-        return (images - self.decode_offset) / self.decode_scale
+        return (images - self.decoding.offset) / self.decoding.scale
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.decode_scale * latents + self.decode_offset
+        return self.decoding.scale * latents + self.decoding.offset
 
     def predict(
         self, xt: Tensor, t: Tensor, cond: Tensor, *, guidance: float = 1.0, weights: str = "policy"

@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-from palate.optimize.loop import (
-    OracleError,
-    from_recipe,
-    identity_of,
-    newest_round,
-    optimize,
-    query_round,
-    round_sizes,
-)
+from palate.optimize.asking import OracleError, query_round
+from palate.optimize.loop import Search, newest_round, optimize, round_sizes
 from palate.optimize.oracles import (
     call_with_timeout,
     command_oracle,
@@ -20,6 +13,7 @@ from palate.optimize.oracles import (
     validate_scores,
 )
 from palate.optimize.queries import Pictures, Queries
+from palate.optimize.start import from_recipe, identity_of
 from palate.optimize.surrogate import (
     Features,
     Surrogate,
@@ -35,7 +29,7 @@ from palate.rewards.oracles import BUILT_IN, Oracle, colour_and_position, compre
 from palate.runtime.deprecated import old_names
 
 __all__ = [
-    "BUILT_IN", "Features", "Oracle", "OracleError", "Pictures", "Queries", "Surrogate", "call_with_timeout",
+    "BUILT_IN", "Features", "Oracle", "OracleError", "Pictures", "Queries", "Search", "Surrogate", "call_with_timeout",
     "colour_and_position", "command_oracle", "compressibility", "exact_reward", "fit_surrogate", "from_recipe",
     "http_oracle", "identity_of", "leave_one_out", "load_oracle", "mean_std", "newest_round", "noisy", "optimize",
     "query_round", "reward_features", "ridge_head", "round_sizes", "ucb_bonus", "validate_scores", "with_one",

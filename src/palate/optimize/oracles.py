@@ -45,8 +45,7 @@ def load_oracle(settings: OracleSettings, *, seed: int = 0) -> Oracle:
         return RemoteReward(
             settings.url,
             token,
-            timeout=settings.timeout,
-            retries=0,
+            patience=Patience(settings.timeout, retries=0),
             piece=settings.batch,
             concurrency=1,
             key="optimize.oracle.url",

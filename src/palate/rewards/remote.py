@@ -24,14 +24,16 @@ from torch import Tensor
 from palate.rewards.client import LOOPBACK, TOKEN, JsonClient, Patience, RemoteError
 from palate.runtime.images import encode_png, to_pixels
 
-__all__ = ["LOOPBACK", "TOKEN", "RemoteError", "RemoteReward", "load_remote"]
+__all__ = ["LOOPBACK", "TOKEN", "Patience", "RemoteError", "RemoteReward", "load_remote"]
+
+PATIENCE = Patience()
 
 
 class RemoteReward:
     """(images, prompts) -> (B,) float32 by POST to `url`. No gradient.
 
-    A batch is sent in pieces of at most `piece` images, at most `concurrency` at a time. `timeout` is in seconds and
-    holds for a whole try; between tries the wait doubles from `wait`, up to 30 s. `key` is what its errors name.
+    A batch is sent in pieces of at most `piece` images, at most `concurrency` at a time. `patience`: how long
+    and how often it tries. `key` is what its errors name.
     """
 
     def __init__(
@@ -39,14 +41,12 @@ class RemoteReward:
         url: str,
         token: str,
         *,
-        timeout: float = 120.0,
-        retries: int = 4,
-        wait: float = 0.5,
+        patience: Patience = PATIENCE,
         piece: int = 16,
         concurrency: int = 2,
         key: str = "reward.source.remote",
     ):
-        self.client = JsonClient(url, token, Patience(timeout, retries, wait), key=key)
+        self.client = JsonClient(url, token, patience, key=key)
         self.url, self.piece, self.concurrency = url, piece, concurrency
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

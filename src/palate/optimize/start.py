@@ -1,0 +1,74 @@
+"""`palate optimize`: what a checked recipe becomes, and what may change when it is continued."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from palate.core import Sampleable, TextCached, TwoTower
+from palate.optimize.loop import Search, optimize, round_sizes
+from palate.optimize.oracles import load_oracle
+from palate.optimize.surrogate import reward_features
+from palate.recipe import builder, reader
+from palate.recipe.settings import Recipe
+from palate.rewards.load import load_reward
+from palate.runtime import checkpoint
+from palate.runtime.errors import InputError
+from palate.runtime.files import json_digest, write_atomically
+from palate.train import Outcome
+
+
+def from_recipe(recipe: Recipe, *, say: Callable[[str], None] = print) -> Outcome:
+    """What `palate optimize` does with a checked recipe that has an `optimize` section."""
+    folder, settings = Path(recipe.run.folder), recipe.optimize
+    assert settings is not None, "asked of a recipe with that section"
+    checkpoint.check_space(folder, need=1 << 20)
+    oracle = load_oracle(settings.oracle, seed=recipe.trainer.seed)  # the cheap things that can be wrong come first
+    round_sizes(settings.budget, settings.rounds)
+    stored = folder / "recipe.yaml"
+    begun = reader.read(str(stored)) if stored.is_file() else recipe
+    if begun.optimize is None:
+        raise InputError(f"{folder} holds a run of palate train; choose another run.folder, or replace it with --fresh")
+    if identity_of(begun) != identity_of(recipe):
+        raise InputError(
+            f"{folder} was begun with other settings (its recipe.yaml); only how the oracle is reached "
+            "may change. Choose another run.folder, or replace it with --fresh, answers included"
+        )
+    prompts, preview = builder.prompts_of(recipe)
+    builder.check_start(recipe)
+    torch.manual_seed(recipe.trainer.seed)  # the LoRA's first weights
+    model = builder.build_model(recipe)
+    builder.load_consistency(recipe, model)
+    if isinstance(model, TextCached):
+        model.cache_prompts([*prompts, *preview])
+    write_atomically(stored, reader.dump(recipe).encode())
+    tower = load_reward(settings.features, settings.features_source)
+    assert isinstance(tower, TwoTower), "optimize.features names two-tower rewards only"
+    assert isinstance(model, Sampleable), "every family can be sampled"
+    search = Search(
+        model,
+        lambda: builder.build_algorithm(recipe),
+        oracle,
+        reward_features(tower, prompts),
+        prompts,
+        folder,
+        settings,
+        recipe.trainer,
+        sample=recipe.sample,
+        preview=preview,
+        identity=identity_of(recipe),
+    )
+    return optimize(search, say=say)
+
+
+def identity_of(recipe: Recipe) -> str:
+    """Hash of what decides the queries and the updates: not how the oracle is reached, nor how long one waits."""
+    tree = reader.as_tree(recipe)
+    ways = tree["optimize"]["oracle"]
+    oracle = {key: value for key, value in ways.items() if key in ("name", "function", "noise")}
+    kind = next((key for key in ("command", "url") if ways[key] is not None), None)
+    return json_digest(
+        [reader.fingerprint(recipe), recipe.trainer.steps, {**tree["optimize"], "oracle": [kind, oracle]}]
+    )
