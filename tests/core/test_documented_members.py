@@ -1,4 +1,4 @@
-"""core.py says what a model, a reward and an algorithm have: exactly that is enough, and nothing else is asked for."""
+"""palate.core says what a model, a reward and an algorithm have: exactly that is enough, and nothing else is asked for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from palate.recipe import GuardSettings
 PROTOCOLS = [
     kind
     for kind in vars(core).values()
-    if inspect.isclass(kind) and issubclass(kind, Protocol) and kind.__module__ == core.__name__
+    if inspect.isclass(kind) and issubclass(kind, Protocol) and kind.__module__.startswith(core.__name__)
 ]
 
 

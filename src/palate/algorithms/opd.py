@@ -35,8 +35,8 @@ from torch import Tensor
 from palate.core import Batch, Cond, Loss, Model, Random, Reward
 from palate.data import read_prompts
 from palate.path import Prediction, move
-from palate.runtime.distributed import max_over_ranks
 from palate.runtime.errors import InputError
+from palate.runtime.sharding import max_over_ranks
 from palate.sampling import random_step, state_kind, time_grid
 
 Target = Literal["x_next", "velocity", "x0"]

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from palate.runtime.distributed import shard_like
+from palate.runtime.sharding import shard_like
 
 
 def taken(parameters: Sequence[nn.Parameter]) -> list[Tensor]:

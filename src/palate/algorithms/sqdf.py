@@ -42,8 +42,8 @@ from torch import Tensor
 from palate.algorithms.replay_buffer import Draw, ReplayBuffer
 from palate.core import Batch, Cond, Loss, Model, Random, Reward
 from palate.path import Prediction, move
-from palate.runtime.distributed import max_over_ranks
 from palate.runtime.errors import InputError
+from palate.runtime.sharding import max_over_ranks
 from palate.sampling import shift_time, state_kind, transition_std
 
 _ROLLOUT = re.compile(r"rollout-([1-9][0-9]?)")

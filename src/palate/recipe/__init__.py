@@ -38,15 +38,14 @@ if TYPE_CHECKING:
         build_algorithm,
         build_model,
         build_reward,
-        check_start,
         guard_measure,
-        load_consistency,
         panel_of,
-        prompts_of,
         sampler_of,
     )
     from palate.recipe.identity import check_identity, identity_text, run_identity
     from palate.recipe.objective import Objective, control_words, objective_of
+    from palate.recipe.prompts import prompts_of
+    from palate.recipe.start import check_start, load_consistency
     from palate.rewards.load import load_reward
 
 # These need torch, transformers and diffusers; a recipe is read and checked without them.
@@ -58,14 +57,14 @@ _LATER = {
     "build_model": "palate.recipe.builder",
     "build_reward": "palate.recipe.builder",
     "check_identity": "palate.recipe.identity",
-    "check_start": "palate.recipe.builder",
+    "check_start": "palate.recipe.start",
     "control_words": "palate.recipe.objective",
     "guard_measure": "palate.recipe.builder",
-    "load_consistency": "palate.recipe.builder",
+    "load_consistency": "palate.recipe.start",
     "load_reward": "palate.rewards.load",
     "objective_of": "palate.recipe.objective",
     "panel_of": "palate.recipe.builder",
-    "prompts_of": "palate.recipe.builder",
+    "prompts_of": "palate.recipe.prompts",
     "run_identity": "palate.recipe.identity",
     "sampler_of": "palate.recipe.builder",
     "identity_text": "palate.recipe.identity",

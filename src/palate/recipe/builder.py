@@ -3,10 +3,8 @@ weights last."""
 
 from __future__ import annotations
 
-import importlib.resources
 import logging
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -22,29 +20,22 @@ from palate.core import (
     Model,
     Reward,
     Sampler,
-    TakesConsistency,
     TextCached,
     TwoTower,
     used_prompts,
 )
 from palate.data import (
     RecipeError,
-    captioned_images,
     check_images,
     encode_images,
-    evenly_spaced,
-    preference_pairs,
-    read_prompts,
 )
 from palate.evaluate.measurement import measure_for_guard
 from palate.evaluate.panel import EvaluationPanel, embedded_panel, published_panel
 from palate.models import families
-from palate.models.facts import Facts
-from palate.models.lora import find_file
-from palate.models.repository import open_repository
-from palate.models.saved import FILES, adapter_file
 from palate.recipe.objective import check_taste, reward_objective
+from palate.recipe.prompts import pictures_of, prompts_of
 from palate.recipe.settings import Recipe, RewardSettings
+from palate.recipe.start import check_start, load_consistency, start_folder
 from palate.recipe.together import AsksBlackBox, heldout_of, trained_names
 from palate.rewards.learned import BlackBox, Features, tower_features
 from palate.rewards.load import load_reward
@@ -91,21 +82,13 @@ class SamplesPosterior(Protocol):
     def posterior(self) -> bool: ...
 
 
-@runtime_checkable
-class UsesEstimator(Protocol):
-    """Settings of an algorithm that may ask the model for its consistency weights."""
-
-    @property
-    def estimator(self) -> str: ...
-
-
 def build(recipe: Recipe) -> Parts:
     """Load everything the recipe names."""
     if (lr := recipe.trainer.lr) >= LARGE_LR:
         logging.getLogger("palate").warning(
             "trainer.lr = %g: AdamW moves each weight by about that much per step; usual values are 1e-6 to 1e-3", lr
         )
-    captions, images = _pictures(recipe)
+    captions, images = pictures_of(recipe)
     check_images(images)
     prompts, preview = prompts_of(recipe, captions)
     check_start(recipe)
@@ -130,38 +113,6 @@ def build(recipe: Recipe) -> Parts:
     if latents is not None and recipe.prompts.pairs is not None:
         latents = latents.unflatten(0, (-1, 2))  # (N, 2, C, h, w)
     return Parts(model, build_algorithm(recipe), reward, list(prompts), preview, latents)
-
-
-def _pictures(recipe: Recipe) -> tuple[list[str] | None, list[Path | bytes]]:
-    """Captions and images of prompts.images or of prompts.pairs, the preferred image of a pair first; else neither."""
-    images: list[Path | bytes] = []
-    if recipe.prompts.images is not None:
-        found = captioned_images(Path(recipe.prompts.images))
-        images += [path for path, _ in found]
-        return [caption for _, caption in found], images
-    if recipe.prompts.pairs is None:
-        return None, images
-    pairs = [pair for pair in preference_pairs(recipe.prompts.pairs) if pair.preference != 0.5]
-    if not pairs:
-        raise RecipeError(f"prompts.pairs: {recipe.prompts.pairs} holds no pair with a preference")
-    for pair in pairs:
-        images += [pair.first, pair.second] if pair.preference > 0.5 else [pair.second, pair.first]
-    return [pair.prompt for pair in pairs], images
-
-
-def prompts_of(recipe: Recipe, captions: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
-    """What is trained on, the captions of images if there are any, and what previews draw.
-
-    evaluate.file is read too, so that a missing one does not show after the training.
-    """
-    if recipe.evaluate.file is not None:
-        try:
-            read_prompts(recipe.evaluate.file)
-        except RecipeError as error:
-            raise RecipeError(f"evaluate.file: {error}") from error
-    prompts = captions or recipe.prompts.list or read_prompts(recipe.prompts.file or "")
-    preview = read_prompts(recipe.prompts.preview) if recipe.prompts.preview else evenly_spaced(prompts)
-    return list(prompts), preview
 
 
 # --- judging --------------------------------------------------------------------------------------------------------
@@ -224,24 +175,14 @@ def build_model(recipe: Recipe) -> Model:
     if settings.lora_init == "gaussian":
         model.weights.draw_first_factor()
     if settings.start is not None and settings.weights == "lora":
-        start, reference = _start_folder(settings.start), settings.reference or "base"
+        start, reference = start_folder(settings.start), settings.reference or "base"
         model.weights.begin(start, rank=settings.lora_rank, alpha=settings.lora_alpha, reference=reference)
     elif settings.start is not None:
         try:
-            model.weights.load(_start_folder(settings.start), "policy")
+            model.weights.load(start_folder(settings.start), "policy")
         except (ValueError, SafetensorError) as error:
             raise InputError(f"model.start: {error}") from error
     return model
-
-
-def load_consistency(recipe: Recipe, model: Model) -> None:
-    """Give the model its consistency weights, if the algorithm asks for them."""
-    if not _wants_consistency(recipe):
-        return
-    if isinstance(model, TakesConsistency):
-        model.load_consistency(recipe.model.consistency)
-    else:
-        model.weights.add_frozen(recipe.model.consistency, "consistency")  # type: ignore[attr-defined]
 
 
 def load_teachers(recipe: Recipe, model: Model) -> None:
@@ -265,51 +206,3 @@ def head_features(recipe: Recipe) -> Features:
     tower = load_reward(candidates[0], recipe.reward.source.get(candidates[0]), recipe.reward.dtype)
     assert isinstance(tower, TwoTower), "the candidates are two-tower rewards"
     return tower_features(tower)
-
-
-def _wants_consistency(recipe: Recipe) -> bool:
-    return isinstance(recipe.algorithm, UsesEstimator) and recipe.algorithm.estimator == "consistency"
-
-
-def _start_folder(start: str) -> Path:
-    """A folder, or the name of one in the package."""
-    packaged = importlib.resources.files("palate") / "assets" / start
-    return Path(start) if Path(start).is_dir() or not packaged.is_dir() else Path(str(packaged))
-
-
-@runtime_checkable
-class HasFacts(Protocol):
-    """A family over a diffusers folder, which says what it is made of."""
-
-    facts: Facts
-
-
-def check_start(recipe: Recipe) -> None:
-    """model.start, and the LoRAs that the recipe names against the architecture of its folder, before weights load."""
-    settings, family = recipe.model, families.find(recipe.model.name).load_class()
-    start = None if settings.start is None else _start_folder(settings.start)
-    whole = start is not None and any((start / name).is_file() for name in FILES["full"])
-    if start is not None and settings.weights == "lora" and not whole:
-        find_file(start, "model.start")
-    elif start is not None:
-        try:
-            adapter_file(start, settings.weights)
-        except ValueError as error:
-            raise RecipeError(f"model.start: {error}") from error
-    if not isinstance(family, HasFacts) or settings.folder is None:
-        return
-    facts, consistency = family.facts, _wants_consistency(recipe)
-    if consistency and settings.consistency is None:
-        raise RecipeError(
-            "model.consistency: name the folder of an LCM-LoRA (pytorch_lora_weights.safetensors) "
-            f"for {settings.name}, or use another algorithm.estimator: tweedie, rollout-2"
-        )
-    started = start is not None and settings.weights == "lora"
-    if not started and not consistency:
-        return
-    denoiser = facts.denoiser
-    repository = open_repository(settings.folder, family=settings.name, parts={denoiser: facts.parts[denoiser]})
-    if started and start is not None:
-        repository.check_lora(facts, start, key="model.start", rank=settings.lora_rank)
-    if consistency and settings.consistency is not None:
-        repository.check_lora(facts, settings.consistency, key="model.consistency")

@@ -13,20 +13,16 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load, save, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from palate.runtime.deprecated import old_names
-from palate.runtime.errors import InputError, PalateError, PeerAbortedError, RankLostError
+from palate.runtime.errors import PalateError, PeerAbortedError, RankLostError
 
 T = TypeVar("T")
 
@@ -43,7 +39,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        with _peers():
+        with peers():
             lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
             dist.all_gather(lengths, torch.tensor([len(own)]))
             longest = int(max(lengths))
@@ -83,7 +79,7 @@ class Ranks:
         for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
             group = [tensor for tensor in tensors if tensor.dtype == dtype]
             flat = torch.cat([tensor.flatten() for tensor in group])
-            with _peers():
+            with peers():
                 dist.all_reduce(flat)
             flat /= self.size
             for tensor, mean in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
@@ -96,7 +92,7 @@ class Ranks:
         plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
         own = torch.frombuffer(bytearray(save(plain)), dtype=torch.uint8)
         lengths = self.all_gather_json(len(own))
-        with _peers():
+        with peers():
             if not self.is_main:
                 dist.send(own, 0)
                 return []
@@ -127,7 +123,7 @@ def process_group(*, timeout_seconds: float = 600) -> Iterator[Ranks]:
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     limit = datetime.timedelta(seconds=timeout_seconds)
-    with _peers():
+    with peers():
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=limit)
     try:
         yield ranks()
@@ -152,110 +148,9 @@ def orphaned() -> bool:
     return launcher is not None and os.getppid() != int(launcher)
 
 
-# Networks too large for one device: FSDP2
-
-
-def mesh(sharding: str) -> DeviceMesh:
-    """ "full": every rank holds a piece of everything. "hybrid": so inside a machine, with copies across machines."""
-    device, size = ("cuda" if torch.cuda.is_available() else "cpu"), dist.get_world_size()
-    if sharding == "full":
-        return init_device_mesh(device, (size,), mesh_dim_names=("shard",))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    if size % local:
-        raise InputError(
-            f"trainer.sharding: hybrid needs as many ranks on each machine; got {size}, {local} of them here"
-        )
-    return init_device_mesh(device, (size // local, local), mesh_dim_names=("replicate", "shard"))
-
-
-def shard(networks: Iterable[nn.Module], over: DeviceMesh) -> list[nn.Module]:
-    """Cut each network's parameters over the mesh, block by block; returns the different networks.
-
-    Parameters become DTensors, whole again only inside forward and backward of their block. Half-precision gradients
-    are reduced in float32.
-    """
-    different = list({id(network): network for network in networks}.values())
-    for network in different:
-        half = next(network.parameters()).dtype in (torch.bfloat16, torch.float16)
-        policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if half else None)
-        names = set(getattr(network, "_no_split_modules", None) or ())
-        blocks = [module for module in network.modules() if type(module).__name__ in names]
-        for module in (*reversed(blocks), network):  # inner blocks first; the root last
-            # resharded after every forward, the root's too: outside of it `parameters` must list the pieces
-            fully_shard(module, mesh=over, mp_policy=policy, reshard_after_forward=True)
-    return different
-
-
-def sync_gradients(networks: Iterable[nn.Module], now: bool) -> None:
-    """Whether the next backward of sharded networks reduces gradients over the ranks, or adds them up on each."""
-    for network in networks:
-        assert isinstance(network, FSDPModule), "only networks that `shard` has cut"
-        network.set_requires_gradient_sync(now)
-
-
-def gather(tensor: Tensor) -> Tensor:
-    """The whole tensor, on every rank; all ranks must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def shard_like(value: Tensor, target: Tensor) -> Tensor:
-    """`value` (whole, the same on every rank), cut as `target` is."""
-    if isinstance(target, DTensor) and not isinstance(value, DTensor):
-        return distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
-    return value
-
-
-def max_over_ranks(calls: int, weight: Tensor) -> int:
-    """The largest `calls` of all ranks if `weight` is cut over them, else `calls` as it is.
-
-    A sharded network gathers its pieces in every call, so a rank that has no work left must call it as often as the
-    others; what it computes then is thrown away. All ranks ask at the same place, before the calls.
-    """
-    return max(ranks().all_gather_json(calls)) if isinstance(weight, DTensor) else calls
-
-
-def global_norm(gradients: Sequence[Tensor]) -> float:
-    """The 2-norm of all of them together.
-
-    Summed in float64 and rounded to their own precision (at least float32), so it does not depend on how they are cut.
-    """
-    if not gradients:
-        return 0.0
-    pieces = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-    total = torch.stack([torch.linalg.vector_norm(piece, dtype=torch.float64).square() for piece in pieces]).sum()
-    if isinstance(gradients[0], DTensor):
-        with _peers():
-            dist.all_reduce(total, group=gradients[0].device_mesh.get_group("shard"))
-    return float(total.sqrt().to(torch.promote_types(gradients[0].dtype, torch.float32)))
-
-
-def full_state_dict(network: nn.Module) -> dict[str, Tensor]:
-    """The state of a sharded network in full tensors on the CPU, on every rank; all ranks must ask for it."""
-    return {name: gather(value).cpu().contiguous() for name, value in network.state_dict().items()}
-
-
-def save_network(network: nn.Module, state: Mapping[str, Tensor], folder: Path) -> None:
-    """Write a sharded network, whose `full_state_dict` is given, as a diffusers folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if callable(save_config := getattr(network, "save_config", None)):
-        save_config(folder)
-    save_file(dict(state), str(folder / "diffusion_pytorch_model.safetensors"), metadata={"format": "pt"})
-
-
 @contextlib.contextmanager
-def inside_networks() -> Iterator[None]:
-    """Inside, sharded networks may talk to other ranks on their own: a lost one shows as RankLostError here too."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, RankLostError) or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise
-        with _peers():
-            raise
-
-
-@contextlib.contextmanager
-def _peers() -> Iterator[None]:
+def peers() -> Iterator[None]:
+    """Inside, ranks talk to one another: what that raises is RankLostError."""
     try:
         yield
     except RuntimeError as error:  # dist.DistError and what gloo and nccl raise are RuntimeErrors
@@ -263,14 +158,4 @@ def _peers() -> Iterator[None]:
         raise RankLostError(f"another rank is lost ({reason}); continue with palate resume") from error
 
 
-__getattr__ = old_names(
-    __name__,
-    {
-        "full": gather,
-        "join": process_group,
-        "leave": exit_process,
-        "like": shard_like,
-        "most": max_over_ranks,
-        "whole": full_state_dict,
-    },
-)
+__getattr__ = old_names(__name__, {"join": process_group, "leave": exit_process})

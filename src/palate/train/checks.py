@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from palate.core import ComparesWords, HasNetworks, Model, Reward, Sampleable
 from palate.recipe import TrainerSettings
 from palate.rewards.combine import as_scores, as_tensor_reward
-from palate.runtime import distributed
 from palate.runtime.distributed import Ranks
 from palate.runtime.errors import InputError, OutOfMemoryError
 from palate.runtime.phases import tell
+from palate.runtime.sharding import mesh, shard
 from palate.train.steering import noise_images
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def shard_networks(model: Model, sharding: str, ranks: Ranks) -> list[nn.Module]
         raise InputError("trainer.sharding is for model.weights = full; with lora set it to none: ranks hold copies")
     if ranks.size == 1:
         raise InputError("trainer.sharding needs more than one rank; add --nproc, or start it with torchrun")
-    return distributed.shard(model.weights.networks.values(), distributed.mesh(sharding))
+    return shard(model.weights.networks.values(), mesh(sharding))
 
 
 def gradient_cause(

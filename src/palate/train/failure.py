@@ -16,7 +16,7 @@ from torch import Tensor
 
 from palate.core import Algorithm, Fingerprinted, Model, Random, Reward
 from palate.recipe import GuardSettings, TrainerSettings, check_trainer
-from palate.runtime import checkpoint, distributed
+from palate.runtime import checkpoint, sharding
 from palate.runtime.distributed import Ranks
 from palate.runtime.environment import versions
 from palate.runtime.errors import CheckpointError, NonFiniteError
@@ -81,7 +81,7 @@ class Failures:
         if not tensors:
             trained = self.weights.parameters.items()
             tensors = {f"weights/{name}/{i:04d}": p for name, ps in trained for i, p in enumerate(ps)}
-        tensors = {key: distributed.gather(value) for key, value in tensors.items()}
+        tensors = {key: sharding.gather(value) for key, value in tensors.items()}
         if samples.latents is not None:
             tensors["batch/latents"] = samples.latents
         recipe = self.folder / "recipe.yaml"

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from palate.core import Fingerprinted, Random
-from palate.runtime import distributed
+from palate.runtime import distributed, sharding
 from palate.runtime.errors import InputError
 from palate.runtime.images import grid
 from palate.runtime.progress import Progress
@@ -111,7 +111,7 @@ class Run:
                 self._first_look()
             while counters.step < steps and not counters.finished:
                 self.updater.check_gradient = not resume and counters.step == 0
-                with memory_advice(self.weights), distributed.inside_networks():
+                with memory_advice(self.weights), sharding.inside_networks():
                     self.advance()
                 stop.stepped = True
                 asked = signal.SIGTERM if distributed.orphaned() else stop.number

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from palate.core import DrawsOwnSamples, HasNetworks, Model, SavesAdapter
 from palate.evaluate import generate, pairs, write_samples
 from palate.recipe import SampleSettings
-from palate.runtime import checkpoint, distributed
+from palate.runtime import checkpoint, sharding
 from palate.runtime.distributed import Ranks
 from palate.runtime.files import new_folder
 from palate.runtime.images import encode_png, grid
@@ -61,13 +61,13 @@ def write_adapter(folder: Path, model: Model, weights: Weights, sharded: Sequenc
         if sharded:
             assert isinstance(model, HasNetworks), "only such a model can be sharded"
             networks = {name: model.weights.networks[name] for name in weights.parameters}
-            whole = {name: distributed.full_state_dict(network) for name, network in networks.items()}
+            whole = {name: sharding.full_state_dict(network) for name, network in networks.items()}
 
             def write_networks() -> None:
                 with new_folder(folder / "adapter") as temporary:
                     for name, network in networks.items():
                         place = temporary if name == "policy" else temporary / name
-                        distributed.save_network(network, whole[name], place)
+                        sharding.save_network(network, whole[name], place)
 
             ranks.on_main(write_networks)
         elif isinstance(model, SavesAdapter):

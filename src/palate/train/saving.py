@@ -13,7 +13,7 @@ import torch
 
 from palate.core import Fingerprinted, Model
 from palate.recipe import TrainerSettings
-from palate.runtime import checkpoint, distributed
+from palate.runtime import checkpoint, sharding
 from palate.runtime.distributed import Ranks
 from palate.runtime.environment import environment, versions
 from palate.runtime.errors import CheckpointError, InputError
@@ -76,7 +76,7 @@ class Saver:
 
     def save(self) -> None:
         """Write the checkpoint of this step; older ones go, but for the newest few and the guard's best."""
-        tensors = {key: distributed.gather(value) for key, value in self.weights.state_dict().items()}
+        tensors = {key: sharding.gather(value) for key, value in self.weights.state_dict().items()}
         state = {
             "trains": list(self.weights.parameters),
             "samples": self.counters.step * self.settings.batch_size,

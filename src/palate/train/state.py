@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from palate.core import Algorithm, Model, Stateful
 from palate.recipe import TrainerSettings
-from palate.runtime import checkpoint, distributed
+from palate.runtime import checkpoint, sharding
 from palate.runtime.distributed import Ranks
 from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.files import json_digest
@@ -160,7 +160,7 @@ class Replicas:
         total = self.ranks.size * len(states)
         first: dict[str, Tensor] = {}
         plain = checkpoint.flatten_state(states[0], "algorithm", first)
-        first = {key: distributed.gather(value) for key, value in first.items()}
+        first = {key: sharding.gather(value) for key, value in first.items()}
         if total == 1 or len(set(self._of_all([state_digest(state) for state in states]))) == 1:
             tensors |= first
             return {"shares": total, "algorithm": plain}
@@ -222,7 +222,7 @@ def _moments(parameters: Sequence[Tensor], tensors: Mapping[str, Tensor], prefix
             raise CheckpointError(f"{prefix}/{i:04d} of the checkpoint does not fit the model's parameter")
         if parts:
             moments[i] = {
-                part: value if part == "step" else distributed.shard_like(value, parameter)
+                part: value if part == "step" else sharding.shard_like(value, parameter)
                 for part, value in parts.items()
             }
     if sum(map(len, moments.values())) != sum(key.startswith(f"{prefix}/") for key in tensors):
@@ -233,14 +233,14 @@ def _moments(parameters: Sequence[Tensor], tensors: Mapping[str, Tensor], prefix
 @torch.no_grad()
 def _assign(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for target, value in zip(targets, values, strict=True):
-        target.copy_(distributed.shard_like(value, target))
+        target.copy_(sharding.shard_like(value, target))
 
 
 def state_digest(state: dict[str, Any]) -> str:
     """SHA-256 of a tree of tensors, numbers and texts."""
     tensors: dict[str, Tensor] = {}
     plain = checkpoint.flatten_state(state, "algorithm", tensors)
-    return json_digest([plain, tensors_digest({"": [distributed.gather(tensor) for tensor in tensors.values()]})])
+    return json_digest([plain, tensors_digest({"": [sharding.gather(tensor) for tensor in tensors.values()]})])
 
 
 def tensors_digest(named: Mapping[str, Sequence[Tensor] | Sequence[nn.Parameter]]) -> str:
@@ -249,6 +249,6 @@ def tensors_digest(named: Mapping[str, Sequence[Tensor] | Sequence[nn.Parameter]
     for name, tensors in named.items():
         digest.update(name.encode())
         for tensor in tensors:
-            whole = distributed.gather(tensor.detach())
+            whole = sharding.gather(tensor.detach())
             digest.update(whole.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from palate.core import Loss
-from palate.runtime import distributed
+from palate.runtime import sharding
 from palate.runtime.distributed import Ranks
 from palate.runtime.errors import InputError
 from palate.train.state import Weights
@@ -127,7 +127,7 @@ class Updater:
                 problem = f"the loss is {float(loss.value.detach())}"
             if self.sharded:  # their backward reduces over the ranks, so all ranks run it or none
                 problem = next((wrong for wrong in self.ranks.all_gather_json(problem) if wrong), "")
-                distributed.sync_gradients(self.sharded, loss.update is not None)
+                sharding.sync_gradients(self.sharded, loss.update is not None)
             if not problem:
                 averager.loss += float(loss.value.detach())
             if not problem or self.sharded:  # FSDP would keep an unfinished sum of gradients for the next step
@@ -147,7 +147,7 @@ class Updater:
         parameters = self.weights.parameters[name]
         self._average_gradients(parameters)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = distributed.global_norm(gradients)
+        norm = sharding.global_norm(gradients)
         if not problem and not math.isfinite(norm):
             problem = f"the norm of the {name} gradient is {norm}"
         if not problem and self.check_gradient and norm == 0.0:

@@ -1,0 +1,56 @@
+"""The protocols that models, rewards and algorithms meet at, and the one source of randomness.
+
+A model hides its parametrisation behind `predict`, a reward is a function, an algorithm is a generator of losses.
+
+`Model`, `Reward` and `Algorithm` are what every one of them must do. What some can do besides has a protocol of its
+own, with its name: it is enough to have the members, nothing needs to be inherited. Nothing outside this package asks
+an object for a member that no protocol lists.
+
+    a model may be      Sampleable, EncodesPictures, HasPosterior, PublishedGrid, Fingerprinted, TextCached,
+                        SavesAdapter, LoadsAdapter, TakesConsistency, HasNetworks          models.py
+    a reward may be     TwoTower, HasFeatures                                              rewards.py
+    an algorithm may be Stateful, Steerable, ComparesWords, DrawsOwnSamples, DrawsReference, Warns,
+                        ChecksBatch                                                        algorithms.py
+"""
+
+from __future__ import annotations
+
+from palate.core.algorithms import (
+    Algorithm,
+    Batch,
+    ChecksBatch,
+    ComparesWords,
+    DrawsOwnSamples,
+    DrawsReference,
+    Loss,
+    Sampler,
+    Stateful,
+    Steerable,
+    Warns,
+)
+from palate.core.models import (
+    Cond,
+    EncodesPictures,
+    Fingerprinted,
+    GuardMeasure,
+    HasNetworks,
+    HasPosterior,
+    LoadsAdapter,
+    Model,
+    Networks,
+    PublishedGrid,
+    Sampleable,
+    SavesAdapter,
+    TakesConsistency,
+    TextCached,
+)
+from palate.core.random import Random, prompt_order, used_prompts
+from palate.core.rewards import HasFeatures, Reward, TwoTower
+
+__all__ = [
+    "Algorithm", "Batch", "ChecksBatch", "ComparesWords", "Cond", "DrawsOwnSamples", "DrawsReference",
+    "EncodesPictures", "Fingerprinted", "GuardMeasure", "HasFeatures", "HasNetworks", "HasPosterior",
+    "LoadsAdapter", "Loss", "Model", "Networks", "PublishedGrid", "Random", "Reward", "Sampleable", "Sampler",
+    "SavesAdapter", "Stateful", "Steerable", "TakesConsistency", "TextCached", "TwoTower", "Warns", "prompt_order",
+    "used_prompts",
+]  # fmt: skip

@@ -1,0 +1,83 @@
+"""What training begins from: model.start, and the consistency weights that some estimators need."""
+
+from __future__ import annotations
+
+import importlib.resources
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from palate.core import Model, TakesConsistency
+from palate.data import RecipeError
+from palate.models import families
+from palate.models.facts import Facts
+from palate.models.lora import find_file
+from palate.models.repository import open_repository
+from palate.models.saved import FILES, adapter_file
+from palate.recipe.settings import Recipe
+
+
+@runtime_checkable
+class UsesEstimator(Protocol):
+    """Settings of an algorithm that may ask the model for its consistency weights."""
+
+    @property
+    def estimator(self) -> str: ...
+
+
+@runtime_checkable
+class HasFacts(Protocol):
+    """A family over a diffusers folder, which says what it is made of."""
+
+    facts: Facts
+
+
+def check_start(recipe: Recipe) -> None:
+    """model.start, and the LoRAs that the recipe names against the architecture of its folder, before weights load."""
+    settings, family = recipe.model, families.find(recipe.model.name).load_class()
+    start = None if settings.start is None else start_folder(settings.start)
+    whole = start is not None and any((start / name).is_file() for name in FILES["full"])
+    if start is not None and settings.weights == "lora" and not whole:
+        find_file(start, "model.start")
+    elif start is not None:
+        try:
+            adapter_file(start, settings.weights)
+        except ValueError as error:
+            raise RecipeError(f"model.start: {error}") from error
+    if not isinstance(family, HasFacts) or settings.folder is None:
+        return
+    facts, consistency = family.facts, wants_consistency(recipe)
+    if consistency and settings.consistency is None:
+        raise RecipeError(
+            "model.consistency: name the folder of an LCM-LoRA (pytorch_lora_weights.safetensors) "
+            f"for {settings.name}, or use another algorithm.estimator: tweedie, rollout-2"
+        )
+    started = start is not None and settings.weights == "lora"
+    if not started and not consistency:
+        return
+    denoiser = facts.denoiser
+    repository = open_repository(settings.folder, family=settings.name, parts={denoiser: facts.parts[denoiser]})
+    if started and start is not None:
+        repository.check_lora(facts, start, key="model.start", rank=settings.lora_rank)
+    if consistency and settings.consistency is not None:
+        repository.check_lora(facts, settings.consistency, key="model.consistency")
+
+
+def load_consistency(recipe: Recipe, model: Model) -> None:
+    """Give the model its consistency weights, if the algorithm asks for them."""
+    if not wants_consistency(recipe):
+        return
+    if isinstance(model, TakesConsistency):
+        model.load_consistency(recipe.model.consistency)
+    else:
+        model.weights.add_frozen(recipe.model.consistency, "consistency")  # type: ignore[attr-defined]
+
+
+def wants_consistency(recipe: Recipe) -> bool:
+    """Whether the algorithm asks the model for its consistency weights."""
+    return isinstance(recipe.algorithm, UsesEstimator) and recipe.algorithm.estimator == "consistency"
+
+
+def start_folder(start: str) -> Path:
+    """A folder, or the name of one in the package."""
+    packaged = importlib.resources.files("palate") / "assets" / start
+    return Path(start) if Path(start).is_dir() or not packaged.is_dir() else Path(str(packaged))
