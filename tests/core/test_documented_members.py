@@ -1,4 +1,4 @@
-"""palate.core says what a model, a reward and an algorithm have: exactly that is enough, and nothing else is asked for."""
+"""palate.core says what a model, a reward and an algorithm have: that is enough, and nothing else is asked for."""
 
 from __future__ import annotations
 
