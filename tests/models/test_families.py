@@ -23,11 +23,14 @@ import palate
 from palate import recipe
 from palate.models import (
     aura_flow,
+    chroma,
     families,
     flux,
     flux2,
+    krea2,
     pixart,
     qwen_image,
+    qwen_image_21,
     repository,
     sana,
     sdxl,
@@ -60,9 +63,22 @@ def diffusers_sample(name, pipeline, noise, guidance, size=(SIZE, SIZE)):
     if name.startswith("flux2"):
         call |= {"max_sequence_length": 256 if name == "flux2-dev" else 48}
         guidance = 2.5 if name == "flux2-dev" else guidance
+    elif name == "qwen-image-21":  # which wants one call per length of prompt
+        options = {"true_cfg_scale": guidance, "negative_prompt": " "} if guidance != 1.0 else {}
+        found = [
+            pipeline(**{**call, "prompt": prompt}, **options, latents=row.flatten(1).T[None]).images
+            for prompt, row in zip(PROMPTS, noise, strict=True)
+        ]
+        return torch.cat(found).transpose(1, 2).unflatten(2, noise.shape[2:])
+    elif name.startswith("krea2"):
+        call |= {"guidance_scale": guidance - 1, "max_sequence_length": 256}
+        return unpack(pipeline(**call, latents=pack(noise)).images, noise.shape)
+    elif name == "chroma":
+        patches = pipeline(**call, latents=pack(noise), guidance_scale=guidance, max_sequence_length=32).images
+        return unpack(patches, noise.shape)
     elif name == "qwen-image":
         options = {"true_cfg_scale": guidance, "negative_prompt": [" "] * 2} if guidance != 1.0 else {}
-        patches = pipeline(**call, **options, latents=pack(noise), max_sequence_length=64).images
+        patches = pipeline(**call, **options, latents=pack(noise), max_sequence_length=256).images
         return unpack(patches, noise.shape)
     elif name.startswith("flux"):
         patches = pipeline(
@@ -95,8 +111,10 @@ def test_samples_equal_the_pipelines(name):
     _, pipeline = saved(name)
     model = load(name, distilled_guidance=2.5) if name.startswith("flux") else load(name)
     noise = noise_for(model)
+    one, other = model.encode_prompts(PROMPTS)[0]
+    assert not torch.allclose(one, other, atol=1e-3)  # the words are read, not only what stands around them
     for guidance in (1.0,) if name in UNGUIDED else (1.0, 3.0):
-        theirs = normalised(model, diffusers_sample(name, pipeline, noise, guidance))
+        theirs = normalised(model, diffusers_sample(name, pipeline, noise, guidance, model.image_size))
         with torch.no_grad():
             ours = sample(model, model.encode_prompts(PROMPTS), noise, STEPS, guidance=guidance)
         assert torch.allclose(ours, theirs, atol=1e-4, rtol=1e-4), (guidance, float((ours - theirs).abs().max()))
@@ -118,7 +136,7 @@ def normalised(model, latents):
 
 
 OBLONG = [16, 24]  # height, width
-SIMILAR = ("stable-diffusion-v", "flux-schnell", "pixart-sigma", "flux2-base", "flux2-dev")
+SIMILAR = ("krea2-turbo", "stable-diffusion-v", "flux-schnell", "pixart-sigma", "flux2-base", "flux2-dev")
 ONE_OF_EACH = [name for name in FAMILIES if name not in SIMILAR]
 
 
@@ -127,14 +145,15 @@ def test_oblong_samples_equal_the_pipelines(name):
     """Positions, SDXL's and PixArt's told sizes and FLUX's shift follow height and width, each in its place."""
     _, pipeline = saved(name)
     options = {"distilled_guidance": 2.5} if name == "flux" else {}
-    model = load(name, image_size=OBLONG, training="none", **options)
+    size = [side * FAMILIES[name].scale for side in OBLONG]
+    model = load(name, image_size=size, training="none", **options)
     noise = noise_for(model)
     assert noise.shape[-1] * 2 == noise.shape[-2] * 3
     guidance = 1.0 if name in UNGUIDED else 3.0
-    theirs = normalised(model, diffusers_sample(name, pipeline, noise, guidance, OBLONG))
+    theirs = normalised(model, diffusers_sample(name, pipeline, noise, guidance, size))
     with torch.no_grad():
         ours = sample(model, model.encode_prompts(PROMPTS), noise, STEPS, guidance=guidance)
-        assert model.decode(ours).shape == (2, 3, *OBLONG)
+        assert model.decode(ours).shape == (2, 3, *size)
     assert torch.allclose(ours, theirs, atol=1e-4, rtol=1e-4), float((ours - theirs).abs().max())
 
 
@@ -162,9 +181,12 @@ def test_decoded_images_equal_the_pipelines(name):
         raw = pipeline.vae.decode(model.facts.layout.unfolded(latents * std + mean)).sample
         raw = raw[:, :, 0] if raw.ndim == 5 else raw
         theirs = pipeline.image_processor.postprocess(raw, output_type="pt")
+        if theirs.shape[1] == 4:  # on white
+            theirs = theirs[:, :3] * theirs[:, 3:] + 1 - theirs[:, 3:]
         ours = model.decode(latents)
         again = model.encode(ours)
         inputs = 2 * ours - 1
+        inputs = torch.cat([inputs, torch.ones_like(inputs[:, :1])], 1) if raw.shape[1] == 4 else inputs
         inputs = inputs.unsqueeze(2) if model.facts.layout.frames else inputs
         encoded = pipeline.vae.encode(inputs)
         posterior = encoded.latent if "latent" in encoded else encoded.latent_dist.mode()
@@ -419,6 +441,9 @@ REAL = {  # network, its published configuration, family, parameters, modules th
     "pixart-1024": (pixart.PixArtTransformer2DModel, PIXART, pixart, 611_349_152, 224),
     "aura-flow": (diffusers.AuraFlowTransformer2DModel, {"pos_embed_max_size": 4096}, aura_flow, 6_842_876_928, 160),
     "qwen-image": (diffusers.QwenImageTransformer2DModel, {}, qwen_image, 20_430_401_088, 480),
+    "qwen-image-2.1": (diffusers.QwenImage21Transformer2DModel, {}, qwen_image_21, 7_115_124_736, 128),
+    "krea2": (diffusers.Krea2Transformer2DModel, {}, krea2, 12_820_073_036, 128),
+    "chroma1": (diffusers.ChromaTransformer2DModel, {}, chroma, 8_899_983_424, 342),
     "sana": (diffusers.SanaTransformer2DModel, {}, sana, 1_604_462_752, 160),
     "flux2-klein-4b": (diffusers.Flux2Transformer2DModel, KLEIN_4B, flux2, 3_875_544_576, 100),
     "flux2-klein-9b": (diffusers.Flux2Transformer2DModel, KLEIN_9B, flux2, 9_078_581_248, 144),

@@ -12,7 +12,7 @@ from palate.plan import Unit
 from palate.plan.memory import memory_of
 from palate.runtime.errors import InputError
 
-NAMES = [n for n in FAMILIES if not n.endswith(("-v", "-schnell", "-sigma", "-base", "-dev"))]
+NAMES = [n for n in FAMILIES if not n.endswith(("-v", "-schnell", "-sigma", "-base", "-dev", "-turbo"))]
 # Smallest cosine of the two gradients, on random networks 16 to 32 wide. Published ones are a hundred times wider, and
 # errors of single weights cancel: these are the hard case.
 LIMITS = {"nf4": 0.96, "int8": 0.999, "fp8": 0.99}

@@ -18,7 +18,7 @@ from palate.runtime.errors import InputError
 
 RANK, ALPHA = 4, 10.0
 # of the families with several tiny pipelines, one
-NAMES = [name for name in FAMILIES if name not in ("stable-diffusion-v", "flux-schnell", "pixart-sigma")]
+NAMES = [name for name in FAMILIES if name not in ("stable-diffusion-v", "flux-schnell", "pixart-sigma", "krea2-turbo")]
 TIMES = torch.tensor([0.8, 0.4])
 
 

@@ -20,14 +20,18 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
+    AutoencoderKLQwenImage21,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    Krea2Transformer2DModel,
     PixArtTransformer2DModel,
     PNDMScheduler,
+    QwenImage21Transformer2DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
@@ -49,6 +53,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -57,10 +64,13 @@ from transformers import (
 )
 
 from palate.models.aura_flow import AuraFlow
+from palate.models.chroma import Chroma
 from palate.models.flux import Flux
 from palate.models.flux2 import Flux2
+from palate.models.krea2 import Krea2
 from palate.models.pixart import PixArt
 from palate.models.qwen_image import QwenImage
+from palate.models.qwen_image_21 import QwenImage21
 from palate.models.sana import Sana
 from palate.models.sd3 import StableDiffusion3
 from palate.models.sdxl import StableDiffusionXL
@@ -77,6 +87,7 @@ class Family(NamedTuple):
     pipeline: Callable[[], Any]
     load: dict[str, Any]  # what a tiny one needs beside the folder
     adapted: int  # modules that the default LoRA targets match
+    scale: int = 1  # its images are so many times SIZE
 
 
 def clip_tokenizer() -> CLIPTokenizer:
@@ -352,15 +363,6 @@ def qwen_image() -> diffusers.QwenImagePipeline:
         joint_attention_dim=16,
         axes_dims_rope=(4, 6, 6),
     )
-    autoencoder = AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 2],
-        num_res_blocks=1,
-        temperal_downsample=[True],
-        latents_mean=[0.1, -0.2, 0.3, 0.0],
-        latents_std=[1.5, 0.8, 1.1, 2.0],
-    )
     text = {
         "vocab_size": 4 + len(LETTERS),
         "hidden_size": 16,
@@ -373,7 +375,126 @@ def qwen_image() -> diffusers.QwenImagePipeline:
     vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 16}
     encoder = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True, max_shift=0.9)
-    return diffusers.QwenImagePipeline(scheduler, autoencoder, encoder, qwen_tokenizer(), network)
+    return diffusers.QwenImagePipeline(scheduler, qwen_vae(), encoder, qwen_tokenizer(), network)
+
+
+def qwen_vae() -> AutoencoderKLQwenImage:
+    return AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 2],
+        num_res_blocks=1,
+        temperal_downsample=[True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.8, 1.1, 2.0],
+    )
+
+
+def qwen_vl(layers: int, kind: type = Qwen3VLModel) -> Any:
+    text = {
+        "vocab_size": 8 + len(LETTERS),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0},
+    }
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1, "out_hidden_size": 16}
+    model: Any = kind(Qwen3VLConfig(text_config=text, vision_config={**vision, "deepstack_visual_indexes": [0]}))
+    language = model.language_model if kind is Qwen3VLModel else model.model.language_model
+    torch.nn.init.uniform_(language.norm.weight, 0.3, 3.0)  # born as ones, it would leave no trace
+    return model
+
+
+def krea2(distilled: bool = False) -> diffusers.Krea2Pipeline:
+    network = Krea2Transformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        timestep_embed_dim=16,
+        text_hidden_dim=16,
+        num_text_layers=3,
+        text_num_attention_heads=2,
+        text_num_key_value_heads=2,
+        text_intermediate_size=32,
+        num_layerwise_text_blocks=1,
+        num_refiner_text_blocks=1,
+        axes_dims_rope=(4, 6, 6),
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=6400)
+    return diffusers.Krea2Pipeline(
+        scheduler,
+        qwen_vae(),
+        qwen_vl(layers=4),
+        qwen_tokenizer(),
+        network,
+        text_encoder_select_layers=(1, 2, 4),
+        is_distilled=distilled,
+    )
+
+
+def words_of_a_processor() -> Any:
+    """A tokenizer that answers as the processor around it does: its image half needs a library that is not here."""
+    asked = {
+        "tokenizer": property(lambda self: self),
+        "apply_chat_template": lambda self, *args, **named: [Qwen2Tokenizer.apply_chat_template(self, *args, **named)],
+    }
+    tokens = ["<|endoftext|>", "Ġ", "Ċ", ":", "<", ">", "|", *LETTERS]
+    made = type("Qwen2Tokenizer", (Qwen2Tokenizer,), asked)(vocab={t: i for i, t in enumerate(tokens)}, merges=[])
+    made.add_tokens(["<|image_pad|>"], special_tokens=True)
+    made.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content[0].text }}<|im_end|>\n{% endfor %}"
+    )
+    return made
+
+
+def qwen_image_21(sigmas: list[float] | None = None) -> diffusers.QwenImage21Pipeline:
+    network = QwenImage21Transformer2DModel(
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        context_in_dim=16,
+        axes_dims_rope=(4, 6, 6),
+    )
+    autoencoder = AutoencoderKLQwenImage21(
+        base_dim=4,
+        decoder_base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 2, 2],
+        num_res_blocks=1,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.8, 1.1, 2.0],
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_image_seq_len=8192, max_shift=0.9)
+    encoder = qwen_vl(layers=2, kind=Qwen3VLForConditionalGeneration)
+    return diffusers.QwenImage21Pipeline(
+        scheduler, autoencoder, encoder, words_of_a_processor(), network, sample_sigmas=sigmas
+    )
+
+
+def chroma() -> diffusers.ChromaPipeline:
+    network = ChromaTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(2, 2, 4),
+        approximator_num_channels=16,
+        approximator_hidden_dim=16,
+        approximator_layers=1,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    autoencoder = vae(scaling_factor=0.3611, shift_factor=0.1159)
+    return diffusers.ChromaPipeline(scheduler, autoencoder, t5(), t5_tokenizer(), network)
 
 
 def sana() -> diffusers.SanaPipeline:
@@ -454,7 +575,11 @@ FAMILIES = {
     "flux2-klein": Family(Flux2, flux2, {"text_tokens": 48, "image_size": SIZE}, 16),
     "flux2-base": Family(Flux2, lambda: flux2("base"), {"text_tokens": 48, "image_size": SIZE}, 16),
     "flux2-dev": Family(Flux2, lambda: flux2("dev"), {"text_tokens": 256, "image_size": SIZE}, 16),
-    "qwen-image": Family(QwenImage, qwen_image, {"text_tokens": 64, "image_size": SIZE}, 16),
+    "qwen-image": Family(QwenImage, qwen_image, {"text_tokens": 256, "image_size": SIZE}, 16),
+    "qwen-image-21": Family(QwenImage21, qwen_image_21, {"text_tokens": 100, "image_size": 4 * SIZE}, 8, 4),
+    "krea2": Family(Krea2, krea2, {"text_tokens": 256, "image_size": SIZE}, 16),
+    "krea2-turbo": Family(Krea2, lambda: krea2(distilled=True), {"text_tokens": 256, "image_size": SIZE}, 16),
+    "chroma": Family(Chroma, chroma, {"text_tokens": 32, "image_size": SIZE}, 15),
     "sana": Family(Sana, sana, {"text_tokens": 32, "image_size": SIZE}, 16),
     "z-image": Family(ZImage, z_image, {"text_tokens": 48, "image_size": SIZE}, 16),
 }

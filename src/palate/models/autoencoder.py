@@ -8,13 +8,18 @@ from functools import partial, reduce
 from typing import Any
 
 import torch
-from diffusers import AutoencoderDC
+from diffusers import AutoencoderDC, AutoencoderKLQwenImage21
 from diffusers.models.autoencoders.autoencoder_dc import DCUpBlock2d, EfficientViTBlock, ResBlock
 from diffusers.models.autoencoders.autoencoder_dc import Decoder as DCDecoder
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import (
     QwenImageDecoder3d,
     QwenImageResample,
     QwenImageResidualBlock,
+)
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage21 import (
+    QwenImage21Decoder3d,
+    QwenImage21Resample,
+    QwenImage21ResidualBlock,
 )
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
@@ -58,11 +63,13 @@ class LatentLayout:
     """How a family arranges its VAE's latents.
 
     fold: side of the square of VAE latents whose channels are stacked in one latent. frames: the VAE takes videos, an
-    image is one frame. statistics: vae -> (std, mean), each (1,) or one per channel after folding.
+    image is one frame. alpha: its images have a fourth channel, how opaque a pixel is; ours are opaque, and what it
+    decodes is put on white. statistics: vae -> (std, mean), each (1,) or one per channel after folding.
     """
 
     fold: int = 1
     frames: bool = False
+    alpha: bool = False
     statistics: Callable[[Any], tuple[Tensor, Tensor]] = scale_and_shift
 
     def folded(self, latents: Tensor) -> Tensor:
@@ -106,6 +113,8 @@ PIECES = (
     Upsample2D,
     QwenImageResidualBlock,
     QwenImageResample,
+    QwenImage21ResidualBlock,
+    QwenImage21Resample,
     ResBlock,
     EfficientViTBlock,
     DCUpBlock2d,
@@ -126,7 +135,7 @@ def recompute_pieces(decoder: Any, run: Callable[..., Any]) -> None:
     for module in decoder.modules():
         if isinstance(module, PIECES):
             module.forward = piece(module.forward)
-    if isinstance(decoder, QwenImageDecoder3d):
+    if isinstance(decoder, QwenImageDecoder3d | QwenImage21Decoder3d):
         last = [decoder.norm_out, decoder.nonlinearity, decoder.conv_out]
     elif isinstance(decoder, DCDecoder):  # its norm is told the channels last
         last = [decoder.conv_act, decoder.conv_out]
@@ -146,14 +155,30 @@ def decode_with(vae: Any, layout: LatentLayout, latents: Tensor) -> Tensor:
     """
     inside = layout.unfolded(latents)
     if layout.frames:
-        return vae.decoder(vae.post_quant_conv(inside))[:, :, 0]
-    return vae.decode(inside).sample
+        first: dict[str, bool] = {"first_chunk": True} if isinstance(vae, AutoencoderKLQwenImage21) else {}
+        images = vae.decoder(vae.post_quant_conv(inside), **first)[:, :, 0]
+    else:
+        images = vae.decode(inside).sample
+    return on_white(images) if layout.alpha else images
+
+
+def on_white(images: Tensor) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] of images with a fourth channel, -1 = transparent: what is seen on white paper."""
+    colours, opacity = images[:, :3].clamp(-1, 1), images[:, 3:].clamp(-1, 1).add(1).div(2)
+    return 1 + opacity * (colours - 1)
 
 
 def encode_with(vae: Any, layout: LatentLayout, images: Tensor) -> Tensor:
     """Arranged latents, not normalised, of images (B, 3, H, W) in [-1, 1]: the mean of the encoder's Gaussian."""
-    encoded = vae.encode(images.unsqueeze(2) if layout.frames else images)
+    encoded = vae.encode(as_taken(layout, images))
     return layout.folded(encoded.latent if isinstance(vae, AutoencoderDC) else encoded.latent_dist.mode())
+
+
+def as_taken(layout: LatentLayout, images: Tensor) -> Tensor:
+    """Images (B, 3, H, W) in [-1, 1] as the VAE takes them: opaque where it asks, one frame of a video."""
+    if layout.alpha:
+        images = torch.cat([images, torch.ones_like(images[:, :1])], 1)
+    return images.unsqueeze(2) if layout.frames else images
 
 
 class Autoencoder:
@@ -186,8 +211,7 @@ class Autoencoder:
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation (B, C, h, w) of the encoder's Gaussian. InputError: it has none."""
-        images = (images * 2 - 1).to(self.device, self.dtype)
-        encoded = self.vae.encode(images.unsqueeze(2) if self.layout.frames else images)
+        encoded = self.vae.encode(as_taken(self.layout, (images * 2 - 1).to(self.device, self.dtype)))
         if hasattr(encoded, "latent"):  # AutoencoderDC's
             raise InputError("this model's autoencoder is deterministic; set algorithm.posterior=false")
         mean, std = (self.layout.folded(x).float() for x in (encoded.latent_dist.mean, encoded.latent_dist.std))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from palate.models.autoencoder import Autoencoder, ImageSize, channels_of, factor_of, latent_shape, sides
 from palate.models.facts import Facts, NetworkCall
 from palate.models.repository import Repository
+from palate.models.repository_checks import READERS
 from palate.models.text_cache import Encode, TextCache
 from palate.models.weights import NamedWeights
 from palate.runtime.errors import InputError
@@ -214,7 +215,7 @@ def _text_cache(
     precision: torch.dtype,
     where: torch.device,
 ) -> TextCache:
-    read = [p for p in repository.index if p in repository and p.startswith(("text_encoder", "tokenizer"))]
+    read = [p for p in repository.index if p in repository and p.startswith(("text_encoder", *READERS))]
     key = f"{family} {text.limit} {options.dtype} {repository.version(read)}"
     key += f" {options.quantize}" if options.quantize else ""
     return TextCache(

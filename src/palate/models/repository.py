@@ -17,7 +17,6 @@ import diffusers
 import torch
 from diffusers import ModelMixin
 from huggingface_hub import HfApi, errors, snapshot_download
-from safetensors import SafetensorError
 from torch import nn
 
 from palate.models import lora
@@ -26,6 +25,8 @@ from palate.models.facts import Facts
 from palate.models.families import LoadOptions
 from palate.models.quantised import quantise
 from palate.models.repository_checks import (
+    READERS,
+    READING_ERRORS,
     WEIGHTS,
     check_file,
     check_header,
@@ -96,7 +97,7 @@ class Repository:
                 if (variant := self.variant(part)) is not None:
                     options["variant"] = variant
                 network = kind.from_pretrained(self.source, subfolder=part, use_safetensors=True, **options)
-        except (OSError, SafetensorError, RuntimeError, LookupError, AttributeError, TypeError) as error:
+        except READING_ERRORS as error:
             what = file or f"{self.source}, {part}"
             why = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"{what}: cannot be read as {kind.__name__}; is it another model's? ({why})") from error
@@ -164,9 +165,9 @@ def open_repository(
     for part, kind in parts.items():
         if part in repository or part not in optional:
             _check_part(repository, source, part, kind, family)
-    weighty = [p for p in parts if p in repository and not p.startswith(("tokenizer", "scheduler"))]
+    weighty = [p for p in parts if p in repository and not p.startswith((*READERS, "scheduler"))]
     for part in parts:
-        if part in repository and not part.startswith("tokenizer"):
+        if part in repository and not part.startswith(READERS):
             check_quantised(source, part, repository.config(part))
     if file is not None:
         weighty = [p for p in weighty if p not in ("unet", "transformer")]

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors import SafetensorError, safe_open
 
 from palate.models import families
@@ -16,6 +17,16 @@ from palate.runtime.errors import InputError
 # a part's weights: whole or in shards, plain or as the variant fp16
 WEIGHTS = re.compile(
     r"(model|diffusion_pytorch_model)(?P<first>\.fp16)?(-\d+-of-(?P<shards>\d+))?(?P<last>\.fp16)?\.safetensors"
+)
+READERS = ("tokenizer", "processor")  # parts without weights that turn prompts into tokens
+READING_ERRORS = (
+    OSError,
+    SafetensorError,
+    SingleFileComponentError,
+    RuntimeError,
+    LookupError,
+    AttributeError,
+    TypeError,
 )
 OTHER_TASKS = re.compile(r"Inpaint|Img2Img|Edit|Pix2Pix|ControlNet|Upscale|Fill|Layered|KleinKV")  # in pipelines' names
 

@@ -7,6 +7,7 @@ spacing begins at t = .982, SD3 applies its shift twice at the clean end, FLUX's
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -57,15 +58,24 @@ def vp_prediction(kind: str, xt: Tensor, output: Tensor, alpha: Tensor, sigma: T
 
 
 def flow_times(
-    scheduler: FlowMatchEulerDiscreteScheduler, steps: int, *, patches: int, even: bool, mu: float | None = None
+    scheduler: FlowMatchEulerDiscreteScheduler,
+    steps: int,
+    *,
+    patches: int,
+    even: bool,
+    mu: float | None = None,
+    sigmas: Sequence[float] | None = None,
 ) -> Tensor:
     """Times (steps + 1,), float64, from 1 to 0. patches: the image's tokens, for shifts that depend on its size.
 
     mu: log of a shift that the family has its own rule for; None = linear in the tokens (`size_shift`).
     even: the pipeline gives the scheduler sigmas 1, ..., 1/steps (FLUX, Z-Image) instead of its own range (SD3).
+    sigmas: others that the pipeline gives it.
     """
     config = scheduler.config
-    options: dict[str, Any] = {"sigmas": np.linspace(1.0, 1 / steps, steps)} if even else {"num_inference_steps": steps}
+    options: dict[str, Any] = {"num_inference_steps": steps}
+    if even or sigmas is not None:
+        options = {"sigmas": np.linspace(1.0, 1 / steps, steps) if sigmas is None else list(sigmas)}
     if config.use_dynamic_shifting:
         options["mu"] = math.log(size_shift(config, patches)) if mu is None else mu
     scheduler.set_timesteps(**options)
