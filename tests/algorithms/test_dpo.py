@@ -12,7 +12,7 @@ from PIL import Image
 from support.gaussian import VP, C, D, linear, model_of
 
 from palate import recipe
-from palate.algorithms.dpo import DPO, DPOSettings, calls_per_update, dpo_loss, excess_error
+from palate.algorithms.dpo import DPO, DPOSettings, calls_per_update, dpo_loss, excess_error, pair_loss
 from palate.core import Batch, Random
 from palate.path import add_noise, flow_schedule
 from palate.sampling import sample
@@ -127,7 +127,7 @@ def test_calls():
     assert [model.forward, model.backward, model.decoded] == [2 * calls[k] for k in ("forward", "backward", "decode")]
 
 
-def test_pairs_of_a_recipe_arrive_preferred_first_without_the_ties(tmp_path, monkeypatch):
+def test_pairs_of_a_recipe_arrive_preferred_first_without_the_ties(tmp_path, monkeypatch, caplog):
     rows = [("a.png", "b.png", [0, 1]), ("b.png", "a.png", [1, 0]), ("a.png", "b.png", [1, 1])]
     for name, grey in (("a.png", 50), ("b.png", 200)):
         Image.fromarray(np.full((4, 4, 3), grey, np.uint8)).save(tmp_path / name)
@@ -142,6 +142,7 @@ def test_pairs_of_a_recipe_arrive_preferred_first_without_the_ties(tmp_path, mon
     parts = recipe.build(recipe.parse(text))
     assert parts.prompts == ["cat 0", "cat 1"] and parts.latents.shape == (2, 2, 3, 2, 2)
     torch.testing.assert_close(parts.latents.mean((2, 3, 4)) * 255, torch.tensor([[200.0, 50.0]] * 2))
+    assert "1 of 3 pairs are ties and are left out; algorithm.ties=equal learns from them" in caplog.text
     (tmp_path / "train.json").write_text(json.dumps(listed[2:]))
     with pytest.raises(recipe.RecipeError, match="holds no pair with a preference"):
         recipe.build(recipe.parse(text))
@@ -152,6 +153,28 @@ def test_pairs_of_a_recipe_arrive_preferred_first_without_the_ties(tmp_path, mon
     ):
         with pytest.raises(recipe.RecipeError, match=message):
             recipe.parse(text, [override])
+
+
+def test_given_ties_and_mirror_images_are_samples_of_their_own(tmp_path, monkeypatch, caplog):
+    """A tie in both orders and a choice twice: the mean loss is that of preference 1/2 and 1. Pictures are mirrored
+    before they are encoded: this encoder keeps the left half only, so mirroring latents would give another answer."""
+    for name, sides in (("a.png", (50, 100)), ("b.png", (200, 250))):
+        Image.fromarray(np.array([sides] * 2, np.uint8)).convert("RGB").save(tmp_path / name)
+    listed = [{"prompt": f"cat {i}", "image_path": ["a.png", "b.png"], "human_preference": votes}
+              for i, votes in enumerate([[0, 1], [1, 1]])]  # fmt: skip
+    (tmp_path / "train.json").write_text(json.dumps(listed))
+    model = SimpleNamespace(image_size=2, encode=lambda images: images[..., :1] * 255)
+    monkeypatch.setattr("palate.recipe.builder.build_model", lambda *args: model)
+    monkeypatch.setattr("palate.recipe.builder.build_reward", lambda *args: linear)
+    text = (f"algorithm: {{name: dpo, ties: equal, flip: true}}\nreward: {{name: emoji}}\n"
+            f"prompts: {{pairs: {tmp_path / 'train.json'}}}")  # fmt: skip
+    parts = recipe.build(recipe.parse(text))
+    assert parts.prompts == ["cat 0", "cat 0", "cat 1", "cat 1"] * 2 and not caplog.text
+    shades = parts.latents[:, :, 0, 0, 0].round().int().tolist()
+    assert shades == [[200, 50], [200, 50], [50, 200], [200, 50], [250, 100], [250, 100], [100, 250], [250, 100]]
+    m = torch.tensor([0.3, -0.2], dtype=torch.float64)
+    both = pair_loss(torch.stack([m[0], m[1]]), torch.stack([m[1], m[0]]), 2.0)
+    assert float(both.mean()) == pytest.approx(float(pair_loss(m[:1], m[1:], 2.0, "sigmoid", 0.5)))
 
 
 def test_wrong_input_is_named():

@@ -20,7 +20,7 @@ from palate.algorithms.opd import (
 )
 from palate.core import Batch, Random
 from palate.path import flow_schedule
-from palate.sampling import sample, time_grid, transition_std
+from palate.sampling import random_step, sample, time_grid, transition_std
 
 SHAPE = (1, 2, 2)
 TEACHERS = {
@@ -121,6 +121,12 @@ def test_states_are_the_students_own():
         torch.testing.assert_close(
             pred.x0, sample(model, model.encode_prompts(["cat"] * 2), noise, 4, shift=1.0), atol=1e-12, rtol=0
         )
+        states, _ = visited(model, model.encode_prompts(["cat"] * 2), Random(0, 1, [0, 1]), settings_of(eta=0.7))
+        now, following = (flow_schedule(times[k].expand(2)) for k in (0, 1))
+        first = model.predict(noise, times[0].expand(2), model.encode_prompts(["cat"] * 2))
+        mean, std = random_step(first, now, following, 0.7)
+        drawn = mean + std * Random(0, 1, [0, 1]).normal("sde-0", SHAPE).double()
+        torch.testing.assert_close(states[1], drawn, atol=1e-12, rtol=0)
 
 
 def test_routes():
@@ -144,6 +150,20 @@ def test_a_teacher_may_be_guided_where_the_student_is_not():
     plain, _ = run(settings_of(), model=model, ids=(0,))
     guided, _ = run(settings_of(teachers={"warm": Teacher("runs/a", guidance=3.0)}), model=model, ids=(0,))
     assert float(plain.abs().max()) < 1e-12 and float(guided.abs().max()) > 1e-2
+
+
+def test_a_teacher_hears_the_prompts_and_sees_the_states_of_its_own_samples():
+    """Teachers by turns, prompts of means of their own: two samples together are what each of them is alone."""
+    model = model_of()
+    model.means = {"cat 0": torch.full(SHAPE, 1.0, dtype=D), "cat 1": torch.full(SHAPE, -2.0, dtype=D)}
+    mixed = settings_of(teachers={n: Teacher("runs/a", prompts=TEACHERS[n].prompts, guidance=2.0) for n in SHIFT})
+    prompts = ["cat 1", "cat 0", "cat 1", "cat 0"]  # cold, warm, cold, warm: no teacher's samples come first
+    together, losses = run(mixed, model=model, ids=range(4), prompts=prompts)
+    alone = [run(mixed, model=model, ids=(i,), prompts=[prompts[i]]) for i in range(4)]
+    torch.testing.assert_close(together, sum(grad for grad, _ in alone) / 4, atol=1e-12, rtol=0)
+    for name, rows in (("cold", (0, 2)), ("warm", (1, 3))):
+        own = sum(float(alone[i][1][0].metrics["distance"]) for i in rows) / 2
+        assert float(losses[0].metrics[f"distance_{name}"]) == pytest.approx(own)
 
 
 def test_part_of_the_steps():

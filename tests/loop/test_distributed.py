@@ -32,7 +32,7 @@ from palate.testing import tiny_reward as reward
 from palate.train import NonFiniteError
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
-MEANS = ("srpo", "refl", "draft", "dpo", "distar")  # their loss is a mean over the batch's samples
+MEANS = ("srpo", "refl", "draft", "dpo", "opd", "distar")  # their loss is a mean over the batch's samples
 KINDS = {"lora": {"training": "lora"}, "full": {"sharding": "full"}}  # copies of adapters; FSDP2
 
 

@@ -19,9 +19,11 @@ from support import ROOT
 from support.loop import STEPS, Quadratic, Steering, rows, run, same, srpo, tensors
 
 import palate
+from palate.algorithms.dpo import DPO, DPOSettings
 from palate.core import Loss
 from palate.recipe import GuardSettings
 from palate.runtime import checkpoint
+from palate.runtime.errors import InputError
 from palate.testing import PROMPTS, TinyFlow
 from palate.testing import tiny_reward as reward
 from palate.train import NonFiniteError, broken_limits, prompt_order, restore_result
@@ -204,6 +206,34 @@ def test_warmup_and_average_follow_their_formulas(tmp_path):
         average = [0.6 * a + 0.4 * saved[f"weights/policy/{i:04d}"] for i, a in enumerate(average)]
         for i, a in enumerate(average):
             torch.testing.assert_close(saved[f"ema/policy/{i:04d}"], a, rtol=1e-5, atol=1e-7)
+
+
+def test_the_average_moves_every_so_many_steps(tmp_path):
+    """trainer.ema_every = 2: after 2 and 4 steps, from where it stood; a resumed run does the same."""
+    run(tmp_path / "whole", algorithm=Quadratic(), steps=5, lr=0.02, ema_decay=0.6, ema_every=2)
+    average = [p.detach().clone() for p in TinyFlow().parameters()]
+    for step in range(1, 6):
+        saved = tensors(tmp_path / "whole", step)
+        if step % 2 == 0:
+            average = [0.6 * a + 0.4 * saved[f"weights/policy/{i:04d}"] for i, a in enumerate(average)]
+        for i, a in enumerate(average):
+            torch.testing.assert_close(saved[f"ema/policy/{i:04d}"], a, rtol=1e-5, atol=1e-7)
+    for steps in (3, 5):
+        run(tmp_path / "parts", algorithm=Quadratic(), steps=steps, lr=0.02, ema_decay=0.6, ema_every=2,
+            resume=steps == 5)  # fmt: skip
+    assert same(tensors(tmp_path / "whole", 5), tensors(tmp_path / "parts", 5))
+
+
+def test_one_image_of_a_pair_may_be_absent_and_nothing_else_may(tmp_path):
+    """Single likes reach kto through `train`; latents that are broken are named as before."""
+    pairs = torch.zeros(len(PROMPTS), 2, 3, 4, 4)
+    pairs[::2, 1] = math.nan
+    run(tmp_path / "likes", algorithm=DPO(DPOSettings(beta=10.0, loss="kto")), latents=pairs, steps=1)
+    for where in ((0, 0), (1, 0, 0, 0, 0)):  # the whole pair; a single number
+        broken = pairs.clone()
+        broken[where] = math.nan
+        with pytest.raises(InputError, match=f"the latents of image {where[0]} .* are not finite"):
+            run(tmp_path / "no", algorithm=DPO(DPOSettings(loss="kto")), latents=broken, steps=1)
 
 
 def test_the_result_is_the_average_and_the_weights_stay(tmp_path):

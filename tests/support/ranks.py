@@ -21,12 +21,15 @@ from palate.algorithms.draft import DRaFT, DRaFTSettings
 from palate.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings
 from palate.algorithms.leap_align import LeapAlign, LeapAlignSettings
 from palate.algorithms.nft import NFT, NFTSettings
+from palate.algorithms.opd import OPD, OPDSettings, Teacher
 from palate.algorithms.refl import ReFL, ReFLSettings
 from palate.algorithms.sqdf import SQDF, SQDFSettings
-from palate.testing import TinyFlow
+from palate.testing import PROMPTS, TinyFlow
 from palate.testing import tiny_reward as reward
 
 STEPS = 4
+# one prompt, so that in many steps a rank has no sample of this teacher's; and the others
+TEACHERS = {"warm": Teacher("", prompts=tuple(PROMPTS[:1])), "cold": Teacher("", prompts=tuple(PROMPTS[1:]))}
 
 
 MAKE = {
@@ -44,6 +47,7 @@ MAKE = {
     ),
     "leap_align": lambda: LeapAlign(LeapAlignSettings(steps=3, guidance=1.0)),
     "dgpo": lambda: DGPO(DGPOSettings(group=2, steps=2, guidance=1.0, n=2, beta=10.0)),
+    "opd": lambda: OPD(OPDSettings(teachers=TEACHERS, steps=3, eta=0.5, guidance=1.0)),
     "sqdf": lambda: SQDF(
         SQDFSettings(rollout_steps=3, final_time=0.02, guidance=1.0, estimator="tweedie", buffer_size=16)
     ),
@@ -64,9 +68,9 @@ class Networks(TinyFlow):
     `training`: "full" or "lora".
     """
 
-    def __init__(self, dtype=torch.float32, assistant=False, training="full"):
+    def __init__(self, dtype=torch.float32, others=(), training="full"):
         super().__init__()
-        names = ("policy", "assistant") if assistant else ("policy",)
+        names = ("policy", *others)
         self.net.to(dtype), self.reference.to(dtype)
         if training == "lora":
             from diffusers.loaders import PeftAdapterMixin
@@ -79,10 +83,16 @@ class Networks(TinyFlow):
                 self.weights = NamedWeights(
                     adapted(*self.net), training="lora", rank=2, alpha=None, targets=["0", "2"], names=names
                 )
+            for k, name in enumerate(TEACHERS):
+                if name in names:
+                    _move(self.weights.parameters(name), k)
         else:
             self.net = nn.Sequential(Block(*self.net[:2]), self.net[2])
             self.net._no_split_modules = ["Block"]
             copies = {name: copy.deepcopy(self.net) for name in names[1:]}
+            for k, name in enumerate(TEACHERS):
+                if name in copies:
+                    _move(copies[name].requires_grad_(False).parameters(), k)
             networks = {"policy": self.net, "reference": self.reference, **copies}
             self.weights = SimpleNamespace(
                 training="full",
@@ -103,6 +113,14 @@ class Networks(TinyFlow):
             super().save_adapter(folder)
 
 
+def _move(parameters, seed):
+    """A teacher that says something else than the student does."""
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(0.1 * torch.randn(p.shape, generator=noise).to(p))
+
+
 def go(folder, name="srpo", *, dtype=torch.float32, training="full", **options):
     options = {"steps": STEPS, "batch_size": 8, "clip_norm": 1e-5, "checkpoint_every": 0, "threads": 1,
                "ema_decay": 0.5,
@@ -110,7 +128,8 @@ def go(folder, name="srpo", *, dtype=torch.float32, training="full", **options):
     rate = options.pop("reward", reward)
     if "TRACE" in os.environ:
         print(round(time.time() - float(os.environ["TRACE"]), 2), round(time.process_time(), 2), folder, flush=True)
-    model = Networks(dtype, assistant=name == "distar", training=training)
+    others = {"distar": ("assistant",), "opd": tuple(TEACHERS)}.get(name, ())
+    model = Networks(dtype, others, training)
     return run(Path(folder), model=model, reward=rate, **options)
 
 

@@ -19,6 +19,13 @@ The safeguard scales the rejected image's gradient by lambda <= 1, as large as k
 
     <g_w, g_w - lambda g_l> >= mu |g_w|^2,   g the gradients of the two square errors   `safe_scale` (SDPO, eq. 15-17)
 
+It bounds the direction of a step on the step's own noise. Pairs that are told apart already pull weakly, so that after
+many large steps the mean error may rise all the same; `keep` adds
+
+    keep beta/2 max(0, m(x^w))                                                         `kept_error`
+
+after DPO-Positive (arXiv 2402.13228), which has it inside the sigmoid, where it fades with the pair's own weight.
+
 Squares are means over the latent's elements and the half is the authors' program's; its beta is 5000 in both launchers
 and stands for the paper's beta T omega. For a flow the error of eps is (1 - t) times that of the velocity, so this is
 Flow-DPO (arXiv 2501.13918) with beta_t = beta (1 - t)^2.
@@ -39,7 +46,11 @@ Deviations from the papers and their programs:
   program has one lambda per batch. "parameters" takes the gradients in the parameters, to which the guarantee belongs,
   for the rank's whole batch; it costs three more backwards.
 - PNAPO's dynamic beta is left out.
-- Flips are of latents, where the program flips images before it encodes them.
+- `flip` mirrors both images of a pair together, before they are encoded; each pair of prompts.pairs then stands there
+  twice, once mirrored, where the program tosses a coin each time. Latents that are given from Python are taken as they
+  are, and drawn pairs are mirrored as latents.
+- A tie of prompts.pairs with ties = "equal" stands there in both orders, and every other pair twice: on average that
+  is `preference` 1/2.
 """
 
 from __future__ import annotations
@@ -70,6 +81,7 @@ class DPOSettings:
     loss: PairLoss = "sigmoid"
     safeguard: Literal["off", "output", "parameters"] = "off"  # SDPO
     mu: float = 0.9  # how much of the preferred image's own descent must remain (SDPO's SD1.5 script)
+    keep: float = 0.0  # weight of beta/2 max(0, m_w), which brings that error back where it has risen above its start
     noise: Literal["fresh", "tracked"] = "fresh"  # tracked: each image with the noise it was made from (PNAPO)
 
     pairs_from: Literal["reference", "policy"] = "reference"  # this and the next five: how pairs are drawn
@@ -78,11 +90,12 @@ class DPOSettings:
     guidance: float = 7.5
     shift: float = 1.0
     tie_margin: float = 0.0  # rewards no further apart are a tie
-    ties: Literal["drop", "equal"] = "drop"  # equal: a pair without preference, whose loss is least at s = 0
+    # equal: a pair without preference, drawn or given, whose loss is least at s = 0; kto has no such loss
+    ties: Literal["drop", "equal"] = "drop"
     refresh_every: int = 0  # steps after which the policy becomes the reference; 0 = never
 
     caption_dropout: float = 0.0  # share of pairs trained without their prompt (the authors' program: .2)
-    flip: bool = False  # mirror half of the pairs (the authors' program does)
+    flip: bool = False  # mirror half of the pairs (the authors' program does); of prompts.pairs before encoding
     posterior: bool = False  # draw given images' latents from the encoder's Gaussian, anew each time (the program does)
 
     def __post_init__(self) -> None:
@@ -91,6 +104,7 @@ class DPOSettings:
             ("loss: 'sigmoid', 'hinge', 'ipo' or 'kto'", self.loss not in ("sigmoid", "hinge", "ipo", "kto")),
             ("safeguard: 'off', 'output' or 'parameters'", self.safeguard not in ("off", "output", "parameters")),
             ("mu: between 0 and 1", not 0 <= self.mu <= 1),
+            ("keep: at least 0", not self.keep >= 0),
             ("noise: 'fresh' or 'tracked'", self.noise not in ("fresh", "tracked")),
             ("pairs_from: 'reference' or 'policy'", self.pairs_from not in ("reference", "policy")),
             ("candidates: at least 2", self.candidates < 2),
@@ -98,6 +112,10 @@ class DPOSettings:
             ("shift: above 0", not self.shift > 0),
             ("tie_margin: at least 0", not self.tie_margin >= 0),
             ("ties: 'drop' or 'equal'", self.ties not in ("drop", "equal")),
+            (
+                "ties: 'drop' with loss = 'kto', which learns from likes and dislikes alone",
+                self.ties == "equal" and self.loss == "kto",
+            ),
             ("refresh_every: at least 0", self.refresh_every < 0),
             ("caption_dropout: at least 0 and below 1", not 0 <= self.caption_dropout < 1),
         ):
@@ -140,7 +158,7 @@ class DPO:
         with torch.no_grad():
             pairs, metrics = self._pairs(model, reward, batch, rng)
             cond = model.encode_prompts(self._captions(batch.prompts, rng) * 2)
-            x0, eps = self._noised(model, pairs, rng)
+            x0, eps = self._noised(model, pairs, rng, drawn=batch.latents is None)
             t = (1 - rng.uniform("level")).to(x0).repeat(2)
             xt = add_noise(x0, eps, *model.schedule(t))
             with self._speaks(model) as weights:
@@ -157,6 +175,7 @@ class DPO:
             "excess_preferred": preferred.mean(),
             "excess_rejected": rejected.mean(),
         }
+        losses = losses + pairs.present[:, 0] * kept_error(preferred, s.beta, s.keep)
         value = (pairs.weight * losses).mean()
         yield Loss(value, {name: number.detach() for name, number in metrics.items()}, "policy")
         if s.refresh_every and rng.step % s.refresh_every == 0:
@@ -174,12 +193,12 @@ class DPO:
         dropped = rng.uniform("caption") < self.settings.caption_dropout
         return ["" if gone else prompt for gone, prompt in zip(dropped.tolist(), prompts, strict=True)]
 
-    def _noised(self, model: Model, pairs: Pairs, rng: Random) -> tuple[Tensor, Tensor]:
+    def _noised(self, model: Model, pairs: Pairs, rng: Random, *, drawn: bool) -> tuple[Tensor, Tensor]:
         """Clean latents and noises (2 B, C, h, w), first all preferred images, then all rejected ones."""
         x0, noise = pairs.x0, pairs.noise
         if self.settings.noise == "fresh" or noise is None:
             noise = rng.normal("inject", model.latent_shape).to(x0)[:, None].expand_as(x0)
-        if self.settings.flip:
+        if self.settings.flip and drawn:
             flip = (rng.uniform("flip") < 0.5).to(x0.device).view(-1, 1, 1, 1, 1)
             x0, noise = torch.where(flip, x0.flip(-1), x0), torch.where(flip, noise.flip(-1), noise)
         return torch.cat([x0[:, 0], x0[:, 1]]), torch.cat([noise[:, 0], noise[:, 1]])
@@ -194,6 +213,7 @@ class DPO:
             return safe_scale(ours, theirs, s.mu)
         with torch.no_grad():  # by how much each pair's own loss pulls at either error
             pull = pair_slope(preferred, rejected, s.beta, s.loss, pairs.preference, pairs.present)
+            pull = pull[0] + pairs.present[:, 0] * s.keep * s.beta / 2 * (preferred > 0), pull[1]
         weight = pairs.weight / len(preferred)
         own = model.parameters("policy")
         protected = torch.autograd.grad(preferred.mean(), own, retain_graph=True)
@@ -322,6 +342,11 @@ def pair_slope(preferred: Tensor, rejected: Tensor, *options: Any) -> tuple[Tens
         m_w, m_l = preferred.detach().requires_grad_(), rejected.detach().requires_grad_()
         on_w, on_l = torch.autograd.grad(pair_loss(m_w, m_l, *options).sum(), (m_w, m_l))
     return on_w, on_l
+
+
+def kept_error(preferred: Tensor, beta: float, keep: float) -> Tensor:
+    """keep beta/2 max(0, m_w), (B,): 0 while the policy denoises the preferred image as well as the reference does."""
+    return keep * beta / 2 * preferred.relu()
 
 
 def safe_scale(error_preferred: Tensor, error_rejected: Tensor, mu: float) -> Tensor:

@@ -134,16 +134,21 @@ def _opened(image: Path | bytes) -> Iterator[Any]:
         raise RecipeError(f"cannot read the image {what} ({error}); repair or remove it") from error
 
 
-def encode_images(model: EncodesPictures, images: Sequence[Path | bytes], *, posterior: bool = False) -> Tensor:
+def encode_images(
+    model: EncodesPictures, images: Sequence[Path | bytes], *, posterior: bool = False, mirrored: bool = False
+) -> Tensor:
     """Latents of all images, once, so that training never runs the encoder; a few pictures in memory at a time.
 
-    posterior: (N, 2 C, h, w), mean and standard deviation side by side. InputError: the model knows no deviation.
+    posterior: (N, 2 C, h, w), mean and standard deviation side by side. mirrored: of the pictures with left and right
+    exchanged, which is not what their latents with left and right exchanged would be. InputError: the model knows no
+    deviation.
     """
     if posterior and not isinstance(model, HasPosterior):
         raise InputError("algorithm.posterior: this model's autoencoder is deterministic; set it to false")
     chunks = (images[k : k + ENCODED_TOGETHER] for k in range(0, len(images), ENCODED_TOGETHER))
     with torch.no_grad():
         pictures = (load_images(chunk, size=model.image_size) for chunk in chunks)
+        pictures = (part.flip(-1) for part in pictures) if mirrored else pictures
         if posterior and isinstance(model, HasPosterior):
             return torch.cat([torch.cat(model.posterior(part), 1) for part in pictures])
         return torch.cat([model.encode(part) for part in pictures])

@@ -13,7 +13,8 @@ from palate.core import Batch, ChecksBatch, Random
 from palate.models.gaussian import GaussianModel
 from palate.path import Prediction
 from palate.recipe import Recipe, build_algorithm, prompts_of, trained_names
-from palate.recipe.builder import SamplesPosterior, SharesRollouts, UsesTeachers
+from palate.recipe.builder import SharesRollouts, UsesTeachers
+from palate.recipe.pictures import SamplesPosterior
 
 LARGEST_BATCH = 256  # that is run; a larger one is counted on one of its divisors
 

@@ -15,7 +15,6 @@ from palate.algorithms import table as algorithms
 from palate.core import (
     Algorithm,
     DrawsOwnSamples,
-    EncodesPictures,
     GuardMeasure,
     Model,
     Reward,
@@ -27,13 +26,13 @@ from palate.core import (
 from palate.data import (
     RecipeError,
     check_images,
-    encode_images,
 )
 from palate.evaluate.measurement import measure_for_guard
 from palate.evaluate.panel import EvaluationPanel, embedded_panel, published_panel
 from palate.models import families
 from palate.recipe.objective import check_taste, reward_objective
-from palate.recipe.prompts import pictures_of, prompts_of
+from palate.recipe.pictures import latents_of, pictures_of
+from palate.recipe.prompts import prompts_of
 from palate.recipe.settings import Recipe, RewardSettings
 from palate.recipe.start import check_start, load_consistency, start_folder
 from palate.recipe.together import AsksBlackBox, heldout_of, trained_names
@@ -74,23 +73,15 @@ class SharesRollouts(Protocol):
         """Updates that a rollout serves."""
 
 
-@runtime_checkable
-class SamplesPosterior(Protocol):
-    """Settings of an algorithm that may draw latents from the encoder's Gaussian."""
-
-    @property
-    def posterior(self) -> bool: ...
-
-
 def build(recipe: Recipe) -> Parts:
     """Load everything the recipe names."""
     if (lr := recipe.trainer.lr) >= LARGE_LR:
         logging.getLogger("palate").warning(
             "trainer.lr = %g: AdamW moves each weight by about that much per step; usual values are 1e-6 to 1e-3", lr
         )
-    captions, images = pictures_of(recipe)
-    check_images(images)
-    prompts, preview = prompts_of(recipe, captions)
+    pictures = pictures_of(recipe)
+    check_images(pictures.files if pictures else [])
+    prompts, preview = prompts_of(recipe, pictures.prompts if pictures else None)
     check_start(recipe)
     check_taste(recipe.reward)
     with torch.random.fork_rng(devices=[]):  # first, for its missing files; the LoRA's first weights do not see it
@@ -104,14 +95,7 @@ def build(recipe: Recipe) -> Parts:
         trainer = recipe.trainer  # of a long list, a short run uses only a part
         used = used_prompts(prompts, trainer.seed, trainer.steps * trainer.batch_size)
         model.cache_prompts([*used, *preview])
-    sampled = isinstance(recipe.algorithm, SamplesPosterior) and recipe.algorithm.posterior
-    latents = None
-    if images:
-        if not isinstance(model, EncodesPictures):
-            raise InputError("prompts.images: the model has no image_size, so pictures cannot be fitted to it")
-        latents = encode_images(model, images, posterior=sampled)
-    if latents is not None and recipe.prompts.pairs is not None:
-        latents = latents.unflatten(0, (-1, 2))  # (N, 2, C, h, w)
+    latents = latents_of(model, pictures, recipe.algorithm) if pictures and pictures.files else None
     return Parts(model, build_algorithm(recipe), reward, list(prompts), preview, latents)
 
 

@@ -1,29 +1,11 @@
-"""What a recipe trains on: prompts, captions, pictures; and what its previews draw."""
+"""What a recipe trains on, and what its previews draw."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from palate.data import RecipeError, captioned_images, evenly_spaced, preference_pairs, read_prompts
+from palate.data import RecipeError, evenly_spaced, read_prompts
 from palate.recipe.settings import Recipe
-
-
-def pictures_of(recipe: Recipe) -> tuple[list[str] | None, list[Path | bytes]]:
-    """Captions and images of prompts.images or of prompts.pairs, the preferred image of a pair first; else neither."""
-    images: list[Path | bytes] = []
-    if recipe.prompts.images is not None:
-        found = captioned_images(Path(recipe.prompts.images))
-        images += [path for path, _ in found]
-        return [caption for _, caption in found], images
-    if recipe.prompts.pairs is None:
-        return None, images
-    pairs = [pair for pair in preference_pairs(recipe.prompts.pairs) if pair.preference != 0.5]
-    if not pairs:
-        raise RecipeError(f"prompts.pairs: {recipe.prompts.pairs} holds no pair with a preference")
-    for pair in pairs:
-        images += [pair.first, pair.second] if pair.preference > 0.5 else [pair.second, pair.first]
-    return [pair.prompt for pair in pairs], images
 
 
 def prompts_of(recipe: Recipe, captions: Sequence[str] | None = None) -> tuple[list[str], list[str]]:

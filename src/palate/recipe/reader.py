@@ -121,6 +121,10 @@ def fingerprint(recipe: Recipe) -> str:
     ):  # fmt: skip
         if section[key] is None:
             del section[key]  # so that runs from before this key can be resumed
+    if tree["trainer"]["ema_every"] == 1:
+        del tree["trainer"]["ema_every"]
+    if "taste" in tree["reward"]:
+        del tree["reward"]["taste"]["allow_unlearnt"]  # whether it may begin, not what it does
     tree["optimize"] = None  # palate optimize has an identity of its own
     tree["reward"]["source"] = {}  # where weights lie; what they are is in `recipe.identity`
     for section, key in (("prompts", "file"), ("prompts", "images"), ("prompts", "pairs"), ("prompts", "preview")):

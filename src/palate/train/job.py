@@ -53,8 +53,8 @@ class Job:
             raise InputError("got no prompts; give at least one")
         if self.latents is not None and len(self.latents) != count:
             raise InputError(f"got {len(self.latents)} latents and {count} prompts; expected one prompt per image")
-        if self.latents is not None and not torch.isfinite(self.latents).all():
-            bad = int((~torch.isfinite(self.latents).flatten(1).all(1)).nonzero()[0])
+        if self.latents is not None and bool((broken := _broken(self.latents)).any()):
+            bad = int(broken.nonzero()[0])
             raise InputError(
                 f"the latents of image {bad} ({self.prompts[bad]!r}) are not finite; expected numbers: encode it again"
             )
@@ -67,6 +67,16 @@ class Job:
             raise InputError("sample.steps, sample.guidance: a generator draws as it was trained; leave them out")
 
 
+def _broken(latents: Tensor) -> Tensor:
+    """Which samples hold numbers that are not finite, (N,). Of a pair one whole image may be absent, all NaN."""
+    finite = torch.isfinite(latents)
+    if latents.ndim != 5:
+        return ~finite.flatten(1).all(1)
+    absent = torch.isnan(latents).flatten(2).all(2)  # (N, sides)
+    absent = absent & (absent[:, :2].sum(1, keepdim=True) == 1)
+    return ~(finite.flatten(2).all(2) | absent).all(1)
+
+
 def identity_of(settings: TrainerSettings) -> str:
     """Hash of the settings that decide the numbers: what a resumed run must share.
 
@@ -76,6 +86,8 @@ def identity_of(settings: TrainerSettings) -> str:
     del tree["tracker"]
     if tree["guard"]["background_drop"] is None:
         del tree["guard"]["background_drop"]
+    if tree["ema_every"] == 1:
+        del tree["ema_every"]
     return json_digest(tree)
 
 

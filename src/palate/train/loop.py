@@ -140,7 +140,7 @@ class Run:
             self.failures.skip(problem, before, samples, self.log, self.saver.save)
         else:
             self.counters.bad_in_a_row = 0
-            self.weights.average()
+            self.weights.average(step)
             row = {"step": step, "event": "step", **metrics, "samples": step * self.settings.batch_size}
             self.log.write({**row, "step_seconds": round(time.perf_counter() - began, 4)})
             self.guard.add(metrics)

@@ -89,8 +89,10 @@ class Weights:
         for name in names or tuple(self.parameters):
             self.optimizers[name].zero_grad(set_to_none=True)
 
-    def average(self) -> None:
-        """Move the running average towards the weights."""
+    def average(self, step: int) -> None:
+        """Move the running average towards the weights, every `trainer.ema_every` steps."""
+        if step % self.settings.ema_every:
+            return
         for name, averages in self.ema.items():
             for average, parameter in zip(averages, self.parameters[name], strict=True):
                 average.lerp_(parameter.detach(), 1 - self.settings.ema_decay)

@@ -1,0 +1,115 @@
+"""The pictures that a recipe gives: which make a sample, in what order, and their latents."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from palate.core import EncodesPictures, Model
+from palate.data import Pair, RecipeError, captioned_images, encode_images, preference_pairs
+from palate.recipe.settings import Recipe
+from palate.runtime.errors import InputError
+
+
+@runtime_checkable
+class SamplesPosterior(Protocol):
+    """Settings of an algorithm that may draw latents from the encoder's Gaussian."""
+
+    @property
+    def posterior(self) -> bool: ...
+
+
+@runtime_checkable
+class MirrorsPairs(Protocol):
+    """Settings of an algorithm that may train on every pair's mirror image as well."""
+
+    @property
+    def flip(self) -> bool: ...
+
+
+@runtime_checkable
+class KnowsTies(Protocol):
+    """Settings of an algorithm that may learn from pairs without a preference."""
+
+    @property
+    def ties(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Given pictures: each file once, and the files of every sample, one or the preferred and the rejected one."""
+
+    captions: list[str]  # of each sample
+    files: list[Path | bytes]
+    samples: list[tuple[int, ...]]
+    mirrored: bool = False  # every sample's mirror image is a sample, too
+
+    @property
+    def prompts(self) -> list[str]:
+        """One for each row of `latents`."""
+        return self.captions * (2 if self.mirrored else 1)
+
+
+def pictures_of(recipe: Recipe) -> Pictures | None:
+    """Those of prompts.images or of prompts.pairs; None without either. Nothing is decoded.
+
+    A tie that is kept stands there in both orders and every other pair twice, so that all weigh alike.
+    """
+    if recipe.prompts.images is not None:
+        found = captioned_images(Path(recipe.prompts.images))
+        return Pictures([text for _, text in found], [path for path, _ in found], [(k,) for k in range(len(found))])
+    if recipe.prompts.pairs is None:
+        return None
+    settings = recipe.algorithm
+    pairs = kept_pairs(recipe.prompts.pairs, settings)
+    files: list[Path | bytes] = []
+    captions, samples = [], []
+    again = 2 if any(pair.preference == 0.5 for pair in pairs) else 1
+    for k, pair in enumerate(pairs):
+        files += [pair.first, pair.second]
+        forth, back = (2 * k, 2 * k + 1), (2 * k + 1, 2 * k)
+        orders = [forth if pair.preference > 0.5 else back] * again if pair.preference != 0.5 else [forth, back]
+        samples += orders
+        captions += [pair.prompt] * len(orders)
+    mirrored = isinstance(settings, MirrorsPairs) and settings.flip
+    return Pictures(captions, files, samples, mirrored)
+
+
+def kept_pairs(source: str, settings: object) -> list[Pair]:
+    """The pairs of a file that the algorithm learns from; says how many ties are left out.
+
+    RecipeError: none is left.
+    """
+    pairs = list(preference_pairs(source))
+    decided = [pair for pair in pairs if pair.preference != 0.5]
+    ties = len(pairs) - len(decided)
+    knows = isinstance(settings, KnowsTies)
+    if ties and knows and settings.ties == "equal":
+        return pairs
+    if not decided:
+        raise RecipeError(f"prompts.pairs: {source} holds no pair with a preference")
+    if ties:
+        way = "; algorithm.ties=equal learns from them, too" if knows else ""
+        logging.getLogger("palate").warning(
+            "prompts.pairs: %d of %d pairs are ties and are left out%s", ties, len(pairs), way
+        )
+    return decided
+
+
+def latents_of(model: Model, pictures: Pictures, settings: object) -> Tensor:
+    """(N, C, h, w) of images or (N, 2, C, h, w) of pairs, encoded once; twice as many channels with posterior."""
+    if not isinstance(model, EncodesPictures):
+        raise InputError("prompts.images: the model has no image_size, so pictures cannot be fitted to it")
+    posterior = isinstance(settings, SamplesPosterior) and settings.posterior
+    rows = torch.tensor(pictures.samples)
+    views: Sequence[bool] = (False, True) if pictures.mirrored else (False,)
+    latents = torch.cat(
+        [encode_images(model, pictures.files, posterior=posterior, mirrored=view)[rows] for view in views]
+    )
+    return latents[:, 0] if rows.shape[1] == 1 else latents
