@@ -132,7 +132,7 @@ class OPD:
         x0, eps = torch.zeros_like(x), torch.zeros_like(x)
         for name, teacher in self.settings.teachers.items():
             rows = [k for k, given in enumerate(names) if given == name]
-            if not rows and not max_over_ranks(len(rows), model.parameters("policy")[0]):
+            if not max_over_ranks(len(rows), model.parameters("policy")[0]):  # a question that every rank asks
                 continue
             asked = rows or [0]
             cond = model.encode_prompts([batch.prompts[k] for k in asked])
