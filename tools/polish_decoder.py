@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from progress import Progress
 from torch import Tensor
-from train_autoencoder import BATCH, NOISE, WEIGHTS, fidelity, follow, fresh, laplacian, losses, save, show
+from train_autoencoder import BATCH, NOISE, WEIGHTS, descend, fidelity, finish, follow, fresh, laplacian, losses, save
 
 
 def energy(decoded: Tensor, images: Tensor) -> Tensor:
@@ -64,18 +64,13 @@ def main() -> None:
         decoded = decoded.float().add(1).div(2).contiguous()
         terms = losses(decoded, batch) | {"energy": energy(decoded, batch)}
         loss = sum(weights[name] * value for name, value in terms.items())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.decoder.parameters(), 1.0)
-        optimizer.step()
+        descend(loss, model.decoder, optimizer)
         follow(average, model, step)
         run.log(terms)
         if step % 500 == 0:
             print(f"step {step} fresh {fidelity(average.eval(), check)}", flush=True)
             save(average, args.work / "polished")
-    print(f"{run.step} steps of {BATCH}, {run.spent / 60:.1f} min, fresh {fidelity(average.eval(), check)}", flush=True)
-    show(average, check[:48], args.work / "polished.png")
-    save(average, args.work / "polished")
+    finish(run, average, check, args.work / "polished", args.work / "polished.png")
 
 
 if __name__ == "__main__":

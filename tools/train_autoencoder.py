@@ -27,7 +27,7 @@ from data import Atlas, Composer, save_grid
 from diffusers import AutoencoderTiny
 from progress import Progress
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 BATCH, EMA, NOISE = 16, 0.998, 0.1
 _LAPLACE = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]]).expand(3, 1, 3, 3).contiguous()
@@ -130,6 +130,14 @@ def step_loss(model: AutoencoderTiny, batch: Tensor, held: Tensor | None, rng: t
     return terms
 
 
+def descend(loss: Tensor, trained: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """One step of the optimizer, on gradients of norm 1 at most."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+    optimizer.step()
+
+
 @torch.no_grad()
 def follow(average: AutoencoderTiny, model: AutoencoderTiny, step: int) -> None:
     """Move the average of the weights."""
@@ -142,6 +150,13 @@ def show(vae: AutoencoderTiny, images: Tensor, path: Path) -> None:
     """A sheet of images, each beside its reconstruction."""
     decoded = vae.decode(vae.encode(images * 2 - 1).latents).sample.add(1).div(2).clamp(0, 1)
     save_grid(torch.stack([images, decoded], 1).flatten(0, 1), path, columns=12, zoom=2)
+
+
+def finish(run: Progress, average: AutoencoderTiny, check: Tensor, folder: Path, sheet: Path) -> None:
+    """Say how good the average is on images that no training saw, and write it and a sheet of them."""
+    print(f"{run.step} steps of {BATCH}, {run.spent / 60:.1f} min, fresh {fidelity(average.eval(), check)}", flush=True)
+    show(average, check[:48], sheet)
+    save(average, folder)
 
 
 def main() -> None:
@@ -177,18 +192,13 @@ def main() -> None:
         pick = torch.randint(len(images), (BATCH,), generator=rng)
         terms = step_loss(model, images[pick].float() / 255, None if held is None else held[pick], rng)
         loss = sum(WEIGHTS[name] * value for name, value in terms.items())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        descend(loss, model, optimizer)
         follow(average, model, step)
         run.log(terms)
         if step % 1000 == 0:
             print(f"step {step} fresh {fidelity(average.eval(), check)}", flush=True)
             save(average, args.work / "vae")
-    print(f"{run.step} steps of {BATCH}, {run.spent / 60:.1f} min, fresh {fidelity(average.eval(), check)}", flush=True)
-    show(average, check[:48], args.work / "grid.png")
-    save(average, args.work / "vae")
+    finish(run, average, check, args.work / "vae", args.work / "grid.png")
 
 
 if __name__ == "__main__":

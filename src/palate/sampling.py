@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from palate.core import Cond, Model, PublishedGrid
+from palate.core import Cond, Model, PublishedGrid, require
 from palate.path import Coefficient, Prediction, add_noise, from_velocity, move
 from palate.runtime.errors import InputError
 
@@ -211,17 +211,16 @@ class FewStepGenerator:
     steps: int = 1
 
     def __post_init__(self) -> None:
-        for problem, wrong in (
+        require(
+            self,
             ("t_init: above 0 and at most 1", not 0 < self.t_init <= 1),
             (
                 "input_scale: above 0, or null for sigma(t_init)",
                 self.input_scale is not None and not self.input_scale > 0,
             ),
             ("steps: at least 1", self.steps < 1),
-        ):
-            if wrong:
-                name = problem.split(":")[0]
-                raise InputError(f"generator expected {problem}; got {name} = {vars(self)[name]!r}")
+            name="generator",
+        )
 
     def __call__(self, model: Model, cond: Cond, noises: Sequence[Tensor], *, weights: str = "policy") -> Tensor:
         """x0 (B, C, h, w) after len(noises) <= steps evaluations; only the last one carries gradient."""

@@ -30,7 +30,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from palate.core import Batch, Cond, Loss, Model, Random, Reward
+from palate.core import Batch, Cond, Loss, Model, Random, Reward, require
 from palate.path import move
 from palate.rewards.groups import differences, divided, standard_scores
 from palate.runtime.errors import InputError
@@ -53,7 +53,8 @@ class DDPOSettings:
     enough: int = 16  # rewards of a prompt from which on its own mean and standard deviation are used
 
     def __post_init__(self) -> None:
-        for problem, wrong in (
+        require(
+            self,
             ("steps: at least 2, because the last one adds no noise", self.steps < 2),
             ("eta: above 0 and at most 1", not 0 < self.eta <= 1),
             ("shift: above 0", not self.shift > 0),
@@ -65,10 +66,7 @@ class DDPOSettings:
                 "history: 0, or at least enough, and enough at least 2",
                 self.history < 0 or self.enough < 2 or 0 < self.history < self.enough,
             ),
-        ):
-            if wrong:
-                name = problem.split(":")[0]
-                raise InputError(f"DDPOSettings expected {problem}; got {name} = {vars(self)[name]!r}")
+        )
 
     def check_batch(self, size: int) -> None:
         """ValueError for a batch that is too small."""

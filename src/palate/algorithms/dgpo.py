@@ -43,10 +43,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from palate.algorithms.snapshot import sharded_like, taken, using
-from palate.core import Batch, Cond, Loss, Model, Random, Reward
+from palate.core import Batch, Cond, Loss, Model, Random, Reward, require
 from palate.path import Prediction, add_noise
 from palate.rewards.groups import standard_scores
-from palate.runtime.errors import InputError
 from palate.sampling import sample, shift_time, state_kind
 
 
@@ -75,7 +74,8 @@ class DGPOSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "times", tuple(self.times))
-        for problem, wrong in (
+        require(
+            self,
             ("group: at least 2, because its images are compared with each other", self.group < 2),
             ("steps: at least 1", self.steps < 1),
             ("shift: above 0", not self.shift > 0),
@@ -93,10 +93,7 @@ class DGPOSettings:
             ("kl: at least 0", not self.kl >= 0),
             ("old_rate: at least 0", not self.old_rate >= 0),
             ("old_most: at least 0 and below 1", not 0 <= self.old_most < 1),
-        ):
-            if wrong:
-                name = problem.split(":")[0]
-                raise InputError(f"DGPOSettings expected {problem}; got {name} = {vars(self)[name]!r}")
+        )
 
 
 class DGPO:

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from palate.core import Batch, Loss, Model, Random, Reward
-from palate.rewards.combine import TEMPLATE, relative, score_pair, with_control
+from palate.rewards.combine import TEMPLATE, control_texts, relative, score_pair, with_control
 from palate.runtime.errors import InputError
 from palate.sampling import FewStepGenerator, state_kind
 
@@ -73,12 +73,8 @@ class Direct:
         self.positive, self.negative = wanted, unwanted
 
     def control_texts(self, prompt: str) -> dict[str, list[str]]:
-        """What the reward is asked about a prompt, for each control word in force: the loop tries new words on it."""
-        words = {"positive": self.positive, "negative": self.negative}
-        return {
-            side: [with_control(word, [prompt], self.settings.template)[0] for word in given]
-            for side, given in words.items()
-        }
+        """What the reward is asked about a prompt, for each control word in force."""
+        return control_texts({"positive": self.positive, "negative": self.negative}, prompt, self.settings.template)
 
     def state_dict(self) -> dict[str, Any]:
         return {"positive": list(self.positive), "negative": list(self.negative)}

@@ -49,7 +49,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from palate.core import Batch, HasFeatures, Loss, Model, Random, Reward
+from palate.core import Batch, HasFeatures, Loss, Model, Random, Reward, require
 from palate.path import Prediction, add_noise
 from palate.rewards.learned import RewardHead
 from palate.runtime.errors import InputError
@@ -101,7 +101,8 @@ class DistarSettings:
     def __post_init__(self) -> None:
         for name in ("t_generator", "t_assistant"):
             object.__setattr__(self, name, tuple(vars(self)[name]))
-        for problem, wrong in (
+        require(
+            self,
             ("divergence: 'distar' or 'kl'", self.divergence not in ("distar", "kl")),
             ("distance: 'pseudo_huber' or 'l2'", self.distance not in ("pseudo_huber", "l2")),
             ("gradient: 'paper' or 'total'", self.gradient not in ("paper", "total")),
@@ -124,11 +125,7 @@ class DistarSettings:
                 "head_first and head_memory: 2 <= head_first <= head_memory",
                 not 2 <= self.head_first <= self.head_memory,
             ),
-        ):
-            if wrong:
-                names = problem.split(":")[0].split(" and ")
-                got = ", ".join(f"{n} = {vars(self)[n]!r}" for n in names)
-                raise InputError(f"DistarSettings expected {problem}; got {got}")
+        )
 
 
 class Distar:

@@ -65,7 +65,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from palate.algorithms.snapshot import sharded_like, taken, using
-from palate.core import Batch, Loss, Model, Random, Reward
+from palate.core import Batch, Loss, Model, Random, Reward, require
 from palate.path import add_noise
 from palate.runtime.errors import InputError
 from palate.sampling import sample, state_kind
@@ -99,7 +99,8 @@ class DPOSettings:
     posterior: bool = False  # draw given images' latents from the encoder's Gaussian, anew each time (the program does)
 
     def __post_init__(self) -> None:
-        for problem, wrong in (
+        require(
+            self,
             ("beta: above 0", not self.beta > 0),
             ("loss: 'sigmoid', 'hinge', 'ipo' or 'kto'", self.loss not in ("sigmoid", "hinge", "ipo", "kto")),
             ("safeguard: 'off', 'output' or 'parameters'", self.safeguard not in ("off", "output", "parameters")),
@@ -118,10 +119,7 @@ class DPOSettings:
             ),
             ("refresh_every: at least 0", self.refresh_every < 0),
             ("caption_dropout: at least 0 and below 1", not 0 <= self.caption_dropout < 1),
-        ):
-            if wrong:
-                name = problem.split(":")[0]
-                raise InputError(f"DPOSettings expected {problem}; got {name} = {vars(self)[name]!r}")
+        )
 
 
 class Pairs(NamedTuple):

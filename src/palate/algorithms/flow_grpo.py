@@ -52,7 +52,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from palate.core import Batch, Cond, Loss, Model, Random, Reward
+from palate.core import Batch, Cond, Loss, Model, Random, Reward, require
 from palate.path import move
 from palate.rewards.combine import parts_of
 from palate.rewards.groups import decoupled, standard_scores, win_rate
@@ -91,7 +91,8 @@ class FlowGRPOSettings:
     minibatches: int = 1  # updates per batch of samples
 
     def __post_init__(self) -> None:
-        for problem, wrong in (
+        require(
+            self,
             ("group: at least 2, because its images are compared with each other", self.group < 2),
             ("steps: at least 2, because the last one adds no noise", self.steps < 2),
             (
@@ -127,10 +128,7 @@ class FlowGRPOSettings:
             ("beta: at least 0", not self.beta >= 0),
             ("density: 'per_element' or 'joint'", self.density not in ("per_element", "joint")),
             ("minibatches: between 1 and group", not 1 <= self.minibatches <= self.group),
-        ):
-            if wrong:
-                name = problem.split(":")[0]
-                raise InputError(f"FlowGRPOSettings expected {problem}; got {name} = {vars(self)[name]!r}")
+        )
         count = len(random_steps(self, 1))
         if trained_count(count, self.fraction, self.fraction_rounding) < 1:
             raise InputError(

@@ -35,9 +35,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from palate.core import Batch, Cond, Loss, Model, Random, Reward
+from palate.core import Batch, Cond, Loss, Model, Random, Reward, require
 from palate.path import Prediction, from_velocity, move
-from palate.runtime.errors import InputError
 from palate.sampling import state_kind, time_grid
 
 
@@ -56,17 +55,15 @@ class LeapAlignSettings:
     hinge: float | None = None  # phi(r) = max(0, hinge - r), .55 for HPSv2.1 in the paper; None: phi(r) = -r
 
     def __post_init__(self) -> None:
-        for problem, wrong in (
+        require(
+            self,
             ("steps: at least 1, and at least 2 with leaps = 2", self.steps < (2 if self.leaps == 2 else 1)),
             ("shift: above 0", not self.shift > 0),
             ("nested: between 0 and 1", not 0 <= self.nested <= 1),
             ("leaps: 1 or 2", self.leaps not in (1, 2)),
             ("j: 'random' or 'last'", self.j not in ("random", "last")),
             ("tau: above 0", not self.tau > 0),
-        ):
-            if wrong:
-                name = problem.split(":")[0]
-                raise InputError(f"LeapAlignSettings expected {problem}; got {name} = {vars(self)[name]!r}")
+        )
 
 
 class LeapAlign:

@@ -38,10 +38,9 @@ import torch
 from torch import Tensor
 
 from palate.algorithms.snapshot import sharded_like, taken, using
-from palate.core import Batch, Cond, Loss, Model, Random, Reward
+from palate.core import Batch, Cond, Loss, Model, Random, Reward, require
 from palate.path import Prediction, add_noise, from_velocity
 from palate.rewards.groups import differences, divided
-from palate.runtime.errors import InputError
 from palate.sampling import sample, shift_time, state_kind
 
 
@@ -67,7 +66,8 @@ class NFTSettings:
     stratified: bool = False  # times from equal parts of the law: no two images of a group in the same part
 
     def __post_init__(self) -> None:
-        for problem, wrong in (
+        require(
+            self,
             ("group: at least 2, because its images are compared with each other", self.group < 2),
             ("steps: at least 1", self.steps < 1),
             ("shift: above 0", not self.shift > 0),
@@ -79,10 +79,7 @@ class NFTSettings:
             ("old_most: at least 0 and below 1", not 0 <= self.old_most < 1),
             ("old_from: at least 0", self.old_from < 0),
             ("baseline: 'group' or 'batch'", self.baseline not in ("group", "batch")),
-        ):
-            if wrong:
-                name = problem.split(":")[0]
-                raise InputError(f"NFTSettings expected {problem}; got {name} = {vars(self)[name]!r}")
+        )
 
 
 class NFT:

@@ -32,7 +32,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from palate.core import Batch, Cond, Loss, Model, Random, Reward
+from palate.core import Batch, Cond, Loss, Model, Random, Reward, require
 from palate.data import read_prompts
 from palate.path import Prediction, move
 from palate.runtime.errors import InputError
@@ -71,7 +71,8 @@ class OPDSettings:
     normalised: bool = False  # divide a sample's square error by its mean absolute error, as DiffusionNFT does
 
     def __post_init__(self) -> None:
-        for problem, wrong in (
+        require(
+            self,
             ("teachers: one or more", not self.teachers),
             ("steps: at least 1", self.steps < 1),
             (
@@ -87,10 +88,7 @@ class OPDSettings:
                 self.eta > 0 and self.target == "x0",
             ),
             ("teachers: names other than policy and reference", bool({"policy", "reference"} & set(self.teachers))),
-        ):
-            if wrong:
-                name = problem.split(":")[0]
-                raise InputError(f"OPDSettings expected {problem}; got {name} = {vars(self)[name]!r}")
+        )
 
 
 class OPD:

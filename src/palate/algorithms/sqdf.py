@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from palate.algorithms.replay_buffer import Draw, ReplayBuffer
-from palate.core import Batch, Cond, Loss, Model, Random, Reward
+from palate.core import Batch, Cond, Loss, Model, Random, Reward, require
 from palate.path import Prediction, move
 from palate.runtime.errors import InputError
 from palate.runtime.sharding import max_over_ranks
@@ -72,7 +72,8 @@ class SQDFSettings:
 
     def __post_init__(self) -> None:
         steps_of(self.estimator)
-        for problem, wrong in (
+        require(
+            self,
             (
                 "rollout_steps, rollout_every and buffer_size: at least 1",
                 min(self.rollout_steps, self.rollout_every, self.buffer_size) < 1,
@@ -111,11 +112,7 @@ class SQDFSettings:
                 "estimator_guidance: 1 with estimator = 'consistency', whose guidance was fixed when it was distilled",
                 self.estimator == "consistency" and self.estimator_guidance != 1,
             ),
-        ):
-            if wrong:
-                names = problem.split(":")[0].replace(" and ", ", ").split(", ")
-                got = ", ".join(f"{n} = {vars(self)[n]!r}" for n in names if n in vars(self))
-                raise InputError(f"SQDFSettings expected {problem}; got {got}")
+        )
 
     def check_batch(self, size: int) -> None:
         """ValueError for a batch that is too large."""

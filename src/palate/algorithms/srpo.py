@@ -42,9 +42,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from palate.core import Batch, Loss, Model, Random, Reward
+from palate.core import Batch, Loss, Model, Random, Reward, require
 from palate.path import Coefficient, Prediction, add_noise, from_velocity, move
-from palate.rewards.combine import TEMPLATE, relative, score_pair, with_control
+from palate.rewards.combine import TEMPLATE, control_texts, relative, score_pair, with_control
 from palate.runtime.errors import InputError
 from palate.sampling import sample, shift_time, state_kind
 
@@ -96,7 +96,8 @@ class SRPOSettings:
             object.__setattr__(self, name, ("",) if none else _word_list(name, words))
         for name in ("branches", "window", "train_timestep", "k_denoise", "k_inversion", "discount"):
             object.__setattr__(self, name, tuple(vars(self)[name]))
-        for problem, wrong in (
+        require(
+            self,
             (
                 "branches: one or both of 'denoise', 'inversion', each once",
                 not self.branches
@@ -128,11 +129,7 @@ class SRPOSettings:
                 "k_denoise, k_inversion: (0, 0) with preference='absolute', which has no k",
                 self.preference == "absolute" and any(self.k_denoise + self.k_inversion),
             ),
-        ):
-            if wrong:
-                names = problem.split(":")[0].split(", ")
-                got = ", ".join(f"{n} = {vars(self)[n]!r}" for n in names if n in vars(self))
-                raise InputError(f"SRPOSettings expected {problem}" + (f"; got {got}" if got else ""))
+        )
 
 
 class SRPO:
@@ -162,12 +159,8 @@ class SRPO:
         self.positive, self.negative = new_positive, new_negative
 
     def control_texts(self, prompt: str) -> dict[str, list[str]]:
-        """What the reward is asked about a prompt, for each control word in force: the loop tries new words on it."""
-        words = {"positive": self.positive, "negative": self.negative}
-        return {
-            side: [with_control(word, [prompt], self.settings.template)[0] for word in given]
-            for side, given in words.items()
-        }
+        """What the reward is asked about a prompt, for each control word in force."""
+        return control_texts({"positive": self.positive, "negative": self.negative}, prompt, self.settings.template)
 
     def state_dict(self) -> dict[str, Any]:
         return {"positive": list(self.positive), "negative": list(self.negative)}

@@ -46,11 +46,12 @@ from palate.core.models import (
 )
 from palate.core.random import Random, prompt_order, used_prompts
 from palate.core.rewards import HasFeatures, Reward, TwoTower
+from palate.core.settings import require
 
 __all__ = [
     "Algorithm", "Batch", "ChecksBatch", "ComparesWords", "Cond", "DrawsOwnSamples", "DrawsReference",
     "EncodesPictures", "Fingerprinted", "GuardMeasure", "HasFeatures", "HasNetworks", "HasPosterior",
     "LoadsAdapter", "Loss", "Model", "Networks", "PublishedGrid", "Random", "Reward", "Sampleable", "Sampler",
     "SavesAdapter", "Stateful", "Steerable", "TakesConsistency", "TextCached", "TwoTower", "Warns", "prompt_order",
-    "used_prompts",
+    "require", "used_prompts",
 ]  # fmt: skip

@@ -29,6 +29,12 @@ def with_control(control: str, prompts: Sequence[str], template: str = TEMPLATE)
     return [template.replace("{control}", control).replace("{prompt}", prompt) for prompt in prompts]
 
 
+def control_texts(words: Mapping[str, Sequence[str]], prompt: str, template: str = TEMPLATE) -> dict[str, list[str]]:
+    """What the reward is asked about a prompt, by side, one text for each control word: the loop tries new words on
+    it."""
+    return {side: [with_control(word, [prompt], template)[0] for word in given] for side, given in words.items()}
+
+
 def score_pair(reward: Reward, images: Tensor, first: Sequence[str], second: Sequence[str]) -> tuple[Tensor, Tensor]:
     """R(images, first) and R(images, second), (B,) each; the image tower of a two-tower reward runs once."""
     features, score = _towers(reward)
