@@ -207,8 +207,8 @@ def train_on(start: str, seed: int, alone: int, updates: int, checks: int, promp
         "distar-emoji",
         [
             f"model.start={start}",
-            "algorithm.distil_steps=0",
-            f"algorithm.assistant_first={alone}",
+            "algorithm.reward_start_step=0",
+            f"algorithm.assistant_warmup_steps={alone}",
             *PLAIN,
             *overrides,
             f"trainer.seed={seed}",

@@ -31,7 +31,7 @@ from palate.models.vocabulary import parse_prompt
 from palate.train import train
 
 LIMIT = 0.05
-UNHELD = {"SRPO": ["algorithm.anchor=0"], "SQDF": ["algorithm.alpha_kl=0"], "DRaFT-LV": []}
+UNHELD = {"SRPO": ["algorithm.reference_penalty=0"], "SQDF": ["algorithm.alpha_kl=0"], "DRaFT-LV": []}
 
 
 def build(method: str, seed: int, lr: float, overrides: list[str]):

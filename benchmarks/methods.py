@@ -46,7 +46,7 @@ from palate.train import NonFiniteError, Outcome, train
 
 STYLE, NEGATIVE, K = "3d", "flat", 4.0
 METHODS = {  # name -> recipe, what is swept as its strength in frontier.py
-    "SRPO": ("srpo-emoji", ("algorithm.anchor", (0.0, 0.3, 3.0))),
+    "SRPO": ("srpo-emoji", ("algorithm.reference_penalty", (0.0, 0.3, 3.0))),
     "SQDF": ("sqdf-emoji", ("algorithm.alpha_kl", (0.0, 3e-4, 3e-3))),
     "ReFL": ("refl-emoji", ("trainer.lr", ())),  # () = half its learning rate, as it is, twice
     "DRaFT-LV": ("draft-emoji", ("trainer.lr", ())),

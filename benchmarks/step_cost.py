@@ -72,7 +72,7 @@ def main() -> None:
             sample(model, cond, xt, settings.rollout_steps, guidance=settings.rollout_guidance, shift=settings.shift)
 
     def branch() -> None:
-        if settings.anchor:
+        if settings.reference_penalty:
             with torch.no_grad():
                 model.predict(xt, t, cond, guidance=settings.guidance, weights="reference")
         x0 = model.predict(xt, t, cond, guidance=settings.guidance).x0

@@ -156,14 +156,14 @@ def sample(
     grad_steps: int = 0,
     weights: str = "policy",
     rng_noise: Callable[[int], Tensor] | None = None,
-    told: Callable[[Tensor], Tensor] | None = None,
+    timestep: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Clean latents (B, C, h, w) from standard normal `noise` of that shape.
 
     The last `grad_steps` steps carry gradient, the others run under no_grad. `rng_noise(i)` gives the standard normal
     of step i and is needed when eta > 0, for example `lambda i: rng.normal(f"sde-{i}", model.latent_shape)`. shift:
     equal steps so shifted; None = the grid the model was published with (its `time_grid`), equal steps if it has none.
-    told: what the network is told of a time t (B,), as a program that truncates it does; the state moves at t itself.
+    timestep: what the network is given for a time t (B,), as a program that truncates it does; the state moves at t.
     """
     if not 0 <= grad_steps <= steps:
         raise InputError(f"sample got grad_steps {grad_steps} with {steps} steps; expected 0..{steps}")
@@ -183,10 +183,10 @@ def sample(
         with torch.set_grad_enabled(want_grad and i >= steps - grad_steps):
             t, t_next = times[i].expand(len(x)), times[i + 1].expand(len(x))
             alpha_next, sigma_next = model.schedule(t_next)
-            if told is None:
+            if timestep is None:
                 pred = model.predict(x, t, cond, guidance=guidance, weights=weights)
             else:  # what the network puts out stands for its velocity, and x is at t
-                pred = model.predict(x, told(t), cond, guidance=guidance, weights=weights)
+                pred = model.predict(x, timestep(t), cond, guidance=guidance, weights=weights)
                 pred = from_velocity(x, pred.eps - pred.x0, *model.schedule(t))
             if rng_noise is None or eta == 0:
                 x = move(pred, alpha_next, sigma_next)

@@ -122,7 +122,7 @@ def test_teachers_are_distilled_and_resume_exactly(tmp_path):
 
 @pytest.mark.slow
 def test_a_one_step_generator_trains_towards_a_black_box_and_resumes_exactly(tmp_path):
-    changes = ["algorithm.head_questions=2", "algorithm.head_first=2", "algorithm.assistant_first=0"]
+    changes = ["algorithm.head_queries=2", "algorithm.head_first=2", "algorithm.assistant_warmup_steps=0"]
     full = [change for change in QUIET if not change.startswith("model.")]
     plan = recipe.read("distar-emoji-blackbox", [*full, *changes])
     made = recipe.build(plan)

@@ -27,7 +27,7 @@ from palate.algorithms.distar import (
     assistant_loss,
     assistant_rate_bound,
     calls_per_update,
-    capped_share,
+    capped_scale,
     distance_of,
     distar_loss,
     implicit_reward_loss,
@@ -826,14 +826,14 @@ def test_which_calls_carry_gradient():
 
 def test_the_assistant_learns_alone_at_first():
     """It is what a generator that was trained before needs: its images are not the reference's."""
-    settings = DistarSettings(generator=Generator(t_init=0.6), c=0.1, assistant_steps=2, assistant_first=3)
+    settings = DistarSettings(generator=Generator(t_init=0.6), c=0.1, assistant_steps=2, assistant_warmup_steps=3)
     for step, names in ((1, ["assistant"] * 2), (3, ["assistant"] * 2), (4, ["assistant"] * 2 + ["policy"])):
         model = network()
         assert [loss.update for loss in run(model, settings, step=step)] == names
         expected = calls_per_update(settings, assistant_alone=step <= 3)
         assert (len(model.calls), model.decodes) == (expected["predict"], expected["decode"])
-    with pytest.raises(ValueError, match="assistant_first: at least 0"):
-        DistarSettings(assistant_first=-1)
+    with pytest.raises(ValueError, match="assistant_warmup_steps: at least 0"):
+        DistarSettings(assistant_warmup_steps=-1)
 
 
 def test_a_generator_of_several_steps_is_trained_at_a_random_one():
@@ -906,14 +906,14 @@ def test_with_guidance_inside_the_start_is_not_a_fixed_point():
 def test_the_reward_waits_for_distillation_and_its_force_is_capped():
     model = network()
     for step, on in ((1, False), (2, False), (3, True)):
-        metrics = run(model, step=step, distil_steps=2)[-1].metrics
+        metrics = run(model, step=step, reward_start_step=2)[-1].metrics
         assert ("reward" in metrics) == on and model.decodes == (step == 3)
     assert calls_per_update(DistarSettings(), distilling=True)["decode"] == 0
     model = network()
     move_assistant(model)
     pull, push = torch.tensor([[3.0, 4.0], [0.3, 0.4]]), torch.tensor([[0.0, 1.0], [1.0, 0.0]])
-    assert capped_share(pull, push, 0.5).flatten().tolist() == pytest.approx([0.1, 1.0])
-    assert capped_share(pull, push, None).flatten().tolist() == [1.0, 1.0]
+    assert capped_scale(pull, push, 0.5).flatten().tolist() == pytest.approx([0.1, 1.0])
+    assert capped_scale(pull, push, None).flatten().tolist() == [1.0, 1.0]
     gradients = []
     for scale in (1e3, 1e5):  # past the cap the size of the reward's force does not matter
         for p in model.parameters("policy"):

@@ -31,7 +31,7 @@ def taste(images, prompts):
 
 
 def settings_of(**changes):
-    small = {"generator": FewStepGenerator(t_init=0.6), "c": 0.1, "head_questions": 4, "head_first": 8}
+    small = {"generator": FewStepGenerator(t_init=0.6), "c": 0.1, "head_queries": 4, "head_first": 8}
     return DistarSettings(**(small | {"head_memory": 64} | changes))
 
 
@@ -63,12 +63,10 @@ def test_once_learnt_the_heads_gradient_is_the_rewards_own_in_its_standard_devia
     assert asked == [4] * 11 and float(loss.metrics["head_answers"]) == 44
     assert float(loss.metrics["head_explained"]) > 0.9999
     std = float(algorithm.head.answers.std(correction=0))
-    known, _ = run(
-        Distar(settings_of(head_questions=0)), model, 11, lambda images, prompts: taste(images, prompts) / std
-    )
+    known, _ = run(Distar(settings_of(head_queries=0)), model, 11, lambda images, prompts: taste(images, prompts) / std)
     for ours, exact in zip(grads, known, strict=True):
         torch.testing.assert_close(ours, exact, rtol=1e-3, atol=1e-5)
-    plain, _ = run(Distar(settings_of(head_questions=0, reward_scale=0)), model, 11, taste)
+    plain, _ = run(Distar(settings_of(head_queries=0, reward_scale=0)), model, 11, taste)
     assert float((plain[0] - grads[0]).abs().max()) > 1e-2
 
 
@@ -77,7 +75,7 @@ def test_until_it_has_answers_enough_only_the_divergence_moves_the_generator():
     box = BlackBox(taste, features)
     for step, learnt in ((1, False), (2, False), (3, True)):
         grads, loss = run(algorithm, model, step, box)
-        plain, _ = run(Distar(settings_of(head_questions=0, reward_scale=0)), model, step, taste)
+        plain, _ = run(Distar(settings_of(head_queries=0, reward_scale=0)), model, step, taste)
         assert torch.equal(grads[0], plain[0]) != learnt and ("reward" in loss.metrics) == learnt
         assert "answer" in loss.metrics
 
@@ -99,7 +97,7 @@ def test_a_resumed_run_repeats_the_head_to_the_last_bit():
     again.load_state_dict(algorithm.state_dict())
     ours, theirs = (run(a, model, 6, box)[0] for a in (algorithm, again))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    assert "head" not in Distar(settings_of(head_questions=0)).state_dict()
+    assert "head" not in Distar(settings_of(head_queries=0)).state_dict()
 
 
 def test_no_call_of_a_network_is_added():
@@ -117,12 +115,10 @@ def test_no_call_of_a_network_is_added():
 
 
 def test_what_is_missing_is_said():
-    with pytest.raises(ValueError, match=r"head_questions needs features"):
+    with pytest.raises(ValueError, match=r"head_queries needs features"):
         run(Distar(settings_of()), network(), 1, taste)
-    with pytest.raises(ValueError, match=r"algorithm\.head_questions \(a head"):
-        run(
-            Distar(settings_of(head_questions=0)), network(), 1, lambda images, prompts: taste(images, prompts).detach()
-        )
-    for wrong in ({"head_questions": -1}, {"head_first": 1}, {"head_first": 100}):
+    with pytest.raises(ValueError, match=r"algorithm\.head_queries \(a head"):
+        run(Distar(settings_of(head_queries=0)), network(), 1, lambda images, prompts: taste(images, prompts).detach())
+    for wrong in ({"head_queries": -1}, {"head_first": 1}, {"head_first": 100}):
         with pytest.raises(ValueError, match="DistarSettings expected head"):
             settings_of(**wrong)

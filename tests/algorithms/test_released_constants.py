@@ -444,7 +444,7 @@ def test_a_network_that_is_told_another_time_still_moves_from_where_it_is():
             return Prediction(xt - sigma * 3.0, xt + alpha * 3.0)
 
     noise = torch.randn(2, 1, 2, 2, dtype=D)
-    got = sample(Constant(), None, noise, 7, shift=3.0, told=truncated)
+    got = sample(Constant(), None, noise, 7, shift=3.0, timestep=truncated)
     torch.testing.assert_close(got, noise - 3.0, atol=1e-12, rtol=0)
 
 

@@ -1,4 +1,4 @@
-"""replay.py: the laws of draws in closed form, first in first out, shards that read back what was written."""
+"""replay_buffer.py: what is drawn, in closed form; first in first out; shards that read back what was written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from palate.algorithms.replay_buffer import (
-    UNIFORM_SHARE,
+    UNIFORM_FRACTION,
     ReplayBuffer,
     inverse_cdf,
     step_probabilities,
@@ -80,7 +80,7 @@ def test_importance_weights_recover_the_uniform_mean():
     weighted = draw.weight * f
     assert float(weighted.mean()) == pytest.approx(want, abs=4 * float(weighted.std()) / math.sqrt(n))
     assert abs(float(f.mean()) - want) > 0.2  # what it would be without the weights
-    assert float(draw.weight.max()) == pytest.approx(1 / UNIFORM_SHARE)
+    assert float(draw.weight.max()) == pytest.approx(1 / UNIFORM_FRACTION)
     p = float(0.9 * trajectory_probabilities(rewards)[1] * step_probabilities(4, 0.5)[3] + 0.1 / 12)
     last = torch.tensor([prompt == "prompt 1" for prompt in draw.prompts]) & (draw.step == 3)
     assert float(draw.weight[last][0]) == pytest.approx(1 / (12 * p))

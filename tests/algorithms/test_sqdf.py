@@ -827,7 +827,7 @@ def network():
 def say(weights, name):
     generator = torch.Generator().manual_seed(1)
     x, cond = torch.randn(2, 2, 4, 4, generator=generator), torch.randn(2, 3, 8, generator=generator)
-    with weights.speaking_as(name) as unet:
+    with weights.using(name) as unet:
         return unet(x, torch.tensor([300.0, 700.0]), cond).sample
 
 

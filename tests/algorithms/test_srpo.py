@@ -361,7 +361,9 @@ def test_nothing_but_the_policys_one_call_carries_gradient():
             return super().predict(xt, t, cond, guidance=guidance, weights=weights)
 
     model = Watched(torch.zeros(1, 2, 2, dtype=D), 0.6)
-    run(settings_of(anchor=1.0, rollout_guidance=2.0, guidance=3.5, rollout_weights="reference"), model=model)
+    run(
+        settings_of(reference_penalty=1.0, rollout_guidance=2.0, guidance=3.5, rollout_weights="reference"), model=model
+    )
     assert (
         calls
         == [("reference", False, False, 2.0)] * 3 + [("reference", False, False, 3.5), ("policy", True, False, 3.5)] * 2
@@ -413,7 +415,7 @@ def test_released_coefficients_and_truncated_time():
     denoise, inversion = (released_levels(HPS, b, m0) for b in ("denoise", "inversion"))
     assert float(between(HPS.k_denoise, denoise.position)) == pytest.approx(0.175075, abs=5e-7)
     assert float(between(HPS.k_inversion, inversion.position)) == pytest.approx(0.183884, abs=5e-7)
-    assert float(denoise.told) == 0.878 and float(inversion.told) == 0.835
+    assert float(denoise.timestep) == 0.878 and float(inversion.timestep) == 0.835
     m0 = torch.arange(5, 996)
     denoise, inversion = (released_levels(HPS, b, m0) for b in ("denoise", "inversion"))
     assert torch.equal(denoise.end == inversion.end, m0 > 100)
@@ -507,7 +509,9 @@ def test_every_level_lies_in_the_window():
 @pytest.mark.parametrize("offline", [False, True], ids=["online", "offline"])
 @pytest.mark.parametrize("noise, levels", [("fresh", "window"), ("rollout", "released")])
 def test_a_batch_is_the_mean_of_its_samples(noise, levels, offline):
-    settings = settings_of(noise=noise, levels=levels, n=2, k_denoise=(0.1, 0.3), discount=(0.2, 1.0), anchor=0.5)
+    settings = settings_of(
+        noise=noise, levels=levels, n=2, k_denoise=(0.1, 0.3), discount=(0.2, 1.0), reference_penalty=0.5
+    )
     model = GaussianModel(torch.full((1, 2, 2), 0.2, dtype=D), 0.6)
     with torch.no_grad():
         model.parameters()[0].add_(0.3)
@@ -531,7 +535,7 @@ def test_shared_noise_gives_every_sample_the_same_rollout():
 
 
 def test_offline_uses_the_real_latents_with_fresh_noise():
-    settings = settings_of(noise="rollout", branches=("denoise",), window=(0.4, 0.8), step=0.1, anchor=0.0)
+    settings = settings_of(noise="rollout", branches=("denoise",), window=(0.4, 0.8), step=0.1, reference_penalty=0.0)
     calls, seen = [], []
 
     class Perfect(GaussianModel):  # its x0 is the real latent, so that recovery must return it whatever the noise
@@ -554,22 +558,22 @@ def test_offline_uses_the_real_latents_with_fresh_noise():
     torch.testing.assert_close(calls[0], add_noise(real, eps, *flow_schedule(t)), atol=1e-12, rtol=0)
 
 
-def test_anchor_is_the_distance_of_the_two_predictions_and_pulls_back():
+def test_the_reference_penalty_is_the_distance_of_the_two_predictions_and_pulls_back():
     model = GaussianModel(torch.zeros(1, 2, 2, dtype=D), 0.6)
     with torch.no_grad():
         model.parameters()[0].add_(0.3)
     still = Linear(CP, CP)  # no reward gradient at all
-    settings = settings_of(anchor=2.0, branches=("denoise",))
+    settings = settings_of(reference_penalty=2.0, branches=("denoise",))
     (grad,), losses, _ = run(settings, still, model=model)
     sigma = float(losses[0].metrics["sigma_s_denoise"])
-    assert float(losses[0].metrics["anchor_denoise"]) == pytest.approx((sigma * 0.3) ** 2, abs=1e-12)
+    assert float(losses[0].metrics["reference_distance_denoise"]) == pytest.approx((sigma * 0.3) ** 2, abs=1e-12)
     torch.testing.assert_close(grad, torch.full_like(grad, 2.0 * 2 * sigma**2 * 0.3 / 4), atol=1e-12, rtol=0)
     base, _, _ = run(settings, still)
     assert torch.equal(base[0], torch.zeros_like(base[0]))  # at the reference itself there is no pull
 
 
 @pytest.mark.parametrize("offline", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"n": 3}, {"branches": ("denoise",)}, {"anchor": 1.0, "n": 2}])
+@pytest.mark.parametrize("changes", [{}, {"n": 3}, {"branches": ("denoise",)}, {"reference_penalty": 1.0, "n": 2}])
 def test_calls_are_exactly_the_formula(changes, offline):
     counts = {"predict": 0, "decode": 0}
 
@@ -642,7 +646,7 @@ def test_metrics_say_what_happened():
         ({"template": "{prompt}"}, "control"),
         ({"preference": "absolute", "k_denoise": (0.1, 0.2)}, "no k"),
         ({"train_timestep": (25, 5)}, "a < b"),
-        ({"anchor": -1.0}, "at least 0"),
+        ({"reference_penalty": -1.0}, "at least 0"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes, message):

@@ -23,7 +23,7 @@ SMALL = [
     "trainer.guard.action=warn",
     "trainer.ema_decay=0.5",
     "algorithm.rollout_steps=2",
-    "algorithm.anchor=0.1",
+    "algorithm.reference_penalty=0.1",
     "model.lora_rank=2",
     "trainer.threads=1",
 ]

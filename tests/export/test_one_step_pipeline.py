@@ -75,7 +75,7 @@ def test_merged_weights_say_what_the_name_says(trained):
     cond, t = trained.encode_prompts(PROMPTS), torch.tensor([300.0, 800.0])
     for name in ("policy", "assistant", "reference"):
         plain = trained.weights.merged(name)
-        with torch.no_grad(), trained.weights.speaking_as(name) as network:
+        with torch.no_grad(), trained.weights.using(name) as network:
             torch.testing.assert_close(plain(x, t, cond).sample, network(x, t, cond).sample, atol=1e-4, rtol=0)
         assert not any("lora" in key for key in plain.state_dict())
 

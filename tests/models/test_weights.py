@@ -46,7 +46,7 @@ COND = torch.randn(2, 3, 8, dtype=D, generator=torch.Generator().manual_seed(2))
 
 
 def say(weights: NamedWeights, name: str, x=X):
-    with weights.speaking_as(name) as network:
+    with weights.using(name) as network:
         return network(x, torch.tensor([300.0, 700.0], dtype=D), COND).sample
 
 
@@ -112,7 +112,7 @@ def test_a_backward_inside_another_selection_keeps_the_gradient():
     loss = say(weights, "policy").square().sum()
     plain = torch.autograd.grad(loss, weights.parameters("policy"), retain_graph=True)
     for name in ("assistant", "reference"):
-        with weights.speaking_as(name):
+        with weights.using(name):
             loss.backward(retain_graph=True)
         assert all(torch.equal(a, b) for a, b in zip(plain, gradients(weights, "policy"), strict=True))
 
@@ -123,7 +123,7 @@ def test_what_is_frozen_stays_frozen_and_the_policy_returns_after_an_error(name)
     for p in weights.parameters("assistant"):
         p.requires_grad_(False)
     before = say(weights, "policy").detach()
-    with pytest.raises(RuntimeError, match="inside"), weights.speaking_as(name):
+    with pytest.raises(RuntimeError, match="inside"), weights.using(name):
         raise RuntimeError("inside")
     assert torch.equal(weights.network(X, torch.tensor([300.0, 700.0], dtype=D), COND).sample, before)
     assert torch.equal(say(weights, "policy").detach(), before)

@@ -77,7 +77,13 @@ def test_published_networks_have_their_size_and_cost(name):
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["algorithm.n=2"], ["algorithm.branches=[denoise]"], ["algorithm.anchor=1.0"], ["trainer.batch_size=3"]],
+    [
+        [],
+        ["algorithm.n=2"],
+        ["algorithm.branches=[denoise]"],
+        ["algorithm.reference_penalty=1.0"],
+        ["trainer.batch_size=3"],
+    ],
 )
 def test_counted_calls_are_the_algorithms_formula(overrides):
     made = recipe_of("emoji", *overrides)

@@ -97,12 +97,12 @@ class Networks(TinyFlow):
             self.weights = SimpleNamespace(
                 training="full",
                 networks=networks,
-                speaking_as=lambda name: contextlib.nullcontext(networks[name]),
+                using=lambda name: contextlib.nullcontext(networks[name]),
                 parameters=lambda name: list(networks[name].parameters()),
             )
 
     def predict(self, xt, t, cond, *, guidance=1.0, weights="policy"):
-        with self.weights.speaking_as(weights) as self.net:
+        with self.weights.using(weights) as self.net:
             return super().predict(xt, t, cond, guidance=guidance)
 
     def parameters(self, weights="policy"):

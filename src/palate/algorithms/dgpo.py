@@ -125,7 +125,7 @@ class DGPO:
             rewards = reward(model.decode(x0), prompts).detach()
         advantages = standard_scores(rewards, s.group, baseline=s.baseline)
         advantages = advantages.clamp(-s.advantage_clip, s.advantage_clip).to(x0)
-        spread = rewards.view(-1, s.group).std(1, correction=0).mean()
+        reward_std = rewards.view(-1, s.group).std(1, correction=0).mean()
         for j in range(s.n):
             u = 1 - (rng if s.shared_time else images_rng).uniform(f"level-{j}")  # in (0, 1]
             eps = (rng if s.shared_noise else images_rng).normal(f"inject-{j}", model.latent_shape)
@@ -133,7 +133,7 @@ class DGPO:
             eps = (eps.repeat_interleave(s.group, 0) if s.shared_noise else eps).to(x0)
             t = between(s.times, shift_time(u, s.shift)).to(x0)
             value, metrics = self._loss(model, x0, eps, t, cond, advantages)
-            metrics |= {"reward": rewards.mean(), "reward_std": spread}
+            metrics |= {"reward": rewards.mean(), "reward_std": reward_std}
             yield Loss(value / s.n, metrics, "policy" if j == s.n - 1 else None)
         if self.old is not None:
             decay = old_decay(rng.step, s.old_rate, s.old_most)

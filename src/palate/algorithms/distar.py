@@ -32,10 +32,10 @@ What the paper leaves open, and what is chosen here:
 - The normaliser of the pseudo-Huber distance is not detached, as the theorem has it.
 - Whether the paper's "7.5" is alpha_cfg or 1 + alpha_cfg is unknown; here it is what the formula above says.
 - gradient="total" adds d(y) itself: the derivative of E d along the samples too, not the paper's.
-- `head_questions` > 0 trains with a reward that can only be asked (Palate's, after TDM-R1, arXiv 2603.07700): between
+- `head_queries` > 0 trains with a black-box reward (Palate's, after TDM-R1, arXiv 2603.07700): between
   assistant and generator a head is told the reward's answers about the newest images and fitted anew; r is what it
   predicts, in standard deviations of the answers. A rank's head learns from its own images.
-- `reward_cap` bounds the reward's force by a multiple of the divergence's, a sample at a time (Palate's).
+- `reward_cap` bounds the norm of the reward's gradient by a multiple of the divergence's, per sample (Palate's).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,13 @@ PIXART = Generator(t_init=0.441, input_scale=2.5 / math.hypot(1, 2.5))  # SIM: 2
 
 @dataclass(frozen=True)
 class DistarSettings:
-    """Times are the model's t in [0, 1]; (low, high) are the ends of a uniform law."""
+    """Times are the model's t in [0, 1]; (low, high) are the ends of a uniform distribution."""
+
+    old_keys: ClassVar[Mapping[str, str]] = {  # of recipes, for one release
+        "assistant_first": "assistant_warmup_steps",
+        "distil_steps": "reward_start_step",
+        "head_questions": "head_queries",
+    }
 
     generator: Generator = field(default_factory=Generator)
 
@@ -84,17 +90,17 @@ class DistarSettings:
     t_generator: tuple[float, float] = (0.02, 0.98)
 
     reward_scale: float = 1.0  # alpha_rew; 0 = distillation alone (SIM)
-    distil_steps: int = 0  # steps before the reward is switched on
+    reward_start_step: int = 0  # the last step without the reward
     reward_cap: float | None = None  # largest |dL_rew/dx0| as a multiple of |dL_div/dx0|, per sample
     alpha_cfg: float = 0.0  # guidance of the reference is 1 + alpha_cfg
     cfg: Literal["in", "out"] = "in"
 
-    assistant_first: int = 0  # steps in which only the assistant learns; for a generator that is not the reference
+    assistant_warmup_steps: int = 0  # the assistant learns alone; for a generator that is not the reference
     assistant_steps: int = 1  # K_TA: updates of the assistant before each one of the generator
     t_assistant: tuple[float, float] = (0.02, 0.98)
     assistant_error: Literal["eps", "velocity", "x0"] = "eps"  # lambda(t): what its squared error is taken in
 
-    head_questions: int = 0  # images per step that a black-box reward is asked about; 0 = use the reward's gradient
+    head_queries: int = 0  # images per step that a black-box reward is asked about; 0 = use the reward's gradient
     head_memory: int = 512  # newest answers that the head is fitted to
     head_first: int = 64  # answers before the head's gradient is used
 
@@ -119,8 +125,9 @@ class DistarSettings:
             ("reward_scale and alpha_cfg: at least 0", not (self.reward_scale >= 0 and self.alpha_cfg >= 0)),
             ("reward_cap: above 0, or null for none", self.reward_cap is not None and not self.reward_cap > 0),
             ("assistant_steps: at least 1", self.assistant_steps < 1),
-            ("distil_steps and assistant_first: at least 0", min(self.distil_steps, self.assistant_first) < 0),
-            ("head_questions: at least 0", self.head_questions < 0),
+            ("reward_start_step: at least 0", self.reward_start_step < 0),
+            ("assistant_warmup_steps: at least 0", self.assistant_warmup_steps < 0),
+            ("head_queries: at least 0", self.head_queries < 0),
             (
                 "head_first and head_memory: 2 <= head_first <= head_memory",
                 not 2 <= self.head_first <= self.head_memory,
@@ -139,7 +146,7 @@ class Distar:
         self.sampler = settings.generator  # how images are drawn from the policy; see `evaluate.generate`
         self.loss_mean = self.scale_mean = 0.0
         self.updates = 0
-        self.head = RewardHead(settings.head_memory) if settings.head_questions else None
+        self.head = RewardHead(settings.head_memory) if settings.head_queries else None
 
     def state_dict(self) -> dict[str, Any]:
         state = {"loss_mean": self.loss_mean, "scale_mean": self.scale_mean, "updates": self.updates}
@@ -178,11 +185,11 @@ class Distar:
 
     def step(self, model: Model, reward: Reward, batch: Batch, rng: Random) -> Iterator[Loss]:
         """`assistant_steps` losses that update the assistant, then one that updates the generator (none in the first
-        `assistant_first` steps: a generator that draws what the assistant does not know is pushed at random)."""
+        `assistant_warmup_steps` steps: a generator that draws what the assistant does not know is pushed at random)."""
         for i in range(self.settings.assistant_steps):
             value = self._assistant_phase(model, batch, rng, f"assistant-{i}")
             yield Loss(value, {"loss_assistant": value.detach()}, "assistant")
-        if rng.step <= self.settings.assistant_first:
+        if rng.step <= self.settings.assistant_warmup_steps:
             return
         value, metrics = self._generator_phase(model, reward, batch, rng)
         yield Loss(value, metrics, "policy")
@@ -206,24 +213,28 @@ class Distar:
     def _generator_phase(
         self, model: Model, reward: Reward, batch: Batch, rng: Random
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """theta enters through x0 alone, so the forces on x0 are collected on a leaf, and pushed back in one pass."""
+        """theta enters through x0 alone, so the gradients at x0 are collected on a leaf, and go back in one pass."""
         s = self.settings
         x0 = self._generate(model, batch, rng, "generator")
         leaf = x0.detach().requires_grad_()
-        loss, push, metrics = self._divergence(model, batch, rng, leaf)
-        metrics["force_divergence"] = _norms(push).mean()
+        loss, grad_divergence, metrics = self._divergence(model, batch, rng, leaf)
+        metrics["force_divergence"] = _norms(grad_divergence).mean()
         values = None
-        if s.reward_scale and rng.step > s.distil_steps:
+        if s.reward_scale and rng.step > s.reward_start_step:
             values, asked = self._reward(reward, model.decode(leaf), batch.prompts)
             metrics |= asked
         if values is not None:
             wanted = -s.reward_scale * values.mean()
-            (pull,) = torch.autograd.grad(wanted, leaf)
-            share = capped_share(pull, push, s.reward_cap)
-            loss, push = loss + wanted.detach(), push + share * pull
-            metrics |= {"reward": values.mean(), "force_reward": _norms(pull).mean(), "reward_share": share.mean()}
-        value = (push * x0).sum()
-        value = value + (loss - value).detach()  # reads as the loss, differentiates as the forces
+            (grad_reward,) = torch.autograd.grad(wanted, leaf)
+            scale = capped_scale(grad_reward, grad_divergence, s.reward_cap)
+            metrics |= {
+                "reward": values.mean(),
+                "force_reward": _norms(grad_reward).mean(),
+                "reward_share": scale.mean(),
+            }
+            loss, grad_divergence = loss + wanted.detach(), grad_divergence + scale * grad_reward
+        value = (grad_divergence * x0).sum()
+        value = value + (loss - value).detach()  # reads as the loss, differentiates as the gradients at x0
         return value, {name: metric.detach() for name, metric in metrics.items()}
 
     def _reward(self, reward: Reward, images: Tensor, prompts: list[str]) -> tuple[Tensor | None, dict[str, Tensor]]:
@@ -233,17 +244,17 @@ class Distar:
             if not values.requires_grad:
                 raise InputError(
                     "the reward is not differentiable (a black box such as jpeg_size), and Diff-Instruct* "
-                    "needs its gradient; use a differentiable one, algorithm.head_questions (a head that learns it), "
+                    "needs its gradient; use a differentiable one, algorithm.head_queries (a head that learns it), "
                     "or algorithm.reward_scale=0"
                 )
             return values, {}
         if not isinstance(reward, HasFeatures):
             raise InputError(
-                "algorithm.head_questions needs features on which the head can learn the reward; give "
+                "algorithm.head_queries needs features on which the head can learn the reward; give "
                 "palate.rewards.learned.BlackBox(reward, features)"
             )
         features = reward.features(images, prompts)
-        now = slice(0, self.settings.head_questions)
+        now = slice(0, self.settings.head_queries)
         answers = reward(images.detach()[now], prompts[now]).detach()
         self.head.tell(features[now], answers)
         fit = self.head.fit
@@ -279,7 +290,7 @@ class Distar:
             loss = kl_loss(ours, target, leaf, weight=weight).mean() if s.divergence == "kl" else tractable.mean()
             if s.alpha_cfg and s.cfg == "out":
                 loss = loss + implicit_reward_loss(plain, unconditional, leaf, s.alpha_cfg, weight=weight).mean()
-            (push,) = torch.autograd.grad(loss, leaf)
+            (gradient,) = torch.autograd.grad(loss, leaf)
         y = (ours - target).detach()
         gap = distance_of(y, s.distance, c)
         scale = _dot(slope_of(y, s.distance, c), y) * _column(weight)
@@ -293,7 +304,7 @@ class Distar:
             "loss_divergence": loss.detach(),
             "assistant_lag": torch.tensor(self.lag),
         }
-        return loss.detach(), push, metrics
+        return loss.detach(), gradient, metrics
 
     def _follow(self, loss: float, scale: float) -> None:
         if not (math.isfinite(loss) and math.isfinite(scale)):
@@ -374,8 +385,8 @@ def implicit_reward_loss(
     weight: Tensor | float = 1.0,
 ) -> Tensor:
     """-w alpha_cfg sg[D_c - D_0] . x0, (B,): guidance as a reward (DI++). Added to `kl_loss` it equals cfg="in"."""
-    force = (_wide(pred_conditional) - _wide(pred_null)).detach()
-    return -alpha_cfg * _column(weight) * _dot(force, _wide(x0))
+    difference = (_wide(pred_conditional) - _wide(pred_null)).detach()
+    return -alpha_cfg * _column(weight) * _dot(difference, _wide(x0))
 
 
 def assistant_loss(pred: Prediction, x0: Tensor, eps: Tensor, *, error: str = "eps") -> Tensor:
@@ -393,12 +404,14 @@ def normaliser(x0: Tensor, pred_reference: Prediction | Tensor) -> Tensor:
     return 1 / (x0 - _wide(pred_reference)).detach().abs().flatten(1).mean(1).clamp_min(1e-8)
 
 
-def capped_share(pull: Tensor, push: Tensor, cap: float | None) -> Tensor:
-    """The share of `pull` that is kept, (B, 1, ...): at most cap |push| / |pull| per sample, and at most 1."""
-    share = torch.ones(len(pull), dtype=pull.dtype, device=pull.device)
+def capped_scale(grad_reward: Tensor, grad_divergence: Tensor, cap: float | None) -> Tensor:
+    """The fraction of `grad_reward` that is kept, (B, 1, ...), at most 1: its norm is at most `cap` times that of
+    `grad_divergence` per sample. cap: None = all of it."""
+    scale = torch.ones(len(grad_reward), dtype=grad_reward.dtype, device=grad_reward.device)
     if cap is not None:
-        share = (cap * push.flatten(1).norm(dim=1) / pull.flatten(1).norm(dim=1).clamp_min(1e-30)).clamp_max(1.0)
-    return share.view(-1, *[1] * (pull.ndim - 1))
+        limit = cap * grad_divergence.flatten(1).norm(dim=1)
+        scale = (limit / grad_reward.flatten(1).norm(dim=1).clamp_min(1e-30)).clamp_max(1.0)
+    return scale.view(-1, *[1] * (grad_reward.ndim - 1))
 
 
 def assistant_rate_bound(lr: float, assistant_steps: int) -> float:
@@ -425,7 +438,7 @@ def calls_per_update(
 
     predict = (assistant_steps + 1) (K + 1) / 2 for images, + assistant_steps, + 2 for y, + 1 with alpha_cfg;
     decode = reward = 1, or 0 without a reward or while distilling; updates of the assistant = assistant_steps.
-    assistant_alone: in the first `assistant_first` steps, assistant_steps ((K + 1) / 2 + 1) and nothing else.
+    assistant_alone: in the first `assistant_warmup_steps` steps, assistant_steps ((K + 1) / 2 + 1) and nothing else.
     """
     s = settings
     if assistant_alone:
@@ -466,13 +479,13 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _column(weight: Tensor | float) -> Tensor | float:
-    """A weight a sample, (B,), or a number."""
+    """A weight per sample, (B,), or a number."""
     return weight.flatten() if isinstance(weight, Tensor) and weight.ndim else weight
 
 
-def _norms(force: Tensor) -> Tensor:
+def _norms(gradient: Tensor) -> Tensor:
     """Per sample, of a gradient of a mean over the batch: (B,)."""
-    return len(force) * force.detach().flatten(1).norm(dim=1)
+    return len(gradient) * gradient.detach().flatten(1).norm(dim=1)
 
 
 def _inside(ends: tuple[float, ...]) -> bool:

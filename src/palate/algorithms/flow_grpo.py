@@ -161,7 +161,7 @@ class FlowGRPO:
             path = own_steps(path, trained_count(len(path), s.fraction, s.fraction_rounding), images_rng)
         else:
             path = [path[i] for i in trained_steps(len(path), s.fraction, rng, s.fraction_rounding)]
-        spread = rewards.view(-1, s.group).std(1, correction=0).mean()
+        reward_std = rewards.view(-1, s.group).std(1, correction=0).mean()
         for part in range(s.minibatches):
             chosen = torch.arange(part, len(rewards), s.minibatches, device=x0.device)
             with torch.no_grad():
@@ -169,7 +169,7 @@ class FlowGRPO:
             for number, drawn in enumerate(path):
                 now = drawn.rows(chosen)
                 value, metrics = self._loss(model, now, cond, advantages[chosen])
-                metrics |= {"reward": rewards.mean(), "reward_std": spread}
+                metrics |= {"reward": rewards.mean(), "reward_std": reward_std}
                 yield Loss(value / len(path), metrics, "policy" if number == len(path) - 1 else None)
 
     def _advantages(self, parts: dict[str, tuple[float, Tensor]], rewards: Tensor) -> Tensor:
@@ -322,7 +322,7 @@ def guarded_ratio(log_prob_now: Tensor, log_prob_old: Tensor, moved: Tensor, std
     """rho (N,) of GRPO-Guard: exp(std (log p_theta - log p_old + KL(p_theta | p_old)) / elements).
 
     With x_next = mean_old + std z the exponent is z . (mean_theta - mean_old) / elements: mean 0 under the old policy
-    at every step, where the plain log-ratio has the mean -KL and a spread that grows as std shrinks.
+    at every step, where the plain log-ratio has the mean -KL and a standard deviation that grows as std shrinks.
     """
     return (std.flatten() * (log_prob_now - log_prob_old + moved) / elements).exp()
 

@@ -63,7 +63,7 @@ class NFTSettings:
     old_from: int = 0  # steps before i begins to count; until then theta_old is the policy (the program's OCR run: 75)
     shared_noise: bool = False  # a group's images are noised alike
     shared_time: bool = False  # and at the same times
-    stratified: bool = False  # times from equal parts of the law: no two images of a group in the same part
+    stratified: bool = False  # times from equal parts of their distribution: no two images of a group in the same part
 
     def __post_init__(self) -> None:
         require(

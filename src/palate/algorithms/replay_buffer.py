@@ -5,7 +5,7 @@ Trajectory n has index i at noise level T - i. Three laws over (n, i):
 
     uniform       n uniform without replacement, i uniform
     prioritised   P(n, i) = P(n) P(i),  P(n) ~ max(R_n, 0),  P(i) ~ gamma^(T-1-i),  with replacement
-    importance    as prioritised, mixed with a share of the uniform law; each draw weighs 1 / (N T P(n, i)), so that
+    importance    as prioritised, mixed with a fraction of uniform; each draw weighs 1 / (N T P(n, i)), so that
                   the mean over draws is the mean over the whole buffer
 
 When no reward is positive, P(n) is uniform. The newest trajectories stay in memory, older ones go to safetensors shards
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from palate.runtime.errors import InputError
 
-Law = Literal["uniform", "prioritised", "importance"]
-UNIFORM_SHARE = 0.1  # of the importance law: no trajectory is left out, and no weight exceeds 1 / UNIFORM_SHARE
+Distribution = Literal["uniform", "prioritised", "importance"]
+UNIFORM_FRACTION = 0.1  # of importance: no trajectory is left out, and no weight exceeds 1 / UNIFORM_FRACTION
 
 
 class Draw(NamedTuple):
@@ -92,34 +92,34 @@ class ReplayBuffer:
         self._spill()
         return taken
 
-    def draw(self, law: Law, rows: Tensor, steps: Tensor, *, gamma: float = 1.0) -> Draw:
+    def draw(self, distribution: Distribution, rows: Tensor, steps: Tensor, *, gamma: float = 1.0) -> Draw:
         """B = len(rows) states for uniform random numbers `rows` and `steps` (B,) in [0, 1).
 
         ValueError when there are too few trajectories.
         """
         size, length = len(self), self._length() if len(self) else 0
-        if not size or (law == "uniform" and size < len(rows)):
+        if not size or (distribution == "uniform" and size < len(rows)):
             raise InputError(
                 f"the replay buffer holds {size} trajectories, fewer than the {len(rows)} to draw; "
                 "expected algorithm.buffer_size >= trainer.batch_size and a finite reward for each"
             )
-        if law == "uniform":
+        if distribution == "uniform":
             chosen, index = without_replacement(rows, size), (steps * length).long()
             weight = torch.ones(len(rows), dtype=torch.float64)
-        elif law in ("prioritised", "importance"):
-            share = UNIFORM_SHARE if law == "importance" else 0.0
+        elif distribution in ("prioritised", "importance"):
+            fraction = UNIFORM_FRACTION if distribution == "importance" else 0.0
             of_rows = trajectory_probabilities(torch.tensor(list(self.rewards), dtype=torch.float64))
             of_steps = step_probabilities(length, gamma)
-            joint = (1 - share) * of_rows[:, None] * of_steps + share / (size * length)
+            joint = (1 - fraction) * of_rows[:, None] * of_steps + fraction / (size * length)
             # the mixture drawn by conditionals: the row first, then the step given the row
             marginal = joint.sum(1)
             chosen = inverse_cdf(marginal.expand(len(rows), -1), rows)
             index = inverse_cdf(joint[chosen] / marginal[chosen, None], steps)
             weight = torch.ones(len(rows), dtype=torch.float64)
-            if law == "importance":
+            if distribution == "importance":
                 weight = 1 / (size * length * joint[chosen, index])
         else:
-            raise InputError(f"law got {law!r}; expected uniform, prioritised or importance")
+            raise InputError(f"distribution got {distribution!r}; expected uniform, prioritised or importance")
         first = self.end - size
         states = torch.stack([self._trajectory(first + int(n))[int(i)] for n, i in zip(chosen, index, strict=True)])
         return Draw(states, index, weight, [self.prompts[int(n)] for n in chosen], size - 1 - chosen)
@@ -206,8 +206,8 @@ def without_replacement(u: Tensor, size: int) -> Tensor:
     """
     moved: dict[int, int] = {}
     chosen = []
-    for k, share in enumerate(u.tolist()):
-        place = k + int(share * (size - k))
+    for k, fraction in enumerate(u.tolist()):
+        place = k + int(fraction * (size - k))
         chosen.append(moved.get(place, place))
         moved[place] = moved.get(k, k)
     return torch.tensor(chosen)

@@ -14,14 +14,15 @@ and held, by an exact KL, near the step of the pretrained model.
 
 x0hat is an estimator of the FROZEN model: its posterior mean ("tweedie"), a consistency model ("consistency"), or n
 steps of its ODE ("rollout-n"). x_t is data: drawn from a replay buffer, or the end of a rollout that stops where the
-update happens. Q does not depend on theta, so the optimum of a state is the same under any law of states. t = T .. 1
-counts the steps that are left; the sampler's index is i = T - t. At i = T-1 the action is the image and Q is exact.
+update happens. Q does not depend on theta, so the optimum of a state is the same under any distribution of states.
+t = T .. 1 counts the steps that are left; the sampler's index is i = T - t. At i = T-1 the action is the image and Q is
+exact.
 
 Deviations from the paper and from the released program (numbers: its faults, listed in docs/algorithms/sqdf.md):
 - alpha_kl is per nat. The program's KL is a mean over the D dimensions without the 1/2: `alpha_in_nats` converts.
 - Any schedule. Levels run from t = 1 to `final_time` > 0, so that std > 0 in the last step too (SD's own table ends the
   same way); for a flow this is the stochastic sampler with the same marginals.
-- Negative rewards are not masked (5), the prioritised law has a fallback when no reward is positive (7) and optional
+- Negative rewards are not masked (5), prioritised drawing has a fallback when no reward is positive (7) and optional
   importance weights (6), the consistency model is called at the true time (9), rollout-n leaves the last step
   alone (10).
 - "tweedie" is the posterior mean, guidance 1; `estimator_guidance` gives the program's guided variant.
@@ -65,7 +66,7 @@ class SQDFSettings:
     estimator: str = "consistency"  # tweedie | consistency | rollout-n, as rollout-2
     estimator_guidance: float = 1.0  # of tweedie and rollout-n
 
-    buffer: Literal["none", "uniform", "prioritised", "importance"] = "uniform"  # the law of states: replay.py
+    buffer: Literal["none", "uniform", "prioritised", "importance"] = "uniform"  # see replay_buffer.py
     buffer_size: int = 1024  # trajectories
     buffer_memory: int = 1024  # MiB held in memory; older trajectories go to disk
     rollout_every: int = 1  # updates a rollout serves
@@ -151,7 +152,7 @@ class SQDF:
             times = levels(s.rollout_steps, shift=s.shift, final_time=s.final_time)
         if self.buffer is None:
             index = rng.integers("index", 0, s.rollout_steps - 1)
-            states = self._walk(model, batch, rng, times, stop=index)
+            states = self._rollout_until(model, batch, rng, times, stop=index)
             prompts, cond = batch.prompts, batch.cond
             draw = Draw(states[-1], index, torch.ones(len(index)), prompts, torch.zeros(len(index)))
         else:
@@ -174,35 +175,35 @@ class SQDF:
         assert s.buffer != "none", "there is a buffer"
         s.check_batch(count)
         if (rng.step - 1) % s.rollout_every == 0 or not len(buffer):
-            states = self._walk(model, batch, rng, times, stop=torch.full((count,), s.rollout_steps))
+            states = self._rollout_until(model, batch, rng, times, stop=torch.full((count,), s.rollout_steps))
             with torch.no_grad():
                 scores = reward(model.decode(states[-1]), batch.prompts)
             buffer.insert(states[:-1].transpose(0, 1), batch.prompts, scores.tolist())
         return buffer.draw(s.buffer, rng.uniform("row"), rng.uniform("index"), gamma=s.gamma)
 
     @torch.no_grad()
-    def _walk(self, model: Model, batch: Batch, rng: Random, times: Tensor, *, stop: Tensor) -> Tensor:
-        """States (max stop + 1, B, C, h, w) of the policy's own sampler; sample k walks to index stop[k] and stays.
+    def _rollout_until(self, model: Model, batch: Batch, rng: Random, times: Tensor, *, stop: Tensor) -> Tensor:
+        """States (max stop + 1, B, C, h, w) of the policy's own sampler; sample k stops at index stop[k].
 
-        Samples that have arrived leave the batch, so the network is called on sum(stop) samples in all. A network that
-        is cut over several ranks is called on one sample more for each step that another rank still walks.
+        Samples that are done leave the batch, so the network is called on sum(stop) samples in all. A network that
+        is cut over several ranks is called on one sample more for each step that another rank still takes.
         """
         s, ids = self.settings, torch.as_tensor(rng.ids)
         x = rng.normal("start", model.latent_shape).to(**state_kind(model))
         states = x.expand(int(stop.max()) + 1, *x.shape).clone()
-        walking, cond = torch.arange(len(stop)), batch.cond
+        active, cond = torch.arange(len(stop)), batch.cond
         calls = max_over_ranks(len(states) - 1, model.parameters("policy")[0])
         for i in range(len(states) - 1):
-            still = (stop > i).nonzero().flatten()
-            if len(still) < len(walking):
-                walking, cond = still, model.encode_prompts([batch.prompts[k] for k in still])
-            x, t, t_next = states[i, walking], times[i].expand(len(walking)), times[i + 1].expand(len(walking))
+            remaining = (stop > i).nonzero().flatten()
+            if len(remaining) < len(active):
+                active, cond = remaining, model.encode_prompts([batch.prompts[k] for k in remaining])
+            x, t, t_next = states[i, active], times[i].expand(len(active)), times[i + 1].expand(len(active))
             t, t_next = t.to(x), t_next.to(x)
             pred = model.predict(x, t, cond, guidance=s.guidance)
             mean, std = transition(pred, *model.schedule(t), *model.schedule(t_next), s.eta)
-            noise = Random(rng.seed, rng.step, ids[walking]).normal(f"walk-{i}", model.latent_shape).to(x)
+            noise = Random(rng.seed, rng.step, ids[active]).normal(f"walk-{i}", model.latent_shape).to(x)
             states[i + 1] = states[i]
-            states[i + 1, walking] = mean + std * noise
+            states[i + 1, active] = mean + std * noise
         for _ in range(len(states) - 1, calls):
             model.predict(x[:1], times[:1].to(x), model.encode_prompts(batch.prompts[:1]), guidance=s.guidance)
         return states

@@ -26,18 +26,18 @@ Deviations from the paper and from the released program:
 - The program's "discount" is the k above (k_denoise, k_inversion); the paper's lambda(t) is `discount`. No hinge by
   default.
 - Levels are drawn per sample, uniformly; levels="released" reproduces the program's index map instead, its truncation
-  of the time told to the network included, in the rollout as in the trained forward. There, as in the program, all
+  of the time given to the network included, in the rollout as in the trained forward. There, as in the program, all
   injections of a sample repeat the same draw: with noise="rollout" its gradient accumulation G is n * len(branches),
   G = 1 is branches=("inversion",), G = 4 is n=2.
-- `anchor` (Palate's, off by default) keeps the policy's prediction of x0 near the frozen reference's.
+- `reference_penalty` (Palate's, off by default) keeps the policy's prediction of x0 near the frozen reference's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +57,8 @@ class SRPOSettings:
 
     The window and the step are in the model's time t, which for a flow is sigma. Every level lies inside the window.
     """
+
+    old_keys: ClassVar[Mapping[str, str]] = {"anchor": "reference_penalty"}  # of recipes, for one release
 
     positive: tuple[str, ...] = ("Realistic photo",)  # wanted words, rotated: the pair of step i is (POS[i], NEG[i]),
     negative: tuple[str, ...] = ("CG Render",)  # each index modulo its list's length
@@ -87,7 +89,7 @@ class SRPOSettings:
     k_inversion: tuple[float, float] = (0.0, 0.0)
     discount: tuple[float, float] = (1.0, 1.0)  # lambda(t), multiplies the loss
     hinge: float | None = None  # loss max(0, hinge - r) in place of -r; 0.7 in the released program
-    anchor: float = 0.0  # weight of mean (x0_policy - x0_reference)^2, both predicted from the same x_s
+    reference_penalty: float = 0.0  # weight of mean (x0_policy - x0_reference)^2, both predicted from the same x_s
 
     def __post_init__(self) -> None:
         for name in ("positive", "negative"):
@@ -124,7 +126,7 @@ class SRPOSettings:
                 not 0 <= self.train_timestep[0] < self.train_timestep[1] <= self.vis_sampling_step,
             ),
             ("shift: above 0", not self.shift > 0),
-            ("anchor: at least 0", not self.anchor >= 0),
+            ("reference_penalty: at least 0", not self.reference_penalty >= 0),
             (
                 "k_denoise, k_inversion: (0, 0) with preference='absolute', which has no k",
                 self.preference == "absolute" and any(self.k_denoise + self.k_inversion),
@@ -209,7 +211,7 @@ class SRPO:
                 guidance=s.rollout_guidance,
                 shift=s.shift,
                 weights=s.rollout_weights,
-                told=truncated if s.levels == "released" else None,
+                timestep=truncated if s.levels == "released" else None,
             )
         return x0, noise if s.noise == "rollout" else None
 
@@ -231,12 +233,12 @@ class SRPO:
         xs = add_noise(x0, eps, alpha_s, sigma_s)
 
         def predict(weights: str) -> Prediction:
-            pred = model.predict(xs, levels.told, cond, guidance=s.guidance, weights=weights)
+            pred = model.predict(xs, levels.timestep, cond, guidance=s.guidance, weights=weights)
             if s.levels == "window":
                 return pred
-            return from_velocity(xs, pred.eps - pred.x0, alpha_s, sigma_s)  # xs is at levels.start, not at levels.told
+            return from_velocity(xs, pred.eps - pred.x0, alpha_s, sigma_s)  # xs is at levels.start
 
-        if s.anchor:
+        if s.reference_penalty:
             with torch.no_grad():  # before the policy's call: a switch of adapters after it would lose its gradient
                 reference = predict("reference")
         pred = predict("policy")
@@ -253,9 +255,9 @@ class SRPO:
             f"gain_{branch}": gain(alpha_s, sigma_s, alpha_e, sigma_e).mean(),
             f"distance_{branch}": (x0hat - x0).square().mean().sqrt(),
         }
-        if s.anchor:
-            metrics[f"anchor_{branch}"] = apart = (pred.x0 - reference.x0).square().mean()
-            loss = loss + s.anchor * apart
+        if s.reference_penalty:
+            metrics[f"reference_distance_{branch}"] = apart = (pred.x0 - reference.x0).square().mean()
+            loss = loss + s.reference_penalty * apart
         return loss, {name: value.detach() for name, value in metrics.items()}
 
     def _preference(self, branch: Branch, positive: Tensor, negative: Tensor, position: Tensor) -> Tensor:
@@ -297,14 +299,14 @@ def between(ends: tuple[float, float], position: Tensor) -> Tensor:
 
 
 class Levels(NamedTuple):
-    """Where one branch works, each (B,): it evaluates at `start`, lands on `end`, tells the network `told`.
+    """Where one branch works, each (B,): it evaluates at `start`, lands on `end`, gives the network `timestep`.
 
     `position` is where its cleaner level stands in the range of levels, 0 late to 1 early.
     """
 
     start: Tensor
     end: Tensor
-    told: Tensor
+    timestep: Tensor
     position: Tensor
 
 
@@ -360,12 +362,12 @@ def released_reach(settings: SRPOSettings) -> int:
 def calls_per_update(settings: SRPOSettings, *, offline: bool = False) -> dict[str, int]:
     """Calls of one update at any batch size, with losses = n * len(branches):
 
-    predict = (0 offline, else rollout_steps) + losses * (2 with an anchor, else 1);  decode = backward = losses;
+    predict = (0 offline, else rollout_steps) + losses * (2 with reference_penalty, else 1); decode = backward = losses;
     image_towers = losses, and two prompts are scored on each (a plain reward, without `image_features`, runs twice).
     """
     losses = settings.n * len(settings.branches)
     rollout = 0 if offline else settings.rollout_steps
-    predict = rollout + losses * (2 if settings.anchor else 1)
+    predict = rollout + losses * (2 if settings.reference_penalty else 1)
     return {"predict": predict, "decode": losses, "image_towers": losses, "scores": 2 * losses, "backward": losses}
 
 

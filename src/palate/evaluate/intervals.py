@@ -1,4 +1,4 @@
-"""Intervals of shares and of win rates. Those of means, by the bootstrap, are in `palate.evaluate.metrics`."""
+"""Intervals of fractions and of win rates. Those of means, by the bootstrap, are in `palate.evaluate.metrics`."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ class EmojiModel:
         self, xt: Tensor, t: Tensor, cond: Tensor, *, guidance: float = 1.0, weights: str = "policy"
     ) -> Prediction:
         alpha, sigma = self.schedule(t)
-        with self.weights.speaking_as(weights) as unet:
+        with self.weights.using(weights) as unet:
             if guidance == 1.0:
                 velocity = unet(xt, t * 1000, cond).sample
             else:

@@ -174,10 +174,10 @@ class Flux(LoadedModel):
 
     @property
     def call(self) -> NetworkCall:
-        told = self.distilled_guidance
+        embed = self.distilled_guidance
         if self.rollout_distilled_guidance is not None and not torch.is_grad_enabled():
-            told = self.rollout_distilled_guidance
-        return NetworkCall(self.image_size, guidance_embed=told)
+            embed = self.rollout_distilled_guidance
+        return NetworkCall(self.image_size, guidance_embed=embed)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Cond:
         return Cond(**self.parts.text(prompts))

@@ -143,7 +143,7 @@ class LoadedModel:
             cond = type(cond)(*(torch.cat([n.expand_as(c), c]) for n, c in zip(null(), cond, strict=True)))
         cond = type(cond)(*(c.to(inside) if c.is_floating_point() else c for c in cond))
         autocast = torch.autocast(self.device.type, dtype, enabled=full)
-        with self.weights.speaking_as(weights) as network, autocast:
+        with self.weights.using(weights) as network, autocast:
             output = self.output(network, xt.to(inside), t, cond, self.call).to(outside)
         if guidance == 1.0:
             return output

@@ -146,7 +146,7 @@ class NamedWeights:
         return copy.deepcopy(self.networks[name], {id(self): self})
 
     @contextmanager
-    def speaking_as(self, weights: str) -> Iterator[nn.Module]:
+    def using(self, weights: str) -> Iterator[nn.Module]:
         """The network that answers to the name.
 
         Selecting a LoRA adapter, or none, also flips requires_grad in all of them, and a backward that runs then skips
@@ -223,7 +223,7 @@ class NamedWeights:
         weights = self._adapters.selected
 
         def run(*args: Any) -> Any:
-            with self.speaking_as(weights):
+            with self.using(weights):
                 return function(*args)
 
         return checkpoint(run, *args, use_reentrant=False)

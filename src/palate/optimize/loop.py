@@ -117,7 +117,7 @@ def _fit(
 
 
 def round_sizes(budget: int, rounds: int) -> list[int]:
-    """Questions of each round: 1 : 2 : 4 : ..., together exactly `budget`. 15360 in 4 gives 1024, 2048, 4096, 8192.
+    """Queries of each round: 1 : 2 : 4 : ..., together exactly `budget`. 15360 in 4 gives 1024, 2048, 4096, 8192.
 
     ValueError when the first round has fewer than the two that a surrogate needs.
     """

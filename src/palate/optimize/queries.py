@@ -35,12 +35,12 @@ class Queries:
 
     @property
     def spent(self) -> int:
-        """Questions asked, answered or not."""
+        """Queries made, answered or not."""
         return len(self.rows)
 
     @property
     def closed(self) -> set[tuple[int, int]]:
-        """(round, index) of images not to be asked about again: answered, or asked and the answer never seen."""
+        """(round, index) of images that are not queried again: answered, or queried and the answer never seen."""
         return {(row["round"], row["index"]) for row in self.rows.values() if "failed" not in row}
 
     def ask(self, number: int, ids: Sequence[int], images: Tensor, prompts: Sequence[str]) -> list[int]:

@@ -86,7 +86,7 @@ def build(recipe: Recipe) -> Parts:
     check_taste(recipe.reward)
     with torch.random.fork_rng(devices=[]):  # first, for its missing files; the LoRA's first weights do not see it
         reward = build_reward(recipe.reward)
-        if isinstance(recipe.algorithm, AsksBlackBox) and recipe.algorithm.head_questions:
+        if isinstance(recipe.algorithm, AsksBlackBox) and recipe.algorithm.head_queries:
             reward = BlackBox(reward, head_features(recipe))
     model = build_model(recipe)
     load_consistency(recipe, model)
@@ -184,7 +184,7 @@ def head_features(recipe: Recipe) -> Features:
     candidates = ["emoji"] if recipe.model.name == "emoji" else named
     if not candidates:
         raise RecipeError(
-            "algorithm.head_questions: a head needs features of images; name the weights of a two-tower reward, as "
+            "algorithm.head_queries: a head needs features of images; name the weights of a two-tower reward, as "
             "reward.source.pickscore=PATH"
         )
     tower = load_reward(candidates[0], recipe.reward.source.get(candidates[0]), recipe.reward.dtype)

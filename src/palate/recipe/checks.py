@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import types
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
@@ -124,7 +125,7 @@ def _algorithm(section: Any, mistakes: list[str]) -> AlgorithmSettings | None:
 def checked(kind: type, values: Mapping[str, Any], prefix: str, mistakes: list[str]) -> Any:
     """An object of the dataclass `kind`, or None; what is wrong is added to `mistakes`, `prefix` before its key."""
     try:
-        return TypeAdapter(kind).validate_python(_as_meant(kind, values))
+        return TypeAdapter(kind).validate_python(_as_meant(kind, values, prefix))
     except ValidationError as error:
         problems = error.errors(include_url=False)
         unknown = [problem for problem in problems if problem["type"] == "unexpected_keyword_argument"]
@@ -138,20 +139,19 @@ def checked(kind: type, values: Mapping[str, Any], prefix: str, mistakes: list[s
         return None
 
 
-def _as_meant(kind: type, values: Any) -> Any:
+def _as_meant(kind: type, values: Any, prefix: str) -> Any:
     """The values with keys under their new names, "a, b" made a list where a list of words is expected, and a command
     cut as a shell cuts it. Sections inside are treated alike."""
     if not isinstance(values, Mapping):
         return values
-    old: Mapping[str, str] = kind.old_keys if isinstance(kind, HasOldKeys) else {}
-    values = {old[key] if key in old and old[key] not in values else key: value for key, value in values.items()}
+    values = _with_new_names(kind, values, prefix)
     hints = get_type_hints(kind)
     meant: dict[str, Any] = {}
     for key, value in values.items():
         hint = hints.get(key, Any)
         inner = _dataclass_in(hint)
         if inner is not None:
-            value = _as_meant(inner, value)
+            value = _as_meant(inner, value, f"{prefix}{key}.")
         elif isinstance(value, str) and _is_list_of_words(hint):
             if key == "command":
                 value = shlex.split(value)
@@ -159,6 +159,18 @@ def _as_meant(kind: type, values: Any) -> Any:
                 value = [value] if key == "list" else [word.strip() for word in value.split(",") if word.strip()]
         meant[key] = value
     return meant
+
+
+def _with_new_names(kind: type, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The values under the keys of today; of an old and a new one together, the last, which is an override."""
+    old: Mapping[str, str] = kind.old_keys if isinstance(kind, HasOldKeys) else {}
+    for key in old.keys() & values.keys():
+        warnings.warn(
+            f"{prefix}{key} is now {prefix}{old[key]}; the old name ends with the next release",
+            UserWarning,
+            stacklevel=2,
+        )
+    return {old.get(key, key): value for key, value in values.items()}
 
 
 def _is_list_of_words(hint: Any) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from palate.data import RecipeError, read_text
-from palate.recipe.checks import validate
+from palate.recipe.checks import HasOldKeys, validate
 from palate.recipe.names import PYTHON
 from palate.recipe.paths import with_absolute_paths
 from palate.recipe.settings import RESUMABLE_FIELDS, Recipe
@@ -129,6 +129,9 @@ def fingerprint(recipe: Recipe) -> str:
     tree["reward"]["source"] = {}  # where weights lie; what they are is in `recipe.identity`
     for section, key in (("prompts", "file"), ("prompts", "images"), ("prompts", "pairs"), ("prompts", "preview")):
         tree[section][key] = content_digest(tree[section][key])
+    if isinstance(recipe.algorithm, HasOldKeys):  # likewise: a key keeps its first name here
+        first = {new: old for old, new in recipe.algorithm.old_keys.items()}
+        tree["algorithm"] = {first.get(key, key): value for key, value in tree["algorithm"].items()}
     return json_digest(_with_code(tree))
 
 

@@ -43,7 +43,7 @@ class AsksBlackBox(Protocol):
     """Settings of an algorithm that learns a head on a reward that can only be asked, where the number is above 0."""
 
     @property
-    def head_questions(self) -> int: ...
+    def head_queries(self) -> int: ...
 
 
 @runtime_checkable
@@ -186,12 +186,12 @@ def _check_reward_use(reward: RewardSettings, settings: Any, kind: Any, mistakes
     entries, name = [rewards.find(each) for each in used], settings.name
     names, key = ", ".join(sorted(used)), "reward.name" if reward.name else "reward.weights"
     idle = isinstance(settings, ScalesReward) and settings.reward_scale == 0
-    idle = idle or (isinstance(settings, AsksBlackBox) and settings.head_questions > 0)
+    idle = idle or (isinstance(settings, AsksBlackBox) and settings.head_queries > 0)
     differentiates = isinstance(kind, NeedsRewardGradient) and kind.needs_reward_gradient
     if used and differentiates and not idle and not any(entry.gradient for entry in entries):
         alone = ", or algorithm.reward_scale=0" if isinstance(settings, ScalesReward) else ""
         if isinstance(settings, AsksBlackBox):
-            alone = ", algorithm.head_questions=16 (a head that learns it)" + alone
+            alone = ", algorithm.head_queries=16 (a head that learns it)" + alone
         mistakes.append(
             f"{key}: {name} needs the reward's gradient, and {names} gives none; use a differentiable "
             f"reward, algorithm.name=ddpo, flow_grpo or nft, or an oracle and palate optimize{alone}"

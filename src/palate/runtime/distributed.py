@@ -1,9 +1,9 @@
 """Several ranks that train as one: torch.distributed and nothing above it, gloo on CPUs and nccl on GPUs.
 
-A step's batch is cut into shares of consecutive sample ids, and rank r of W works on the r-th of W equal slices.
-Gradients are averaged once per update, so the update is that of one process that accumulates the shares: bit for bit on
-two ranks, and up to the order of additions on more. Decisions (a loss that is not finite, a signal, new words, the
-guard's verdict) are exchanged, so that all ranks take the same one; rank 0 alone writes files.
+A step's batch is cut into micro-batches of consecutive sample ids, and rank r of W works on the r-th of W equal slices.
+Gradients are averaged once per update, so the update is that of one process that accumulates the micro-batches: bit for
+bit on two ranks, and up to the order of additions on more. Decisions (a loss that is not finite, a signal, new words,
+the guard's verdict) are exchanged, so that all ranks take the same one; rank 0 alone writes files.
 """
 
 from __future__ import annotations
