@@ -1,6 +1,7 @@
 """Does the guard stop a run that over-optimises before it has forgotten the concepts?
 
     python benchmarks/guard.py [--seeds 0 1 2] [--methods SRPO DRaFT-LV SQDF] [--jobs 2]
+    python benchmarks/guard.py --measures images          # the same runs under the guard that asks no judge
     python benchmarks/guard.py --quick                    # the mechanics, in minutes; its numbers mean nothing
 
 Each method on its own objective with nothing that holds it back: --factor times its learning rate, no anchor, no KL, no
@@ -11,6 +12,10 @@ it the same run without a guard, as many updates again as the guarded one made.
 
 Two things follow from what the guard is: it can only stop at a step where it looks, and it sees 96 images, on which a
 share moves by about .03 by chance. So the kept checkpoint's interval is the answer, not its mean alone.
+
+With --measures images the guard is that of models without a judge (`palate.evaluate.monitor`, its default limits, 48
+images): the judge still reads the guard's pictures, for the table alone. Beside the runs that over-optimise stands one
+that does not, the recipe srpo-emoji as it is: the guard has to let it go to its end.
 """
 
 from __future__ import annotations
@@ -23,14 +28,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from methods import FAIR, METHODS, WORDS, Row, eval_like, measured, objective, parsed, rate, slug, whole
+from methods import FAIR, METHODS, WORDS, Row, eval_like, made, measured, objective, parsed, rate, slug, whole
 
 from palate import recipe
 from palate.evaluate import bootstrap_interval, embedded_panel, generate, label_correct, pairs, quantise
+from palate.evaluate.monitor import ImageMonitor
 from palate.models.vocabulary import parse_prompt
 from palate.train import train
 
 LIMIT = 0.05
+GOOD = "srpo-emoji"  # a run that does not over-optimise
 UNHELD = {"SRPO": ["algorithm.reference_penalty=0"], "SQDF": ["algorithm.alpha_kl=0"], "DRaFT-LV": []}
 
 
@@ -130,6 +137,93 @@ def over_optimise(
     }
 
 
+class Witness:
+    """A model whose images are kept as they are drawn, for a judge that the guard does not ask."""
+
+    def __init__(self, model):
+        self.model, self.images = model, []
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        self.images.append(self.model.decode(latents))
+        return self.images[-1]
+
+    def __getattr__(self, name: str):
+        return getattr(self.model, name)
+
+
+def without_judge(method: str, seed: int, lr: float, every: int, steps: int, overrides: list[str]) -> dict:
+    """A run under the image guard: where it stopped, why, and what the judge sees in the pictures of each look."""
+    guard = [
+        f"trainer.guard.every={every}",
+        "trainer.guard.prompts=48",
+        "trainer.guard.action=stop",
+        "trainer.guard.best=null",
+        f"trainer.steps={steps}",
+    ]
+    if method == GOOD:
+        plan = recipe.read(GOOD, [*guard, f"trainer.seed={seed}", "trainer.preview_every=0", *overrides])
+        torch.manual_seed(seed)
+        parts = recipe.build(plan)
+        reward = parts.reward
+    else:
+        plan, parts, reward = build(method, seed, lr, [*guard, *overrides])
+    monitor, judge, seen = ImageMonitor(seed=seed, tower=parts.tower), embedded_panel().classifier, []
+
+    def look(model, prompts, ids) -> dict[str, float]:
+        witness = Witness(model)
+        values = monitor(witness, prompts, ids)
+        read = judge.concept(torch.cat(witness.images))
+        right = label_correct(read, judge.concepts, [parse_prompt(prompt).concept for prompt in prompts])
+        seen.append({"concept": float(right.double().mean()), **values})
+        return values
+
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = whole(
+            train(
+                parts.model,
+                parts.algorithm,
+                reward,
+                parts.prompts,
+                folder=folder,
+                progress=False,
+                preview=parts.preview_prompts,
+                check=look,
+                **vars(plan.trainer),
+            )
+        )
+        log = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    checks = [row for row in log if row["event"] == "guard"]
+    return {
+        "method": method,
+        "seed": seed,
+        "stopped": outcome.reason.startswith("guard"),
+        "step": outcome.step,
+        "why": outcome.reason,
+        "kept": checks[-1]["best_step"],
+        "seen": [[row["step"], values] for row, values in zip(checks, seen, strict=True)],
+    }
+
+
+def images_table(rows: list[dict], results: Path) -> str:
+    """The image guard's runs beside what the judged guard did with the same ones."""
+    lines = [
+        "| run | the judged guard stopped after | without a judge, stopped after | why | kept step "
+        "| concept in its 48 pictures: base, kept, at the stop |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        judged = sorted(results.glob(f"{slug('guard', row['method'], row['seed'])}-*.json"))
+        before = made(judged[0])["step"] if judged else "not stopped"
+        concept = {step: values["concept"] for step, values in row["seen"]}
+        stop = f"{row['step']}" if row["stopped"] else f"not stopped ({row['step']})"
+        why = row["why"].removeprefix("guard: ") if row["stopped"] else "-"
+        lines.append(
+            f"| {row['method']}, seed {row['seed']} | {before} | {stop} | {why} | {row['kept']} "
+            f"| {concept[0]:.3f}, {concept[row['kept']]:.3f}, {concept[row['step']]:.3f} |"
+        )
+    return "\n".join(lines)
+
+
 def table(rows: list[dict]) -> str:
     lines = [
         "| run | stopped by the guard, after updates | kept step | concept: base | kept checkpoint (change, 95 %) "
@@ -162,6 +256,20 @@ def _verdict(row: dict) -> str:
     return "yes" if row["guarded"] - row["base"] > -LIMIT else "no"
 
 
+def image_rows(args: argparse.Namespace) -> list[Row]:
+    """The good run first, then those that over-optimise, for --measures images."""
+    good = (GOOD, 0, 0.0, 25 if not args.quick else 1, 50 if not args.quick else 1, args.override)
+    runs = [
+        (method, seed, args.factor * rate(method, args.results), args.every, args.steps, args.override)
+        for seed in args.seeds
+        for method in args.methods
+    ]
+    return [
+        Row(args.results / f"{slug('guard-images', method, seed)}.json", without_judge, (method, seed, *rest))
+        for method, seed, *rest in [good, *runs]
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -169,12 +277,18 @@ def main() -> None:
     parser.add_argument("--factor", type=float, default=10.0, help="times the tuned, or the recipe's, learning rate")
     parser.add_argument("--every", type=int, default=2, help="steps between two looks of the guard")
     parser.add_argument("--steps", type=int, default=60, help="at most")
+    parser.add_argument("--measures", choices=["judge", "images"], default="judge", help="what the guard looks at")
     parser.add_argument("--prompts", type=int, default=96, help="to judge on, two images each")
     parser.add_argument("--override", nargs="*", default=[], help="for every run")
     args = parsed(parser)
     if args.quick:
         args.seeds, args.every, args.steps, args.prompts = args.seeds[:1], 1, 1, 4
         args.override += ["trainer.batch_size=2", "trainer.guard.prompts=4"]
+    if args.measures == "images":
+        text = images_table(measured(image_rows(args), args.jobs), args.results)
+        (args.results / "guard-images.md").write_text(text + "\n")
+        print(text)
+        return
     rows = [
         Row(
             args.results / f"{slug('guard', method, seed, args.factor)}.json",

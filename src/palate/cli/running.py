@@ -62,7 +62,7 @@ def _trained(recipe: Recipe, on_main: OnMain, *, resume: bool, fresh: bool, quie
         list(parts.preview_prompts),
         sample=recipe.sample,
         latents=parts.latents,
-        measure=recipes.guard_measure(recipe),
+        measure=recipes.guard_measure(recipe, parts.tower),
         identity=recipes.run_identity(recipe),
         recipe=recipes.dump(recipe),
         kept=recipes.identity_text(recipe),

@@ -8,7 +8,7 @@ an object for a member that no protocol lists.
 
     a model may be      Sampleable, EncodesPictures, HasPosterior, PublishedGrid, Fingerprinted, TextCached,
                         SavesAdapter, LoadsAdapter, TakesConsistency, HasNetworks          models.py
-    a reward may be     TwoTower, HasFeatures                                              rewards.py
+    a reward may be     TwoTower, EmbedsImages, HasFeatures                                rewards.py
     an algorithm may be Stateful, Steerable, ComparesWords, DrawsOwnSamples, DrawsReference, Warns,
                         ChecksBatch                                                        algorithms.py
 """
@@ -45,12 +45,12 @@ from palate.core.models import (
     TextCached,
 )
 from palate.core.random import Random, prompt_order, used_prompts
-from palate.core.rewards import HasFeatures, Reward, TwoTower
+from palate.core.rewards import EmbedsImages, HasFeatures, Reward, TwoTower
 from palate.core.settings import require
 
 __all__ = [
     "Algorithm", "Batch", "ChecksBatch", "ComparesWords", "Cond", "DrawsOwnSamples", "DrawsReference",
-    "EncodesPictures", "Fingerprinted", "GuardMeasure", "HasFeatures", "HasNetworks", "HasPosterior",
+    "EmbedsImages", "EncodesPictures", "Fingerprinted", "GuardMeasure", "HasFeatures", "HasNetworks", "HasPosterior",
     "LoadsAdapter", "Loss", "Model", "Networks", "PublishedGrid", "Random", "Reward", "Sampleable", "Sampler",
     "SavesAdapter", "Stateful", "Steerable", "TakesConsistency", "TextCached", "TwoTower", "Warns", "prompt_order",
     "require", "used_prompts",

@@ -26,6 +26,14 @@ class TwoTower(Protocol):
 
 
 @runtime_checkable
+class EmbedsImages(Protocol):
+    """A reward with an image tower of its own: it can say how alike two images are to it."""
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] -> unit vectors (B, D)."""
+
+
+@runtime_checkable
 class HasFeatures(Protocol):
     """A reward without gradient, with differentiable features of its images that a head can learn it on."""
 

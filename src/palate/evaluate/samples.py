@@ -70,9 +70,14 @@ def noises_of(rows: Sequence[Random], purpose: str, shape: Sequence[int], sample
     return [torch.cat([row.normal(name, shape) for row in rows]) for name in purposes]
 
 
-@torch.no_grad()
 def draw(model: Model, prompts: Sequence[str], noises: Sequence[Tensor], how: Drawing) -> Tensor:
     """Images (B, 3, H, W) on the CPU, one for each prompt, from the noises (B, C, h, w)."""
+    return torch.cat([images for images, _ in drawn(model, prompts, noises, how)])
+
+
+@torch.no_grad()
+def drawn(model: Model, prompts: Sequence[str], noises: Sequence[Tensor], how: Drawing) -> list[tuple[Tensor, Tensor]]:
+    """Images (b, 3, H, W) and the latents (b, C, h, w) that they are of, both on the CPU, batch by batch."""
     if isinstance(model, Sampleable):
         device, default_steps, default_guidance = model.device, model.default_steps, model.default_guidance
     else:
@@ -81,7 +86,7 @@ def draw(model: Model, prompts: Sequence[str], noises: Sequence[Tensor], how: Dr
     guidance = default_guidance if how.guidance is None else how.guidance
     if not math.isfinite(guidance):
         raise InputError(f"guidance is {guidance}; expected a finite number, 1 = off")
-    images = []
+    found = []
     for start in range(0, len(prompts), how.batch_size):
         tell("drawing", start, len(prompts))
         cond = model.encode_prompts(list(prompts[start : start + how.batch_size]))
@@ -91,9 +96,9 @@ def draw(model: Model, prompts: Sequence[str], noises: Sequence[Tensor], how: Dr
             latents = sample(model, cond, parts[0], steps, guidance=guidance, weights=how.weights)
         else:
             latents = how.sampler(model, cond, parts, weights=how.weights)
-        images.append(model.decode(latents).float().cpu())
+        found.append((model.decode(latents).float().cpu(), latents.float().cpu()))
     tell("drawing", len(prompts), len(prompts))
-    return torch.cat(images)
+    return found
 
 
 # --- folders --------------------------------------------------------------------------------------------------------

@@ -38,11 +38,10 @@ if TYPE_CHECKING:
         build_algorithm,
         build_model,
         build_reward,
-        guard_measure,
-        panel_of,
         sampler_of,
     )
     from palate.recipe.identity import check_identity, identity_text, run_identity
+    from palate.recipe.judging import guard_measure, panel_of
     from palate.recipe.objective import Objective, control_words, objective_of
     from palate.recipe.prompts import prompts_of
     from palate.recipe.start import check_start, load_consistency
@@ -59,11 +58,11 @@ _LATER = {
     "check_identity": "palate.recipe.identity",
     "check_start": "palate.recipe.start",
     "control_words": "palate.recipe.objective",
-    "guard_measure": "palate.recipe.builder",
+    "guard_measure": "palate.recipe.judging",
     "load_consistency": "palate.recipe.start",
     "load_reward": "palate.rewards.load",
     "objective_of": "palate.recipe.objective",
-    "panel_of": "palate.recipe.builder",
+    "panel_of": "palate.recipe.judging",
     "prompts_of": "palate.recipe.prompts",
     "run_identity": "palate.recipe.identity",
     "sampler_of": "palate.recipe.builder",

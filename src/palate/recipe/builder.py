@@ -15,7 +15,7 @@ from palate.algorithms import table as algorithms
 from palate.core import (
     Algorithm,
     DrawsOwnSamples,
-    GuardMeasure,
+    EmbedsImages,
     Model,
     Reward,
     Sampler,
@@ -27,15 +27,13 @@ from palate.data import (
     RecipeError,
     check_images,
 )
-from palate.evaluate.measurement import measure_for_guard
-from palate.evaluate.panel import EvaluationPanel, embedded_panel, published_panel
 from palate.models import families
-from palate.recipe.objective import check_taste, reward_objective
+from palate.recipe.objective import check_taste, image_tower, reward_objective
 from palate.recipe.pictures import latents_of, pictures_of
 from palate.recipe.prompts import prompts_of
 from palate.recipe.settings import Recipe, RewardSettings
 from palate.recipe.start import check_start, load_consistency, start_folder
-from palate.recipe.together import AsksBlackBox, heldout_of, trained_names
+from palate.recipe.together import AsksBlackBox, trained_names
 from palate.rewards.learned import BlackBox, Features, tower_features
 from palate.rewards.load import load_reward
 from palate.rewards.table import HELD_OUT_CANDIDATES
@@ -53,6 +51,7 @@ class Parts(NamedTuple):
     prompts: list[str]
     preview_prompts: list[str]
     latents: Tensor | None
+    tower: EmbedsImages | None = None  # of the rewards that are optimised
 
 
 @runtime_checkable
@@ -85,7 +84,9 @@ def build(recipe: Recipe) -> Parts:
     check_start(recipe)
     check_taste(recipe.reward)
     with torch.random.fork_rng(devices=[]):  # first, for its missing files; the LoRA's first weights do not see it
-        reward = build_reward(recipe.reward)
+        objective = reward_objective(recipe.reward)
+        loaded = objective.terms_loaded()
+        reward, tower = objective.reward(loaded), image_tower(loaded.values())
         if isinstance(recipe.algorithm, AsksBlackBox) and recipe.algorithm.head_queries:
             reward = BlackBox(reward, head_features(recipe))
     model = build_model(recipe)
@@ -96,33 +97,7 @@ def build(recipe: Recipe) -> Parts:
         used = used_prompts(prompts, trainer.seed, trainer.steps * trainer.batch_size)
         model.cache_prompts([*used, *preview])
     latents = latents_of(model, pictures, recipe.algorithm) if pictures and pictures.files else None
-    return Parts(model, build_algorithm(recipe), reward, list(prompts), preview, latents)
-
-
-# --- judging --------------------------------------------------------------------------------------------------------
-
-
-def panel_of(recipe: Recipe) -> EvaluationPanel:
-    """The evaluators of the recipe's results."""
-    name = heldout_of(recipe)
-    if recipe.model.name == "emoji":
-        return embedded_panel()
-    if name is None:
-        candidates = ", ".join(HELD_OUT_CANDIDATES)
-        raise InputError(f"reward.weights: {candidates} are all optimised, so none is left to judge; leave one out")
-    reward = load_reward(name, recipe.reward.source.get(name), recipe.reward.dtype)
-    assert isinstance(reward, TwoTower), "the candidates are two-tower rewards"
-    return published_panel(name, reward)
-
-
-def guard_measure(recipe: Recipe) -> GuardMeasure | None:
-    """What the guard of a run measures; None = what `palate.train` measures of the embedded model."""
-    if recipe.model.name == "emoji" or not recipe.trainer.guard.every:
-        return None
-    panel, sampler = panel_of(recipe), sampler_of(build_algorithm(recipe))
-    return lambda model, prompts, ids: measure_for_guard(
-        model, prompts, ids, seed=recipe.trainer.seed, panel=panel, sampler=sampler
-    )
+    return Parts(model, build_algorithm(recipe), reward, list(prompts), preview, latents, tower)
 
 
 def sampler_of(algorithm: Algorithm) -> Sampler | None:

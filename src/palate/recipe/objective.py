@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from palate.core import Reward
+from palate.core import EmbedsImages, Reward
 from palate.recipe.settings import Recipe, RewardSettings, TasteSettings
 from palate.recipe.together import ControlWords
 from palate.rewards.combine import noised_relative, normalised, semantic_relative, weighted
 from palate.rewards.load import load_reward
 from palate.rewards.oracles import exact_reward
 from palate.runtime.code import short_name
+from palate.taste.reward import TasteReward
 from palate.taste.saved import check_learnt
 from palate.taste.taste import load_objective
 
@@ -67,9 +68,14 @@ class Objective:
     pairs: tuple[tuple[str, str], ...] = ()
     k: float = 0.0
 
-    def reward(self) -> Reward:
-        """What is handed to the loop."""
-        parts = {term.name: (term.weight, term.part(term.load())) for term in self.terms}
+    def terms_loaded(self) -> dict[str, Reward]:
+        """The reward of each term by itself, by name."""
+        return {term.name: term.load() for term in self.terms}
+
+    def reward(self, loaded: Mapping[str, Reward] | None = None) -> Reward:
+        """What is handed to the loop. loaded: what `terms_loaded` gave, if somebody asked for it before."""
+        loaded = self.terms_loaded() if loaded is None else loaded
+        parts = {term.name: (term.weight, term.part(loaded[term.name])) for term in self.terms}
         reward = weighted(parts) if self.summed else parts[self.terms[0].name][1]
         return self._relative(reward) if self.pairs else reward
 
@@ -155,6 +161,15 @@ def check_taste(settings: RewardSettings) -> None:
     named = settings.name == "taste" or "taste" in (settings.weights or ())
     if named and not (settings.taste is not None and settings.taste.allow_unlearnt):
         check_learnt(settings.source.get("taste"))
+
+
+def image_tower(rewards: Iterable[Reward]) -> EmbedsImages | None:
+    """The first of the rewards that has an image tower of its own; a taste has that of the reward that it stands on."""
+    for reward in rewards:
+        own = reward.features.tower if isinstance(reward, TasteReward) else reward
+        if isinstance(own, EmbedsImages):
+            return own
+    return None
 
 
 def control_words(recipe: Recipe) -> dict[str, list[str]]:

@@ -21,6 +21,7 @@ import yaml
 
 from palate.data import RecipeError, read_text
 from palate.recipe.checks import HasOldKeys, validate
+from palate.recipe.guard import identifying
 from palate.recipe.names import PYTHON
 from palate.recipe.paths import with_absolute_paths
 from palate.recipe.settings import RESUMABLE_FIELDS, Recipe
@@ -117,10 +118,10 @@ def fingerprint(recipe: Recipe) -> str:
     for section, key in (
         (tree["reward"], "relative"), (tree["reward"], "taste"), (tree["model"], "reference"),
         (tree["model"], "quantize"),
-        (tree["trainer"]["guard"], "background_drop"),
     ):  # fmt: skip
         if section[key] is None:
             del section[key]  # so that runs from before this key can be resumed
+    tree["trainer"]["guard"] = identifying(tree["trainer"]["guard"])
     if tree["trainer"]["ema_every"] == 1:
         del tree["trainer"]["ema_every"]
     if "taste" in tree["reward"]:

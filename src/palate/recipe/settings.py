@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Protocol, runtime_checkable
 
 from pydantic import ConfigDict, Field, PlainValidator
 
+from palate.recipe.guard import Count, GuardSettings, NonNegative, Positive
 from palate.recipe.names import ModelName, RewardName, SourceName
 from palate.runtime.errors import InputError
 
@@ -25,15 +26,10 @@ def _image_size(value: Any) -> int | tuple[int, int]:
     return tuple(given) if len(given) == 2 else value
 
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-UnitInterval = Annotated[float, Field(ge=0, le=1)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PromptList = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 HeldOutName = Literal["clip-score", "pickscore", "hpsv2"]  # rewards.table.HELD_OUT_CANDIDATES
 OracleName = Literal["jpeg-size", "hidden-judge", "colour-position"]  # rewards.oracles.BUILT_IN
-_STRICT = ConfigDict(extra="forbid")
 
 
 ImageSize = Annotated[Any, PlainValidator(_image_size)]
@@ -125,24 +121,6 @@ class PromptSettings:
     images: str | None = None  # a folder of captioned images: offline training on them
     pairs: str | None = None  # preference pairs for dpo: HPDv2's train.json or Pick-a-Pic's .parquet, ties left out
     preview: str | None = None  # a file as above; None = spread over the training prompts
-
-
-@dataclass(frozen=True)
-class GuardSettings:
-    """Watches quantities that are NOT optimised, on fixed prompts and seeds, against their values before training."""
-
-    __pydantic_config__ = _STRICT
-    every: Count = 10  # steps between checks; 0 = off
-    prompts: Positive = 48
-    heldout_drop: NonNegative = 0.10  # largest fall of the held-out reward, in its own units
-    concept_drop: NonNegative = 0.05  # largest fall of the share of images that still show the prompt's concept
-    background_drop: NonNegative | None = (
-        None  # largest fall of the share with the named background; None = not watched
-    )
-    diversity_ratio: UnitInterval = 0.80  # smallest diversity inside a prompt and style, as a share of the base model's
-    best: str | None = None  # the best step: highest in this metric among checks inside every limit; None = the newest
-    action: Literal["stop", "rollback", "warn"] = "stop"
-    rollbacks: Count = 2  # then stop; each one halves the learning rate
 
 
 @dataclass(frozen=True)

@@ -30,13 +30,18 @@ class AestheticReward:
         self.tower = tower.eval().requires_grad_(False)
         self.weight, self.bias = weight, bias
 
-    def __call__(self, images: Tensor, prompts: Sequence[str] = ()) -> Tensor:
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Unit vectors (B, D) of CLIP's image tower; differentiable."""
         own = next(self.tower.parameters())
         if own.device != images.device:
             self.tower.to(images.device)
         pixels = preprocess(images, self.tower.config.image_size)
         features = self.tower(pixel_values=pixels.to(own.dtype)).image_embeds.to(pixels.dtype)
-        return F.normalize(features, dim=-1) @ self.weight.to(features) + self.bias.to(features)
+        return F.normalize(features, dim=-1)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str] = ()) -> Tensor:
+        features = self.embed_images(images)
+        return features @ self.weight.to(features) + self.bias.to(features)
 
 
 def affine_head(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

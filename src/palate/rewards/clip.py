@@ -95,6 +95,10 @@ class ClipReward:
         output = self.model.get_image_features(pixel_values=pixels.to(weight.dtype)).pooler_output
         return F.normalize(output.to(pixels.dtype), dim=-1)
 
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Unit vectors (B, D), as the score has them."""
+        return self.image_features(images)
+
     def score(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
         cosine = (features * torch.stack([self._text(prompt).to(features) for prompt in prompts])).sum(-1)
         return (self.scale * cosine).clamp_min(self.floor)

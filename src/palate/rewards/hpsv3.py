@@ -101,6 +101,10 @@ class HPSv3Reward:
         grid = torch.tensor([[1, h, w]] * len(images), device=images.device)
         return torch.stack(list(model.get_image_features(rows, grid).pooler_output)), (h, w)
 
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Unit vectors (B, D): the mean of the merged patch features."""
+        return F.normalize(self.image_features(images)[0].float().mean(1), dim=-1)
+
     def score(self, features: tuple[Tensor, tuple[int, int]], prompts: Sequence[str]) -> Tensor:
         seen, _ = features
         model: Any = self.parts["model"]

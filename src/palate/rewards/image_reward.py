@@ -11,6 +11,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
@@ -49,6 +50,10 @@ class ImageReward:
             self.towers.to(images.device)
         pixels = preprocess(images, self.image_size)
         return self.vision(pixel_values=pixels.to(own.dtype)).last_hidden_state
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Unit vectors (B, D): what BLIP's first token, which stands for the whole image, holds."""
+        return F.normalize(self.image_features(images)[:, 0].float(), dim=-1)
 
     def score(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
         tokens = [self._tokens(prompt) for prompt in prompts]

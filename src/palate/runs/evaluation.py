@@ -18,7 +18,7 @@ from palate.evaluate.measurement import evaluate_samples, to_json
 from palate.evaluate.panel import EvaluationPanel
 from palate.evaluate.samples import check_same, generate, pairs, read_index, write_samples
 from palate.evaluate.verdicts import verdict
-from palate.recipe import builder
+from palate.recipe import builder, judging
 from palate.recipe.objective import ORACLE
 from palate.recipe.settings import Recipe
 from palate.recipe.together import heldout_of
@@ -46,7 +46,7 @@ def evaluate_run(
     marked, a verdict, the images. Writes evaluation/{base,result}/ and evaluation.json into the run folder and returns
     the latter. None = what the recipe's evaluate section says. `stored`: judge the images that lie there already."""
     run = run_folder if isinstance(run_folder, RunFolder) else RunFolder(run_folder)
-    panel = panel or builder.panel_of(run.recipe)
+    panel = panel or judging.panel_of(run.recipe)
     objective = run.objective()
     rewards, optimised = objective.rewards(panel.rewards, panel.heldout)
     if stored:
@@ -202,7 +202,7 @@ def _common_panel(runs: Sequence[RunFolder], names: Sequence[str]) -> Evaluation
                 f"{names[0]} is judged by {judges[0]}, {name} by {judge}; give evaluate.heldout=NAME, one that "
                 "neither optimised"
             )
-    return builder.panel_of(runs[0].recipe)
+    return judging.panel_of(runs[0].recipe)
 
 
 def _check_stored(run: RunFolder) -> None:

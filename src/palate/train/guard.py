@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from palate.core import GuardMeasure, Model, Sampler
+from palate.core import EmbedsImages, GuardMeasure, Model, Sampler
 from palate.evaluate import embedded_panel, measure_for_guard
+from palate.evaluate.monitor import ImageMonitor
+from palate.models.emoji import EmojiModel
 from palate.recipe import GuardSettings, evenly_spaced
 from palate.runtime.distributed import Ranks
 from palate.runtime.errors import InputError
 from palate.runtime.phases import tell
+from palate.train.job import Job
 from palate.train.state import Weights
 
 SEEDS = 2  # images per guard prompt: diversity needs two, concept accuracy many prompts
@@ -109,19 +112,39 @@ class Guard:
 
 
 def broken_limits(now: Mapping[str, float], base: Mapping[str, float], guard: GuardSettings) -> list[str]:
-    """Which of the guard's limits the values break, a sentence each. A value that is not measured breaks none."""
+    """Which of the guard's limits the values break, a sentence each. A value that is not measured breaks none, and one
+    that is not a number breaks its limit."""
+    # a held-out reward is judged in its own units, or where its spread was taken too in that
+    falls = {
+        "heldout": None if "heldout_fall" in base else guard.heldout_drop,
+        "concept": guard.concept_drop,
+        "background": guard.background_drop,
+    }
+    rises = {"duplicates": guard.duplicates_rise}
+    shifts = {
+        "cast_shift": guard.cast_shift,
+        "saturation_shift": guard.saturation_shift,
+        "detail_shift": guard.detail_shift,
+        "drift": guard.drift,
+        "latent_drift": guard.latent_drift,
+        "heldout_fall": guard.heldout_fall,
+    }
+    shares = {"variety": guard.variety_ratio, "fit": guard.fit_ratio}
+    limits = {**falls, **rises, **shifts, **shares, "diversity": guard.diversity_ratio}
+    watched = {key: limit for key, limit in limits.items() if limit is not None and key in now and key in base}
     broken = []
-    limits = {"heldout": guard.heldout_drop, "concept": guard.concept_drop, "background": guard.background_drop}
-    for key, limit in limits.items():
-        if limit is None:
-            continue
-        if key in now and key in base and not base[key] - now[key] <= limit:
-            broken.append(f"{key} fell from {base[key]:.4g} to {now[key]:.4g}, more than {limit:g}")
-    if "diversity" in now and "diversity" in base and not now["diversity"] >= guard.diversity_ratio * base["diversity"]:
-        broken.append(
-            f"diversity fell from {base['diversity']:.4g} to {now['diversity']:.4g}, "
-            f"below {guard.diversity_ratio:g} of it"
-        )
+    for key, limit in watched.items():
+        change = f"from {base[key]:.4g} to {now[key]:.4g}"
+        if key in falls and not base[key] - now[key] <= limit:
+            broken.append(f"{key} fell {change}, more than {limit:g}")
+        if key in rises and not now[key] - base[key] <= limit:
+            broken.append(f"{key} rose {change}, more than {limit:g}")
+        if key in shifts and not now[key] <= limit:
+            broken.append(f"{key} is {now[key]:.3g} of the base's spread, more than {limit:g}")
+        if key in shares and not now[key] + now.get(f"{key}_error", 0.0) >= limit:
+            broken.append(f"{key} is {now[key]:.3g} of the base's, below {limit:g}")
+        if key == "diversity" and not now[key] >= limit * base[key]:
+            broken.append(f"{key} fell {change}, below {limit:g} of it")
     return broken
 
 
@@ -143,6 +166,21 @@ class Measurer:
         with self.weights.averaged(), torch.no_grad():
             values = self.measure(self.model, prompts, list(range(len(prompts))))
         return self.ranks.all_gather_json({key: float(value) for key, value in values.items()})[0]
+
+
+def measure_of(job: Job, sampler: Sampler | None) -> GuardMeasure:
+    """What the guard of a job measures: what it was given; else the embedded model's judges, if they know the model and
+    trainer.guard.measures does not ask for images; else `evaluate.monitor`."""
+    settings = job.trainer
+    if job.measure is not None:
+        return job.measure
+    if isinstance(job.model, EmojiModel) and settings.guard.measures != "images":
+        return embedded_measure(settings.seed, sampler)
+    tower = job.reward if isinstance(job.reward, EmbedsImages) else None
+    at_once = max(1, settings.batch_size // settings.micro_batches)
+    return ImageMonitor(
+        seed=settings.seed, sampler=sampler, tower=tower, steps=settings.guard.steps, batch_size=at_once
+    )
 
 
 def embedded_measure(seed: int, sampler: Sampler | None) -> GuardMeasure:

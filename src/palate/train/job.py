@@ -13,6 +13,7 @@ from torch import Tensor
 
 from palate.core import Algorithm, DrawsOwnSamples, GuardMeasure, Model, Reward
 from palate.recipe import RESUMABLE_FIELDS, GuardSettings, SampleSettings, TrainerSettings, check_trainer
+from palate.recipe.guard import identifying
 from palate.runtime.errors import InputError
 from palate.runtime.files import json_digest
 from palate.train.checks import check_parts
@@ -41,7 +42,7 @@ class Job:
     preview: list[str]  # prompts of the guard and, the first ones, of previews
     sample: SampleSettings = field(default_factory=SampleSettings)
     latents: Tensor | None = None  # (N, C, h, w), or (N, 2, C, h, w) of pairs: one for each prompt
-    measure: GuardMeasure | None = None  # None = as the embedded model is judged
+    measure: GuardMeasure | None = None  # None = `train.guard.measure_of`
     identity: str = ""  # a resumed run must have the same; "" = the hash of the trainer's settings
     recipe: str | None = None  # the text of recipe.yaml
     kept: str | None = None  # the text of identity.json: what the run is started with, by content
@@ -84,8 +85,7 @@ def identity_of(settings: TrainerSettings) -> str:
     """
     tree = {**dataclasses.asdict(settings), **dict.fromkeys(RESUMABLE_FIELDS)}
     del tree["tracker"]
-    if tree["guard"]["background_drop"] is None:
-        del tree["guard"]["background_drop"]
+    tree["guard"] = identifying(tree["guard"])
     if tree["ema_every"] == 1:
         del tree["ema_every"]
     return json_digest(tree)

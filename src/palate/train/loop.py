@@ -29,7 +29,7 @@ from palate.train.acting import act_on
 from palate.train.batches import Batches
 from palate.train.checks import check_reward, encode_all, gradient_cause, memory_advice, shard_networks
 from palate.train.failure import Failures
-from palate.train.guard import Guard, Measurer, embedded_measure
+from palate.train.guard import Guard, Measurer, measure_of
 from palate.train.job import Job, Outcome, identity_of
 from palate.train.notes import Warnings, way_on
 from palate.train.preview import Previews, write_adapter
@@ -76,11 +76,11 @@ class Run:
         self.failures = Failures(
             job.folder, s, self.weights, self.replicas, self.counters, self.ranks, self.base, self.progress.note
         )
-        measure = job.measure or embedded_measure(s.seed, self.previews.sampler)
+        measure = measure_of(job, self.previews.sampler)
         self.measure = Measurer(job.model, job.preview, s.guard, measure, self.weights, self.ranks)
         self.saver = Saver(
-            job.folder, s, self.ranks, self.weights, self.replicas, self.guard, self.counters, self.log, self.base,
-            job.identity or identity_of(s), job.recipe, job.kept,
+            job.folder, s, self.ranks, self.weights, self.replicas, self.guard, measure, self.counters, self.log,
+            self.base, job.identity or identity_of(s), job.recipe, job.kept,
         )  # fmt: skip
         self.trackers = Trackers({}, self.progress.note)
         self.warnings = Warnings(job.algorithm, self.weights, self.progress.note)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from palate.core import Fingerprinted, Model
+from palate.core import Fingerprinted, GuardMeasure, Model, Stateful
 from palate.recipe import TrainerSettings
 from palate.runtime import checkpoint, sharding
 from palate.runtime.distributed import Ranks
@@ -35,6 +35,7 @@ class Saver:
     weights: Weights
     replicas: Replicas
     guard: Guard
+    measure: GuardMeasure  # what it remembers of the model of before, where it does, is kept too
     counters: Counters
     log: RunLog
     base: str  # fingerprint of the base weights
@@ -88,6 +89,8 @@ class Saver:
             "versions": versions(),
             "threads": torch.get_num_threads(),
         }
+        if isinstance(self.measure, Stateful):
+            state["measure"] = checkpoint.flatten_state(self.measure.state_dict(), "guard", tensors)
         best = self.guard.state.best_step
 
         def write() -> None:
@@ -127,6 +130,8 @@ class Saver:
         self.replicas.load(saved)
         self.counters.load_state_dict(saved.step, state)
         self.guard.load_state_dict(state["guard"])
+        if isinstance(self.measure, Stateful) and "measure" in state:
+            self.measure.load_state_dict(checkpoint.unflatten_state(state["measure"], saved.tensors))
         self.ranks.on_main(self.write_recipe)
         return self.ranks.on_main(lambda: rewind(self.folder, saved.step)) or []
 

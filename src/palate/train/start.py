@@ -50,9 +50,10 @@ def train(
     trainer: the settings of the loop; `changes` are fields of it by name, as `steps=20, lr=1e-4`. Without `trainer`
     the guard is off unless `guard=GuardSettings(...)` is given. preview: prompts of the previews and, all of them, of
     the guard (None = evenly spaced over `prompts`); sample: how previews are drawn. latents (N, C, h, w): clean latents
-    of N real images captioned by `prompts` (offline training). check: what the guard measures (None =
-    `palate.evaluate.measure_for_guard`). Inside `palate.runtime.distributed.process_group` every rank calls this with
-    the same arguments, and `batch_size` is what all of them work on together. InputError: what was given cannot work.
+    of N real images captioned by `prompts` (offline training). check: what the guard measures (None = with judges for
+    the embedded model, `palate.evaluate.monitor` for any other). Inside `palate.runtime.distributed.process_group`
+    every rank calls this with the same arguments, and `batch_size` is what all of them work on together. InputError:
+    what was given cannot work.
     """
     if isinstance(prompts, str):
         raise InputError(f"prompts: expected a list of prompts, got the text {prompts!r}; write [{prompts!r}]")

@@ -1,0 +1,69 @@
+"""Who judges a recipe's results, and what its guard measures."""
+
+from __future__ import annotations
+
+import logging
+
+from palate.core import EmbedsImages, GuardMeasure, Reward, TwoTower
+from palate.evaluate.monitor import ImageMonitor
+from palate.evaluate.panel import EvaluationPanel, embedded_panel, published_panel
+from palate.recipe.builder import build_algorithm, sampler_of
+from palate.recipe.settings import Recipe
+from palate.recipe.together import heldout_of, rewards_used
+from palate.rewards.load import load_reward
+from palate.rewards.published import at_hand
+from palate.rewards.table import HELD_OUT_CANDIDATES
+from palate.runtime.errors import InputError
+
+
+def panel_of(recipe: Recipe) -> EvaluationPanel:
+    """The evaluators of the recipe's results."""
+    name = heldout_of(recipe)
+    if recipe.model.name == "emoji":
+        return embedded_panel()
+    if name is None:
+        candidates = ", ".join(HELD_OUT_CANDIDATES)
+        raise InputError(f"reward.weights: {candidates} are all optimised, so none is left to judge; leave one out")
+    reward = load_reward(name, recipe.reward.source.get(name), recipe.reward.dtype)
+    assert isinstance(reward, TwoTower), "the candidates are two-tower rewards"
+    return published_panel(name, reward)
+
+
+def guard_measure(recipe: Recipe, tower: EmbedsImages | None = None) -> GuardMeasure | None:
+    """What the guard of a run measures; None = the embedded model's judges, which `palate.train` asks by itself.
+
+    tower: the image tower of what is optimised, `Parts.tower`.
+    """
+    guard, trainer = recipe.trainer.guard, recipe.trainer
+    if not guard.every or (recipe.model.name == "emoji" and guard.measures != "images"):
+        return None
+    return ImageMonitor(
+        seed=trainer.seed,
+        sampler=sampler_of(build_algorithm(recipe)),
+        tower=tower,
+        steps=guard.steps,
+        heldout=_heldout_at_hand(recipe) if recipe.model.name != "emoji" else None,
+        batch_size=max(1, trainer.batch_size // trainer.micro_batches),
+    )
+
+
+def _heldout_at_hand(recipe: Recipe) -> Reward | None:
+    """The held-out reward, else another candidate that is not optimised, of which the weights are on this machine."""
+    used = rewards_used(recipe.reward)
+    if "taste" in used:  # it may stand on any of them
+        used |= {*recipe.reward.source} & {*HELD_OUT_CANDIDATES}
+    wanted = heldout_of(recipe)
+    names = [name for name in dict.fromkeys([wanted, *HELD_OUT_CANDIDATES]) if name and name not in used]
+    for name in names:
+        source = recipe.reward.source.get(name)
+        if at_hand(name, source):
+            try:
+                return load_reward(name, source, recipe.reward.dtype)
+            except InputError as error:  # a tokenizer is missing beside the weights, for one
+                logging.getLogger("palate").info("the guard cannot ask the held-out reward %s: %s", name, error)
+    if names:
+        logging.getLogger("palate").info(
+            "the guard asks no held-out reward: the weights of %s are not on this machine; `palate fetch %s` gets some",
+            ", ".join(names), names[0],
+        )  # fmt: skip
+    return None
