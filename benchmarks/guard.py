@@ -257,7 +257,7 @@ def _verdict(row: dict) -> str:
 
 
 def image_rows(args: argparse.Namespace) -> list[Row]:
-    """The good run first, then those that over-optimise, for --measures images."""
+    """The runs that over-optimise, then the good one, for --measures images."""
     good = (GOOD, 0, 0.0, 25 if not args.quick else 1, 50 if not args.quick else 1, args.override)
     runs = [
         (method, seed, args.factor * rate(method, args.results), args.every, args.steps, args.override)
@@ -266,7 +266,7 @@ def image_rows(args: argparse.Namespace) -> list[Row]:
     ]
     return [
         Row(args.results / f"{slug('guard-images', method, seed)}.json", without_judge, (method, seed, *rest))
-        for method, seed, *rest in [good, *runs]
+        for method, seed, *rest in [*runs, good]
     ]
 
 

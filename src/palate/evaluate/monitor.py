@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from palate.core import EmbedsImages, Model, Random, Reward, Sampler, TwoTower
@@ -74,8 +73,7 @@ class ImageMonitor:
             part = {name: statistic(images) for name, statistic in STATISTICS.items()}
             part |= self._seen(images.to(device), prompts[rows], compared[rows])
             part["pictures"] = shift.thumbnails(images)
-            side = [min(LATENT_SIDE, length) for length in latents.shape[-2:]]
-            part["latents"] = F.adaptive_avg_pool2d(latents, side).flatten(1)
+            part["latents"] = shift.pooled(latents, LATENT_SIDE)
             if self.heldout is not None:
                 part["heldout"] = self.heldout(images, prompts[rows])
             parts.append({name: values.detach().float().cpu() for name, values in part.items()})

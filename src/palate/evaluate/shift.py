@@ -62,9 +62,15 @@ def patch_statistics(images: Tensor, cells: int = CELLS) -> Tensor:
     return torch.cat([mean, (square - mean.square()).clamp_min(0).sqrt()], 1).flatten(1)
 
 
+def pooled(planes: Tensor, side: int) -> Tensor:
+    """(B, D) of planes (B, C, H, W), averaged down to no more than `side` values a side."""
+    height, width = planes.shape[-2:]
+    return F.adaptive_avg_pool2d(planes, (min(side, height), min(side, width))).flatten(1)
+
+
 def thumbnails(images: Tensor) -> Tensor:
     """(B, D): the colours of the image at no more than THUMBNAIL pixels a side, for distances of pictures."""
-    return F.adaptive_avg_pool2d(images.double(), [min(THUMBNAIL, side) for side in images.shape[-2:]]).flatten(1)
+    return pooled(images.double(), THUMBNAIL)
 
 
 # ---------------------------------------------------------------------------------------------------------- of sets
