@@ -91,7 +91,7 @@ def test_any_other_answer_drops_the_batch(text, judge):
 def test_a_recipe_names_url_and_model(monkeypatch):
     monkeypatch.setenv(TOKEN, SECRET)
     made = load_vlm("http://127.0.0.1:8000/v1/chat/completions#owner/judge")
-    assert (made.model, made.client.url) == ("owner/judge", "http://127.0.0.1:8000/v1/chat/completions")
+    assert (made.chat.model, made.chat.url) == ("owner/judge", "http://127.0.0.1:8000/v1/chat/completions")
     with pytest.raises(ValueError, match="names no model; write it behind the URL"):
         load_vlm("http://127.0.0.1:8000/v1/chat/completions")
     with pytest.raises(ValueError, match=r"reward.source.vlm-judge: http://far.example/v1 would send the token"):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from palate.data.checklists import is_checklist, read_checklists
 from palate.data.tables import TABLES, TEXT_LIMIT, RecipeError, read_rows, read_text
 from palate.runtime.files import split_lines
 
@@ -21,6 +22,8 @@ def read_prompts(source: str) -> list[str]:
         prompts = _lines(packaged.read_text("utf-8"))
     elif not path.is_file():
         raise RecipeError(f"prompt file {source!r} does not exist; give a text file with one prompt a line")
+    elif is_checklist(path):
+        prompts = [item.prompt for item in read_checklists(path)]
     elif path.suffix.lower() in TABLES:
         prompts = [prompt for _, prompt in prompt_rows(source)]
     else:

@@ -1,4 +1,4 @@
-"""Ways to reach a black-box objective: built in, a function, a program, a server."""
+"""Ways to reach a black-box objective: built in, a function, a program, a server, a judge with questions."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from palate.recipe.settings import OracleSettings
+from palate.rewards.checklist import load_checklist
 from palate.rewards.client import TOKEN, JsonClient, Patience
 from palate.rewards.oracles import BUILT_IN, Oracle
 from palate.rewards.remote import RemoteReward
@@ -41,6 +42,8 @@ def load_oracle(settings: OracleSettings, *, seed: int = 0) -> Oracle:
         if shutil.which(settings.command[0]) is None:
             raise InputError(f"optimize.oracle.command: there is no program {settings.command[0]!r}")
         return command_oracle(settings.command, settings.timeout)
+    if settings.checklist is not None:
+        return load_checklist(settings.checklist)
     if settings.url is not None and (token := os.environ.get(TOKEN)):  # a reward service: with its id and token
         return RemoteReward(
             settings.url,

@@ -36,6 +36,8 @@ def identity(recipe: Recipe) -> dict[str, str]:
             found[f"reward {short_name(name)}"] = code_digest(name)
         elif rewards.find(name).kind == "published" and name in recipe.reward.source:
             found[f"reward.source.{name}"] = weights_digest(recipe.reward.source[name])
+        elif name == "checklist" and (source := recipe.reward.source.get(name)):
+            found["reward.source.checklist"] = content_digest(source.rpartition(" ")[0]) or ""
     return found
 
 

@@ -32,6 +32,7 @@ def with_absolute_paths(tree: dict[str, Any], beside: Path | None = None) -> dic
     tree = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
     for (section, key), file in FILES.items():
         _change(tree, (section, key), lambda value, file=file: absolute(value, beside, file=file))
+    _change(tree, ("optimize", "oracle", "checklist"), lambda value: absolute(value, beside))
     for where in NAMES:
         _change(tree, where, lambda value: _absolute_name(value, beside))
     for where in (("run", "folder"), ("model", "text_cache")):
@@ -47,7 +48,10 @@ def with_absolute_paths(tree: dict[str, Any], beside: Path | None = None) -> dic
 
 
 def absolute(value: Any, beside: Path | None = None, *, file: bool = False) -> Any:
-    """The path made absolute where something lies there; a URL, a hub id or a name in the package as it is."""
+    """The path made absolute where something lies there; a URL, a hub id or a name in the package as it is. Of "FILE
+    URL", the source of a checklist, the file's path."""
+    if isinstance(value, str) and (parts := value.rsplit(None, 1))[1:] and "://" in parts[1]:
+        return f"{absolute(parts[0], beside, file=True)} {parts[1]}"
     if not isinstance(value, str) or not value or "://" in value:
         return value
     path = Path(expand(value))

@@ -175,13 +175,14 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class OracleSettings:
-    """The black-box objective: give exactly one of name, function, command, url."""
+    """The black-box objective: give exactly one of name, function, command, url, checklist."""
 
     __pydantic_config__ = _STRICT
     name: OracleName | None = None  # built in
     function: str | None = None  # module:function, (images, prompts) -> numbers; its code runs
     command: Annotated[list[str], Field(min_length=1)] | None = None  # program and arguments, no shell
     url: Annotated[str, Field(pattern="^https?://")] | None = None
+    checklist: str | None = None  # "FILE URL#MODEL": questions about each picture and the judge that answers them
     noise: NonNegative = 0.0  # standard deviation, added to a built-in oracle's answer
     timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0  # seconds per batch
     retries: Count = 2  # of the same images; each counts as a query

@@ -212,12 +212,12 @@ def _check_reward_use(reward: RewardSettings, settings: Any, kind: Any, mistakes
 def _check_oracle(recipe: Recipe, mistakes: list[str]) -> None:
     assert recipe.optimize is not None, "asked of a recipe with that section"
     oracle = recipe.optimize.oracle
-    ways = {"name": oracle.name, "function": oracle.function, "command": oracle.command, "url": oracle.url}
+    keys = ("name", "function", "command", "url", "checklist")
+    ways = {key: value for key, value in vars(oracle).items() if key in keys}
     given = [f"optimize.oracle.{key}" for key, value in ways.items() if value is not None]
     if len(given) != 1:
         mistakes.append(
-            "optimize.oracle: give exactly one of its keys name, function, command, url; got "
-            f"{' and '.join(given) or 'none'}"
+            f"optimize.oracle: give exactly one of its keys {', '.join(keys)}; got {' and '.join(given) or 'none'}"
         )
     if oracle.noise and oracle.name is None:
         mistakes.append("optimize.oracle.noise: only a built-in oracle (optimize.oracle.name) takes noise")

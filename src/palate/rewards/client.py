@@ -26,15 +26,23 @@ REMEDY = {
 
 
 class RemoteError(RewardServiceError):
-    """The reward service failed, after every retry or with an answer that no retry fixes. Exit code 5."""
+    """The reward service failed, after every retry or with an answer that no retry fixes. Exit code 5. `status`: of the
+    last HTTP answer, None where there was none."""
+
+    def __init__(self, message: str, status: int | None = None):
+        super().__init__(message)
+        self.status = status
 
 
 class Patience(NamedTuple):
-    """`timeout` is in seconds and holds for a whole try; between tries the wait doubles from `wait`, up to 30 s."""
+    """`timeout` is in seconds and holds for a whole try; between tries the wait doubles from `wait`, up to 30 s.
+
+    again: the HTTP answers after which another try makes sense."""
 
     timeout: float = 120.0
     retries: int = 4
     wait: float = 0.5
+    again: tuple[int, ...] = AGAIN
 
 
 class JsonClient:
@@ -55,22 +63,26 @@ class JsonClient:
     def ask(self, content: dict[str, Any]) -> bytes:
         """The body of the answer to a POST of `content` as JSON; RemoteError when every try failed."""
         body = json.dumps(content).encode()
+        last: int | None = None
         for attempt in range(self.patience.retries + 1):
             try:
                 status, answer = self._post(body)
             except (OSError, http.client.HTTPException) as error:
-                problem = f"no answer ({error or type(error).__name__})"
+                problem, last = f"no answer ({error or type(error).__name__})", None
             else:
+                last = status
                 if status == 200:
                     return answer
                 problem = f"HTTP {status} ({_error_of(answer)})"
-                if status not in AGAIN:
-                    raise RemoteError(f"reward service {self.url}: {problem}. {REMEDY.get(status, 'Look at its log')}")
+                if status not in self.patience.again:
+                    remedy = REMEDY.get(status, "Look at its log")
+                    raise RemoteError(f"reward service {self.url}: {problem}. {remedy}", status)
             if attempt < self.patience.retries:
                 time.sleep(min(30.0, self.patience.wait * 2**attempt) * (0.5 + random.random()))
         raise RemoteError(
             f"reward service {self.url}: {problem}, {self.patience.retries + 1} times. Is it running? Continue with "
-            "`palate resume` when it is"
+            "`palate resume` when it is",
+            last,
         )
 
     def _post(self, body: bytes) -> tuple[int, bytes]:

@@ -64,6 +64,8 @@ def _entries() -> dict[str, Entry]:
               example="http://127.0.0.1:8411/score"),
         Entry("vlm-judge", "palate.rewards.vlm:load_vlm", "service", gradient=False,
               example="http://127.0.0.1:8000/v1/chat/completions#MODEL"),
+        Entry("checklist", "palate.rewards.checklist:load_checklist", "service", gradient=False,
+              example="questions.jsonl http://127.0.0.1:8000/v1/chat/completions#MODEL"),
     ]  # fmt: skip
     return {entry.name: entry for entry in (*embedded, *simple, *published, *learned, *services)}
 

@@ -6,10 +6,11 @@ or two things in a colour each. The detector says what is there. An image is rig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,47 @@ def task_prompts(per_task: int = PER_TASK, seed: int = 0, vocab: Vocabulary | No
             for (first, second), (paint, other) in ((pair, paints()) for pair in pairs(vocab.turnable))
         ],
     }
+
+
+GENEVAL_TAGS = dict(zip(("single_object", "two_object", "counting", "colors", "position", "color_attr"), TASKS,
+                         strict=True))  # fmt: skip
+GENEVAL_PLACES = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
+
+
+def geneval_prompts(rows: Sequence[Mapping[str, Any]], vocab: Vocabulary | None = None) -> dict[str, list[str]]:
+    """The prompts of GenEval's metadata (`palate.data.geneval`) that the embedded model has the words for, by task, in
+    its own words: "a photo of a dog left of a car" is "a dog to the left of a car". InputError: there are none."""
+    vocab = vocab or vocabulary()
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        prompt = _geneval_prompt(row, vocab)
+        if prompt is not None:
+            found.setdefault(GENEVAL_TAGS[row["tag"]], []).append(prompt)
+    if not found:
+        raise InputError("the embedded vocabulary has the words for no prompt of this metadata")
+    return {task: list(dict.fromkeys(found[task])) for task in TASKS if task in found}
+
+
+def _geneval_prompt(row: Mapping[str, Any], vocab: Vocabulary) -> str | None:
+    """None where a word is missing, a thing cannot have its colour, or the tag is unknown."""
+    things = row["include"]
+    names = [vocab.synonyms.get(thing["class"], thing["class"]) for thing in things]
+    paints = [thing.get("color") for thing in things]
+    if row["tag"] not in GENEVAL_TAGS or not all(name in vocab.concepts for name in names):
+        return None
+    if any(paint and (paint not in vocab.paints or name not in vocab.turnable)
+           for paint, name in zip(paints, names, strict=True)):  # fmt: skip
+        return None
+    told = [with_article(f"{paint} {name}" if paint else name) for paint, name in zip(paints, names, strict=True)]
+    number = things[0]["count"]
+    if number > 1:
+        return f"{vocab.counts[number - 2]} {plural(names[0])}" if number - 2 < len(vocab.counts) else None
+    if "position" in things[-1]:
+        place = GENEVAL_PLACES.get(things[-1]["position"][0])
+        return f"{told[1]} {place} {told[0]}" if place and vocab.relations and len(told) == 2 else None
+    if len(told) > 1 and not vocab.relations:
+        return None  # single drawings only
+    return " and ".join(told)
 
 
 def requirements(caption: Caption, found: Sequence[Detection]) -> list[bool]:

@@ -7,8 +7,6 @@ are its authors', and are given as `question`.
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -18,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from palate.rewards.client import TOKEN, JsonClient, Patience, RemoteError
+from palate.rewards.chat import ChatModel, reply_of
+from palate.rewards.client import TOKEN, Patience, RemoteError
 from palate.runtime.errors import InputError
 from palate.runtime.images import encode_png, to_pixels
 
@@ -48,10 +47,8 @@ class VLMReward:
     ):
         if question.count("{prompt}") != 1:
             raise InputError("vlm-judge: the question must hold {prompt} exactly once")
-        if not model:
-            raise InputError(f"reward.source.vlm-judge: {url} names no model; write it behind the URL, as {url}#MODEL")
-        self.client = JsonClient(url, token, patience or Patience(), key="reward.source.vlm-judge")
-        self.model, self.question, self.concurrency = model, question, concurrency
+        self.chat = ChatModel(url, token, model, patience=patience, key="reward.source.vlm-judge")
+        self.question, self.concurrency = question, concurrency
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         with ThreadPoolExecutor(self.concurrency) as pool:
@@ -59,18 +56,13 @@ class VLMReward:
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 
     def _score(self, pixels: np.ndarray, prompt: str) -> float:
-        picture = "data:image/png;base64," + base64.b64encode(encode_png(pixels, compress_level=1)).decode()
-        content = [
-            {"type": "image_url", "image_url": {"url": picture}},
-            {"type": "text", "text": self.question.replace("{prompt}", prompt)},
-        ]
-        message = {"role": "user", "content": content}
-        answer = self.client.ask({"model": self.model, "temperature": 0, "max_tokens": 512, "messages": [message]})
+        text = self.question.replace("{prompt}", prompt)
+        answer = self.chat.ask(encode_png(pixels, compress_level=1), text, max_tokens=512)
         try:
-            return parse(json.loads(answer)["choices"][0]["message"]["content"])
+            return parse(reply_of(answer).text)
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise RemoteError(
-                f"vlm-judge {self.client.url}: a bad answer; expected a chat completion that says Score: N, N from 1 "
+                f"vlm-judge {self.chat.url}: a bad answer; expected a chat completion that says Score: N, N from 1 "
                 f"to 5, got {answer[:80]!r}. Nothing of this batch is used"
             ) from error
 

@@ -50,14 +50,13 @@ def evaluate_run(
     objective = run.objective()
     rewards, optimised = objective.rewards(panel.rewards, panel.heldout)
     if stored:
-        _check_stored(run)
+        check_stored(run)
     else:
         prompts = prompts_of(run.recipe) if prompts is None else list(prompts)
         seeds = seeds_of(run.recipe) if seeds is None else list(seeds)
         if model is None:
             model, sampler = run.model()
-        bring_forward(run.path, evaluation_key(*pairs(prompts, seeds)))
-        _draw(run, model, sampler, prompts, seeds)
+        draw_sides(run, model, sampler, prompts, seeds)
     folder = run.path / "evaluation"
     result = evaluate_samples(folder / "result", base_folder=folder / "base", panel=panel._replace(rewards=rewards))
     positive, negative = run.words()
@@ -104,7 +103,7 @@ def evaluate_runs(
     asked: list[tuple[list[str], list[int]] | None] = []
     for run in runs:
         if stored:
-            _check_stored(run)
+            check_stored(run)
             asked.append(None)
             continue
         mine = prompts_of(run.recipe, prompts, count), seeds_of(run.recipe) if seeds is None else list(seeds)
@@ -180,7 +179,12 @@ def _move(source: Path, target: Path) -> None:
 # --- parts ----------------------------------------------------------------------------------------------------------
 
 
-def _draw(run: RunFolder, model: Model, sampler: Sampler | None, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+def draw_sides(
+    run: RunFolder, model: Model, sampler: Sampler | None, prompts: Sequence[str], seeds: Sequence[int]
+) -> None:
+    """Write the pictures of base and result on prompts x seeds into evaluation/{base,result}; an evaluation on other
+    rows moves to evaluations/KEY first."""
+    bring_forward(run.path, evaluation_key(*pairs(prompts, seeds)))
     assert isinstance(model, Sampleable), "a run's model can be sampled"
     how = run.recipe.sample
     steps = how.steps or model.default_steps
@@ -205,7 +209,8 @@ def _common_panel(runs: Sequence[RunFolder], names: Sequence[str]) -> Evaluation
     return judging.panel_of(runs[0].recipe)
 
 
-def _check_stored(run: RunFolder) -> None:
+def check_stored(run: RunFolder) -> None:
+    """InputError: the run has no pictures of an evaluation."""
     for side in SIDES:
         if not (run.path / "evaluation" / side / "index.jsonl").is_file():
             raise InputError(

@@ -1,0 +1,65 @@
+"""`palate evaluate RUN --questions FILE`: a vision-language model answers a benchmark's questions about the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from palate.cli.phases import shown
+from palate.core import Model, Sampler
+from palate.data.checklists import read_checklists
+from palate.evaluate import to_json
+from palate.report.html import number, signed
+from palate.rewards.checklist import connect
+from palate.runs.checklist import evaluate_runs_by_questions
+from palate.runtime.errors import InputError
+from palate.runtime.progress import printable
+
+Load = Callable[[Path], tuple[Model, Sampler | None]]
+EXAMPLE = "http://127.0.0.1:8000/v1/chat/completions#MODEL"
+
+
+def evaluate_with_questions(
+    runs: Sequence[Path],
+    file: str,
+    judge: str | None,
+    load: Load,
+    *,
+    seeds: int | None = None,
+    stored: bool = False,
+    as_json: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Write each run's checklist.json and print a table of it, or all as JSON. InputError: no judge is named."""
+    if judge is None:
+        raise InputError(f"--questions: name the judge that answers them, --judge {EXAMPLE}")
+    checklists, asked = read_checklists(file), connect(judge, key="--judge")
+    with shown(quiet):
+        found = evaluate_runs_by_questions(
+            runs, checklists, asked, seeds=None if seeds is None else range(seeds), stored=stored, load=load
+        )
+    if as_json:
+        print(to_json(found), end="")
+        return
+    for name, result in found["runs"].items():
+        print(printable(f"{name}: {result['prompts']} prompts, {result['images']} pictures, {2 * result['questions']} "
+                        f"questions, {asked.asked} asked now; judge {result['judge']}"))  # fmt: skip
+        if unclear := sum(result["unclear"].values()):
+            print(f"{unclear} answers could not be read and count as wrong")
+        _print_table(name, result["metrics"])
+    for name, metrics in found["between"].items():
+        _print_table(f"{name} against {found['first']}", metrics)
+
+
+def _print_table(name: str, metrics: Mapping[str, Mapping[str, Any]]) -> None:
+    table = Table(printable(name), "before", "after", "change", "95 %")
+    for metric, values in metrics.items():
+        interval = f"{signed(values['change_low'])} to {signed(values['change_high'])}"
+        table.add_row(
+            printable(metric), number(values["base"]), number(values["value"]), signed(values["change"]), interval
+        )
+    Console().print(table)

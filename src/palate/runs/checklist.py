@@ -1,0 +1,77 @@
+"""A run judged by questions about its pictures: base model against result on the same noise, into checklist.json.
+
+The judge's answers lie beside it in answers.jsonl, by picture, question and judge: a run that is judged again, after
+more training or after a crash, asks only what it has not asked before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from palate.core import Model, Sampler
+from palate.data.checklists import Checklist
+from palate.evaluate.checklists import evaluate_checklists
+from palate.evaluate.measurement import to_json
+from palate.evaluate.samples import check_same, read_samples
+from palate.rewards.answers import Answers
+from palate.rewards.checklist import QuestionJudge
+from palate.runs.comparison import between
+from palate.runs.evaluation import Load, check_stored, draw_sides, seeds_of
+from palate.runs.folder import RunFolder, run_names
+from palate.runtime.errors import InputError
+from palate.runtime.files import write_atomically
+
+ANSWERS, RESULT = "answers.jsonl", "checklist.json"
+
+
+def evaluate_runs_by_questions(
+    run_folders: Sequence[str | Path],
+    checklists: Sequence[Checklist],
+    judge: QuestionJudge,
+    *,
+    seeds: Sequence[int] | None = None,
+    stored: bool = False,
+    load: Load | None = None,
+    overrides: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Each run's result and base on the checklists' prompts x seeds (None = the recipe's): {"first", "runs": {name:
+    what `evaluate_checklists` returns}, "between": {name: {metric: ...}}} as `evaluate_runs`. Writes checklist.json and
+    answers.jsonl into each run. `stored`: judge the pictures that lie there, those whose prompts have questions.
+
+    RemoteError: the judge failed; what it has answered is kept, and the same call goes on from there."""
+    names = run_names([Path(folder) for folder in run_folders])
+    runs = [RunFolder(folder, overrides) for folder in run_folders]
+    kept = [run.path / ANSWERS for run in runs]
+    found = {}
+    for name, run in zip(names, runs, strict=True):
+        if stored:
+            check_stored(run)
+        else:
+            model, sampler = _loaded(run, load)
+            draw_sides(run, model, sampler, [item.prompt for item in checklists], seeds or seeds_of(run.recipe))
+        judge.answers = Answers(run.path / ANSWERS, also=kept)
+        found[name] = _judged(run, checklists, judge)
+        write_atomically(run.path / RESULT, to_json(found[name]).encode())
+    first = names[0]
+    return {"first": first, "runs": found, "between": {name: between(found[first], found[name]) for name in names[1:]}}
+
+
+def _loaded(run: RunFolder, load: Load | None) -> tuple[Model, Sampler | None]:
+    return run.model() if load is None else load(run.path)
+
+
+def _judged(run: RunFolder, checklists: Sequence[Checklist], judge: QuestionJudge) -> dict[str, Any]:
+    sides = {side: read_samples(run.path / "evaluation" / side) for side in ("base", "result")}
+    (base, base_rows), (images, rows) = sides["base"], sides["result"]
+    check_same(rows, base_rows, "the result", "the base")
+    known = {item.prompt for item in checklists}
+    there = [i for i, row in enumerate(rows) if row["prompt"] in known]
+    if not there:
+        raise InputError(f"{run.path}: no stored picture is of a prompt of the file; evaluate without --stored")
+    prompts, seeds = [rows[i]["prompt"] for i in there], [rows[i]["seed"] for i in there]
+    found = evaluate_checklists(images[there], prompts, seeds, checklists, judge, base=base[there])
+    for row, i in zip(found["rows"], there, strict=True):
+        row["file"] = rows[i]["file"]
+    return found
