@@ -1,4 +1,4 @@
-"""`palate evaluate RUN --questions FILE`: a vision-language model answers a benchmark's questions about the pictures."""
+"""`palate evaluate RUN --questions FILE`: a vision-language model answers questions about the pictures."""
 
 from __future__ import annotations
 
