@@ -13,7 +13,9 @@ from support.commands import short
 
 from palate import recipe
 from palate.cli import fetch, needs
+from palate.data import published
 from palate.plan import Unit, plan
+from palate.rewards import located
 from palate.runtime.errors import InputError
 
 
@@ -86,9 +88,10 @@ def flux(monkeypatch, tmp_path):
     monkeypatch.setattr(needs, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(needs, "get_token", lambda: None)
     cached: set[str] = set()
-    monkeypatch.setattr(
-        needs, "try_to_load_from_cache", lambda place, file: f"{place}/{file}" if place in cached else None
-    )
+    for module in (needs, located):
+        monkeypatch.setattr(
+            module, "try_to_load_from_cache", lambda place, file: f"{place}/{file}" if place in cached else None
+        )
 
     def of(*overrides):
         found = needs.needs(recipe.read("srpo-flux", overrides), "rtx-4090")
@@ -119,3 +122,23 @@ def test_doctor_reports_a_reward_that_cannot_load_beside_all_others(palate):
     found = json.loads(out)
     assert code == 2 and found[-1]["state"] == "bad" and "published as a pickle" in found[-1]["text"]
     assert any(finding["text"].startswith("torch ") for finding in found)
+
+
+def test_prompt_sets_are_fetched_where_their_licence_allows_it(palate, monkeypatch, tmp_path):
+    monkeypatch.setattr(fetch, "hf_hub_download", lambda place, file, repo_type: f"/{repo_type}/{place}/{file}")
+    code, out, _ = palate("fetch", "hpdv2")
+    assert code == 0 and "ready: palate evaluate RUN --protocol hpdv2 (4 files, Apache-2.0)" in out
+    monkeypatch.setattr(published, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "palate").mkdir()
+    (tmp_path / "palate" / "PartiPrompts.tsv").write_text("Prompt\tCategory\na dog\tAnimals\n")
+    code, out, _ = palate("fetch", "parti")
+    assert code == 0 and "--protocol parti (1 files" in out
+    code, _, error = palate("fetch", "drawbench")
+    assert code == 2 and short(error) and "none stated by its authors" in error and "--prompts-file FILE" in error
+
+    def offline(*_, **__):
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(fetch, "hf_hub_download", offline)
+    code, _, error = palate("fetch", "hpdv2")
+    assert code == 2 and short(error) and "cannot be reached" in error and "benchmark/photo.json" in error

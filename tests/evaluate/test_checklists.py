@@ -8,13 +8,14 @@ import pytest
 import torch
 from support.judge import SECRET, FakeJudge, serving
 
-from palate import evaluate
+from palate import cli, evaluate
+from palate.cli import measuring
 from palate.data.checklists import Checklist, Question
 from palate.evaluate.checklists import evaluate_checklists
 from palate.models.vocabulary import vocabulary
 from palate.rewards.chat import ChatModel
 from palate.rewards.checklist import QuestionJudge
-from palate.rewards.client import Patience
+from palate.rewards.client import TOKEN, Patience
 from palate.rewards.tasks import geneval_prompts
 from palate.runs.checklist import evaluate_runs_by_questions
 from palate.runtime.errors import RewardServiceError
@@ -155,3 +156,44 @@ def test_prompts_of_geneval_without_words_are_left_out(tag, include):
         geneval_prompts(rows, SCENES)
     more = [*rows, {"tag": "single_object", "include": [thing("dog")], "prompt": "x"}]
     assert geneval_prompts(more, SCENES) == {"single object": ["a dog"]}
+
+
+# --- the command ---
+
+
+def test_the_command_asks_prints_and_compares(judge, runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(TOKEN, SECRET)
+    file = tmp_path / "questions.jsonl"
+    file.write_text(
+        '{"prompt": "a dog", "kind": "easy", "questions": [["Is there a dog?", "yes", "object"]]}\n'
+        '{"prompt": "two cats", "kind": "hard", "questions": [["How many cats?", "two", "count"]]}\n'
+    )
+    command = ["evaluate", *map(str, runs), "--questions", str(file), "--judge", judge.source, "--stored"]
+    cli.app(command, standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert "one: 2 prompts, 2 pictures, 4 questions" in shown and "two against one" in shown and "skill/count" in shown
+    cli.app([*command, "--json"], standalone_mode=False)
+    told = json.loads(capsys.readouterr().out)
+    assert told["between"]["two"]["geometric"]["change"] == pytest.approx(0.35)
+    for run in runs:
+        metrics = {"reward/emoji-heldout": {"value": 0.5, "base": 0.4}}
+        (run / "evaluation.json").write_text(json.dumps({"metrics": metrics, "heldout": "emoji-heldout"}))
+    cli.app(["compare", *map(str, runs), "--format", "csv"], standalone_mode=False)
+    assert "checklist/arithmetic,two,0.9,,1" in capsys.readouterr().out
+    one = json.loads((runs[0] / "checklist.json").read_text())
+    (runs[0] / "checklist.json").write_text(json.dumps(one | {"judge": "another"}))  # two judges are two scales
+    cli.app(["compare", *map(str, runs), "--format", "csv"], standalone_mode=False)
+    assert "checklist" not in capsys.readouterr().out
+
+
+def test_genevals_metadata_becomes_tasks(runs, tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(measuring, "geneval_prompts", lambda rows: geneval_prompts(rows, SCENES))
+    monkeypatch.setattr(
+        measuring, "evaluate_with_tasks", lambda runs, seeds, *, prompts, as_json, quiet: seen.update(prompts)
+    )
+    file = tmp_path / "evaluation_metadata.jsonl"
+    row = {"tag": "counting", "include": [thing("dog", 3)], "prompt": "a photo of three dogs"}
+    file.write_text(json.dumps(row) + "\n")
+    cli.app(["evaluate", str(runs[0]), "--tasks", "--questions", str(file)], standalone_mode=False)
+    assert seen == {"counting": ["three dogs"]}

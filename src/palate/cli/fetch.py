@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch._weights_only_unpickler import UnpicklingError
 
+from palate.data.published import PROMPT_SETS, beside_the_cache
 from palate.rewards.published import PUBLISHED, Download, PublishedReward
 from palate.runtime.errors import InputError
 
@@ -25,7 +26,7 @@ def fetch(name: str, out: Path, source: Path | None = None) -> str:
 
     InputError: an unknown name, a download that fails, a file that is no plain checkpoint."""
     if name not in PUBLISHED:
-        raise InputError(f"fetch: got {name!r}; expected one of {', '.join(sorted(PUBLISHED))}")
+        raise InputError(f"fetch: got {name!r}; expected one of {', '.join(sorted({*PUBLISHED, *PROMPT_SETS}))}")
     reward = PUBLISHED[name]
     if source is None:
         for extra in reward.extra:
@@ -42,6 +43,26 @@ def fetch(name: str, out: Path, source: Path | None = None) -> str:
     if name == "hpsv3":
         return str(_together(reward, files[0], out / name))
     return ""
+
+
+def fetch_prompts(name: str) -> list[Path]:
+    """The files of a prompt set, in the hub's cache or beside it. InputError: it may not be fetched, or cannot be."""
+    known = PROMPT_SETS[name]
+    if not known.place:
+        raise InputError(
+            f"fetch {name}: the licence of {known.title} is {known.licence}, so Palate does not fetch it; give your "
+            f"own copy to palate evaluate RUN --protocol {name} --prompts-file FILE"
+        )
+    if known.place.startswith("https://"):
+        return [_download_address(known.place, name)]
+    try:
+        return [Path(hf_hub_download(known.place, file, repo_type="dataset")) for file in known.files]
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+        raise InputError(
+            f"fetch {name}: {known.place} cannot be reached ({why}). Download its files elsewhere and give their "
+            f"folder with --prompts-file: {', '.join(known.files)}"
+        ) from error
 
 
 def download(what: Download, name: str) -> list[Path]:
@@ -78,10 +99,9 @@ def _unreachable(name: str, what: Download, error: Exception) -> str:
 
 
 def _download_address(address: str, name: str) -> Path:
-    from huggingface_hub.constants import HF_HUB_CACHE
     from torch.hub import download_url_to_file
 
-    target = Path(HF_HUB_CACHE).parent / "palate" / address.rsplit("/", 1)[1]
+    target = beside_the_cache(address)
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

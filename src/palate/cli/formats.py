@@ -37,6 +37,8 @@ def compare_runs(runs: Sequence[Path], group: str | None) -> tuple[list[str], li
         if found is None:
             raise InputError(f"{run} has no evaluation.json; run palate evaluate {' '.join(map(str, runs))}")
         evaluations.append(found)
+    for evaluation, answered in zip(evaluations, _checklists(runs), strict=True):
+        evaluation["metrics"] |= answered
     names = _group_names(runs, group)
     first = evaluations[0]
     keys = [key for key in headline_keys(first, wanted_styles(first))]
@@ -51,6 +53,15 @@ def compare_runs(runs: Sequence[Path], group: str | None) -> tuple[list[str], li
                 values["base"].setdefault(key, []).append(metric["base"])
     cells = {name: {key: _cell(column) for key, column in columns.items()} for name, columns in values.items()}
     return [name for name in cells if cells[name]], keys, cells
+
+
+def _checklists(runs: Sequence[Path]) -> list[dict[str, dict[str, float]]]:
+    """The metrics of each run's checklist.json, as checklist/NAME; none of any where the questions or judges differ."""
+    found = [read_json(run / "checklist.json") or {} for run in runs]
+    asked = [(answers.get("by_prompt"), answers.get("judge")) for answers in found]
+    if any(one != asked[0] for one in asked):
+        return [{} for _ in runs]
+    return [{f"checklist/{name}": metric for name, metric in answers.get("metrics", {}).items()} for answers in found]
 
 
 def _cell(values: Sequence[float]) -> Cell:

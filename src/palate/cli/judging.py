@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from palate.cli.app import LOOK, app, examples
-from palate.cli.options import Json, Run, Seeds, all_prompts, belongs, prompts_in, recipe_file, run_names
+from palate.cli.asked import Asked
+from palate.cli.options import Json, Run, Seeds, all_prompts, belongs, recipe_file, run_names
 from palate.cli.phases import shown
 from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
@@ -47,6 +48,8 @@ def sample(
 @app.command(rich_help_panel=LOOK, epilog=examples(
     "palate evaluate runs/mine",
     "palate evaluate runs/a runs/b runs/c --json > found.json    paired by prompt and seed",
+    "palate evaluate runs/mine --protocol hpdv2                  as papers report",
+    "palate evaluate runs/mine --questions geneval2_data.jsonl --judge http://127.0.0.1:8000/v1/chat/completions#M",
 ))  # fmt: skip
 def evaluate(
     ctx: typer.Context,
@@ -64,33 +67,31 @@ def evaluate(
     tasks: Annotated[
         bool, typer.Option("--tasks", help="Ask for things, numbers, colours and places instead.")
     ] = False,
+    questions: Annotated[
+        str | None, typer.Option(help="A benchmark's file of questions, which a vision-language model answers.")
+    ] = None,
+    judge: Annotated[str | None, typer.Option(help="With --questions: its URL#MODEL (chat completions).")] = None,
+    protocol: Annotated[
+        str | None, typer.Option(help="drawbench, hpdv2 or parti: its prompts, all published rewards that are here.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Measure base model and result on the same noise.
 
     Rewards, right concepts, diversity, drift, all with intervals; one page with the pictures.
     """
-    if stored and (prompts_file or count or seeds):
-        raise InputError("--stored judges the images that are there; leave out --prompts-file, --count and --seeds")
     overrides = [word for word in runs if "=" in word and not Path(word).is_dir()]
     folders = [Path(word) for word in runs if word not in overrides]
     if not folders:
         raise InputError("give at least one run, for example runs/mine")
     for run in folders:
         recipe_file(run)
-    if tasks:
-        if prompts_file or count or stored or out:
-            raise InputError(
-                "--tasks has prompts of its own and draws; leave out --prompts-file, --count, --stored, --out"
-            )
-        from palate.cli.tasks import evaluate_with_tasks
-
-        return evaluate_with_tasks(folders, seeds, as_json=as_json, quiet=ctx.obj["quiet"])
-    prompts = prompts_in(prompts_file) if prompts_file else None
     from palate.cli import measuring
 
-    asked = measuring.Asked(prompts, count, seeds, stored, overrides)
-    measuring.evaluate(folders, asked, out, as_json=as_json, quiet=ctx.obj["quiet"])
+    measuring.evaluate(folders, Asked(
+        prompts_file=prompts_file, count=count, seeds=seeds, stored=stored, overrides=overrides, tasks=tasks,
+        questions=questions, judge=judge, protocol=protocol, out=out, as_json=as_json, quiet=ctx.obj["quiet"],
+    ))  # fmt: skip
 
 
 @app.command(

@@ -3,46 +3,107 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
+from palate.cli.asked import Asked
 from palate.cli.phases import shown
+from palate.cli.questions import evaluate_with_questions
+from palate.cli.tasks import evaluate_with_tasks
 from palate.cli.text import print_evaluation
+from palate.data import geneval, read_prompts
+from palate.data.published import PROMPT_SETS, find_prompt_set, read_prompt_set
 from palate.evaluate import to_json
 from palate.report import write_evaluation
+from palate.rewards.tasks import geneval_prompts
 from palate.runs import evaluate_runs
+from palate.runs.protocol import evaluate_protocol
+from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What is evaluated, as the options say; None = as each recipe says."""
+def check(asked: Asked) -> None:
+    """InputError for options that exclude each other."""
+    if asked.stored and (asked.count or asked.seeds or (asked.prompts_file and not asked.protocol)):
+        raise InputError("--stored judges the images that are there; leave out --prompts-file, --count and --seeds")
+    if asked.protocol is not None and (asked.tasks or asked.questions):
+        raise InputError("--protocol, --tasks and --questions are three evaluations; give one of them")
+    if asked.protocol is not None and asked.protocol not in PROMPT_SETS:
+        raise InputError(f"--protocol: got {asked.protocol!r}; expected one of {', '.join(PROMPT_SETS)}")
+    if asked.judge is not None and (asked.questions is None or asked.tasks):
+        raise InputError("--judge belongs to --questions; give both, or neither")
+    if asked.tasks and (asked.prompts_file or asked.count or asked.stored or asked.out):
+        raise InputError("--tasks has prompts of its own and draws; leave out --prompts-file, --count, --stored, --out")
+    if asked.questions is not None and (asked.prompts_file or asked.count or asked.out):
+        raise InputError("--questions has prompts of its own; leave out --prompts-file, --count and --out")
 
-    prompts: Sequence[str] | None = None
-    count: int | None = None
-    seeds: int | None = None
-    stored: bool = False
-    overrides: Sequence[str] = ()
+
+def evaluate(runs: Sequence[Path], asked: Asked) -> None:
+    """Measure the runs in the way that the options name, and print tables, or JSON."""
+    check(asked)
+    if asked.tasks:
+        prompts = None if asked.questions is None else geneval_prompts(geneval(asked.questions))
+        evaluate_with_tasks(runs, asked.seeds, prompts=prompts, as_json=asked.as_json, quiet=asked.quiet)
+    elif asked.questions is not None:
+        evaluate_with_questions(runs, asked)
+    else:
+        _evaluate_rewards(runs, asked)
 
 
-def evaluate(runs: Sequence[Path], asked: Asked, out: Path | None, *, as_json: bool, quiet: bool) -> None:
-    """Measure the runs, write their page, and print a table of each, or all as JSON."""
-    with shown(quiet):
-        found: dict[str, Any] = evaluate_runs(
-            runs,
-            prompts=asked.prompts,
-            count=asked.count,
-            seeds=None if asked.seeds is None else range(asked.seeds),
-            stored=asked.stored,
-            warn=logging.getLogger("palate").warning,
-            overrides=asked.overrides,
-        )
-    page = write_evaluation(runs, found, out)
-    if as_json:
+def _evaluate_rewards(runs: Sequence[Path], asked: Asked) -> None:
+    """The recipe's evaluation or a paper's; writes the page."""
+    warn = logging.getLogger("palate").warning
+    if asked.protocol is not None:
+        prompts = prompt_set(asked.protocol, asked.prompts_file)
+        with shown(asked.quiet):
+            found = evaluate_protocol(
+                runs, asked.protocol, prompts, count=asked.count, seeds=asked.numbers, stored=asked.stored,
+                overrides=asked.overrides,
+            )  # fmt: skip
+    else:
+        own = read_prompts(asked.prompts_file) if asked.prompts_file else None
+        with shown(asked.quiet):
+            found = evaluate_runs(
+                runs, prompts=own, count=asked.count, seeds=asked.numbers, stored=asked.stored, warn=warn,
+                overrides=asked.overrides,
+            )  # fmt: skip
+    page = write_evaluation(runs, found, asked.out)
+    if asked.as_json:
         print(to_json(found), end="")
         return
     for name, evaluation in found["runs"].items():
         print_evaluation(name, evaluation)
+    if asked.protocol is not None:
+        print_standings(found["runs"][found["first"]]["protocol"]["rewards"])
     print(f"report: {printable(str(page))}")
+
+
+def prompt_set(name: str, file: str | None) -> dict[str, str]:
+    """Prompt -> category of a protocol: of the file or folder that is given, else as `palate fetch` left it.
+    InputError: it is not here; the message says where it is published."""
+    if file is not None:
+        path = Path(file).expanduser()
+        if not path.exists():
+            raise InputError(f"--prompts-file: {file} does not exist")
+        return read_prompt_set([path])
+    files = find_prompt_set(name)
+    if files is None:
+        known = PROMPT_SETS[name]
+        fetch = f"palate fetch {name} gets it ({known.licence})" if known.place else f"licence: {known.licence}"
+        raise InputError(
+            f"--protocol {name}: the {known.count} prompts of {known.title} are not here; {fetch}; or give your copy "
+            "with --prompts-file"
+        )
+    return read_prompt_set(files)
+
+
+def print_standings(rewards: Mapping[str, Mapping[str, Any]]) -> None:
+    """Which published rewards were found, 1 or 0, and what fetches the others."""
+    table = Table("reward", "found", "weights, or what fetches them")
+    for name, standing in rewards.items():
+        table.add_row(name, str(standing["found"]), printable(str(standing.get("source") or standing["command"])))
+    Console().print(table)

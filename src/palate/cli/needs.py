@@ -16,7 +16,8 @@ from palate.models.facts import Facts, facts_of
 from palate.plan import GIB, Plan, plan
 from palate.plan.table import FREE, find_device
 from palate.recipe import Recipe
-from palate.rewards.published import PUBLISHED, PublishedReward
+from palate.rewards.located import cached
+from palate.rewards.published import PUBLISHED
 from palate.runtime.errors import InputError
 
 GATED = ("black-forest-labs/FLUX.1-dev", "stabilityai/stable-diffusion-3")  # beginnings of hub ids behind terms
@@ -123,20 +124,11 @@ def _reward(what: str, name: str, source: str | None) -> Need:
     if known.converted and converted.is_file():
         command = f"add reward.source.{name}={converted}"
         return Need("missing", what, f"fetched, but the recipe does not name it; licence {known.licence}", command)
-    if known.converted is None and not source and _cached(known):
+    if known.converted is None and not source and cached(known):
         return Need("ok", what, f"in the hub's cache; licence {known.licence}{note}")
     return Need(
         "missing", what, f"about {size:.2f} GB; licence {known.licence}{note}", f"palate fetch {name}", size
     )  # fmt: skip
-
-
-def _cached(reward: PublishedReward) -> bool:
-    weights = reward.weights
-    return all(
-        isinstance(try_to_load_from_cache(weights.place, file), str)
-        for file in weights.files
-        if file.endswith((".safetensors", "config.json"))
-    )
 
 
 # --- the rest ---------------------------------------------------------------------------------------------------------

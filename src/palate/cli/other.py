@@ -129,16 +129,23 @@ def doctor(
     ),
 )
 def fetch(
-    name: Annotated[str, typer.Argument(help="clip-score, pickscore, hpsv2, image-reward, aesthetic or hpsv3.")],
+    name: Annotated[
+        str,
+        typer.Argument(help="clip-score, pickscore, hpsv2, image-reward, aesthetic, hpsv3; prompts: hpdv2, parti."),
+    ],
     out: Annotated[Path, typer.Option(help="Where converted weights go, in a folder of the name.")] = Path("weights"),
     source: Annotated[Path | None, typer.Option("--from", help="A downloaded file, to convert only.")] = None,
 ) -> None:
-    """Download a published reward, converted to safetensors.
+    """Download a published reward, converted to safetensors, or a published set of prompts.
 
     Pickles are read with weights_only, so no code in them can run.
     """
     from palate.cli import fetch as fetching
 
+    if source is None and name in fetching.PROMPT_SETS:
+        files, licence = fetching.fetch_prompts(name), fetching.PROMPT_SETS[name].licence
+        print(f"ready: palate evaluate RUN --protocol {name} ({len(files)} files, {licence})")
+        return
     if source is None and name in fetching.PUBLISHED:
         reward = fetching.PUBLISHED[name]
         size = reward.weights.gigabytes + sum(extra.gigabytes for extra in reward.extra)

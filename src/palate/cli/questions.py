@@ -9,7 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from palate.cli.asked import Asked
 from palate.cli.phases import shown
+from palate.cli.sources import load_run
 from palate.core import Model, Sampler
 from palate.data.checklists import read_checklists
 from palate.evaluate import to_json
@@ -23,31 +25,22 @@ Load = Callable[[Path], tuple[Model, Sampler | None]]
 EXAMPLE = "http://127.0.0.1:8000/v1/chat/completions#MODEL"
 
 
-def evaluate_with_questions(
-    runs: Sequence[Path],
-    file: str,
-    judge: str | None,
-    load: Load,
-    *,
-    seeds: int | None = None,
-    stored: bool = False,
-    as_json: bool = False,
-    quiet: bool = False,
-) -> None:
+def evaluate_with_questions(runs: Sequence[Path], asked: Asked, *, load: Load = load_run) -> None:
     """Write each run's checklist.json and print a table of it, or all as JSON. InputError: no judge is named."""
-    if judge is None:
+    assert asked.questions is not None, "called for a file of questions"
+    if asked.judge is None:
         raise InputError(f"--questions: name the judge that answers them, --judge {EXAMPLE}")
-    checklists, asked = read_checklists(file), connect(judge, key="--judge")
-    with shown(quiet):
+    checklists, judge = read_checklists(asked.questions), connect(asked.judge, key="--judge")
+    with shown(asked.quiet):
         found = evaluate_runs_by_questions(
-            runs, checklists, asked, seeds=None if seeds is None else range(seeds), stored=stored, load=load
+            runs, checklists, judge, seeds=asked.numbers, stored=asked.stored, load=load, overrides=asked.overrides
         )
-    if as_json:
+    if asked.as_json:
         print(to_json(found), end="")
         return
     for name, result in found["runs"].items():
         print(printable(f"{name}: {result['prompts']} prompts, {result['images']} pictures, {2 * result['questions']} "
-                        f"questions, {asked.asked} asked now; judge {result['judge']}"))  # fmt: skip
+                        f"questions, {judge.asked} asked now; judge {result['judge']}"))  # fmt: skip
         if unclear := sum(result["unclear"].values()):
             print(f"{unclear} answers could not be read and count as wrong")
         _print_table(name, result["metrics"])

@@ -22,10 +22,18 @@ Load = Callable[[Path], tuple[Model, Sampler | None]]
 
 
 def evaluate_with_tasks(
-    runs: Sequence[Path], seeds: int | None, *, load: Load = load_run, as_json: bool, quiet: bool
+    runs: Sequence[Path],
+    seeds: int | None,
+    *,
+    prompts: Mapping[str, Sequence[str]] | None = None,
+    load: Load = load_run,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
-    """Write each run's tasks.json and print a table of it, or all as JSON."""
-    prompts, reward = task_prompts(), TaskReward(strict=True)
+    """Write each run's tasks.json and print a table of it, or all as JSON. prompts: by task; None = `task_prompts`."""
+    prompts, reward = prompts or task_prompts(), TaskReward(strict=True)
+    if not quiet and not as_json:
+        print(", ".join(f"{len(told)} of {task}" for task, told in prompts.items()) + " prompts")
     found = {}
     for run, name in zip(runs, run_names(runs), strict=True):
         with shown(quiet):

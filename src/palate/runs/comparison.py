@@ -38,7 +38,7 @@ def between(first: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str,
         of_prompts = key in first["by_prompt"][0]
         if of_prompts and not same:
             continue
-        now, before = _column(other, key, of_prompts), _column(first, key, of_prompts)
+        now, before = column(other, key, of_prompts), column(first, key, of_prompts)
         if not of_prompts:
             now, before = now[[j for _, j in rows]], before[[i for i, _ in rows]]
         gap = now.isnan() | before.isnan()
@@ -57,8 +57,11 @@ def _question(evaluation: dict[str, Any], key: str) -> Any:
     return None
 
 
-def _column(evaluation: dict[str, Any], key: str, of_prompts: bool) -> Tensor:
-    """One metric's values by image, or by prompt; NaN where there is none."""
+def column(evaluation: dict[str, Any], key: str, of_prompts: bool = False, *, base: bool = False) -> Tensor:
+    """One metric's values by image, or by prompt, of the result or of its base; NaN where there is none."""
+    if base:
+        rows = ({**row.get("base", {}), "prompt": row["prompt"]} for row in evaluation["rows"])
+        return column({"rows": list(rows)}, key)
     if key.startswith("style/"):  # a fraction of the images whose prompt leaves the style open
         values = [None if "style_named" in row else float(row["style"] == key[6:]) for row in evaluation["rows"]]
     else:
