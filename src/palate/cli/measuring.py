@@ -95,7 +95,7 @@ def prompt_set(name: str, file: str | None) -> dict[str, str]:
         known = PROMPT_SETS[name]
         fetch = f"palate fetch {name} gets it ({known.licence})" if known.place else f"licence: {known.licence}"
         raise InputError(
-            f"--protocol {name}: the {known.count} prompts of {known.title} are not here; {fetch}; or give your copy "
+            f"--protocol {name}: the {known.size} prompts of {known.title} are not here; {fetch}; or give your copy "
             "with --prompts-file"
         )
     return read_prompt_set(files)

@@ -22,7 +22,7 @@ class PromptSet(NamedTuple):
     place: str
     files: tuple[str, ...]
     licence: str
-    count: int
+    size: int
 
 
 PROMPT_SETS = {

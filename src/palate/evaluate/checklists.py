@@ -91,10 +91,11 @@ def _metrics(sides: Sequence[list[list[Score]]], asked: Sequence[Checklist]) -> 
         for k, name in enumerate(("arithmetic", "geometric")):
             told = [item.prompt for item in asked if item.kind == kind]
             columns[f"{name}/{kind}"] = [side[there, k] for side in both], told
-    return {
-        name: mean_and_interval(*[torch.from_numpy(side) for side in values], *([None] * (2 - len(values))), groups)
-        for name, (values, groups) in columns.items()
-    }
+    found = {}
+    for name, (values, groups) in columns.items():
+        own = [torch.from_numpy(side) for side in values]
+        found[name] = mean_and_interval(own[0], own[1] if len(own) > 1 else None, groups)
+    return found
 
 
 def _row(i: int, prompt: str, seed: int, sides: Sequence[list[list[Score]]], item: Checklist) -> dict[str, Any]:
