@@ -32,19 +32,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from tasks import STYLE, TASKS, Task
 from torch import Tensor
 
 from palate import recipe
-from palate.core import Batch, Loss, Random, Reward
+from palate.core import Batch, Loss, Random, Reward, TwoTower
 from palate.evaluate import EvaluationPanel, diversity, embedded_panel, generate, label_correct, pairs, quantise
 from palate.models.vocabulary import vocabulary
 from palate.path import Prediction
 from palate.report import ticks
-from palate.rewards.combine import semantic_relative
-from palate.rewards.simple import saturation
+from palate.rewards.simple import high_frequency, saturation
 from palate.train import NonFiniteError, Outcome, train
 
-STYLE, NEGATIVE, K = "3d", "flat", 4.0
 METHODS = {  # name -> recipe, what is swept as its strength in frontier.py
     "SRPO": ("srpo-emoji", ("algorithm.reference_penalty", (0.0, 0.3, 3.0))),
     "SQDF": ("sqdf-emoji", ("algorithm.alpha_kl", (0.0, 3e-4, 3e-3))),
@@ -62,15 +61,7 @@ METHODS = {  # name -> recipe, what is swept as its strength in frontier.py
     "Flow-GRPO released": ("grpo-emoji-released", ("algorithm.beta", (0.0, 0.04, 0.4))),
 }
 RATES = (0.5, 1.0, 2.0)  # times the recipe's learning rate
-WORDS = {
-    "srpo": [
-        f'algorithm.positive=["{STYLE}"]',
-        f'algorithm.negative=["{NEGATIVE}"]',
-        f"algorithm.k_denoise=[{K}, {K}]",
-        f"algorithm.k_inversion=[{K}, {K}]",
-        "algorithm.hinge=null",
-    ]
-}  # these read control words, not a reward made of them
+WORDS = {"srpo": TASKS["style"].words}  # these read control words, not a reward made of them
 QUICK = {
     "ddpo": ["algorithm.steps=3"],
     "flow_grpo": ["algorithm.steps=4", "algorithm.group=2"],
@@ -117,6 +108,38 @@ class Counted:
         return getattr(self.model, name)
 
 
+class CountedReward:
+    """A reward that counts the images that it looks at; a two-tower one stays one."""
+
+    def __init__(self, reward: Any):
+        self.reward, self.images = reward, 0
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        self.images += len(images)
+        return self.reward(images, prompts)
+
+
+class CountedTowers(CountedReward):
+    """Several texts that share one look at the images count it once."""
+
+    @property
+    def score(self) -> Callable[[Any, Sequence[str]], Tensor]:
+        return self.reward.score
+
+    @property
+    def image_features(self) -> Callable[[Tensor], Any]:
+        def features(images: Tensor) -> Any:
+            self.images += len(images)
+            return self.reward.image_features(images)
+
+        return features
+
+
+def counted(reward: Reward) -> Any:
+    """The reward with a count of the images that it is shown."""
+    return CountedTowers(reward) if isinstance(reward, TwoTower) else CountedReward(reward)
+
+
 class Watched:
     """An algorithm, with a function of the step that is called after each of its updates."""
 
@@ -130,19 +153,27 @@ class Watched:
 
 
 class Referees(NamedTuple):
-    """Who judges, on what. `base` are the base model's measurements from the same noise, filled at the first check."""
+    """Who judges, on what, for which task. `base` are the base model's measurements from the same noise, filled at the
+    first check."""
 
     panel: EvaluationPanel
     prompts: list[str]
     seeds: tuple[int, ...]
     base: dict[str, Any]
+    task: Task = TASKS["style"]
 
 
 @cache
-def referees(count: int, seeds: tuple[int, ...], tuning: bool = False) -> Referees:
+def referees(count: int, seeds: tuple[int, ...], tuning: bool = False, task: str = "style") -> Referees:
     """Loaded once a process, with the base model's measurements. tuning: on prompts that no table uses."""
-    prompts = eval_like(208 + count)[208:] if tuning else recipe.evenly_spaced(recipe.read_prompts("emoji-eval"), count)
-    return Referees(embedded_panel(), prompts, seeds, {})
+    own = TASKS[task].prompts
+    if own is not None:
+        prompts = recipe.evenly_spaced(own(tuning)[::-1] if tuning else own(False), count)
+    elif tuning:
+        prompts = eval_like(208 + count)[208:]
+    else:
+        prompts = recipe.evenly_spaced(recipe.read_prompts("emoji-eval"), count)
+    return Referees(embedded_panel(), prompts, seeds, {}, TASKS[task])
 
 
 def eval_like(count: int) -> list[str]:
@@ -155,37 +186,42 @@ def eval_like(count: int) -> list[str]:
     return ours + recipe.evenly_spaced(free, count - len(ours)) if count > len(ours) else ours
 
 
-def objective(reward: Reward) -> Reward:
-    return semantic_relative(reward, STYLE, NEGATIVE, K)
+objective = TASKS["style"].objective
 
 
 @torch.no_grad()
 def measure(model: Any, who: Referees, weights: str = "policy") -> dict[str, list[float]]:
-    """One value a prompt (means over seeds): optimised and held-out objective, style share, concept, diversity inside
-    the prompt and style (with two seeds), drift (judge's cosine distance from the base's image), saturation."""
+    """One value a prompt (means over seeds): the optimised objective, the task's goal by what is held out, style share,
+    concept, diversity inside the prompt and style (with two seeds), drift (judge's cosine distance from the base's
+    image), colour cast and fine detail against the base's image, saturation."""
     panel, (words, _) = who.panel, pairs(who.prompts, who.seeds)
     images = quantise(generate(model, who.prompts, who.seeds, weights=weights))
     found: dict[str, list[Tensor]] = {}
+    optimised, goal = who.task.objective(panel.rewards["emoji"]), who.task.goal(panel.rewards[panel.heldout])
     for start in range(0, len(images), 64):
         batch, text = images[start : start + 64], words[start : start + 64]
         seen = panel.classifier.style(batch)
         captions = [panel.parse(prompt) for prompt in text]
         for name, value in {
-            "reward": objective(panel.rewards["emoji"])(batch, text),
-            "heldout": objective(panel.rewards[panel.heldout])(batch, text),
+            "reward": optimised(batch, text),
+            "heldout": goal(batch, text),
             "style": (seen == panel.classifier.styles.index(STYLE)).double(),
             "concept": label_correct(
                 panel.classifier.concept(batch), panel.classifier.concepts, [c.concept for c in captions]
             ),
             "saturation": saturation(batch),
+            "detail": high_frequency(batch),
+            "colour": batch.mean((2, 3)),
             "kind": seen,
             "features": panel.classifier.features(batch),
         }.items():
             found.setdefault(name, []).append(value.double())
     columns = {name: torch.cat(parts) for name, parts in found.items()}
-    features, kinds = columns.pop("features"), columns.pop("kind")
-    if "features" not in who.base:
-        who.base["features"] = features  # the first measurement is that of the base
+    features, kinds, colour = columns.pop("features"), columns.pop("kind"), columns.pop("colour")
+    if "features" not in who.base:  # the first measurement is that of the base
+        who.base.update(features=features, colour=colour)
+    shift = colour - who.base["colour"]
+    columns["cast"] = (shift - shift.mean(1, keepdim=True)).norm(dim=1)  # the grey part is no cast
     columns["drift"] = 1 - torch.nn.functional.cosine_similarity(features, who.base["features"], dim=1)
     rows = {name: column.view(len(who.prompts), -1).mean(1) for name, column in columns.items()}
     if len(who.seeds) > 1:
@@ -201,6 +237,8 @@ class Check(NamedTuple):
     differentiated: int
     seconds: float  # of training, on this machine
     values: dict[str, list[float]]  # `measure`
+    scored: int = 0  # images that the reward has looked at
+    processor: float = 0.0  # seconds of the training, of all threads
 
     def mean(self, name: str) -> float:
         return float(np.nanmean(self.values[name]))
@@ -226,34 +264,49 @@ def watch(
     checks: int,
     overrides: Sequence[str] = (),
     done: Callable[[Check], bool] = lambda check: False,
+    looked_at: Callable[[Any, str], None] | None = None,
 ) -> list[Check]:
     """Train the method from the base model for `budget` denoiser forwards and measure it `checks` times on the way, and
     once before; stops early when `done`, or when the loss is no longer finite. Forwards of the measuring do not count.
+    looked_at: called with the model and the weights' name at each measurement.
     """
     source = METHODS[method][0]
     family = recipe.read(source).algorithm.name
-    plan = recipe.read(
-        source, [*WORDS.get(family, []), *PLAIN, *FAIR, *FIXED.get(method, []), *overrides, f"trainer.seed={seed}"]
-    )
+    own = list(who.task.words) if family in WORDS else []
+    plan = recipe.read(source, [*own, *PLAIN, *FAIR, *FIXED.get(method, []), *overrides, f"trainer.seed={seed}"])
     torch.manual_seed(seed)  # LoRA's first weights
     parts = recipe.build(plan)
-    model, reward = Counted(parts.model), parts.reward if family in WORDS else objective(parts.reward)
+    model = Counted(parts.model)
+    if family in WORDS and who.task.own_words:
+        looked = reward = counted(parts.reward)
+    elif family in WORDS or who.task is not TASKS["style"]:
+        looked = reward = counted(who.task.objective(parts.reward))
+    else:
+        looked = counted(parts.reward)
+        reward = objective(looked)
+    prompts = parts.prompts if who.task.prompts is None else who.task.prompts(True)
     found: list[Check] = []
-    clock = {"trained": 0.0, "began": 0.0}
+    clock = {"trained": 0.0, "began": 0.0, "processor": 0.0, "cpu": 0.0}
 
     def check(updates: int) -> None:
         model.counting = False
         if "values" not in who.base:
             who.base["values"] = measure(model, who, weights="reference")
         values = measure(model, who) if updates else who.base["values"]
+        if looked_at is not None:
+            looked_at(model, "policy" if updates else "reference")
         model.counting = True
-        found.append(Check(updates, model.forwards, model.differentiated, round(clock["trained"], 2), values))
+        found.append(
+            Check(updates, model.forwards, model.differentiated, round(clock["trained"], 2), values, looked.images,
+                  round(clock["processor"], 2))
+        )  # fmt: skip
 
     def before() -> None:
-        clock["began"] = time.perf_counter()
+        clock["began"], clock["cpu"] = time.perf_counter(), time.process_time()
 
     def after(step: int) -> None:
         clock["trained"] += time.perf_counter() - clock["began"]
+        clock["processor"] += time.process_time() - clock["cpu"]
         if model.forwards >= budget * len(found) / checks:
             check(step)
             if model.forwards >= budget or done(found[-1]):
@@ -267,7 +320,7 @@ def watch(
                 model,
                 Watched(parts.algorithm, before, after),
                 reward,
-                parts.prompts,
+                prompts,
                 folder=folder,
                 progress=False,
                 **settings,

@@ -266,6 +266,7 @@ def test_tables_go_where_the_page_marks_them(tmp_path):
     pages = "".join(path.read_text() for path in publish.DOCS.rglob("*.md"))
     wanted = {found[2] for found in publish.MARK.finditer(pages)}
     assert wanted == {
+        "blind_study",
         "time_to_preference",
         "frontier",
         "guard",

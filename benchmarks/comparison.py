@@ -1,0 +1,313 @@
+"""One comparison: every method on every task, paired over prompts and seeds, with what each run cost.
+
+    python benchmarks/comparison.py tune                  # the same small search for each method and task, once
+    python benchmarks/comparison.py [--tasks style jpeg] [--methods SRPO ...] [--seeds 0 1 2] [--jobs 2]
+    python benchmarks/comparison.py plan                  # rows, rows that are there, and the hours that are left
+    python benchmarks/comparison.py --quick               # the mechanics, in minutes; its numbers mean nothing
+
+A run goes on until it saturates (no better value of the goal in the last STALL looks), until its loss is not finite,
+or until `--budget` denoiser forwards are spent, and says which. It is judged at the best goal of any look that kept the
+concepts within LOST of the base's, the base itself among them: each at its own best, by one rule. The goal is never
+what was optimised (tasks.py). Two methods are compared on the same prompts, noise and training seeds; intervals are
+those of the pigeonhole bootstrap (Owen 2007), which resamples prompts and seeds, so that a result of one lucky seed is
+not one of the method.
+
+Costs: denoiser forwards, the share of them with a gradient, images that the reward has looked at, and seconds of one
+processor in training alone. A row, a file in RESULTS, is not made again, so the command goes on where it was cut off.
+
+Writes RESULTS/comparison.{json,md}; `results_page.py` makes the pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import methods
+import numpy as np
+import torch
+from methods import METHODS, RATES, Check, Referees, Row, available, measured, parsed, referees, slug, small, watch
+from tasks import TASKS, missing, needs_gradient
+
+from palate import recipe
+from palate.evaluate import generate, quantise
+from palate.runtime.images import encode_png, to_pixels
+
+STALL, LOST = 4, 0.05
+CONCEPTS = ("style", "absolute", "jpeg", "taste")  # tasks whose prompts name one thing that must stay right
+HEADLINE, SEEDS = (0, 1, 2, 3, 4), (0, 1, 2)
+TUNE_SEED = 100
+SHOWN = 6  # prompts whose pictures the first seed keeps
+Points = list[dict[str, Any]]
+
+
+def applies(method: str, task: str) -> bool:
+    """Whether the method can use the task's reward."""
+    return TASKS[task].gradient or not needs_gradient(METHODS[method][0])
+
+
+def stalled(values: Sequence[float]) -> bool:
+    """No better value in the last STALL of them."""
+    return len(values) > STALL and max(values[-STALL:]) <= max(values[:-STALL])
+
+
+def run(
+    task: str, method: str, seed: int, prompts: int, budget: int, checks: int, overrides: list[str], pictures: bool
+) -> dict[str, Any]:
+    """The looks at one run, per prompt, with its costs, and why it ended."""
+    who = referees(prompts, (0, 1), False, task)
+    goals: list[float] = []
+
+    def done(check: Check) -> bool:
+        goals.append(check.mean("heldout"))
+        return stalled(goals)
+
+    shown: list[str] = []
+    look = _looking(who, shown) if pictures else None
+    found = watch(
+        method, seed, who, budget=budget, checks=checks, overrides=overrides, done=done, looked_at=look
+    )  # fmt: skip
+    ended = "budget" if found[-1].forwards >= budget else "saturated" if stalled(goals) else "not finite"
+    points = [
+        {"updates": c.updates, "forwards": c.forwards, "differentiated": c.differentiated, "scored": c.scored,
+         "processor_seconds": c.processor, **c.values}
+        for c in found
+    ]  # fmt: skip
+    return {"task": task, "method": method, "seed": seed, "ended": ended, "points": points, "pictures": shown}
+
+
+def _looking(who: Referees, shown: list[str]) -> Any:
+    """Keeps the pictures of the first prompts at each look, as one PNG beside each other, in base64."""
+
+    def look(model: Any, weights: str) -> None:
+        images = to_pixels(quantise(generate(model, who.prompts[:SHOWN], (0,), weights=weights)))
+        sheet = np.concatenate(list(images), axis=1)
+        shown.append(base64.b64encode(encode_png(sheet)).decode())
+
+    return look
+
+
+# --- rows -----------------------------------------------------------------------------------------------------------
+
+
+def rate(method: str, task: str, results: Path) -> float:
+    """The learning rate of the search for the task; else that of the style task, else the recipe's."""
+    found = methods.tuned(results)
+    return found.get(f"{task}: {method}") or methods.rate(method, results)
+
+
+def rows_of(args: argparse.Namespace) -> list[Row]:
+    """Every row of the comparison, headline seeds where the task is `style`."""
+    rows = []
+    for task in args.tasks:
+        for method in (name for name in args.methods if applies(name, task)):
+            for seed in args.seeds or (HEADLINE if task == "style" else SEEDS):
+                overrides = [f"trainer.lr={rate(method, task, args.results)}", *args.override]
+                overrides += small(method) if args.quick else []
+                arguments = (task, method, seed, args.prompts, args.budget, args.checks, overrides, seed == 0)
+                rows.append(
+                    Row(args.results / f"{slug('comparison', task, method, seed, args.budget)}.json", run, arguments)
+                )
+    return rows
+
+
+def try_rate(task: str, method: str, lr: float, budget: int, prompts: int, more: list[str]) -> dict[str, Any]:
+    """One run of the search, on prompts that no table uses."""
+    who = referees(prompts, (0,), True, task)
+    found = watch(method, TUNE_SEED, who, budget=budget, checks=1, overrides=[f"trainer.lr={lr}", *more])
+    return {"lr": lr, "goal": found[-1].mean("heldout"), "concept": found[-1].mean("concept"),
+            "concept_base": found[0].mean("concept"), "finite": found[-1].forwards >= budget}  # fmt: skip
+
+
+def tune(args: argparse.Namespace) -> dict[str, float]:
+    """The best of three learning rates for each method and task: the highest goal that lost at most .1 of the concepts;
+    if all lost more, the one that kept most."""
+    wanted = [(task, method) for task in args.tasks for method in args.methods if applies(method, task)]
+    rows = []
+    for task, method in wanted:
+        for factor in RATES:
+            lr = recipe.read(METHODS[method][0]).trainer.lr * factor
+            more = small(method) if args.quick else []
+            path = args.results / f"{slug('comparison-tune', task, method, factor, args.budget)}.json"
+            rows.append(Row(path, try_rate, (task, method, lr, args.budget, args.prompts, more)))
+    found, chosen = measured(rows, args.jobs), {}
+    for i, (task, method) in enumerate(wanted):
+        own = [row for row in found[i * len(RATES) : (i + 1) * len(RATES)] if row["finite"]]
+        if not own:
+            raise ValueError(f"{method} on {task}: no learning rate stayed finite; lower trainer.lr of its recipe")
+        kept = [row for row in own if task not in CONCEPTS or row["concept"] >= row["concept_base"] - 0.1]
+        best = max(kept, key=lambda r: r["goal"]) if kept else max(own, key=lambda r: r["concept"])
+        chosen[f"{task}: {method}"] = best["lr"]
+    return chosen
+
+
+# --- what the rows say ----------------------------------------------------------------------------------------------
+
+
+def mean(point: dict[str, Any], key: str) -> float:
+    """Over the prompts."""
+    return float(np.nanmean(point[key]))
+
+
+def best_kept(points: Points, task: str) -> int:
+    """The place of the best goal among the looks that kept the concepts."""
+    floor = mean(points[0], "concept") - LOST if task in CONCEPTS else -np.inf
+    kept = [i for i, point in enumerate(points) if mean(point, "concept") >= floor or i == 0]
+    return max(kept, key=lambda i: mean(points[i], "heldout"))
+
+
+def pigeonhole(values: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[float, float, float]:
+    """Mean of values (seeds, prompts) and its 95 % interval when seeds and prompts are resampled independently of each
+    other. With one seed only prompts are. NaNs are left out."""
+    rng = np.random.default_rng(seed)
+    count, width = values.shape
+    seeds = rng.multinomial(count, np.full(count, 1 / count), resamples)
+    prompts = rng.multinomial(width, np.full(width, 1 / width), resamples)
+    known = np.isfinite(values)
+    total = np.einsum("rs,sp,rp->r", seeds, np.where(known, values, 0.0), prompts)
+    weight = np.einsum("rs,sp,rp->r", seeds, known.astype(float), prompts)
+    means = total[weight > 0] / weight[weight > 0]
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(np.nanmean(values)), float(low), float(high)
+
+
+def at_best(runs: Sequence[dict[str, Any]], key: str, *, change: bool = True) -> np.ndarray:
+    """(seeds, prompts) of a measurement where each run is judged, less the base's with `change`."""
+    rows = []
+    for found in runs:
+        points = found["points"]
+        now = np.array(points[best_kept(points, found["task"])][key], dtype=float)
+        rows.append(now - np.array(points[0][key], dtype=float) if change else now)
+    return np.stack(rows)
+
+
+def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """By task and method: the goal's rise with its interval, what it cost, why it ended; and each method against the
+    task's best in pairs."""
+    result: dict[str, Any] = {}
+    for task in dict.fromkeys(row["task"] for row in found):
+        runs = {m: [r for r in found if r["task"] == task and r["method"] == m]
+                for m in dict.fromkeys(r["method"] for r in found if r["task"] == task)}  # fmt: skip
+        told = {}
+        for method, own in runs.items():
+            ends = [r["points"][best_kept(r["points"], task)] for r in own]
+            last = [r["points"][-1] for r in own]
+            told[method] = {
+                "seeds": len(own),
+                "goal": pigeonhole(at_best(own, "heldout")),
+                "base": float(np.mean([mean(r["points"][0], "heldout") for r in own])),
+                "reward": pigeonhole(at_best(own, "reward")),
+                **{key: pigeonhole(at_best(own, key)) for key in ("concept", "style", "diversity", "cast", "detail")
+                   if key in own[0]["points"][0]},
+                "to_best": {key: float(np.mean([end[key] for end in ends]))
+                            for key in ("forwards", "differentiated", "scored", "processor_seconds")},
+                "spent": float(np.mean([end["forwards"] for end in last])),
+                "ended": {why: sum(r["ended"] == why for r in own) for why in dict.fromkeys(r["ended"] for r in own)},
+            }  # fmt: skip
+        leader = max(told, key=lambda method: told[method]["goal"][0])
+        for method, own in runs.items():
+            if method != leader:
+                told[method][f"less than {leader}"] = pigeonhole(_paired(runs[leader], own, "heldout"))
+        result[task] = {"leader": leader, "methods": told}
+    return result
+
+
+def _paired(first: Sequence[dict], second: Sequence[dict], key: str) -> np.ndarray:
+    """(seeds, prompts) of the first's value less the second's, on the seeds that both have."""
+    seeds = [r["seed"] for r in first if r["seed"] in {other["seed"] for other in second}]
+    pick = [[next(r for r in runs if r["seed"] == seed) for seed in seeds] for runs in (first, second)]
+    return at_best(pick[0], key) - at_best(pick[1], key)
+
+
+def table(result: dict[str, Any]) -> str:
+    """A table per task."""
+    lines = []
+    for task, told in result.items():
+        what = TASKS[task]
+        base = next(iter(told["methods"].values()))["base"]
+        lines += [
+            f"**{what.title}** ({what.unit}; the base model has {base:.3f})", "",
+            f"| method | seeds | rise | behind {told['leader']} | concept | diversity "
+            "| forwards to there (with gradient) | images scored | processor seconds | ended |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]  # fmt: skip
+        order = sorted(told["methods"], key=lambda method: -told["methods"][method]["goal"][0])
+        for method in order:
+            row = told["methods"][method]
+            cost, behind = row["to_best"], row.get(f"less than {told['leader']}")
+            gradient = cost["differentiated"] / cost["forwards"] if cost["forwards"] else 0.0
+            ended = ", ".join(f"{count} {why}" for why, count in row["ended"].items())
+            lines.append(
+                f"| {method} | {row['seeds']} | {spelled(row['goal'])} | {spelled(behind) if behind else ''} "
+                f"| {spelled(row['concept'], 2)} | {spelled(row['diversity']) if 'diversity' in row else ''} "
+                f"| {cost['forwards']:,.0f} ({gradient:.0%}) | {cost['scored']:,.0f} "
+                f"| {cost['processor_seconds']:,.0f} | {ended} (at {row['spent']:,.0f}) |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def spelled(value: Sequence[float], digits: int = 3) -> str:
+    """ "+0.123 (+0.100 to +0.140)"."""
+    center, low, high = (f"{x:+.{digits}f}" for x in value)
+    return f"{center} ({low} to {high})"
+
+
+def plan(rows: Sequence[Row], jobs: int) -> str:
+    """How many rows there are, and the hours that the missing ones need, from those that are there."""
+    there = [row for row in rows if row.path.exists()]
+    text = f"{len(rows)} rows, {len(there)} made"
+    if there:
+        seconds = [methods.made(row.path)["points"][-1]["processor_seconds"] for row in there]
+        hours = np.mean(seconds) * (len(rows) - len(there)) / jobs / 3600
+        text += f"; about {hours:.1f} hours of training on {jobs} processors are left, and half as much of looking"
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", nargs="?", choices=["run", "tune", "plan"], default="run")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--methods", nargs="+", default=available(), choices=available())
+    parser.add_argument("--seeds", type=int, nargs="+", help="else five of the style task, three of the others")
+    parser.add_argument("--budget", type=int, help="denoiser forwards of a run at most; else 24,000, of tune 6,000")
+    parser.add_argument("--checks", type=int, default=12, help="looks, evenly spread over the budget")
+    parser.add_argument("--prompts", type=int, default=48, help="two images each")
+    parser.add_argument("--override", nargs="*", default=[], help="for every method")
+    args = parsed(parser)
+    args.budget = args.budget or (6000 if args.what == "tune" else 24000)
+    if args.quick:
+        args.seeds, args.budget, args.checks, args.prompts = (args.seeds or [0])[:2], 60, 2, 4
+    for task in list(args.tasks):
+        if why := missing(task):
+            print(f"{task} is left out: {why}")
+            args.tasks.remove(task)
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if args.what == "tune":
+        chosen = methods.tuned(args.results) | tune(args)
+        (args.results / "tuned.json").write_text(json.dumps(chosen, indent=1) + "\n")
+        print(json.dumps(chosen))
+        return
+    rows = rows_of(args)
+    if args.what == "plan":
+        print(plan(rows, args.jobs))
+        return
+
+    def show(found: dict[str, Any]) -> dict[str, Any]:
+        last = found["points"][best_kept(found["points"], found["task"])]
+        return {"ended": found["ended"], **{key: round(mean(last, key), 3) for key in ("heldout", "concept")}}
+
+    result = summary(measured(rows, args.jobs, show))
+    (args.results / "comparison.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.results / "comparison.md").write_text(table(result))
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()

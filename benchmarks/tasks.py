@@ -1,0 +1,139 @@
+"""What the comparison asks of every method: a reward to raise, and how it is judged by what was not optimised.
+
+    style     the preference (1 + k) R("3d. prompt") - R("flat. prompt"); judged by the held-out reward's own
+    absolute  the reward of the plain prompt; judged by the held-out reward
+    scenes    the embedded GenEval (counting, two objects, position, binding), partly right; judged strictly
+    jpeg      a small file: minus kilobytes, a black box; judged exactly
+    taste     what is learned from the votes of one simulated person; judged by that person's own utility
+
+`scenes` needs assets whose vocabulary has numbers, places and colours of things. A task without a gradient is for the
+methods that need none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from palate import recipe
+from palate.algorithms.table import find
+from palate.core import Reward
+from palate.models.vocabulary import vocabulary
+from palate.recipe.together import NeedsRewardGradient
+from palate.rewards import tasks as geneval
+from palate.rewards.combine import semantic_relative
+from palate.rewards.simple import jpeg_size
+from palate.runtime.errors import InputError
+
+STYLE, NEGATIVE, K = "3d", "flat", 4.0
+PERSON, VOTES = "warm3d", 60
+SCENES = ("counting", "two objects", "position", "binding")
+ABSOLUTE = [
+    "algorithm.preference=absolute",
+    "algorithm.positive=[]",
+    "algorithm.negative=[]",
+    "algorithm.k_denoise=[0, 0]",
+    "algorithm.k_inversion=[0, 0]",
+    "algorithm.hinge=null",
+]  # SRPO on a reward that has no words
+
+Measures = Callable[[Tensor, Sequence[str]], dict[str, Tensor]]
+
+
+class Task(NamedTuple):
+    """`objective` makes of the embedded reward what is optimised. `words`: of SRPO, whose control words take the place
+    of an objective where `own_words`. `goal` judges images (B, 3, 64, 64) and prompts, given the held-out reward;
+    larger is better. prompts: of training and of judging, None = the recipe's and emoji-eval."""
+
+    title: str
+    unit: str
+    objective: Callable[[Reward], Reward]
+    goal: Callable[[Reward], Reward]
+    gradient: bool = True
+    words: Sequence[str] = ()
+    own_words: bool = False
+    prompts: Callable[[bool], list[str]] | None = None
+
+
+def preference(reward: Reward) -> Reward:
+    """The style preference of a reward."""
+    return semantic_relative(reward, STYLE, NEGATIVE, K)
+
+
+def small_file(_: Reward) -> Reward:
+    """Minus the kilobytes as a JPEG."""
+    return lambda images, prompts: -jpeg_size(images) / 1000
+
+
+def scene_prompts(training: bool) -> list[str]:
+    """Prompts of the four tasks; those of training are drawn with another seed and are none of the others."""
+    judged = [prompt for task, told in geneval.task_prompts(seed=0).items() if task in SCENES for prompt in told]
+    if not training:
+        return judged
+    more = [prompt for task, told in geneval.task_prompts(96, seed=1).items() if task in SCENES for prompt in told]
+    return [prompt for prompt in more if prompt not in set(judged)]
+
+
+@cache
+def _person() -> tuple[Reward, Reward]:
+    """The taste learned from VOTES random votes, and the utility of who cast them."""
+    import taste
+
+    bench = taste.Bench(quick=True)
+    voter = taste.Voter(bench.people[PERSON], bench.first, bench.scaling, seed=0)
+    voter.vote(bench.first, VOTES, bald=False)
+    assert voter.posterior is not None
+    learned = taste.TasteReward(
+        bench.features, bench.scaling, torch.from_numpy(voter.posterior.mean),
+        torch.from_numpy(voter.posterior.covariance), bench.reward,
+    )  # fmt: skip
+    return learned, lambda images, prompts: voter.utility(images, list(prompts))
+
+
+TASKS = {
+    "style": Task(
+        "style preference",
+        "held-out preference",
+        preference,
+        preference,
+        words=[
+            f'algorithm.positive=["{STYLE}"]',
+            f'algorithm.negative=["{NEGATIVE}"]',
+            f"algorithm.k_denoise=[{K}, {K}]",
+            f"algorithm.k_inversion=[{K}, {K}]",
+            "algorithm.hinge=null",
+        ],
+        own_words=True,
+    ),
+    "absolute": Task("absolute reward", "held-out reward", lambda r: r, lambda r: r, words=ABSOLUTE),
+    "scenes": Task(
+        "embedded GenEval", "fraction right", lambda r: geneval.TaskReward(), lambda r: geneval.TaskReward(strict=True),
+        gradient=False, prompts=scene_prompts,
+    ),
+    "jpeg": Task("small file", "minus kilobytes", small_file, small_file, gradient=False),
+    "taste": Task("one person's taste", "that person's utility", lambda r: _person()[0], lambda r: _person()[1],
+                  words=ABSOLUTE),
+}  # fmt: skip
+
+
+def missing(task: str) -> str | None:
+    """Why these assets cannot show the task; None where they can."""
+    if task != "scenes":
+        return None
+    try:
+        geneval.task_prompts(1)
+        geneval.load_detector()
+    except InputError as error:
+        return str(error)
+    assert vocabulary().counts, "task_prompts would have said so"
+    return None
+
+
+def needs_gradient(source: str) -> bool:
+    """Whether the recipe's algorithm differentiates the reward."""
+    kind = find(recipe.read(source).algorithm.name).load_class()
+    return isinstance(kind, NeedsRewardGradient) and kind.needs_reward_gradient
