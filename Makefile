@@ -6,9 +6,11 @@
 #   PYTHON=python3.12          the interpreter the environment is built from (>= 3.11)
 #   PIP_ARGS="--index-url ..." further arguments for pip, for example an index with CPU-only builds of torch
 #   TEST_ARGS="-x -k srpo"     further arguments for pytest
+#   WORKERS=2                  processes that share the tests, each of one thread; 0 = this process alone
 PYTHON ?= python3
 PIP_ARGS ?=
 TEST_ARGS ?=
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -39,10 +41,10 @@ demo: $(STAMP)
 	@$(BIN)/palate report runs/demo
 
 test: $(STAMP)-test
-	@$(BIN)/python -m pytest -m 'not soak' $(TEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not soak' $(TEST_ARGS)
 
 test-fast: $(STAMP)-test
-	@$(BIN)/python -m pytest -m 'not slow and not soak' $(TEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow and not soak' $(TEST_ARGS)
 
 soak: $(STAMP)-test
 	@$(BIN)/python -m pytest -m soak $(TEST_ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,18 @@ from support.commands import RECIPE
 
 from palate import cli
 from palate.testing import TinyFlow, tiny_reward
+
+SLOW_SECONDS = 2.0  # from here on a test is left out of `make test-fast`
+DURATIONS = Path(__file__).with_name("durations.txt")  # as measured; tools/slow_tests.py writes it
+
+
+def pytest_collection_modifyitems(items):
+    """Mark `slow` what was measured to be."""
+    rows = (line.split(" ", 1) for line in DURATIONS.read_text("utf-8").splitlines())
+    slow = {name for seconds, name in rows if float(seconds) >= SLOW_SECONDS}
+    for item in items:
+        if item.nodeid in slow:
+            item.add_marker("slow")
 
 
 @pytest.fixture

@@ -5,9 +5,13 @@ A redesign changes no number. When one is meant to change, say so in CHANGELOG.m
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from support import ROOT
 from support.loop import rows, run
 
@@ -24,15 +28,48 @@ KNOWN = {
 }
 
 
+OVERRIDES = ["trainer.steps=2", "trainer.batch_size=2", "trainer.preview_every=2", "trainer.preview_prompts=1",
+             "trainer.guard.every=0", "algorithm.rollout_steps=2"]  # fmt: skip
+
+
 @pytest.mark.slow
 def test_two_processes_train_the_same_bits(tmp_path):
-    overrides = ["trainer.steps=2", "trainer.batch_size=2", "trainer.preview_every=2", "trainer.preview_prompts=1",
-                 "trainer.guard.every=0"]  # fmt: skip
-    first, second = (same_numbers.run_recipe("srpo-emoji", overrides, tmp_path / name, 1) for name in ("a", "b"))
+    first, second = (same_numbers.run_recipe("srpo-emoji", OVERRIDES, tmp_path / name, 1) for name in ("a", "b"))
     assert same_numbers.differences({"srpo-emoji": first}, {"srpo-emoji": second}) == []
     assert {name.split("/")[0] for name in first} >= {"metrics.jsonl", "checkpoints", "samples"}
-    other = same_numbers.run_recipe("srpo-emoji", [*overrides, "trainer.seed=1"], tmp_path / "c", 1)
-    assert len(same_numbers.differences({"srpo-emoji": first}, {"srpo-emoji": other})) >= 3
+
+
+def test_the_smallest_change_of_anything_is_a_difference(tmp_path):
+    """A digit of the log, a bit of a tensor, a level of a pixel: one line each, and a time is none."""
+    run(tmp_path)
+    before = same_numbers.digests(tmp_path)
+
+    def changed() -> list[str]:
+        return same_numbers.differences({"tiny": before}, {"tiny": same_numbers.digests(tmp_path)})
+
+    log = tmp_path / "metrics.jsonl"
+    text = log.read_text("utf-8")
+    found = [json.loads(line) for line in text.splitlines()]
+    found[-1]["step_seconds"] = 99.0
+    log.write_text("".join(json.dumps(row) + "\n" for row in found), "utf-8")
+    assert changed() == []
+    found[0]["step"] = 7
+    log.write_text("".join(json.dumps(row) + "\n" for row in found), "utf-8")
+    assert changed() == ["tiny: metrics.jsonl"]
+    log.write_text(text, "utf-8")
+    file = sorted(tmp_path.rglob("*.safetensors"))[0]
+    held = load_file(file)
+    name = sorted(held)[0]
+    bits = held[name].contiguous().view(torch.uint8).clone()
+    bits.view(-1)[0] ^= 1
+    save_file(held | {name: bits.view(held[name].dtype).view(held[name].shape)}, file)
+    assert changed() == [f"tiny: {file.relative_to(tmp_path).as_posix()}"]
+    picture = tmp_path / "samples" / "extra.png"
+    picture.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (2, 2)).save(picture)
+    before = same_numbers.digests(tmp_path)
+    Image.new("RGB", (2, 2), (1, 0, 0)).save(picture)
+    assert changed() == ["tiny: samples/extra.png"]
 
 
 def test_a_known_run_keeps_its_numbers(tmp_path):

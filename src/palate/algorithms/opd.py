@@ -17,7 +17,7 @@ Both are least where the student steps as the teacher. For a flow and eta = 0, |
 times the velocity's, so `target` is a weight of the steps.
 
 Teachers are named weights of the model that never train. Each has prompts of its own; a prompt that several have is
-theirs by turns, a sample at a time, and one that none has is refused.
+theirs by turns, sample by sample, and one that none has is refused.
 
 Deviations from the paper: the KL is per latent element, as everywhere here where a program averages; `steps_trained`
 distils a random part of the steps, which its program does not do.

@@ -1,6 +1,6 @@
 """What a recipe reads from disk: prompts, captioned images, preference pairs. Local files only.
 
-Prompts come from .txt (one a line), .jsonl, .json, .csv, .tsv or .parquet. The public sets are read as published:
+Prompts come from .txt (one per line), .jsonl, .json, .csv, .tsv or .parquet. The public sets are read as published:
 
     HPDv2 benchmark   anime.json, photo.json, ...        a list of prompts
     HPDv2 pairs       train.json, pictures in train/     prompt, file_path [a, b], human_preference [1, 0]

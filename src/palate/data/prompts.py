@@ -21,7 +21,7 @@ def read_prompts(source: str) -> list[str]:
     if not path.is_file() and path.name == source and packaged.is_file():
         prompts = _lines(packaged.read_text("utf-8"))
     elif not path.is_file():
-        raise RecipeError(f"prompt file {source!r} does not exist; give a text file with one prompt a line")
+        raise RecipeError(f"prompt file {source!r} does not exist; give a text file with one prompt per line")
     elif is_checklist(path):
         prompts = [item.prompt for item in read_checklists(path)]
     elif path.suffix.lower() in TABLES:
@@ -29,7 +29,7 @@ def read_prompts(source: str) -> list[str]:
     else:
         prompts = _lines(read_text(path, limit=TEXT_LIMIT))
     if not prompts:
-        raise RecipeError(f"prompt file {source!r} holds no prompt; write one a line")
+        raise RecipeError(f"prompt file {source!r} holds no prompt; write one per line")
     return prompts
 
 

@@ -16,7 +16,7 @@ TEXT_LIMIT = 64 * 1024 * 1024  # bytes of a prompt file
 
 
 class RecipeError(InputError):
-    """Everything that is wrong with a recipe or with a file that it names, a line each."""
+    """Everything that is wrong with a recipe or with a file that it names, one per line."""
 
 
 def read_text(path: Path, *, limit: int) -> str:

@@ -25,7 +25,7 @@ def diversity(features: Tensor, groups: Sequence, labels: Sequence | None = None
     """(P,) mean pairwise cosine distance 1 - cos between the features (N, D) inside each group (a group = a prompt).
 
     0 = all alike, 1 = orthogonal. One value a group in order of first appearance; NaN for a group without a pair. With
-    `labels` (a style an image) only pairs of equal label count: a model that was told to keep to one style loses the
+    `labels` (a style per image) only pairs of equal label count: a model that was told to keep to one style loses the
     distance between styles by design, and this leaves it out.
     """
     unit = F.normalize(features.double(), dim=1)

@@ -1,4 +1,4 @@
-"""Text embeddings on disk, one safetensors file a prompt, so that the text encoders need not stay in memory.
+"""Text embeddings on disk, one safetensors file per prompt, so that the text encoders need not stay in memory.
 
 A file's name is a hash of everything that decides its content: the encoders' and tokenizers' files, the settings, the
 prompt. Prompts are encoded one at a time, so an embedding does not depend on its neighbours, to the last bit.

@@ -62,7 +62,7 @@ def _text_of_file(path: Path, modified: int, size: int) -> str:
 
 
 def read(source: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The checked recipe. Raises RecipeError with every mistake in it, a line each.
+    """The checked recipe. Raises RecipeError with every mistake in it, one per line.
 
     Relative paths are looked for in the current folder, then beside the recipe's own file, and come out absolute.
     """

@@ -120,7 +120,7 @@ class PromptSettings:
     list: PromptList | None = None
     images: str | None = None  # a folder of captioned images: offline training on them
     pairs: str | None = None  # preference pairs for dpo: HPDv2's train.json or Pick-a-Pic's .parquet, ties left out
-    preview: str | None = None  # a file as above; None = spread over the training prompts
+    preview: str | None = None  # a file as above; None = some of the training prompts, evenly spaced
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ def taste(request: Request) -> HTMLResponse:
 
 @router.post("/choose/settings")
 def settings(request: Request, mode: str = Form("fresh"), prompts: str = Form("")) -> Response:
-    """How pairs are chosen, and prompts of one's own, one a line; words that the model does not know are refused."""
+    """How pairs are chosen, and prompts of one's own, one per line; words that the model does not know are refused."""
     studio = studio_of(request)
     if mode not in MODES:
         raise InputError(f"expected {' or '.join(MODES)}")
