@@ -110,7 +110,11 @@ def _tables(modules: list[Module]) -> list[str]:
         for node in module.tree.body:
             if not (isinstance(node, ast.ClassDef) and node.name.endswith("Settings")):
                 continue
-            fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+            fields = [
+                n for n in node.body
+                if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)
+                and not ast.unparse(n.annotation).startswith("ClassVar")
+            ]  # fmt: skip
             if fields:
                 parts.append(f"### {node.name}\n\n{ast.get_docstring(node) or ''}")
                 rows = [_row(field, lines) for field in fields]
@@ -134,14 +138,19 @@ def _command_line() -> str:
 
     from palate.cli import app
 
-    command = get_command(app)
+    return "\n\n".join(_commands("palate", get_command(app)))
+
+
+def _commands(above: str, group) -> list[str]:
     parts = []
-    for name, sub in sorted(command.commands.items()):
+    for name, sub in sorted(group.commands.items()):
         if not sub.hidden:
-            parts.append(f"## palate {name}\n\n{_plain(sub.help)}")
+            parts.append(f"## {above} {name}\n\n{_plain(sub.help)}")
             if rows := [_option(p) for p in sub.params if not p.hidden and p.name != "help"]:
                 parts.append("| | |\n|---|---|\n" + "\n".join(rows))
-    return "\n\n".join(parts)
+            if hasattr(sub, "commands"):
+                parts += _commands(f"{above} {name}", sub)
+    return parts
 
 
 def _option(parameter) -> str:

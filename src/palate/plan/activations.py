@@ -103,7 +103,7 @@ def kept_bytes(own: set[int]) -> Iterator[KeptBytes]:
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(q k^T) v as fused kernels keep it: q, k, v, the output and one number per row, never the square matrix."""
+    """softmax(q k^T) v as fused kernels keep it: q, k, v, the output and one number per row, never a matrix."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
