@@ -366,7 +366,10 @@ def align_row(name: str, seed: int, rounds: int, votes: int, concepts: int, quic
                               **here.measured(utility, images, here.base, here.shown)})  # fmt: skip
         rows += [about_ | {"way": way} | here.measured(utility, found, here.base, here.shown)
                  for way, found in here.rivals(voter, objective).items()]  # fmt: skip
-        pool = draw_pool(model, here.sampler, here.features, **here.size, seed=10 * number + seed)
+        for row in rows[-3:]:
+            print(f"{name} {seed}, round {number}: {row['way']} {row['taste']:+.2f}, won {row['win']:.2f}", flush=True)
+        if number < rounds:
+            pool = draw_pool(model, here.sampler, here.features, **here.size, seed=10 * number + seed)
     rows.append(about_ | {"way": "dpo"} | here.dpo(voter, utility, seed))
     return rows
 

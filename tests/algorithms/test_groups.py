@@ -75,6 +75,13 @@ def test_decoupled_weighs_standard_scores_and_not_units():
     torch.testing.assert_close(decoupled(parts, 4), total / total.std(correction=0), atol=1e-7, rtol=0)
     swapped = decoupled({"large": (1.0, large / 1e6), "small": (1.0, small)}, 4)
     torch.testing.assert_close(decoupled(parts, 4), swapped, atol=1e-3, rtol=0)
+    uneven = standard_scores(large, 4) + 3 * standard_scores(small, 4)
+    torch.testing.assert_close(
+        decoupled({"large": (1.0, large), "small": (3.0, small)}, 4),
+        uneven / uneven.std(correction=0),
+        atol=1e-7,
+        rtol=0,
+    )
     weighted = decoupled({"large": (0.0, large), "small": (2.0, small)}, 4)
     alone = standard_scores(small, 4)
     torch.testing.assert_close(weighted, alone / alone.std(correction=0), atol=1e-7, rtol=0)

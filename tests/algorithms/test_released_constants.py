@@ -30,7 +30,7 @@ from palate.algorithms.srpo import SRPO, SRPOSettings, truncated
 from palate.core import Batch, Random
 from palate.path import Prediction, flow_schedule, move, vp_schedule
 from palate.rewards.combine import weighted
-from palate.rewards.groups import decoupled, standard_scores
+from palate.rewards.groups import decoupled, standard_scores, win_rate
 from palate.sampling import (
     eta_of_noise_level,
     log_prob,
@@ -282,6 +282,8 @@ def test_a_reward_of_parts_is_compared_part_by_part():
     joint, _ = run(grpo(advantage_clip=1e9), reward=weighted(parts))
     advantages, plain = decoupled(scores, 3), (total - total.mean()) / total.std(correction=0)
     assert float((advantages - plain).abs().max()) > 0.01 and float((grad - joint).abs().max()) > 1e-5
+    by_hand, _ = run(grpo(advantage_clip=1e9), reward=lambda images, prompts: advantages)  # of mean 0 and std 1
+    torch.testing.assert_close(grad, by_hand, atol=1e-7, rtol=0)
     with pytest.raises(ValueError, match=r"reward\.weights"):
         run(grpo(per_reward=True))
 
@@ -291,6 +293,8 @@ def test_win_rate_makes_the_gradient_blind_to_the_rewards_scale():
     same, _ = run(grpo(compare="win_rate"))
     other, _ = run(grpo(), reward=lambda images, prompts: linear(images, prompts).exp())
     assert torch.equal(grad, same) and not torch.equal(grad, other)
+    wins, _ = run(grpo(), reward=lambda images, prompts: win_rate(linear(images, prompts), 3))
+    torch.testing.assert_close(grad, wins, atol=1e-12, rtol=0)  # upwards, and not away from, the winners
 
 
 # ---------------------------------------------------------------- DiffusionNFT

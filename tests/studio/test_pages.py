@@ -5,14 +5,19 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 from support.studio import HOSTILE, Labels
 
+from palate import recipe
 from palate.models.vocabulary import vocabulary
+from palate.runtime.errors import InputError
+from palate.studio.runview import RunView
 from palate.studio.shared import PAGES
+from palate.studio.steering import change
 from palate.taste.votes import Picture, Vote
 
 PATHS = [path for path, _ in PAGES]
@@ -98,6 +103,65 @@ def test_a_taste_that_is_not_learnt_is_not_offered_for_alignment(studio, monkeyp
     assert "disabled" not in start_button(client)
     client.post("/align/start", data={"way": "taste-emoji"})
     assert [given[:2] for given in begun] == [("taste-emoji", "align-1")]
+
+
+@pytest.fixture
+def steered(studio):
+    """The page of a run that was steered twice, its folder and its client."""
+    client, found = studio
+    folder = found.workspace.runs / "steer-9"
+    folder.mkdir()
+    plan = recipe.read("direct-emoji", ["algorithm.positive=['3d']", f"run.folder='{folder}'"])
+    (folder / "recipe.yaml").write_text(recipe.dump(plan))
+    rows = [{"step": k, "event": "step", "loss": 0.0, "reward": k / 10} for k in range(1, 9)]
+    rows.insert(3, {"step": 4, "event": "steer", "positive": ["cartoon"], "negative": []})
+    rows.insert(7, {"step": 7, "event": "steer", "positive": None, "negative": ["<b>red</b>"]})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    yield client, found, folder
+    shutil.rmtree(folder)
+
+
+def test_the_chart_marks_where_words_changed(steered):
+    client, found, _ = steered
+    view = found.view("steer-9")
+    assert view.marks() == [(4, "+wanted cartoon, -wanted 3d"), (7, "+unwanted <b>red</b>")]
+    page = client.get("/steer?run=steer-9").text
+    assert "words changed at steps 4 (+wanted cartoon, -wanted 3d), 7 (+unwanted &lt;b&gt;red&lt;/b&gt;)" in page
+    x = re.findall(r'<g class="mark">.*?<line x1="([\d.]+)"', page)
+    assert [float(value) for value in x[:2]] == pytest.approx([34 + 278 * step / 60 for step in (4, 7)], abs=0.06)
+    assert not Labels(page).problems and "<b>red" not in page
+
+
+def test_steering_starts_the_quick_way_or_srpo_which_needs_both_sides(studio, monkeypatch):
+    client, found = studio
+    begun = []
+    monkeypatch.setattr(found.processes, "train", lambda *given: begun.append(given))
+    client.post("/steer/word", data={"word": "3d", "side": "positive"})
+    headers = {"hx-request": "true"}
+    answer = client.post("/steer/start", data={"way": "srpo-emoji"}, headers=headers)
+    assert answer.status_code == 422 and "at least one of each" in answer.text and not begun
+    assert client.post("/steer/start", data={"way": "taste-emoji"}, headers=headers).status_code == 422
+    client.post("/steer/start", headers=headers)
+    client.post("/steer/word", data={"word": "flat", "side": "negative"})
+    client.post("/steer/start", data={"way": "srpo-emoji"}, headers=headers)
+    assert [(way, name) for way, name, _ in begun] == [("direct-emoji", "steer-1"), ("srpo-emoji", "steer-1")]
+    assert begun[0][2] == ['algorithm.positive=["3d"]', "algorithm.negative=[]"]
+    plan = recipe.read(begun[1][0], begun[1][2])
+    assert (plan.algorithm.name, plan.algorithm.positive, plan.algorithm.negative) == ("srpo", ("3d",), ("flat",))
+    assert (plan.trainer.preview_every, plan.trainer.guard.every) == (5, 10)
+    (found.workspace.home / "steer.json").unlink()
+
+
+def test_the_last_word_of_a_side_of_srpo_stays(studio, monkeypatch):
+    _, found = studio
+    plan = recipe.read("srpo-emoji", ["algorithm.positive=['3d','cartoon']", "algorithm.negative=['flat']"])
+    view = RunView("x", found.workspace.runs / "x", "running", "", plan, [], [])
+    said = []
+    monkeypatch.setattr("palate.studio.steering.steer", lambda folder, **words: said.append(words))
+    change(view, "positive", "3d", add=False)
+    assert said == [{"positive": ["cartoon"], "negative": ["flat"]}]
+    with pytest.raises(InputError, match="add another one before you take 'flat' away"):
+        change(view, "negative", "flat", add=False)
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))

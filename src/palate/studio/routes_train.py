@@ -23,7 +23,16 @@ WAYS = {  # recipe -> what the person reads
     "taste-emoji-srpo": "Fine: the base model by SRPO, some minutes",
     "taste-emoji-dpo": "Straight from the pairs, without a taste (DPO)",
 }
-STEER_RECIPE = "direct-emoji"
+STEER_WAYS = {
+    "direct-emoji": "Quick: the one-step model, half a minute",
+    "srpo-emoji": "Fine: the base model by SRPO, some minutes; it needs a wanted and an unwanted word",
+}
+OFTEN = (
+    "trainer.preview_every=5",
+    "trainer.checkpoint_every=5",
+    "trainer.keep_checkpoints=40",
+    "trainer.guard.every=10",
+)
 MORE = 30  # steps of going on
 
 
@@ -152,7 +161,7 @@ def steer(request: Request, run: str | None = None) -> HTMLResponse:
     known = _live(studio, view)
     if view is None:
         known["words"] = Draft(studio.workspace).words()
-    return studio.render(request, "steer.html", **known)
+    return studio.render(request, "steer.html", ways=STEER_WAYS, **known)
 
 
 @router.post("/steer/word")
@@ -176,16 +185,22 @@ def word(
 
 
 @router.post("/steer/start")
-def steer_start(request: Request) -> Response:
-    """Begin a run towards the chosen words."""
+def steer_start(request: Request, way: str = Form("direct-emoji")) -> Response:
+    """Begin a run towards the chosen words: on the one-step generator, or by SRPO on the base model."""
     studio = studio_of(request)
     words = Draft(studio.workspace).words()
+    if way not in STEER_WAYS:
+        raise InputError(f"expected one of {', '.join(STEER_WAYS)}")
     if not words.positive and not words.negative:
         raise InputError("choose at least one word, wanted or unwanted, before you start")
+    if way == "srpo-emoji" and not (words.positive and words.negative):
+        raise InputError("SRPO compares wanted with unwanted words: add at least one of each, or take the quick way")
     name = studio.workspace.new_name("steer")
     overrides = [f"algorithm.{side}={json.dumps(list(words.of(side)))}" for side in ("positive", "negative")]
     source = studio.workspace.settings()["source"]
-    if source:
+    if way == "srpo-emoji":
+        overrides += OFTEN  # what the page shows; the source is a one-step model's, from which this one cannot begin
+    elif source:
         overrides.append(f"model.start={quoted(studio.workspace.run(source) / 'adapter')}")
-    studio.processes.train(STEER_RECIPE, name, overrides)
+    studio.processes.train(way, name, overrides)
     return go_to("/steer", request, run=name)

@@ -126,8 +126,27 @@ class RunView:
         except InputError:
             return []
 
+    def marks(self) -> list[tuple[int, str]]:
+        """Steps from which other words hold, with what was added (+) and taken away (-)."""
+        found, before = [], {side: tuple(getattr(self.recipe.algorithm, side, ())) for side in ("positive", "negative")}
+        for row in self.of("steer"):
+            now = {side: before[side] if row.get(side) is None else tuple(row[side]) for side in before}
+            said = [
+                f"{sign}{title} {word}"
+                for side, title in (("positive", "wanted"), ("negative", "unwanted"))
+                for sign, here, there in (("+", now, before), ("-", before, now))
+                for word in here[side]
+                if word not in there[side]
+            ]
+            found.append((int(row["step"]), ", ".join(said)))
+            before = now
+        return found
+
     def curves(self) -> list[dict[str, Any]]:
-        """Charts: the objective, and what is not optimised as a ratio to the base; [{"title", "lines", ...}]."""
+        """Charts: the objective, and what is not optimised as a ratio to the base; [{"title", "lines", ...}].
+
+        `marks` of the objective: from there other words are optimised, so that values before and after do not compare.
+        """
         steps, guard = self.of("step"), self.of("guard")
         reward = [(r["step"], r[key]) for r in steps for key in ("reward", "reward_denoise") if _number(r.get(key))]
         lines = []
@@ -142,8 +161,9 @@ class RunView:
                 "title": f"{self.reward_name} (optimised)",
                 "lines": [{"label": "", "points": smooth(reward)}],
                 "ratio": False,
+                "marks": self.marks(),
             },
-            {"title": "Not optimised, 1 = before", "lines": lines, "ratio": True},
+            {"title": "Not optimised, 1 = before", "lines": lines, "ratio": True, "marks": self.marks()},
         ]
 
     def checkpoints(self) -> list[int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from palate.algorithms.srpo import SRPOSettings
 from palate.models.vocabulary import known_words, parse_prompt, vocabulary
 from palate.runtime.errors import InputError
 from palate.studio.artist import Artist, read_picture
@@ -73,6 +74,8 @@ def change(view: RunView, side: str, word: str, *, add: bool) -> None:
         new = [*words.of(side), word]
     else:
         new = [other for other in words.of(side) if other != word]
+        if not new and isinstance(view.recipe.algorithm, SRPOSettings):
+            raise InputError(f"SRPO compares wanted with unwanted words: add another one before you take {word!r} away")
     both = {"positive": list(words.positive), "negative": list(words.negative)}
     steer(view.folder, **(both | {side: new}))  # both, so that a word may change its side
 
