@@ -137,6 +137,34 @@ def test_past_the_clip_in_the_advantages_direction_there_is_no_gradient():
     assert float(losses[0].metrics["clipped"]) > 0.2
 
 
+@pytest.mark.parametrize("changes", [{"clip": 1e-3}, {"reference": "old"}], ids=["clip", "old"])
+def test_the_old_weights_enter_in_closed_form(changes):
+    """As reference their error is what is subtracted; for the clip an image that went too far has no gradient."""
+    settings, model = settings_of(group=6, **changes), model_of()
+    algorithm = DGPO(settings)
+    algorithm.old = [torch.full_like(model.parameters()[0], 0.15)]
+    with torch.no_grad():
+        model.parameters()[0].fill_(0.4)
+    grad, losses = run(settings, model=model, algorithm=algorithm, ids=(2,), step=1)
+    images, cond = Random(0, 1, [12 + k for k in range(6)]), model.encode_prompts(["cat"] * 6)
+    with torch.no_grad():
+        x0 = sample(model, cond, images.normal("rollout", SHAPE).double(), 3, shift=1.0)
+        a = standard_scores(linear(x0, None), 6)
+        eps = Random(0, 1, [2]).normal("inject-0", SHAPE).double().expand(6, -1, -1, -1)
+        t = (1 - Random(0, 1, [2]).uniform("level-0")).expand(6)
+        xt = add_noise(x0, eps, *flow_schedule(t))
+        v, v_ref = (velocity(model.predict(xt, t, cond, weights=w)) for w in ("policy", "reference"))
+        v_old = v_ref + 0.15  # the shift is the trained parameter
+        d, d_old = matching_error(v, eps - x0), matching_error(v_old, eps - x0)
+        stopped = past_clip(d, d_old, a, 1e-3) if "clip" in changes else torch.zeros(6, dtype=torch.bool)
+        against = d_old if "reference" in changes else matching_error(v_ref, eps - x0)
+        weight = torch.sigmoid(5.0 * (a * (d - against)).mean())
+        each = a.view(-1, 1, 1, 1) * 2 / 4 * (v - (eps - x0)) * (~stopped).view(-1, 1, 1, 1)
+    torch.testing.assert_close(grad, weight * 5.0 * each.mean(0), atol=1e-12, rtol=0)
+    assert float(losses[0].metrics["weight"]) == pytest.approx(float(weight))
+    assert "reference" in changes or 0 < int(stopped.sum()) < 6
+
+
 def test_old_weights_follow_the_policy_and_survive_a_checkpoint():
     assert [old_decay(i, 0.1, 0.3) for i in (1, 2, 9)] == [0.1, 0.2, 0.3]
     settings, model = settings_of(reference="old", old_rate=0.1), model_of()

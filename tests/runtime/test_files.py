@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import palate
+from palate.cli.app import exit_code_of
 from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.files import (
     file_digest,
@@ -86,6 +87,16 @@ def test_a_full_disk_is_told(tmp_path):
 def test_the_remedy_of_a_write_error_fits_the_error(tmp_path, number, remedy):
     text = write_problem(tmp_path, 1, OSError(number, os.strerror(number)))
     assert remedy in text and str(tmp_path) in text and ("Free some space" in text) == (number == 28)
+
+
+def test_a_full_disk_met_anywhere_has_the_remedy(tmp_path, capsys):
+    """A preview, a grid, an export: what is no checkpoint raises the plain error, which the command line explains."""
+    full = OSError(28, os.strerror(28), str(tmp_path / "samples" / ".tmp-step-000010"))
+    assert exit_code_of(full) == CheckpointError.exit_code
+    said = capsys.readouterr().err
+    assert "Free some space" in said and "samples" in said and "need about" not in said
+    other = OSError(2, os.strerror(2), "gone.txt")
+    assert exit_code_of(other) == CheckpointError.exit_code and "Free" not in capsys.readouterr().err
 
 
 def test_no_file_is_cut_at_the_separators_inside_a_prompt():

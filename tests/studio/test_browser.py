@@ -240,6 +240,66 @@ def test_fifty_hostile_prompts_run_nothing(open_studio, tmp_path):
     assert not complaints(page, server.root)
 
 
+FULL_DISK = """
+import builtins, errno, io, os
+
+def full(path):
+    path = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
+    return os.path.exists(os.environ["FULL_DISK"]) and str(path).startswith(os.environ["FULL_FOLDER"])
+
+def refusing(call, writes):
+    def asked(path, *given, **named):
+        if writes(given, named) and full(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return call(path, *given, **named)
+    return asked
+
+opens = refusing(open, lambda given, named: set(str((*given, named.get("mode", "r"))[0])) & set("wax+"))
+builtins.open = io.open = opens
+for name in ("mkdir", "replace", "rename"):
+    setattr(os, name, refusing(getattr(os, name), lambda given, named: True))
+"""
+
+
+def test_a_full_disk_is_said_and_loses_nothing(open_studio, tmp_path, monkeypatch):
+    """Every write of the server and of the trainer below the runs fails while a file lies there, as on a full disk."""
+    flag, runs = tmp_path / "full", tmp_path / "runs"
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(FULL_DISK)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("FULL_DISK", str(flag))
+    monkeypatch.setenv("FULL_FOLDER", str(runs))
+    page, server = open_studio(runs)
+    vote(page, 2)
+    shown = pair_id(page)
+    flag.touch()
+    press(page, Keys.ARROW_LEFT)
+    wait_for(lambda: "free some space" in page.find_element(By.ID, "notice").text, 20, "the sentence")
+    page.refresh()
+    assert votes(page) == 2 and pair_id(page) == shown
+    flag.unlink()
+    vote(page, 1)
+    assert votes(page) == 3 and len(VoteStore(runs / "studio").read()) == 3
+
+    page.get(server.root + "/steer")
+    get(page, "word-add").send_keys("cartoon")
+    click(page, "word-wanted")
+    wait_for(lambda: text(page, "word-chip"), 20, "the word")
+    click(page, "steer-start")
+    wait_for(lambda: int(text(page, "step") or 0) >= 6, 180, "a checkpoint")
+    flag.touch()
+    wait_for(lambda: text(page, "run-state") == "Died", 120, "the run to end")
+    said = page.find_element(By.CSS_SELECTOR, "#live .notice").text
+    assert "No space left" in said and "cannot write" in said
+    flag.unlink()
+    reached = int(text(page, "step"))
+    click(page, "resume")
+    wait_for(lambda: text(page, "run-state") == "Running", 90, "the run to go on")
+    wait_for(lambda: int(text(page, "step") or 0) > reached, 120, "more steps")
+    click(page, "align-stop")
+    wait_for(lambda: text(page, "run-state") in ("Stopped", "Finished"), 90, "the run to stop")
+
+
 def check_fit(page, address):
     """Nothing wider than the screen, contrast of texts at least 4.5, targets large enough for a finger."""
     page.get(address)

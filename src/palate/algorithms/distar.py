@@ -34,7 +34,8 @@ What the paper leaves open, and what is chosen here:
 - gradient="total" adds d(y) itself: the derivative of E d along the samples too, not the paper's.
 - `head_queries` > 0 trains with a black-box reward (Palate's, after TDM-R1, arXiv 2603.07700): between
   assistant and generator a head is told the reward's answers about the newest images and fitted anew; r is what it
-  predicts, in standard deviations of the answers. A rank's head learns from its own images.
+  predicts, in standard deviations of the answers. Each rank and each micro-batch has a head of its own, learns from
+  its own images and asks about `head_queries` of them, so that two ranks equal one that accumulates.
 - `reward_cap` bounds the norm of the reward's gradient by a multiple of the divergence's, per sample (Palate's).
 """
 
@@ -100,7 +101,7 @@ class DistarSettings:
     t_assistant: tuple[float, float] = (0.02, 0.98)
     assistant_error: Literal["eps", "velocity", "x0"] = "eps"  # lambda(t): what its squared error is taken in
 
-    head_queries: int = 0  # images per step that a black-box reward is asked about; 0 = use the reward's gradient
+    head_queries: int = 0  # images per step (rank, micro-batch) that a black-box reward is asked about; 0 = no head
     head_memory: int = 512  # newest answers that the head is fitted to
     head_first: int = 64  # answers before the head's gradient is used
 

@@ -20,6 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from palate.runtime.errors import CheckpointError, PalateError, PeerAbortedError
+from palate.runtime.files import with_remedy
 from palate.runtime.progress import printable
 
 MAX_LINES = 12  # of an error message
@@ -160,13 +161,12 @@ def exit_code_of(error: BaseException) -> int:
     if isinstance(error, PeerAbortedError):  # another rank has said it
         return error.exit_code
     if isinstance(error, PalateError):
-        code = error.exit_code
-    elif isinstance(error, OSError):
-        code = CheckpointError.exit_code
-    else:
-        raise error
-    say(str(error))
-    return code
+        say(str(error))
+        return error.exit_code
+    if isinstance(error, OSError):
+        say(with_remedy(error))
+        return CheckpointError.exit_code
+    raise error
 
 
 def suggestion(error: BaseException, arguments: list[str]) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 
 from palate.runtime.errors import InputError
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # a disk without room, a quota that is used up
 _REMEDIES = {
     errno.EACCES: "Its owner or its permissions forbid it: change them, or set run.folder to a place of your own",
     errno.EPERM: "Its owner or its permissions forbid it: change them, or set run.folder to a place of your own",
@@ -126,15 +127,23 @@ def json_digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+def with_remedy(error: OSError) -> str:
+    """The error's text; of a full disk, wherever it was met, with what to do."""
+    if error.errno in FULL and isinstance(error.filename, (str, bytes)):
+        return write_problem(Path(os.fsdecode(error.filename)), 0, error)
+    return str(error)
+
+
 def write_problem(folder: Path, need: int, error: Exception) -> str:
     """The message for a write under `folder` that failed: what was wrong, and the remedy for that."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
     code = error.errno if isinstance(error, OSError) else None
-    if code in (errno.ENOSPC, errno.EDQUOT, None):
+    if code in (*FULL, None):
+        needs = f"need about {need / 2**20:.1f} MiB, " if need else ""
         return (
-            f"cannot write {folder}: {reason} (need about {need / 2**20:.1f} MiB, free {free / 2**20:.1f} MiB). "
+            f"cannot write {folder}: {reason} ({needs}free {free / 2**20:.1f} MiB). "
             "Free some space or set run.folder to another disk; what was saved before is intact"
         )
     return f"cannot write {folder}: {reason}. {_REMEDIES.get(code, 'Set run.folder to another place')}"

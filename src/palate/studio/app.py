@@ -21,6 +21,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 
 from palate.runtime.errors import InputError, PalateError
+from palate.runtime.files import with_remedy
 from palate.runtime.progress import printable
 from palate.studio import routes_choose, routes_compare, routes_runs, routes_start, routes_train
 from palate.studio.access import SECRET_LENGTH, Access
@@ -65,7 +66,8 @@ def _answer(request: Request, sentence: str, status: int) -> Response:
 
 
 async def _mistake(request: Request, error: Exception) -> Response:
-    return _answer(request, printable(str(error)), 422 if isinstance(error, InputError) else 500)
+    said = with_remedy(error) if isinstance(error, OSError) else str(error)
+    return _answer(request, printable(said), 422 if isinstance(error, InputError) else 500)
 
 
 async def _missing(request: Request, error: Exception) -> Response:
