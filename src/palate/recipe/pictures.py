@@ -47,7 +47,7 @@ class Pictures:
 
     captions: list[str]  # of each sample
     files: list[Path | bytes]
-    samples: list[tuple[int, ...]]
+    samples: Sequence[tuple[int, ...]]
     mirrored: bool = False  # every sample's mirror image is a sample, too
 
     @property
@@ -89,13 +89,12 @@ def kept_pairs(source: str, settings: object) -> list[Pair]:
     pairs = list(preference_pairs(source))
     decided = [pair for pair in pairs if pair.preference != 0.5]
     ties = len(pairs) - len(decided)
-    knows = isinstance(settings, KnowsTies)
-    if ties and knows and settings.ties == "equal":
+    if ties and isinstance(settings, KnowsTies) and settings.ties == "equal":
         return pairs
     if not decided:
         raise RecipeError(f"prompts.pairs: {source} holds no pair with a preference")
     if ties:
-        way = "; algorithm.ties=equal learns from them, too" if knows else ""
+        way = "; algorithm.ties=equal learns from them, too" if isinstance(settings, KnowsTies) else ""
         logging.getLogger("palate").warning(
             "prompts.pairs: %d of %d pairs are ties and are left out%s", ties, len(pairs), way
         )
