@@ -81,6 +81,7 @@ class DDPO:
     """Its state is the last rewards of each prompt."""
 
     trains = ("policy",)
+    injects_noise = True  # between the steps of a rollout
 
     def __init__(self, settings: DDPOSettings):
         self.settings = settings

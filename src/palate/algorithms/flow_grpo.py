@@ -141,6 +141,7 @@ class FlowGRPO:
     """Group-relative policy gradient on a stochastic flow sampler; `core.Algorithm`."""
 
     trains = ("policy",)
+    injects_noise = True  # between the steps of a rollout
 
     def __init__(self, settings: FlowGRPOSettings):
         self.settings = settings

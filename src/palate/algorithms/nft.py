@@ -86,6 +86,7 @@ class NFT:
     """Its state is theta_old, the weights that draw the samples: a copy of the policy's trainable parameters."""
 
     trains = ("policy",)
+    injects_noise = True  # between the steps of a rollout
 
     def __init__(self, settings: NFTSettings):
         self.settings = settings

@@ -7,7 +7,8 @@ own, with its name: it is enough to have the members, nothing needs to be inheri
 an object for a member that no protocol lists.
 
     a model may be      Sampleable, EncodesPictures, HasPosterior, PublishedGrid, Fingerprinted, TextCached,
-                        SavesAdapter, LoadsAdapter, TakesConsistency, HasNetworks          models.py
+                        SavesAdapter, LoadsAdapter, TakesConsistency, TrainsOtherwise,
+                        HasNetworks                                                        models.py
     a reward may be     TwoTower, EmbedsImages, HasFeatures                                rewards.py
     an algorithm may be Stateful, Steerable, ComparesWords, DrawsOwnSamples, DrawsReference, Warns,
                         ChecksBatch                                                        algorithms.py
@@ -43,6 +44,7 @@ from palate.core.models import (
     SavesAdapter,
     TakesConsistency,
     TextCached,
+    TrainsOtherwise,
 )
 from palate.core.random import Random, prompt_order, used_prompts
 from palate.core.rewards import EmbedsImages, HasFeatures, Reward, TwoTower
@@ -52,6 +54,6 @@ __all__ = [
     "Algorithm", "Batch", "ChecksBatch", "ComparesWords", "Cond", "DrawsOwnSamples", "DrawsReference",
     "EmbedsImages", "EncodesPictures", "Fingerprinted", "GuardMeasure", "HasFeatures", "HasNetworks", "HasPosterior",
     "LoadsAdapter", "Loss", "Model", "Networks", "PublishedGrid", "Random", "Reward", "Sampleable", "Sampler",
-    "SavesAdapter", "Stateful", "Steerable", "TakesConsistency", "TextCached", "TwoTower", "Warns", "prompt_order",
-    "require", "used_prompts",
+    "SavesAdapter", "Stateful", "Steerable", "TakesConsistency", "TextCached", "TrainsOtherwise", "TwoTower", "Warns",
+    "prompt_order", "require", "used_prompts",
 ]  # fmt: skip

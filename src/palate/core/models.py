@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -114,6 +115,14 @@ class LoadsAdapter(Protocol):
 
     def load_adapter(self, folder: Path) -> None:
         """Read back what `save_adapter` wrote, into a model of the same training mode, rank and names."""
+
+
+@runtime_checkable
+class TrainsOtherwise(Protocol):
+    """A model that is not trained as it is sampled: a distilled one may have an adapter for training alone."""
+
+    def while_training(self) -> AbstractContextManager[None]:
+        """Inside, `predict` says what the model trains as; backward passes belong inside as well."""
 
 
 @runtime_checkable

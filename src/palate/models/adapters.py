@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from palate.models.original import Lora
+from palate.models.placement import bring_adapters
 from palate.runtime.errors import InputError
 
 
@@ -43,6 +44,7 @@ def add(network: Any, name: str, config: LoraConfig) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         network.add_adapter(config, adapter_name=name)
+    bring_adapters(network, name)
 
 
 def config_of(layers: Mapping[str, Lora]) -> LoraConfig:

@@ -73,6 +73,7 @@ FACTS = Facts(
     lora_loader=FluxLoraLoaderMixin,
     published=Published({}, VAE_16, 1024, 512, _condition, 4.76),
     original=ORIGINAL,
+    few_steps="flash",
     packs_noise=True,
 )
 

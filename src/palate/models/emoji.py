@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from importlib.resources import files
 from pathlib import Path
 
@@ -131,6 +132,10 @@ class EmojiModel:
         model = cls(*parts, Options(training, lora_rank, lora_alpha, lora_targets, names))
         model.folder = folder
         return model
+
+    def while_training(self) -> AbstractContextManager[None]:
+        """Inside, the model is what it trains as: with the adapter of `model.training_adapter`."""
+        return self.weights.selection.while_training()
 
     def _encode(self, prompts: Sequence[str]) -> Tensor:
         lines = [" ".join(known_words(prompt)) for prompt in prompts]

@@ -69,6 +69,7 @@ class Facts:
     lora_loader: Any = None  # diffusers' loader of this family's LoRAs, which translates other programs' names
     original: tuple[OriginalBlocks, ...] = ()  # the names of the original program, which kohya's form uses
     one_step_call: str = ""  # what a pipeline is told besides when a one-step generator of this family draws
+    few_steps: str = ""  # regular expression of the hub ids, folders and files that are distilled to few steps
     packs_noise: bool = False  # whether its pipelines take latents as their network does, packed
 
     @property

@@ -38,6 +38,7 @@ MECHANISM = frozenset(
         "merge",
         "original",
         "parts",
+        "placement",
         "quantised",
         "saved",
         "selection",
@@ -66,6 +67,9 @@ class LoadOptions(TypedDict, total=False):
     image_size: int | Sequence[int] | None
     file: str | None
     quantize: str | None
+    attention: str | None
+    compile: bool
+    offload: bool
     text_cache: str | Path | None
 
 

@@ -106,6 +106,7 @@ FACTS = Facts(
             },
         ),
     ),
+    few_steps="schnell",
     packs_noise=True,
 )
 

@@ -135,6 +135,7 @@ FACTS = Facts(
             {"linear1": ("attn.to_qkv_mlp_proj",), "linear2": ("attn.to_out",)},
         ),
     ),
+    few_steps=r"klein(?!-base)",
 )
 
 

@@ -67,6 +67,7 @@ FACTS = Facts(
     patch=2,
     lora_loader=Krea2LoraLoaderMixin,
     published=Published({}, {"base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4]}, 1024, 512, _condition, 4.44),
+    few_steps="turbo",
 )
 
 

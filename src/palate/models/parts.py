@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from palate.models.autoencoder import Autoencoder, ImageSize, channels_of, factor_of, latent_shape, sides
 from palate.models.facts import Facts, NetworkCall
+from palate.models.placement import compile_blocks, keep_blocks_on_host, use_attention
 from palate.models.repository import Repository
 from palate.models.repository_checks import READERS
 from palate.models.text_cache import Encode, TextCache
@@ -43,6 +45,9 @@ class Options:
     image_size: ImageSize | None = None
     file: str | None = None
     quantize: str | None = None  # nf4, int8, fp8: how frozen weights are stored
+    attention: str | None = None  # diffusers' name of the kernels; None = torch's own
+    compile: bool = False  # the denoiser's blocks
+    offload: bool = False  # the denoiser's frozen blocks wait in the host's memory
     text_cache: str | Path | None = None
 
 
@@ -123,6 +128,10 @@ class LoadedModel:
         """Read back what `save_adapter` wrote, into a model of the same training mode, rank and names."""
         self.weights.load_all(folder)
 
+    def while_training(self) -> AbstractContextManager[None]:
+        """Inside, the model is what it trains as: with the adapter of `model.training_adapter`."""
+        return self.weights.selection.while_training()
+
     def cache_prompts(self, prompts: Sequence[str]) -> None:
         """Encode all prompts to disk, then free the text encoders. Warns once about prompts that are too long."""
         self.parts.text.fill(prompts)
@@ -165,8 +174,7 @@ def load_parts(
     """
     precision, where = _precision(options.dtype, options.training), _place(options.device)
     _check_channels(repository, facts)
-    if options.quantize is not None and options.training == "full":
-        raise InputError("model.quantize stores frozen weights; set model.weights=lora, or leave it out")
+    _check_placement(options)
     if options.file is not None and not issubclass(facts.network, FromOriginalModelMixin):
         raise InputError(f"model.file: diffusers reads no single file of {facts.name}; give its folder as model.folder")
     vae_config, image_size = repository.config("vae"), options.image_size
@@ -181,8 +189,10 @@ def load_parts(
         gradient_checkpointing=options.gradient_checkpointing,
         layout=facts.layout,
     )
-    network = repository.read(facts.denoiser, facts.network, precision, file=options.file).to(where)
+    network = repository.read(facts.denoiser, facts.network, precision, file=options.file)
+    network = network if options.offload else network.to(where)
     weights = named_weights(network, facts, options)
+    place(weights, options, where)
     return Parts(repository, facts, weights, vae, cache, shape, sides(image_size), precision, where, options.file)
 
 
@@ -205,6 +215,33 @@ def named_weights(network: nn.Module, facts: Facts, options: Options) -> NamedWe
     if options.gradient_checkpointing:
         weights.checkpoint_activations()
     return weights
+
+
+def place(weights: NamedWeights, options: Options, where: torch.device) -> None:
+    """How the blocks of the loaded networks run, as the options say. InputError: two of them exclude each other."""
+    for network in {id(network): network for network in weights.networks.values()}.values():
+        if options.attention is not None:
+            use_attention(network, options.attention)
+        if options.compile:
+            compile_blocks(network)
+        if options.offload:
+            keep_blocks_on_host(network, where)
+
+
+def _check_placement(options: Options) -> None:
+    """InputError for what cannot be together, before anything loads."""
+    if options.quantize is not None and options.training == "full":
+        raise InputError("model.quantize stores frozen weights; set model.weights=lora, or leave it out")
+    if not options.offload:
+        return
+    for wrong, why in (
+        (options.training == "full", "moves frozen weights; set model.weights=lora"),
+        (options.compile, "moves weights while a block runs, which a compiled one cannot; leave model.compile out"),
+        (options.quantize in ("nf4", "int8"), "moves plain weights; use model.quantize=fp8 or leave one of them out"),
+        (not options.gradient_checkpointing and options.training != "none", "needs model.gradient_checkpointing=true"),
+    ):
+        if wrong:
+            raise InputError(f"model.offload {why}")
 
 
 def _text_cache(

@@ -62,6 +62,7 @@ FACTS = Facts(
     ),
     # its pipelines would draw at a size of their own list and rewrite the prompt
     one_step_call=", use_resolution_binning=False, clean_caption=False",
+    few_steps="flash|lcm|dmd",
 )
 
 

@@ -68,6 +68,7 @@ FACTS = Facts(
     patch=2,
     lora_loader=QwenImageLoraLoaderMixin,
     published=Published({}, {"base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4]}, 1024, 512, _condition, 8.29),
+    few_steps="lightning|turbo",
 )
 
 

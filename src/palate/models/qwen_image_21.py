@@ -67,6 +67,7 @@ FACTS = Facts(
     patch=2,  # it takes single latents; a slot of its mask holds 2 x 2
     lora_loader=QwenImageLoraLoaderMixin,
     published=Published({}, {"z_dim": 64, "dim_mult": [1, 2, 4, 8, 8]}, 1024, 512, _condition, 8.77),
+    few_steps="turbo|lightning",
 )
 
 

@@ -71,6 +71,7 @@ FACTS = Facts(
         2.61,
     ),
     one_step_call=", use_resolution_binning=False, clean_caption=False",
+    few_steps="sprint",
 )
 
 

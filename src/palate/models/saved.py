@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from palate.models import adapters, delta, lora
 from palate.models.original import Lora
+from palate.models.placement import waits_on_host
 from palate.runtime.errors import InputError
 
 FILES = {"lora": (lora.FILE,), "full": ("diffusion_pytorch_model.safetensors", delta.FILE)}
@@ -85,6 +86,8 @@ def check_rates(layers: Mapping[str, Lora], path: Path, rank: int, alpha: float 
 
 def check_mergeable(network: nn.Module) -> None:
     """InputError if the network is stored quantised: nothing can be added to such weights."""
+    if waits_on_host(network):
+        raise InputError("the weights of model.offload wait on the host; to merge, load it with model.offload=null")
     if any(type(module).__name__ in STORED for module in network.modules()):
         raise InputError("a network that is stored quantised cannot be merged; load it with model.quantize=null")
 

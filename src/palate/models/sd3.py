@@ -87,6 +87,7 @@ FACTS = Facts(
         _condition,
         5.58,
     ),
+    few_steps="turbo|flash",
 )
 
 

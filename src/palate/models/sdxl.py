@@ -76,6 +76,7 @@ FACTS = Facts(
         _condition,
         0.818,
     ),
+    few_steps="turbo|lightning|hyper-sd|lcm|dmd",
 )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,6 +47,9 @@ class Adapters:
         self.network = network
         self.selected = "policy"
         self.reference: str | None = None  # the adapter that the reference has; None = none
+        self.companion: str | None = None  # one that joins policy and reference inside `while_training`
+        self._training = False
+        self._alone: set[str] = set()  # frozen adapters that nothing joins
         self._parameters: list[nn.Parameter] = []
 
     def put_on(self, names: Sequence[str], targets: Sequence[str], *, rank: int, alpha: float | None) -> None:
@@ -68,11 +72,13 @@ class Adapters:
         """The network speaks as that name; as "reference" with every adapter off, or with the reference's own."""
         flags = [p.requires_grad for p in self._parameters]
         chosen = self.reference if weights == "reference" else weights
-        if chosen is None:
+        joined = self.companion if self._training and weights not in self._alone else None
+        active = [name for name in (chosen, joined) if name is not None]
+        if not active:
             self.network.disable_adapters()
         else:
             self.network.enable_adapters()
-            self.network.set_adapter(chosen)
+            self.network.set_adapter(active)
         self.selected = weights
         for p, flag in zip(self._parameters, flags, strict=True):
             p.requires_grad_(flag)
@@ -88,7 +94,22 @@ class Adapters:
         for p in added:
             p.requires_grad_(False)
         self._parameters += added
+        self._alone.add(name)
         self.select(self.selected)
+
+    @contextmanager
+    def while_training(self) -> Iterator[None]:
+        """Inside, the companion is active beside the policy, every other name that trains, and the reference."""
+        if self.companion is None:
+            yield
+            return
+        self._training = True
+        self.select(self.selected)
+        try:
+            yield
+        finally:
+            self._training = False
+            self.select(self.selected)
 
     def redraw(self, names: Sequence[str], seed: int) -> None:
         """The adapters of `names` as PEFT first draws them, from `seed`."""

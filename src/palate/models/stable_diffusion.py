@@ -56,6 +56,7 @@ FACTS = Facts(
     published=Published(  # 1.5
         {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}, VAE_4, 512, 77, _condition, 0.123
     ),
+    few_steps="turbo|hyper-sd|lcm",
 )
 
 

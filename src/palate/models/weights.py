@@ -52,18 +52,18 @@ class NamedWeights:
         self.network: Any = network  # the policy's; with LoRA everyone's; diffusers' classes have no types
         self.networks: dict[str, Any] = dict.fromkeys((*self.names, "reference"), network)
         self._frozen: set[str] = set()
-        self._adapters = Adapters(network)
+        self.selection = Adapters(network)
         if training == "full":
             self.networks |= {name: copy.deepcopy(network) for name in self.networks if name != "policy"}
             for name in self.names:
                 self.networks[name].requires_grad_(True)
         if training == "lora":
-            self._adapters.put_on(self.names, targets, rank=rank, alpha=alpha)
+            self.selection.put_on(self.names, targets, rank=rank, alpha=alpha)
             self._take_up()
 
     def _take_up(self) -> None:
         """The adapters of `names` train, and no other parameter."""
-        self._adapters.train([p for name in self.names for p in self._own(name).values()])
+        self.selection.train([p for name in self.names for p in self._own(name).values()])
 
     def parameters(self, name: str = "policy") -> list[nn.Parameter]:
         """The trainable parameters of that name, in a fixed order; none for "reference" and other frozen names."""
@@ -80,7 +80,7 @@ class NamedWeights:
             for name in self.names:
                 self.networks[name].load_state_dict(self.networks["reference"].state_dict())
         if self.training == "lora":
-            self._adapters.redraw(self.names, seed)
+            self.selection.redraw(self.names, seed)
 
     def begin(
         self, source: Path | str, *, rank: int, alpha: float | None, reference: str = "base", key: str = "model.start"
@@ -105,7 +105,7 @@ class NamedWeights:
         self._take_up()
         if reference == "start":
             self._add(STARTED, layers, key)
-            self._adapters.reference = STARTED
+            self.selection.reference = STARTED
 
     def draw_first_factor(self) -> None:
         """Draw the first factor of every LoRA anew from N(0, 1/rank^2), in place of PEFT's uniform numbers; the second
@@ -137,7 +137,7 @@ class NamedWeights:
 
     def _add(self, name: str, layers: Mapping[str, Lora], key: str) -> None:
         """A frozen adapter beside those that train, whose flags stay as they are."""
-        self._adapters.add_frozen(name, layers, key)
+        self.selection.add_frozen(name, layers, key)
         self.networks[name] = self.network
         self._frozen.add(name)
 
@@ -154,15 +154,15 @@ class NamedWeights:
         ("policy") is restored on the way out, whatever happens inside.
         """
         self._known(weights)
-        before = self._adapters.selected
+        before = self.selection.selected
         if self.training != "lora" or weights == before:
             yield self.networks[weights]
             return
         try:
-            self._adapters.select(weights)
+            self.selection.select(weights)
             yield self.network
         finally:
-            self._adapters.select(before)
+            self.selection.select(before)
 
     def checkpoint_activations(self) -> None:
         """Recompute activations in the backward pass, block by block, under the weights that made them.
@@ -220,7 +220,7 @@ class NamedWeights:
         return own_parameters(self.networks[name], name, adapter=self.training == "lora")
 
     def _checkpointed(self, function: Any, *args: Any) -> Any:
-        weights = self._adapters.selected
+        weights = self.selection.selected
 
         def run(*args: Any) -> Any:
             with self.using(weights):

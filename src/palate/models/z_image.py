@@ -55,6 +55,7 @@ FACTS = Facts(
     patch=2,
     lora_loader=ZImageLoraLoaderMixin,
     published=Published({}, VAE_16, 1024, 512, _condition, 4.02),
+    few_steps="turbo",
 )
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from palate.models.placement import blocks_of
 from palate.models.quantised import quantisable
 
 
@@ -26,6 +27,8 @@ class Unit(NamedTuple):
     trained: int = 0  # parameters with a gradient
     weight_bytes: float = 0.0
     quantisable: int = 0  # parameters that model.quantize stores in fewer bits
+    blocks: int = 0  # frozen parameters of the network's blocks, which model.offload keeps on the host
+    largest_block: int = 0  # of one of them
 
 
 def measure_unit(module: nn.Module, run: Callable[[], Tensor], checkpointing: Callable[[Any], None] | None) -> Unit:
@@ -60,7 +63,13 @@ def measure_unit(module: nn.Module, run: Callable[[], Tensor], checkpointing: Ca
         sum(p.numel() for p in module.parameters() if p.requires_grad),
         float(sum(p.numel() * p.element_size() for p in module.parameters())),
         sum(layer.weight.numel() for layer in quantisable(module).values()),
+        sum(frozen := [_frozen(block) for block in blocks_of(module)]),
+        max(frozen, default=0),
     )
+
+
+def _frozen(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if not p.requires_grad)
 
 
 class KeptBytes:

@@ -12,6 +12,8 @@ from palate.plan.measure import family_of, local_config, measure
 from palate.recipe import Recipe, trained_names
 from palate.rewards import table as rewards
 
+OFFLOAD = "model.offload=true"
+MOMENTS = 2 * (1 + 4 / 256) / 4  # of adamw8bit, per byte of the parameters: a byte, and a scale for every 256
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
 
@@ -70,8 +72,11 @@ def memory_of(
     base: float = (denoiser.parameters - (0 if full else denoiser.trained)) * width
     if recipe.model.quantize is not None:
         base -= denoiser.quantisable * (width - BYTES[recipe.model.quantize])
+    if recipe.model.offload:
+        base -= (denoiser.blocks - denoiser.largest_block) * (1 if recipe.model.quantize == "fp8" else width)
     shards = gpus if full else 1
     trained = names * denoiser.trained * 4 / shards
+    small = recipe.trainer.optimizer == "adamw8bit"
     ema = denoiser.trained * 4 / shards if recipe.trainer.ema_decay else 0.0
     batch = max(1.0, recipe.trainer.batch_size / gpus / recipe.trainer.micro_batches)
     decoder = units["decoder"]
@@ -83,7 +88,7 @@ def memory_of(
         "denoiser, frozen" if not full else "frozen reference": base,
         "trained weights (float32)": trained,
         "gradients (float32)": trained,
-        "Adam's two moments (float32)": 2 * trained,
+        "Adam's two moments (8 bits)" if small else "Adam's two moments (float32)": trained * (MOMENTS if small else 2),
         "moving average": ema,
         "VAE": units["decoder"].weight_bytes + units["encoder"].weight_bytes,
         "rewards": units["reward"].weight_bytes,
@@ -107,11 +112,12 @@ def memory_savings(recipe: Recipe, made: Plan) -> list[tuple[str, float]]:
     """Changes of the recipe with the bytes of one GPU after each alone, the smallest first; the last is all of them."""
     changes = _changes(recipe, made.gpus)
     found = sorted(((name, _bytes(recipe, changed, made)) for name, changed in changes), key=lambda pair: pair[1])
-    if len(changes) > 1:
+    together = [(name, changed) for name, changed in changes if name != OFFLOAD]  # which goes with none of 4 or 8 bits
+    if len(together) > 1:
         every = recipe
-        for _, changed in changes:
+        for _, changed in together:
             every = _both(recipe, every, changed)
-        found.append(("all of these", _bytes(recipe, every, made)))
+        found.append(("all of these" if together == changes else f"all but {OFFLOAD}", _bytes(recipe, every, made)))
     return found
 
 
@@ -126,10 +132,15 @@ def _changes(recipe: Recipe, gpus: int) -> list[tuple[str, Recipe]]:
         found.append(("model.gradient_checkpointing=true", on))
     if model.quantize is None and model.weights == "lora" and model.name != "emoji":
         found += [(f"model.quantize={q}", replace(recipe, model=replace(model, quantize=q))) for q in ("int8", "nf4")]
+    if trainer.optimizer == "adamw":
+        found.append(("trainer.optimizer=adamw8bit", replace(recipe, trainer=replace(trainer, optimizer="adamw8bit"))))
     if trainer.ema_decay:
         found.append(("trainer.ema_decay=0", replace(recipe, trainer=replace(trainer, ema_decay=0.0))))
     if model.weights == "full":
         found.append(("model.weights=lora", replace(recipe, model=replace(model, weights="lora"))))
+    alone = model.quantize in ("nf4", "int8") or model.compile or model.gradient_checkpointing is False
+    if model.weights == "lora" and model.name != "emoji" and not model.offload and not alone:
+        found.append((OFFLOAD, replace(recipe, model=replace(model, offload=True))))
     names = {recipe.reward.name} if recipe.reward.name else set(recipe.reward.weights or ())
     if recipe.reward.dtype != "bfloat16" and any(rewards.find(name).kind == "published" for name in names):
         found.append(("reward.dtype=bfloat16", replace(recipe, reward=replace(recipe.reward, dtype="bfloat16"))))

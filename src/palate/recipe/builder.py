@@ -32,13 +32,14 @@ from palate.recipe.objective import check_taste, image_tower, reward_objective
 from palate.recipe.pictures import latents_of, pictures_of
 from palate.recipe.prompts import prompts_of
 from palate.recipe.settings import Recipe, RewardSettings
-from palate.recipe.start import check_start, load_consistency, start_folder
+from palate.recipe.start import check_start, load_consistency, start_folder, warn_of_noise
 from palate.recipe.together import AsksBlackBox, trained_names
 from palate.rewards.learned import BlackBox, Features, tower_features
 from palate.rewards.load import load_reward
 from palate.rewards.table import HELD_OUT_CANDIDATES
 from palate.runtime.errors import InputError
 
+TRAINING_ADAPTER = "training_adapter"  # its name among the named weights
 LARGE_LR = 0.1  # from here on a sentence is due: a step of that size destroys any network
 
 
@@ -78,6 +79,7 @@ def build(recipe: Recipe) -> Parts:
         logging.getLogger("palate").warning(
             "trainer.lr = %g: AdamW moves each weight by about that much per step; usual values are 1e-6 to 1e-3", lr
         )
+    warn_of_noise(recipe)
     pictures = pictures_of(recipe)
     check_images(pictures.files if pictures else [])
     prompts, preview = prompts_of(recipe, pictures.prompts if pictures else None)
@@ -141,6 +143,9 @@ def build_model(recipe: Recipe) -> Model:
             model.weights.load(start_folder(settings.start), "policy")
         except (ValueError, SafetensorError) as error:
             raise InputError(f"model.start: {error}") from error
+    if settings.training_adapter is not None:
+        model.weights.add_frozen(settings.training_adapter, TRAINING_ADAPTER, "model.training_adapter")
+        model.weights.selection.companion = TRAINING_ADAPTER
     return model
 
 

@@ -81,6 +81,12 @@ class ModelSettings:
     consistency: str | None = None  # folder of a consistency LoRA (LCM-LoRA); None = the one in the package (emoji)
     file: str | None = None  # a .safetensors file whose denoiser takes the place of the folder's
     quantize: Literal["nf4", "int8", "fp8"] | None = None  # how frozen weights are stored; None = in dtype
+    attention: str | None = None  # diffusers' name of the attention kernels (native, flash, sage); None = torch's own
+    compile: bool | None = None  # the denoiser's blocks, each alone; off
+    offload: bool | None = None  # the denoiser's frozen blocks wait in the host's memory; off
+    training_adapter: str | None = (
+        None  # a frozen LoRA of a distilled model: there while training, absent when sampling
+    )
     dtype: Literal["float32", "bfloat16"] | None = None  # of frozen weights and of computation; bfloat16
     device: str | None = None  # cpu, cuda, cuda:N; None = the accelerator if there is one
     gradient_checkpointing: bool | None = None  # of denoiser and VAE decoder; on
@@ -132,6 +138,7 @@ class TrainerSettings:
     batch_size: Positive = 16
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-5
     lrs: dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None = None  # of single names, as assistant
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # 8bit: its moments in a byte each (bitsandbytes)
     weight_decay: NonNegative = 1e-4
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     clip_norm: NonNegative = 1.0  # 0 = off

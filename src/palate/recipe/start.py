@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.resources
+import json
+import logging
+import re
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from palate.algorithms import table as algorithms
 from palate.core import Model, TakesConsistency
 from palate.data import RecipeError
 from palate.models import families
@@ -52,12 +56,14 @@ def check_start(recipe: Recipe) -> None:
             f"for {settings.name}, or use another algorithm.estimator: tweedie, rollout-2"
         )
     started = start is not None and settings.weights == "lora"
-    if not started and not consistency:
+    if not started and not consistency and settings.training_adapter is None:
         return
     denoiser = facts.denoiser
     repository = open_repository(settings.folder, family=settings.name, parts={denoiser: facts.parts[denoiser]})
     if started and start is not None:
         repository.check_lora(facts, start, key="model.start", rank=settings.lora_rank)
+    if settings.training_adapter is not None:
+        repository.check_lora(facts, settings.training_adapter, key="model.training_adapter")
     if consistency and settings.consistency is not None:
         repository.check_lora(facts, settings.consistency, key="model.consistency")
 
@@ -75,6 +81,39 @@ def load_consistency(recipe: Recipe, model: Model) -> None:
 def wants_consistency(recipe: Recipe) -> bool:
     """Whether the algorithm asks the model for its consistency weights."""
     return isinstance(recipe.algorithm, UsesEstimator) and recipe.algorithm.estimator == "consistency"
+
+
+@runtime_checkable
+class InjectsNoise(Protocol):
+    """An algorithm that draws with noise between the steps of a rollout, if the attribute is true."""
+
+    injects_noise: bool
+
+
+def is_distilled(recipe: Recipe) -> bool:
+    """Whether the recipe's model is known to draw in few steps: by its folder's own word, or by its name."""
+    model, family = recipe.model, families.find(recipe.model.name).load_class()
+    if not isinstance(family, HasFacts) or model.folder is None:
+        return False
+    index = Path(model.folder) / "model_index.json"
+    if index.is_file() and json.loads(index.read_text("utf-8")).get("is_distilled"):
+        return True
+    pattern = family.facts.few_steps
+    return bool(pattern) and re.search(pattern, f"{model.folder} {model.file or ''}", re.IGNORECASE) is not None
+
+
+def warn_of_noise(recipe: Recipe) -> None:
+    """Say so when an algorithm that needs noisy rollouts meets a model that was distilled to few noiseless steps."""
+    algorithm = algorithms.find(recipe.algorithm.name).load_class()
+    noisy = isinstance(algorithm, InjectsNoise) and algorithm.injects_noise
+    if noisy and recipe.model.training_adapter is None and is_distilled(recipe):
+        logging.getLogger("palate").warning(
+            "%s is distilled to few steps, and %s draws with noise between them, which such a model never saw: its "
+            "images lose their detail and the training the model's speed. Use srpo, draft or distar, the model that it "
+            "was distilled from, or model.training_adapter",
+            recipe.model.folder,
+            recipe.algorithm.name,
+        )
 
 
 def start_folder(start: str) -> Path:

@@ -97,6 +97,8 @@ def _check_model(recipe: Recipe, mistakes: list[str]) -> None:
     own = {key for name in families.names() for key in families.find(name).keys}
     for key in sorted((own & given.keys()) - set(reads)):
         mistakes.append(f"model.{key}: {model.name} does not read it; its own keys: {', '.join(reads) or 'none'}")
+    if model.training_adapter is not None and model.weights != "lora":
+        mistakes.append("model.training_adapter: it joins a LoRA; set model.weights=lora, or leave it out")
     if family.module.startswith("palate.models.") and model.name != "emoji" and model.folder is None:
         mistakes.append(f"model.folder: {model.name} needs a diffusers folder or a hub id")
 
@@ -175,6 +177,8 @@ def _check_algorithm(recipe: Recipe, mistakes: list[str]) -> None:
             f"algorithm.positive, algorithm.negative: both are {', '.join(settings.positive)}, so neither is "
             "preferred; give different words"
         )
+    if recipe.trainer.optimizer == "adamw8bit" and recipe.trainer.sharding != "none":
+        mistakes.append("trainer.optimizer: adamw8bit keeps its moments whole on each rank; set trainer.sharding=none")
     trained = trained_names(name)
     for key in sorted(set(recipe.trainer.lrs or ()) - set(trained)):
         mistakes.append(f"trainer.lrs.{key}: {name} trains {', '.join(trained)}{near(key, trained, 'trainer.lrs.')}")

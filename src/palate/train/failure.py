@@ -24,7 +24,7 @@ from palate.runtime.runlog import RunLog
 from palate.train.batches import Batches, Samples
 from palate.train.described import from_python
 from palate.train.state import Counters, Replicas, Weights
-from palate.train.update import Stream, Updater
+from palate.train.update import Stream, Updater, as_trained
 
 MAX_BAD_STEPS = 3  # updates in a row that are not finite, then the run stops
 
@@ -147,4 +147,6 @@ def reproduce_step(
         watch(each.step(model, reward, batch, Random(settings.seed, bundle.step, batch.ids)))
         for each, batch in zip(replicas.algorithms, batches.split(samples), strict=True)
     ]
-    return Updater(weights, ranks, micro_batches=settings.micro_batches).step(streams, bundle.step, state["lr_scale"])
+    updater = Updater(weights, ranks, micro_batches=settings.micro_batches)
+    with as_trained(model):
+        return updater.step(streams, bundle.step, state["lr_scale"])

@@ -37,7 +37,7 @@ from palate.train.saving import Saver
 from palate.train.state import Counters, Replicas, Weights
 from palate.train.steering import Steering, noise_images, unknown_words
 from palate.train.tracking import Trackers, tracking
-from palate.train.update import Updater
+from palate.train.update import Updater, as_trained
 
 
 class Run:
@@ -154,7 +154,8 @@ class Run:
             algorithm.step(self.job.model, self.reward, batch, Random(self.settings.seed, step, batch.ids))
             for algorithm, batch in zip(self.replicas.algorithms, batches, strict=True)
         ]
-        return self.updater.step(streams, step, self.counters.lr_scale)
+        with as_trained(self.job.model):
+            return self.updater.step(streams, step, self.counters.lr_scale)
 
     def _scheduled(self, step: int) -> None:
         """Guard, preview, checkpoint, in this order: a checkpoint holds what the guard decided."""

@@ -22,6 +22,7 @@ from palate.runtime import checkpoint, sharding
 from palate.runtime.distributed import Ranks
 from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.files import json_digest
+from palate.train.optimizers import load_moments, make_optimizer, moments_of
 
 
 @dataclasses.dataclass
@@ -61,10 +62,7 @@ class Weights:
                     f"the model has no trainable {name} parameters; load it with training='lora' or 'full'"
                 )
         self.optimizers = {
-            name: torch.optim.AdamW(
-                parameters, lr=self.rates[name], betas=settings.betas, weight_decay=settings.weight_decay
-            )
-            for name, parameters in self.parameters.items()
+            name: make_optimizer(parameters, self.rates[name], settings) for name, parameters in self.parameters.items()
         }
         keep = settings.ema_decay > 0
         self.ema = {n: [p.detach().clone() for p in ps] for n, ps in self.parameters.items()} if keep else {}
@@ -122,7 +120,7 @@ class Weights:
         for name, parameters in self.parameters.items():
             tensors |= {f"weights/{name}/{i:04d}": p for i, p in enumerate(parameters)}
             tensors |= {f"ema/{name}/{i:04d}": p for i, p in enumerate(self.ema.get(name, ()))}
-            for i, moments in self.optimizers[name].state_dict()["state"].items():
+            for i, moments in moments_of(self.optimizers[name]).items():
                 tensors |= {f"optimizer/{name}/{i:04d}/{key}": value for key, value in moments.items()}
         return tensors
 
@@ -134,9 +132,8 @@ class Weights:
             copy_into(parameters, saved.tensors, f"weights/{name}")
             if self.ema:
                 copy_into(self.ema[name], saved.tensors, f"ema/{name}")
-            moments = _moments(parameters, saved.tensors, f"optimizer/{name}")
-            groups = self.optimizers[name].state_dict()["param_groups"]
-            self.optimizers[name].load_state_dict({"state": moments, "param_groups": groups})
+            kind = self.settings.optimizer
+            load_moments(self.optimizers[name], parameters, saved.tensors, f"optimizer/{name}", kind)
 
 
 class Replicas:
@@ -207,29 +204,6 @@ def copy_into(targets: Sequence[Tensor], tensors: Mapping[str, Tensor], prefix: 
                 f"{target.dtype} {tuple(target.shape)} here"
             )
     _assign(targets, [tensors[key] for key in expected])
-
-
-def _moments(parameters: Sequence[Tensor], tensors: Mapping[str, Tensor], prefix: str) -> dict[int, dict[str, Tensor]]:
-    """AdamW's state in a checkpoint, cut as the parameters are; a parameter that never had a gradient has none."""
-    moments: dict[int, dict[str, Tensor]] = {}
-    for i, parameter in enumerate(parameters):
-        expected = {
-            "step": (torch.float32, torch.Size()),
-            "exp_avg": (parameter.dtype, parameter.shape),
-            "exp_avg_sq": (parameter.dtype, parameter.shape),
-        }
-        found = {part: f"{prefix}/{i:04d}/{part}" for part in expected}
-        parts = {part: tensors[key] for part, key in found.items() if key in tensors}
-        if parts and {part: (value.dtype, value.shape) for part, value in parts.items()} != expected:
-            raise CheckpointError(f"{prefix}/{i:04d} of the checkpoint does not fit the model's parameter")
-        if parts:
-            moments[i] = {
-                part: value if part == "step" else sharding.shard_like(value, parameter)
-                for part, value in parts.items()
-            }
-    if sum(map(len, moments.values())) != sum(key.startswith(f"{prefix}/") for key in tensors):
-        raise CheckpointError(f"the checkpoint holds tensors of {prefix} for which there is no parameter")
-    return moments
 
 
 @torch.no_grad()

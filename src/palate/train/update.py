@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from palate.core import Loss
+from palate.core import Loss, Model, TrainsOtherwise
 from palate.runtime import sharding
 from palate.runtime.distributed import Ranks
 from palate.runtime.errors import InputError
 from palate.train.state import Weights
 
 Stream = Iterator[Loss]
+
+
+def as_trained(model: Model) -> AbstractContextManager[None]:
+    """Inside, the model is what it trains as; steps and their backward passes run in it."""
+    return model.while_training() if isinstance(model, TrainsOtherwise) else nullcontext()
 
 
 class MetricAverager:

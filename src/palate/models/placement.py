@@ -1,0 +1,108 @@
+"""How a denoiser's blocks run: with which attention kernels, compiled, or kept in the host's memory between calls.
+
+`keep_blocks_on_host` needs little of the accelerator: a frozen block's weights are copied there for its call and let go
+after it. Blocks that are recomputed in the backward pass (gradient checkpointing, which it needs) bring their weights
+once more, and autograd holds those for as long as the block's gradient takes. What trains, a LoRA, never moves.
+
+diffusers' own group offloading moves the trained weights too, takes from autograd what it has kept of a block, and
+leaves a block where it is when a recomputation ends early.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from palate.runtime.errors import InputError
+
+_HOME: WeakKeyDictionary[nn.Module, torch.device] = WeakKeyDictionary()  # of networks whose blocks wait on the host
+
+
+def use_attention(network: Any, backend: str) -> None:
+    """Have every attention use that kernel of diffusers, "native", "flash" or "_native_math". InputError: it cannot."""
+    try:
+        network.set_attention_backend(backend)
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"model.attention={backend}: {why}; leave it out for torch's own kernels") from error
+
+
+def compile_blocks(network: Any, backend: str = "inductor") -> None:
+    """Compile the repeated blocks, each alone: seconds rather than minutes, and one for all blocks of a kind.
+
+    InputError: diffusers does not know this network's repeated blocks.
+    """
+    try:
+        network.compile_repeated_blocks(backend=backend)
+    except ValueError as error:
+        raise InputError(
+            f"model.compile: diffusers names no repeated blocks of {type(network).__name__}; leave it out"
+        ) from error
+
+
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """The blocks of the network's own lists, most of its weights."""
+    return [block for part in network.children() if isinstance(part, nn.ModuleList) for block in part]
+
+
+def keep_blocks_on_host(network: nn.Module, device: torch.device) -> None:
+    """From now on the frozen weights of the network's blocks are on `device` only while their block runs.
+
+    All else, adapters too, is moved there for good. InputError: the network has no lists of blocks.
+    """
+    blocks = blocks_of(network)
+    if not blocks:
+        raise InputError(f"model.offload: {type(network).__name__} has no list of blocks; leave it out")
+    _HOME[network] = device
+    waiting = {id(p) for block in blocks for p in block.parameters() if not p.requires_grad}
+    for tensor in (*network.parameters(), *network.buffers()):
+        if id(tensor) not in waiting:
+            tensor.data = tensor.data.to(device)
+    for block in blocks:
+        kept = _Kept(block, device)
+        block.register_forward_pre_hook(kept.bring)
+        block.register_forward_hook(kept.let_go, always_call=True)  # a recomputation ends by an exception
+
+
+class _Kept:
+    """One block's frozen weights on the host, in pinned memory where there is an accelerator to copy them to.
+
+    For a call other parameters stand in their places: autograd holds those until the block's gradient is made, and
+    never meets the ones on the host.
+    """
+
+    def __init__(self, block: nn.Module, device: torch.device):
+        self.device = device
+        self.places = [
+            (module, name, p)
+            for module in block.modules()
+            for name, p in module.named_parameters(recurse=False)
+            if not p.requires_grad
+        ]
+        for _, _, p in self.places:
+            p.data = p.data.cpu().pin_memory() if device.type == "cuda" else p.data.cpu()
+
+    def bring(self, block: nn.Module, given: Any) -> None:
+        for module, name, p in self.places:
+            value = torch.empty_like(p, device=self.device).copy_(p, non_blocking=True)
+            module._parameters[name] = nn.Parameter(value, requires_grad=False)
+
+    def let_go(self, block: nn.Module, given: Any, output: Any) -> None:
+        for module, name, p in self.places:
+            module._parameters[name] = p
+
+
+def waits_on_host(network: nn.Module) -> bool:
+    """Whether the network's blocks wait on the host."""
+    return network in _HOME
+
+
+def bring_adapters(network: nn.Module, name: str) -> None:
+    """Adapters added after `keep_blocks_on_host` come to the accelerator, as the first ones did."""
+    if network in _HOME:
+        for key, p in network.named_parameters():
+            if f".{name}." in key:
+                p.data = p.data.to(_HOME[network])
