@@ -1,0 +1,175 @@
+"""What a person waits for in the studio: the first pictures, the next pair after a key, the fit after a vote.
+
+    python benchmarks/studio.py [--votes 40] [--runs FOLDER]      on a machine that does nothing else; two cores
+    python benchmarks/studio.py --browser                         the next pair as Chromium shows it, with its pictures
+
+It opens `palate studio` in a process of its own on an empty folder, as a person would, waits until the pictures of the
+pool are drawn ahead, and votes. Figures: seconds from the command to the first pair; milliseconds from a vote to the
+answer with the next pair, and with --browser from the key to its two pictures on the screen (median, 95th percentile,
+largest); milliseconds of a refit and of the card with its leave-one-out refits after that many votes; bytes of a page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from palate.taste.learner import fit, leave_one_out
+from palate.taste.taste import SIDE_STD
+
+LIMITS = {"first pair, s": 10.0, "next pair, ms": 100.0, "fit, ms": 50.0, "page, bytes": 300_000}
+COLUMNS = 51  # words + colour of the embedded reward
+
+
+class Studio:
+    """`palate studio` in a process of its own, and a client that is let in."""
+
+    def __init__(self, runs: Path):
+        self.began = time.perf_counter()
+        command = [sys.executable, "-m", "palate", "studio", "--port", "0", "--no-browser", "--runs", str(runs)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert self.process.stdout is not None
+        found = re.search(r"http\S+", self.process.stdout.readline())
+        if found is None:
+            raise RuntimeError("palate studio printed no link")
+        self.link = found[0]
+        self.root = self.link.partition("/?")[0]
+
+    def client(self) -> httpx.Client:
+        made = httpx.Client(base_url=self.root, follow_redirects=True, timeout=60, trust_env=False)
+        made.get(self.link)
+        return made
+
+    def close(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+
+def until(found: Callable[[], Any], seconds: float = 300.0) -> Any:
+    """What `found` returns once it is true. RuntimeError after the time."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        if value := found():
+            return value
+        time.sleep(0.02)
+    raise RuntimeError("waited too long")
+
+
+def spread(milliseconds: list[float]) -> str:
+    """Median, 95th percentile and largest."""
+    return "median {:.0f}, p95 {:.0f}, largest {:.0f}".format(*np.percentile(milliseconds, [50, 95, 100]))
+
+
+def pair_of(page: str) -> str:
+    found = re.search(r'data-pair="(\w+)"', page)
+    return found[1] if found else ""
+
+
+def by_requests(client: httpx.Client, votes: int) -> list[float]:
+    """Milliseconds from each vote to the answer that holds the next pair."""
+    times = []
+    for k in range(votes):
+        pair = until(lambda: pair_of(client.get("/choose/pair").text))
+        began = time.perf_counter()
+        answer = client.post("/choose/vote", data={"pair": pair, "choice": ("left", "right")[k % 2]})
+        times.append(1000 * (time.perf_counter() - began))
+        if pair_of(answer.text) in ("", pair):
+            raise RuntimeError("the next pair did not come with the vote: the pool ran dry")
+    return times
+
+
+SHOWN = """
+const done = arguments[0], before = document.querySelector("[data-pair]").dataset.pair, began = performance.now();
+const look = () => {
+  const pair = document.querySelector("[data-pair]");
+  const whole = pair && pair.dataset.pair !== before && [...pair.querySelectorAll("img")].every((i) => i.complete);
+  whole ? done(performance.now() - began) : requestAnimationFrame(look);
+};
+document.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft", bubbles: true }));
+requestAnimationFrame(look);
+"""
+
+
+def by_browser(link: str, root: str, votes: int) -> list[float]:
+    """Milliseconds from each key to the next pair's two pictures, in a headless Chromium with its driver."""
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-proxy-server"):
+        options.add_argument(argument)
+    page = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    try:
+        page.set_script_timeout(60)
+        page.get(link)
+        page.get(root + "/choose")
+        until(lambda: page.execute_script("return !!document.querySelector('[data-pair]')"))
+        return [float(page.execute_async_script(SHOWN)) for _ in range(votes)]
+    finally:
+        page.quit()
+
+
+def fits(votes: int, repeats: int = 20) -> tuple[list[float], list[float]]:
+    """Milliseconds of a refit with all priors, and of the leave-one-out refits, on made-up votes."""
+    rng = np.random.default_rng(0)
+    d, w = rng.normal(size=(votes, COLUMNS)), rng.normal(size=COLUMNS)
+    y = (rng.random(votes) < 1 / (1 + np.exp(-(d @ w) / 4))).astype(float)
+    found: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats):
+        for times, call in zip(found, (fit, leave_one_out), strict=True):
+            began = time.perf_counter()
+            call(d, y, side_std=SIDE_STD)
+            times.append(1000 * (time.perf_counter() - began))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--votes", type=int, default=40)
+    parser.add_argument("--runs", type=Path, default=None, help="an empty folder; None = a temporary one")
+    parser.add_argument("--pool", type=int, default=480, help="pictures that are drawn before the voting begins")
+    parser.add_argument("--browser", action="store_true")
+    given = parser.parse_args()
+    runs = given.runs or Path(tempfile.mkdtemp(prefix="palate-studio-"))
+    studio = Studio(runs)
+    try:
+        client = studio.client()
+        until(lambda: pair_of(client.get("/choose").text))
+        first = time.perf_counter() - studio.began
+        page = client.get("/choose").text
+        weight = len(page) + sum(len(client.get(x).content) for x in set(re.findall(r'"(/static[^"]+)"', page)))
+        pictures = runs / "studio" / "pictures"
+        until(lambda: len(list(pictures.iterdir())) >= given.pool, 1800)
+        invited = client.post("/invite").text if given.browser else ""
+        times = by_browser(invited, studio.root, given.votes) if given.browser else by_requests(client, given.votes)
+    finally:
+        studio.close()
+        if given.runs is None:
+            shutil.rmtree(runs, ignore_errors=True)
+    refits, cards = fits(given.votes)
+    print(f"{os.cpu_count()} cores; limits: " + ", ".join(f"{name} {limit:g}" for name, limit in LIMITS.items()))
+    print(f"first pair {first:.1f} s after the command; page {weight} bytes without pictures")
+    how = "from the key to the pictures" if given.browser else "from the vote to the answer"
+    print(f"next pair, {given.votes} votes, {how}: {spread(times)} ms")
+    print(f"fit of {given.votes} votes: {spread(refits)} ms; leave-one-out refits: {spread(cards)} ms")
+
+
+if __name__ == "__main__":
+    main()
