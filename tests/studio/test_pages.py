@@ -9,12 +9,14 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support.studio import HOSTILE, Labels
 
-from palate import recipe
+from palate import fit_taste, recipe
 from palate.models.vocabulary import vocabulary
 from palate.runtime.errors import InputError
+from palate.studio.artist import png_of, read_picture
 from palate.studio.runview import RunView
 from palate.studio.shared import PAGES
 from palate.studio.steering import change
@@ -271,3 +273,38 @@ def test_damaged_files_of_the_studio_itself_do_not_stop_it(studio):
             for page in PATHS:
                 assert client.get(page).status_code == 200, (name, damage, page)
         path.unlink()
+
+
+def test_the_taste_chart_is_of_the_fixed_pictures(studio):
+    """Mean taste of each preview above that of the first one, in standard deviations; not the batches' reward."""
+    client, found = studio
+    folder, taste = found.workspace.runs / "align-9", found.workspace.home / "tastes" / "warm"
+    rows = [drawn for drawn in found.artist.pool[:24]]
+    images = torch.stack([read_picture(found.workspace.store.pictures / row.picture.file) for row in rows])
+    warm = (images[:, 0] - images[:, 2]).mean((1, 2))
+    order = [int(k) for k in warm.argsort()]
+    prompts = [row.prompt for row in rows]
+    pairs = [{"prompt": prompts[j], "left": images[i], "right": images[j], "choice": "right"}
+             for i, j in zip(order[:12], order[12:], strict=True)]  # fmt: skip
+    learned = fit_taste(pairs * 2, blocks=["colour"])
+    learned.save(taste)
+    plan = recipe.read("taste-emoji", [f"reward.source.taste='{taste}'", f"run.folder='{folder}'"])
+    for step, chosen in ((0, order[:3]), (5, order[10:13]), (10, order[-3:])):
+        samples = folder / "samples" / f"step-{step:06d}"
+        samples.mkdir(parents=True)
+        for k, i in enumerate(chosen):
+            (samples / f"{k:04d}.png").write_bytes(png_of(images[i]))
+        index = [{"file": f"{k:04d}.png", "prompt": prompts[i], "seed": k} for k, i in enumerate(chosen)]
+        (samples / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in index))
+    (folder / "recipe.yaml").write_text(recipe.dump(plan))
+    (folder / "metrics.jsonl").write_text("".join(
+        json.dumps({"step": k, "event": "step", "loss": 0.0, "reward": -k}) + "\n" for k in range(1, 11)))  # fmt: skip
+    points = found.liking.of(found.view("align-9"))
+    groups = (order[:3], order[10:13], order[-3:])
+    exact = [learned.utility(images[chosen], [prompts[i] for i in chosen]).mean() for chosen in groups]
+    assert [step for step, _ in points] == [0, 5, 10] and points[0][1] == 0.0
+    assert [value for _, value in points[1:]] == pytest.approx([float(e - exact[0]) for e in exact[1:]], abs=1e-4)
+    assert points[2][1] > points[1][1] > 0
+    page = client.get("/align?run=align-9").text
+    assert "Your taste of these pictures" in page and f"to {points[2][1]:.3g}" in page
+    shutil.rmtree(folder)

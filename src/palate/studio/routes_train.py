@@ -47,10 +47,11 @@ def align(request: Request, run: str | None = None) -> HTMLResponse:
 def _live(studio: Studio, view: RunView | None) -> dict[str, object]:
     """What the live part of a page shows of a run."""
     if view is None:
-        return {"view": None, "words": None, "effects": {}, "refused": ""}
+        return {"view": None, "words": None, "effects": {}, "refused": "", "curves": []}
     words = wanted_words(view)
     effects = studio.effects.of(view, words)
-    return {"view": view, "words": words, "effects": effects, "refused": view.refusal()}
+    curves = view.curves(studio.liking.of(view))
+    return {"view": view, "words": words, "effects": effects, "refused": view.refusal(), "curves": curves}
 
 
 def _word_examples(studio: Studio) -> list[dict[str, str]]:

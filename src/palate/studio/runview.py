@@ -142,10 +142,11 @@ class RunView:
             before = now
         return found
 
-    def curves(self) -> list[dict[str, Any]]:
+    def curves(self, liking: Sequence[tuple[int, float]] = ()) -> list[dict[str, Any]]:
         """Charts: the objective, and what is not optimised as a ratio to the base; [{"title", "lines", ...}].
 
-        `marks` of the objective: from there other words are optimised, so that values before and after do not compare.
+        `liking`: (step, taste) on the fixed pictures, which then takes the place of the training batches' reward.
+        `marks`: from there other words are optimised, so that values before and after do not compare.
         """
         steps, guard = self.of("step"), self.of("guard")
         reward = [(r["step"], r[key]) for r in steps for key in ("reward", "reward_denoise") if _number(r.get(key))]
@@ -158,8 +159,10 @@ class RunView:
                 )
         return [
             {
-                "title": f"{self.reward_name} (optimised)",
-                "lines": [{"label": "", "points": smooth(reward)}],
+                "title": "Your taste of these pictures, in standard deviations (optimised)"
+                if liking
+                else f"{self.reward_name} (optimised)",
+                "lines": [{"label": "", "points": list(liking) or smooth(reward)}],
                 "ratio": False,
                 "marks": self.marks(),
             },

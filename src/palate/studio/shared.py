@@ -10,10 +10,12 @@ from fastapi import Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from palate.models.vocabulary import vocabulary
 from palate.runtime.errors import InputError
 from palate.studio.access import Access
 from palate.studio.artist import Artist
 from palate.studio.comparing import Comparing
+from palate.studio.liking import Liking
 from palate.studio.process import Processes
 from palate.studio.runview import RunView, view_of
 from palate.studio.steering import Effects
@@ -34,9 +36,16 @@ class Studio:
         self.processes = Processes(self.workspace)
         self.comparing = Comparing(self.workspace, self.artist)
         self.effects = Effects(self.artist)
+        self.liking = Liking(self.artist)
         self.pages = Environment(loader=PackageLoader("palate.studio", "templates"), autoescape=True,
                                  undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
         self.access: Access | None = None
+
+    @property
+    def control_words(self) -> list[str]:
+        """Words of style, size and background that the embedded model reads."""
+        vocab = vocabulary()
+        return [*vocab.styles, *vocab.sizes, *vocab.colours]
 
     def render(self, request: Request, template: str, **values: Any) -> HTMLResponse:
         page = self.pages.get_template(template)

@@ -30,7 +30,12 @@ def checked_word(word: str, words: Words, *, embedded: bool) -> str:
         raise InputError(f"a control word has at most {LONGEST} characters; {word[:LONGEST]!r}... is longer")
     taken = {**words.positive, **words.negative}
     if embedded:
-        meaning = known_words(word)
+        try:
+            meaning = known_words(word)
+        except InputError as error:  # the field is no prompt: the word and what is near is enough
+            unknown = str(error).splitlines()[0].partition(" in prompt ")[0]
+            known = (*vocabulary().styles, *vocabulary().sizes, *vocabulary().colours)
+            raise InputError(f"{unknown}; it knows {', '.join(known)}") from error
         for other in taken:
             if known_words(other) == meaning:
                 same = "" if other == word else f", which means the same as {word!r}"
