@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import sqlite3
+import sys
+import types
+
 import numpy as np
 import pytest
 from support.loop import rows, run
@@ -45,11 +51,51 @@ def test_wandb_offline_keeps_a_run(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_trackio_keeps_a_run_on_this_machine(tmp_path, monkeypatch):
-    trackio = pytest.importorskip("trackio")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    pytest.importorskip("trackio")
     _, outcome = run(tmp_path / "mine", tracker=["trackio"], **OPTIONS)
-    assert outcome.reason == "finished" and trackio
-    assert any(path.suffix in (".db", ".parquet") for path in (tmp_path / "trackio").rglob("*"))
+    assert outcome.reason == "finished"
+    with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "palate.db")) as database:
+        kept = [json.loads(text) for (text,) in database.execute("select metrics from metrics order by id")]
+    losses = [row["loss"] for row in rows(tmp_path / "mine") if row["event"] == "step"]
+    assert [row["loss"] for row in kept if "loss" in row] == pytest.approx(losses)
+    assert any("result" in row for row in kept)
+    assert len(list((tmp_path / "trackio" / "media").rglob("*.png"))) == 2
+
+
+def test_trackio_is_called_as_its_documentation_says(tmp_path, monkeypatch):
+    """With the signatures of trackio 0.43, so that a call which it would refuse fails here too."""
+    calls = []
+
+    class Run:
+        def log(self, metrics: dict, step: int | None = None) -> None:
+            calls.append((step, metrics))
+
+        def finish(self) -> None:
+            calls.append("finish")
+
+    def init(project: str, name: str | None = None, *, config: dict | None = None, resume: str = "never") -> Run:
+        calls.append((project, name, config, resume))
+        return Run()
+
+    class Image:
+        def __init__(self, value, caption: str | None = None):
+            assert value.dtype == np.uint8 and value.shape[2] == 3
+
+    class Table:
+        def __init__(self, columns: list[str] | None = None, data: list[list] | None = None):
+            self.columns, self.data = columns, data
+
+    monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(init=init, Image=Image, Table=Table))
+    tracker = tracking.Trackio(tmp_path / "mine", {"lr": 1.0})
+    tracker.scalars(1, {"loss": 2.0})
+    tracker.image(1, "previews", np.zeros((2, 2, 3), np.uint8))
+    tracker.table(2, "result", [{"metric": "reward", "value": 3.0}, {"metric": "concept", "value": None}])
+    tracker.close()
+    assert calls[:2] == [("palate", "mine", {"lr": 1.0}, "allow"), (1, {"loss": 2.0})] and calls[-1] == "finish"
+    assert isinstance(calls[2][1]["previews"], Image)
+    table = calls[3][1]["result"]
+    assert (table.columns, table.data) == (["metric", "value"], [["reward", 3.0], ["concept", None]])
 
 
 class Recording:

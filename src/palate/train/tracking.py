@@ -90,9 +90,7 @@ class WeightsAndBiases:
         self.run.log({name: text}, step=step)
 
     def table(self, step: int, name: str, rows: Rows) -> None:
-        columns = list(rows[0]) if rows else []
-        table = self.wandb.Table(columns=columns, data=[[row.get(key) for key in columns] for row in rows])
-        self.run.log({name: table}, step=step)
+        self.run.log({name: _table_of(self.wandb.Table, rows)}, step=step)
 
     def close(self) -> None:
         self.run.finish()
@@ -120,11 +118,15 @@ class Trackio:
         self.run.log({name: text}, step=step)
 
     def table(self, step: int, name: str, rows: Rows) -> None:
-        pandas = importlib.import_module("pandas")  # which trackio brings along
-        self.run.log({name: self.trackio.Table(dataframe=pandas.DataFrame(list(rows)))}, step=step)
+        self.run.log({name: _table_of(self.trackio.Table, rows)}, step=step)
 
     def close(self) -> None:
         self.run.finish()
+
+
+def _table_of(kind: Callable[..., Any], rows: Rows) -> Any:
+    columns = list(rows[0]) if rows else []
+    return kind(columns=columns, data=[[row.get(key) for key in columns] for row in rows])
 
 
 TRACKERS: dict[str, Callable[..., Tracker]] = {
