@@ -48,10 +48,14 @@ def filled(page: str, place: Path, results: Path, images: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    args = parser.parse_args()
+    write(parser.parse_args().results)
+
+
+def write(results: Path) -> None:
+    """Fill every page that has a mark, and print the names of those that changed."""
     for path in sorted(DOCS.rglob("*.md")):
         before = path.read_text("utf-8")
-        after = filled(before, path.parent, args.results, DOCS / "images")
+        after = filled(before, path.parent, results, DOCS / "images")
         if after != before:
             path.write_text(after, "utf-8")
             print(path.relative_to(DOCS.parent))

@@ -30,7 +30,7 @@ from palate.rewards.simple import jpeg_size
 from palate.runtime.errors import InputError
 
 STYLE, NEGATIVE, K = "3d", "flat", 4.0
-PERSON, VOTES = "warm3d", 60
+PERSON, VOTES, CONCEPTS = "warm3d", 60, 24
 SCENES = ("counting", "two objects", "position", "binding")
 ABSOLUTE = [
     "algorithm.preference=absolute",
@@ -83,7 +83,7 @@ def _person() -> tuple[Reward, Reward]:
     """The taste learned from VOTES random votes, and the utility of who cast them."""
     import taste
 
-    bench = taste.Bench(quick=True)
+    bench = taste.Bench(CONCEPTS, quick=False)
     voter = taste.Voter(bench.people[PERSON], bench.first, bench.scaling, seed=0)
     voter.vote(bench.first, VOTES, bald=False)
     assert voter.posterior is not None

@@ -222,6 +222,9 @@ def quick(command, rows):
         ("frontier.py --methods ReFL", ["| ReFL |"]),
         ("guard.py --methods DRaFT-LV", ["| DRaFT-LV, seed 0 |"]),
         ("sqdf.py blackbox", ["| jpeg-size | 1 |"]),
+        ("comparison.py --tasks style jpeg --methods SRPO DDPO --jobs 1", ["| SRPO | 1 |", "**small file**"]),
+        ("comparison.py tune --tasks taste --methods ReFL --jobs 1", ['"taste: ReFL": ']),
+        ("blind_study.py", ["| clear taste, few ties | 40 |"]),
     ],
 )
 def test_quick_comparison_of_a_method_or_two(command, rows):
@@ -267,6 +270,9 @@ def test_tables_go_where_the_page_marks_them(tmp_path):
     wanted = {found[2] for found in publish.MARK.finditer(pages)}
     assert wanted == {
         "blind_study",
+        "claim-figures",
+        "claims",
+        "comparison",
         "time_to_preference",
         "frontier",
         "guard",

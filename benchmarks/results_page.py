@@ -1,0 +1,238 @@
+"""The pictures of the results page, and the page: one figure per claim, and the same prompts for each method.
+
+    python benchmarks/results_page.py [--results benchmarks/results]
+    python benchmarks/results_page.py --images DIR        # elsewhere than docs/images; the pages are left alone
+
+Everything is made from the rows that are there: claims.py judges them, comparison.py sums them up, a figure is drawn
+for each claim that was measured, in a light and a dark form with a text that says what is to be seen, and publish.py
+writes tables and figures into the documentation. Pictures are those that the comparison's first seed kept of its
+looks: of each method the look whose held-out goal is nearest to a level that most methods reach, so that styles are
+compared at equal merit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import claims
+import comparison
+import matplotlib
+import numpy as np
+from claims import Judged
+from methods import made, slug
+from PIL import Image
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+DOCS = Path(__file__).parent.parent / "docs"
+THEMES = {
+    "light": {"ink": "#1d1f24", "soft": "#6b7280", "grid": "#e5e7eb", "first": "#c2410c", "second": "#2563eb"},
+    "dark": {"ink": "#e5e7eb", "soft": "#9ca3af", "grid": "#374151", "first": "#fb923c", "second": "#60a5fa"},
+}
+VERDICTS = {"holds": "holds", "fails": "does not hold", "open": "the runs cannot tell"}
+SIZE = (6.4, 2.9)  # inches
+
+
+def style(theme: str) -> dict[str, Any]:
+    """matplotlib's settings of a theme; the background stays the page's."""
+    colours = THEMES[theme]
+    return {
+        "svg.hashsalt": "palate", "svg.fonttype": "path", "font.size": 10, "figure.figsize": SIZE,
+        "text.color": colours["ink"], "axes.labelcolor": colours["ink"], "axes.edgecolor": colours["soft"],
+        "xtick.color": colours["soft"], "ytick.color": colours["soft"], "grid.color": colours["grid"],
+        "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
+        "legend.frameon": False, "legend.labelcolor": colours["ink"], "savefig.transparent": True,
+    }  # fmt: skip
+
+
+def headline(row: Judged) -> str:
+    """The claim and its verdict, the figure's title."""
+    return f"{row.claim.text[0].upper()}{row.claim.text[1:]}: {VERDICTS[row.verdict]}"
+
+
+def alt(row: Judged) -> str:
+    """What the figure shows, for those who do not see it."""
+    assert row.found is not None, "only what was measured is drawn"
+    bound = " It is a lower bound: the slower method did not get there on every seed." if row.found.bound else ""
+    return (
+        f"{headline(row)}. Found {claims.told(row.found)} {row.claim.unit}, where the claim needs more than "
+        f"{row.claim.bar:g}.{bound}"
+    )
+
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+
+def draw(row: Judged, theme: str) -> str:
+    """The SVG of a claim's figure in a theme."""
+    kinds = {"curves": _curves, "bars": _bars, "frontier": _frontier}
+    with plt.rc_context(style(theme)):
+        figure, axes = plt.subplots(layout="constrained")
+        kinds[row.claim.kind](axes, row, THEMES[theme])
+        axes.set_title(headline(row), loc="left", fontsize=11, fontweight="bold", wrap=True)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Title": headline(row)})
+        plt.close(figure)
+    return stream.getvalue()
+
+
+def _curves(axes: Any, row: Judged, colours: dict[str, str]) -> None:
+    """The goal's rise over forwards, a thin line per seed; the level at which the methods are compared."""
+    found = row.found
+    assert found is not None and found.series is not None
+    for (name, runs), colour in zip(found.series["curves"].items(), _colours(colours), strict=True):
+        for k, (forwards, rises) in enumerate(runs):
+            axes.plot(forwards, rises, color=colour, lw=1.4, alpha=0.75, label=name if k == 0 else None)
+    level = found.series["level"]
+    axes.axhline(level, color=colours["soft"], lw=1, ls="--")
+    axes.annotate(
+        f"{claims.told(found)} {row.claim.unit} to here", (1, level), xycoords=("axes fraction", "data"),
+        ha="right", va="bottom", fontsize=9, color=colours["ink"],
+    )  # fmt: skip
+    axes.set_xlabel("denoiser forwards")
+    axes.set_ylabel("rise, held out")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.legend(loc="upper left")
+
+
+def _bars(axes: Any, row: Judged, colours: dict[str, str]) -> None:
+    """Mean of each variant, a dot per seed, and the difference's interval in words."""
+    found = row.found
+    assert found is not None and found.series is not None
+    names = list(found.series["bars"])
+    for k, (name, colour) in enumerate(zip(names, _colours(colours), strict=True)):
+        values = found.series["bars"][name]
+        axes.barh(k, np.mean(values), height=0.55, color=colour, alpha=0.35)
+        axes.plot(values, [k] * len(values), "o", color=colour, ms=5)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    low = min(min(values) for values in found.series["bars"].values())
+    high = max(max(values) for values in found.series["bars"].values())
+    if low > 0 and high - low < low / 2:  # the difference is what matters, so bars do not begin at 0
+        axes.set_xlim(low - (high - low), high + (high - low) / 2)
+    axes.set_xlabel(f"{row.claim.unit}; difference {claims.told(found)}")
+
+
+def _frontier(axes: Any, row: Judged, colours: dict[str, str]) -> None:
+    """Every look of both methods."""
+    found = row.found
+    assert found is not None and found.series is not None
+    for (name, points), colour in zip(found.series["points"].items(), _colours(colours), strict=True):
+        axes.scatter(*np.array(points).T, s=16, color=colour, alpha=0.75, label=name)
+    axes.set_xlabel("held-out goal")
+    axes.set_ylabel(f"{found.series['axis']}; above over {found.value:.0%} of the range")
+    axes.legend(loc="best")
+
+
+def _colours(colours: dict[str, str]) -> tuple[str, str]:
+    return colours["second"], colours["first"]
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def equal_looks(rows: Sequence[dict[str, Any]]) -> tuple[float, list[tuple[str, int]]]:
+    """The level, the median of the methods' best kept goals, and of each method that comes near it the look that is
+    nearest; the base first."""
+    goals = {r["method"]: [comparison.mean(point, "heldout") for point in r["points"]] for r in rows}
+    best = [goals[r["method"]][comparison.best_kept(r["points"], r["task"])] for r in rows]
+    base = next(iter(goals.values()))[0]
+    level = float(np.median(best))
+    found = [("base", 0)]
+    for method, values in goals.items():
+        place = int(np.argmin([abs(value - level) for value in values]))
+        if place > 0 and abs(values[place] - level) < max(1e-9, 0.5 * abs(level - base)):
+            found.append((method, place))
+    return level, found
+
+
+def picture_table(results: Path, theme: str, task: str = "style") -> tuple[Image.Image, str] | None:
+    """A row of pictures per method, its name beside it, and the alternative text; None without rows."""
+    rows = [row for path in sorted(results.glob(f"{slug('comparison', task)}-*.json"))
+            if (row := made(path))["pictures"] and row["task"] == task]  # fmt: skip
+    if not rows:
+        return None
+    level, chosen = equal_looks(rows)
+    sheets = {row["method"]: row["pictures"] for row in rows}
+    strips = [(name, _sheet(sheets[rows[0]["method"] if name == "base" else name][place])) for name, place in chosen]
+    with plt.rc_context(style(theme)):
+        figure, axes = plt.subplots(len(strips), 1, figsize=(6.4, 0.95 * len(strips)), layout="constrained")
+        for axis, (name, strip) in zip(np.atleast_1d(axes), strips, strict=True):
+            axis.imshow(strip, interpolation="nearest")
+            axis.set_ylabel(name, rotation=0, ha="right", va="center")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.grid(visible=False)
+            axis.spines[:].set_visible(False)
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", dpi=150, metadata={"Software": None})
+        plt.close(figure)
+    text = (
+        f"The same prompts and noise drawn by the base model and by {', '.join(name for name, _ in chosen[1:])}, each "
+        f"where its held-out goal is nearest to {level:.3f}."
+    )
+    return Image.open(io.BytesIO(stream.getvalue())), text
+
+
+def _sheet(text: str) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))))
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def both(name: str, text: str, ending: str = "svg") -> str:
+    """Markdown that shows the light or the dark form, as the reader's theme asks."""
+    text = text.replace("[", "(").replace("]", ")")
+    return "\n".join(f"![{text}](images/{name}-{theme}.{ending}#only-{theme})" for theme in THEMES)
+
+
+def figures(rows: Sequence[Judged], images: Path) -> Iterator[str]:
+    """Write every figure, and give the markdown of each."""
+    images.mkdir(parents=True, exist_ok=True)
+    for row in rows:
+        if row.found is None:
+            continue
+        for theme in THEMES:
+            (images / f"claim-{row.claim.key}-{theme}.svg").write_text(draw(row, theme), encoding="utf-8")
+        yield both(f"claim-{row.claim.key}", alt(row))
+
+
+def write(results: Path, images: Path) -> Path:
+    """claims.{json,md}, and claim-figures.md with the figures and, where rows keep them, the pictures."""
+    judged = claims.judge(results)
+    (results / "claims.json").write_text(json.dumps(claims.as_json(judged), indent=1) + "\n")
+    (results / "claims.md").write_text(claims.table(judged))
+    parts = list(figures(judged, images))
+    for theme in THEMES:
+        if found := picture_table(results, theme):
+            found[0].save(images / f"equal-reward-{theme}.png", optimize=True)
+            if theme == "light":
+                parts.append(both("equal-reward", found[1], "png"))
+    page = results / "claim-figures.md"
+    page.write_text("\n\n".join(parts) + "\n")
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--images", type=Path, help="else docs/images, and the pages are written")
+    args = parser.parse_args()
+    print(write(args.results, args.images or DOCS / "images"))
+    if args.images is None:
+        import publish
+
+        publish.write(args.results)
+
+
+if __name__ == "__main__":
+    main()
