@@ -38,7 +38,7 @@ from palate import recipe
 from palate.evaluate import generate, quantise
 from palate.runtime.images import encode_png, to_pixels
 
-STALL, LOST = 4, 0.05
+STALL, LOST = 3, 0.05
 CONCEPTS = ("style", "absolute", "jpeg", "taste")  # tasks whose prompts name one thing that must stay right
 HEADLINE, SEEDS = (0, 1, 2, 3, 4), (0, 1, 2)
 TUNE_SEED = 100
@@ -275,12 +275,12 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--methods", nargs="+", default=available(), choices=available())
     parser.add_argument("--seeds", type=int, nargs="+", help="else five of the style task, three of the others")
-    parser.add_argument("--budget", type=int, help="denoiser forwards of a run at most; else 24,000, of tune 6,000")
-    parser.add_argument("--checks", type=int, default=12, help="looks, evenly spread over the budget")
+    parser.add_argument("--budget", type=int, help="denoiser forwards of a run at most; else 16,000, of tune 6,000")
+    parser.add_argument("--checks", type=int, default=8, help="looks, evenly spread over the budget")
     parser.add_argument("--prompts", type=int, default=48, help="two images each")
     parser.add_argument("--override", nargs="*", default=[], help="for every method")
     args = parsed(parser)
-    args.budget = args.budget or (6000 if args.what == "tune" else 24000)
+    args.budget = args.budget or (6000 if args.what == "tune" else 16000)
     if args.quick:
         args.seeds, args.budget, args.checks, args.prompts = (args.seeds or [0])[:2], 60, 2, 4
     for task in list(args.tasks):

@@ -13,6 +13,7 @@ import argparse
 import os
 import re
 import shutil
+import textwrap
 from pathlib import Path
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -22,7 +23,17 @@ PICTURES = {  # table -> its pictures in RESULTS
     "sqdf": ["sqdf-frontier.svg"],
     "distar-family": ["distar-family.svg"],
 }
+WIDTH = 100
 MARK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def wrapped(text: str) -> str:
+    """Sentences in lines of at most WIDTH characters, as the pages have them; tables and pictures as they are."""
+    lines = (
+        [line] if line.startswith(("|", "!", "<", " ")) else textwrap.wrap(line, WIDTH, break_on_hyphens=False) or [""]
+        for line in text.splitlines()
+    )
+    return "\n".join(part for own in lines for part in own)
 
 
 def filled(page: str, place: Path, results: Path, images: Path) -> str:
@@ -33,7 +44,7 @@ def filled(page: str, place: Path, results: Path, images: Path) -> str:
         table = results / f"{name}.md"
         if not table.is_file():
             return found[0]
-        parts = [table.read_text("utf-8").strip()]
+        parts = [wrapped(table.read_text("utf-8").strip())]
         for picture in PICTURES.get(name, ()):
             if (results / picture).is_file():
                 images.mkdir(parents=True, exist_ok=True)

@@ -265,6 +265,10 @@ def test_tables_go_where_the_page_marks_them(tmp_path):
         "prose\n<!-- results: guard -->\n\nNot measured yet.\n<!-- end -->\n"
     )
     assert publish.filled(once, tmp_path / "docs/algorithms", results, images) == once
+    long = "word " * 30
+    assert publish.wrapped(f"| {long}|\n\n{long}\n![{long}](x)") == (
+        f"| {long}|\n\n" + "\n".join(["word " * 19 + "word", "word " * 9 + "word"]) + f"\n![{long}](x)"
+    )
     assert (images / "frontier-drift.svg").is_file()
     pages = "".join(path.read_text() for path in publish.DOCS.rglob("*.md"))
     wanted = {found[2] for found in publish.MARK.finditer(pages)}

@@ -12,6 +12,8 @@ import torch
 
 from palate import evaluate, runs
 from palate.evaluate import EvaluationPanel
+from palate.evaluate.samples import Drawing, generate_parts
+from palate.models.emoji import EmojiModel
 from palate.path import Prediction, flow_schedule
 from palate.runtime.errors import InputError
 
@@ -665,3 +667,16 @@ def test_overrides_judge_a_finished_run_and_change_nothing_of_it(tmp_path):
     for change in ("trainer.lr=1", "reward.name=warmth", "algorithm.name=dpo", "prompts.list=a"):
         with pytest.raises(InputError, match="start a new run"):
             runs.RunFolder(folder, [change])
+
+
+def test_images_drawn_in_parts_are_those_drawn_at_once(tmp_path):
+    """Whatever room there is, bit for bit, and so are the files."""
+    model = EmojiModel.load(training="none")
+    prompts, seeds = ["a dog", "a cat", "an apple"], [0, 5]
+    whole = evaluate.generate(model, prompts, seeds, steps=2, batch_size=2)
+    how = Drawing(steps=2, batch_size=2)
+    parts = list(generate_parts(model, prompts, seeds, how, room=12 * 64 * 64 * 3))
+    assert [len(part) for part in parts] == [2, 2, 2] and torch.equal(torch.cat(parts), whole)
+    evaluate.write_samples(tmp_path / "a", whole, *evaluate.pairs(prompts, seeds), guidance=3.0, steps=2)
+    evaluate.write_samples(tmp_path / "b", parts, *evaluate.pairs(prompts, seeds), guidance=3.0, steps=2)
+    assert [(tmp_path / "a" / f.name).read_bytes() == f.read_bytes() for f in (tmp_path / "b").iterdir()] == [True] * 7

@@ -153,11 +153,11 @@ def test_an_evaluation_of_direct_compares_the_generator_with_itself(tmp_path, mo
         (folder / "recipe.yaml").write_text(recipe.dump(recipe.read(name)))
         drawn = []
 
-        def generate(model, prompts, seeds, *, weights, sampler, drawn=drawn, **_):
-            drawn.append((weights, sampler is not None))
-            return torch.zeros(len(prompts) * len(seeds), 3, 8, 8)
+        def generate_parts(model, prompts, seeds, how, drawn=drawn):
+            drawn.append((how.weights, how.sampler is not None))
+            return [torch.zeros(len(prompts) * len(seeds), 3, 8, 8)]
 
-        monkeypatch.setattr(evaluation, "generate", generate)
+        monkeypatch.setattr(evaluation, "generate_parts", generate_parts)
         monkeypatch.setattr(evaluation, "evaluate_samples", lambda *a, **k: {"metrics": {}, "failed": [], "prompts": 1})
         monkeypatch.setattr(evaluation, "verdict", lambda *a, **k: {"warnings": []})
         model = recipe.build_model(recipe.read("direct-emoji"))

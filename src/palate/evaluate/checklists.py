@@ -17,16 +17,17 @@ from palate.runtime.images import to_pixels
 
 
 def evaluate_checklists(
-    images: Tensor,
+    images: Tensor | Sequence[np.ndarray],
     prompts: Sequence[str],
     seeds: Sequence[int],
     checklists: Sequence[Checklist],
     judge: QuestionJudge,
     *,
-    base: Tensor | None = None,
+    base: Tensor | Sequence[np.ndarray] | None = None,
 ) -> dict[str, Any]:
-    """Images (N, 3, H, W), image i drawn for prompts[i] with seeds[i], as JSON values: "metrics" like an evaluation's,
-    "by_prompt", "rows" (per image, with its questions' scores in the order of the file), "unclear" answers by side.
+    """Images (N, 3, H, W), or their pixels (H, W, 3), image i drawn for prompts[i] with seeds[i], as JSON values:
+    "metrics" like an evaluation's, "by_prompt", "rows" (per image, with its questions' scores in the order of the
+    file), "unclear" answers by side.
 
     Metrics, 95 % intervals over prompts: arithmetic and geometric, the means over images of a prompt's two means;
     skill/NAME, the mean over all questions of a skill; arithmetic/KIND and geometric/KIND, of the prompts of a kind.
@@ -36,7 +37,7 @@ def evaluate_checklists(
     if unknown := [prompt for prompt in prompts if prompt not in known]:
         raise InputError(f"there are no questions for the prompt {unknown[0][:80]!r}; draw the prompts of the file")
     asked = [known[prompt] for prompt in prompts]
-    pixels = [to_pixels(side) for side in (images, base) if side is not None]
+    pixels = [to_pixels(side) if isinstance(side, Tensor) else side for side in (images, base) if side is not None]
     scores = judge.scores(
         [(picture, question) for side in pixels for picture, item in zip(side, asked, strict=True)
          for question in item.questions]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from palate.runtime.images import UNREADABLE, encode_png, from_pixels, read_pixe
 from palate.runtime.phases import tell
 from palate.sampling import sample
 
+ROOM = 2 << 30  # bytes of the images that are drawn before they are written
 DEFAULT_STEPS = 25  # of a model that names none of its own
 
 
@@ -62,6 +63,21 @@ def generate(
     rows = [Random(int(s), 0, [i]) for i in range(len(prompts)) for s in seeds]
     noises = noises_of(rows, "evaluate", model.latent_shape, sampler)
     return draw(model, repeated, noises, Drawing(steps, guidance, weights, batch_size, sampler))
+
+
+def generate_parts(
+    model: Sampleable, prompts: Sequence[str], seeds: Sequence[int], how: Drawing, *, room: int = ROOM
+) -> Iterator[Tensor]:
+    """The images of `generate`, bit for bit, in parts of at most `room` bytes: so that long lists of prompts at
+    high resolution need not be in memory at once."""
+    repeated, _ = pairs(prompts, seeds)
+    rows = [Random(int(s), 0, [i]) for i in range(len(prompts)) for s in seeds]
+    size = model.image_size
+    pixels = size * size if isinstance(size, int) else size[0] * size[1]
+    part = max(1, room // (12 * pixels) // how.batch_size) * how.batch_size  # float32 in three channels
+    for start in range(0, len(rows), part):
+        noises = noises_of(rows[start : start + part], "evaluate", model.latent_shape, how.sampler)
+        yield draw(model, repeated[start : start + part], noises, how)
 
 
 def noises_of(rows: Sequence[Random], purpose: str, shape: Sequence[int], sampler: Sampler | None) -> list[Tensor]:
@@ -105,12 +121,20 @@ def drawn(model: Model, prompts: Sequence[str], noises: Sequence[Tensor], how: D
 
 
 def write_samples(
-    folder: str | Path, images: Tensor, prompts: Sequence[str], seeds: Sequence[int], *, guidance: float, steps: int
+    folder: str | Path,
+    images: Tensor | Iterable[Tensor],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    guidance: float,
+    steps: int,
 ) -> None:
-    """PNGs 0000.png ... and index.jsonl, one row per image: {"file", "prompt", "seed", "guidance", "steps"}."""
+    """PNGs 0000.png ... and index.jsonl, one row per image: {"file", "prompt", "seed", "guidance", "steps"}. `images`
+    (N, 3, H, W) may come in parts."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    pixels = to_pixels(images)
+    parts = [images] if isinstance(images, Tensor) else images
+    pixels = (array for part in parts for array in to_pixels(part))
     rows = []
     for i, (array, prompt, seed) in enumerate(zip(pixels, prompts, seeds, strict=True)):
         (folder / f"{i:04d}.png").write_bytes(encode_png(array))

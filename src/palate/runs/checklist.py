@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from palate.core import Model, Sampler
 from palate.data.checklists import Checklist
 from palate.evaluate.checklists import evaluate_checklists
 from palate.evaluate.measurement import to_json
-from palate.evaluate.samples import check_same, read_samples
+from palate.evaluate.samples import check_same, read_index
 from palate.rewards.answers import Answers
 from palate.rewards.checklist import QuestionJudge
 from palate.runs.comparison import between
@@ -22,6 +24,7 @@ from palate.runs.evaluation import Load, check_stored, draw_sides, seeds_of
 from palate.runs.folder import RunFolder, run_names
 from palate.runtime.errors import InputError
 from palate.runtime.files import write_atomically
+from palate.runtime.images import UNREADABLE, read_pixels
 
 ANSWERS, RESULT = "answers.jsonl", "checklist.json"
 
@@ -63,15 +66,24 @@ def _loaded(run: RunFolder, load: Load | None) -> tuple[Model, Sampler | None]:
 
 
 def _judged(run: RunFolder, checklists: Sequence[Checklist], judge: QuestionJudge) -> dict[str, Any]:
-    sides = {side: read_samples(run.path / "evaluation" / side) for side in ("base", "result")}
-    (base, base_rows), (images, rows) = sides["base"], sides["result"]
+    folders = {side: run.path / "evaluation" / side for side in ("base", "result")}
+    rows, base_rows = read_index(folders["result"]), read_index(folders["base"])
     check_same(rows, base_rows, "the result", "the base")
     known = {item.prompt for item in checklists}
     there = [i for i, row in enumerate(rows) if row["prompt"] in known]
     if not there:
         raise InputError(f"{run.path}: no stored picture is of a prompt of the file; evaluate without --stored")
     prompts, seeds = [rows[i]["prompt"] for i in there], [rows[i]["seed"] for i in there]
-    found = evaluate_checklists(images[there], prompts, seeds, checklists, judge, base=base[there])
+    images = [_pixels(folders["result"] / rows[i]["file"]) for i in there]
+    base = [_pixels(folders["base"] / base_rows[i]["file"]) for i in there]
+    found = evaluate_checklists(images, prompts, seeds, checklists, judge, base=base)
     for row, i in zip(found["rows"], there, strict=True):
         row["file"] = rows[i]["file"]
     return found
+
+
+def _pixels(path: Path) -> np.ndarray:
+    try:
+        return read_pixels(path)
+    except UNREADABLE as error:
+        raise InputError(f"image {path} cannot be read ({error}); evaluate without --stored") from error

@@ -16,7 +16,7 @@ from palate.core import DrawsReference, Model, Sampleable, Sampler
 from palate.data import evenly_spaced, read_prompts
 from palate.evaluate.measurement import evaluate_samples, to_json
 from palate.evaluate.panel import EvaluationPanel
-from palate.evaluate.samples import check_same, generate, pairs, read_index, write_samples
+from palate.evaluate.samples import Drawing, check_same, generate_parts, pairs, read_index, write_samples
 from palate.evaluate.verdicts import verdict
 from palate.recipe import builder, judging
 from palate.recipe.objective import ORACLE
@@ -193,7 +193,7 @@ def draw_sides(
     alike = isinstance(algorithm, DrawsReference) and algorithm.draws_reference
     for side, weights in (("base", "reference"), ("result", "policy")):
         own = sampler if alike or side == "result" else None  # else beside its teacher, drawn in many steps
-        images = generate(model, prompts, seeds, steps=steps, guidance=guidance, weights=weights, sampler=own)
+        images = generate_parts(model, prompts, seeds, Drawing(steps, guidance, weights, sampler=own))
         scale, count = (1.0, own.steps) if own else (guidance, steps)
         write_samples(run.path / "evaluation" / side, images, *pairs(prompts, seeds), guidance=scale, steps=count)
 
