@@ -216,6 +216,20 @@ def above(first: str, second: str, key: str = "diversity") -> Callable[[Path], M
     return measure
 
 
+def against_teacher(prompts: str, key: str) -> Callable[[Path], Measured | None]:
+    """The shipped one-step generator against the many steps that it was distilled from, paired over prompts."""
+
+    def measure(results: Path) -> Measured | None:
+        path = results / f"{slug('distar', 'teacher', 'emoji-1step')}.json"
+        if not path.exists():
+            return None
+        found = made(path)[prompts][key]
+        bars = {"one step": [found["value"]], "teacher": [found["base"]]}
+        return Measured(found["change"], found["change_low"], found["change_high"], False, {"bars": bars})
+
+    return measure
+
+
 def _best(*names: str) -> Callable[[Path, str], str]:
     """The first of the methods that has rows; else the first."""
     return lambda results, task: next((n for n in names if runs_of(results, task, n)), names[0])
@@ -264,6 +278,11 @@ CLAIMS = [
     Claim("distar-sim", "Diff-Instruct* (2410.20898)", "DI* ends above SIM, which has no reward", "held-out reward",
           0.0, "python benchmarks/distar.py family emoji-1step",
           differs("distar", "family", "DI*", "SIM (no reward)", last("heldout")), "bars"),
+    Claim("distar-teacher", "Diff-Instruct* (2410.20898)", "one step keeps the teacher's concepts within .02",
+          "change of concepts", -0.02, "python benchmarks/distar.py teacher emoji-1step",
+          against_teacher("plain", "concept"), "bars"),
+    Claim("distar-reward", "Diff-Instruct* (2410.20898)", "one step ends above its teacher", "held-out reward", 0.0,
+          "python benchmarks/distar.py teacher emoji-1step", against_teacher("plain", "reward/emoji-heldout"), "bars"),
     Claim("nft-flow", "DiffusionNFT (2509.16117)", "DiffusionNFT needs 25 times less than Flow-GRPO",
           "times the forwards", 25.0, COMPARE, ratio_of_best(RELEASED, "DiffusionNFT"), "curves",
           "learning rates of both searched alike; a level that both reach"),

@@ -44,7 +44,7 @@ def style(theme: str) -> dict[str, Any]:
     """matplotlib's settings of a theme; the background stays the page's."""
     colours = THEMES[theme]
     return {
-        "svg.hashsalt": "palate", "svg.fonttype": "path", "font.size": 10, "figure.figsize": SIZE,
+        "svg.hashsalt": "palate", "svg.fonttype": "none", "font.size": 10, "figure.figsize": SIZE,
         "text.color": colours["ink"], "axes.labelcolor": colours["ink"], "axes.edgecolor": colours["soft"],
         "xtick.color": colours["soft"], "ytick.color": colours["soft"], "grid.color": colours["grid"],
         "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,

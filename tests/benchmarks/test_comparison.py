@@ -162,7 +162,7 @@ def test_the_claims_table_says_what_was_tried_and_how_to_measure(tmp_path):
     keep(tmp_path, *(row(name, s, 0.5) for name in ("SRPO", "DanceGRPO") for s in range(2)))
     text = claims.table(claims.judge(tmp_path))
     assert "| 75 times the forwards | 1 (1 to 1) | **fails**; tried: learning rates of both searched alike" in text
-    assert "**not measured**: `python benchmarks/srpo.py ablations`" in text and "Of 14 claims: 1 fails, 13 not" in text
+    assert "**not measured**: `python benchmarks/srpo.py ablations`" in text and "Of 16 claims: 1 fails, 15 not" in text
 
 
 # --- the page ---
@@ -178,7 +178,7 @@ def test_the_page_has_a_figure_per_claim_in_both_themes_with_words(tmp_path):
     assert "![SRPO needs 75 times less than DanceGRPO: does not hold. Found" in page
     light, dark = ((images / f"claim-srpo-dance-{theme}.svg").read_text() for theme in ("light", "dark"))
     assert results_page.THEMES["light"]["first"] in light and results_page.THEMES["dark"]["first"] in dark
-    assert light.count("<svg") == 1 and "<image" not in light
+    assert light.count("<svg") == 1 and "<image" not in light and "denoiser forwards" in light and "DanceGRPO" in light
     before = light
     results_page.write(results, images)
     assert (images / "claim-srpo-dance-light.svg").read_text() == before  # the same rows, the same bytes

@@ -80,8 +80,8 @@ class JsonClient:
             if attempt < self.patience.retries:
                 time.sleep(min(30.0, self.patience.wait * 2**attempt) * (0.5 + random.random()))
         raise RemoteError(
-            f"reward service {self.url}: {problem}, {self.patience.retries + 1} times. Is it running? Continue with "
-            "`palate resume` when it is",
+            f"reward service {self.url}: {problem}, {self.patience.retries + 1} times. Is it running? When it is, "
+            "`palate resume` goes on with a run, and an evaluation is asked for again",
             last,
         )
 
