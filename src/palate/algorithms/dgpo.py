@@ -117,7 +117,7 @@ class DGPO:
         if needs_old(s):
             self.old = taken(parameters) if self.old is None else sharded_like(self.old, parameters)
         prompts = [prompt for prompt in batch.prompts for _ in range(s.group)]
-        images_rng = Random(rng.seed, rng.step, [i * s.group + k for i in rng.ids for k in range(s.group)])
+        images_rng = rng.grouped(s.group)
         noise = images_rng.normal("rollout", model.latent_shape).to(**state_kind(model))
         with torch.no_grad():
             cond = model.encode_prompts(prompts)

@@ -150,7 +150,7 @@ class FlowGRPO:
         """Draw a group for each prompt, then one update a minibatch; each trained step is its own backward."""
         s = self.settings
         prompts = [prompt for prompt in batch.prompts for _ in range(s.group)]
-        images_rng = Random(rng.seed, rng.step, [i * s.group + k for i in rng.ids for k in range(s.group)])
+        images_rng = rng.grouped(s.group)
         shared = rng if s.same_noise else None
         with torch.no_grad():
             x0, path = rollout(model, model.encode_prompts(prompts), images_rng, shared, s)

@@ -107,7 +107,7 @@ class NFT:
         self.old = sharded_like(self.old, parameters)
         prompts = [prompt for prompt in batch.prompts for _ in range(s.group)]
         of_groups = rng
-        rng = Random(rng.seed, rng.step, [i * s.group + k for i in rng.ids for k in range(s.group)])
+        rng = rng.grouped(s.group)
         noise = rng.normal("rollout", model.latent_shape).to(**state_kind(model))
         with torch.no_grad():
             cond = model.encode_prompts(prompts)

@@ -39,6 +39,10 @@ class Random:
         self.seed, self.step = int(seed), int(step)
         self.ids = [int(i) for i in ids]
 
+    def grouped(self, size: int) -> Random:
+        """Of `size` samples in the place of each: sample k of group i has the id i * size + k."""
+        return Random(self.seed, self.step, [i * size + k for i in self.ids for k in range(size)])
+
     def _generator(self, purpose: str, sample: int | None) -> np.random.Generator:
         name = f"{self.seed}|{sample}|{self.step}|{purpose}".encode()
         key = int.from_bytes(hashlib.blake2b(name, digest_size=16).digest(), "little")
