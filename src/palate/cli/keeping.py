@@ -40,8 +40,8 @@ def replay(
     """
     if (bundle / "recipe.yaml").is_file():
         left = sorted(path for path in (bundle / "failures").glob("step-*"))
-        told = f"give one of its failures, for example {left[-1]}" if left else "it has left no failures to replay"
-        raise InputError(f"{bundle} is a run; {told}")
+        remedy = f"give one of its failures, for example {left[-1]}" if left else "it has left no failures to replay"
+        raise InputError(f"{bundle} is a run; {remedy}")
     from palate.cli import replaying
 
     replaying.replay(bundle)

@@ -57,12 +57,14 @@ def _left_out(folder: Path) -> str:
     files = [path for path in folder.rglob("*") if path.is_file()]
     other = [path for path in files if path.suffix.lower() in OTHER_PICTURES]
     below = [path for path in files if path.parent != folder and path.suffix.lower() in IMAGE_ENDINGS]
-    told = []
+    notes = []
     if below:
-        told.append(f"{len(below)} in folders inside it are left out, as {below[0].relative_to(folder)}: move them up")
+        notes.append(f"{len(below)} in folders inside it are left out, as {below[0].relative_to(folder)}: move them up")
     if other:
-        told.append(f"{len(other)} in other formats are left out, as {other[0].relative_to(folder)}: save them as .png")
-    return "; ".join(told)
+        notes.append(
+            f"{len(other)} in other formats are left out, as {other[0].relative_to(folder)}: save them as .png"
+        )
+    return "; ".join(notes)
 
 
 def _captions(folder: Path, images: list[Path]) -> dict[str, str]:

@@ -43,10 +43,10 @@ def evaluate_tasks(
     reward = reward or TaskReward(strict=True)
     right: dict[str, tuple[Tensor, Tensor]] = {}
     for task, asked in prompts.items():
-        told, _ = pairs(asked, seeds)
+        repeated, _ = pairs(asked, seeds)
         base = generate(model, asked, seeds, weights="reference")
         result = generate(model, asked, seeds, sampler=sampler)
-        right[task] = (_scores(reward, base, told), _scores(reward, result, told))
+        right[task] = (_scores(reward, base, repeated), _scores(reward, result, repeated))
     found = {
         task: _score(*values, groups=pairs(prompts[task], seeds)[0], share=torch.ones(len(values[0])))
         for task, values in right.items()

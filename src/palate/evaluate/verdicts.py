@@ -81,20 +81,20 @@ def _about_diversity(metrics: Metrics) -> tuple[list[str], list[str]]:
     diversity, inside = metrics.get("diversity"), metrics.get("diversity_same_style")
     if not diversity or not diversity["base"] or diversity["value"] / diversity["base"] >= DIVERSITY_LIMIT:
         return [], []
-    told = f"The diversity per prompt is {diversity['value'] / diversity['base']:.2f} of the base model's"
+    finding = f"The diversity per prompt is {diversity['value'] / diversity['base']:.2f} of the base model's"
     if _direction(diversity) != "down":
-        return [], [f"{told}, but within the error."]
+        return [], [f"{finding}, but within the error."]
     if inside and inside["base"] and (same := inside["value"] / inside["base"]) >= DIVERSITY_LIMIT:
-        return [], [f"{told} because fewer styles are mixed; within one style it is {same:.2f}."]
-    return [f"{told}, less than {DIVERSITY_LIMIT}."], []
+        return [], [f"{finding} because fewer styles are mixed; within one style it is {same:.2f}."]
+    return [f"{finding}, less than {DIVERSITY_LIMIT}."], []
 
 
 def _about_failures(failed: Sequence[dict[str, Any]]) -> list[str]:
-    told = []
+    warnings = []
     for name in dict.fromkeys(failure["metric"] for failure in failed):
         images = [failure for failure in failed if failure["metric"] == name]
-        told.append(
+        warnings.append(
             f"{name} failed on {len(images)} images, left out before and after: {images[0]['prompt']!r}, seed "
             f"{images[0]['seed']} ({images[0]['side']}), for one: {images[0]['why']}"
         )
-    return told
+    return warnings

@@ -82,5 +82,5 @@ def changes(folder: Path, recipe: Recipe) -> list[str]:
 
 def check_identity(folder: Path, recipe: Recipe) -> None:
     """InputError: something that the run in `folder` was started with has changed."""
-    if told := changes(folder, recipe):
-        raise InputError("\n".join([*told, "restore it, or start a new run"]))
+    if changed := changes(folder, recipe):
+        raise InputError("\n".join([*changed, "restore it, or start a new run"]))

@@ -133,9 +133,11 @@ def _curves(lines: Sequence[Line], scale: Scale) -> list[dict[str, object]]:
 
 def aria_label(title: str, lines: Sequence[Line], marks: Sequence[Mark]) -> str:
     """The chart in words, for those who cannot see it."""
-    told = [f"{line.name} from {line.points[0][1]:.3g} to {line.points[-1][1]:.3g}" for line in lines if not line.faint]
+    descriptions = [
+        f"{line.name} from {line.points[0][1]:.3g} to {line.points[-1][1]:.3g}" for line in lines if not line.faint
+    ]
     return escape_controls(
-        "; ".join([f"{title}: {', '.join(told)}", *(f"step {mark.step:g}: {mark.text}" for mark in marks)])
+        "; ".join([f"{title}: {', '.join(descriptions)}", *(f"step {mark.step:g}: {mark.text}" for mark in marks)])
     )
 
 

@@ -97,7 +97,7 @@ def compare_grid(runs: Sequence[Path], words: Sequence[str]) -> dict[str, Any]:
     InputError where prompts or seeds differ."""
     columns: list[tuple[Path, list[dict[str, Any]]]] = []
     heads: list[dict[str, str]] = []
-    for run, told in zip(runs, words, strict=True):
+    for run, run_words in zip(runs, words, strict=True):
         folders = preview_folders(run)
         if not folders:
             raise InputError(f"{run} has no samples/step-* folder to compare; train with trainer.preview_every > 0")
@@ -107,7 +107,7 @@ def compare_grid(runs: Sequence[Path], words: Sequence[str]) -> dict[str, Any]:
         index = read_index(folders[-1])
         check_same(columns[0][1], index, str(runs[0]), str(run))
         columns.append((folders[-1], index))
-        heads.append({"name": run.resolve().name, "step": f"step {step_of(folders[-1])}", "words": told})
+        heads.append({"name": run.resolve().name, "step": f"step {step_of(folders[-1])}", "words": run_words})
     return {"heads": heads, "rows": grid_rows(columns[0][1][:ROWS], heads, columns)}
 
 

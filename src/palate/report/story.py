@@ -70,10 +70,8 @@ def _wanted_clause(evaluation: dict[str, Any], styles: Sequence[str]) -> str:
     metrics = evaluation["metrics"]
     if styles:
         now, before = (sum(metrics[f"style/{style}"].get(key) or 0.0 for style in styles) for key in ("value", "base"))
-        told = _count(evaluation, now, "style/")
-        return (
-            f"{told} pictures are {_listed(styles, 'or')} now, {_count(evaluation, before, 'style/').split()[0]} before"
-        )
+        shown = _count(evaluation, now, "style/")
+        return f"{shown} pictures are {_listed(styles, 'or')} now, {_count(evaluation, before, 'style/').split()[0]} before"
     key = f"reward/{(evaluation.get('optimised') or [None])[0]}"
     won = pairs_won(evaluation, key)
     return f"the optimised reward prefers the new picture in {won}" if won else ""
@@ -117,8 +115,8 @@ def _variety(metric: dict[str, float] | None) -> str:
 
 
 def _listed(words: Sequence[Any], last: str = "and") -> str:
-    told = [str(word) for word in words]
-    return told[0] if len(told) == 1 else f"{', '.join(told[:-1])} {last} {told[-1]}" if told else ""
+    names = [str(word) for word in words]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {last} {names[-1]}" if names else ""
 
 
 # --- gauges -----------------------------------------------------------------------------------------------------------
@@ -142,19 +140,19 @@ def _wanted_gauge(evaluation: dict[str, Any]) -> Gauge | None:
     metrics, styles = evaluation["metrics"], wanted_styles(evaluation)
     optimised = (evaluation.get("optimised") or [None])[0]
     objective = metrics.get(f"reward/{optimised}")
-    told = ""
+    moved = ""
     if objective and "change" in objective:
-        told = f"objective {number(objective['base'])} → {number(objective['value'])}"
+        moved = f"objective {number(objective['base'])} → {number(objective['value'])}"
     if styles and "change" in metrics[f"style/{styles[0]}"]:
         metric = metrics[f"style/{styles[0]}"]
         state, word = STATES[direction(metric)]
-        text = f"pictures in the wanted style, {metric['base']:.0%} before; {told}".rstrip("; ")
+        text = f"pictures in the wanted style, {metric['base']:.0%} before; {moved}".rstrip("; ")
         return Gauge("Wanted", f"{metric['value']:.0%}", state, word, metric["value"], metric["base"], None, text)
     if objective is None or "change" not in objective:
         return None
     state, word = STATES[direction(objective)]
     share = _win_share(evaluation, f"reward/{optimised}")
-    return Gauge("Wanted", f"{share:.0%}", state, word, share, 0.5, None, f"pairs that the objective prefers; {told}")
+    return Gauge("Wanted", f"{share:.0%}", state, word, share, 0.5, None, f"pairs that the objective prefers; {moved}")
 
 
 def _win_share(evaluation: dict[str, Any], key: str) -> float:

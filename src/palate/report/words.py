@@ -19,8 +19,8 @@ class WordChange(NamedTuple):
 def spell(words: dict[str, Any]) -> str:
     """{"positive", "negative"[, "k"]} as "+3d −flat, outline"; "no words" where there is none."""
     sides = [(sign, words.get(key)) for sign, key in (("+", "positive"), ("−", "negative"))]
-    told = [f"{sign}{', '.join(map(str, side))}" for sign, side in sides if side]
-    return " ".join([*told, f"k {words['k']:g}"] if words.get("k") else told) or "no words"
+    parts = [f"{sign}{', '.join(map(str, side))}" for sign, side in sides if side]
+    return " ".join([*parts, f"k {words['k']:g}"] if words.get("k") else parts) or "no words"
 
 
 def word_changes(recipe: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[WordChange]:

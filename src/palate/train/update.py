@@ -117,12 +117,12 @@ class Updater:
         if len(streams) > 1:
             for p, total in zip(everything, sums, strict=True):
                 p.grad = total
-        told = self.ranks.all_gather_json([sorted(names, key=str), problem])
-        if len({name for theirs, _ in told for name in theirs}) > 1:
+        gathered = self.ranks.all_gather_json([sorted(names, key=str), problem])
+        if len({name for theirs, _ in gathered for name in theirs}) > 1:
             raise InputError(
-                f"the micro-batches of a step ask for different updates: {told}; an algorithm must not do that"
+                f"the micro-batches of a step ask for different updates: {gathered}; an algorithm must not do that"
             )
-        return told[0][0][0], next((wrong for _, wrong in told if wrong), "")
+        return gathered[0][0][0], next((wrong for _, wrong in gathered if wrong), "")
 
     def _one_to_next_update(self, stream: Stream, averager: MetricAverager, problem: str) -> tuple[str | None, str]:
         for loss in stream:
