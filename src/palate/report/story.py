@@ -71,7 +71,8 @@ def _wanted_clause(evaluation: dict[str, Any], styles: Sequence[str]) -> str:
     if styles:
         now, before = (sum(metrics[f"style/{style}"].get(key) or 0.0 for style in styles) for key in ("value", "base"))
         shown = _count(evaluation, now, "style/")
-        return f"{shown} pictures are {_listed(styles, 'or')} now, {_count(evaluation, before, 'style/').split()[0]} before"
+        earlier = _count(evaluation, before, "style/").split()[0]
+        return f"{shown} pictures are {_listed(styles, 'or')} now, {earlier} before"
     key = f"reward/{(evaluation.get('optimised') or [None])[0]}"
     won = pairs_won(evaluation, key)
     return f"the optimised reward prefers the new picture in {won}" if won else ""
