@@ -222,8 +222,7 @@ def quick(command, rows):
         ("frontier.py --methods ReFL", ["| ReFL |"]),
         ("guard.py --methods DRaFT-LV", ["| DRaFT-LV, seed 0 |"]),
         ("sqdf.py blackbox", ["| jpeg-size | 1 |"]),
-        ("comparison.py --tasks style jpeg --methods SRPO DDPO --jobs 1", ["| SRPO | 1 |", "**small file**"]),
-        ("comparison.py tune --tasks taste --methods ReFL --jobs 1", ['"taste: ReFL": ']),
+        ("comparison.py --tasks jpeg --methods DDPO", ["| DDPO | 1 |", "**small file**"]),
         ("blind_study.py", ["| clear taste, few ties | 40 |"]),
     ],
 )
@@ -242,6 +241,8 @@ def test_quick_comparison_of_a_method_or_two(command, rows):
         ("sqdf.py sweep", ["| SQDF alpha_kl 0 |"]),
         ("sqdf.py ablations", ["| gamma 0.8 |"]),
         ("srpo.py pairs", ["| 3d against flat, outline | 1 |"]),
+        ("comparison.py --tasks style absolute --methods SRPO DDPO", ["| SRPO | 1 |", "**absolute reward**"]),
+        ("comparison.py tune --tasks taste --methods ReFL", ['"taste: ReFL": ']),
     ],
 )
 def test_quick(command, rows):

@@ -181,9 +181,11 @@ def test_the_command_asks_prints_and_compares(judge, runs, tmp_path, monkeypatch
     cli.app(["compare", *map(str, runs), "--format", "csv"], standalone_mode=False)
     assert "checklist/arithmetic,two,0.9,,1" in capsys.readouterr().out
     one = json.loads((runs[0] / "checklist.json").read_text())
-    (runs[0] / "checklist.json").write_text(json.dumps(one | {"judge": "another"}))  # two judges are two scales
-    cli.app(["compare", *map(str, runs), "--format", "csv"], standalone_mode=False)
-    assert "checklist" not in capsys.readouterr().out
+    assert one["asked"] == told["runs"]["two"]["asked"]
+    for other in ({"judge": "another"}, {"asked": "other questions"}):  # another scale
+        (runs[0] / "checklist.json").write_text(json.dumps(one | other))
+        cli.app(["compare", *map(str, runs), "--format", "csv"], standalone_mode=False)
+        assert "checklist" not in capsys.readouterr().out
 
 
 def test_genevals_metadata_becomes_tasks(runs, tmp_path, monkeypatch):

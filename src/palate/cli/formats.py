@@ -58,7 +58,7 @@ def compare_runs(runs: Sequence[Path], group: str | None) -> tuple[list[str], li
 def _checklists(runs: Sequence[Path]) -> list[dict[str, dict[str, float]]]:
     """The metrics of each run's checklist.json, as checklist/NAME; none of any where the questions or judges differ."""
     found = [read_json(run / "checklist.json") or {} for run in runs]
-    asked = [(answers.get("by_prompt"), answers.get("judge")) for answers in found]
+    asked = [(answers.get("asked"), answers.get("judge"), answers.get("seeds")) for answers in found]
     if any(one != asked[0] for one in asked):
         return [{} for _ in runs]
     return [{f"checklist/{name}": metric for name, metric in answers.get("metrics", {}).items()} for answers in found]

@@ -13,6 +13,7 @@ from palate.data.checklists import Checklist
 from palate.evaluate.measurement import mean_and_interval, round_floats
 from palate.rewards.checklist import QuestionJudge, Score, means
 from palate.runtime.errors import InputError, RewardServiceError
+from palate.runtime.files import json_digest
 from palate.runtime.images import to_pixels
 
 
@@ -53,6 +54,7 @@ def evaluate_checklists(
     names = ("result", "base")[: len(sides)]
     return round_floats({
         "judge": judge.chat.model,
+        "asked": json_digest([known[prompt] for prompt in dict.fromkeys(prompts)])[:16],  # what tells the questions
         "images": len(images),
         "prompts": len(set(prompts)),
         "seeds": sorted({int(seed) for seed in seeds}),

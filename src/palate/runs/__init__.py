@@ -7,6 +7,7 @@ evaluation/base and evaluation/result, with evaluation.json: the same prompts an
 from __future__ import annotations
 
 from palate.evaluate import check_same, evaluate_samples, read_index, read_samples, write_samples
+from palate.runs.checklist import evaluate_runs_by_questions
 from palate.runs.comparison import between, common_rows
 from palate.runs.evaluation import evaluate_run, evaluate_runs, evaluation_key
 from palate.runs.folder import (
@@ -17,11 +18,13 @@ from palate.runs.folder import (
     tree_words,
     words_in_force,
 )
+from palate.runs.protocol import evaluate_protocol
 
 control_words = tree_words
 
 __all__ = [
     "RunFolder", "between", "check_same", "common_rows", "control_words",
-    "evaluate_run", "evaluate_runs", "evaluate_samples", "evaluation_key", "read_index", "read_recipe",
-    "read_samples", "run_names", "trained_model", "tree_words", "words_in_force", "write_samples",
+    "evaluate_protocol", "evaluate_run", "evaluate_runs", "evaluate_runs_by_questions", "evaluate_samples",
+    "evaluation_key", "read_index", "read_recipe", "read_samples", "run_names", "trained_model",
+    "tree_words", "words_in_force", "write_samples",
 ]  # fmt: skip
