@@ -15,10 +15,9 @@ from palate.core import DrawsOwnSamples, Model, Sampler
 from palate.evaluate import generate, quantise
 from palate.recipe.names import PYTHON
 from palate.report import write_report
-from palate.runs import evaluate_run, read_recipe, trained_model
+from palate.runs import evaluate_run, load_result, read_recipe, trained_model
 from palate.runtime.errors import InputError
 from palate.runtime.images import encode_png, grid
-from palate.train import restore_result
 
 logger = logging.getLogger("palate")
 
@@ -77,7 +76,7 @@ def load(run: str | Path, *, model: Model | None = None, algorithm: Any = None) 
     folder = Path(run)
     recipe = read_recipe(folder)
     if model is not None:
-        step = restore_result(model, folder, warn=logger.warning)
+        step = load_result(model, folder, warn=logger.warning)
         return LoadedRun(folder, model, step, algorithm.sampler if isinstance(algorithm, DrawsOwnSamples) else None)
     if str((recipe.get("model") or {}).get("name", "")).startswith(PYTHON):
         raise InputError(f"{folder} was begun from Python; pass the model: palate.load({str(folder)!r}, model=...)")
@@ -93,7 +92,7 @@ def evaluate(run: str | Path, *, model: Model | None = None, **options: Any) -> 
     """
     folder = Path(run)
     if model is not None:
-        restore_result(model, folder, warn=logger.warning)
+        load_result(model, folder, warn=logger.warning)
     return evaluate_run(folder, model=model, **options)
 
 

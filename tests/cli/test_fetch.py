@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def test_what_cannot_be_fetched_is_a_sentence_with_the_way_round(tmp_path, palat
     def offline(*_):
         raise LocalEntryNotFoundError("no connection")
 
-    monkeypatch.setattr(fetch, "hf_hub_download", offline)
+    monkeypatch.setattr(fetch, "hub_file", offline)
     code, _, error = palate("fetch", "hpsv2")
     assert code == 2 and short(error) and "cannot be reached" in error and "--from FILE" in error
     for arguments in (["hpsv4"], ["hpsv2", "--from", "none.pt"]):
@@ -64,9 +65,9 @@ def test_a_missing_tokenizer_form_is_passed_over_but_missing_weights_are_not(tmp
     def hub(place, file):
         if file in ("merges.txt", "gone.safetensors"):
             raise EntryNotFoundError("none")
-        return str(tmp_path / file)
+        return tmp_path / file
 
-    monkeypatch.setattr(fetch, "hf_hub_download", hub)
+    monkeypatch.setattr(fetch, "hub_file", hub)
     what = fetch.Download("a/b", ("vocab.json", "merges.txt"), 0.1)
     assert [path.name for path in fetch.download(what, "hpsv2")] == ["vocab.json"]
     with pytest.raises(InputError, match=r"has no gone\.safetensors any more"):
@@ -125,7 +126,7 @@ def test_doctor_reports_a_reward_that_cannot_load_beside_all_others(palate):
 
 
 def test_prompt_sets_are_fetched_where_their_licence_allows_it(palate, monkeypatch, tmp_path):
-    monkeypatch.setattr(fetch, "hf_hub_download", lambda place, file, repo_type: f"/{repo_type}/{place}/{file}")
+    monkeypatch.setattr(fetch, "hub_file", lambda place, file, repo_type: Path(f"/{repo_type}/{place}/{file}"))
     code, out, _ = palate("fetch", "hpdv2")
     assert code == 0 and "ready: palate evaluate RUN --protocol hpdv2 (4 files, Apache-2.0)" in out
     monkeypatch.setattr(published, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -139,6 +140,6 @@ def test_prompt_sets_are_fetched_where_their_licence_allows_it(palate, monkeypat
     def offline(*_, **__):
         raise LocalEntryNotFoundError("no connection")
 
-    monkeypatch.setattr(fetch, "hf_hub_download", offline)
+    monkeypatch.setattr(fetch, "hub_file", offline)
     code, _, error = palate("fetch", "hpdv2")
     assert code == 2 and short(error) and "cannot be reached" in error and "benchmark/photo.json" in error

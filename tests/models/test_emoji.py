@@ -234,3 +234,17 @@ def test_the_packaged_consistency_model_is_nearer_to_the_odes_end_than_the_poste
             for weights in ("reference", "consistency")
         ]
     assert errors[1] < 0.9 * errors[0]
+
+
+def test_a_device_holds_all_of_the_model_and_what_it_returns():
+    """On the meta device, where a tensor left behind on the processor cannot be combined with the rest."""
+    moved = EmojiModel.load(lora_rank=4, device="meta")
+    assert moved.device.type == "meta" and moved.fingerprint() == EmojiModel.load(training="none").fingerprint()
+    parts = (moved.weights.network, moved.text_encoder, moved.vae)
+    assert all(tensor.is_meta for part in parts for tensor in (*part.parameters(), *part.buffers()))
+    latents, cond = torch.randn(2, *moved.latent_shape, device="meta"), moved.encode_prompts(["a dog", "an apple"])
+    for weights in ("policy", "reference"):
+        assert moved.predict(latents, latents.new_full((2,), 0.5), cond, guidance=3.0, weights=weights).x0.is_meta
+    assert moved.encode(moved.decode(latents)).is_meta
+    with pytest.raises(ValueError, match=r"model\.device"):
+        EmojiModel.load(device="gpu")

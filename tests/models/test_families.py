@@ -31,9 +31,9 @@ from palate.models import (
     pixart,
     qwen_image,
     qwen_image_21,
-    repository,
     sana,
     sdxl,
+    source,
     stable_diffusion,
     z_image,
 )
@@ -570,7 +570,7 @@ def test_hub_errors_say_what_to_do(case, monkeypatch):
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(repository, "snapshot_download", fail)
+    monkeypatch.setattr(source, "snapshot_download", fail)
     with pytest.raises(ValueError, match=message):
         load("flux", "a/b")
 
@@ -625,7 +625,7 @@ def test_published_recipes_make_two_steps(name, tmp_path):
 def test_recipes_know_which_family_reads_which_key():
     with pytest.raises(recipe.RecipeError) as error:
         recipe.read("srpo-emoji", ["model.image_size=64", "model.distilled_guidance=2"])
-    assert "model.distilled_guidance: emoji does not read it; its own keys: none" in str(error.value)
+    assert "model.distilled_guidance: emoji does not read it; its own keys: device" in str(error.value)
     assert "model.image_size: emoji does not read it" in str(error.value)
     with pytest.raises(recipe.RecipeError, match=r"model.text_tokens: sdxl does not read it; its own keys: dtype, "):
         recipe.read("srpo-sdxl-24gb", ["model.text_tokens=77"])

@@ -13,6 +13,7 @@ from palate import recipe, report, runs
 from palate.optimize import from_recipe
 from palate.report import blackbox
 from palate.rewards.simple import jpeg_size
+from palate.runtime.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_an_oracle_of_ones_own_is_not_asked_again(folder, tmp_path):
     assert runs.RunFolder(folder).objective().description() == {"weights": {"oracle-jpeg-size": 1.0}}
     assert recipe.objective_of(recipe.parse(yaml.safe_dump(tree))).terms == ()
     shutil.copy(folder / "recipe.yaml", tmp_path / "recipe.yaml")
-    with pytest.raises(ValueError, match="no trained round yet"):
+    with pytest.raises(CheckpointError, match="has no result yet"):
         runs.trained_model(tmp_path)
     assert "Queries" in report.write_report(tmp_path).read_text("utf-8")
 

@@ -126,18 +126,45 @@ def test_hostile_words_are_shown_and_inert(tmp_path):
         assert not {"\x00", "\x1b", "\u202e"} & set(text) and "\\u202e" in text
 
 
-def test_comparison_needs_the_same_prompts_and_seeds(runs, tmp_path):
+def test_a_comparison_is_of_the_prompts_and_seeds_that_all_have(runs, tmp_path):
     path = report.write_report(runs[0], compare=(runs[1],))
     page = Page(path.read_text(encoding="utf-8"))
     assert (
         path == runs[0] / "compare.html" and page.tags.count("img") == 4 * 3 + 2 * 8 + 2
     )  # base, a, b; the pairs of each; the enlarged
-    with pytest.raises(
-        ValueError, match=r"cannot be paired: prompt of row 0 is 'an apple on a blue background'.*'a cat'"
-    ):
-        report.write_report(runs[0], compare=(fake_run(tmp_path / "c", prompts=("a cat", "a dog")),))
-    with pytest.raises(ValueError, match="cannot be paired: seed of row 0"):
-        report.write_report(runs[0], compare=(fake_run(tmp_path / "d", seeds=(5,)),))
+    few = fake_run(tmp_path / "few", prompts=("a cat", "a bicycle on green", "a dog"), seeds=(0, 5), lift=0.3)
+    both = [json.loads((run / "evaluation.json").read_text()) for run in (runs[0], few)]
+    first, other = folders.on_common_rows(both, ["a", "few"])
+    keys = [[(row["prompt"], row["seed"]) for row in evaluation["rows"]] for evaluation in (*both, first, other)]
+    assert keys[2] == keys[3] == [key for key in keys[0] if key in keys[1]] and 0 < len(keys[2]) < len(keys[1])
+    for evaluation in (first, other):
+        assert "reward/emoji" in evaluation["metrics"] and "diversity" not in evaluation["metrics"]
+        for key, metric in evaluation["metrics"].items():
+            if not key.startswith("style/"):
+                mean = sum(row[key] for row in evaluation["rows"]) / len(keys[2])
+                assert metric["value"] == pytest.approx(mean, abs=1e-5)
+                before = sum(row["base"][key] for row in evaluation["rows"]) / len(keys[2])
+                assert metric["base"] == pytest.approx(before, abs=1e-5)
+    text = report.write_report(few, compare=(runs[0],)).read_text(encoding="utf-8")
+    assert f"the {len(keys[2])} prompts and seeds that all have" in text
+    side_by_side = text.split("<h2>Side by side</h2>")[1].split("<h2>Numbers</h2>")[0]
+    assert side_by_side.count("<img") == 2 * 3 and "a cat" not in side_by_side
+    for stranger in (fake_run(tmp_path / "c", prompts=("a cat", "a mouse")), fake_run(tmp_path / "d", seeds=(5,))):
+        with pytest.raises(ValueError, match="no prompt and seed in common"):
+            report.write_report(runs[0], compare=(stranger,))
+
+
+def test_previews_of_more_or_fewer_prompts_stand_side_by_side(tmp_path):
+    """trainer.preview_prompts may change when a run is resumed."""
+    folder = fake_run(tmp_path / "a")
+    (folder / "evaluation.json").unlink()
+    index = folder / "samples/step-000020/index.jsonl"
+    index.write_text("".join(index.read_text().splitlines(True)[:2]))
+    page = Page(report.write_report(folder).read_text(encoding="utf-8"))
+    assert page.tags.count("img") == 4 * 2 + 2 * 5 + 2  # pairs of the ends, two prompts at five steps, the enlarged
+    (folder / "samples/step-000040/index.jsonl").write_text(index.read_text())
+    page = Page(report.write_report(folder).read_text(encoding="utf-8"))
+    assert page.tags.count("img") == 2 * 2 + 2 * 5 + 2
 
 
 def evaluated(*paths):

@@ -95,11 +95,27 @@ def test_hostile_words_are_shown_and_inert(tmp_path):
     assert not {"\x00", "\x1b", "\u202e"} & set(text)
 
 
+def test_a_study_is_of_what_both_have_in_whichever_evaluation(two, tmp_path):
+    gamma = run(tmp_path / "gamma", 0.8, prompts=("a fox", "a cat", "a dog"), seeds=(0, 7))
+    for number in (1, 2):  # an evaluation that was put aside for a later one serves as well
+        path, key_path = study.write_study(two[0], gamma, page=tmp_path / f"p{number}.html")
+        pairs = json.loads(key_path.read_text())["pairs"]
+        assert sorted((p["prompt"], p["seed"]) for p in pairs) == [("a dog", 0), ("a fox", 0)]
+        assert {p["prompt"]: p["files"] for p in pairs} == {
+            "a dog": {"a": "0000.png", "b": "0004.png"}, "a fox": {"a": "0004.png", "b": "0000.png"}
+        }  # fmt: skip
+        assert shown(Page(path.read_text("utf-8"))) == [[pair["left"] == "b", pair["left"] == "a"] for pair in pairs]
+        if number == 1:
+            (gamma / "evaluations/0123").mkdir(parents=True)
+            (gamma / "evaluation").rename(gamma / "evaluations/0123/evaluation")
+            run(gamma, 0.8, seeds=(7, 8))
+
+
 def test_studies_that_would_mislead_are_refused(two, tmp_path):
     study.write_study(*two)
     with pytest.raises(ValueError, match=r"compare-blind-key.json is there already"):
         study.write_study(*two)
-    with pytest.raises(ValueError, match="alpha and gamma cannot be paired: seed of row 0 is 0 in the first, 7"):
+    with pytest.raises(ValueError, match="alpha and gamma have no prompt and seed in common"):
         study.write_study(two[0], run(tmp_path / "gamma", 0.1, seeds=(7, 8)), page=tmp_path / "p.html")
     with pytest.raises(ValueError, match="given twice"):
         study.write_study(two[0], two[0], page=tmp_path / "p.html")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
@@ -53,3 +54,18 @@ def test_a_grid_shows_each_image_at_its_place_on_white():
     sheet = grid(images, 2, gap=1)
     assert sheet.shape == (5, 5, 3)
     assert [sheet[0, 0, 0], sheet[0, 3, 0], sheet[3, 0, 0], sheet[3, 3, 0], sheet[2, 2, 0]] == [0, 64, 128, 255, 255]
+
+
+@pytest.mark.parametrize(("form", "tag"), [("JPEG", 6), ("PNG", 8), ("WEBP", 3), ("PNG", 1)])
+def test_a_picture_stands_as_its_camera_was_held(form, tag, tmp_path):
+    """EXIF's orientation: a phone stores what it sees lying on its side, and says so."""
+    upright = Image.new("RGB", (16, 32), "white")
+    upright.paste("black", (0, 0, 16, 16))  # the upper half
+    stored = upright.transpose({6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270,
+                                3: Image.Transpose.ROTATE_180}[tag]) if tag != 1 else upright  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    stored.save(tmp_path / "a", form, exif=exif, quality=100)
+    found = read_pixels(tmp_path / "a").astype(int)
+    assert found.shape == (32, 16, 3) and found[:14].max() < 30 and found[18:].min() > 225
+    assert np.asarray(as_rgb(Image.open(tmp_path / "a"))).shape == (32, 16, 3)

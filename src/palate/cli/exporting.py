@@ -5,14 +5,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from palate.core import SavesAdapter
 from palate.export import export_lora, export_merged, export_one_step, lora_file
-from palate.runs import RunFolder
-from palate.runtime import checkpoint
+from palate.runs import RunFolder, adapter_of
 from palate.runtime.errors import InputError
-from palate.runtime.files import new_folder
 from palate.runtime.progress import printable
-from palate.runtime.runlock import owned, require_free
+from palate.runtime.runlock import require_free
 
 _warn = logging.getLogger("palate").warning
 
@@ -20,6 +17,7 @@ _warn = logging.getLogger("palate").warning
 def export(folder: Path, form: str, out: Path | None) -> None:
     """Write the run's result in that form, and say where it lies."""
     run = RunFolder(folder)
+    require_free(folder, "its result changes with every step")
     if form == "one-step":
         algorithm = run.recipe.algorithm
         if algorithm.name != "distar":
@@ -31,19 +29,9 @@ def export(folder: Path, form: str, out: Path | None) -> None:
         target = export_merged(folder, run.model(_warn)[0], out, recipe=run.recipe)
         print(f"network: {printable(str(target))}")
         return
-    _write_missing_adapter(run)
+    if run.recipe.model.weights == "lora":
+        adapter_of(folder, lambda: run.model(_warn)[0])
     positive, negative = run.words()
     words = {"positive": ", ".join(positive), "negative": ", ".join(negative)}
     target = export_lora(folder, form, out, words, recipe=run.recipe) / lora_file(folder, form)
     print(f"LoRA: {printable(str(target))}")
-
-
-def _write_missing_adapter(run: RunFolder) -> None:
-    """A run that died has checkpoints and no adapter: write that of the newest one."""
-    if (run.path / "adapter").exists() or not checkpoint.steps(run.path / "checkpoints"):
-        return
-    require_free(run.path, "its LoRA changes with every step")
-    model, _ = run.model(_warn)
-    if isinstance(model, SavesAdapter):
-        with owned(run.path), new_folder(run.path / "adapter") as temporary:
-            model.save_adapter(temporary)

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch._weights_only_unpickler import UnpicklingError
 from palate.data.published import PROMPT_SETS, beside_the_cache
 from palate.rewards.published import PUBLISHED, Download, PublishedReward
 from palate.runtime.errors import InputError
+from palate.runtime.hub import hub_file
 
 
 def fetch(name: str, out: Path, source: Path | None = None) -> str:
@@ -56,7 +56,7 @@ def fetch_prompts(name: str) -> list[Path]:
     if known.place.startswith("https://"):
         return [_download_address(known.place, name)]
     try:
-        return [Path(hf_hub_download(known.place, file, repo_type="dataset")) for file in known.files]
+        return [hub_file(known.place, file, repo_type="dataset") for file in known.files]
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise InputError(
@@ -72,7 +72,7 @@ def download(what: Download, name: str) -> list[Path]:
     found = []
     for file in what.files:
         try:
-            found.append(Path(hf_hub_download(what.place, file)))
+            found.append(hub_file(what.place, file))
         except GatedRepoError as error:
             raise InputError(
                 f"fetch {name}: {what.place} is gated; accept its terms at https://huggingface.co/{what.place}, then "

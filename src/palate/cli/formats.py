@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,8 +14,9 @@ from palate.report.curves import read_json
 from palate.report.html import flatten
 from palate.report.story import wanted_styles
 from palate.report.tables import headline_keys, metric_name
-from palate.runs import read_recipe
+from palate.runs import on_common_rows, read_recipe
 from palate.runtime.errors import InputError
+from palate.runtime.result import evaluation_of
 
 FORMATS = ("markdown", "latex", "csv", "json")
 
@@ -33,10 +35,13 @@ def compare_runs(runs: Sequence[Path], group: str | None) -> tuple[list[str], li
     values, which all share, are the first group. InputError where a run was not evaluated or has no such key."""
     evaluations = []
     for run in runs:
-        found = read_json(run / "evaluation.json")
+        found = evaluation_of(run)
         if found is None:
             raise InputError(f"{run} has no evaluation.json; run palate evaluate {' '.join(map(str, runs))}")
+        if found["outdated"]:
+            logging.getLogger("palate").warning("%s: %s", run, found["outdated"])
         evaluations.append(found)
+    evaluations = on_common_rows(evaluations, [str(run) for run in runs])
     for evaluation, answered in zip(evaluations, _checklists(runs), strict=True):
         evaluation["metrics"] |= answered
     names = _group_names(runs, group)

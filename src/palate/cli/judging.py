@@ -9,7 +9,7 @@ import typer
 
 from palate.cli.app import LOOK, app, examples
 from palate.cli.asked import Asked
-from palate.cli.options import Json, Run, Seeds, all_prompts, belongs, recipe_file, run_names
+from palate.cli.options import Json, Run, Seeds, all_prompts, belongs, finite, recipe_file, run_names
 from palate.cli.phases import shown
 from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
@@ -27,7 +27,7 @@ def sample(
     prompts_file: Annotated[str | None, typer.Option(help="A text file, one prompt per line.")] = None,
     seeds: Annotated[Seeds, typer.Option(parser=Seeds, metavar="SEEDS", help="For example 0-15 or 1,5,9.")] = "0-3",  # type: ignore[assignment]
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; else the model's own.")] = None,
-    guidance: Annotated[float | None, typer.Option(min=0.0, help="Classifier-free scale, 1 = off.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0.0, callback=finite, help="Guidance scale, 1 = off.")] = None,
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("samples"),
 ) -> None:
     """Draw pictures with a run or a model.

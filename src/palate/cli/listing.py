@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from palate.report.curves import read_json, read_metrics
+from palate.report.curves import read_metrics
 from palate.report.page import run_words
 from palate.report.story import wanted_styles
 from palate.runs import read_recipe
 from palate.runtime.errors import InputError
+from palate.runtime.result import evaluation_of
 from palate.runtime.runlock import status
 
 
@@ -43,7 +44,7 @@ def describe(folder: Path) -> RunRow:
     try:
         recipe = read_recipe(folder)
         rows = read_metrics(folder)
-        evaluation = read_json(folder / "evaluation.json")
+        evaluation = evaluation_of(folder)
     except InputError as error:
         return RunRow(folder.name, str(folder), "broken", 0, None, "", str(error).splitlines()[0], round(size, 3), "")
     step = max((row["step"] for row in rows if isinstance(row.get("step"), int)), default=0)
@@ -76,6 +77,7 @@ def headline(evaluation: dict[str, Any] | None) -> str:
     metric = metrics[key]
     name = key.removeprefix("style/").removeprefix("reward/")
     marks = " (warnings)" if (evaluation.get("verdict") or {}).get("warnings") else ""
+    marks += " (of an earlier step)" if evaluation.get("outdated") else ""
     if key.startswith("style/"):
         return f"{name} {metric['base']:.0%} to {metric['value']:.0%}{marks}"
     return f"{name} {metric['base']:.3g} to {metric['value']:.3g}{marks}"

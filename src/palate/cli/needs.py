@@ -13,6 +13,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from palate import recipe as recipes
 from palate.cli.doctor import Finding
 from palate.models.facts import Facts, facts_of
+from palate.models.source import published_base
 from palate.plan import GIB, Plan, plan
 from palate.plan.table import FREE, find_device
 from palate.recipe import Recipe
@@ -55,6 +56,8 @@ def _model(recipe: Recipe, made: Plan) -> Iterator[Need]:
         yield Need("ok", "model emoji", "in the package, Apache-2.0")
         return
     facts, folder = facts_of(recipe.model.name), recipe.model.folder
+    if folder is None and recipe.model.file is not None:
+        folder = published_base(Path(recipe.model.file).expanduser(), recipe.model.name)
     what = f"model {folder}"
     if folder is None:
         yield Need("bad", f"model {recipe.model.name}", "model.folder names no diffusers folder or hub id")

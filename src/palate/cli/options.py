@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -50,6 +51,13 @@ class Words(tuple[str, ...]):
     def __new__(cls, text: str) -> Words:
         """Empty parts are left out."""
         return super().__new__(cls, [word.strip() for word in text.split(",") if word.strip()])
+
+
+def finite(value: float | None) -> float | None:
+    """An option's number as it is. typer.BadParameter: nan, inf."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"expected a finite number, got {value}")
+    return value
 
 
 def _recipe_names(incomplete: str) -> list[str]:

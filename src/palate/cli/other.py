@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from palate.cli.app import CHECK, SHARE, TRAIN, app, examples
-from palate.cli.options import Json, Overrides, RecipeName, Run, read_recipe, recipe_file
+from palate.cli.options import Json, Overrides, RecipeName, Run, finite, read_recipe, recipe_file
 from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
 
@@ -48,6 +49,9 @@ def merge(
         numbers = [float(part) for part in weights.split(",")] if weights else [1 / len(adapters)] * len(adapters)
     except ValueError as error:
         raise InputError(f"--weights: expected numbers, as 0.7,0.3, got {weights!r}") from error
+    for number in numbers:
+        if not math.isfinite(number):
+            raise InputError(f"--weights: expected finite numbers, got {number}")
     if len(numbers) != len(adapters):
         raise InputError(f"--weights: {len(adapters)} adapters take as many numbers, got {len(numbers)}")
     from palate.models.merge import merge_adapters
@@ -65,8 +69,10 @@ def plan_recipe(
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that share the batch.")] = 1,
     device: Annotated[str | None, typer.Option(help="For example rtx-4090 or cpu; else this machine.")] = None,
-    utilisation: Annotated[float, typer.Option(help="The fraction of the peak that is reached.")] = 0.35,
-    price: Annotated[float | None, typer.Option(min=0, help="Of one GPU for one hour, to add up the cost.")] = None,
+    utilisation: Annotated[float, typer.Option(callback=finite, help="Fraction of the peak that is reached.")] = 0.35,
+    price: Annotated[
+        float | None, typer.Option(min=0, callback=finite, help="Of one GPU for one hour, to add up the cost.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Estimate memory and time of a recipe before training."""

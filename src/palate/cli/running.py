@@ -13,6 +13,7 @@ from palate import recipe as recipes
 from palate.cli.folders import remove_run
 from palate.cli.phases import shown
 from palate.cli.ranks import OnMain
+from palate.plan import require_room
 from palate.recipe import Recipe
 from palate.report.pictures import preview_folders
 from palate.report.sheet import write_page_of
@@ -49,7 +50,7 @@ def _trained(recipe: Recipe, on_main: OnMain, *, resume: bool, fresh: bool, quie
         recipes.check_identity(folder, recipe)
     torch.manual_seed(recipe.trainer.seed)  # the LoRA's first weights; nothing later draws from this generator
     with shown(quiet or "RANK" in os.environ):
-        parts = recipes.build(recipe)
+        parts = recipes.build(recipe, before_model=lambda: on_main(lambda: require_room(recipe)))
     if fresh:
         on_main(lambda: remove_run(folder))  # only now: a recipe that cannot be built must not cost the old run
     job = Job(

@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from palate.cli.options import recipe_file
@@ -18,6 +17,7 @@ from palate.models.emoji import EmojiModel
 from palate.models.facts import facts_of
 from palate.runs import trained_model
 from palate.runtime.errors import InputError
+from palate.runtime.hub import hub_file
 
 INDEX = "model_index.json"
 
@@ -70,8 +70,9 @@ def family_of(index: dict[str, Any], source: str) -> str:
 def _index(source: str) -> dict[str, Any]:
     path = Path(source).expanduser() / INDEX
     try:
-        text = path.read_text("utf-8") if path.is_file() else Path(hf_hub_download(source, INDEX)).read_text("utf-8")
-        found = json.loads(text)
+        if not path.is_file():
+            path = hub_file(source, INDEX)
+        found = json.loads(path.read_text("utf-8"))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise InputError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from palate import recipe as recipes
 from palate.models.facts import facts_of
 from palate.models.original import Lora
+from palate.runtime.result import evaluation_of
 
 USE = {
     "diffusers": "pipe.load_lora_weights(folder)",
@@ -61,9 +61,9 @@ def base_name(recipe: Any) -> str:
 
 
 def metrics_of(run: Path) -> dict[str, tuple[float, float]]:
-    """Metric -> (before, after), of the run's evaluation; {} without one."""
-    file = run / "evaluation.json"
-    found = json.loads(file.read_text("utf-8")).get("metrics", {}) if file.is_file() else {}
+    """Metric -> (before, after), of the run's evaluation; {} without one, or where it was of an earlier result."""
+    evaluation = evaluation_of(run)
+    found = evaluation.get("metrics", {}) if evaluation and not evaluation["outdated"] else {}
     both = {name: (m.get("base"), m.get("value")) for name, m in found.items()}
     return {name: (base, value) for name, (base, value) in both.items() if base is not None and value is not None}
 

@@ -20,7 +20,8 @@ from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
 from palate.models import delta
 from palate.models.facts import Facts
-from palate.models.parts import Options
+from palate.models.parts import Options, place_of
+from palate.models.quiet import quietly
 from palate.models.vocabulary import known_words
 from palate.models.weights import NamedWeights
 from palate.path import Prediction, flow_schedule, from_velocity
@@ -63,7 +64,6 @@ class EmojiModel:
     image_size = 64
     default_steps = 8
     default_guidance = 3.0
-    device = torch.device("cpu")
 
     def __init__(
         self,
@@ -74,14 +74,16 @@ class EmojiModel:
         options: Options = PLAIN,
     ):
         self.folder: Path | None = None  # where the parts came from
-        self.text_encoder = text_encoder.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
-        self.vae = vae.eval().requires_grad_(False)
+        # on the processor unless it is told otherwise: so small that a run there is soon done, and bit for bit the same
+        self.device = torch.device("cpu") if options.device is None else place_of(options.device)
         self._fingerprint = _digest(unet, text_encoder, vae)
+        self.text_encoder = text_encoder.eval().requires_grad_(False).to(self.device)
+        self.tokenizer = tokenizer
+        self.vae = vae.eval().requires_grad_(False).to(self.device)
         self.latent_shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
         self.training = options.training
         self.weights = NamedWeights(
-            unet.eval(),
+            unet.eval().to(self.device),
             training=options.training,
             rank=options.lora_rank,
             alpha=options.lora_alpha,
@@ -101,11 +103,12 @@ class EmojiModel:
         lora_alpha: float | None = None,
         lora_targets: Sequence[str] | None = None,
         names: Sequence[str] = ("policy",),
+        device: str | None = None,
     ) -> EmojiModel:
         """The embedded model, or one of the same layout from a diffusers folder. Weights are kept in float32.
 
         A folder may hold the UNet as its difference from the embedded one, and leave out other parts that are the same.
-        names: what can be trained, `NamedWeights`' names; all begin as the reference.
+        names: what can be trained, `NamedWeights`' names; all begin as the reference. device: None = the processor.
         """
         embedded = Path(str(files("palate") / "assets/emoji"))
         folder = embedded if folder is None else _packaged(Path(folder))
@@ -119,17 +122,18 @@ class EmojiModel:
                 part: folder / part if (folder / part).is_dir() else embedded / part
                 for part in ("unet", "text_encoder", "tokenizer", "vae")
             }
-            parts = (
-                UNet2DConditionModel.from_pretrained(own["unet"], torch_dtype=torch.float32),
-                CLIPTextModel.from_pretrained(own["text_encoder"], dtype=torch.float32),
-                PreTrainedTokenizerFast.from_pretrained(own["tokenizer"]),
-                AutoencoderTiny.from_pretrained(own["vae"], torch_dtype=torch.float32),
-            )
+            with quietly(folder):
+                parts = (
+                    UNet2DConditionModel.from_pretrained(own["unet"], torch_dtype=torch.float32),
+                    CLIPTextModel.from_pretrained(own["text_encoder"], dtype=torch.float32),
+                    PreTrainedTokenizerFast.from_pretrained(own["tokenizer"]),
+                    AutoencoderTiny.from_pretrained(own["vae"], torch_dtype=torch.float32),
+                )
         except (OSError, SafetensorError) as error:
             raise InputError(f"model.folder {folder} could not be read: {error}") from error
         if packed:
             parts[0].load_state_dict(delta.load(folder, parts[0].state_dict()))
-        model = cls(*parts, Options(training, lora_rank, lora_alpha, lora_targets, names))
+        model = cls(*parts, Options(training, lora_rank, lora_alpha, lora_targets, names, device=device))
         model.folder = folder
         return model
 
@@ -142,7 +146,7 @@ class EmojiModel:
         length = self.text_encoder.config.max_position_embeddings
         ids = self.tokenizer(lines, padding="max_length", max_length=length, return_tensors="pt").input_ids
         with torch.no_grad():
-            return self.text_encoder(ids).last_hidden_state
+            return self.text_encoder(ids.to(self.device)).last_hidden_state
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """(B, words, width). ValueError for words outside the vocabulary; "" is the unconditional prompt."""

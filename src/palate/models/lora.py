@@ -69,6 +69,10 @@ def find_file(source: Path | str, key: str) -> Path:
             return found[0]
         if len(found) > 1:
             raise InputError(f"{key}: {folder} holds {len(found)} .safetensors files; name one of them")
+    if (path / "checkpoints").is_dir():
+        raise InputError(
+            f"{key}: the run {path} holds no LoRA yet; `palate export {path}` writes that of its newest step"
+        )
     what = "does not exist" if not path.exists() else f"holds no {FILE}"
     raise InputError(f"{key}: {path} {what}; give the file of a LoRA, its folder, or the folder of a run")
 

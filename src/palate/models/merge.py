@@ -8,6 +8,7 @@ exact, where averaging the factors themselves would mix each adapter's up with t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -43,6 +44,8 @@ def merge_adapters(sources: Sequence[Path | str], weights: Sequence[float], out:
     It is read as any adapter of a run: model.start=OUT, or a teacher. InputError for what is no LoRA in PEFT's names,
     and where the adapters have no layer in common.
     """
+    if not all(map(math.isfinite, weights)):
+        raise InputError(f"merge: expected finite weights, got {', '.join(f'{weight:g}' for weight in weights)}")
     paths = [lora.find_file(source, "merge") for source in sources]
     adapters = [lora.read(path, shapes_in(path), None, "merge") for path in paths]
     for path, adapter in zip(paths[1:], adapters[1:], strict=True):

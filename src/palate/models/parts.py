@@ -172,7 +172,7 @@ def load_parts(
 
     default_size: in pixels, None = the size in the denoiser's configuration.
     """
-    precision, where = _precision(options.dtype, options.training), _place(options.device)
+    precision, where = _precision(options.dtype, options.training), place_of(options.device)
     _check_channels(repository, facts)
     _check_placement(options)
     if options.file is not None and not issubclass(facts.network, FromOriginalModelMixin):
@@ -287,7 +287,7 @@ def _precision(name: str, training: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def _place(name: str | None) -> torch.device:
+def place_of(name: str | None) -> torch.device:
     """None = the accelerator if there is one, else the CPU."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

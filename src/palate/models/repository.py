@@ -16,7 +16,6 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import ModelMixin
-from huggingface_hub import HfApi, errors, snapshot_download
 from torch import nn
 
 from palate.models import lora
@@ -24,6 +23,7 @@ from palate.models.adapters import common, shapes_of
 from palate.models.facts import Facts
 from palate.models.families import LoadOptions
 from palate.models.quantised import quantise
+from palate.models.quiet import quietly
 from palate.models.repository_checks import (
     READERS,
     READING_ERRORS,
@@ -35,10 +35,10 @@ from palate.models.repository_checks import (
     check_weights,
     family_with,
 )
+from palate.models.source import absent, from_hub, loader_place, locate
 from palate.runtime.errors import InputError
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
-SMALL = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja"]  # configurations and tokenizers
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,12 @@ class Repository:
                 options: dict[str, Any] = {"torch_dtype" if issubclass(kind, ModelMixin) else "dtype": dtype}
                 if (variant := self.variant(part)) is not None:
                     options["variant"] = variant
-                network = kind.from_pretrained(self.source, subfolder=part, use_safetensors=True, **options)
+                place = loader_place(self.source, self.root)
+                with quietly(place):
+                    network = kind.from_pretrained(place, subfolder=part, use_safetensors=True, **options)
         except READING_ERRORS as error:
+            if file is None and (missing := absent(self.source, self.root, part)):
+                raise missing from error
             what = file or f"{self.source}, {part}"
             why = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"{what}: cannot be read as {kind.__name__}; is it another model's? ({why})") from error
@@ -113,7 +117,7 @@ class Repository:
                 "complete the download"
             )
         try:
-            return kind.from_pretrained(self.source, subfolder=part)
+            return kind.from_pretrained(loader_place(self.source, self.root), subfolder=part)
         except (OSError, ValueError) as error:
             why = str(error).splitlines()[0]
             raise InputError(f"model.folder {self.source}: {part} cannot be read: {why}") from error
@@ -146,11 +150,13 @@ def open_repository(
 ) -> Repository:
     """The repository, if it has every one of `parts` (name -> class) with safetensors weights; ValueError if not."""
     file = (options or {}).get("file")
-    source, path, local = _where(folder, family)
+    if file is not None:
+        check_file(Path(file).expanduser())
+    source, path, local = locate(folder, family, file)
     if local:
         root, files = path, _files_in(path)
     else:
-        root, files = _from_hub(source)
+        root, files = from_hub(source)
     if not (root / "model_index.json").is_file():
         why = "does not exist" if not root.exists() else "has no model_index.json"
         raise InputError(
@@ -171,29 +177,12 @@ def open_repository(
             check_quantised(source, part, repository.config(part))
     if file is not None:
         weighty = [p for p in weighty if p not in ("unet", "transformer")]
-        check_file(Path(file).expanduser())
     if files is not None:
         check_weights(source, files, weighty)
     if local:
         for path in sorted(p for part in weighty for p in (root / part).glob("*.safetensors")):
             check_header(path)
     return repository
-
-
-def _where(folder: str | Path | None, family: str) -> tuple[str, Path, bool]:
-    """What was given, as text and as a path, and whether it is a folder here rather than a hub id."""
-    if folder is None:
-        raise InputError(
-            f"model.folder: {family} needs a diffusers folder or a hub id, like "
-            "stabilityai/stable-diffusion-xl-base-1.0"
-        )
-    source, path = str(folder), Path(folder).expanduser()
-    if path.is_file():
-        raise InputError(
-            f"model.folder {source} is a file; give the diffusers folder or hub id that it belongs to as "
-            f"model.folder, and the file as model.file"
-        )
-    return source, path, path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
 
 
 def _check_part(repository: Repository, source: str, part: str, kind: str, family: str) -> None:
@@ -219,31 +208,6 @@ def _check_part(repository: Repository, source: str, part: str, kind: str, famil
 
 def _files_in(path: Path) -> list[str] | None:
     return [file.relative_to(path).as_posix() for file in path.glob("*/*")]
-
-
-def _from_hub(source: str) -> tuple[Path, list[str] | None]:
-    """The hub's small files in the local cache, and the names of all files if the hub could be asked."""
-    try:
-        root = Path(snapshot_download(source, allow_patterns=SMALL))
-    except errors.GatedRepoError as error:
-        raise InputError(
-            f"model.folder {source} is gated: accept its licence at https://huggingface.co/{source}, then "
-            "log in with `hf auth login` or set HF_TOKEN"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise InputError(
-            f"model.folder {source}: no such folder, and the hub has no such repository. If it is "
-            "private, log in with `hf auth login` or set HF_TOKEN"
-        ) from error
-    except (errors.HFValidationError, OSError) as error:
-        raise InputError(
-            f"model.folder {source}: no such folder, and the hub cannot be reached "
-            f"({type(error).__name__}); download it first, `hf download {source}`"
-        ) from error
-    try:
-        return root, HfApi().list_repo_files(source)
-    except OSError:
-        return root, None  # offline with everything in the cache: from_pretrained will say what is missing
 
 
 def _json(file: Path) -> dict[str, Any]:

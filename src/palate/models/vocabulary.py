@@ -66,7 +66,7 @@ class Caption(NamedTuple):
 @cache
 def vocabulary() -> Vocabulary:
     """The embedded model's vocabulary, read once."""
-    table = json.loads((files("palate") / "assets/atlas/vocabulary.json").read_text())
+    table = json.loads((files("palate") / "assets/atlas/vocabulary.json").read_text("utf-8"))
     return Vocabulary(**table | {"colours": {name: tuple(rgb) for name, rgb in table["colours"].items()}})
 
 

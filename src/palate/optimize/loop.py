@@ -32,6 +32,7 @@ from palate.rewards.oracles import Oracle
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
 from palate.runtime.files import json_line, read_json_lines, write_atomically
+from palate.runtime.result import result_of
 from palate.train import Job, Outcome, restore_result, run_job
 
 
@@ -87,6 +88,7 @@ def optimize(search: Search, *, progress: bool = True, say: Callable[[str], None
             sample=search.sample,
             identity=hashlib.sha256(f"{search.identity}|{number}|{queries.digest(number)}".encode()).hexdigest(),
         )
+        shutil.rmtree(folder / "adapter", ignore_errors=True)  # of an earlier round: the result no more
         outcome = run_job(job, resume=resume, progress=progress)
         if outcome.exit_code:
             return outcome
@@ -130,10 +132,10 @@ def round_sizes(budget: int, rounds: int) -> list[int]:
 
 def newest_round(folder: Path) -> Path:
     """The last round's run that holds a checkpoint; ValueError when no round has come so far."""
-    rounds = [path for path in sorted(folder.glob("round-*")) if checkpoint.steps(path / "checkpoints")]
-    if not rounds:
+    found = result_of(folder)
+    if found is None or found.folder == folder:
         raise InputError(f"{folder} holds no trained round yet; continue it with palate optimize")
-    return rounds[-1]
+    return found.folder
 
 
 def _append_round(path: Path, row: dict[str, Any]) -> None:

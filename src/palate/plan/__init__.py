@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from palate.plan.activations import Unit, measure_unit
 from palate.plan.count import count
+from palate.plan.headroom import Room, require_room, room
 from palate.plan.measure import measure
 from palate.plan.memory import Plan, memory_savings, plan
 from palate.plan.table import DEVICES, GIB, Device, as_json, can_fit, duration, table, this_machine
@@ -22,6 +23,7 @@ __all__ = [
     "GIB",
     "Device",
     "Plan",
+    "Room",
     "Unit",
     "as_json",
     "can_fit",
@@ -32,6 +34,8 @@ __all__ = [
     "measure_unit",
     "memory_savings",
     "plan",
+    "require_room",
+    "room",
     "table",
     "this_machine",
 ]

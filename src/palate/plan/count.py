@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import cycle, islice
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,12 +20,20 @@ from palate.recipe.pictures import SamplesPosterior
 LARGEST_BATCH = 256  # that is run; a larger one is counted on one of its divisors
 
 
+class Counts(NamedTuple):
+    """What an update asks of each part."""
+
+    calls: dict[str, float]  # images per update, forward by part and backward as "`part` backward"
+    graph: dict[str, float]  # images per image of the batch that the largest single backward pass goes through, by part
+
+
 class _Counted(GaussianModel):
     """Exact predictions of a known Gaussian on 2 x 2 latents; every call is added up, per image."""
 
     def __init__(self, names: Sequence[str], frozen: Sequence[str] = ()):
         super().__init__(torch.zeros(1, 2, 2), 0.6, networks=[*names, "consistency", *frozen])
         self.calls: Counter[str] = Counter()
+        self.graphs: dict[int, Counter[str]] = defaultdict(Counter)  # per backward pass
         self.trained = names
         self.default_steps, self.default_guidance = 28, 1.0
 
@@ -47,13 +56,23 @@ class _Counted(GaussianModel):
 
     def watched(self, output: Tensor, part: str, images: int) -> Tensor:
         """The output, which adds to "`part` backward" when a backward pass comes through it."""
+
+        def passed(gradient: Tensor) -> None:
+            self.calls[f"{part} backward"] += images
+            self.graphs[torch._C._current_graph_task_id()][part.removesuffix(" frozen")] += images
+
         if output.requires_grad:
-            output.register_hook(lambda gradient: self.calls.update({f"{part} backward": images}))
+            output.register_hook(passed)
         return output
 
 
 def count(recipe: Recipe, *, updates: int = 8) -> dict[str, float]:
-    """Images per update that go through each part, forward and backward, the mean over the first `updates`.
+    """Images per update that go through each part, forward and backward, the mean over the first `updates`."""
+    return counts(recipe, updates=updates).calls
+
+
+def counts(recipe: Recipe, *, updates: int = 8) -> Counts:
+    """The calls of an update, the mean over the first `updates`, and its largest graph.
 
     Calls are proportional to the batch, so a large one is counted on a part of it: nothing here grows with it.
     """
@@ -77,7 +96,9 @@ def count(recipe: Recipe, *, updates: int = 8) -> dict[str, float]:
                 for name in algorithm.trains:
                     for p in model.parameters(name):
                         p.grad = None
-    return {name: total / updates * (whole / size) for name, total in model.calls.items()}
+    parts = {part for graph in model.graphs.values() for part in graph}
+    largest = {part: max(graph[part] for graph in model.graphs.values()) / size for part in sorted(parts)}
+    return Counts({name: total / updates * (whole / size) for name, total in model.calls.items()}, largest)
 
 
 def _counted_batch(recipe: Recipe) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,15 @@ def _blip(pixels: Tensor) -> tuple[nn.Module, Callable[[], Tensor]]:
 
 
 def _embedded(recipe: Recipe) -> dict[str, Unit]:
-    model = EmojiModel.load(recipe.model.folder, training=recipe.model.weights, lora_rank=recipe.model.lora_rank)
+    """Those of the package are measured once per process, so that a training may ask before it begins."""
+    settings = recipe.model
+    measure_model = _of_embedded if settings.folder is None else _of_embedded.__wrapped__
+    return measure_model(settings.folder, settings.weights, settings.lora_rank, tuple(settings.lora_targets or ()))
+
+
+@cache
+def _of_embedded(folder: str | None, training: str, rank: int, targets: tuple[str, ...]) -> dict[str, Unit]:
+    model = EmojiModel.load(folder, training=training, lora_rank=rank, lora_targets=targets or None)
     cond, latents = model.encode_prompts([""]), torch.randn(1, *model.latent_shape, requires_grad=True)
     image = torch.rand(1, 3, model.image_size, model.image_size, requires_grad=True)
     reward: Any = load_reward("emoji")

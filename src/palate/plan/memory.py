@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from palate.models.quantised import BYTES
 from palate.plan.activations import Unit
-from palate.plan.count import count
+from palate.plan.count import counts
 from palate.plan.measure import family_of, local_config, measure
 from palate.recipe import Recipe, trained_names
 from palate.rewards import table as rewards
@@ -27,6 +27,7 @@ class Plan:
     memory: dict[str, float]
     gpus: int
     notes: tuple[str, ...] = ()
+    graph: dict[str, float] = field(default_factory=dict)  # of its largest backward pass (`count.Counts`)
 
     @property
     def bytes(self) -> float:
@@ -45,7 +46,7 @@ class Plan:
 def plan(recipe: Recipe, *, gpus: int = 1, units: Mapping[str, Unit] | None = None) -> Plan:
     """What an update of the recipe costs. `units` measured before save the meta device another run."""
     units = dict(units or measure(recipe))
-    calls = count(recipe)
+    calls, graph = counts(recipe)
     checkpointed = recipe.model.gradient_checkpointing is not False and recipe.model.name != "emoji"
     flops = 0.0
     for part, unit in units.items():
@@ -59,13 +60,18 @@ def plan(recipe: Recipe, *, gpus: int = 1, units: Mapping[str, Unit] | None = No
         notes.append(
             f"{recipe.model.folder} is not a local folder: the published architecture of {recipe.model.name} is assumed"
         )
-    return Plan(calls, units, flops, memory_of(recipe, units, calls, gpus, checkpointed), gpus, tuple(notes))
+    memory = memory_of(recipe, units, graph, gpus, checkpointed)
+    return Plan(calls, units, flops, memory, gpus, tuple(notes), graph)
 
 
 def memory_of(
-    recipe: Recipe, units: Mapping[str, Unit], calls: Mapping[str, float], gpus: int, checkpointed: bool
+    recipe: Recipe, units: Mapping[str, Unit], graph: Mapping[str, float], gpus: int, checkpointed: bool
 ) -> dict[str, float]:
-    """Bytes of one GPU by term. Full training shards what is trained over the GPUs; a LoRA is on each."""
+    """Bytes of one GPU by term. Full training shards what is trained over the GPUs; a LoRA is on each.
+
+    Activations are those of the largest single backward pass: DRaFT's last K steps share one, the losses of a critic
+    and of a generator do not.
+    """
     denoiser, names = units["denoiser"], len(trained_names(recipe.algorithm.name))
     full = recipe.model.weights == "full"
     width = DTYPE_BYTES[recipe.model.dtype or ("float32" if recipe.model.name == "emoji" else "bfloat16")]
@@ -81,9 +87,7 @@ def memory_of(
     batch = max(1.0, recipe.trainer.batch_size / gpus / recipe.trainer.micro_batches)
     decoder = units["decoder"]
     denoiser_kept, decoder_kept = (u.kept_checkpointed if checkpointed else u.kept for u in (denoiser, decoder))
-    backward = any(calls.get(f"denoiser{frozen} backward") for frozen in ("", " frozen"))
-    through = {part: calls.get(f"{part} backward", 0.0) > 0 for part in ("decoder", "reward")}
-    depth = _graph_depth(calls, recipe)
+    passed = {part: graph.get(part, 0.0) for part in ("denoiser", "decoder", "reward")}
     return {
         "denoiser, frozen" if not full else "frozen reference": base,
         "trained weights (float32)": trained,
@@ -92,20 +96,13 @@ def memory_of(
         "moving average": ema,
         "VAE": units["decoder"].weight_bytes + units["encoder"].weight_bytes,
         "rewards": units["reward"].weight_bytes,
-        "activations: denoiser": batch * depth * denoiser_kept if backward else 0.0,
-        "activations: VAE decoder": batch * decoder_kept if through["decoder"] else 0.0,
-        "activations: rewards": batch * units["reward"].kept if through["reward"] else 0.0,
+        "activations: denoiser": batch * passed["denoiser"] * denoiser_kept,
+        "activations: VAE decoder": batch * passed["decoder"] * decoder_kept,
+        "activations: rewards": batch * passed["reward"] * units["reward"].kept,
         "the block being recomputed": batch * max(denoiser.block, units["decoder"].block)
-        if checkpointed and backward
+        if checkpointed and passed["denoiser"]
         else 0.0,
     }
-
-
-def _graph_depth(calls: Mapping[str, float], recipe: Recipe) -> int:
-    """Denoiser calls in one graph: those that share a backward pass (DRaFT's last K steps)."""
-    backward = calls.get("denoiser backward", 0.0) + calls.get("denoiser frozen backward", 0.0)
-    graphs = calls.get("decoder backward", 0.0)
-    return max(1, round(backward / graphs)) if graphs else 1
 
 
 def memory_savings(recipe: Recipe, made: Plan) -> list[tuple[str, float]]:
@@ -164,4 +161,4 @@ def _bytes(recipe: Recipe, changed: Recipe, made: Plan) -> float:
         reward = units["reward"]
         units["reward"] = reward._replace(weight_bytes=reward.weight_bytes / 2, kept=reward.kept / 2)
     checkpointed = changed.model.gradient_checkpointing is not False
-    return sum(memory_of(changed, units, made.calls, made.gpus, checkpointed).values())
+    return sum(memory_of(changed, units, made.graph, made.gpus, checkpointed).values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ import torch
 from palate.plan.measure import family_of, published_of
 from palate.plan.memory import Plan, memory_savings
 from palate.recipe import Recipe
+from palate.runtime.environment import host_memory
 from palate.runtime.errors import InputError
 
 GIB = 2**30
@@ -47,7 +47,7 @@ def this_machine() -> tuple[str, Device]:
     A GPU that DEVICES does not know, and the processor, are timed on one matrix product.
     """
     if not torch.cuda.is_available():
-        gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+        gib = host_memory() / GIB
         return "cpu", Device(_measured(torch.device("cpu"), torch.float32, 512), round(gib, 1))
     properties = torch.cuda.get_device_properties(0)
     words, gib = set(properties.name.lower().replace("-", " ").split()), properties.total_memory / GIB
@@ -75,7 +75,7 @@ def find_device(name: str | None) -> tuple[str, Device]:
     if name is None or (name == "cpu" and not torch.cuda.is_available()):
         return this_machine()
     if name == "cpu":
-        gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+        gib = host_memory() / GIB
         return "cpu", Device(_measured(torch.device("cpu"), torch.float32, 512), round(gib, 1))
     raise InputError(f"--device: got {name!r}; expected one of {', '.join(DEVICES)}, cpu")
 

@@ -4,7 +4,7 @@ weights last."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -73,8 +73,8 @@ class SharesRollouts(Protocol):
         """Updates that a rollout serves."""
 
 
-def build(recipe: Recipe) -> Parts:
-    """Load everything the recipe names."""
+def build(recipe: Recipe, *, before_model: Callable[[], None] = lambda: None) -> Parts:
+    """Load everything the recipe names. `before_model` is called once all that is small has been checked and loaded."""
     if (lr := recipe.trainer.lr) >= LARGE_LR:
         logging.getLogger("palate").warning(
             "trainer.lr = %g: AdamW moves each weight by about that much per step; usual values are 1e-6 to 1e-3", lr
@@ -91,6 +91,7 @@ def build(recipe: Recipe) -> Parts:
         reward, tower = objective.reward(loaded), image_tower(loaded.values())
         if isinstance(recipe.algorithm, AsksBlackBox) and recipe.algorithm.head_queries:
             reward = BlackBox(reward, head_features(recipe))
+    before_model()
     model = build_model(recipe)
     load_consistency(recipe, model)
     load_teachers(recipe, model)

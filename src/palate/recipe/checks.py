@@ -87,7 +87,11 @@ def algorithm_settings(name: str) -> type:
     kind = algorithms.find(name).settings_class()
     if "name" in {field.name for field in dataclasses.fields(kind)}:
         raise RecipeError(f"algorithm.name {name}: its settings have a field `name`; call it something else")
-    body = {"__pydantic_config__": ConfigDict(extra="forbid"), "__module__": kind.__module__, "name": name}
+    body = {
+        "__pydantic_config__": ConfigDict(extra="forbid", allow_inf_nan=False),
+        "__module__": kind.__module__,
+        "name": name,
+    }
     return type(kind.__name__, (kind,), {"__doc__": kind.__doc__, **body})
 
 

@@ -41,6 +41,7 @@ class RunSettings:
 
     __pydantic_config__ = _STRICT
     folder: Annotated[str, Field(min_length=1)] = "runs/unnamed"
+    check_memory: bool = True  # refuse to start where `palate plan`'s sum for a step is more than the device has
     rank_timeout_seconds: Positive = 600  # of several ranks: how long one waits for another that is alive but silent
 
 

@@ -47,7 +47,7 @@ def check_start(recipe: Recipe) -> None:
             adapter_file(start, settings.weights)
         except ValueError as error:
             raise RecipeError(f"model.start: {error}") from error
-    if not isinstance(family, HasFacts) or settings.folder is None:
+    if not isinstance(family, HasFacts) or (settings.folder is None and settings.file is None):
         return
     facts, consistency = family.facts, wants_consistency(recipe)
     if consistency and settings.consistency is None:
@@ -59,7 +59,12 @@ def check_start(recipe: Recipe) -> None:
     if not started and not consistency and settings.training_adapter is None:
         return
     denoiser = facts.denoiser
-    repository = open_repository(settings.folder, family=settings.name, parts={denoiser: facts.parts[denoiser]})
+    repository = open_repository(
+        settings.folder,
+        family=settings.name,
+        parts={denoiser: facts.parts[denoiser]},
+        options={"file": settings.file},
+    )
     if started and start is not None:
         repository.check_lora(facts, start, key="model.start", rank=settings.lora_rank)
     if settings.training_adapter is not None:

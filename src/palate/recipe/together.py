@@ -99,8 +99,9 @@ def _check_model(recipe: Recipe, mistakes: list[str]) -> None:
         mistakes.append(f"model.{key}: {model.name} does not read it; its own keys: {', '.join(reads) or 'none'}")
     if model.training_adapter is not None and model.weights != "lora":
         mistakes.append("model.training_adapter: it joins a LoRA; set model.weights=lora, or leave it out")
-    if family.module.startswith("palate.models.") and model.name != "emoji" and model.folder is None:
-        mistakes.append(f"model.folder: {model.name} needs a diffusers folder or a hub id")
+    own_family = family.module.startswith("palate.models.") and model.name != "emoji"
+    if own_family and model.folder is None and model.file is None:  # a single file knows its published base
+        mistakes.append(f"model.folder: {model.name} needs a diffusers folder or a hub id, or model.file a checkpoint")
 
 
 def _check_prompts(recipe: Recipe, mistakes: list[str]) -> None:

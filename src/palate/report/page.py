@@ -14,36 +14,37 @@ from palate.report.pictures import clearest_pairs, compare_grid, grid, preview_p
 from palate.report.story import gauges, sentence, wanted_styles
 from palate.report.tables import DRIFT, compare_table, headline_keys, metric_rows
 from palate.report.words import WordChange, history, spell, word_changes
-from palate.runs import check_same, read_recipe
+from palate.runs import on_common_rows, read_recipe
+from palate.runtime.result import evaluation_of
+from palate.runtime.runlock import status
 
 
 def write_report(run_folder: str | Path, *, compare: Sequence[str | Path] = ()) -> Path:
     """Write report.html into the run folder, or with other runs in `compare`, compare.html; return its path.
 
-    Raises InputError when a folder is not a run, a picture cannot be read, or compared runs differ in prompts or seeds.
+    Raises InputError when a folder is not a run, a picture cannot be read, or compared runs share no prompt and seed.
     """
     runs = [Path(run_folder), *map(Path, compare)]
     pages = [run_page(run) for run in runs]
     title = " · ".join(page["name"] for page in pages)
     if not compare:
         return write_page(runs[0] / "report.html", render("report.html", title=title, run=pages[0]))
-    evaluations = [page["evaluation"] for page in pages]
-    for run, evaluation in zip(runs, evaluations, strict=True):
-        if evaluation and evaluations[0]:
-            check_same(evaluations[0]["rows"], evaluation["rows"], f"the evaluations of {runs[0]}", str(run))
+    evaluations = [page["evaluation"] for page in pages if page["evaluation"]]
+    measured = on_common_rows(evaluations, list(map(str, runs))) if len(evaluations) == len(runs) else []
     text = render(
         "compare.html",
         title=title,
         pages=pages,
         grid=compare_grid(runs, [page["words"] for page in pages]),
-        table=compare_table(evaluations),
+        table=compare_table(measured),
+        pictures=len(measured[0]["rows"]) if measured else 0,
     )
     return write_page(runs[0] / "compare.html", text)
 
 
 def run_page(run: Path) -> dict[str, Any]:
     """Everything that the page of a run shows, as plain values for the template."""
-    recipe, rows, evaluation = read_recipe(run), read_rounds(run), read_json(run / "evaluation.json")
+    recipe, rows, evaluation = read_recipe(run), read_rounds(run), evaluation_of(run)
     queries = read_queries(run) if recipe.get("optimize") else []
     changes = word_changes(recipe, rows)
     drift = (evaluation or {}).get("drift") or {}
@@ -55,7 +56,9 @@ def run_page(run: Path) -> dict[str, Any]:
     return {
         "name": run.resolve().name,
         "words": spell(changes[-1]._asdict()) if changes else "",
-        "lede": sentence(evaluation) if evaluation else unjudged(recipe, changes, last),
+        "lede": f"{sentence(evaluation)} {evaluation['outdated']}".strip()
+        if evaluation
+        else unjudged(recipe, changes, last),
         "gauges": gauges(evaluation) if evaluation else [],
         "summary": summary(recipe, changes) + (query_summary(run, queries, recipe) if recipe.get("optimize") else []),
         "queries": query_grid(run, queries),
@@ -66,8 +69,11 @@ def run_page(run: Path) -> dict[str, Any]:
         "grid": grid(run, changes),
         "charts": (query_curves(run, queries, recipe) if queries else []) + curves(rows, wanted),
         "notes": [
-            f"step {mark.step}: {'words ' if mark.kind == 'steer' else 'guard '}{mark.text}"
-            for mark in event_marks(rows)
+            *_still_running(run, last),
+            *(
+                f"step {mark.step}: {'words ' if mark.kind == 'steer' else 'guard '}{mark.text}"
+                for mark in event_marks(rows)
+            ),
         ],
         "headline": sorted((row for row in table if row["key"] in headline), key=lambda r: headline.index(r["key"])),
         "table": [row for row in table if row["key"] not in headline],
@@ -77,6 +83,14 @@ def run_page(run: Path) -> dict[str, Any]:
         "recipe": flatten(recipe),
         "command": command(run, recipe),
     }
+
+
+def _still_running(run: Path, last: int) -> list[str]:
+    """A sentence for a run that a process trains now."""
+    found = status(run)
+    if found.state != "running" or found.owner is None:
+        return []
+    return [f"step {last}: this run is being trained by {found.owner.text()}; the page shows it as it was then"]
 
 
 def run_words(recipe: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from palate.report.words import WordChange, words_at
-from palate.runs import check_same, read_index
+from palate.runs import common_to_all, read_index
 from palate.runtime.errors import InputError
 from palate.runtime.images import UNREADABLE, as_rgb
 
@@ -57,10 +57,9 @@ def grid(run_folder: Path, changes: Sequence[WordChange] = ()) -> dict[str, Any]
         return None
     count = min(COLUMNS, len(folders))
     chosen = [folders[round(i * (len(folders) - 1) / max(1, count - 1))] for i in range(count)]
-    rows = read_index(chosen[0])[:ROWS]
-    indices = [read_index(folder)[:ROWS] for folder in chosen]
-    for folder, index in zip(chosen, indices, strict=True):
-        check_same(rows, index, str(chosen[0]), str(folder))
+    # a resumed run may draw more prompts than before, or fewer
+    indices = _shared([read_index(folder) for folder in chosen], chosen)
+    rows = indices[0][:ROWS]
     names = ["Before", *["During"] * (count - 2), "After"][:count]
     heads = []
     for name, folder in zip(names, chosen, strict=True):
@@ -68,6 +67,12 @@ def grid(run_folder: Path, changes: Sequence[WordChange] = ()) -> dict[str, Any]
         words = words_at(changes, step) if len(changes) > 1 and step > 0 else ""
         heads.append({"name": name, "step": f"step {step}", "words": words})
     return {"heads": heads, "rows": grid_rows(rows, heads, list(zip(chosen, indices, strict=True)))}
+
+
+def _shared(indices: Sequence[list[dict[str, Any]]], places: Sequence[Path]) -> list[list[dict[str, Any]]]:
+    """The rows of each index whose prompt and seed all have, in the first one's order. InputError: there are none."""
+    shared = common_to_all(indices, [f"the pictures of {place}" for place in places])
+    return [[index[each[column]] for each in shared] for column, index in enumerate(indices)]
 
 
 def grid_rows(
@@ -93,8 +98,8 @@ def grid_rows(
 
 
 def compare_grid(runs: Sequence[Path], words: Sequence[str]) -> dict[str, Any]:
-    """The base model and each run's last preview, on the same prompts and seeds; `words` stand over the runs' columns.
-    InputError where prompts or seeds differ."""
+    """The base model and each run's last preview, on the prompts and seeds that all have; `words` stand over the runs'
+    columns. InputError where they share none."""
     columns: list[tuple[Path, list[dict[str, Any]]]] = []
     heads: list[dict[str, str]] = []
     for run, run_words in zip(runs, words, strict=True):
@@ -104,11 +109,12 @@ def compare_grid(runs: Sequence[Path], words: Sequence[str]) -> dict[str, Any]:
         if not columns:
             columns.append((folders[0], read_index(folders[0])))
             heads.append({"name": "Base", "step": f"step {step_of(folders[0])}", "words": ""})
-        index = read_index(folders[-1])
-        check_same(columns[0][1], index, str(runs[0]), str(run))
-        columns.append((folders[-1], index))
+        columns.append((folders[-1], read_index(folders[-1])))
         heads.append({"name": run.resolve().name, "step": f"step {step_of(folders[-1])}", "words": run_words})
-    return {"heads": heads, "rows": grid_rows(columns[0][1][:ROWS], heads, columns)}
+    folders = [folder for folder, _ in columns]
+    shared = _shared([index for _, index in columns], [runs[0], *runs])
+    columns = [(folder, index[:ROWS]) for folder, index in zip(folders, shared, strict=True)]
+    return {"heads": heads, "rows": grid_rows(columns[0][1], heads, columns)}
 
 
 # --- pairs of an evaluation -------------------------------------------------------------------------------------------
@@ -185,8 +191,8 @@ def preview_pairs(run_folder: Path) -> list[dict[str, Any]]:
     folders = preview_folders(run_folder)
     if len(folders) < 2:
         return []
-    before, after = read_index(folders[0]), read_index(folders[-1])
-    check_same(before, after, str(folders[0]), str(folders[-1]))
+    ends = [folders[0], folders[-1]]
+    before, after = _shared([read_index(folder) for folder in ends], ends)
     found: dict[str, dict[str, Any]] = {}
     for old, new in zip(before, after, strict=True):
         pair = {"prompt": old["prompt"], "seed": old["seed"], "change": None}

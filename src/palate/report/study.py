@@ -15,8 +15,8 @@ from typing import Any
 
 from palate.evaluate.intervals import win_rate_interval
 from palate.report.html import render
-from palate.report.pictures import picture
-from palate.runs import check_same, read_index, run_names
+from palate.report.pictures import picture, preview_folders
+from palate.runs import common_rows, common_to_all, read_index, run_names
 from palate.runtime.errors import InputError
 from palate.runtime.files import split_lines
 
@@ -28,9 +28,10 @@ def write_study(
 ) -> tuple[Path, Path]:
     """Write the page (None = compare-blind.html in run_a) and beside it its key, *-key.json; return both paths.
 
-    Shown are the images of the last evaluation when both runs have one, else their last previews: at most `count`
-    pairs, drawn at random. `seed` fixes the draw; None = a secret one. ValueError when the runs differ in prompts or
-    seeds, a picture cannot be read, or a key is there already, without which its page's choices could not be read.
+    Shown are the images of the evaluations that have the most prompts and seeds in common, else those of the last
+    previews: at most `count` pairs, drawn at random. `seed` fixes the draw; None = a secret one. InputError when the
+    runs share no prompt and seed, a picture cannot be read, or a key is there already, without which its page's
+    choices could not be read.
     """
     runs = {"a": Path(run_a), "b": Path(run_b)}
     names = run_names(list(runs.values()))
@@ -42,7 +43,8 @@ def write_study(
         )
     folders = _folders(runs)
     rows = {side: read_index(folder) for side, folder in folders.items()}
-    check_same(rows["a"], rows["b"], *names)
+    shared = common_to_all([rows["a"], rows["b"]], names)
+    rows = {side: [rows[side][each[place]] for each in shared] for place, side in enumerate("ab")}
     seed = secrets.randbits(128) if seed is None else seed
     order = sorted(range(len(rows["a"])), key=lambda i: _draw(seed, "order", i))[:count]
     pairs, shown = [], []
@@ -65,18 +67,25 @@ def write_study(
 
 
 def _folders(runs: dict[str, Path]) -> dict[str, Path]:
-    judged = {side: run / "evaluation" / "result" for side, run in runs.items()}
-    if all((folder / "index.jsonl").is_file() for folder in judged.values()):
-        return judged
-    previews = {}
+    """Where each side's pictures lie: the two evaluations that share most rows, the newest first; else the previews."""
+    judged = {
+        side: [folder for folder in (run / "evaluation/result", *sorted(run.glob("evaluations/*/evaluation/result")))
+               if (folder / "index.jsonl").is_file()]
+        for side, run in runs.items()
+    }  # fmt: skip
+    rows = {folder: read_index(folder) for found in judged.values() for folder in found}
+    couples = [(a, b) for a in judged["a"] for b in judged["b"]]
+    shared = {couple: len(common_rows(rows[couple[0]], rows[couple[1]])) for couple in couples}
+    best = max(couples, key=lambda couple: shared[couple]) if couples else None
+    previews = {side: preview_folders(run)[-1:] for side, run in runs.items()}
+    if best is not None and (shared[best] or not all(previews.values())):
+        return dict(zip("ab", best, strict=True))
     for side, run in runs.items():
-        found = sorted(p for p in (run / "samples").glob("step-*") if (p / "index.jsonl").is_file())
-        if not found:
+        if not previews[side]:
             raise InputError(
                 f"{run} has no pictures that {runs['b' if side == 'a' else 'a']} has too; run palate evaluate on both"
             )
-        previews[side] = found[-1]
-    return previews
+    return {side: found[0] for side, found in previews.items()}
 
 
 def _draw(seed: int, purpose: str, i: int) -> bytes:

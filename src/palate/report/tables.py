@@ -181,12 +181,11 @@ def sort_ranks(values: Sequence[float | None]) -> list[int]:
     return places
 
 
-def compare_table(evaluations: Sequence[dict[str, Any] | None]) -> list[dict[str, Any]]:
-    """Base and every run's value of each metric that all have; empty unless all runs were evaluated."""
-    measured = [evaluation for evaluation in evaluations if evaluation is not None]
-    if len(measured) < len(evaluations):
-        return []
+def compare_table(measured: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Base and every run's value of each metric that all have; empty for no evaluations."""
     found = [{row["key"]: row for row in metric_rows(evaluation)} for evaluation in measured]
+    if not found:
+        return []
     first = [key for evaluation in measured[:1] for key in headline_keys(evaluation, ())]
     keys = [key for key in (*first, *(key for key in found[0] if key not in first)) if all(key in r for r in found)]
     return [

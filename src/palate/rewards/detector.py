@@ -87,7 +87,7 @@ class Detector(nn.Module):
     @torch.no_grad()
     def detect(self, images: Tensor) -> list[list[Detection]]:
         """The things of each image, the surest first."""
-        cells: Cells = self(images)
+        cells: Cells = self(images.to(self.head.weight.device))
         sure = cells.middle.sigmoid()
         peak = (sure == F.max_pool2d(sure[:, None], 3, 1, 1)[:, 0]) & (sure > THRESHOLD)
         found: list[list[Detection]] = [[] for _ in range(len(images))]
@@ -111,12 +111,12 @@ class Detector(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: value.half().contiguous() for name, value in self.state_dict().items()}, folder / WEIGHTS)
         config = {"concepts": self.concepts, "paints": self.paints, "width": self.width}
-        (folder / "config.json").write_text(json.dumps(config) + "\n")
+        (folder / "config.json").write_text(json.dumps(config) + "\n", "utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Detector:
         """What `save` wrote, in float32, frozen."""
-        model = cls(**json.loads((folder / "config.json").read_text()))
+        model = cls(**json.loads((folder / "config.json").read_text("utf-8")))
         model.load_state_dict({name: value.float() for name, value in load_file(folder / WEIGHTS).items()})
         return model.eval().requires_grad_(False)
 

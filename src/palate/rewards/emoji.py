@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast, ResNetForImageClassification, VisionTextDualEncoderModel
 
 from palate.core import Reward
+from palate.models.quiet import quietly
 from palate.models.vocabulary import known_words, parse_prompt, vocabulary
 from palate.rewards.clip import ClipReward, preprocess
 from palate.rewards.simple import border
@@ -50,18 +52,24 @@ def load_reward(name: str) -> Reward:
             tokenizer(lines, padding="max_length", max_length=length, return_tensors="pt", return_token_type_ids=False)
         )
 
-    return ClipReward(kind.from_pretrained(folder, dtype=torch.float32), tokenize, image_size=64)
+    with quietly(folder):
+        network = kind.from_pretrained(folder, dtype=torch.float32)
+    return ClipReward(network, tokenize, image_size=64)
 
 
 class EmojiClassifier:
     """Names the concept and the style of images. A classifier, trained apart from the rewards."""
 
     def __init__(self) -> None:
-        self.model = ResNetForImageClassification.from_pretrained(_folder("judge"), dtype=torch.float32)
+        self.model: Any
+        with quietly(_folder("judge")):
+            self.model = ResNetForImageClassification.from_pretrained(_folder("judge"), dtype=torch.float32)
         self.model.eval().requires_grad_(False)
         self.concepts, self.styles = vocabulary().concepts, vocabulary().styles
 
     def _pooled(self, images: Tensor) -> Tensor:
+        if self.model.device != images.device:
+            self.model.to(images.device)
         return self.model.resnet(preprocess(images, 64)).pooler_output
 
     def features(self, images: Tensor) -> Tensor:

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
 
+from palate.models.quiet import quietly
 from palate.runtime.errors import InputError
-from palate.runtime.hub import reachable
+from palate.runtime.hub import hub_file, reachable
 
 OFFLINE = "and the hub cannot be reached"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -65,7 +65,7 @@ def weights_file(reward: str, source: str, *, default: str, how: str) -> Path:
     if path.is_absolute() or source.startswith(".") or source.count("/") != 1 or path.suffix == ".safetensors":
         raise InputError(f"{key}: {source} does not exist. {how}")
     try:
-        return Path(hf_hub_download(source, default, local_files_only=not reachable()))
+        return hub_file(source, default)
     except GatedRepoError as error:
         raise InputError(
             f"{key}: {source} is gated; accept its terms on huggingface.co and run `hf auth login`"
@@ -104,7 +104,8 @@ def pretrained(kind: Any, reward: str, source: str, *, how: str, **options: Any)
     if remote and not reachable():
         options["local_files_only"] = True
     try:
-        return kind.from_pretrained(source, **options)
+        with quietly(source):
+            return kind.from_pretrained(source, **options)
     except (OSError, ValueError, SafetensorError) as error:
         if options.get("local_files_only"):
             raise InputError(f"{key}: {source} is not in the local cache, {OFFLINE}. {how}") from error

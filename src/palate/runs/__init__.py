@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from palate.evaluate import check_same, evaluate_samples, read_index, read_samples, write_samples
 from palate.runs.checklist import evaluate_runs_by_questions
-from palate.runs.comparison import between, common_rows
+from palate.runs.comparison import between, common_rows, common_to_all, on_common_rows
 from palate.runs.evaluation import evaluate_run, evaluate_runs, evaluation_key
 from palate.runs.folder import (
     RunFolder,
@@ -19,12 +19,14 @@ from palate.runs.folder import (
     words_in_force,
 )
 from palate.runs.protocol import evaluate_protocol
+from palate.runs.result import adapter_of, load_result, write_adapter
 
 control_words = tree_words
 
 __all__ = [
-    "RunFolder", "between", "check_same", "common_rows", "control_words",
-    "evaluate_protocol", "evaluate_run", "evaluate_runs", "evaluate_runs_by_questions", "evaluate_samples",
-    "evaluation_key", "read_index", "read_recipe", "read_samples", "run_names", "trained_model",
-    "tree_words", "words_in_force", "write_samples",
+    "RunFolder", "adapter_of", "between", "check_same", "common_rows", "common_to_all",
+    "control_words", "evaluate_protocol", "evaluate_run", "evaluate_runs",
+    "evaluate_runs_by_questions", "evaluate_samples", "evaluation_key", "load_result",
+    "on_common_rows", "read_index", "read_recipe", "read_samples", "run_names", "trained_model",
+    "tree_words", "words_in_force", "write_adapter", "write_samples",
 ]  # fmt: skip

@@ -12,12 +12,50 @@ from torch import Tensor
 from palate.evaluate.measurement import mean_and_interval, round_floats
 from palate.runtime.errors import InputError
 
+BOTH = "evaluate all on the same ones"
+
 
 def common_rows(first: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
     """(i, j) of the rows of both that have the same prompt and seed, in the first one's order."""
     places = {(row["prompt"], row["seed"]): j for j, row in enumerate(other)}
     pairs = ((i, places.get((row["prompt"], row["seed"]))) for i, row in enumerate(first))
     return [(i, j) for i, j in pairs if j is not None]
+
+
+def common_to_all(several: Sequence[Sequence[Mapping[str, Any]]], names: Sequence[str]) -> list[tuple[int, ...]]:
+    """(i, j, ...) of the rows that all have, in the first one's order. InputError: one shares none with the first."""
+    found: list[tuple[int, ...]] = [(i,) for i in range(len(several[0]))]
+    for rows, name in zip(several[1:], names[1:], strict=True):
+        places = dict(common_rows(several[0], rows))
+        if not places:
+            raise InputError(f"{names[0]} and {name} have no prompt and seed in common; {BOTH}")
+        found = [(*each, places[each[0]]) for each in found if each[0] in places]
+    if not found:
+        raise InputError(f"{', '.join(names)} have no prompt and seed that is in all of them; {BOTH}")
+    return found
+
+
+def on_common_rows(evaluations: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The evaluations on the prompts and seeds that all have. Where they do not have the same, metrics are those of
+    single pictures, computed anew; what is measured inside a prompt is left out."""
+    rows = common_to_all([evaluation["rows"] for evaluation in evaluations], names)
+    if all(len(evaluation["rows"]) == len(rows) for evaluation in evaluations):
+        return list(evaluations)
+    return [_restricted(evaluation, [each[place] for each in rows]) for place, evaluation in enumerate(evaluations)]
+
+
+def _restricted(evaluation: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    rows = [evaluation["rows"][i] for i in kept]
+    metrics = {}
+    for key in evaluation["metrics"]:
+        if key in evaluation["by_prompt"][0]:
+            continue
+        now, base = column({"rows": rows}, key), column({"rows": rows}, key, base=True)
+        gap = now.isnan() | base.isnan()
+        if not bool(gap.all()):
+            values = now.masked_fill(gap, math.nan), base.masked_fill(gap, math.nan)
+            metrics[key] = mean_and_interval(*values, [row["prompt"] for row in rows])
+    return {**evaluation, "rows": rows, "metrics": round_floats(metrics)}
 
 
 def between(first: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -28,7 +66,7 @@ def between(first: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str,
     """
     rows = common_rows(first["rows"], other["rows"])
     if not rows:
-        raise InputError("the evaluations have no prompt and seed in common; evaluate both on the same ones")
+        raise InputError(f"the evaluations have no prompt and seed in common; {BOTH}")
     same = len(rows) == len(first["rows"]) == len(other["rows"]) and all(i == j for i, j in rows)
     prompts = [first["rows"][i]["prompt"] for i, _ in rows]
     found = {}
@@ -63,7 +101,7 @@ def column(evaluation: dict[str, Any], key: str, of_prompts: bool = False, *, ba
         rows = ({**row.get("base", {}), "prompt": row["prompt"]} for row in evaluation["rows"])
         return column({"rows": list(rows)}, key)
     if key.startswith("style/"):  # a fraction of the images whose prompt leaves the style open
-        values = [None if "style_named" in row else float(row["style"] == key[6:]) for row in evaluation["rows"]]
+        values = [None if "style_named" in row else float(row.get("style") == key[6:]) for row in evaluation["rows"]]
     else:
         values = [row.get(key) for row in evaluation["by_prompt" if of_prompts else "rows"]]
     return torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)

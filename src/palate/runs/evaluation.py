@@ -26,6 +26,7 @@ from palate.runs.comparison import between
 from palate.runs.folder import RunFolder, run_names
 from palate.runtime.errors import InputError
 from palate.runtime.files import json_digest, replace, write_atomically
+from palate.runtime.result import evaluation_of, result_of
 
 SIDES = ("base", "result")
 CURRENT = ("evaluation", "evaluation.json")
@@ -64,6 +65,7 @@ def evaluate_run(
         "optimised": optimised,
         "heldout": panel.heldout,
         "objective": objective.description(),
+        "checkpoint": _measured(run, stored),
         "words": {"positive": positive, "negative": negative} | ({"k": objective.k} if objective.k else {}),
         "verdict": verdict(
             result["metrics"], optimised, panel.heldout, result["failed"], num_prompts=result["prompts"]
@@ -174,6 +176,14 @@ def _move(source: Path, target: Path) -> None:
     for name in CURRENT:
         if (source / name).exists():
             replace(source / name, target / name)
+
+
+def _measured(run: RunFolder, stored: bool) -> str | None:
+    """The checkpoint that the images are of, as evaluation.json keeps it; None where that is not known."""
+    if stored:
+        return (evaluation_of(run.path) or {}).get("checkpoint")
+    found = result_of(run.path)
+    return None if found is None else found.checkpoint
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------

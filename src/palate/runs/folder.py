@@ -11,14 +11,13 @@ from typing import Any
 import yaml
 
 from palate.core import Model, Sampler
-from palate.optimize.loop import newest_round
 from palate.recipe import builder, reader
 from palate.recipe.identity import changes
 from palate.recipe.objective import Objective, control_words, objective_of
 from palate.recipe.settings import Recipe
+from palate.runs.result import load_result
 from palate.runtime.errors import InputError
 from palate.runtime.runlog import METRICS, read_metrics
-from palate.train import restore_result
 
 RECIPE = "recipe.yaml"
 # What a finished run may be judged with, other than its recipe says; nothing of it changes the run.
@@ -86,8 +85,7 @@ class RunFolder:
         for change in changes(self.path, self.recipe):
             warn(f"{self.path}: {change}")
         model = builder.build_model(self.recipe)
-        folder = self.path if self.recipe.optimize is None else newest_round(self.path)
-        restore_result(model, folder, warn=warn)
+        load_result(model, self.path, warn=warn)
         return model, builder.sampler_of(builder.build_algorithm(self.recipe))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,3 +26,27 @@ def environment(base: str) -> dict[str, Any]:
         "versions": versions(),
         "base_fingerprint": base,
     }
+
+
+def host_memory() -> float:
+    """Bytes that this process may use of the machine's memory and swap: a container's limit, if it has one."""
+    physical = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    limits = [_number(path) for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")]
+    allowed = min([physical, *(limit for limit in limits if limit is not None)])
+    return allowed + (_swap() if allowed == physical else 0.0)
+
+
+def _number(path: str) -> float | None:
+    """The number in a file of the kernel; None without one, as "max"."""
+    try:
+        return float(Path(path).read_text("ascii"))
+    except (OSError, ValueError):
+        return None
+
+
+def _swap() -> float:
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    except OSError:
+        return 0.0
+    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("SwapTotal:")), 0.0)

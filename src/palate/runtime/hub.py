@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import socket
 from functools import cache
+from pathlib import Path
 from urllib.parse import urlsplit
+
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 TRIES, SECONDS = 2, 3.0
 
@@ -26,3 +30,16 @@ def reachable() -> bool:
         except OSError:
             continue
     return False
+
+
+def hub_file(repository: str, name: str, *, repo_type: str = "model") -> Path:
+    """A file of a repository of the hub, in the local cache; downloaded if the hub can be reached.
+
+    LocalEntryNotFoundError: it is not in the cache and cannot be fetched; other errors are the hub client's.
+    """
+    if reachable():
+        return Path(hf_hub_download(repository, name, repo_type=repo_type))
+    found = try_to_load_from_cache(repository, name, repo_type=repo_type)
+    if not isinstance(found, str):
+        raise LocalEntryNotFoundError(f"{name} is not in the local cache, and the hub cannot be reached")
+    return Path(found)

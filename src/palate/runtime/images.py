@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 # What PIL raises for a file that is missing, damaged, cut short, too large or no picture at all.
@@ -51,10 +51,13 @@ def encode_jpeg(pixels: np.ndarray, *, quality: int = 75) -> bytes:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """The picture in RGB, 8 bits a channel: transparency over white, 16-bit greys scaled to 8 bits.
+    """The picture in RGB, 8 bits a channel: transparency over white, 16-bit greys scaled to 8 bits, upright.
 
-    PIL's own conversion shows whatever colour lies under the transparency, and clips 16-bit values at 255.
+    PIL's own conversion shows whatever colour lies under the transparency, and clips 16-bit values at 255; a
+    camera that was turned stores its picture lying on its side and says so in a tag.
     """
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()
     if image.mode.startswith("I") or image.mode == "F":

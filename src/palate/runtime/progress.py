@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from palate.runtime.notebook import Cell, cell
 from palate.runtime.phases import listening
 
 logger = logging.getLogger("palate")
@@ -23,6 +24,7 @@ _ESCAPES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 PLAIN_SECONDS = 5.0  # between two plain lines about the same work
 BAR = 12  # characters
+LINE = 160  # characters, of a notebook
 
 
 def printable(text: str) -> str:
@@ -65,6 +67,7 @@ class Progress:
         self.steps, self.first, self.step, self.visible = steps, done, done, visible
         self.name, self.part, self.parts, self.metrics = "", 0, 0, ""
         self.live: Any = None  # rich's, imported on a terminal only
+        self.cell: Cell | None = None  # of a notebook
         self.started = self.spoken = time.monotonic()
         self._listening = contextlib.ExitStack()
 
@@ -75,7 +78,8 @@ class Progress:
     def __enter__(self) -> Progress:
         self.started = self.spoken = time.monotonic()
         self._listening.enter_context(listening(self.phase))
-        if self.visible and sys.stdout.isatty():
+        self.cell = cell() if self.visible else None
+        if self.visible and not self.cell and sys.stdout.isatty():
             from rich.live import Live
 
             self.live = Live(get_renderable=self._rendered, refresh_per_second=4, transient=self.steps == 0)
@@ -84,6 +88,9 @@ class Progress:
 
     def __exit__(self, *_: object) -> None:
         self._listening.close()
+        if self.cell:
+            self.name = ""
+            self.cell.say(self.line(LINE), self.steps, self.steps)
         if self.live:
             self._safely(self.live.stop)
             self.live = None
@@ -103,11 +110,11 @@ class Progress:
         new, self.name, self.part, self.parts = name != self.name, name, done, total
         if not self.visible or not name:
             return
-        if self.live:
+        if self.cell:
+            self.cell.say(self.line(LINE), self.step, self.steps)
+        elif self.live:
             self._safely(self.live.refresh) if new else None
-            return
-        now = time.monotonic()
-        if now - self.spoken >= PLAIN_SECONDS or (new and not self.steps):
+        elif (now := time.monotonic()) - self.spoken >= PLAIN_SECONDS or (new and not self.steps):
             self.spoken = now
             say(self._phase_text())
 
@@ -119,9 +126,16 @@ class Progress:
         rewards = [f"{key} {value:.4g}" for key, value in row.items() if key.startswith("reward") and _number(value)]
         self.metrics = ", ".join([f"{row.get('step_seconds', 0.0):.2f} s per step", *rewards[:2]])
         now = time.monotonic()
-        if not self.live and (step in (self.steps, self.first + 1) or now - self.spoken >= PLAIN_SECONDS):
+        if self.cell:
+            self.cell.say(self.line(LINE), step, self.steps)
+        elif not self.live and (step in (self.steps, self.first + 1) or now - self.spoken >= PLAIN_SECONDS):
             self.spoken = now
             say(f"step {step}/{self.steps}  {self._place()}  {self.metrics}")
+
+    def picture(self, png: bytes, title: str) -> None:
+        """The newest previews, where there is a place for pictures: under the cell of a notebook."""
+        if self.cell:
+            self.cell.show(png, title)
 
     def _place(self) -> str:
         """ "41 %, 35 min left"."""
@@ -139,8 +153,8 @@ class Progress:
         text = self._phase_text()
         if self.steps:
             full = round(BAR * self.step / self.steps)
-            bar = "#" * full + "-" * (BAR - full)
-            text = f"{self._place()}  step {self.step}/{self.steps}  {bar}  {text or self.metrics}"
+            bar = "" if self.cell else "#" * full + "-" * (BAR - full) + "  "
+            text = f"{self._place()}  step {self.step}/{self.steps}  {bar}{text or self.metrics}"
         text = printable(text)
         return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
 

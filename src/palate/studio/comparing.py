@@ -25,6 +25,7 @@ from palate.models.emoji import EmojiModel
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
 from palate.studio.artist import LOADING, Artist, png_of, with_strength
+from palate.studio.undo import adapter_now
 from palate.studio.workspace import Workspace
 
 PAIRS = 24  # of a study
@@ -169,10 +170,7 @@ class Comparing:
         return Showing(self._models[key], sampler, list(dict.fromkeys(preview)))
 
     def _lora(self, run: str) -> dict[str, Lora]:
-        folder = self.workspace.run(run)
-        if not (folder / "adapter").is_dir():
-            raise InputError(f"{run} has no result yet: it writes its LoRA at the end; stop it, or wait")
-        return read_adapter(folder / "adapter")
+        return read_adapter(adapter_now(self.workspace.run(run)))
 
     def _draw(self, showing: Showing, prompts: list[str], parts: list[tuple[float, dict[str, Lora]]]) -> Tensor:
         with torch.no_grad():

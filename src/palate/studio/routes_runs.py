@@ -22,7 +22,7 @@ from palate.runtime.progress import printable
 from palate.runtime.runlock import require_free
 from palate.studio.artist import LOADING
 from palate.studio.shared import go_to, studio_of
-from palate.studio.undo import make_result
+from palate.studio.undo import adapter_now
 
 router = APIRouter()
 FORMS = ("comfyui", "diffusers", "merged")
@@ -86,7 +86,7 @@ def export(request: Request, run: str, form: str) -> Response:
     if not (folder / "adapter").is_dir():
         if studio.processes.owner(run) is not None:
             raise InputError(f"{run} is training: it writes its LoRA at the end; stop it, or wait")
-        make_result(folder)
+        adapter_now(folder)
     target = folder / "export" / form
     makers: dict[str, Callable[[], Path]] = {"merged": lambda: merged(folder)}
     if form == "merged" and target.exists():

@@ -12,7 +12,7 @@ from palate.studio.process import quoted
 from palate.studio.runview import RunView
 from palate.studio.shared import Studio, go_to, studio_of
 from palate.studio.steering import Draft, change, wanted_words
-from palate.studio.undo import go_back, make_result
+from palate.studio.undo import adapter_now, go_back
 from palate.taste.card import START
 from palate.taste.readers import export_votes
 from palate.taste.words import with_words
@@ -100,7 +100,7 @@ def start(request: Request, way: str = Form("taste-emoji")) -> Response:
         overrides.append(f"prompts.{of[way]}")
     source = studio.workspace.settings()["source"]
     if source and way == "taste-emoji":
-        overrides.append(f"model.start={quoted(studio.workspace.run(source) / 'adapter')}")
+        overrides.append(f"model.start={quoted(adapter_now(studio.workspace.run(source)))}")
     studio.processes.train(way, name, overrides)
     return go_to("/align", request, run=name)
 
@@ -141,8 +141,7 @@ def keep(request: Request, run: str) -> Response:
     view = studio.view(run)
     if view.state in ("running", "waiting"):
         raise InputError(f"{run} is training; stop it, or wait for its end")
-    if not (view.folder / "adapter").is_dir():
-        make_result(view.folder)
+    adapter_now(view.folder)
     earlier = [name for name in studio.workspace.rounds() if name != run]
     studio.workspace.write("rounds.json", {"runs": [*earlier, run]})
     studio.workspace.set(source=run)
@@ -202,6 +201,6 @@ def steer_start(request: Request, way: str = Form("direct-emoji")) -> Response:
     if way == "srpo-emoji":
         overrides += OFTEN  # what the page shows; the source is a one-step model's, from which this one cannot begin
     elif source:
-        overrides.append(f"model.start={quoted(studio.workspace.run(source) / 'adapter')}")
+        overrides.append(f"model.start={quoted(adapter_now(studio.workspace.run(source)))}")
     studio.processes.train(way, name, overrides)
     return go_to("/steer", request, run=name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from palate.evaluate import read_index
 from palate.recipe import Recipe
 from palate.runtime import checkpoint
 from palate.runtime.errors import CheckpointError, InputError
+from palate.runtime.result import evaluation_of
 from palate.runtime.runlog import read_metrics
 from palate.studio.process import Processes
 
@@ -173,9 +173,9 @@ class RunView:
         return checkpoint.steps(self.folder / "checkpoints")
 
     def verdict(self) -> str:
-        path = self.folder / "evaluation.json"
         try:
-            return str(json.loads(path.read_text("utf-8"))["verdict"]["text"])
+            found = evaluation_of(self.folder)
+            return f"{found['verdict']['text']} {found['outdated']}".strip() if found else ""
         except (OSError, ValueError, KeyError, TypeError):
             return ""
 

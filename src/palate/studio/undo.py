@@ -5,15 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from palate import recipe as recipes
-from palate.core import SavesAdapter
+from palate.core import Model
+from palate.runs import adapter_of, trained_model, write_adapter
+from palate.runs.result import forget_adapter
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
-from palate.runtime.files import new_folder
 from palate.runtime.runlock import owned
 from palate.runtime.runlog import rewind
 from palate.studio.artist import LOADING
-from palate.train import restore_result
 
 
 def go_back(folder: Path, step: int) -> None:
@@ -27,27 +26,20 @@ def go_back(folder: Path, step: int) -> None:
         if step not in checkpoint.steps(checkpoints):
             raise InputError(f"step {step} of {folder.name} was not kept; kept are {checkpoint.steps(checkpoints)}")
         checkpoint.load(checkpoints / checkpoint.name(step))  # every byte verified before anything goes
+        forget_adapter(folder)
         for kind in ("checkpoints", "samples"):
             for later in checkpoint.steps(folder / kind):
                 if later > step:
                     shutil.rmtree(folder / kind / checkpoint.name(later))
         rewind(folder, step)
-        _write_adapter(folder)
+        write_adapter(folder, _result(folder))
 
 
-def make_result(folder: Path) -> None:
-    """A run that was stopped has checkpoints and no adapter: write that of the newest one."""
-    with owned(folder):
-        _write_adapter(folder)
+def adapter_now(folder: Path) -> Path:
+    """The adapter of the run's result; written first where the run was stopped without one. InputError: it trains."""
+    return adapter_of(folder, lambda: _result(folder))
 
 
-def _write_adapter(folder: Path) -> None:
-    """The LoRA of the newest checkpoint as the run's result."""
-    recipe = recipes.read(str(folder / "recipe.yaml"))
+def _result(folder: Path) -> Model:
     with LOADING:
-        model = recipes.build_model(recipe)
-    if not isinstance(model, SavesAdapter):
-        raise InputError(f"{folder.name}: its model has no adapter to write")
-    restore_result(model, folder, warn=lambda text: None)
-    with new_folder(folder / "adapter") as temporary:
-        model.save_adapter(temporary)
+        return trained_model(folder, warn=lambda text: None)[0]

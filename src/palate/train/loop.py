@@ -21,7 +21,7 @@ import torch
 from palate.core import Fingerprinted, Random
 from palate.runtime import distributed, sharding
 from palate.runtime.errors import InputError
-from palate.runtime.images import grid
+from palate.runtime.images import encode_png, grid
 from palate.runtime.progress import Progress
 from palate.runtime.runlog import RunLog
 from palate.runtime.signals import Stop
@@ -173,7 +173,9 @@ class Run:
     def _preview(self, step: int) -> None:
         self.progress.phase("previews", 0, len(self.previews.prompts))
         images = self.previews.draw(step)
-        self.trackers.image(step, "previews", grid(images, max(1, round(len(images) ** 0.5)), gap=2))
+        sheet = grid(images, max(1, round(len(images) ** 0.5)), gap=2)
+        self.trackers.image(step, "previews", sheet)
+        self.progress.picture(encode_png(sheet), f"previews of step {step}")
 
     def _guard(self, step: int) -> None:
         decision = self.guard.decide(step, self.measure())

@@ -1,0 +1,138 @@
+"""Whether a recipe's step has room on the device that it will run on, asked before anything large loads.
+
+The sum is the plan's, which leaves out workspace, fragmentation and text encoders, so what it calls too large is.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from palate.core import ChecksBatch
+from palate.plan.activations import Unit
+from palate.plan.memory import Plan, memory_of, memory_savings, plan
+from palate.plan.table import FREE, GIB
+from palate.recipe import Recipe
+from palate.runtime.environment import host_memory
+from palate.runtime.errors import InputError
+
+KEY = "run.check_memory"
+
+
+class Room(NamedTuple):
+    """A step's memory on one device, and what the device has. Bytes."""
+
+    need: float
+    have: float
+    device: str  # "cpu", or the name of the accelerator
+    remedies: tuple[tuple[str, float], ...] = ()  # changes of one key that make it fit, with the need after each
+    nearest: tuple[str, float] | None = None  # where none of them does
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step can be held at all."""
+        return self.need <= self.have
+
+    @property
+    def sentence(self) -> str:
+        """What a step needs, and if that is too much, the remedies."""
+        text = f"a step needs {_gib(self.need)} of {_gib(self.have)} GiB on {self.device}"
+        if self.fits:
+            return text
+        listed = " or ".join(f"{name} ({_gib(value)} GiB)" for name, value in self.remedies)
+        if listed:
+            return f"{text}: set {listed}"
+        if self.nearest is None:
+            return f"{text}, and no key of the recipe would make it fit; use a smaller trainer.batch_size"
+        return f"{text}; nothing makes it fit, the nearest is {self.nearest[0]}: {_gib(self.nearest[1])} GiB"
+
+
+def room(recipe: Recipe, *, gpus: int | None = None, units: Mapping[str, Unit] | None = None) -> Room | None:
+    """The room of a step of the recipe on this machine; None for a recipe that cannot be planned (an own model, hpsv3).
+
+    gpus: how many share the batch; None = the ranks that this process is one of. Ranks without an accelerator share
+    the memory of their machine. Random numbers are left as they are.
+    """
+    ranks = gpus or int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            made = plan(recipe, gpus=ranks, units=units)
+    except Exception as error:  # of parts of one's own too: what cannot be counted must not keep a run from starting
+        logging.getLogger("palate").debug("the memory of a step is not known: %s", error)
+        return None
+    name, have = _device(recipe)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks)) if name == "cpu" else 1
+    if made.bytes * local <= have:
+        return Room(made.bytes * local, have, name)
+    budget = FREE * have / local
+    found = [(key, value) for key, value in memory_savings(recipe, made) if not key.startswith("trainer.micro")]
+    if finer := _micro_batches(recipe, made, budget):
+        found.insert(0, finer)
+    fitting = tuple((key, value * local) for key, value in found if value <= budget and key != "all of these")
+    if fitting or not (everything := memory_savings(recipe, made)):
+        return Room(made.bytes * local, have, name, fitting)
+    nearest, value = min(everything, key=lambda pair: pair[1])
+    if nearest == "all of these":
+        nearest = " ".join(key for key, _ in everything[:-1] if key != "model.quantize=int8")
+        if value <= budget:
+            return Room(made.bytes * local, have, name, ((nearest, value * local),))
+    return Room(made.bytes * local, have, name, (), (nearest, value * local))
+
+
+def require_room(recipe: Recipe, *, gpus: int | None = None) -> None:
+    """InputError: a step of the recipe cannot be held by the device; the message names what needs less."""
+    if not recipe.run.check_memory:
+        return
+    found = room(recipe, gpus=gpus)
+    if found is not None and not found.fits:
+        raise InputError(
+            f"{found.sentence}\n`palate plan` shows the sum for this recipe; {KEY}=false starts the run all the same"
+        )
+
+
+def _micro_batches(recipe: Recipe, made: Plan, budget: float) -> tuple[str, float] | None:
+    """The fewest micro-batches with which a step fits, and its bytes; None where even single images do not."""
+    each, now = recipe.trainer.batch_size // made.gpus, recipe.trainer.micro_batches
+    checkpointed = recipe.model.gradient_checkpointing is not False and recipe.model.name != "emoji"
+    for parts in sorted(_divisors(each)):
+        if parts <= now or not _batch_works(recipe, each // parts):
+            continue
+        changed = replace(recipe, trainer=replace(recipe.trainer, micro_batches=parts))
+        value = sum(memory_of(changed, made.units, made.graph, made.gpus, checkpointed).values())
+        if value <= budget:
+            return f"trainer.micro_batches={parts}", value
+    return None
+
+
+def _divisors(number: int) -> set[int]:
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return {*small, *(number // d for d in small)}
+
+
+def _batch_works(recipe: Recipe, size: int) -> bool:
+    try:
+        if isinstance(recipe.algorithm, ChecksBatch):
+            recipe.algorithm.check_batch(size)
+    except ValueError:
+        return False
+    return True
+
+
+def _device(recipe: Recipe) -> tuple[str, float]:
+    """Name and bytes of the device that the recipe's model is put on."""
+    own = "cuda" if torch.cuda.is_available() and recipe.model.name != "emoji" else "cpu"
+    place = torch.device(recipe.model.device or own)
+    if place.type == "cuda" and torch.cuda.is_available():
+        found = torch.cuda.get_device_properties(place)
+        return found.name, float(found.total_memory)
+    return "cpu", host_memory()
+
+
+def _gib(value: float) -> str:
+    gib = value / GIB
+    return f"{gib:.0f}" if gib >= 10 else f"{gib:.2g}"

@@ -1,0 +1,62 @@
+"""Which weights are a run's result now, and whether what was measured is of them: read from its folder alone.
+
+They are those of the newest good checkpoint, its average where one is kept; of `palate optimize`, of the newest round.
+evaluation.json names the checkpoint that it measured.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from palate.runtime import checkpoint
+from palate.runtime.errors import InputError
+from palate.runtime.runlock import RunStatus, status
+
+EVALUATION = "evaluation.json"
+
+
+class Result(NamedTuple):
+    """The newest checkpoint of a run, by name: its bytes are verified when they are loaded."""
+
+    run: Path
+    folder: Path  # that holds the checkpoints: the run, or a round of it
+    step: int
+    status: RunStatus
+
+    @property
+    def checkpoint(self) -> str:
+        """Its path inside the run's folder, as evaluation.json keeps it."""
+        return (self.folder / "checkpoints" / checkpoint.name(self.step)).relative_to(self.run).as_posix()
+
+
+def result_of(run: Path) -> Result | None:
+    """The result of the run in that folder as it is now; None where nothing was saved so far."""
+    rounds = sorted(run.glob("round-*"))
+    saved = [folder for folder in (rounds or [run]) if checkpoint.steps(folder / "checkpoints")]
+    if not saved:
+        return None
+    step = checkpoint.steps(saved[-1] / "checkpoints")[-1]
+    return Result(run, saved[-1], step, status(run))
+
+
+def evaluation_of(run: Path) -> dict[str, Any] | None:
+    """What evaluation.json holds, and "outdated": a sentence where the result has changed since, else "". None without
+    one. InputError: it is not JSON."""
+    path = run / EVALUATION
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}); write it again with palate evaluate") from error
+    return {**found, "outdated": _outdated(run, found.get("checkpoint"))}
+
+
+def _outdated(run: Path, measured: str | None) -> str:
+    now = result_of(run)
+    if measured is None or now is None or measured == now.checkpoint:
+        return ""
+    step = int(measured.rpartition("-")[2])
+    return f"Measured at step {step}, and the run is at step {now.step} now: palate evaluate {run} measures it again."
