@@ -15,7 +15,7 @@ import torch
 
 from palate.core import ChecksBatch
 from palate.plan.activations import Unit
-from palate.plan.memory import Plan, memory_of, memory_savings, plan
+from palate.plan.memory import OFFLOAD, Plan, memory_of, memory_savings, plan
 from palate.plan.table import FREE, GIB
 from palate.recipe import Recipe
 from palate.runtime.environment import host_memory
@@ -69,19 +69,21 @@ def room(recipe: Recipe, *, gpus: int | None = None, units: Mapping[str, Unit] |
     local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks)) if name == "cpu" else 1
     if made.bytes * local <= have:
         return Room(made.bytes * local, have, name)
-    budget = FREE * have / local
-    found = [(key, value) for key, value in memory_savings(recipe, made) if not key.startswith("trainer.micro")]
+    need, budget = made.bytes * local, FREE * have / local
+    savings = [(key, value) for key, value in memory_savings(recipe, made) if name != "cpu" or key != OFFLOAD]
+    single = [(key, value) for key, value in savings if "=" in key and not key.startswith(("all ", "trainer.micro"))]
     if finer := _micro_batches(recipe, made, budget):
-        found.insert(0, finer)
-    fitting = tuple((key, value * local) for key, value in found if value <= budget and key != "all of these")
-    if fitting or not (everything := memory_savings(recipe, made)):
-        return Room(made.bytes * local, have, name, fitting)
-    nearest, value = min(everything, key=lambda pair: pair[1])
-    if nearest == "all of these":
-        nearest = " ".join(key for key, _ in everything[:-1] if key != "model.quantize=int8")
+        single.insert(0, finer)
+    fitting = tuple((key, value * local) for key, value in single if value <= budget)
+    if fitting or not savings:
+        return Room(need, have, name, fitting)
+    nearest, value = min(savings, key=lambda pair: pair[1])
+    if nearest.startswith("all "):
+        left_out = (OFFLOAD, "model.quantize=int8")  # which goes with none of the others; less than nf4 saves
+        nearest = " ".join(key for key, _ in savings[:-1] if key not in left_out)
         if value <= budget:
-            return Room(made.bytes * local, have, name, ((nearest, value * local),))
-    return Room(made.bytes * local, have, name, (), (nearest, value * local))
+            return Room(need, have, name, ((nearest, value * local),))
+    return Room(need, have, name, (), (nearest, value * local))
 
 
 def require_room(recipe: Recipe, *, gpus: int | None = None) -> None:

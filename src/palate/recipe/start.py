@@ -16,6 +16,7 @@ from palate.models import families
 from palate.models.facts import Facts
 from palate.models.lora import find_file
 from palate.models.repository import open_repository
+from palate.models.repository_checks import check_file
 from palate.models.saved import FILES, adapter_file
 from palate.recipe.settings import Recipe
 
@@ -38,6 +39,8 @@ class HasFacts(Protocol):
 def check_start(recipe: Recipe) -> None:
     """model.start, and the LoRAs that the recipe names against the architecture of its folder, before weights load."""
     settings, family = recipe.model, families.find(recipe.model.name).load_class()
+    if settings.file is not None:
+        check_file(Path(settings.file).expanduser())
     start = None if settings.start is None else start_folder(settings.start)
     whole = start is not None and any((start / name).is_file() for name in FILES["full"])
     if start is not None and settings.weights == "lora" and not whole:
