@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from palate.core import ChecksBatch
 from palate.plan.activations import Unit
-from palate.plan.memory import OFFLOAD, Plan, memory_of, memory_savings, plan
+from palate.plan.memory import OFFLOAD, Plan, memory_of, memory_savings, micro_batches, plan
 from palate.plan.table import FREE, GIB
 from palate.recipe import Recipe
 from palate.runtime.environment import host_memory
@@ -99,30 +98,13 @@ def require_room(recipe: Recipe, *, gpus: int | None = None) -> None:
 
 def _micro_batches(recipe: Recipe, made: Plan, budget: float) -> tuple[str, float] | None:
     """The fewest micro-batches with which a step fits, and its bytes; None where even single images do not."""
-    each, now = recipe.trainer.batch_size // made.gpus, recipe.trainer.micro_batches
     checkpointed = recipe.model.gradient_checkpointing is not False and recipe.model.name != "emoji"
-    for parts in sorted(_divisors(each)):
-        if parts <= now or not _batch_works(recipe, each // parts):
-            continue
+    for parts in micro_batches(recipe, made.gpus):
         changed = replace(recipe, trainer=replace(recipe.trainer, micro_batches=parts))
         value = sum(memory_of(changed, made.units, made.graph, made.gpus, checkpointed).values())
         if value <= budget:
             return f"trainer.micro_batches={parts}", value
     return None
-
-
-def _divisors(number: int) -> set[int]:
-    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
-    return {*small, *(number // d for d in small)}
-
-
-def _batch_works(recipe: Recipe, size: int) -> bool:
-    try:
-        if isinstance(recipe.algorithm, ChecksBatch):
-            recipe.algorithm.check_batch(size)
-    except ValueError:
-        return False
-    return True
 
 
 def _device(recipe: Recipe) -> tuple[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
+from palate.core import ChecksBatch
 from palate.models.quantised import BYTES
 from palate.plan.activations import Unit
 from palate.plan.count import counts
@@ -121,9 +122,9 @@ def memory_savings(recipe: Recipe, made: Plan) -> list[tuple[str, float]]:
 def _changes(recipe: Recipe, gpus: int) -> list[tuple[str, Recipe]]:
     """Each change of one key that needs less memory, and the recipe with it."""
     model, trainer, found = recipe.model, recipe.trainer, []
-    if trainer.batch_size // gpus > trainer.micro_batches:
-        each = trainer.batch_size // gpus
-        found.append((f"trainer.micro_batches={each}", replace(recipe, trainer=replace(trainer, micro_batches=each))))
+    if finer := micro_batches(recipe, gpus):
+        most = finer[-1]
+        found.append((f"trainer.micro_batches={most}", replace(recipe, trainer=replace(trainer, micro_batches=most))))
     if model.gradient_checkpointing is False:
         on = replace(recipe, model=replace(model, gradient_checkpointing=True))
         found.append(("model.gradient_checkpointing=true", on))
@@ -142,6 +143,24 @@ def _changes(recipe: Recipe, gpus: int) -> list[tuple[str, Recipe]]:
     if recipe.reward.dtype != "bfloat16" and any(rewards.find(name).kind == "published" for name in names):
         found.append(("reward.dtype=bfloat16", replace(recipe, reward=replace(recipe.reward, dtype="bfloat16"))))
     return found
+
+
+def micro_batches(recipe: Recipe, gpus: int) -> list[int]:
+    """More micro-batches than the recipe has, the fewest first, that divide the batch of a GPU into batches that the
+    algorithm takes."""
+    each = recipe.trainer.batch_size // gpus
+    small = [number for number in range(1, int(each**0.5) + 1) if each % number == 0]
+    finer = sorted({*small, *(each // number for number in small)})
+    return [parts for parts in finer if parts > recipe.trainer.micro_batches and _takes(recipe, each // parts)]
+
+
+def _takes(recipe: Recipe, size: int) -> bool:
+    try:
+        if isinstance(recipe.algorithm, ChecksBatch):
+            recipe.algorithm.check_batch(size)
+    except ValueError:
+        return False
+    return True
 
 
 def _both(recipe: Recipe, one: Recipe, other: Recipe) -> Recipe:
