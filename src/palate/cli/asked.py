@@ -21,6 +21,7 @@ class Asked:
     judge: str | None = None
     protocol: str | None = None
     out: Path | None = None
+    strengths: Sequence[float] | None = None
     as_json: bool = False
     quiet: bool = False
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from palate.cli.sources import load_source
+from palate.core import HasStrength
 from palate.evaluate import generate, pairs, read_index, write_samples
 from palate.report.sheet import write_sheet
 from palate.runtime.errors import InputError
@@ -13,9 +16,19 @@ from palate.train.checks import require_sampleable
 
 
 def draw(
-    source: str, prompts: Sequence[str], seeds: Sequence[int], *, steps: int | None, guidance: float | None, out: Path
+    source: str,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    steps: int | None,
+    guidance: float | None,
+    strengths: Sequence[float] | None,
+    out: Path,
 ) -> int:
-    """Pictures of prompts x seeds with a run or a model, their index and their sheet, in `out`; how many there are."""
+    """Pictures of prompts x seeds with a run or a model, their index and their sheet, in `out`; how many there are.
+
+    strengths: of the run's LoRA, each on the same noise, side by side; None = as it was trained.
+    """
     model, sampler = load_source(source)
     if sampler and (steps is not None or guidance is not None):
         raise InputError("--steps, --guidance: a generator draws as it was trained; leave them out")
@@ -25,9 +38,24 @@ def draw(
         own = require_sampleable(model, "samples")
         steps = steps or own.default_steps
         guidance = own.default_guidance if guidance is None else guidance
-    images = generate(model, prompts, seeds, steps=steps, guidance=guidance, sampler=sampler)
+    if strengths is None:
+        images = generate(model, prompts, seeds, steps=steps, guidance=guidance, sampler=sampler)
+        clear_samples(out)
+        write_samples(out, images, *pairs(prompts, seeds), guidance=guidance, steps=steps)
+        write_sheet(out)
+        return len(images)
+    if not isinstance(model, HasStrength):
+        raise InputError(f"--strength: {source} has no LoRA whose strength could be changed; leave it out")
+    found = []
+    for strength in strengths:
+        with model.at_strength(strength):
+            found.append(generate(model, prompts, seeds, steps=steps, guidance=guidance, sampler=sampler))
+    images = torch.stack(found, 1).flatten(0, 1)  # of one prompt and seed, every strength side by side
+    asked, noises = ([each for each in column for _ in strengths] for column in pairs(prompts, seeds))
     clear_samples(out)
-    write_samples(out, images, *pairs(prompts, seeds), guidance=guidance, steps=steps)
+    write_samples(
+        out, images, asked, noises, guidance=guidance, steps=steps, strengths=[*strengths] * (len(images) // len(found))
+    )
     write_sheet(out)
     return len(images)
 

@@ -9,7 +9,17 @@ import typer
 
 from palate.cli.app import LOOK, app, examples
 from palate.cli.asked import Asked
-from palate.cli.options import Json, Run, Seeds, all_prompts, belongs, finite, recipe_file, run_names
+from palate.cli.options import (
+    Json,
+    Run,
+    Seeds,
+    StrengthsOption,
+    all_prompts,
+    belongs,
+    finite,
+    recipe_file,
+    run_names,
+)
 from palate.cli.phases import shown
 from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
@@ -17,6 +27,7 @@ from palate.runtime.progress import printable
 
 @app.command(rich_help_panel=LOOK, epilog=examples(
     'palate sample runs/mine --prompt "a fox on a blue background" --seeds 0-7 --out fox',
+    'palate sample runs/mine --prompt "a fox" --strength 0,0.5,1    how much of its LoRA',
     'palate sample --model emoji-1step --prompt "a 3d dog"    the shipped one-step generator',
 ))  # fmt: skip
 def sample(
@@ -28,11 +39,12 @@ def sample(
     seeds: Annotated[Seeds, typer.Option(parser=Seeds, metavar="SEEDS", help="For example 0-15 or 1,5,9.")] = "0-3",  # type: ignore[assignment]
     steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; else the model's own.")] = None,
     guidance: Annotated[float | None, typer.Option(min=0.0, callback=finite, help="Guidance scale, 1 = off.")] = None,
+    strength: StrengthsOption = None,
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("samples"),
 ) -> None:
     """Draw pictures with a run or a model.
 
-    Writes single PNGs, index.jsonl, grid.png (a row per prompt, a column per seed) and index.html.
+    Writes single PNGs, index.jsonl, grid.png (a row per prompt, a column per seed or strength) and index.html.
     """
     prompts = all_prompts(prompt, prompts_file)
     if (run is None) == (model is None):
@@ -41,7 +53,7 @@ def sample(
         from palate.cli.drawing import draw
 
         source = model if model is not None else str(run)
-        count = draw(source, prompts, seeds, steps=steps, guidance=guidance, out=out)
+        count = draw(source, prompts, seeds, steps=steps, guidance=guidance, strengths=strength, out=out)
     print(f"{count} images in {printable(str(out))}, all together in {printable(str(out / 'grid.png'))}")
 
 
@@ -49,6 +61,7 @@ def sample(
     "palate evaluate runs/mine",
     "palate evaluate runs/a runs/b runs/c --json > found.json    paired by prompt and seed",
     "palate evaluate runs/mine --protocol hpdv2                  as papers report",
+    "palate evaluate runs/mine --strength 0.5,1,1.5              how much of its LoRA",
     "palate evaluate runs/mine --questions geneval2_data.jsonl --judge http://127.0.0.1:8000/v1/chat/completions#M",
 ))  # fmt: skip
 def evaluate(
@@ -74,6 +87,7 @@ def evaluate(
     protocol: Annotated[
         str | None, typer.Option(help="drawbench, hpdv2 or parti: its prompts, all published rewards that are here.")
     ] = None,
+    strength: StrengthsOption = None,
     as_json: Json = False,
 ) -> None:
     """Measure base model and result on the same noise.
@@ -90,7 +104,8 @@ def evaluate(
 
     measuring.evaluate(folders, Asked(
         prompts_file=prompts_file, count=count, seeds=seeds, stored=stored, overrides=overrides, tasks=tasks,
-        questions=questions, judge=judge, protocol=protocol, out=out, as_json=as_json, quiet=ctx.obj["quiet"],
+        questions=questions, judge=judge, protocol=protocol, out=out, as_json=as_json,
+        strengths=strength, quiet=ctx.obj["quiet"],
     ))  # fmt: skip
 
 

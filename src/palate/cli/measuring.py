@@ -14,14 +14,18 @@ from palate.cli.asked import Asked
 from palate.cli.phases import shown
 from palate.cli.questions import evaluate_with_questions
 from palate.cli.tasks import evaluate_with_tasks
-from palate.cli.text import print_evaluation
+from palate.cli.text import print_evaluation, print_strengths
 from palate.data import geneval, read_prompts
 from palate.data.published import PROMPT_SETS, find_prompt_set, read_prompt_set
 from palate.evaluate import to_json
 from palate.report import write_evaluation
+from palate.report.sheet import write_sheet
 from palate.rewards.tasks import geneval_prompts
 from palate.runs import evaluate_runs
+from palate.runs.evaluation import prompts_of
+from palate.runs.folder import RunFolder
 from palate.runs.protocol import evaluate_protocol
+from palate.runs.strength import FOLDER, evaluate_strengths
 from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
 
@@ -34,6 +38,10 @@ def check(asked: Asked) -> None:
         raise InputError("--protocol, --tasks and --questions are three evaluations; give one of them")
     if asked.protocol is not None and asked.protocol not in PROMPT_SETS:
         raise InputError(f"--protocol: got {asked.protocol!r}; expected one of {', '.join(PROMPT_SETS)}")
+    alone = (asked.stored, asked.tasks, asked.questions, asked.protocol, asked.out)
+    if asked.strengths is not None and any(alone):
+        raise InputError("--strength draws and judges by itself; leave out --stored, --tasks, --questions, --protocol, "
+                         "--out")  # fmt: skip
     if asked.judge is not None and (asked.questions is None or asked.tasks):
         raise InputError("--judge belongs to --questions; give both, or neither")
     if asked.tasks and (asked.prompts_file or asked.count or asked.stored or asked.out):
@@ -45,7 +53,9 @@ def check(asked: Asked) -> None:
 def evaluate(runs: Sequence[Path], asked: Asked) -> None:
     """Measure the runs in the way that the options name, and print tables, or JSON."""
     check(asked)
-    if asked.tasks:
+    if asked.strengths is not None:
+        _evaluate_strengths(runs, asked.strengths, asked)
+    elif asked.tasks:
         prompts = None if asked.questions is None else geneval_prompts(geneval(asked.questions))
         evaluate_with_tasks(runs, asked.seeds, prompts=prompts, as_json=asked.as_json, quiet=asked.quiet)
     elif asked.questions is not None:
@@ -80,6 +90,25 @@ def _evaluate_rewards(runs: Sequence[Path], asked: Asked) -> None:
     if asked.protocol is not None:
         print_standings(found["runs"][found["first"]]["protocol"]["rewards"])
     print(f"report: {printable(str(page))}")
+
+
+def _evaluate_strengths(runs: Sequence[Path], strengths: Sequence[float], asked: Asked) -> None:
+    """Each run's LoRA at each strength: a table with a column per strength, and a sheet of the pictures."""
+    own = read_prompts(asked.prompts_file) if asked.prompts_file else None
+    found = {}
+    for path in runs:
+        run = RunFolder(path, asked.overrides)
+        with shown(asked.quiet):
+            found[str(path)] = evaluate_strengths(
+                run, strengths, prompts=prompts_of(run.recipe, own, asked.count), seeds=asked.numbers
+            )
+            write_sheet(path / FOLDER)
+    if asked.as_json:
+        print(to_json(found), end="")
+        return
+    for name, result in found.items():
+        print_strengths(name, result)
+        print(f"pictures: {printable(str(Path(name) / FOLDER / 'grid.png'))}")
 
 
 def prompt_set(name: str, file: str | None) -> dict[str, str]:

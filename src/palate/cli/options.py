@@ -45,6 +45,20 @@ class Seeds(tuple[int, ...]):
         return self.text
 
 
+class Strengths(tuple[float, ...]):
+    """Strengths of a LoRA as 0,0.5,1 names them."""
+
+    def __new__(cls, text: str) -> Strengths:
+        """Raises typer.BadParameter where the text is not a list of numbers between -10 and 10."""
+        try:
+            numbers = [float(part) for part in text.split(",")]
+        except ValueError:
+            numbers = []
+        if not numbers or not all(-10 <= number <= 10 for number in numbers):
+            raise typer.BadParameter(f"expected numbers between -10 and 10, for example 0,0.5,1, got {text!r}")
+        return super().__new__(cls, dict.fromkeys(numbers))
+
+
 class Words(tuple[str, ...]):
     """Control words as "3d, glossy" names them."""
 
@@ -85,6 +99,8 @@ Overrides = Annotated[
 Fresh = Annotated[bool, typer.Option("--fresh", help="Replace what is already in run.folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Ranks = Annotated[int, typer.Option("--nproc", min=1, help="Ranks on this machine, one per GPU.")]
+StrengthsOption = Annotated[Strengths | None, typer.Option("--strength", parser=Strengths, metavar="NUMBERS",
+                            show_default=False, help="How much of the LoRA: 0 = base, 1 = trained.")]  # fmt: skip
 WordsOption = Annotated[Words | None, typer.Option(parser=Words, metavar="WORDS", show_default=False,
                         help='Words separated by commas, for example "3d, glossy".')]  # fmt: skip
 

@@ -30,3 +30,20 @@ def print_evaluation(name: str, evaluation: dict[str, Any]) -> None:
     verdict = evaluation.get("verdict") or {}
     for text in (*verdict.get("warnings", ()), *verdict.get("notes", ())):
         console.print(printable(text), markup=False, highlight=False)
+
+
+def print_strengths(name: str, result: dict[str, Any]) -> None:
+    """A table with a column for each strength of a run's LoRA; at 0 stands the base model."""
+    found = result["strengths"]
+    first = next(iter(found.values()))
+    table = Table(printable(name), "base", *found)
+    rows = [row for row in metric_rows(first) if row.get("value") is not None]
+    for row in rows:
+        values = [evaluation["metrics"].get(row["key"], {}).get("value") for evaluation in found.values()]
+        base = row.get("base")
+        table.add_row(
+            printable(row["name"]),
+            "" if base is None else number(base),
+            *("" if value is None else number(value) for value in values),
+        )
+    Console().print(table)

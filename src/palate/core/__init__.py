@@ -8,7 +8,7 @@ an object for a member that no protocol lists.
 
     a model may be      Sampleable, EncodesPictures, HasPosterior, PublishedGrid, Fingerprinted, TextCached,
                         SavesAdapter, LoadsAdapter, TakesConsistency, TrainsOtherwise,
-                        HasNetworks                                                        models.py
+                        HasStrength, HasNetworks                                                     models.py
     a reward may be     TwoTower, EmbedsImages, HasFeatures                                rewards.py
     an algorithm may be Stateful, Steerable, ComparesWords, DrawsOwnSamples, DrawsReference, Warns,
                         ChecksBatch                                                        algorithms.py
@@ -36,6 +36,7 @@ from palate.core.models import (
     GuardMeasure,
     HasNetworks,
     HasPosterior,
+    HasStrength,
     LoadsAdapter,
     Model,
     Networks,
@@ -53,7 +54,7 @@ from palate.core.settings import require
 __all__ = [
     "Algorithm", "Batch", "ChecksBatch", "ComparesWords", "Cond", "DrawsOwnSamples", "DrawsReference",
     "EmbedsImages", "EncodesPictures", "Fingerprinted", "GuardMeasure", "HasFeatures", "HasNetworks", "HasPosterior",
-    "LoadsAdapter", "Loss", "Model", "Networks", "PublishedGrid", "Random", "Reward", "Sampleable", "Sampler",
-    "SavesAdapter", "Stateful", "Steerable", "TakesConsistency", "TextCached", "TrainsOtherwise", "TwoTower", "Warns",
-    "prompt_order", "require", "used_prompts",
+    "HasStrength", "LoadsAdapter", "Loss", "Model", "Networks", "PublishedGrid", "Random", "Reward", "Sampleable",
+    "Sampler", "SavesAdapter", "Stateful", "Steerable", "TakesConsistency", "TextCached", "TrainsOtherwise", "TwoTower",
+    "Warns", "prompt_order", "require", "used_prompts",
 ]  # fmt: skip

@@ -126,6 +126,14 @@ class TrainsOtherwise(Protocol):
 
 
 @runtime_checkable
+class HasStrength(Protocol):
+    """A model whose policy can speak with a part, or more, of what it has learnt."""
+
+    def at_strength(self, strength: float) -> AbstractContextManager[None]:
+        """Inside, the policy's LoRA counts so many times: 0 = the base model, 1 = as trained. InputError: no LoRA."""
+
+
+@runtime_checkable
 class TakesConsistency(Protocol):
     """A model that can be given the frozen weights "consistency"."""
 

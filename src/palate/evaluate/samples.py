@@ -128,9 +128,13 @@ def write_samples(
     *,
     guidance: float,
     steps: int,
+    strengths: Sequence[float] | None = None,
 ) -> None:
     """PNGs 0000.png ... and index.jsonl, one row per image: {"file", "prompt", "seed", "guidance", "steps"}. `images`
-    (N, 3, H, W) may come in parts."""
+    (N, 3, H, W) may come in parts.
+
+    strengths: of the LoRA, one per image, where they differ; a row then has "strength".
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     parts = [images] if isinstance(images, Tensor) else images
@@ -139,6 +143,8 @@ def write_samples(
     for i, (array, prompt, seed) in enumerate(zip(pixels, prompts, seeds, strict=True)):
         (folder / f"{i:04d}.png").write_bytes(encode_png(array))
         rows.append({"file": f"{i:04d}.png", "prompt": prompt, "seed": int(seed), "guidance": guidance, "steps": steps})
+        if strengths is not None:
+            rows[-1]["strength"] = strengths[i]
     write_atomically(folder / "index.jsonl", "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows).encode())
 
 

@@ -141,6 +141,10 @@ class EmojiModel:
         """Inside, the model is what it trains as: with the adapter of `model.training_adapter`."""
         return self.weights.selection.while_training()
 
+    def at_strength(self, strength: float) -> AbstractContextManager[None]:
+        """Inside, the policy's LoRA counts so many times: 0 = the base model, 1 = as trained."""
+        return self.weights.selection.at_strength(strength)
+
     def _encode(self, prompts: Sequence[str]) -> Tensor:
         lines = [" ".join(known_words(prompt)) for prompt in prompts]
         length = self.text_encoder.config.max_position_embeddings

@@ -132,6 +132,10 @@ class LoadedModel:
         """Inside, the model is what it trains as: with the adapter of `model.training_adapter`."""
         return self.weights.selection.while_training()
 
+    def at_strength(self, strength: float) -> AbstractContextManager[None]:
+        """Inside, the policy's LoRA counts so many times: 0 = the base model, 1 = as trained."""
+        return self.weights.selection.at_strength(strength)
+
     def cache_prompts(self, prompts: Sequence[str]) -> None:
         """Encode all prompts to disk, then free the text encoders. Warns once about prompts that are too long."""
         self.parts.text.fill(prompts)

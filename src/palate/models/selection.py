@@ -111,6 +111,21 @@ class Adapters:
             self._training = False
             self.select(self.selected)
 
+    @contextmanager
+    def at_strength(self, strength: float) -> Iterator[None]:
+        """Inside, the policy's adapter counts so many times. InputError: there is none (full training)."""
+        layers = adapters.adapted(self.network, "policy").values()
+        if not layers:
+            raise InputError("--strength: there is no LoRA here (a base model, or model.weights=full); leave it out")
+        before = [layer.scaling["policy"] for layer in layers]
+        try:
+            for layer, scale in zip(layers, before, strict=True):
+                layer.scaling["policy"] = strength * scale
+            yield
+        finally:
+            for layer, scale in zip(layers, before, strict=True):
+                layer.scaling["policy"] = scale
+
     def redraw(self, names: Sequence[str], seed: int) -> None:
         """The adapters of `names` as PEFT first draws them, from `seed`."""
         layers: list[Any] = [part for part in self.network.modules() if isinstance(part, BaseTunerLayer)]

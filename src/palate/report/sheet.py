@@ -1,4 +1,4 @@
-"""A folder of samples at a glance: grid.png, a row per prompt and a column per seed, and a page to enlarge them."""
+"""A folder of samples at a glance: grid.png, a row per prompt, a column per seed, and a page to enlarge them."""
 
 from __future__ import annotations
 
@@ -34,32 +34,38 @@ def write_page_of(folder: Path) -> Path:
     rows = read_index(folder)
     by_prompt = _by_prompt(rows)
     seeds = list(dict.fromkeys(row["seed"] for row in rows))
+    strengths = list(dict.fromkeys(row["strength"] for row in rows if "strength" in row))
     columns = max(map(len, by_prompt.values()))
     same = len(rows) == len(by_prompt) * len(seeds)
-    cells = {
-        row["file"]: {"src": picture(folder / row["file"]), "alt": f"{row['prompt']}, seed {row['seed']}"}
-        for row in rows
-    }
+    heads = [f"seed {seeds[i]}" if same else f"{i + 1}." for i in range(columns)]
+    if strengths:
+        heads = [f"strength {strength:g}" for strength in strengths]
+    cells = {row["file"]: {"src": picture(folder / row["file"]), "alt": _spoken(row)} for row in rows}
     table = {
-        "heads": [{"name": f"seed {seeds[i]}" if same else f"{i + 1}.", "step": "", "words": ""}
-                  for i in range(columns)],
+        "heads": [{"name": name, "step": "", "words": ""} for name in heads],
         "rows": [
             {
                 "prompt": prompt,
-                "seed": None,
+                "seed": seed,
                 "cells": [cells[row["file"]] for row in own],
             }
-            for prompt, own in by_prompt.items()
+            for (prompt, seed), own in by_prompt.items()
         ],
     }  # fmt: skip
     return write_page(folder / "index.html", render("sheet.html", title=folder.resolve().name, grid=table))
 
 
-def _by_prompt(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
+def _by_prompt(rows: list[dict[str, Any]]) -> dict[tuple[str, int | None], list[dict[str, Any]]]:
+    """The rows of the grid: of a prompt, or of a prompt and seed where columns are the LoRA's strengths."""
+    found: dict[tuple[str, int | None], list[dict[str, Any]]] = {}
     for row in rows:
-        found.setdefault(row["prompt"], []).append(row)
+        found.setdefault((row["prompt"], row["seed"] if "strength" in row else None), []).append(row)
     return found
+
+
+def _spoken(row: dict[str, Any]) -> str:
+    strength = f", strength {row['strength']:g}" if "strength" in row else ""
+    return f"{row['prompt']}, seed {row['seed']}{strength}"
 
 
 def _open(path: Path) -> Image.Image:

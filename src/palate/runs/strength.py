@@ -1,0 +1,75 @@
+"""A run judged at several strengths of its LoRA: how much of the change one wants is a number of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from palate.core import HasStrength, Sampleable
+from palate.evaluate.measurement import evaluate_samples, to_json
+from palate.evaluate.panel import EvaluationPanel
+from palate.evaluate.samples import generate, pairs, write_samples
+from palate.recipe import judging
+from palate.runs.evaluation import prompts_of, seeds_of
+from palate.runs.folder import RunFolder
+from palate.runtime.errors import InputError
+from palate.runtime.files import write_atomically
+
+FOLDER = "strengths"
+
+
+def evaluate_strengths(
+    run_folder: str | Path | RunFolder,
+    strengths: Sequence[float],
+    *,
+    prompts: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    panel: EvaluationPanel | None = None,
+) -> dict[str, Any]:
+    """What the run's LoRA does at each strength, on the same prompts and noise, against strength 0, the base model.
+
+    Writes strengths/S/ with the pictures of each, strengths/ with all of them side by side, and strengths.json in the
+    run, which is returned: {"strengths": {"0.5": evaluation}, "prompts", "seeds", "optimised", "heldout"}. InputError:
+    the run has no LoRA, or draws by a generator of its own that has no strength.
+    """
+    run = run_folder if isinstance(run_folder, RunFolder) else RunFolder(run_folder)
+    strengths = list(dict.fromkeys(strengths))
+    panel = panel or judging.panel_of(run.recipe)
+    rewards, optimised = run.objective().rewards(panel.rewards, panel.heldout)
+    panel = panel._replace(rewards=rewards)
+    prompts = prompts_of(run.recipe) if prompts is None else list(prompts)
+    seeds = seeds_of(run.recipe) if seeds is None else list(seeds)
+    model, sampler = run.model()
+    if not isinstance(model, HasStrength) or not isinstance(model, Sampleable):
+        raise InputError(f"--strength: the model of {run.path} has none")
+    how = run.recipe.sample
+    steps = sampler.steps if sampler else how.steps or model.default_steps
+    guidance = 1.0 if sampler else model.default_guidance if how.guidance is None else how.guidance
+    found: dict[str, Any] = {}
+    drawn: list[Tensor] = []
+    for strength in dict.fromkeys((0.0, *strengths)):
+        with model.at_strength(strength):
+            images = generate(model, prompts, seeds, steps=steps, guidance=guidance, sampler=sampler)
+        drawn += [images] if strength in strengths else []
+        folder = run.path / FOLDER / f"{strength:g}"
+        write_samples(folder, images, *pairs(prompts, seeds), guidance=guidance, steps=steps)
+        base = run.path / FOLDER / "0"
+        found[f"{strength:g}"] = evaluate_samples(folder, base_folder=base, panel=panel)
+    asked, noises = ([each for each in column for _ in strengths] for column in pairs(prompts, seeds))
+    write_samples(
+        run.path / FOLDER, torch.stack(drawn, 1).flatten(0, 1), asked, noises, guidance=guidance, steps=steps,
+        strengths=[*strengths] * len(drawn[0]),
+    )  # fmt: skip
+    result = {
+        "strengths": {f"{strength:g}": found[f"{strength:g}"] for strength in strengths},
+        "prompts": len(prompts),
+        "seeds": len(seeds),
+        "optimised": optimised,
+        "heldout": panel.heldout,
+    }
+    write_atomically(run.path / f"{FOLDER}.json", to_json(result).encode())
+    return result
