@@ -119,7 +119,16 @@ def _tables(modules: list[Module]) -> list[str]:
                 parts.append(f"### {node.name}\n\n{ast.get_docstring(node) or ''}")
                 rows = [_row(field, lines) for field in fields]
                 parts.append("| key | type | default | |\n|---|---|---|---|\n" + "\n".join(rows))
+            for old, new in _old_keys(node).items():
+                parts.append(f"`{old}` is the old name of `{new}`; it ends with the next release.")
     return parts
+
+
+def _old_keys(settings: ast.ClassDef) -> dict[str, str]:
+    for node in settings.body:
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "old_keys" and node.value:
+            return ast.literal_eval(node.value)
+    return {}
 
 
 def _row(field: ast.AnnAssign, lines: list[str]) -> str:

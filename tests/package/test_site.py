@@ -101,5 +101,5 @@ def test_the_site_builds_strictly(tmp_path):
     built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert built.returncode == 0, built.stderr[-3000:]
     keys = (tmp_path / "site/reference/recipe-keys/index.html").read_text("utf-8")
-    assert "reference_penalty" in keys and "old_keys" not in keys
+    assert "<code>anchor</code> is the old name of <code>reference_penalty</code>" in keys and "old_keys" not in keys
     assert "palate votes import" in (tmp_path / "site/reference/command-line/index.html").read_text("utf-8")
