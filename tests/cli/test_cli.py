@@ -138,7 +138,7 @@ def test_losses_that_are_not_finite_are_exit_3(tiny, palate, monkeypatch):
         calls.append(1)
         return reward(images, prompts) * (float("nan") if len(calls) > 1 else 1.0)
 
-    monkeypatch.setattr("palate.recipe.builder.build_reward", lambda settings: sick)
+    monkeypatch.setattr("palate.recipe.builder.reward_and_tower", lambda settings: (sick, None))
     code, _, err = palate("train", "tiny.yaml")
     assert code == 3 and short(err) and "3 times in a row" in err
     assert checkpoint.steps(tiny / "runs/tiny/checkpoints") == [2, 3]

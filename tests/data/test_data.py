@@ -243,7 +243,7 @@ def test_images_are_read_and_encoded_a_few_at_a_time(monkeypatch):
 
 
 def test_a_broken_image_is_found_before_any_weight_loads(tmp_path, monkeypatch):
-    for loader in ("build_reward", "build_model"):
+    for loader in ("reward_and_tower", "build_model"):
         monkeypatch.setattr(f"palate.recipe.builder.{loader}", lambda *_: pytest.fail("weights were read"))
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.png").write_bytes(png("red"))

@@ -196,13 +196,13 @@ def test_the_command_names_the_place_and_its_exit_code_says_whether_it_fails(tin
     def sick(images, prompts):
         return reward(images, prompts) * (math.nan if images.requires_grad else 1.0)
 
-    monkeypatch.setattr("palate.recipe.builder.build_reward", lambda settings: sick)
+    monkeypatch.setattr("palate.recipe.builder.reward_and_tower", lambda settings: (sick, None))
     assert palate("train", "tiny.yaml")[0] == 3
     bundle = "runs/tiny/failures/step-000003"
     code, out, err = palate("replay", bundle)
     assert (code, err) == (0, "")
     assert "first value that is not finite: the reward of 'warm. a " in out and "is nan" in out
-    monkeypatch.setattr("palate.recipe.builder.build_reward", lambda settings: reward)
+    monkeypatch.setattr("palate.recipe.builder.reward_and_tower", lambda settings: (reward, None))
     code, out, _ = palate("replay", bundle)
     assert code == 1 and "no longer fails" in out
     code, _, err = palate("replay", "runs/tiny")

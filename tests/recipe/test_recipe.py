@@ -203,7 +203,7 @@ def test_a_start_of_the_other_kind_says_which_to_set(tmp_path, monkeypatch):
 
 
 def test_a_start_that_does_not_fit_is_found_before_the_reward_loads(monkeypatch):
-    monkeypatch.setattr("palate.recipe.builder.build_reward", lambda settings: pytest.fail("loaded"))
+    monkeypatch.setattr("palate.recipe.builder.reward_and_tower", lambda settings: pytest.fail("loaded"))
     with pytest.raises(RecipeError, match=r"model.start"):
         recipe.build(recipe.parse(GOOD, ["model.start=emoji-1step"]))
     with pytest.raises(RecipeError, match=r"evaluate.file: prompt file 'nope' does not exist"):

@@ -460,7 +460,7 @@ def test_a_secret_in_the_environment_is_in_no_output(tiny, palate, monkeypatch):
     def sick(images, prompts):
         return reward(images, prompts) * (float("nan") if images.requires_grad else 1.0)
 
-    monkeypatch.setattr("palate.recipe.builder.build_reward", lambda settings: sick)
+    monkeypatch.setattr("palate.recipe.builder.reward_and_tower", lambda settings: (sick, None))
     said += palate("train", "tiny.yaml", "run.folder=runs/sick")[1:]
     assert not any(secret in text for text in said)
     files = [path for path in tiny.rglob("*") if path.is_file()]

@@ -326,9 +326,10 @@ def test_levers_name_what_they_save():
 
 def test_out_of_memory_is_exit_6(tiny, palate, monkeypatch):
     monkeypatch.setattr(
-        "palate.recipe.builder.build_reward",
+        "palate.recipe.builder.reward_and_tower",
         lambda settings: (
-            lambda images, prompts: torch.empty(1 << 50) if images.requires_grad else reward(images, prompts)
+            lambda images, prompts: torch.empty(1 << 50) if images.requires_grad else reward(images, prompts),
+            None,
         ),
     )
     code, _, err = palate("train", "tiny.yaml")

@@ -142,9 +142,9 @@ def fetch(
     out: Annotated[Path, typer.Option(help="Where converted weights go, in a folder of the name.")] = Path("weights"),
     source: Annotated[Path | None, typer.Option("--from", help="A downloaded file, to convert only.")] = None,
 ) -> None:
-    """Download a published reward, converted to safetensors, or a published set of prompts.
+    """Download a published reward or set of prompts.
 
-    Pickles are read with weights_only, so no code in them can run.
+    A reward is converted to safetensors; pickles are read with weights_only, so no code in them can run.
     """
     from palate.cli import fetch as fetching
 

@@ -86,9 +86,7 @@ def build(recipe: Recipe, *, before_model: Callable[[], None] = lambda: None) ->
     check_start(recipe)
     check_taste(recipe.reward)
     with torch.random.fork_rng(devices=[]):  # first, for its missing files; the LoRA's first weights do not see it
-        objective = reward_objective(recipe.reward)
-        loaded = objective.terms_loaded()
-        reward, tower = objective.reward(loaded), image_tower(loaded.values())
+        reward, tower = reward_and_tower(recipe.reward)
         if isinstance(recipe.algorithm, AsksBlackBox) and recipe.algorithm.head_queries:
             reward = BlackBox(reward, head_features(recipe))
     before_model()
@@ -118,7 +116,14 @@ def build_algorithm(recipe: Recipe) -> Algorithm:
 
 def build_reward(settings: RewardSettings) -> Reward:
     """The reward that the loop is given."""
-    return reward_objective(settings).reward()
+    return reward_and_tower(settings)[0]
+
+
+def reward_and_tower(settings: RewardSettings) -> tuple[Reward, EmbedsImages | None]:
+    """The reward that the loop is given, and the image tower among its terms if there is one."""
+    objective = reward_objective(settings)
+    loaded = objective.terms_loaded()
+    return objective.reward(loaded), image_tower(loaded.values())
 
 
 def build_model(recipe: Recipe) -> Model:
