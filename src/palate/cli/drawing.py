@@ -51,7 +51,8 @@ def draw(
         with model.at_strength(strength):
             found.append(generate(model, prompts, seeds, steps=steps, guidance=guidance, sampler=sampler))
     images = torch.stack(found, 1).flatten(0, 1)  # of one prompt and seed, every strength side by side
-    asked, noises = ([each for each in column for _ in strengths] for column in pairs(prompts, seeds))
+    rows = list(zip(*pairs(prompts, seeds), strict=True))
+    asked, noises = [prompt for prompt, _ in rows for _ in strengths], [seed for _, seed in rows for _ in strengths]
     clear_samples(out)
     write_samples(
         out, images, asked, noises, guidance=guidance, steps=steps, strengths=[*strengths] * (len(images) // len(found))
