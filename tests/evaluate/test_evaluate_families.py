@@ -57,7 +57,8 @@ def test_a_run_of_a_real_family_is_guarded_and_evaluated(towers, tmp_path, capsy
     cli.app(["train", str(tmp_path / "mine.yaml")], standalone_mode=False)
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     checks = [row for row in log if row["event"] == "guard"]
-    assert [row["step"] for row in checks][-1] == 2 and all("heldout" in row and "diversity" in row for row in checks)
+    assert [row["step"] for row in checks][-1] == 2 and all("heldout" in row and "variety" in row for row in checks)
+    assert checks[0]["heldout_fall"] == checks[0]["drift"] == 0 and checks[-1]["drift"] > 0
     cli.app(["evaluate", str(run)], standalone_mode=False)
     found = json.loads((run / "evaluation.json").read_text())
     assert found["optimised"] == ["pickscore"] and found["heldout"] == "clip-score"

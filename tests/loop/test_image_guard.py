@@ -10,6 +10,7 @@ from support.loop import Quadratic, rows, run, same, srpo, tensors
 from torch import Tensor
 
 import palate
+from palate import recipe
 from palate.core import EmbedsImages
 from palate.evaluate.monitor import ImageMonitor, measures
 from palate.models.emoji import EmojiModel
@@ -183,3 +184,11 @@ def test_who_measures(tmp_path):
     assert isinstance(asked, ImageMonitor) and asked.tower is not None and asked.batch_size == 2
     other = measure_of(job(TinyFlow()), None)
     assert isinstance(other, ImageMonitor) and other.tower is None
+
+
+def test_the_guard_is_on_in_every_recipe_of_a_real_model():
+    for name in recipe.published():
+        read = recipe.read(name)
+        if read.model.name != "emoji":
+            assert read.trainer.guard.every, name
+            assert (read.trainer.guard.action == "warn") == (name.endswith("-released") or name.startswith("distar-"))

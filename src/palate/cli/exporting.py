@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import get_token
 
 from palate.export import export_lora, export_merged, export_one_step, lora_file
+from palate.export.hub import add_pictures, check_repository, parcel, push
+from palate.export.lora import MAX_SHARD_SIZE, WORKFLOW
 from palate.runs import RunFolder, adapter_of
 from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
@@ -14,8 +19,39 @@ from palate.runtime.runlock import require_free
 _warn = logging.getLogger("palate").warning
 
 
-def export(folder: Path, form: str, out: Path | None) -> None:
-    """Write the run's result in that form, and say where it lies."""
+class Hub(NamedTuple):
+    """Where an export goes besides the disk. dry: only say what would be sent."""
+
+    repository: str
+    public: bool = False
+    dry: bool = False
+
+
+def export(
+    folder: Path, form: str, out: Path | None, *, max_shard_size: str | None = None, hub: Hub | None = None
+) -> None:
+    """Write the run's result in that form, and say where it lies; then send it to the hub, if asked."""
+    if hub is not None:
+        check_repository(hub.repository)
+        if not hub.dry and get_token() is None:
+            raise InputError(
+                "--push-to-hub: no token of the hub on this machine; run `hf auth login`, or use --dry-run"
+            )
+    if max_shard_size is not None and form != "merged":
+        raise InputError("--max-shard-size belongs to --format merged")
+    target = _write(folder, form, out, max_shard_size or MAX_SHARD_SIZE)
+    if hub is None:
+        return
+    add_pictures(folder, target)
+    sent = parcel(target, hub.repository, private=not hub.public)
+    print(printable(("would send to " if hub.dry else "sending to ") + sent.text().split("\n")[0]))
+    print("\n".join(printable(line) for line in sent.text().split("\n")[1:]))
+    if not hub.dry:
+        print(f"sent: {printable(push(target, sent))}")
+
+
+def _write(folder: Path, form: str, out: Path | None, max_shard_size: str) -> Path:
+    """Write the export; returns its folder."""
     run = RunFolder(folder)
     require_free(folder, "its result changes with every step")
     if form == "one-step":
@@ -24,14 +60,18 @@ def export(folder: Path, form: str, out: Path | None) -> None:
             raise InputError(f"--format one-step: {algorithm.name} makes no generator; use the run of a distar recipe")
         target = export_one_step(run.model(_warn)[0], algorithm, out or folder / "export" / form)
         print(f"pipeline: {printable(str(target))}; its README.md has the call")
-        return
+        return target
     if form == "merged":
-        target = export_merged(folder, run.model(_warn)[0], out, recipe=run.recipe)
+        model = run.model(_warn)[0]
+        target = export_merged(folder, model, out, recipe=run.recipe, max_shard_size=max_shard_size)
         print(f"network: {printable(str(target))}")
-        return
+        return target
     if run.recipe.model.weights == "lora":
         adapter_of(folder, lambda: run.model(_warn)[0])
     positive, negative = run.words()
     words = {"positive": ", ".join(positive), "negative": ", ".join(negative)}
-    target = export_lora(folder, form, out, words, recipe=run.recipe) / lora_file(folder, form)
-    print(f"LoRA: {printable(str(target))}")
+    target = export_lora(folder, form, out, words, recipe=run.recipe)
+    print(f"LoRA: {printable(str(target / lora_file(folder, form)))}")
+    if (target / WORKFLOW).is_file():
+        print(f"workflow: {printable(str(target / WORKFLOW))}; ComfyUI opens it, or takes it at /prompt")
+    return target

@@ -39,9 +39,9 @@ class Need(NamedTuple):
         return Finding(self.state, f"{self.what}: {self.text}" + (f"\n        {self.command}" if self.command else ""))
 
 
-def needs(recipe: Recipe, device: str | None = None) -> Iterator[Need]:
-    """Everything, in the order in which a run would ask for it."""
-    made = plan(recipe)
+def needs(recipe: Recipe, device: str | None = None, *, made: Plan | None = None) -> Iterator[Need]:
+    """Everything, in the order in which a run would ask for it. made: the recipe's plan, if it is known."""
+    made = made or plan(recipe)
     found = [*_model(recipe, made), *_rewards(recipe), *_prompts(recipe)]
     yield from found
     yield from _disk(sum(need.gigabytes for need in found))

@@ -10,13 +10,14 @@ from typing import Annotated
 import typer
 
 from palate.cli.app import CHECK, SHARE, TRAIN, app, examples
-from palate.cli.options import Json, Overrides, RecipeName, Run, finite, read_recipe, recipe_file
+from palate.cli.options import Json, Overrides, RecipeName, Run, belongs, finite, read_recipe, recipe_file
 from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
 
 
 @app.command(rich_help_panel=SHARE, epilog=examples(
     "palate export runs/mine --format comfyui",
+    "palate export runs/mine --push-to-hub me/my-lora --dry-run",
     "palate export runs/mine-distar --format one-step --out generator",
 ))  # fmt: skip
 def export(
@@ -25,12 +26,19 @@ def export(
         str, typer.Option("--format", help="diffusers, kohya, comfyui, merged; one-step (DI*).")
     ] = "diffusers",
     out: Annotated[Path | None, typer.Option(help="The folder to write to; RUN/export/FORMAT if left out.")] = None,
+    max_shard_size: Annotated[str | None, typer.Option(help="Of merged: the largest file, as 5GB; 10GB.")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="ID", help="Send it to this repository, private.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push-to-hub: everybody can see it.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --push-to-hub: say what would be sent.")] = False,
 ) -> None:
     """Write a run's LoRA or generator for other programs."""
     recipe_file(run)
+    belongs("--public", public, "--push-to-hub", push_to_hub is not None)
+    belongs("--dry-run", dry_run, "--push-to-hub", push_to_hub is not None)
     from palate.cli import exporting
 
-    exporting.export(run, form, out)
+    hub = exporting.Hub(push_to_hub, public, dry_run) if push_to_hub else None
+    exporting.export(run, form, out, max_shard_size=max_shard_size, hub=hub)
 
 
 @app.command("merge", rich_help_panel=SHARE, epilog=examples(

@@ -11,6 +11,7 @@ from palate.cli.app import TRAIN, app, examples
 from palate.cli.folders import check_room
 from palate.cli.options import Fresh, Overrides, Ranks, RecipeName, Run, WordsOption, read_recipe, recipe_file
 from palate.runtime.errors import InputError
+from palate.runtime.progress import printable
 
 if TYPE_CHECKING:
     from palate.recipe import Recipe
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 @app.command(rich_help_panel=TRAIN, epilog=examples(
     "palate train srpo-emoji trainer.steps=40",
+    "palate train srpo-flux --dry-run",
     """palate train srpo-emoji run.folder=runs/mine algorithm.positive='["cartoon"]'""",
 ))  # fmt: skip
 def train(
@@ -26,11 +28,19 @@ def train(
     overrides: Overrides = None,
     fresh: Fresh = False,
     nproc: Ranks = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show plan, folders, what is missing and the first prompts; load nothing.")
+    ] = False,
 ) -> None:
     """Run the training that a recipe describes."""
     read = read_recipe(recipe, overrides)
     if read.optimize is not None:
         raise InputError("optimize: this recipe queries a black-box objective; use `palate optimize`")
+    if dry_run:
+        from palate.cli import rehearsing
+
+        rehearsing.rehearse(read, fresh=fresh)
+        return
     _run(read, nproc, resume=False, fresh=fresh, quiet=ctx.obj["quiet"])
 
 
@@ -82,6 +92,28 @@ def steer(run: Run, positive: WordsOption = None, negative: WordsOption = None) 
     from palate.cli import steering
 
     steering.steer(run, positive, negative)
+
+
+@app.command(rich_help_panel=TRAIN, epilog=examples(
+    "palate init                              asks for what is not given",
+    "palate init --model flux2 --card rtx-4090 --words 'film photo' --without 'CG render' --out mine.yaml",
+))  # fmt: skip
+def init(
+    model: Annotated[str | None, typer.Option(help="The model's family, for example emoji, flux2, sdxl.")] = None,
+    method: Annotated[str | None, typer.Option(help="For example srpo, sqdf, distar; srpo if left out.")] = None,
+    card: Annotated[str | None, typer.Option(help="A card, as rtx-4090, or its GiB; this machine if left out.")] = None,
+    words: WordsOption = None,
+    without: WordsOption = None,
+    reward: Annotated[str | None, typer.Option(help="The reward to maximise, for example hpsv2.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="A file of prompts, or a list in the package.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The file to write; METHOD-MODEL.yaml if left out.")] = None,
+) -> None:
+    """Write a recipe of your own, with comments, from a few answers."""
+    from palate.cli import beginning
+
+    answers = beginning.Answers(model, method, card, tuple(words or ()), tuple(without or ()), reward, prompts)
+    path = beginning.init(answers, out)
+    print(f"{printable(str(path))}: look at it, then palate train {printable(str(path))} --dry-run")
 
 
 def _run(recipe: Recipe, nproc: int, *, resume: bool, fresh: bool, quiet: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -13,12 +14,16 @@ from safetensors import SafetensorError, safe_open
 from palate import recipe as recipes
 from palate.export.card import model_card
 from palate.export.names import FORMATS, to_form
+from palate.export.workflow import workflow_text
 from palate.models.facts import Facts, facts_of
 from palate.models.lora import FILE, METADATA, write
 from palate.models.original import Lora
 from palate.recipe import Recipe
 from palate.runtime.checkpoint import write_atomically
 from palate.runtime.errors import InputError
+
+MAX_SHARD_SIZE = "10GB"  # diffusers' own
+WORKFLOW = "workflow.json"  # beside a LoRA for ComfyUI
 
 Words = Mapping[str, str]  # "positive", "negative": the control words at the end of the run
 
@@ -48,17 +53,31 @@ def export_lora(
     write(folder / lora_file(run, form), tensors, metadata)
     write_atomically(folder / "README.md", model_card(run, recipe, form, layers, words).encode())
     write_atomically(folder / "recipe.yaml", recipes.dump(recipe).encode())
+    graph = workflow_text(recipe, lora_file(run, form)) if form == "comfyui" else None
+    if graph is not None:
+        write_atomically(folder / WORKFLOW, graph.encode())
     return folder
 
 
-def export_merged(run: Path, model: Any, out: Path | None = None, *, recipe: Recipe | None = None) -> Path:
+def export_merged(
+    run: Path,
+    model: Any,
+    out: Path | None = None,
+    *,
+    recipe: Recipe | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
+) -> Path:
     """The trained network of a run with its LoRA added to the weights, as a diffusers folder; `model` is the run's, and
-    `recipe`, where it has been read already."""
+    `recipe`, where it has been read already. max_shard_size: of one file, as diffusers takes it ("10GB"); a larger
+    network is written as several, with an index."""
     recipe = recipe or _recipe(run)
     folder = run / "export" / "merged" if out is None else out
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"--out: {folder} is not empty; give a new folder")
-    model.weights.merged().save_pretrained(folder / facts_of(recipe.model.name).denoiser)
+    if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|KiB|MiB|GiB)", max_shard_size):
+        raise InputError(f"--max-shard-size: expected for example 10GB or 500MB, got {max_shard_size!r}")
+    part = folder / facts_of(recipe.model.name).denoiser
+    model.weights.merged().save_pretrained(part, max_shard_size=max_shard_size)
     write_atomically(folder / "README.md", model_card(run, recipe, "merged", None, None).encode())
     write_atomically(folder / "recipe.yaml", recipes.dump(recipe).encode())
     return folder

@@ -1,0 +1,123 @@
+"""palate init writes recipes that read; palate train --dry-run says all that can be known, and writes nothing."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import typer
+
+from palate import cli, recipe
+from palate.cli.beginning import Answers, init, template_of, templates
+from palate.plan.table import GIB
+from palate.runtime.errors import InputError
+
+
+def small(read):
+    """A plan that fits every card."""
+    return SimpleNamespace(bytes=1.0, gpus=1)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_by_flags_it_writes_a_commented_recipe_that_passes_the_dry_run(here, capsys):
+    cli.app(["init", "--model", "emoji", "--words", "cartoon", "--without", "3d, flat", "--card", "24"],
+            standalone_mode=False)  # fmt: skip
+    text = (here / "srpo-emoji.yaml").read_text()
+    read = recipe.parse(text)
+    assert read.algorithm.positive == ("cartoon",) and read.algorithm.negative == ("3d", "flat")
+    assert read.run.folder.endswith("runs/srpo-emoji") and "# early to middle noise" in text
+    assert text.startswith("# srpo on emoji") and "of 24 GiB" in text
+    capsys.readouterr()
+    cli.app(["train", "srpo-emoji.yaml", "--dry-run"], standalone_mode=False)
+    said = capsys.readouterr().out
+    for part in ("GiB on each", "run.folder", "ok       model emoji", "of training, the first:", "\nready: nothing"):
+        assert part in said
+    assert [path.name for path in here.iterdir()] == ["srpo-emoji.yaml"]  # nothing written
+    (here / "runs" / "srpo-emoji").mkdir(parents=True)
+    (here / "runs" / "srpo-emoji" / "metrics.jsonl").write_text("")
+    assert cli.app(["train", "srpo-emoji.yaml", "--dry-run"], standalone_mode=False) == 2
+    assert "holds a run already" in capsys.readouterr().out
+
+
+def test_every_model_and_method_that_is_offered_reads(here):
+    known = templates()
+    assert {("emoji", "srpo"), ("flux2", "srpo"), ("sdxl", "sqdf"), ("flux", "taste")} <= set(known)
+    for number, (model, method) in enumerate(known):
+        path = init(Answers(model, method, "80", prompts="real"), here / f"{number}.yaml", plan=small)
+        read = recipe.parse(path.read_text())
+        assert read.model.name == model and read.prompts.file is not None
+        assert model == "emoji" or "# Licence of the base model: " in path.read_text()
+
+
+def test_words_go_where_the_method_reads_them_and_a_reward_alone_is_absolute(here):
+    words = init(Answers("sdxl", "sqdf", "80", ("film photo",), ("CG",)), here / "a.yaml", plan=small)
+    relative = recipe.parse(words.read_text()).reward.relative
+    assert (relative.positive, relative.negative, relative.k) == ("film photo", "CG", 4.0)
+    alone = recipe.parse(
+        init(Answers("sdxl", "srpo", "80", reward="pickscore"), here / "b.yaml", plan=small).read_text()
+    )
+    assert alone.reward.name == "pickscore" and not alone.reward.source
+    assert alone.algorithm.preference == "absolute" and not alone.algorithm.positive
+    named = recipe.parse(
+        init(Answers("flux2", "srpo", "80", ("photo",), (), "image-reward"), here / "c.yaml", plan=small).read_text()
+    )
+    assert named.reward.source["image-reward"].endswith("weights/image-reward/ImageReward.safetensors")
+    with pytest.raises(InputError, match="takes one wanted and one unwanted word"):
+        init(Answers("sdxl", "sqdf", "80", ("a", "b")), here / "d.yaml", plan=small)
+
+
+def test_what_has_no_room_is_changed_as_the_plan_advises(here, monkeypatch):
+    savings = [("model.quantize=nf4", 8 * GIB), ("model.quantize=int8", 10 * GIB)]
+    monkeypatch.setattr("palate.plan.memory_savings", lambda read, made: savings)
+
+    def plan(read):
+        return SimpleNamespace(bytes={None: 30.0, "int8": 10.0, "nf4": 8.0}[read.model.quantize] * GIB, gpus=1)
+
+    def quantised(card):
+        path = init(Answers("flux2", "srpo", card), here / f"{card}.yaml", plan=plan)
+        return recipe.parse(path.read_text()).model.quantize, path.read_text()
+
+    assert quantised("40")[0] is None
+    assert quantised("12")[0] == "int8"  # the gentlest that is enough
+    assert quantised("9")[0] == "nf4"
+    kind, text = quantised("6")
+    assert kind == "nf4" and "MORE than 6 GiB" in text
+
+
+def test_it_refuses_to_overwrite_and_names_what_it_knows(here, capsys):
+    (here / "mine.yaml").write_text("mine")
+    with pytest.raises(InputError, match=r"mine.yaml is there already"):
+        init(Answers("emoji"), here / "mine.yaml", plan=small)
+    assert (here / "mine.yaml").read_text() == "mine"
+    known = templates()
+    with pytest.raises(InputError, match=r"--model: got 'dalle'; expected one of chroma|emoji"):
+        template_of(Answers("dalle"), known)
+    with pytest.raises(InputError, match=r"--model: expected one of"):
+        init(Answers(), here / "x.yaml", plan=small)  # no terminal to ask on
+    with pytest.raises(InputError, match=r"--method: no published recipe trains sdxl with 'ddpo'; expected one of"):
+        template_of(Answers("sdxl", "ddpo"), known)
+
+
+def test_it_asks_on_a_terminal_for_what_is_missing(here, monkeypatch):
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    said = iter(["emoji", "srpo", "24", "outline", "", "", ""])
+    monkeypatch.setattr(typer, "prompt", lambda *args, **options: next(said))
+    read = recipe.parse(init(Answers(), None, plan=small).read_text())
+    assert read.algorithm.positive == ("outline",) and not list(said)
+
+
+def test_a_dry_run_names_what_is_missing_with_its_command(here, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (here / "mine.yaml").write_text(json.dumps({
+        "model": {"name": "emoji"}, "algorithm": {"name": "draft", "K": 1, "n": 0, "steps": 2, "guidance": 1.0},
+        "reward": {"name": "hpsv2"}, "prompts": {"list": ["a cat"]}, "run": {"folder": "runs/x"},
+    }))  # fmt: skip
+    assert cli.app(["train", "mine.yaml", "--dry-run"], standalone_mode=False) == 2
+    said = capsys.readouterr().out
+    assert "palate fetch hpsv2" in said and "not ready" in said and "a cat" in said

@@ -1,0 +1,192 @@
+"""The road out: a workflow that ComfyUI can run, merged weights in shards, an export on the hub."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from palate import recipe
+from palate.export import export_merged
+from palate.export.hub import add_pictures, parcel, push
+from palate.export.workflow import PARTS, workflow
+from palate.models.weights import NamedWeights
+from palate.runtime.errors import InputError
+
+# ComfyUI's core nodes: the kinds of their outputs, and of their inputs that are links; the other inputs are values
+NODES = {
+    "CheckpointLoaderSimple": (["MODEL", "CLIP", "VAE"], {}, {"ckpt_name"}),
+    "UNETLoader": (["MODEL"], {}, {"unet_name", "weight_dtype"}),
+    "CLIPLoader": (["CLIP"], {}, {"clip_name", "type"}),
+    "DualCLIPLoader": (["CLIP"], {}, {"clip_name1", "clip_name2", "type"}),
+    "VAELoader": (["VAE"], {}, {"vae_name"}),
+    "LoraLoaderModelOnly": (["MODEL"], {"model": "MODEL"}, {"lora_name", "strength_model"}),
+    "ModelSamplingAuraFlow": (["MODEL"], {"model": "MODEL"}, {"shift"}),
+    "CLIPTextEncode": (["CONDITIONING"], {"clip": "CLIP"}, {"text"}),
+    "FluxGuidance": (["CONDITIONING"], {"conditioning": "CONDITIONING"}, {"guidance"}),
+    "EmptyLatentImage": (["LATENT"], {}, {"width", "height", "batch_size"}),
+    "EmptySD3LatentImage": (["LATENT"], {}, {"width", "height", "batch_size"}),
+    "EmptyFlux2LatentImage": (["LATENT"], {}, {"width", "height", "batch_size"}),
+    "KSampler": (
+        ["LATENT"],
+        {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent_image": "LATENT"},
+        {"seed", "steps", "cfg", "sampler_name", "scheduler", "denoise"},
+    ),
+    "CFGGuider": (
+        ["GUIDER"], {"model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING"}, {"cfg"}
+    ),
+    "RandomNoise": (["NOISE"], {}, {"noise_seed"}),
+    "KSamplerSelect": (["SAMPLER"], {}, {"sampler_name"}),
+    "Flux2Scheduler": (["SIGMAS"], {}, {"steps", "width", "height"}),
+    "SamplerCustomAdvanced": (
+        ["LATENT", "LATENT"],
+        {"noise": "NOISE", "guider": "GUIDER", "sampler": "SAMPLER", "sigmas": "SIGMAS", "latent_image": "LATENT"},
+        set(),
+    ),
+    "VAEDecode": (["IMAGE"], {"samples": "LATENT", "vae": "VAE"}, set()),
+    "SaveImage": ([], {"images": "IMAGE"}, {"filename_prefix"}),
+}  # fmt: skip
+
+
+def plan(model: str, **sample):
+    tree = {
+        "model": {"name": model, "folder": "owner/base", "image_size": [768, 1280]},
+        "algorithm": {"name": "srpo", "positive": ["a"], "negative": ["b"]},
+        "reward": {"name": "pickscore"}, "prompts": {"list": ["a cat"]}, "sample": sample,
+    }  # fmt: skip
+    return recipe.parse(json.dumps(tree))
+
+
+@pytest.mark.parametrize("model", PARTS)
+def test_a_workflow_has_nodes_of_comfyui_s_core_whose_links_fit(model):
+    graph = workflow(plan(model, guidance=2.5, steps=9), "mine.safetensors")
+    assert graph == json.loads(json.dumps(graph))
+    for node in graph.values():
+        _, links, values = NODES[node["class_type"]]
+        assert set(node["inputs"]) == {*links, *values}, node["class_type"]
+        for name, kind in links.items():
+            source, number = node["inputs"][name]
+            assert NODES[graph[source]["class_type"]][0][number] == kind, (node["class_type"], name)
+        assert not any(isinstance(node["inputs"][name], list) for name in values)
+    kinds = [node["class_type"] for node in graph.values()]
+    assert kinds.count("LoraLoaderModelOnly") == kinds.count("SaveImage") == 1
+    sampled = next(node for node in graph.values() if node["class_type"] in ("KSampler", "CFGGuider"))
+    behind, seen = sampled["inputs"]["model"], []
+    while behind:  # the model that is sampled has the LoRA on it
+        seen.append(graph[behind[0]])
+        behind = seen[-1]["inputs"].get("model")
+    assert [n["inputs"]["lora_name"] for n in seen if "lora_name" in n["inputs"]] == ["mine.safetensors"]
+    latent = next(node["inputs"] for node in graph.values() if node["class_type"].endswith("LatentImage"))
+    assert (latent["height"], latent["width"]) == (768, 1280)
+    embedded = "FluxGuidance" in kinds
+    assert sampled["inputs"]["cfg"] == (1.0 if embedded else 2.5)
+    steps = [node["inputs"]["steps"] for node in graph.values() if "steps" in node["inputs"]]
+    assert steps == [9]
+
+
+def test_families_that_comfyui_does_not_load_have_none():
+    assert workflow(plan("sana"), "x.safetensors") is None
+    assert workflow(recipe.read("srpo-emoji"), "x.safetensors") is None
+
+
+def test_merged_weights_in_shards_read_back_bit_for_bit(tmp_path):
+    torch.manual_seed(0)
+    network = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+        cross_attention_dim=16, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    weights = NamedWeights(network, training="lora", rank=2, alpha=3.0, targets=["to_k", "to_v"])
+    for p in weights.parameters():
+        p.data = torch.randn(p.shape)
+    (tmp_path / "recipe.yaml").write_text(recipe.dump(plan("stable-diffusion")))
+    model = SimpleNamespace(weights=weights)
+    folder = export_merged(tmp_path, model, tmp_path / "shards", max_shard_size="100KB") / "unet"
+    index = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
+    assert len(shards) > 2 and set(index["weight_map"].values()) == set(shards)
+    assert all((folder / name).stat().st_size < 150_000 for name in shards)
+    whole = export_merged(tmp_path, model, tmp_path / "whole") / "unet"
+    assert [path.name for path in whole.glob("*.safetensors")] == ["diffusion_pytorch_model.safetensors"]
+    one, other = (UNet2DConditionModel.from_pretrained(path).state_dict() for path in (folder, whole))
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn1.to_k"
+    assert not torch.equal(one[f"{layer}.weight"], network.get_submodule(layer).base_layer.weight)
+    for wrong in ("10", "0GB", "big", "1TB "):
+        with pytest.raises(ValueError, match="--max-shard-size: expected for example 10GB"):
+            export_merged(tmp_path, model, tmp_path / "wrong", max_shard_size=wrong)
+
+
+class Hub:
+    """What the hub is asked, in order."""
+
+    def __init__(self, error: Exception | None = None):
+        self.asked, self.error = [], error
+
+    def create_repo(self, repository, **options):
+        if self.error:
+            raise self.error
+        self.asked.append(("create", repository, options["private"], options["exist_ok"]))
+        return f"https://hub/{repository}"
+
+    def upload_folder(self, **options):
+        self.asked.append(("upload", options["repo_id"], options["folder_path"]))
+
+
+def exported(tmp_path):
+    """A run with an evaluation, and an export of it."""
+    run, folder = tmp_path / "run", tmp_path / "run" / "export" / "diffusers"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# LoRA\n")
+    (folder / "weights.safetensors").write_bytes(b"12345")
+    for side in ("base", "result"):
+        (run / "evaluation" / side).mkdir(parents=True)
+        for i in range(6):
+            (run / "evaluation" / side / f"{i:04d}.png").write_bytes(f"{side} {i}".encode())
+    return run, folder
+
+
+def test_an_export_goes_to_the_hub_private_with_its_pictures_on_the_card(tmp_path):
+    run, folder = exported(tmp_path)
+    assert add_pictures(run, folder) == 4 and add_pictures(run, folder) == 4  # the second time changes nothing
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit") and card.count("## Pictures") == 1
+    assert "| ![base](pictures/base-0003.png) | ![result](pictures/result-0003.png) |" in card
+    assert (folder / "pictures" / "result-0002.png").read_bytes() == b"result 2"
+    sent = parcel(folder, "me/mine")
+    assert sent.private and len(sent.files) == 10 and ("weights.safetensors", 5) in sent.files
+    assert "me/mine, private: 10 files" in sent.text() and "weights.safetensors  5 bytes" in sent.text()
+    hub = Hub()
+    assert push(folder, sent, api=hub) == "https://hub/me/mine"
+    assert hub.asked == [("create", "me/mine", True, True), ("upload", "me/mine", folder)]
+    assert "PUBLIC" in parcel(folder, "me/mine", private=False).text()
+
+
+def test_no_token_a_wrong_name_and_a_hub_that_refuses_are_sentences(tmp_path, monkeypatch):
+    _, folder = exported(tmp_path)
+    for wrong in ("mine", "a/b/c", "me/my lora", ""):
+        with pytest.raises(InputError, match="--push-to-hub: "):
+            parcel(folder, wrong)
+    sent = parcel(folder, "me/mine")
+    monkeypatch.setattr("palate.export.hub.get_token", lambda: None)
+    with pytest.raises(InputError, match=r"no token of the hub; run `hf auth login`.*--dry-run"):
+        push(folder, sent)
+    with pytest.raises(InputError, match=r"--push-to-hub me/mine: the hub refused \(no route\)"):
+        push(folder, sent, api=Hub(OSError("no route")))
+
+
+def test_a_dry_run_without_a_token_says_what_would_be_sent(tmp_path, monkeypatch, capsys):
+    from palate.cli import exporting
+
+    run, folder = exported(tmp_path)
+    monkeypatch.setattr(exporting, "get_token", lambda: None)
+    monkeypatch.setattr(exporting, "_write", lambda *args: folder)
+    monkeypatch.setattr(exporting, "push", lambda *args: pytest.fail("a dry run sends nothing"))
+    exporting.export(run, "diffusers", None, hub=exporting.Hub("me/mine", dry=True))
+    said = capsys.readouterr().out
+    assert "would send to me/mine, private" in said and "pictures/base-0000.png" in said
+    with pytest.raises(InputError, match="this machine has no token"):
+        exporting.export(run, "diffusers", None, hub=exporting.Hub("me/mine"))
