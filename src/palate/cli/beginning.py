@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ class Answers(NamedTuple):
     prompts: str | None = None
 
 
+@cache
 def templates() -> dict[tuple[str, str], str]:
     """(model, method) -> the published recipe that a new one begins with, the one with the shortest name."""
     found: dict[tuple[str, str], str] = {}
