@@ -54,6 +54,7 @@ class DRaFT:
 
     trains = ("policy",)
     needs_reward_gradient = True
+    any_size = True
 
     def __init__(self, settings: DRaFTSettings):
         self.settings = settings

@@ -65,6 +65,7 @@ class ReFL:
 
     trains = ("policy",)
     needs_reward_gradient = True
+    any_size = True
 
     def __init__(self, settings: ReFLSettings):
         self.settings = settings

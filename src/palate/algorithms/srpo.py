@@ -139,6 +139,7 @@ class SRPO:
 
     trains = ("policy",)
     needs_reward_gradient = True
+    any_size = True
 
     def __init__(self, settings: SRPOSettings):
         self.settings = settings

@@ -62,6 +62,8 @@ def _trained(recipe: Recipe, on_main: OnMain, *, resume: bool, fresh: bool, quie
         recipe.trainer,
         list(parts.preview_prompts),
         sample=recipe.sample,
+        sizes=() if parts.buckets else recipe.prompts.sizes or (),
+        buckets=parts.buckets,
         latents=parts.latents,
         measure=recipes.guard_measure(recipe, parts.tower),
         identity=recipes.run_identity(recipe),

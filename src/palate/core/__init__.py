@@ -7,11 +7,11 @@ own, with its name: it is enough to have the members, nothing needs to be inheri
 an object for a member that no protocol lists.
 
     a model may be      Sampleable, EncodesPictures, HasPosterior, PublishedGrid, Fingerprinted, TextCached,
-                        SavesAdapter, LoadsAdapter, TakesConsistency, TrainsOtherwise,
+                        SavesAdapter, LoadsAdapter, TakesConsistency, TrainsOtherwise, DrawsOtherSizes,
                         HasStrength, HasNetworks                                                     models.py
     a reward may be     TwoTower, EmbedsImages, HasFeatures                                rewards.py
     an algorithm may be Stateful, Steerable, ComparesWords, DrawsOwnSamples, DrawsReference, Warns,
-                        ChecksBatch                                                        algorithms.py
+                        ChecksBatch, TakesAnySize                                          algorithms.py
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from palate.core.algorithms import (
     Sampler,
     Stateful,
     Steerable,
+    TakesAnySize,
     Warns,
 )
 from palate.core.models import (
     Cond,
+    DrawsOtherSizes,
     EncodesPictures,
     Fingerprinted,
     GuardMeasure,
@@ -52,9 +54,10 @@ from palate.core.rewards import EmbedsImages, HasFeatures, Reward, TwoTower
 from palate.core.settings import require
 
 __all__ = [
-    "Algorithm", "Batch", "ChecksBatch", "ComparesWords", "Cond", "DrawsOwnSamples", "DrawsReference",
-    "EmbedsImages", "EncodesPictures", "Fingerprinted", "GuardMeasure", "HasFeatures", "HasNetworks", "HasPosterior",
-    "HasStrength", "LoadsAdapter", "Loss", "Model", "Networks", "PublishedGrid", "Random", "Reward", "Sampleable",
-    "Sampler", "SavesAdapter", "Stateful", "Steerable", "TakesConsistency", "TextCached", "TrainsOtherwise", "TwoTower",
-    "Warns", "prompt_order", "require", "used_prompts",
+    "Algorithm", "Batch", "ChecksBatch", "ComparesWords", "Cond", "DrawsOtherSizes", "DrawsOwnSamples",
+    "DrawsReference", "EmbedsImages", "EncodesPictures", "Fingerprinted", "GuardMeasure", "HasFeatures",
+    "HasNetworks", "HasPosterior", "HasStrength", "LoadsAdapter", "Loss", "Model", "Networks", "PublishedGrid",
+    "Random", "Reward", "Sampleable", "Sampler", "SavesAdapter", "Stateful", "Steerable", "TakesAnySize",
+    "TakesConsistency", "TextCached", "TrainsOtherwise", "TwoTower", "Warns", "prompt_order", "require",
+    "used_prompts",
 ]  # fmt: skip

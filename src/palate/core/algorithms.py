@@ -78,6 +78,13 @@ class Sampler(Protocol):
 
 
 @runtime_checkable
+class TakesAnySize(Protocol):
+    """An algorithm that keeps no latents from one step to the next, so that each may draw another image size."""
+
+    any_size: bool
+
+
+@runtime_checkable
 class DrawsOwnSamples(Protocol):
     """An algorithm whose policy is not sampled along a time grid, such as a few-step generator."""
 

@@ -72,6 +72,14 @@ class Sampleable(Model, Protocol):
 
 
 @runtime_checkable
+class DrawsOtherSizes(Protocol):
+    """A model that can be told to draw images of another size for a while."""
+
+    def at_size(self, image_size: int | tuple[int, int]) -> AbstractContextManager[None]:
+        """Inside, `latent_shape`, `image_size` and all that depends on them are those of that size, in pixels."""
+
+
+@runtime_checkable
 class HasPosterior(Protocol):
     """A model whose encoder says how sure it is of a latent."""
 

@@ -96,12 +96,12 @@ def _captions(folder: Path, images: list[Path]) -> dict[str, str]:
 def check_images(images: Sequence[Path | bytes]) -> None:
     """RecipeError naming the first image that is missing, cut short or something else; decodes none that is whole."""
     for image in images:
-        with _opened(image) as opened:
-            kind = opened.format
-            opened.verify()
+        with opened(image) as found:
+            kind = found.format
+            found.verify()
         if kind == "JPEG" and not _ends_as_jpeg(image):  # which verify() does not look at
-            with _opened(image) as opened:
-                opened.load()
+            with opened(image) as found:
+                found.load()
 
 
 def _ends_as_jpeg(image: Path | bytes) -> bool:
@@ -119,18 +119,18 @@ def load_images(paths: Sequence[Path | bytes], *, size: int | tuple[int, int]) -
     height, width = (size, size) if isinstance(size, int) else size
     rows = []
     for path in paths:
-        with _opened(path) as image:
+        with opened(path) as image:
             fitted = ImageOps.fit(as_rgb(image), (width, height), Image.Resampling.LANCZOS)
         rows.append(from_pixels(np.array(fitted)))
     return torch.stack(rows)
 
 
 @contextmanager
-def _opened(image: Path | bytes) -> Iterator[Any]:
+def opened(image: Path | bytes) -> Iterator[Any]:
     """The picture of a file or of encoded bytes; what goes wrong while it is used is an error that names it."""
     try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
-            yield opened
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as found:
+            yield found
     except UNREADABLE as error:
         what = f"{len(image)} bytes of a table" if isinstance(image, bytes) else image
         raise RecipeError(f"cannot read the image {what} ({error}); repair or remove it") from error

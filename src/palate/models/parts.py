@@ -23,6 +23,7 @@ from palate.models.facts import Facts, NetworkCall
 from palate.models.placement import compile_blocks, keep_blocks_on_host, use_attention
 from palate.models.repository import Repository
 from palate.models.repository_checks import READERS
+from palate.models.sizes import OtherSizes
 from palate.models.text_cache import Encode, TextCache
 from palate.models.weights import NamedWeights
 from palate.runtime.errors import InputError
@@ -75,7 +76,7 @@ class Parts:
     file: str | None
 
 
-class LoadedModel:
+class LoadedModel(OtherSizes):
     """What every family does in the same way of the `Model` protocol.
 
     A family adds how it reads prompts (`encode_prompts`), its network's call (`output`), what that stands for

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from palate.core import ChecksBatch
 from palate.models.quantised import BYTES
+from palate.models.sizes import largest
 from palate.plan.activations import Unit
 from palate.plan.count import counts
 from palate.plan.measure import family_of, local_config, measure
@@ -45,7 +46,10 @@ class Plan:
 
 
 def plan(recipe: Recipe, *, gpus: int = 1, units: Mapping[str, Unit] | None = None) -> Plan:
-    """What an update of the recipe costs. `units` measured before save the meta device another run."""
+    """What an update of the recipe costs, of several image sizes at the largest. `units` measured before save the meta
+    device another run."""
+    if recipe.prompts.sizes:
+        recipe = replace(recipe, model=replace(recipe.model, image_size=largest(recipe.prompts.sizes)))
     units = dict(units or measure(recipe))
     calls, graph = counts(recipe)
     checkpointed = recipe.model.gradient_checkpointing is not False and recipe.model.name != "emoji"

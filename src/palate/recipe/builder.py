@@ -4,7 +4,7 @@ weights last."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -27,9 +27,10 @@ from palate.data import (
     RecipeError,
     check_images,
 )
+from palate.data.buckets import Bucket
 from palate.models import families
 from palate.recipe.objective import check_taste, image_tower, reward_objective
-from palate.recipe.pictures import latents_of, pictures_of
+from palate.recipe.pictures import buckets_of, latents_of, pictures_of
 from palate.recipe.prompts import prompts_of
 from palate.recipe.settings import Recipe, RewardSettings
 from palate.recipe.start import check_start, load_consistency, start_folder, warn_of_noise
@@ -53,6 +54,7 @@ class Parts(NamedTuple):
     preview_prompts: list[str]
     latents: Tensor | None
     tower: EmbedsImages | None = None  # of the rewards that are optimised
+    buckets: Sequence[Bucket] = ()  # captioned pictures of several sizes, in the place of latents
 
 
 @runtime_checkable
@@ -95,10 +97,15 @@ def build(recipe: Recipe, *, before_model: Callable[[], None] = lambda: None) ->
     load_teachers(recipe, model)
     if isinstance(model, TextCached):
         trainer = recipe.trainer  # of a long list, a short run uses only a part
-        used = used_prompts(prompts, trainer.seed, trainer.steps * trainer.batch_size)
+        every = len(prompts) if recipe.prompts.sizes else trainer.steps * trainer.batch_size
+        used = used_prompts(prompts, trainer.seed, every)
         model.cache_prompts([*used, *preview])
-    latents = latents_of(model, pictures, recipe.algorithm) if pictures and pictures.files else None
-    return Parts(model, build_algorithm(recipe), reward, list(prompts), preview, latents, tower)
+    latents, buckets, sizes = None, [], recipe.prompts.sizes
+    if pictures and pictures.files and sizes:
+        buckets = buckets_of(model, pictures, recipe.algorithm, sizes)
+    elif pictures and pictures.files:
+        latents = latents_of(model, pictures, recipe.algorithm)
+    return Parts(model, build_algorithm(recipe), reward, list(prompts), preview, latents, tower, buckets)
 
 
 def sampler_of(algorithm: Algorithm) -> Sampler | None:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from palate.core import EncodesPictures, Model
 from palate.data import Pair, RecipeError, captioned_images, encode_images, preference_pairs
+from palate.data.buckets import Bucket, Size, assign
+from palate.models.sizes import at_size
 from palate.recipe.settings import Recipe
 from palate.runtime.errors import InputError
 
@@ -112,3 +114,16 @@ def latents_of(model: Model, pictures: Pictures, settings: object) -> Tensor:
         [encode_images(model, pictures.files, posterior=posterior, mirrored=view)[rows] for view in views]
     )
     return latents[:, 0] if rows.shape[1] == 1 else latents
+
+
+def buckets_of(model: Model, pictures: Pictures, settings: object, sizes: Sequence[Size]) -> list[Bucket]:
+    """The pictures of each of several sizes, encoded at it; each goes to the size that it loses the least to."""
+    if not isinstance(model, EncodesPictures):
+        raise InputError("prompts.images: the model has no image_size, so pictures cannot be fitted to it")
+    posterior = isinstance(settings, SamplesPosterior) and settings.posterior
+    found = []
+    for place, rows in assign(pictures.files, sizes).items():
+        with at_size(model, sizes[place], "prompts.sizes"):
+            latents = encode_images(model, [pictures.files[row] for row in rows], posterior=posterior)
+        found.append(Bucket(sizes[place], rows, latents))
+    return found

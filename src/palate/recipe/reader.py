@@ -117,7 +117,7 @@ def fingerprint(recipe: Recipe) -> str:
         del tree["trainer"][key]
     for section, key in (
         (tree["reward"], "relative"), (tree["reward"], "taste"), (tree["model"], "reference"),
-        (tree["model"], "quantize"),
+        (tree["model"], "quantize"), (tree["prompts"], "sizes"),
     ):  # fmt: skip
         if section[key] is None:
             del section[key]  # so that runs from before this key can be resumed

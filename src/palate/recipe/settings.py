@@ -33,6 +33,7 @@ OracleName = Literal["jpeg-size", "hidden-judge", "colour-position"]  # rewards.
 
 
 ImageSize = Annotated[Any, PlainValidator(_image_size)]
+ImageSizes = Annotated[list[ImageSize], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,8 @@ class PromptSettings:
     images: str | None = None  # a folder of captioned images: offline training on them
     pairs: str | None = None  # preference pairs for dpo: HPDv2's train.json or Pick-a-Pic's .parquet, ties left out
     preview: str | None = None  # a file as above; None = some of the training prompts, evenly spaced
+    # to train on, each a side or [height, width]: every step draws one of them; None = model.image_size
+    sizes: ImageSizes | None = None
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,7 @@ class SampleSettings:
     __pydantic_config__ = _STRICT
     steps: Positive | None = None
     guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    image_size: ImageSize | None = None  # of previews and evaluations; None = model.image_size
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol, runtime_checkable
 
 from palate.algorithms import table as algorithms
-from palate.core import ChecksBatch
+from palate.core import ChecksBatch, TakesAnySize
 from palate.models import families
 from palate.recipe.names import near
 from palate.recipe.settings import Recipe, RewardSettings
@@ -81,6 +81,7 @@ def check_together(recipe: Recipe, mistakes: list[str]) -> None:
         _check_oracle(recipe, mistakes)
     if recipe.algorithm.name:
         _check_algorithm(recipe, mistakes)
+        _check_sizes(recipe, mistakes)
 
 
 def _check_model(recipe: Recipe, mistakes: list[str]) -> None:
@@ -113,6 +114,18 @@ def _check_prompts(recipe: Recipe, mistakes: list[str]) -> None:
             "prompts: give exactly one of prompts.file, prompts.list, prompts.images, prompts.pairs; got "
             f"{' and '.join(given) or 'none'}"
         )
+
+
+def _check_sizes(recipe: Recipe, mistakes: list[str]) -> None:
+    """prompts.sizes: what its algorithm and its pictures allow."""
+    if recipe.prompts.sizes is None:
+        return
+    name = recipe.algorithm.name
+    kind = algorithms.find(name).load_class()
+    if not (isinstance(kind, TakesAnySize) and kind.any_size):
+        mistakes.append(f"prompts.sizes: {name} trains on one size; set model.image_size")
+    if recipe.prompts.pairs is not None:
+        mistakes.append("prompts.sizes: the pictures of pairs are fitted to one size; set model.image_size")
 
 
 def _check_rewards(recipe: Recipe, mistakes: list[str]) -> None:

@@ -18,6 +18,7 @@ from palate.evaluate.measurement import evaluate_samples, to_json
 from palate.evaluate.panel import EvaluationPanel
 from palate.evaluate.samples import Drawing, check_same, generate_parts, pairs, read_index, write_samples
 from palate.evaluate.verdicts import verdict
+from palate.models.sizes import at_size
 from palate.recipe import builder, judging
 from palate.recipe.objective import ORACLE
 from palate.recipe.settings import Recipe
@@ -203,9 +204,10 @@ def draw_sides(
     alike = isinstance(algorithm, DrawsReference) and algorithm.draws_reference
     for side, weights in (("base", "reference"), ("result", "policy")):
         own = sampler if alike or side == "result" else None  # else beside its teacher, drawn in many steps
-        images = generate_parts(model, prompts, seeds, Drawing(steps, guidance, weights, sampler=own))
         scale, count = (1.0, own.steps) if own else (guidance, steps)
-        write_samples(run.path / "evaluation" / side, images, *pairs(prompts, seeds), guidance=scale, steps=count)
+        with at_size(model, how.image_size):  # the images are drawn as they are written
+            images = generate_parts(model, prompts, seeds, Drawing(steps, guidance, weights, sampler=own))
+            write_samples(run.path / "evaluation" / side, images, *pairs(prompts, seeds), guidance=scale, steps=count)
 
 
 def _common_panel(runs: Sequence[RunFolder], names: Sequence[str]) -> EvaluationPanel:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from palate.core import Batch, Model, prompt_order, used_prompts
+from palate.core import Batch, Model, Random, prompt_order, used_prompts
+from palate.data.buckets import Bucket
+from palate.models.autoencoder import ImageSize
 from palate.runtime.distributed import Ranks
 from palate.runtime.errors import InputError
 
@@ -19,6 +23,7 @@ class Samples(NamedTuple):
     prompts: list[str]
     ids: Tensor  # (B,)
     latents: Tensor | None  # (B, C, h, w), or (B, 2, C, h, w) of pairs
+    size: ImageSize | None = None  # that the step draws, in pixels; None = the model's own
 
 
 class Batches:
@@ -34,7 +39,11 @@ class Batches:
         size: int,
         micro_batches: int,
         ranks: Ranks,
+        sizes: Sequence[ImageSize] = (),
+        buckets: Sequence[Bucket] = (),
     ):
+        self.sizes, self.buckets = list(sizes), list(buckets)
+        self._drawn: list[int] = []  # the bucket of each step so far
         parts = ranks.size * micro_batches
         if size % parts:
             raise InputError(
@@ -46,14 +55,37 @@ class Batches:
 
     def samples(self, step: int) -> Samples:
         """What the step works on, on all ranks together."""
+        if self.buckets:
+            return self._from_bucket(step)
         first = (step - 1) * self.size
         chosen = prompt_order(len(self.prompts), self.seed, first, self.size)
         latents = None if self.latents is None else self.latents[chosen]
-        return Samples([self.prompts[i] for i in chosen], torch.arange(first, first + self.size), latents)
+        ids = torch.arange(first, first + self.size)
+        return Samples([self.prompts[i] for i in chosen], ids, latents, self.size_of(step))
+
+    def size_of(self, step: int) -> ImageSize | None:
+        """The image size of a step, drawn evenly from `sizes`: a function of seed and step, the same on all ranks."""
+        if not self.sizes:
+            return None
+        return self.sizes[Random(self.seed, step, ()).shared_integer("image-size", 0, len(self.sizes) - 1)]
+
+    def _from_bucket(self, step: int) -> Samples:
+        """A step's pictures, all of one bucket; each picture is as likely as any other, each once an epoch of its own.
+        A function of seed and step alone: which buckets the steps before took is drawn again where it is not known."""
+        ends = list(itertools.accumulate(len(bucket.rows) for bucket in self.buckets))
+        for earlier in range(len(self._drawn) + 1, step + 1):
+            picture = Random(self.seed, earlier, ()).shared_integer("bucket", 0, ends[-1] - 1)
+            self._drawn.append(bisect.bisect_right(ends, picture))
+        mine = self._drawn[step - 1]
+        bucket, before = self.buckets[mine], self._drawn[: step - 1].count(mine)
+        chosen = prompt_order(len(bucket.rows), self.seed, before * self.size, self.size)
+        prompts = [self.prompts[bucket.rows[i]] for i in chosen]
+        first = (step - 1) * self.size
+        return Samples(prompts, torch.arange(first, first + self.size), bucket.latents[chosen], bucket.size)
 
     def split(self, samples: Samples) -> list[Batch]:
         """This rank's part, with its prompts encoded: a batch for each of its micro-batches."""
-        prompts, ids, latents = samples
+        prompts, ids, latents, _ = samples
         size = len(ids) // (self.ranks.size * self.micro_batches)
         batches = []
         for k in range(self.micro_batches):
@@ -66,4 +98,6 @@ class Batches:
 
     def used_prompts(self, steps: int) -> list[str]:
         """The prompts that the first `steps` steps work on, each once, in the order in which they were given."""
+        if self.buckets:
+            return list(dict.fromkeys(self.prompts))
         return used_prompts(self.prompts, self.seed, steps * self.size)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from palate.core import Algorithm, Fingerprinted, Model, Random, Reward
+from palate.models.sizes import at_size
 from palate.recipe import GuardSettings, TrainerSettings, check_trainer
 from palate.runtime import checkpoint, sharding
 from palate.runtime.distributed import Ranks
@@ -90,6 +91,7 @@ class Failures:
             "trains": list(self.weights.parameters),
             "prompts": samples.prompts,
             "ids": samples.ids.tolist(),
+            "size": samples.size,
             **self.replicas.gather(before.algorithms, tensors),
             "settings": dataclasses.asdict(self.settings),
             "lr_scale": self.counters.lr_scale,
@@ -148,5 +150,6 @@ def reproduce_step(
         for each, batch in zip(replicas.algorithms, batches.split(samples), strict=True)
     ]
     updater = Updater(weights, ranks, micro_batches=settings.micro_batches)
-    with as_trained(model):
+    size = state.get("size")
+    with as_trained(model), at_size(model, tuple(size) if isinstance(size, list) else size, "prompts.sizes"):
         return updater.step(streams, bundle.step, state["lr_scale"])

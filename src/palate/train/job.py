@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from palate.core import Algorithm, DrawsOwnSamples, GuardMeasure, Model, Reward
+from palate.core import Algorithm, DrawsOwnSamples, GuardMeasure, Model, Reward, TakesAnySize
+from palate.data.buckets import Bucket
+from palate.models.autoencoder import ImageSize
+from palate.models.sizes import at_size
 from palate.recipe import RESUMABLE_FIELDS, GuardSettings, SampleSettings, TrainerSettings, check_trainer
 from palate.recipe.guard import identifying
 from palate.runtime.errors import InputError
@@ -46,6 +50,8 @@ class Job:
     identity: str = ""  # a resumed run must have the same; "" = the hash of the trainer's settings
     recipe: str | None = None  # the text of recipe.yaml
     kept: str | None = None  # the text of identity.json: what the run is started with, by content
+    sizes: Sequence[ImageSize] = ()  # image sizes that steps draw in turn; () = the model's own
+    buckets: Sequence[Bucket] = ()  # or the captioned pictures of each of several sizes
 
     def check(self) -> None:
         """InputError: what was given cannot work."""
@@ -66,6 +72,20 @@ class Job:
             raise InputError(f"trainer.lrs.{unknown[0]}: the algorithm trains {', '.join(self.algorithm.trains)}")
         if isinstance(self.algorithm, DrawsOwnSamples) and self.sample != SampleSettings():
             raise InputError("sample.steps, sample.guidance: a generator draws as it was trained; leave them out")
+
+    def check_sizes(self) -> None:
+        """InputError: the model cannot draw one of the sizes, or the algorithm keeps latents from step to step."""
+        sizes: list[tuple[ImageSize | None, str]] = [(size, "prompts.sizes") for size in self.sizes]
+        sizes += [(bucket.size, "prompts.sizes") for bucket in self.buckets]
+        if sizes and not (isinstance(self.algorithm, TakesAnySize) and self.algorithm.any_size):
+            raise InputError(f"prompts.sizes: {type(self.algorithm).__name__} trains on one size; set model.image_size")
+        if sizes and self.latents is not None:
+            raise InputError("prompts.sizes: latents of one size are given; leave sizes out")
+        if self.trainer.preview_every:
+            sizes.append((self.sample.image_size, "sample.image_size"))
+        for size, key in sizes:
+            with at_size(self.model, size, key):
+                pass
 
 
 def _broken(latents: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from palate.core import Fingerprinted, Random
+from palate.models.sizes import at_size
 from palate.runtime import distributed, sharding
 from palate.runtime.errors import InputError
 from palate.runtime.images import encode_png, grid
@@ -51,7 +52,7 @@ class Run:
             torch.set_num_threads(s.threads)
         self.batches = Batches(
             job.model, job.prompts, job.latents, seed=s.seed, size=s.batch_size, micro_batches=s.micro_batches,
-            ranks=self.ranks,
+            ranks=self.ranks, sizes=job.sizes, buckets=job.buckets,
         )  # fmt: skip
         self.counters = Counters()
         self.replicas = Replicas(job.algorithm, s.micro_batches, self.ranks)
@@ -131,7 +132,8 @@ class Run:
         samples = self.batches.samples(step)
         batches = self.batches.split(samples)
         before = self.failures.snapshot(self.updater.updates)
-        metrics, problem = self._update(step, batches)
+        with at_size(self.job.model, samples.size, "prompts.sizes"):
+            metrics, problem = self._update(step, batches)
         self.counters.step = step
         if words:
             self.steering.confirm(step, words, self.log)
@@ -204,6 +206,7 @@ class Run:
         s, job = self.settings, self.job
         used = self.batches.used_prompts(s.steps)
         encode_all(job.model, used, job.preview if s.preview_every or s.guard.every else [])
+        job.check_sizes()
         with torch.no_grad():
             self.reward = check_reward(job.reward, noise_images(job.model, s.seed, 2), [used[0], used[-1]])
         if problem := self._unknown_words():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from palate.core import DrawsOwnSamples, HasNetworks, Model, SavesAdapter
 from palate.evaluate import generate, pairs, write_samples
+from palate.models.sizes import at_size
 from palate.recipe import SampleSettings
 from palate.runtime import checkpoint, sharding
 from palate.runtime.distributed import Ranks
@@ -40,7 +41,7 @@ class Previews:
             model = require_sampleable(self.model, "previews")
             steps = self.sample.steps or model.default_steps
             guidance = model.default_guidance if self.sample.guidance is None else self.sample.guidance
-        with self.weights.averaged():
+        with self.weights.averaged(), at_size(self.model, self.sample.image_size):
             images = generate(
                 self.model, self.prompts, PREVIEW_SEEDS, steps=steps, guidance=guidance, sampler=self.sampler
             )

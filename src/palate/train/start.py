@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from palate.core import Algorithm, GuardMeasure, Model, Reward
+from palate.models.autoencoder import ImageSize
 from palate.recipe import SampleSettings, TrainerSettings, evenly_spaced
 from palate.runtime import distributed
 from palate.runtime.errors import InputError
@@ -40,6 +41,7 @@ def train(
     preview: Sequence[str] | None = None,
     sample: SampleSettings | None = None,
     latents: Tensor | None = None,
+    sizes: Sequence[ImageSize] = (),
     check: GuardMeasure | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -50,10 +52,10 @@ def train(
     trainer: the settings of the loop; `changes` are fields of it by name, as `steps=20, lr=1e-4`. Without `trainer`
     the guard is off unless `guard=GuardSettings(...)` is given. preview: prompts of the previews and, all of them, of
     the guard (None = evenly spaced over `prompts`); sample: how previews are drawn. latents (N, C, h, w): clean latents
-    of N real images captioned by `prompts` (offline training). check: what the guard measures (None = with judges for
-    the embedded model, `palate.evaluate.monitor` for any other). Inside `palate.runtime.distributed.process_group`
-    every rank calls this with the same arguments, and `batch_size` is what all of them work on together. InputError:
-    what was given cannot work.
+    of N real images captioned by `prompts` (offline training). sizes: image sizes, of which every step draws one.
+    check: what the guard measures (None = with judges for the embedded model, `palate.evaluate.monitor` for any other).
+    Inside `palate.runtime.distributed.process_group` every rank calls this with the same arguments, and `batch_size` is
+    what all of them work on together. InputError: what was given cannot work.
     """
     if isinstance(prompts, str):
         raise InputError(f"prompts: expected a list of prompts, got the text {prompts!r}; write [{prompts!r}]")
@@ -62,7 +64,7 @@ def train(
     how = sample or SampleSettings()
     job = Job(
         model, algorithm, reward, list(prompts), Path(folder), settings,
-        list(preview) if preview else evenly_spaced(prompts), how, latents, check, identity,
+        list(preview) if preview else evenly_spaced(prompts), how, latents, check, identity, sizes=list(sizes),
     )  # fmt: skip
     job.check()
     text = describe_job(model, algorithm, reward, job.prompts, str(folder), settings, how)

@@ -1,0 +1,58 @@
+"""Another image size for a while: train small and judge large, or train on several sizes in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from palate.core import DrawsOtherSizes, Model
+from palate.models.autoencoder import ImageSize, latent_shape, sides
+from palate.runtime.errors import InputError
+
+
+class OtherSizes:
+    """The part of a family over a diffusers folder that lets it draw other sizes: `palate.core.DrawsOtherSizes`."""
+
+    parts: Any
+    weights: Any
+    latent_shape: tuple[int, int, int]
+    image_size: tuple[int, int]
+
+    def shape_at(self, image_size: ImageSize) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of images of that size. InputError: the patches do not cover it."""
+        facts = self.parts.facts
+        patch = facts.patch or self.weights.network.config.get("patch_size") or 1
+        config = self.parts.repository.config("vae")
+        return latent_shape(config, image_size, family=facts.name, patch=patch, fold=facts.layout.fold)
+
+    @contextmanager
+    def at_size(self, image_size: ImageSize) -> Iterator[None]:
+        """Inside, noise, times and the network's call are those of that size, in pixels."""
+        before = self.latent_shape, self.image_size
+        self.latent_shape, self.image_size = self.shape_at(image_size), sides(image_size)
+        try:
+            yield
+        finally:
+            self.latent_shape, self.image_size = before
+
+
+@contextmanager
+def at_size(model: Model, image_size: ImageSize | None, key: str = "sample.image_size") -> Iterator[None]:
+    """Inside, the model draws that size; None = its own. InputError: it has one size only, or cannot have that one."""
+    if image_size is None:
+        yield
+        return
+    if not isinstance(model, DrawsOtherSizes):
+        raise InputError(f"{key}: {type(model).__name__} draws one size only; leave it out")
+    try:
+        size = model.at_size(image_size)
+        with size:
+            yield
+    except InputError as error:
+        raise InputError(str(error).replace("model.image_size", key)) from error
+
+
+def largest(sizes: Any) -> ImageSize | None:
+    """The size with the most pixels of a list of sizes; None for an empty one."""
+    return max(sizes, key=lambda size: sides(size)[0] * sides(size)[1], default=None)

@@ -1,0 +1,279 @@
+"""Train small, judge large, and sizes in turn: every step one size, resumed exactly, planned at the largest."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.loop import rows, run, same, tensors
+from support.tiny_families import saved
+
+from palate import plan, recipe
+from palate.core import DrawsOtherSizes, Loss
+from palate.data.buckets import Bucket, assign, nearest, shape_of
+from palate.models.sizes import at_size, largest
+from palate.models.stable_diffusion import StableDiffusion
+from palate.recipe import SampleSettings
+from palate.runtime import checkpoint
+from palate.runtime.distributed import Ranks
+from palate.runtime.errors import InputError
+from palate.testing import PROMPTS, TinyFlow, tiny_reward
+from palate.train.batches import Batches
+from palate.train.job import Job, check_settings
+from palate.train.start import run_job
+
+SIZES = [8, (8, 16), (16, 8)]
+
+
+class Elastic(TinyFlow):
+    """TinyFlow, which draws any size: two pixels per latent."""
+
+    @contextlib.contextmanager
+    def at_size(self, image_size):
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if height % 2 or width % 2:
+            raise InputError(f"model.image_size got {image_size}; needs a multiple of 2")
+        before = self.latent_shape, self.image_size
+        self.latent_shape, self.image_size = (before[0][0], height // 2, width // 2), (height, width)
+        try:
+            yield
+        finally:
+            self.latent_shape, self.image_size = before
+
+
+class Shapes:
+    """Maximises brightness, and notes the size of the images of each step."""
+
+    trains = ("policy",)
+    any_size = True
+
+    def __init__(self):
+        self.seen = []
+
+    def step(self, model, reward, batch, rng):
+        noise = rng.normal("x", model.latent_shape)
+        images = model.decode(model.predict(noise, torch.full((len(noise),), 0.5), batch.cond).x0)
+        self.seen.append(tuple(images.shape[-2:]))
+        yield Loss(-images.mean(), {}, "policy")
+
+
+def trained(folder, **options):
+    algorithm = Shapes()
+    model, outcome = run(folder, model=Elastic(), algorithm=algorithm, sizes=SIZES, **options)
+    return model, outcome, algorithm.seen
+
+
+def test_each_step_draws_one_of_the_sizes_and_all_of_them_come(tmp_path):
+    model, _, seen = trained(tmp_path, steps=12)
+    assert set(seen) == {(8, 8), (8, 16), (16, 8)} and len(seen) == 12
+    assert (model.latent_shape, model.image_size) == (TinyFlow().latent_shape, TinyFlow().image_size)  # as it was
+
+
+def test_a_run_that_goes_on_draws_the_sizes_that_it_would_have_drawn(tmp_path):
+    whole = trained(tmp_path / "whole", steps=6)[2]
+    begun = trained(tmp_path / "halves", steps=3)[2]
+    went_on = trained(tmp_path / "halves", steps=6, resume=True)[2]
+    assert begun + went_on == whole
+    assert same(tensors(tmp_path / "halves", 6), tensors(tmp_path / "whole", 6))
+    assert rows(tmp_path / "halves") == rows(tmp_path / "whole")
+
+
+def test_a_size_is_a_function_of_seed_and_step_alone_and_even():
+    def batches(seed, size):
+        return Batches(Elastic(), PROMPTS, None, seed=seed, size=size, micro_batches=1, ranks=Ranks(), sizes=SIZES)
+
+    one = [batches(0, 4).size_of(step) for step in range(1, 301)]
+    assert one == [batches(0, 2).size_of(step) for step in range(1, 301)]  # not of the batch
+    assert one != [batches(1, 4).size_of(step) for step in range(1, 301)]
+    assert all(70 < one.count(size) < 130 for size in SIZES)
+    assert batches(0, 4).samples(3).size == one[2]
+
+
+def test_previews_are_drawn_at_a_size_of_their_own(tmp_path):
+    algorithm = Shapes()
+    sample = SampleSettings(steps=2, image_size=(16, 24))
+    run(tmp_path, model=Elastic(), algorithm=algorithm, steps=2, preview_every=1, preview_prompts=2, sample=sample)
+    assert set(algorithm.seen) == {(8, 8)}  # training keeps its own
+    for folder in sorted((tmp_path / "samples").iterdir()):
+        assert np.asarray(Image.open(folder / "0000.png")).shape == (16, 24, 3)
+
+
+def test_what_cannot_be_is_said_before_the_first_step(tmp_path):
+    with pytest.raises(InputError, match=r"prompts.sizes got 9; needs a multiple of 2"):
+        run(tmp_path / "a", model=Elastic(), algorithm=Shapes(), sizes=[8, 9])
+    with pytest.raises(InputError, match=r"sample.image_size got 7; needs a multiple of 2"):
+        run(tmp_path / "b", model=Elastic(), algorithm=Shapes(), preview_every=1, sample=SampleSettings(image_size=7))
+    with pytest.raises(InputError, match=r"prompts.sizes: TinyFlow draws one size only"):
+        run(tmp_path / "c", model=TinyFlow(), algorithm=Shapes(), sizes=[8])
+
+    class Keeps(Shapes):
+        any_size = False
+
+    with pytest.raises(InputError, match=r"prompts.sizes: Keeps trains on one size"):
+        run(tmp_path / "d", model=Elastic(), algorithm=Keeps(), sizes=[8])
+    assert not any((tmp_path / x / "checkpoints").exists() for x in "abcd")
+
+
+def test_a_step_that_is_not_finite_is_repeated_at_its_size(tmp_path):
+    class Breaks(Shapes):
+        def step(self, model, reward, batch, rng):
+            for loss in super().step(model, reward, batch, rng):
+                bad = self.seen[-1] == (8, 16)
+                yield loss._replace(value=loss.value * float("nan")) if bad else loss
+
+    from palate.train import reproduce_step
+
+    run(tmp_path, model=Elastic(), algorithm=Breaks(), sizes=SIZES, steps=6)
+    (folder,) = sorted((tmp_path / "failures").iterdir())
+    again = Breaks()
+    _, problem = reproduce_step(Elastic(), again, tiny_reward, checkpoint.load(folder))
+    assert again.seen == [(8, 16)] and "loss" in problem
+
+
+def test_a_family_over_a_folder_draws_other_sizes_and_is_then_as_it_was():
+    model = StableDiffusion.load(saved("stable-diffusion")[0], image_size=32, training="none", dtype="float32")
+    assert isinstance(model, DrawsOtherSizes)
+    before = model.latent_shape, model.image_size
+    with model.at_size((64, 32)):
+        assert model.image_size == (64, 32)
+        latents = torch.zeros(1, *model.latent_shape)
+        assert model.decode(latents).shape == (1, 3, 64, 32)
+        cond = model.encode_prompts(["a cat"])
+        assert model.predict(latents, torch.tensor([0.5]), cond).x0.shape == latents.shape
+    assert (model.latent_shape, model.image_size) == before
+    told = r"sample.image_size got 33; stable-diffusion needs a multiple of"
+    with pytest.raises(InputError, match=told), at_size(model, 33):
+        pass
+    assert (model.latent_shape, model.image_size) == before
+
+
+def test_the_plan_is_that_of_the_largest_size(monkeypatch):
+    assert largest([512, (1024, 256), (640, 640)]) == (640, 640) and largest([]) is None
+    tree = {
+        "model": {"name": "sdxl", "folder": "owner/base", "image_size": 512},
+        "algorithm": {"name": "draft", "K": 1, "n": 0, "steps": 2}, "reward": {"name": "pickscore"},
+        "prompts": {"list": ["a cat"], "sizes": [512, [1024, 768], [768, 768]]},
+    }  # fmt: skip
+    read = recipe.parse(json.dumps(tree))
+    assert read.prompts.sizes == [512, (1024, 768), (768, 768)]
+    seen = []
+
+    def measure(planned):
+        seen.append(planned.model.image_size)
+        raise InterruptedError
+
+    monkeypatch.setattr("palate.plan.memory.measure", measure)
+    with pytest.raises(InterruptedError):
+        plan.plan(read)
+    assert seen == [(1024, 768)]
+
+
+def test_older_runs_have_the_identity_that_they_had():
+    text = {"model": {"name": "emoji"}, "algorithm": {"name": "srpo", "positive": ["3d"], "negative": ["flat"]},
+            "reward": {"name": "emoji"}, "prompts": {"list": ["a cat"]}}  # fmt: skip
+    plain = recipe.parse(json.dumps(text))
+    other = recipe.parse(json.dumps({**text, "prompts": {"list": ["a cat"], "sizes": [64]}}))
+    assert recipe.fingerprint(plain) != recipe.fingerprint(other)
+    large = recipe.parse(json.dumps({**text, "sample": {"image_size": 128}}))
+    assert recipe.fingerprint(plain) == recipe.fingerprint(large)  # how it is looked at is no part of a run
+
+
+# ------------------------------------------------------------------------------------ captioned pictures of many shapes
+
+
+def picture(folder, name, height, width, colour=128, **options):
+    path = folder / f"{name}.png"
+    Image.fromarray(np.full((height, width, 3), colour, np.uint8)).save(path, **options)
+    (folder / f"{name}.txt").write_text(f"picture {name}")
+    return path
+
+
+def test_a_picture_goes_to_the_size_that_it_loses_the_least_to(tmp_path):
+    sizes = [64, (64, 128), (128, 64)]
+    for shape, expected in (
+        ((100, 100), 0), ((300, 900), 1), ((50, 71), 1), ((50, 70), 0), ((71, 50), 2), ((4000, 10), 2)
+    ):  # fmt: skip
+        assert nearest(shape, sizes) == expected, shape  # the border is the ratio sqrt(2)
+    assert nearest((10, 10), [32, (64, 64)]) == 0
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a camera held upright: stored lying, shown standing
+    wide, standing = picture(tmp_path, "a", 10, 30), picture(tmp_path, "b", 10, 30, exif=turned)
+    assert (shape_of(wide), shape_of(standing)) == ((10, 30), (30, 10))
+    assert assign([standing, wide, wide], sizes) == {1: [1, 2], 2: [0]}
+
+
+def pictures(model):
+    """Three wide pictures and one square one, as buckets; every latent holds the picture's number."""
+    found = []
+    for size, own in (((8, 16), [0, 2, 3]), (8, [1])):
+        with model.at_size(size):
+            shape = model.latent_shape
+        found.append(Bucket(size, own, torch.stack([torch.full(shape, float(row)) for row in own])))
+    return found
+
+
+class Offline(Shapes):
+    """Notes which picture each sample is, and that its caption came along."""
+
+    def step(self, model, reward, batch, rng):
+        assert batch.latents.shape[1:] == model.latent_shape
+        numbers = batch.latents[:, 0, 0, 0].int().tolist()
+        assert batch.prompts == [f"picture {number}" for number in numbers]
+        self.seen.append((model.image_size, tuple(numbers)))
+        yield Loss(model.predict(batch.latents, torch.full((len(numbers),), 0.5), batch.cond).x0.square().mean(), {},
+                   "policy")  # fmt: skip
+
+
+def offline(folder, steps, **options):
+    model, algorithm = Elastic(), Offline()
+    settings = check_settings(None, {"steps": steps, "batch_size": 2, "lr": 1e-2, "seed": 3, "checkpoint_every": 1})
+    captions = [f"picture {i}" for i in range(4)]
+    job = Job(model, algorithm, tiny_reward, captions, folder, settings, captions, buckets=pictures(model))
+    run_job(job, progress=False, **options)
+    return algorithm.seen
+
+
+def test_a_batch_is_of_one_size_with_its_captions_and_a_run_goes_on_exactly(tmp_path):
+    whole = offline(tmp_path / "whole", 10)
+    assert {size for size, _ in whole} == {(8, 16), (8, 8)}
+    assert all(set(numbers) == {1} for size, numbers in whole if size == (8, 8))
+    wide = [number for size, numbers in whole if size == (8, 16) for number in numbers]
+    assert all(sorted(wide[i : i + 3]) == [0, 2, 3] for i in range(0, len(wide) - 2, 3))  # each once an epoch
+    begun = offline(tmp_path / "halves", 4)
+    assert begun + offline(tmp_path / "halves", 10, resume=True) == whole
+    assert same(tensors(tmp_path / "halves", 10), tensors(tmp_path / "whole", 10))
+
+
+def test_each_picture_is_as_likely_as_any_other():
+    model = Elastic()
+    options = {"seed": 0, "size": 2, "micro_batches": 1, "ranks": Ranks()}
+    batches = Batches(model, [f"picture {i}" for i in range(4)], None, buckets=pictures(model), **options)
+    steps = [batches.samples(step).size for step in range(1, 401)]
+    assert 0.19 < steps.count(8) / 400 < 0.31  # one picture of four
+    again = Batches(model, [f"picture {i}" for i in range(4)], None, buckets=pictures(model), **options)
+    assert again.samples(350).prompts == batches.samples(350).prompts  # no matter which steps were asked for before
+    assert len(batches.used_prompts(1)) == 4
+
+
+def test_a_recipe_with_pictures_and_sizes_has_buckets(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for name, height, width in (("a", 40, 80), ("b", 64, 64), ("c", 30, 90)):
+        picture(tmp_path / "pictures", name, height, width)
+    text = {
+        "model": {"name": "stable-diffusion", "folder": str(saved("stable-diffusion")[0]), "image_size": 32,
+                  "dtype": "float32", "device": "cpu", "lora_rank": 2, "text_cache": str(tmp_path / "text")},
+        "algorithm": {"name": "draft", "K": 1, "n": 0, "steps": 2}, "reward": {"name": "brightness"},
+        "prompts": {"images": str(tmp_path / "pictures"), "sizes": [32, [32, 64]]},
+    }  # fmt: skip
+    parts = recipe.build(recipe.parse(json.dumps(text)))
+    assert parts.latents is None and parts.prompts == ["picture a", "picture b", "picture c"]
+    assert [(bucket.size, bucket.rows) for bucket in parts.buckets] == [(32, [1]), ((32, 64), [0, 2])]
+    height, width = parts.buckets[1].latents.shape[-2:]
+    assert width == 2 * height and len(parts.buckets[1].latents) == 2
+    text["algorithm"] = {"name": "ddpo"}
+    with pytest.raises(ValueError, match=r"prompts.sizes: ddpo trains on one size"):
+        recipe.parse(json.dumps(text))
