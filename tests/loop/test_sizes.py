@@ -84,7 +84,9 @@ def test_a_run_that_goes_on_draws_the_sizes_that_it_would_have_drawn(tmp_path):
 
 def test_a_size_is_a_function_of_seed_and_step_alone_and_even():
     def batches(seed, size):
-        return Batches(Elastic(), PROMPTS, None, seed=seed, size=size, micro_batches=1, ranks=Ranks(), sizes=SIZES)
+        return Batches(Elastic(), PROMPTS, None, seed=seed, size=size, micro_batches=1, ranks=Ranks()).of_sizes(
+            SIZES, []
+        )
 
     one = [batches(0, 4).size_of(step) for step in range(1, 301)]
     assert one == [batches(0, 2).size_of(step) for step in range(1, 301)]  # not of the batch
@@ -251,10 +253,10 @@ def test_a_batch_is_of_one_size_with_its_captions_and_a_run_goes_on_exactly(tmp_
 def test_each_picture_is_as_likely_as_any_other():
     model = Elastic()
     options = {"seed": 0, "size": 2, "micro_batches": 1, "ranks": Ranks()}
-    batches = Batches(model, [f"picture {i}" for i in range(4)], None, buckets=pictures(model), **options)
+    batches = Batches(model, [f"picture {i}" for i in range(4)], None, **options).of_sizes([], pictures(model))
     steps = [batches.samples(step).size for step in range(1, 401)]
     assert 0.19 < steps.count(8) / 400 < 0.31  # one picture of four
-    again = Batches(model, [f"picture {i}" for i in range(4)], None, buckets=pictures(model), **options)
+    again = Batches(model, [f"picture {i}" for i in range(4)], None, **options).of_sizes([], pictures(model))
     assert again.samples(350).prompts == batches.samples(350).prompts  # no matter which steps were asked for before
     assert len(batches.used_prompts(1)) == 4
 

@@ -105,13 +105,12 @@ def init(
     words: WordsOption = None,
     without: WordsOption = None,
     reward: Annotated[str | None, typer.Option(help="The reward to maximise, for example hpsv2.")] = None,
-    prompts: Annotated[str | None, typer.Option(help="A file of prompts, or a list in the package.")] = None,
     out: Annotated[Path | None, typer.Option(help="The file to write; METHOD-MODEL.yaml if left out.")] = None,
 ) -> None:
     """Write a recipe of your own, with comments, from a few answers."""
     from palate.cli import beginning
 
-    answers = beginning.Answers(model, method, card, tuple(words or ()), tuple(without or ()), reward, prompts)
+    answers = beginning.Answers(model, method, card, tuple(words or ()), tuple(without or ()), reward)
     path = beginning.init(answers, out)
     print(f"{printable(str(path))}: look at it, then palate train {printable(str(path))} --dry-run")
 

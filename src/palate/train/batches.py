@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -39,10 +39,9 @@ class Batches:
         size: int,
         micro_batches: int,
         ranks: Ranks,
-        sizes: Sequence[ImageSize] = (),
-        buckets: Sequence[Bucket] = (),
     ):
-        self.sizes, self.buckets = list(sizes), list(buckets)
+        self.sizes: list[ImageSize] = []
+        self.buckets: list[Bucket] = []
         self._drawn: list[int] = []  # the bucket of each step so far
         parts = ranks.size * micro_batches
         if size % parts:
@@ -52,6 +51,11 @@ class Batches:
             )
         self.model, self.prompts, self.latents = model, list(prompts), latents
         self.seed, self.size, self.micro_batches, self.ranks = seed, size, micro_batches, ranks
+
+    def of_sizes(self, sizes: Sequence[ImageSize], buckets: Sequence[Bucket]) -> Self:
+        """The same with steps of several image sizes in turn, or with the pictures of several buckets."""
+        self.sizes, self.buckets = list(sizes), list(buckets)
+        return self
 
     def samples(self, step: int) -> Samples:
         """What the step works on, on all ranks together."""

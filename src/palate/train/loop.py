@@ -52,8 +52,8 @@ class Run:
             torch.set_num_threads(s.threads)
         self.batches = Batches(
             job.model, job.prompts, job.latents, seed=s.seed, size=s.batch_size, micro_batches=s.micro_batches,
-            ranks=self.ranks, sizes=job.sizes, buckets=job.buckets,
-        )  # fmt: skip
+            ranks=self.ranks,
+        ).of_sizes(job.sizes, job.buckets)  # fmt: skip
         self.counters = Counters()
         self.replicas = Replicas(job.algorithm, s.micro_batches, self.ranks)
         self.base = job.model.fingerprint() if isinstance(job.model, Fingerprinted) else ""
