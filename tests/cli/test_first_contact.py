@@ -56,20 +56,26 @@ def test_every_model_and_method_that_is_offered_reads(here):
 
 
 def test_words_go_where_the_method_reads_them_and_a_reward_alone_is_absolute(here):
-    words = init(Answers("sdxl", "sqdf", "80", ("film photo",), ("CG",)), here / "a.yaml", plan=small)
+    words = init(Answers("sdxl", "sqdf", "80", ("film photo",), ("CG",), "pickscore"), here / "a.yaml", plan=small)
     relative = recipe.parse(words.read_text()).reward.relative
     assert (relative.positive, relative.negative, relative.k) == ("film photo", "CG", 4.0)
     alone = recipe.parse(
         init(Answers("sdxl", "srpo", "80", reward="pickscore"), here / "b.yaml", plan=small).read_text()
     )
     assert alone.reward.name == "pickscore" and not alone.reward.source
-    assert alone.algorithm.preference == "absolute" and not alone.algorithm.positive
+    assert alone.algorithm.preference == "absolute" and not any(alone.algorithm.positive)
     named = recipe.parse(
-        init(Answers("flux2", "srpo", "80", ("photo",), (), "image-reward"), here / "c.yaml", plan=small).read_text()
+        init(
+            Answers("flux2", "srpo", "80", ("photo",), ("CG",), "image-reward"), here / "c.yaml", plan=small
+        ).read_text()
     )
     assert named.reward.source["image-reward"].endswith("weights/image-reward/ImageReward.safetensors")
     with pytest.raises(InputError, match="takes one wanted and one unwanted word"):
         init(Answers("sdxl", "sqdf", "80", ("a", "b")), here / "d.yaml", plan=small)
+    with pytest.raises(InputError, match=r"--without: srpo compares wanted with unwanted words; give both"):
+        init(Answers("flux", "srpo", "80", ("a",)), here / "d.yaml", plan=small)
+    with pytest.raises(InputError, match=r"--words: the reward aesthetic reads no prompt"):
+        init(Answers("sdxl", "sqdf", "80", ("a",)), here / "d.yaml", plan=small)
 
 
 def test_what_has_no_room_is_changed_as_the_plan_advises(here, monkeypatch):
@@ -106,7 +112,7 @@ def test_it_refuses_to_overwrite_and_names_what_it_knows(here, capsys):
 
 def test_it_asks_on_a_terminal_for_what_is_missing(here, monkeypatch):
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    said = iter(["emoji", "srpo", "24", "outline", "", "", ""])
+    said = iter(["emoji", "srpo", "24", "outline", "3d", "", ""])
     monkeypatch.setattr(typer, "prompt", lambda *args, **options: next(said))
     read = recipe.parse(init(Answers(), None, plan=small).read_text())
     assert read.algorithm.positive == ("outline",) and not list(said)

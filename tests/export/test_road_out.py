@@ -188,5 +188,5 @@ def test_a_dry_run_without_a_token_says_what_would_be_sent(tmp_path, monkeypatch
     exporting.export(run, "diffusers", None, hub=exporting.Hub("me/mine", dry=True))
     said = capsys.readouterr().out
     assert "would send to me/mine, private" in said and "pictures/base-0000.png" in said
-    with pytest.raises(InputError, match="this machine has no token"):
+    with pytest.raises(InputError, match="no token of the hub on this machine"):
         exporting.export(run, "diffusers", None, hub=exporting.Hub("me/mine"))

@@ -20,8 +20,9 @@ from palate.models.facts import facts_of
 from palate.plan.table import FREE, GIB, Device, find_device
 from palate.recipe import Recipe
 from palate.recipe.reader import literal, text_of
-from palate.recipe.together import ControlWords
+from palate.recipe.together import ControlWords, rewards_used
 from palate.recipe.writing import with_value, with_values, without_head
+from palate.rewards import table as rewards
 from palate.rewards.published import PUBLISHED
 from palate.runtime.errors import InputError
 from palate.runtime.files import write_atomically
@@ -106,11 +107,20 @@ def changes_for(recipe: Recipe, answers: Answers) -> dict[str, Any]:
         if recipe.evaluate.heldout == answers.reward:
             changes["evaluate.heldout"] = None
     if words and own:
+        if not (answers.positive and answers.negative):
+            missing = "--without" if answers.positive else "--words"
+            raise InputError(f"{missing}: {recipe.algorithm.name} compares wanted with unwanted words; give both")
         changes["algorithm.positive"], changes["algorithm.negative"] = list(answers.positive), list(answers.negative)
         changes |= {"algorithm.preference": None}
     elif words:
         if len(answers.positive) > 1 or len(answers.negative) > 1:
             raise InputError(f"--words: {recipe.algorithm.name} takes one wanted and one unwanted word")
+        asked = {answers.reward} if answers.reward else rewards_used(recipe.reward)
+        if not any(rewards.find(name).reads_prompt for name in asked):
+            raise InputError(
+                f"--words: the reward {', '.join(sorted(asked))} reads no prompt, so no word changes it; add --reward "
+                "hpsv2, or another that reads prompts"
+            )
         pair = {"positive": (*answers.positive, "")[0], "negative": (*answers.negative, "")[0]}
         changes["reward.relative"] = {**pair, "k": KEPT}
     elif answers.reward is not None and own:  # the reward alone is what is wanted
