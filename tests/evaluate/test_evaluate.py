@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from palate import evaluate, runs
-from palate.evaluate import EvaluationPanel
+from palate.evaluate import EvaluationPanel, measurement
+from palate.evaluate import samples as sample_files
 from palate.evaluate.samples import Drawing, generate_parts
 from palate.models.emoji import EmojiModel
 from palate.path import Prediction, flow_schedule
@@ -680,3 +681,25 @@ def test_images_drawn_in_parts_are_those_drawn_at_once(tmp_path):
     evaluate.write_samples(tmp_path / "a", whole, *evaluate.pairs(prompts, seeds), guidance=3.0, steps=2)
     evaluate.write_samples(tmp_path / "b", parts, *evaluate.pairs(prompts, seeds), guidance=3.0, steps=2)
     assert [(tmp_path / "a" / f.name).read_bytes() == f.read_bytes() for f in (tmp_path / "b").iterdir()] == [True] * 7
+
+
+def test_images_that_stay_in_their_files_are_judged_alike(tmp_path, monkeypatch):
+    """Every number of an evaluation, whether its pictures are in memory or read a batch at a time."""
+    generator = torch.Generator().manual_seed(0)
+    words, numbers = evaluate.pairs([f"a dog on a {c} background" for c in ("red", "blue", "green")], range(50))
+    for side in ("base", "result"):
+        images = torch.rand(150, 3, 64, 64, generator=generator)
+        evaluate.write_samples(tmp_path / side, images, words, numbers, guidance=1.0, steps=1)
+    panel = evaluate.embedded_panel()
+    whole = evaluate.evaluate_samples(tmp_path / "result", base_folder=tmp_path / "base", panel=panel)
+    read = []
+    real = sample_files.StoredImages.__getitem__
+    monkeypatch.setattr(
+        sample_files.StoredImages, "__getitem__", lambda self, rows: read.append(rows) or real(self, rows)
+    )
+    monkeypatch.setattr(measurement, "open_samples", lambda folder: sample_files.open_samples(folder, room=0))
+    assert evaluate.evaluate_samples(tmp_path / "result", base_folder=tmp_path / "base", panel=panel) == whole
+    assert read and all(rows.stop - rows.start <= 64 for rows in read)
+    (tmp_path / "result" / "0149.png").unlink()
+    with pytest.raises(InputError, match=r"0149.png is missing, though index.jsonl lists it"):
+        evaluate.evaluate_samples(tmp_path / "result", base_folder=tmp_path / "base", panel=panel)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from palate.core import Reward
-from palate.evaluate.metrics import CLOSED_FORM, cross_prompt_duplicates, label_correct, position_correct
+from palate.evaluate.metrics import CLOSED_FORM, Images, cross_prompt_duplicates, label_correct, position_correct
 from palate.evaluate.panel import EvaluationPanel
 from palate.runtime.errors import InputError
 from palate.runtime.phases import tell
@@ -26,7 +26,7 @@ class Columns(NamedTuple):
 
 
 @torch.no_grad()
-def columns_of(images: Tensor, prompts: Sequence[str], panel: EvaluationPanel, batch_size: int = 64) -> Columns:
+def columns_of(images: Images, prompts: Sequence[str], panel: EvaluationPanel, batch_size: int = 64) -> Columns:
     """Every per-image measurement, in batches."""
     classifier = panel.classifier
     parts: list[dict[str, Tensor]] = []

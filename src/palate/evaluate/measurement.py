@@ -15,7 +15,7 @@ from torch import Tensor
 
 from palate.core import Model, Random, Sampler
 from palate.evaluate.columns import Columns, columns_of, leave_out_failures
-from palate.evaluate.metrics import bootstrap_interval, diversity, drift, members, vendi
+from palate.evaluate.metrics import Images, bootstrap_interval, diversity, drift, members, vendi
 from palate.evaluate.panel import EvaluationPanel, embedded_panel
 from palate.evaluate.samples import (
     Drawing,
@@ -23,8 +23,8 @@ from palate.evaluate.samples import (
     draw,
     generate,
     noises_of,
+    open_samples,
     pairs,
-    read_samples,
 )
 from palate.runtime.errors import InputError
 from palate.runtime.images import quantise
@@ -59,12 +59,12 @@ def to_json(value: Any) -> str:
 
 
 def evaluate_images(
-    images: Tensor,
+    images: Images,
     prompts: Sequence[str],
     seeds: Sequence[int],
     panel: EvaluationPanel,
     *,
-    base: Tensor | None = None,
+    base: Images | None = None,
 ) -> Evaluation:
     """Measure images (N, 3, H, W), image i drawn for prompts[i] with seeds[i]. `base`: the base model's images for the
     same prompts and noise; with it every metric also has its base value and paired difference, and drift is measured.
@@ -80,7 +80,7 @@ def evaluate_images(
         raise InputError(
             f"got {len(images)} images, {len(prompts)} prompts, {len(seeds)} seeds; expected one of each per image"
         )
-    if base is not None and base.shape != images.shape:
+    if base is not None and tuple(base.shape) != tuple(images.shape):
         raise InputError(
             f"base images have shape {tuple(base.shape)}; expected {tuple(images.shape)}, one for each image"
         )
@@ -153,10 +153,10 @@ def evaluate_samples(
     samples_folder: str | Path, *, base_folder: str | Path | None = None, panel: EvaluationPanel | None = None
 ) -> dict[str, Any]:
     """Measure the PNGs of a folder, in pairs with `base_folder` when given. Returns the summary and the rows."""
-    images, rows = read_samples(samples_folder)
+    images, rows = open_samples(samples_folder)
     base = None
     if base_folder is not None:
-        base, base_rows = read_samples(base_folder)
+        base, base_rows = open_samples(base_folder)
         check_same(rows, base_rows, str(samples_folder), str(base_folder))
     prompts, seeds = [row["prompt"] for row in rows], [row["seed"] for row in rows]
     result = evaluate_images(images, prompts, seeds, panel or embedded_panel(), base=base).to_dict()

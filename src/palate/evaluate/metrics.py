@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,17 @@ CLOSED_FORM: dict[str, Callable[[Tensor], Tensor]] = {
     f.__name__: f
     for f in (simple.saturation, simple.brightness, simple.warmth, simple.colourfulness, simple.high_frequency)
 }
+CHANNELS = ("red", "green", "blue")
 SAME_PICTURE = 0.05  # root mean square difference of the pixels below which two images are the same picture
+
+
+class Images(Protocol):
+    """Images (N, 3, H, W) in [0, 1] that are taken a slice at a time: a tensor, or pictures that lie in files."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: slice, /) -> Tensor: ...
 
 
 def diversity(features: Tensor, groups: Sequence, labels: Sequence | None = None) -> Tensor:
@@ -63,27 +73,42 @@ def frechet_distance(features: Tensor, others: Tensor) -> float:
     return float(((m - n).square().sum() + c.trace() + d.trace() - 2 * cross).clamp_min(0))
 
 
-def drift(images: Tensor, base_images: Tensor, features: Tensor, base_features: Tensor) -> dict[str, float]:
+def in_batches(images: Images, size: int = 64) -> Iterator[Tensor]:
+    """The images, `size` at a time."""
+    for start in range(0, len(images), size):
+        yield images[start : start + size]
+
+
+def drift(images: Images, base_images: Images, features: Tensor, base_features: Tensor) -> dict[str, float]:
     """How far the images went from the base model's for the same noise: mean paired cosine distance of features, the
     colour cast (length of the mean colour's change, less its grey part), and the ratios (1 = unchanged) of mean
     saturation, mean colour per channel and high-frequency energy."""
     distance = 1 - F.cosine_similarity(features.double(), base_features.double(), dim=1)
     result = {"feature_distance": float(distance.clamp_min(0).mean())}
-    shift = (images.double() - base_images.double()).mean((0, 2, 3))  # (3,)
+    now, before = _statistics(images), _statistics(base_images)
+    shift = torch.stack([(now[name] - before[name]).mean() for name in CHANNELS])
     result["colour_cast"] = float((shift - shift.mean()).norm())
-    means = {"saturation": (simple.saturation(images), simple.saturation(base_images))}
-    for channel, name in enumerate(("red", "green", "blue")):
-        means[name] = (images[:, channel], base_images[:, channel])
-    means["high_frequency"] = (simple.high_frequency(images), simple.high_frequency(base_images))
-    for name, (now, before) in means.items():
-        result[f"{name}_ratio"] = (float(now.double().mean()) + 1e-9) / (float(before.double().mean()) + 1e-9)
+    for name in now:
+        result[f"{name}_ratio"] = (float(now[name].mean()) + 1e-9) / (float(before[name].mean()) + 1e-9)
     return result
 
 
-def cross_prompt_duplicates(images: Tensor, groups: Sequence) -> Tensor:
+def _statistics(images: Images) -> dict[str, Tensor]:
+    """Of each image (N,), in double precision: saturation, mean of each channel, high-frequency energy."""
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("saturation", *CHANNELS, "high_frequency")}
+    for batch in in_batches(images):
+        parts["saturation"].append(simple.saturation(batch).double())
+        for name, channel in zip(CHANNELS, batch.double().mean((2, 3)).unbind(1), strict=True):
+            parts[name].append(channel)
+        parts["high_frequency"].append(simple.high_frequency(batch).double())
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def cross_prompt_duplicates(images: Images, groups: Sequence) -> Tensor:
     """(N,) 1 where another group (prompt) holds the same picture: root mean square difference below SAME_PICTURE,
     at no more than 32 x 32 pixels. A model with one image for every prompt has 1 throughout. NaN for a single group."""
-    small = F.adaptive_avg_pool2d(images.double(), min(32, *images.shape[-2:])).flatten(1)
+    side = min(32, *images.shape[-2:])
+    small = torch.cat([F.adaptive_avg_pool2d(batch.double(), side).flatten(1) for batch in in_batches(images)])
     near = torch.cdist(small, small) / small.shape[1] ** 0.5 < SAME_PICTURE
     labels = torch.from_numpy(labels_of(groups))
     elsewhere = labels[:, None] != labels

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from palate.core import Model, Random, Sampleable, Sampler
+from palate.evaluate.metrics import Images
 from palate.runtime.errors import InputError
 from palate.runtime.files import split_lines, write_atomically
 from palate.runtime.images import UNREADABLE, encode_png, from_pixels, read_pixels, to_pixels
@@ -173,28 +174,54 @@ def read_index(folder: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_samples(folder: str | Path) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Images (N, 3, H, W) in [0, 1] and the rows of index.jsonl. A missing or broken image: a ValueError names it."""
-    folder = Path(folder)
-    rows = read_index(folder)
-    images: list[np.ndarray] = []
-    for row in rows:
-        path = folder / row["file"]
+class StoredImages:
+    """The images (N, 3, H, W) in [0, 1] of a sample folder, read from their files a slice at a time. A missing or
+    broken image, or one of another size than the first, is an InputError that names it."""
+
+    def __init__(self, folder: Path, rows: Sequence[dict[str, Any]]):
+        self.folder, self.files = folder, [row["file"] for row in rows]
+        height, width = self._pixels(self.files[0]).shape[:2]
+        self.shape = (len(rows), 3, height, width)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, rows: slice, /) -> Tensor:
+        height, width = self.shape[2:]
+        images = []
+        for file in self.files[rows]:
+            array = self._pixels(file)
+            if array.shape[:2] != (height, width):
+                raise InputError(
+                    f"image {self.folder / file} is {array.shape[1]}x{array.shape[0]}; "
+                    f"expected {width}x{height} as the first"
+                )
+            images.append(array)
+        return from_pixels(images)
+
+    def _pixels(self, file: str) -> np.ndarray:
+        path = self.folder / file
         try:
-            array = read_pixels(path)
+            return read_pixels(path)
         except FileNotFoundError as error:
             raise InputError(f"image {path} is missing, though index.jsonl lists it; sample again") from error
         except UNREADABLE as error:
             raise InputError(
                 f"image {path} cannot be read ({error}); sample again or remove its row from index.jsonl"
             ) from error
-        if images and array.shape != images[0].shape:
-            raise InputError(
-                f"image {path} is {array.shape[1]}x{array.shape[0]}; "
-                f"expected {images[0].shape[1]}x{images[0].shape[0]} as the first"
-            )
-        images.append(array)
-    return from_pixels(images), rows
+
+
+def read_samples(folder: str | Path) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Images (N, 3, H, W) in [0, 1] and the rows of index.jsonl. A missing or broken image: a ValueError names it."""
+    rows = read_index(folder)
+    return StoredImages(Path(folder), rows)[:], rows
+
+
+def open_samples(folder: str | Path, room: int = ROOM) -> tuple[Images, list[dict[str, Any]]]:
+    """As `read_samples`; images that take more than `room` bytes stay in their files until they are asked for."""
+    rows = read_index(folder)
+    images = StoredImages(Path(folder), rows)
+    return (images if 4 * math.prod(images.shape) > room else images[:]), rows
 
 
 def check_same(rows: Sequence[dict], others: Sequence[dict], name: str, other_name: str) -> None:
