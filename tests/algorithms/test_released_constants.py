@@ -185,6 +185,8 @@ def test_dance_grpo_trains_a_floor_of_the_steps_and_others_for_each_image():
     torch.testing.assert_close(log_prob(chosen[0].x_next, mean, std), chosen[0].log_prob, atol=1e-9, rtol=0)
     _, losses = run(settings, ids=(0,))
     assert len(losses) == 3 and all(float(loss.metrics["ratio"]) == pytest.approx(1, abs=1e-12) for loss in losses)
+    _, losses = run(grpo(group=9, steps=5, fraction=0.6, steps_per="sample", ratio="guard"))
+    assert all(float(loss.metrics["kl_old"]) < 1e-20 for loss in losses)  # means that were drawn with, each its own
     with pytest.raises(ValueError, match="so that a random step is left"):
         grpo(fraction=0.2, fraction_rounding="down")
 
