@@ -20,7 +20,7 @@ from transformers import CLIPTextModel, PreTrainedTokenizerFast
 
 from palate.models import delta
 from palate.models.facts import Facts
-from palate.models.parts import Options, place_of
+from palate.models.options import Options, place_of
 from palate.models.quiet import quietly
 from palate.models.vocabulary import known_words
 from palate.models.weights import NamedWeights

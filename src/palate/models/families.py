@@ -36,6 +36,7 @@ MECHANISM = frozenset(
         "gaussian",
         "lora",
         "merge",
+        "options",
         "original",
         "parts",
         "placement",
@@ -56,7 +57,7 @@ GIVEN = ("training", "lora_rank", "lora_alpha", "lora_targets", "names")  # what
 
 
 class LoadOptions(TypedDict, total=False):
-    """What the `load` of every family over a diffusers folder takes; `models.parts.Options` has the defaults."""
+    """What the `load` of every family over a diffusers folder takes; `models.options.Options` has the defaults."""
 
     training: str
     lora_rank: int

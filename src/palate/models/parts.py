@@ -18,8 +18,9 @@ import torch
 from diffusers.loaders import FromOriginalModelMixin
 from torch import Tensor, nn
 
-from palate.models.autoencoder import Autoencoder, ImageSize, channels_of, factor_of, latent_shape, sides
+from palate.models.autoencoder import Autoencoder, channels_of, factor_of, latent_shape, sides
 from palate.models.facts import Facts, NetworkCall
+from palate.models.options import Options, check_placement, place_of, precision_of
 from palate.models.placement import compile_blocks, keep_blocks_on_host, use_attention
 from palate.models.repository import Repository
 from palate.models.repository_checks import READERS
@@ -27,29 +28,6 @@ from palate.models.sizes import OtherSizes
 from palate.models.text_cache import Encode, TextCache
 from palate.models.weights import NamedWeights
 from palate.runtime.errors import InputError
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Options:
-    """What every family's `load` takes, `families.LoadOptions`, with its defaults; docs/models.md describes them."""
-
-    training: str = "lora"
-    lora_rank: int = 16
-    lora_alpha: float | None = None
-    lora_targets: Sequence[str] | None = None
-    names: Sequence[str] = ("policy",)
-    dtype: str = "bfloat16"
-    device: str | None = None
-    gradient_checkpointing: bool = True
-    image_size: ImageSize | None = None
-    file: str | None = None
-    quantize: str | None = None  # nf4, int8, fp8: how frozen weights are stored
-    attention: str | None = None  # diffusers' name of the kernels; None = torch's own
-    compile: bool = False  # the denoiser's blocks
-    offload: bool = False  # the denoiser's frozen blocks wait in the host's memory
-    text_cache: str | Path | None = None
 
 
 class TextReader(NamedTuple):
@@ -177,9 +155,9 @@ def load_parts(
 
     default_size: in pixels, None = the size in the denoiser's configuration.
     """
-    precision, where = _precision(options.dtype, options.training), place_of(options.device)
+    precision, where = precision_of(options.dtype, options.training), place_of(options.device)
     _check_channels(repository, facts)
-    _check_placement(options)
+    check_placement(options)
     if options.file is not None and not issubclass(facts.network, FromOriginalModelMixin):
         raise InputError(f"model.file: diffusers reads no single file of {facts.name}; give its folder as model.folder")
     vae_config, image_size = repository.config("vae"), options.image_size
@@ -233,22 +211,6 @@ def place(weights: NamedWeights, options: Options, where: torch.device) -> None:
             keep_blocks_on_host(network, where)
 
 
-def _check_placement(options: Options) -> None:
-    """InputError for what cannot be together, before anything loads."""
-    if options.quantize is not None and options.training == "full":
-        raise InputError("model.quantize stores frozen weights; set model.weights=lora, or leave it out")
-    if not options.offload:
-        return
-    for wrong, why in (
-        (options.training == "full", "moves frozen weights; set model.weights=lora"),
-        (options.compile, "moves weights while a block runs, which a compiled one cannot; leave model.compile out"),
-        (options.quantize in ("nf4", "int8"), "moves plain weights; use model.quantize=fp8 or leave one of them out"),
-        (not options.gradient_checkpointing and options.training != "none", "needs model.gradient_checkpointing=true"),
-    ):
-        if wrong:
-            raise InputError(f"model.offload {why}")
-
-
 def _text_cache(
     repository: Repository,
     family: str,
@@ -279,27 +241,3 @@ def _check_channels(repository: Repository, facts: Facts) -> None:
             f"model.folder {repository.source}: its {facts.denoiser} takes {got} channels (inpainting, control or "
             f"editing?); a text-to-image model's takes {expected}"
         )
-
-
-def _precision(name: str, training: str) -> torch.dtype:
-    if name not in DTYPES:
-        raise InputError(f"model.dtype got {name!r}; expected one of {', '.join(DTYPES)}")
-    if name == "float16" and training != "none":
-        raise InputError(
-            "model.dtype float16 is for sampling only: gradients of rewards underflow in it. Train in "
-            "bfloat16, or in float32 where that is missing"
-        )
-    return DTYPES[name]
-
-
-def place_of(name: str | None) -> torch.device:
-    """None = the accelerator if there is one, else the CPU."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"model.device got {name!r}; expected cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"model.device {name}: this torch sees no such device; leave it out, or set it to cpu")
-    return device

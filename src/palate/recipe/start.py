@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.resources
-import json
 import logging
 import re
 from pathlib import Path
@@ -104,7 +103,7 @@ def is_distilled(recipe: Recipe) -> bool:
     if not isinstance(family, HasFacts) or model.folder is None:
         return False
     index = Path(model.folder) / "model_index.json"
-    if index.is_file() and json.loads(index.read_text("utf-8")).get("is_distilled"):
+    if index.is_file() and re.search(r'"is_distilled": *true', index.read_text("utf-8", "replace")):
         return True
     pattern = family.facts.few_steps
     return bool(pattern) and re.search(pattern, f"{model.folder} {model.file or ''}", re.IGNORECASE) is not None
