@@ -28,7 +28,7 @@ from palate.algorithms.refl import ReFL, ReFLSettings, approach
 from palate.algorithms.sqdf import SQDFSettings, levels, released_levels, transition
 from palate.algorithms.srpo import SRPO, SRPOSettings, truncated
 from palate.core import Batch, Random
-from palate.path import Prediction, flow_schedule, move, vp_schedule
+from palate.path import Prediction, add_noise, flow_schedule, move, vp_schedule
 from palate.rewards.combine import weighted
 from palate.rewards.groups import decoupled, standard_scores, win_rate
 from palate.sampling import (
@@ -336,16 +336,24 @@ def nft_gradient(model=None, ids=(0, 1), **changes):
 @pytest.mark.parametrize("shared_time", [False, True])
 @pytest.mark.parametrize("is_stratified", [False, True])
 def test_shared_noise_and_stratified_times_are_what_the_network_sees(shared_time, is_stratified):
-    seen = []
+    seen, noised = [], []
 
     class Watched(Counted):
         def predict(self, xt, t, cond, *, guidance=1.0, weights="policy"):
             if torch.is_grad_enabled():
                 seen.append(t)
+                noised.append(xt)
             return super().predict(xt, t, cond, guidance=guidance, weights=weights)
 
     model = Watched(torch.full((1, 2, 2), 0.2, dtype=D), 0.6, trains=("velocity",))
     nft_gradient(model, shared_noise=True, shared_time=shared_time, stratified=is_stratified)
+    images, prompts = Random(0, 1, range(8)), [f"cat {k // 4}" for k in range(8)]
+    with torch.no_grad():
+        noise = images.normal("rollout", (1, 2, 2)).double()
+        x0 = sample(model, model.encode_prompts(prompts), noise, 2, shift=1.0, weights="reference")
+    for j, (t, xt) in enumerate(zip(seen, noised, strict=True)):  # each image is noised with its own group's noise
+        eps = Random(0, 1, [0, 1]).normal(f"inject-{j}", (1, 2, 2)).double().repeat_interleave(4, 0)
+        torch.testing.assert_close(xt, add_noise(x0, eps, *flow_schedule(t)), atol=1e-12, rtol=0)
     u = torch.stack([1 - t for t in seen])  # (n, images)
     for group in (u[:, :4], u[:, 4:]):
         assert (len(set(group[0].tolist())) == 1) == shared_time
