@@ -112,6 +112,24 @@ def test_a_fused_lora_of_the_original_flux_is_taken_apart(tmp_path):
     assert torch.allclose(change, 2.0 / RANK * up @ down) and {layer.rank for layer in layers.values()} == {RANK}
 
 
+def test_a_lora_in_krea2s_own_names_is_read(tmp_path):
+    """As ai-toolkit and Krea's trainer write one; its alpha is the file's."""
+    model = drawn(load("krea2", lora_rank=RANK, lora_alpha=ALPHA))
+    layers = adapters.layers_of(model.weights.network, "policy")
+    own = {"to_q": "wq", "to_k": "wk", "to_v": "wv", "to_out.0": "wo"}
+    tensors = {}
+    for name, layer in layers.items():
+        start, _, end = name.replace("text_fusion.", "txtfusion.").partition(".attn.")
+        stem = f"diffusion_model.{start.replace('transformer_blocks', 'blocks')}.attn.{own[end]}"
+        tensors |= {f"{stem}.lora_A.weight": layer.down.contiguous(), f"{stem}.lora_B.weight": layer.up.contiguous()}
+        tensors[f"{stem}.alpha"] = torch.tensor(layer.alpha)
+    save_file(tensors, tmp_path / "theirs.safetensors")
+    found = lora.read(
+        tmp_path / "theirs.safetensors", adapters.shapes_of(model.weights.network), model.facts, "model.start"
+    )
+    equal(found, layers)
+
+
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_patterns_of_rank_and_alpha_and_dora_survive_a_run(use_dora, tmp_path):
     """A LoRA whose layers differ: begun with, saved, loaded again, and exported, it is what the file says."""

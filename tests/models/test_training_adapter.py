@@ -121,14 +121,11 @@ WHOLE = {
     "krea/Krea-2-Raw": "krea2", "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
     "stabilityai/stable-diffusion-3.5-medium": "sd3",
 }  # fmt: skip
-NOISY = ["reward={name: brightness}", "prompts={list: [a cat]}", "trainer.batch_size=4"]
 
 
-def noisy(name, folder, algorithm="flow_grpo"):
-    settings = f"algorithm={{name: {algorithm}, group: 2, prompts: 2}}" if algorithm == "flow_grpo" else None
-    chosen = settings or f"algorithm={{name: {algorithm}}}"
-    text = f"model: {{name: {name}, folder: {folder}}}\nalgorithm: {{name: refl}}\nreward: {{name: brightness}}\n"
-    return recipe.parse(text + "prompts: {list: [a cat]}\n", [chosen])
+def noisy(name, folder, algorithm):
+    text = f"model: {{name: {name}, folder: {folder}}}\nalgorithm: {{name: {algorithm}}}\n"
+    return recipe.parse(f"{text}reward: {{name: brightness}}\nprompts: {{list: [a cat]}}\n", [])
 
 
 def test_distilled_models_are_known_by_name_and_by_their_folders():

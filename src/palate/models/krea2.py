@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from palate.models.autoencoder import LatentLayout
-from palate.models.facts import Facts, NetworkCall, Published
+from palate.models.facts import Facts, NetworkCall, OriginalBlocks, Published
 from palate.models.families import LoadOptions
 from palate.models.flux import pack, positions, unpack
 from palate.models.parts import LoadedModel, Options, Parts, TextReader, load_parts
@@ -54,6 +54,16 @@ def _condition(config: Any, tokens: int, dtype: torch.dtype) -> Cond:
     return Cond(torch.empty(1, tokens, config.num_text_layers, config.text_hidden_dim, dtype=dtype), None)
 
 
+ORIGINAL = {
+    "attn_wq": ("attn.to_q",),
+    "attn_wk": ("attn.to_k",),
+    "attn_wv": ("attn.to_v",),
+    "attn_wo": ("attn.to_out.0",),
+    "attn_gate": ("attn.to_gate",),
+    "mlp_gate": ("ff.gate",),
+    "mlp_up": ("ff.up",),
+    "mlp_down": ("ff.down",),
+}
 FACTS = Facts(
     FAMILY,
     PARTS,
@@ -67,6 +77,11 @@ FACTS = Facts(
     patch=2,
     lora_loader=Krea2LoraLoaderMixin,
     published=Published({}, {"base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4]}, 1024, 512, _condition, 4.44),
+    original=(
+        OriginalBlocks("transformer_blocks", "blocks", ORIGINAL),
+        OriginalBlocks("text_fusion.layerwise_blocks", "txtfusion_layerwise_blocks", ORIGINAL),
+        OriginalBlocks("text_fusion.refiner_blocks", "txtfusion_refiner_blocks", ORIGINAL),
+    ),
     few_steps="turbo",
 )
 

@@ -37,7 +37,8 @@ def fuse(layers: Mapping[str, Lora], kinds: Sequence[OriginalBlocks]) -> dict[st
     """
     left, renamed = dict(layers), {}
     for kind in kinds:
-        numbers = {name.split(".")[1] for name in layers if name.startswith(f"{kind.blocks}.")}
+        start = f"{kind.blocks}."
+        numbers = {name.removeprefix(start).split(".")[0] for name in layers if name.startswith(start)}
         for block in sorted(numbers, key=int):
             for new, names in kind.layers.items():
                 found = [left.pop(f"{kind.blocks}.{block}.{name}", None) for name in names]

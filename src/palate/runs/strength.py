@@ -59,7 +59,8 @@ def evaluate_strengths(
         write_samples(folder, images, *pairs(prompts, seeds), guidance=guidance, steps=steps)
         base = run.path / FOLDER / "0"
         found[f"{strength:g}"] = evaluate_samples(folder, base_folder=base, panel=panel)
-    asked, noises = ([each for each in column for _ in strengths] for column in pairs(prompts, seeds))
+    asked, noises = pairs(prompts, seeds)
+    asked, noises = [text for text in asked for _ in strengths], [seed for seed in noises for _ in strengths]
     write_samples(
         run.path / FOLDER, torch.stack(drawn, 1).flatten(0, 1), asked, noises, guidance=guidance, steps=steps,
         strengths=[*strengths] * len(drawn[0]),
