@@ -32,6 +32,8 @@ def test_a_folder_of_no_family_is_refused_by_what_it_holds(tmp_path, palate):
     (tmp_path / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet3DConditionModel"]}))
     with pytest.raises(InputError, match=r"no family that Palate knows \(UNet3DConditionModel\)"):
         load_source(str(tmp_path))
+    code, _, error = palate("sample", "--model", "flux", "--prompt", "a dog")
+    assert code == 2 and "a family of models; give the folder or hub id of one" in error
     (tmp_path / "model_index.json").write_text("[")
     code, _, error = palate("sample", "--model", tmp_path, "--prompt", "a dog")
     assert code == 2 and short(error)

@@ -152,3 +152,10 @@ def test_of_a_search_the_newest_round_is_the_result(tmp_path):
     for number, step in ((1, 40), (2, 20)):
         checkpoint.save(tmp_path / f"round-{number:02d}/checkpoints", step, {"a": torch.zeros(1)}, {"finished": ""})
     assert result_of(tmp_path).checkpoint == "round-02/checkpoints/step-000020"
+
+
+def test_other_settings_are_a_new_run_from_these_weights(run, capsys):
+    with pytest.raises(AssertionError):
+        command("resume", run, "trainer.lr=0.5")
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"palate train {run}/recipe.yaml run.folder=NEW trainer.lr=0.5 model.start={run}" in told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,7 +26,9 @@ def read_resumed(run: Path, overrides: Sequence[str]) -> Recipe:
     if recipes.fingerprint(started) != recipes.fingerprint(recipe):
         raise InputError(
             "these overrides would change the run itself; when resuming, only trainer.steps, previews, checkpoints, "
-            "threads, sample and evaluate may change. Start a new run for the rest"
+            "threads, sample and evaluate may change. For the rest start a new run, from these weights if you like: "
+            f"palate train {file} run.folder=NEW {shlex.join(overrides)}"
+            + (f" model.start={run}" if recipe.model.weights == "lora" else "")
         )
     if not checkpoint.steps(run / "checkpoints"):
         raise CheckpointError(f"{run / 'checkpoints'} holds no checkpoint; start the run again with --fresh")

@@ -31,6 +31,9 @@ def load_source(source: str) -> tuple[Model, Sampler | None]:
         return load_one_step(exported)
     if (path / INDEX).is_file() or (not path.exists() and source.count("/") == 1):
         return load_base(source), None
+    if source in families.names() and not path.exists():
+        known = next(iter(facts_of(source).licences), "owner/name")
+        raise InputError(f"{source} is a family of models; give the folder or hub id of one, for example {known}")
     return load_run(path)
 
 
