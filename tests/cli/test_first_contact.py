@@ -45,6 +45,7 @@ def test_by_flags_it_writes_a_commented_recipe_that_passes_the_dry_run(here, cap
     assert "holds a run already" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_model_and_method_that_is_offered_reads(here):
     known = templates()
     assert {("emoji", "srpo"), ("flux2", "srpo"), ("sdxl", "sqdf"), ("flux", "taste")} <= set(known)

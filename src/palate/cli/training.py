@@ -107,7 +107,7 @@ def init(
     reward: Annotated[str | None, typer.Option(help="The reward to maximise, for example hpsv2.")] = None,
     out: Annotated[Path | None, typer.Option(help="The file to write; METHOD-MODEL.yaml if left out.")] = None,
 ) -> None:
-    """Write a recipe of your own, with comments, from a few answers."""
+    """Write a commented recipe from a few answers."""
     from palate.cli import beginning
 
     answers = beginning.Answers(model, method, card, tuple(words or ()), tuple(without or ()), reward)

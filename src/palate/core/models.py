@@ -75,7 +75,7 @@ class Sampleable(Model, Protocol):
 class DrawsOtherSizes(Protocol):
     """A model that can be told to draw images of another size for a while."""
 
-    def at_size(self, image_size: int | tuple[int, int]) -> AbstractContextManager[None]:
+    def at_size(self, image_size: int | Sequence[int]) -> AbstractContextManager[None]:
         """Inside, `latent_shape`, `image_size` and all that depends on them are those of that size, in pixels."""
 
 
