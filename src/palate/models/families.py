@@ -48,6 +48,7 @@ MECHANISM = frozenset(
         "repository",
         "repository_checks",
         "schedules",
+        "sizes",
         "text_cache",
         "vocabulary",
     }
