@@ -1076,6 +1076,7 @@ def test_the_guard_draws_as_the_generator_does(tmp_path, monkeypatch):
     from palate.train import guard
 
     asked = []
+    monkeypatch.setattr(guard, "EmojiModel", object)  # the judges are asked about any model
     monkeypatch.setattr(guard, "embedded_panel", lambda: None)
     monkeypatch.setattr(
         guard,

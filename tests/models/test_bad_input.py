@@ -12,7 +12,7 @@ from huggingface_hub import errors
 from safetensors.torch import save_file
 from support.tiny_families import FAMILIES, load, saved
 
-from palate.models import repository
+from palate.models import source
 from palate.models.repository import Repository
 
 NAMES = [n for n in FAMILIES if not n.endswith(("-v", "-schnell", "-sigma", "-base", "-dev", "-turbo"))]
@@ -66,7 +66,7 @@ def test_folders_of_something_else_are_refused(name, tmp_path, nothing_loads, mo
     def gated(*_, **__):
         raise errors.GatedRepoError("no", response=SimpleNamespace(headers={}, request=None))
 
-    monkeypatch.setattr(repository, "snapshot_download", gated)
+    monkeypatch.setattr(source, "snapshot_download", gated)
     refused(name, "is gated: accept its licence at .*owner/base, then log in with .hf auth login", "owner/base")
 
 
