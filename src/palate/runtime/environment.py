@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from palate.runtime.files import split_lines
+
 
 def versions() -> dict[str, str]:
     """Of the packages that decide the numbers."""
@@ -46,7 +48,7 @@ def _number(path: str) -> float | None:
 
 def _swap() -> float:
     try:
-        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        lines = split_lines(Path("/proc/meminfo").read_text("ascii"))
     except OSError:
         return 0.0
     return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("SwapTotal:")), 0.0)
