@@ -111,8 +111,13 @@ def _rewards(recipe: Recipe) -> Iterator[Need]:
     settings = recipe.reward
     used = list(settings.weights or ([settings.name] if settings.name else []))
     judge = recipes.heldout_of(recipe) if recipe.model.name != "emoji" else None
-    for name, role in [*((name, "reward") for name in used), *([(judge, "held-out reward")] if judge else [])]:
-        yield _reward(f"{role} {name}", name, (settings.source or {}).get(name))
+    sources = settings.source or {}
+    for name in used:
+        yield _reward(f"reward {name}", name, sources.get(name))
+    if judge:  # training goes on without it
+        found = _reward(f"held-out reward {judge}", judge, sources.get(judge))
+        missing = found.state == "missing"
+        yield found._replace(state="note", text=f"trains without it; {found.text}", gigabytes=0.0) if missing else found
 
 
 def _reward(what: str, name: str, source: str | None) -> Need:

@@ -11,11 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from starlette.testclient import TestClient
 from support.studio import wait_for
-
-from palate.studio.app import make_app
-from palate.studio.process import began
 
 TOKEN = "a-token-of-the-tests"
 CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
@@ -25,6 +21,10 @@ DRIVER = shutil.which("chromedriver")
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory):
     """(a client that is let in, the studio): model loaded, some pictures drawn."""
+    from starlette.testclient import TestClient
+
+    from palate.studio.app import make_app
+
     access = make_app(tmp_path_factory.mktemp("runs"), token=TOKEN)
     found = access.app.state.studio
     found.artist.size = 32
@@ -60,6 +60,8 @@ class Server:
 
     def end(self):
         """The server, and the trainers that it began: those outlive it by design."""
+        from palate.studio.process import began
+
         self.kill()
         for path in (self.runs / "studio" / "processes").glob("*.json"):
             tree = json.loads(path.read_text("utf-8"))
