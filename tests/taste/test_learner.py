@@ -212,3 +212,13 @@ def test_one_taste_is_learnt_and_two_in_one_or_none_are_not():
     assert sum(map(learnt, cards["one"])) >= 8
     assert sum(map(learnt, cards["two"] + cards["none"])) <= 2
     assert sum(card["accuracy"] > 0.6 for card in cards["two"] + cards["none"]) >= 6
+
+
+def test_somebody_who_always_says_left_has_no_taste():
+    """A favoured side explains the answers, however many: the differences of pictures add no evidence."""
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        card = learn(
+            rng.normal(size=(22, 12)), np.ones(22), [""] * 22, rng.normal(size=(60, 12)), [str(k) for k in range(12)]
+        )[1]
+        assert not learnt(card) and card["log_evidence"] > -22 * math.log(2)

@@ -32,7 +32,7 @@ def accuracy(probabilities: Array, outcomes: Array) -> dict[str, Any]:
 
 def learnt(card: Mapping[str, Any]) -> bool:
     """Whether a taste may be aligned to: enough votes, held-out ones foretold in more than LEARNT of cases, and all of
-    them likelier under the taste than under tosses of a coin. A sum of tastes is learnt if all of its parts are.
+    them likelier under the taste than under answers without one. A sum of tastes is learnt if all of its parts are.
 
     The accuracy alone does not tell: pairs that are chosen by what the taste is unsure of flatter it, and coin tosses
     are foretold in .6 of cases by chance often enough. The evidence does not depend on how pairs were chosen.
@@ -44,8 +44,12 @@ def learnt(card: Mapping[str, Any]) -> bool:
 
 
 def over_chance(card: Mapping[str, Any]) -> float:
-    """Log evidence of the taste over that of a coin, in nats: the logarithm of their Bayes factor."""
-    return float(card["log_evidence"]) + int(card["votes"]) * math.log(2)
+    """Log evidence of the taste over that of answers without one, in nats: the logarithm of their Bayes factor.
+
+    Answers without a taste are tosses of a fair coin, or of one that favours a side if that explains them better.
+    """
+    coin = -int(card["votes"]) * math.log(2)
+    return float(card["log_evidence"]) - max(coin, float(card.get("log_evidence_of_sides", coin)))
 
 
 def calibration_error(probabilities: Array, outcomes: Array) -> float | None:

@@ -186,11 +186,12 @@ def learn(
     scaled = differences * np.array([quality[name] for name in raters])[:, None]
     posterior = fit(scaled, outcomes, side_std=SIDE_STD)
     foretold = leave_one_out(scaled, outcomes, side_std=SIDE_STD)
+    sides = fit(np.zeros_like(scaled), outcomes, side_std=SIDE_STD)
     found = cards.accuracy(foretold, outcomes)
     card: dict[str, Any] = {
         "votes": len(outcomes), "ties": int((outcomes == 0.5).sum()), **found,
         "calibration_error": cards.calibration_error(foretold, outcomes), "prior": posterior.prior,
-        "log_evidence": posterior.log_evidence, "side": posterior.side,
+        "log_evidence": posterior.log_evidence, "log_evidence_of_sides": sides.log_evidence, "side": posterior.side,
         "words": cards.telling_columns(posterior, z, columns), "raters": quality,
     }  # fmt: skip
     return posterior, card | {"verdict": cards.verdict(card), "learnt": cards.learnt(card)}
