@@ -32,11 +32,16 @@ if TYPE_CHECKING:
     from palate.core import Algorithm, Batch, Loss, Model, Random, Reward
     from palate.evaluate import generate
     from palate.models.aura_flow import AuraFlow
+    from palate.models.chroma import Chroma
     from palate.models.emoji import EmojiModel
     from palate.models.flux import Flux
+    from palate.models.flux2 import Flux2
     from palate.models.gaussian import GaussianModel
+    from palate.models.krea2 import Krea2
     from palate.models.pixart import PixArt
     from palate.models.qwen_image import QwenImage
+    from palate.models.qwen_image_21 import QwenImage21
+    from palate.models.sana import Sana
     from palate.models.sd3 import StableDiffusion3
     from palate.models.sdxl import StableDiffusionXL
     from palate.models.stable_diffusion import StableDiffusion
@@ -68,11 +73,16 @@ _NAMES = {
     "palate.core": ("Algorithm", "Batch", "Loss", "Model", "Random", "Reward"),
     "palate.evaluate": ("generate",),
     "palate.models.aura_flow": ("AuraFlow",),
+    "palate.models.chroma": ("Chroma",),
     "palate.models.emoji": ("EmojiModel",),
     "palate.models.flux": ("Flux",),
+    "palate.models.flux2": ("Flux2",),
     "palate.models.gaussian": ("GaussianModel",),
+    "palate.models.krea2": ("Krea2",),
     "palate.models.pixart": ("PixArt",),
     "palate.models.qwen_image": ("QwenImage",),
+    "palate.models.qwen_image_21": ("QwenImage21",),
+    "palate.models.sana": ("Sana",),
     "palate.models.sd3": ("StableDiffusion3",),
     "palate.models.sdxl": ("StableDiffusionXL",),
     "palate.models.stable_diffusion": ("StableDiffusion",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pydoc
 import subprocess
 import sys
 
@@ -33,6 +34,19 @@ def test_what_type_checkers_see_is_what_is_there():
     block = next(node for node in tree.body if isinstance(node, ast.If))
     seen = {alias.asname or alias.name for node in block.body for alias in node.names}
     assert seen == set(palate.__all__) - {"__version__"}
+
+
+def test_every_family_and_algorithm_is_exported():
+    from palate.algorithms import table
+    from palate.models import families
+
+    classes = {places.find(name).load_class() for places in (families, table) for name in places.names()}
+    assert {found.__name__ for found in classes} <= set(palate.__all__)
+
+
+def test_help_on_train_shows_how_it_is_called():
+    shown = pydoc.render_doc(palate.train, renderer=pydoc.plaintext)
+    assert "palate.train(model: " in shown[:800] and "trainer: the settings of the loop" in shown
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 `write_report` shows one run, or several side by side; `write_evaluation` what was measured on them; `study` lets people
 choose between two runs without knowing whose pictures they see. Nothing is loaded: images are data URIs, charts inline
 SVG. All text is escaped, so a prompt is shown, never obeyed.
+
+`palate.report(run)` calls `palate.api.report`, which writes a run's page and returns its path.
 """
 
 from palate.report.blackbox import read_queries, read_rounds

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import types
 
@@ -47,3 +48,6 @@ class _Callable(types.ModuleType):
 
 
 sys.modules[__name__].__class__ = _Callable
+__doc__ = (
+    f"{__doc__}\npalate.train{inspect.signature(train)}\n\n{inspect.getdoc(train)}\n"  # what help(palate.train) shows
+)
