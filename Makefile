@@ -41,10 +41,10 @@ demo: $(STAMP)
 	@$(BIN)/palate report runs/demo
 
 test: $(STAMP)-test
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not soak' $(TEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not soak' $(TEST_ARGS)
 
 test-fast: $(STAMP)-test
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m 'not slow and not soak' $(TEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not slow and not soak' $(TEST_ARGS)
 
 soak: $(STAMP)-test
 	@$(BIN)/python -m pytest -m soak $(TEST_ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,17 @@ DURATIONS = Path(__file__).with_name("durations.txt")  # as measured; tools/slow
 
 
 def pytest_collection_modifyitems(items):
-    """Mark `slow` what was measured to be."""
-    rows = (line.split(" ", 1) for line in DURATIONS.read_text("utf-8").splitlines())
+    """Mark `slow` what was measured to be; where processes share the tests, the longest files come first."""
+    rows = [line.split(" ", 1) for line in DURATIONS.read_text("utf-8").splitlines()]
     slow = {name for seconds, name in rows if float(seconds) >= SLOW_SECONDS}
     for item in items:
         if item.nodeid in slow:
             item.add_marker("slow")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        seconds = Counter()
+        for took, name in rows:
+            seconds[name.partition("::")[0]] += float(took)
+        items.sort(key=lambda item: -seconds[item.nodeid.partition("::")[0]])
 
 
 @pytest.fixture

@@ -275,6 +275,8 @@ def test_tables_go_where_the_page_marks_them(tmp_path):
     wanted = {found[2] for found in publish.MARK.finditer(pages)}
     assert wanted == {
         "blind_study",
+        "guard-images",
+        "taste-accuracy",
         "claim-figures",
         "claims",
         "comparison",

@@ -175,9 +175,13 @@ def test_the_command_asks_prints_and_compares(judge, runs, tmp_path, monkeypatch
     cli.app([*command, "--json"], standalone_mode=False)
     told = json.loads(capsys.readouterr().out)
     assert told["between"]["two"]["geometric"]["change"] == pytest.approx(0.35)
+    measured = {
+        "metrics": {"reward/emoji-heldout": {"value": 0.5, "base": 0.4}},
+        "heldout": "emoji-heldout",
+        "rows": [{"prompt": "a dog", "seed": 0}],
+    }
     for run in runs:
-        metrics = {"reward/emoji-heldout": {"value": 0.5, "base": 0.4}}
-        (run / "evaluation.json").write_text(json.dumps({"metrics": metrics, "heldout": "emoji-heldout"}))
+        (run / "evaluation.json").write_text(json.dumps(measured))
     cli.app(["compare", *map(str, runs), "--format", "csv"], standalone_mode=False)
     assert "checklist/arithmetic,two,0.9,,1" in capsys.readouterr().out
     one = json.loads((runs[0] / "checklist.json").read_text())

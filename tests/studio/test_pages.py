@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.studio import HOSTILE, Labels
+from support.studio import HOSTILE, Labels, wait_for
 
 from palate import fit_taste, recipe
 from palate.models.vocabulary import vocabulary
@@ -77,6 +77,25 @@ def test_pairs_are_of_one_concept_and_no_percentage_is_shown_before_twenty(studi
     text = client.get("/choose/taste").text
     assert 'data-testid="taste-accuracy"' in text and "%" in text
     assert found.voting.scaling() is found.voting.scaling() or len(found.artist.rows()) < 64
+
+
+def test_a_picture_that_cannot_be_drawn_is_said_and_hides_no_pair(studio, monkeypatch):
+    """And when pictures can be drawn again, the sentence goes by itself."""
+    client, found = studio
+    shown = found.voting.pair()
+
+    def full(rng):
+        raise OSError("cannot write there")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(found.artist, "_draw_some", full)
+        found.artist.wake(["dog"])
+        wait_for(lambda: found.artist.problem, 20, "the problem")
+        text = client.get("/choose").text
+        assert "cannot write there" in text and f'data-pair="{shown.id}"' in text
+    found.artist.wake(["dog"])
+    wait_for(lambda: not found.artist.problem, 20, "pictures")
+    assert 'class="notice"' not in client.get("/choose/pair").text
 
 
 def start_button(client):

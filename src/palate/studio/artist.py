@@ -126,7 +126,7 @@ class Artist:
         while not self._stop.is_set():
             try:
                 self._follow_source()
-                drew = self._draw_some(rng)
+                drew, self.problem = self._draw_some(rng), ""
             except (PalateError, OSError) as error:
                 self.problem, drew = str(error), False
             if not drew:

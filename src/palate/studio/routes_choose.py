@@ -29,7 +29,7 @@ def choose(request: Request) -> HTMLResponse:
 
 def _pair(request: Request) -> dict[str, object]:
     studio = studio_of(request)
-    pair = studio.voting.pair() if studio.artist.ready.is_set() and not studio.artist.problem else None
+    pair = studio.voting.pair() if studio.artist.ready.is_set() else None
     return {"pair": pair, "votes": len(studio.voting.votes()), "problem": studio.artist.problem, "modes": MODES}
 
 
