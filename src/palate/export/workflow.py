@@ -1,15 +1,17 @@
 """A ComfyUI workflow that draws with an exported LoRA, in the form that ComfyUI's /prompt takes (its "API format").
 
 {node id: {"class_type": name, "inputs": {input: value, or [node id, number of an output]}}}. Nodes and inputs are those
-of ComfyUI's core; the file names of base models are those of its own examples, and are chosen anew where yours differ.
+of ComfyUI's core; what a family is called there stands among its facts. Choose files anew where yours differ.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+from palate.models import families
+from palate.models.facts import ComfyUI, HasFacts
 from palate.recipe import Recipe
 
 Link = list[Any]  # [node id, number of its output]
@@ -29,51 +31,10 @@ class Graph:
         return lambda output: [name, output]
 
 
-class Parts(NamedTuple):
-    """Where a family's parts come from in ComfyUI, and how it samples."""
-
-    unet: str = ""  # a file of models/diffusion_models; "" = the checkpoint holds all parts
-    checkpoint: str = ""
-    encoders: tuple[str, ...] = ()  # files of models/text_encoders
-    kind: str = ""  # of the CLIP loader
-    vae: str = ""
-    latent: str = "EmptySD3LatentImage"
-    shift: float | None = None  # of ModelSamplingAuraFlow
-    embedded: float | None = None  # FluxGuidance
-    guidance: float = 4.0
-    steps: int = 25
-    sampler: tuple[str, str] = ("euler", "simple")
-
-
-T5, CLIP_L, AE, QWEN_VAE = (
-    "t5xxl_fp16.safetensors",
-    "clip_l.safetensors",
-    "ae.safetensors",
-    "qwen_image_vae.safetensors",
-)
-
-PARTS: dict[str, Parts] = {
-    "stable-diffusion": Parts(checkpoint="v1-5-pruned-emaonly-fp16.safetensors", latent="EmptyLatentImage",
-                              guidance=7.0, sampler=("euler", "normal")),
-    "sdxl": Parts(checkpoint="sd_xl_base_1.0.safetensors", latent="EmptyLatentImage", guidance=5.0,
-                  sampler=("euler", "normal")),
-    "sd3": Parts(checkpoint="sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors", guidance=4.5,
-                 sampler=("euler", "sgm_uniform")),
-    "flux": Parts("flux1-dev.safetensors", encoders=(CLIP_L, T5), kind="flux", vae=AE, embedded=3.5, guidance=1.0),
-    "flux2": Parts("flux-2-klein-base-4b.safetensors", encoders=("qwen_3_4b.safetensors",), kind="flux2",
-                   vae="flux2-vae.safetensors", latent="EmptyFlux2LatentImage"),
-    "qwen-image": Parts("qwen_image_2512_fp8_e4m3fn.safetensors", encoders=("qwen_2.5_vl_7b_fp8_scaled.safetensors",),
-                        kind="qwen_image", vae=QWEN_VAE, shift=3.1),
-    "z-image": Parts("z_image_turbo_bf16.safetensors", encoders=("qwen_3_4b.safetensors",), kind="lumina2", vae=AE,
-                     shift=3.0, guidance=1.0, steps=8),
-    "chroma": Parts("Chroma1-HD.safetensors", encoders=(T5,), kind="chroma", vae=AE, guidance=3.0),
-}  # fmt: skip
-# ^ not here: families that ComfyUI's core does not load, or whose graph there is no published example of
-
-
 def workflow(recipe: Recipe, lora: str) -> dict[str, Any] | None:
-    """The graph for the recipe's model with the LoRA file of that name; None for a family that is not in PARTS."""
-    parts = PARTS.get(recipe.model.name)
+    """The graph for the recipe's model with the LoRA file of that name; None if its facts name no ComfyUI."""
+    family = families.find(recipe.model.name).load_class()
+    parts = family.facts.comfyui if isinstance(family, HasFacts) else None
     if parts is None:
         return None
     graph, size = Graph(), recipe.model.image_size or 1024
@@ -89,10 +50,10 @@ def workflow(recipe: Recipe, lora: str) -> dict[str, Any] | None:
     if parts.embedded is not None:
         positive = graph.add("FluxGuidance", conditioning=positive, guidance=parts.embedded)(0)
     latent = graph.add(parts.latent, width=width, height=height, batch_size=1)(0)
-    if recipe.model.name == "flux2":
+    if parts.scheduler:
         guider = graph.add("CFGGuider", model=model, positive=positive, negative=negative, cfg=guidance)(0)
         noise, sampler = graph.add("RandomNoise", noise_seed=0)(0), graph.add("KSamplerSelect", sampler_name="euler")(0)
-        sigmas = graph.add("Flux2Scheduler", steps=steps, width=width, height=height)(0)
+        sigmas = graph.add(parts.scheduler, steps=steps, width=width, height=height)(0)
         drawn = graph.add("SamplerCustomAdvanced", noise=noise, guider=guider, sampler=sampler, sigmas=sigmas,
                           latent_image=latent)(0)  # fmt: skip
     else:
@@ -112,7 +73,7 @@ def workflow_text(recipe: Recipe, lora: str) -> str | None:
     return None if found is None else json.dumps(found, indent=2) + "\n"
 
 
-def _load(graph: Graph, parts: Parts) -> Sequence[Link]:
+def _load(graph: Graph, parts: ComfyUI) -> Sequence[Link]:
     """Model, CLIP and VAE."""
     if parts.checkpoint:
         loaded = graph.add("CheckpointLoaderSimple", ckpt_name=parts.checkpoint)

@@ -21,7 +21,7 @@ from diffusers.models.transformers.transformer_chroma import ChromaSingleTransfo
 from torch import Tensor
 from transformers import AutoTokenizer, T5EncoderModel
 
-from palate.models.facts import VAE_16, Facts, NetworkCall, OriginalBlocks, Published
+from palate.models.facts import VAE_16, ComfyUI, Facts, NetworkCall, OriginalBlocks, Published
 from palate.models.families import LoadOptions
 from palate.models.flux import FACTS as FLUX
 from palate.models.flux import LORA_TARGETS, pack, positions, unpack
@@ -75,6 +75,13 @@ FACTS = Facts(
     original=ORIGINAL,
     few_steps="flash",
     packs_noise=True,
+    comfyui=ComfyUI(
+        "Chroma1-HD.safetensors",
+        encoders=("t5xxl_fp16.safetensors",),
+        kind="chroma",
+        vae="ae.safetensors",
+        guidance=3.0,
+    ),
 )
 
 

@@ -50,6 +50,23 @@ class OriginalBlocks(NamedTuple):
     layers: Mapping[str, tuple[str, ...]]
 
 
+class ComfyUI(NamedTuple):
+    """Where a family's parts come from in ComfyUI, by the file names of its own examples, and how it samples there."""
+
+    unet: str = ""  # a file of models/diffusion_models; "" = the checkpoint holds all parts
+    checkpoint: str = ""
+    encoders: tuple[str, ...] = ()  # files of models/text_encoders
+    kind: str = ""  # of the CLIP loader
+    vae: str = ""
+    latent: str = "EmptySD3LatentImage"
+    shift: float | None = None  # of ModelSamplingAuraFlow
+    embedded: float | None = None  # FluxGuidance
+    guidance: float = 4.0
+    steps: int = 25
+    sampler: tuple[str, str] = ("euler", "simple")
+    scheduler: str = ""  # a node of its own that makes the time grid; "" = KSampler's
+
+
 @dataclass(frozen=True)
 class Facts:
     """name is `model.name`; parts: name in model_index.json -> class, "" = any."""
@@ -70,6 +87,7 @@ class Facts:
     original: tuple[OriginalBlocks, ...] = ()  # the names of the original program, which kohya's form uses
     one_step_call: str = ""  # what a pipeline is told besides when a one-step generator of this family draws
     few_steps: str = ""  # regular expression of the hub ids, folders and files that are distilled to few steps
+    comfyui: ComfyUI | None = None  # None = ComfyUI's core does not load it, or shows no graph for it
     packs_noise: bool = False  # whether its pipelines take latents as their network does, packed
 
     @property

@@ -17,7 +17,7 @@ from diffusers.loaders import FluxLoraLoaderMixin
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from palate.models.facts import VAE_16, Facts, NetworkCall, OriginalBlocks, Published
+from palate.models.facts import VAE_16, ComfyUI, Facts, NetworkCall, OriginalBlocks, Published
 from palate.models.families import LoadOptions
 from palate.models.parts import LoadedModel, Options, Parts, TextReader, load_parts
 from palate.models.repository import open_repository
@@ -108,6 +108,14 @@ FACTS = Facts(
     ),
     few_steps="schnell",
     packs_noise=True,
+    comfyui=ComfyUI(
+        "flux1-dev.safetensors",
+        encoders=("clip_l.safetensors", "t5xxl_fp16.safetensors"),
+        kind="flux",
+        vae="ae.safetensors",
+        embedded=3.5,
+        guidance=1.0,
+    ),
 )
 
 

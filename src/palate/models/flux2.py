@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from palate.models.autoencoder import LatentLayout
-from palate.models.facts import VAE_16, Facts, NetworkCall, OriginalBlocks, Published
+from palate.models.facts import VAE_16, ComfyUI, Facts, NetworkCall, OriginalBlocks, Published
 from palate.models.families import LoadOptions
 from palate.models.parts import LoadedModel, Options, Parts, TextReader, load_parts
 from palate.models.repository import open_repository
@@ -136,6 +136,14 @@ FACTS = Facts(
         ),
     ),
     few_steps=r"klein(?!-base)",
+    comfyui=ComfyUI(
+        "flux-2-klein-base-4b.safetensors",
+        encoders=("qwen_3_4b.safetensors",),
+        kind="flux2",
+        vae="flux2-vae.safetensors",
+        latent="EmptyFlux2LatentImage",
+        scheduler="Flux2Scheduler",
+    ),
 )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from palate.models.autoencoder import LatentLayout
-from palate.models.facts import Facts, NetworkCall, Published
+from palate.models.facts import ComfyUI, Facts, NetworkCall, Published
 from palate.models.families import LoadOptions
 from palate.models.flux import pack, unpack
 from palate.models.parts import LoadedModel, Options, TextReader, load_parts
@@ -69,6 +69,13 @@ FACTS = Facts(
     lora_loader=QwenImageLoraLoaderMixin,
     published=Published({}, {"base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4]}, 1024, 512, _condition, 8.29),
     few_steps="lightning|turbo",
+    comfyui=ComfyUI(
+        "qwen_image_2512_fp8_e4m3fn.safetensors",
+        encoders=("qwen_2.5_vl_7b_fp8_scaled.safetensors",),
+        kind="qwen_image",
+        vae="qwen_image_vae.safetensors",
+        shift=3.1,
+    ),
 )
 
 

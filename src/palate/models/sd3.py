@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from palate.models.autoencoder import sides
-from palate.models.facts import VAE_16, Facts, NetworkCall, Published
+from palate.models.facts import VAE_16, ComfyUI, Facts, NetworkCall, Published
 from palate.models.families import LoadOptions
 from palate.models.parts import LoadedModel, Options, TextReader, load_parts
 from palate.models.repository import open_repository
@@ -88,6 +88,9 @@ FACTS = Facts(
         5.58,
     ),
     few_steps="turbo|flash",
+    comfyui=ComfyUI(
+        checkpoint="sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors", guidance=4.5, sampler=("euler", "sgm_uniform")
+    ),
 )
 
 

@@ -15,7 +15,7 @@ from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from palate.models.facts import VAE_4, Facts, NetworkCall, Published
+from palate.models.facts import VAE_4, ComfyUI, Facts, NetworkCall, Published
 from palate.models.families import LoadOptions
 from palate.models.parts import LoadedModel, Options, Parts, TextReader, load_parts
 from palate.models.repository import open_repository
@@ -77,6 +77,9 @@ FACTS = Facts(
         0.818,
     ),
     few_steps="turbo|lightning|hyper-sd|lcm|dmd",
+    comfyui=ComfyUI(
+        checkpoint="sd_xl_base_1.0.safetensors", latent="EmptyLatentImage", guidance=5.0, sampler=("euler", "normal")
+    ),
 )
 
 

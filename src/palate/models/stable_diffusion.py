@@ -15,7 +15,7 @@ from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from palate.models.facts import VAE_4, Facts, NetworkCall, Published
+from palate.models.facts import VAE_4, ComfyUI, Facts, NetworkCall, Published
 from palate.models.families import LoadOptions
 from palate.models.parts import LoadedModel, Options, Parts, TextReader, load_parts
 from palate.models.repository import open_repository
@@ -57,6 +57,12 @@ FACTS = Facts(
         {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}, VAE_4, 512, 77, _condition, 0.123
     ),
     few_steps="turbo|hyper-sd|lcm",
+    comfyui=ComfyUI(
+        checkpoint="v1-5-pruned-emaonly-fp16.safetensors",
+        latent="EmptyLatentImage",
+        guidance=7.0,
+        sampler=("euler", "normal"),
+    ),
 )
 
 

@@ -15,7 +15,7 @@ from diffusers.loaders import ZImageLoraLoaderMixin
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from palate.models.facts import VAE_16, Facts, NetworkCall, Published
+from palate.models.facts import VAE_16, ComfyUI, Facts, NetworkCall, Published
 from palate.models.families import LoadOptions
 from palate.models.parts import LoadedModel, Options, TextReader, load_parts
 from palate.models.repository import open_repository
@@ -56,6 +56,15 @@ FACTS = Facts(
     lora_loader=ZImageLoraLoaderMixin,
     published=Published({}, VAE_16, 1024, 512, _condition, 4.02),
     few_steps="turbo",
+    comfyui=ComfyUI(
+        "z_image_turbo_bf16.safetensors",
+        encoders=("qwen_3_4b.safetensors",),
+        kind="lumina2",
+        vae="ae.safetensors",
+        shift=3.0,
+        guidance=1.0,
+        steps=8,
+    ),
 )
 
 
