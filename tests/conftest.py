@@ -16,7 +16,7 @@ from palate.testing import TinyFlow, tiny_reward
 
 pytest_plugins = ["support.studio_fixtures"]
 
-SLOW_SECONDS = 1.0  # from here on a test is left out of `make test-fast`
+SLOW_SECONDS = 0.5  # from here on a test is left out of `make test-fast`
 DURATIONS = Path(__file__).with_name("durations.txt")  # as measured; tools/slow_tests.py writes it
 
 
