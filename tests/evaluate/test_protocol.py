@@ -6,9 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from support.tiny_families import clip_tokenizer, saved
-from transformers import CLIPConfig, CLIPModel
+from support.tiny_families import save_clip, saved
 
 from palate import cli
 from palate.data import published as prompt_sets
@@ -21,17 +19,7 @@ from palate.runs import protocol
 
 @pytest.fixture(scope="module")
 def towers(tmp_path_factory):
-    """A transformers folder of a tiny CLIP, as clip-score and pickscore are given."""
-    folder, tokenizer = tmp_path_factory.mktemp("clip"), clip_tokenizer()
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(
-        text_config={**size, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": 77},
-        vision_config={**size, "image_size": 16, "patch_size": 8}, projection_dim=8,
-    )).save_pretrained(folder)  # fmt: skip
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,8 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -93,6 +95,20 @@ class Family(NamedTuple):
 def clip_tokenizer() -> CLIPTokenizer:
     tokens = ["<|startoftext|>", "<|endoftext|>", "!", *LETTERS, *(c + "</w>" for c in LETTERS)]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=40)
+
+
+def save_clip(folder: Path) -> Path:
+    """A transformers folder of a tiny CLIP, as clip-score and pickscore are given."""
+    tokenizer = clip_tokenizer()
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(
+        text_config={**size, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": 77},
+        vision_config={**size, "image_size": 16, "patch_size": 8}, projection_dim=8,
+    )).save_pretrained(folder)  # fmt: skip
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def clip(projection: bool = False) -> CLIPTextModel:

@@ -173,7 +173,7 @@ def _translated(tensors: Mapping[str, Tensor], loader: Any, config: Mapping[str,
     try:
         found = loader.lora_state_dict(dict(tensors), **options)
     except (ValueError, KeyError, RuntimeError, IndexError, NotImplementedError, AttributeError):
-        return tensors  # then a layer's name is reported
+        return tensors  # diffusers raises any of these on names it does not know; the caller reports such a layer
     if not isinstance(found, tuple):
         return found
     state, alphas = found[0], found[1] or {}
