@@ -8,7 +8,7 @@
     ... --quick                                             # the mechanics, in minutes; its numbers mean nothing
 
 teacher: the generator in one evaluation against the base model in 8 steps with guidance (16 evaluations), from the same
-noise: 512 prompts without a style word (the 208 of emoji-eval and their like, none of them trained on) and 512 with one
+noise: 512 prompts without a style word (those of emoji-eval and their like, none of them trained on) and 512 with one
 (emoji-styled), judged by what was not optimised; the Frechet distance of the judge's features to the teacher's images,
 beside that of a second set of the teacher's; and seconds an image, both in one process of one thread, in turn.
 

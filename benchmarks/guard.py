@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from methods import FAIR, METHODS, WORDS, Row, eval_like, made, measured, objective, parsed, rate, slug, whole
+from methods import FAIR, METHODS, WORDS, Row, beside_eval, made, measured, objective, parsed, rate, slug, whole
 
 from palate import recipe
 from palate.evaluate import bootstrap_interval, embedded_panel, generate, label_correct, pairs, quantise
@@ -75,7 +75,7 @@ def concepts(model, prompts: list[str], weights: str = "policy") -> torch.Tensor
 @cache
 def base_concepts(prompts: int) -> tuple[list[str], torch.Tensor]:
     """The prompts to judge on, and `concepts` of the base model, once a process."""
-    words = eval_like(208 + prompts)[208:]
+    words = beside_eval(prompts)
     return words, concepts(recipe.build(recipe.read("srpo-emoji")).model, words, "reference")
 
 

@@ -38,7 +38,7 @@ from torch import Tensor
 from palate import recipe
 from palate.core import Batch, Loss, Random, Reward, TwoTower
 from palate.evaluate import EvaluationPanel, diversity, embedded_panel, generate, label_correct, pairs, quantise
-from palate.models.vocabulary import vocabulary
+from palate.models.vocabulary import known_words, vocabulary, with_article
 from palate.path import Prediction
 from palate.report import ticks
 from palate.rewards.simple import high_frequency, saturation
@@ -170,7 +170,7 @@ def referees(count: int, seeds: tuple[int, ...], tuning: bool = False, task: str
     if own is not None:
         prompts = recipe.evenly_spaced(own(tuning)[::-1] if tuning else own(False), count)
     elif tuning:
-        prompts = eval_like(208 + count)[208:]
+        prompts = beside_eval(count)
     else:
         prompts = recipe.evenly_spaced(recipe.read_prompts("emoji-eval"), count)
     return Referees(embedded_panel(), prompts, seeds, {}, TASKS[task])
@@ -178,12 +178,27 @@ def referees(count: int, seeds: tuple[int, ...], tuning: bool = False, task: str
 
 def eval_like(count: int) -> list[str]:
     """emoji-eval, then more of "a CONCEPT on a COLOUR background" that no prompt list holds, spread over the rest."""
-    known = set(recipe.read_prompts("emoji-eval")) | set(recipe.read_prompts("emoji-train"))
+    ours = recipe.read_prompts("emoji-eval")
+    known = {tuple(known_words(prompt)) for prompt in (*ours, *recipe.read_prompts("emoji-train"))}
     vocab = vocabulary()
-    more = [f"a {concept} on a {colour} background" for colour in vocab.colours for concept in vocab.concepts]
-    free = [prompt for prompt in more if prompt not in known]
-    ours = recipe.read_prompts("emoji-eval")[:count]
-    return ours + recipe.evenly_spaced(free, count - len(ours)) if count > len(ours) else ours
+    more = [
+        f"{with_article(concept)} on {with_article(colour)} background"
+        for colour in vocab.colours
+        for concept in vocab.concepts
+    ]
+    free = [prompt for prompt in more if tuple(known_words(prompt)) not in known]  # whatever the article is
+    return ours + recipe.evenly_spaced(free, count - len(ours)) if count > len(ours) else ours[:count]
+
+
+def beside_eval(count: int) -> list[str]:
+    """`count` prompts like those of emoji-eval that neither it nor emoji-train holds."""
+    ours = len(recipe.read_prompts("emoji-eval"))
+    return eval_like(ours + count)[ours:]
+
+
+def with_style(prompt: str, style: str) -> str:
+    """The prompt of one thing with the style named: "an apple on blue" is "a 3d apple on blue"."""
+    return with_article(f"{style} {prompt.removeprefix('an ').removeprefix('a ')}")
 
 
 objective = TASKS["style"].objective

@@ -36,7 +36,7 @@ from methods import RATES, Row, about, made, measured, parsed, rate, referees, s
 
 from palate import recipe
 from palate.evaluate import concept_accuracy, embedded_panel, generate, pairs, quantise
-from palate.models.vocabulary import vocabulary
+from palate.models.vocabulary import vocabulary, with_article
 from palate.optimize import from_recipe, load_oracle
 
 ALPHAS = (0.0, 1e-4, 3e-4, 1e-3, 3e-3)
@@ -260,7 +260,7 @@ def black_box(oracle: str, seed: int, prompts: int, queries: int, overrides: lis
     if oracle == "colour-position":
         judged, rest = (
             [
-                f"a {concept} at the {side} on a {colour} background"
+                f"{with_article(concept)} at the {side} on {with_article(colour)} background"
                 for concept, side, colour in zip(concepts, cycle(vocabulary().positions), cycle(vocabulary().colours))
             ]
             for concepts in (vocabulary().concepts[::2], vocabulary().concepts[1::2])
@@ -335,7 +335,7 @@ def main() -> None:
     parser.add_argument("--checks", type=int, default=2)
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--updates", type=int, default=60, help="of each of the four rounds of blackbox")
-    parser.add_argument("--prompts", type=int, default=48, help="of the 208 evaluation prompts, two images each")
+    parser.add_argument("--prompts", type=int, default=48, help="of emoji-eval, two images each")
     parser.add_argument("--oracles", nargs="+", default=list(ORACLES), choices=ORACLES)
     parser.add_argument("--consistency", type=Path, help="folder of a consistency model, else the one in the package")
     parser.add_argument("--override", nargs="*", default=[], help="for every row, while tuning")

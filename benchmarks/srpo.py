@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from methods import Row, about, made, measured, parsed, slug, whole
+from methods import Row, about, made, measured, parsed, slug, whole, with_style
 from torch import Tensor
 
 from palate import recipe
@@ -141,7 +141,7 @@ def measure(source: str, overrides: list[str], seed: int, count: int) -> dict:
             row[f"relative {reward}"] = change[1] - change[0]
             row[f"absolute {reward}"] = metrics[f"reward/{reward}"]["change"]
     # the colours of the style itself: the base model asked for it by name, same prompts and noise
-    asked = drawn_by_the_base(tuple(prompt.replace("a ", f"a {positive[0]} ", 1) for prompt in prompts))
+    asked = drawn_by_the_base(tuple(with_style(prompt, positive[0]) for prompt in prompts))
     groups = [prompt for prompt in prompts for _ in SEEDS_PER_PROMPT]
     inside = [float(diversity(who.classifier.features(side), groups).nanmean()) for side in (images, asked)]
     row["diversity_of_style"] = inside[0] / inside[1]
@@ -201,7 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=[*RUNS, "table"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--prompts", type=int, default=104, help="of the 208 evaluation prompts")
+    parser.add_argument("--prompts", type=int, default=104, help="of emoji-eval")
     parser.add_argument("--only", nargs="+", help="rows by name")
     parser.add_argument("--override", nargs="*", default=[], help="for every row, while tuning")
     args = parsed(parser)

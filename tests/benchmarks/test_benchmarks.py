@@ -316,6 +316,9 @@ def test_the_guards_table():
 
 def test_prompts_like_those_of_the_evaluation_were_never_trained_on():
     prompts = distar.eval_like(512)
-    assert len(set(prompts)) == 512 and prompts[:208] == methods.recipe.read_prompts("emoji-eval")
-    assert not set(prompts) & set(methods.recipe.read_prompts("emoji-train"))
+    ours = methods.recipe.read_prompts("emoji-eval")
+    asked = {parse_prompt(prompt) for prompt in prompts}
+    assert len(asked) == 512 and prompts[: len(ours)] == ours and methods.eval_like(5) == ours[:5]
+    assert not asked & {parse_prompt(prompt) for prompt in methods.recipe.read_prompts("emoji-train")}
+    assert not {parse_prompt(prompt) for prompt in methods.beside_eval(20)} & {parse_prompt(prompt) for prompt in ours}
     assert all(parse_prompt(prompt).concept and parse_prompt(prompt).style is None for prompt in prompts)
