@@ -54,13 +54,17 @@ def test_unnamed_things_are_random_and_follow_the_prior(samples):
 def test_held_out_pairs_are_left_out():
     pairs = data.held_out_pairs()
     drawn = data.Composer(data.Atlas.load(), exclude=pairs).compose(np.random.default_rng(1), 600)
-    assert len(pairs) == 12 and not pairs & set(zip(drawn.concept.tolist(), drawn.style.tolist(), strict=True))
+    share = len(pairs) / len(vocabulary().concepts) / len(vocabulary().styles)
+    assert 0.025 < share < 0.03 and len({concept for concept, _ in pairs}) == len(pairs)
+    assert not pairs & set(zip(drawn.concept.tolist(), drawn.style.tolist(), strict=True))
 
 
 def test_outline_is_white_on_dark_colours():
-    """Line art must be seen: its ink differs from the background wherever it is drawn."""
+    """Line art must be seen: its own ink, which no caption names, differs from the background wherever it is drawn."""
     drawn = data.Composer(data.Atlas.load()).compose(np.random.default_rng(2), 400)
-    ink = [k for k in range(400) if vocabulary().styles[drawn.style[k]] == "outline"]
+    outline = vocabulary().styles.index("outline")
+    ink = [k for k, scene in enumerate(drawn.scenes) if scene.style == outline and scene.things[0].paint is None]
+    assert len(ink) > 40
     for k in ink:
         image = drawn.images[k]
         corner = torch.tensor(vocabulary().colours[COLOURS[drawn.colour[k]]]) / 255
