@@ -1,14 +1,18 @@
-"""The base model as a diffusers folder, and a sheet of what it draws."""
+"""The base model as a diffusers folder, and a sheet of what it draws.
+
+python tools/base_folder.py .cache/base/model [--out src/palate/assets/emoji]    # put it into the package
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from pathlib import Path
 
 import torch
-from data import save_grid
-from diffusers import FlowMatchEulerDiscreteScheduler
+from data import ASSETS, save_grid
+from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from words import tokenize
 
@@ -85,3 +89,30 @@ def save(networks, ema: dict[str, Tensor], tokenizer, vae, vae_folder: Path, wor
     tokenizer.save_pretrained(folder / "tokenizer")
     FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=1.0).save_pretrained(folder / "scheduler")
     (folder / "model_index.json").write_text(json.dumps(INDEX, indent=1) + "\n")
+
+
+def ship(source: Path, out: Path) -> int:
+    """Put the model folder `source` in the place of `out`, all weights in float16, without a path of this machine.
+
+    The bytes of what it wrote.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("vae"))
+    AutoencoderTiny.from_pretrained(source / "vae", torch_dtype=torch.float16).save_pretrained(out / "vae")
+    for path in out.rglob("*.json"):
+        table = json.loads(path.read_text())
+        if table.pop("_name_or_path", None):
+            path.write_text(json.dumps(table, indent=2) + "\n")
+    return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("source", type=Path, help="what tools/train_base.py wrote")
+    parser.add_argument("--out", type=Path, default=ASSETS / "emoji")
+    args = parser.parse_args()
+    print(f"{ship(args.source, args.out) / 1e6:.1f} MB -> {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -5,7 +5,7 @@
 Fetches the packages with `npm pack` (names and versions below), draws every emoji of every concept in every style at
 64 x 64 RGBA, one drawing per source, and writes atlas/{sprites.webp, sprites.json, vocabulary.json} below the assets.
 Deterministic; a package already fetched is reused. sprites.json names concept, style and source of each drawing, and
-its main colour where one colour covers most of it, so that the drawing can be turned to another.
+its main colour (of the drawing as it came) where one colour covers most of it, so that it can be turned to another.
 """
 
 from __future__ import annotations
@@ -79,6 +79,12 @@ def fit(image: Image.Image) -> Image.Image:
     canvas = Image.new("RGBA", (SIZE, SIZE))
     canvas.paste(image, ((SIZE - image.width) // 2, (SIZE - image.height) // 2))
     return canvas
+
+
+def coarse(image: Image.Image) -> Image.Image:
+    """The drawing in steps of four, so at most two of 255 away from what it was: its file is a quarter smaller."""
+    values = np.asarray(image).astype(np.int32)
+    return Image.fromarray(((values + 2) // 4 * 4).clip(0, 255).astype(np.uint8))
 
 
 def draw(icons: dict, name: str) -> Image.Image | None:
@@ -168,7 +174,7 @@ def main() -> None:
     sheet = Image.new("RGBA", (SIZE * COLUMNS, SIZE * -(-len(sprites) // COLUMNS)))
     rows = []
     for number, sprite in enumerate(sprites):
-        sheet.paste(sprite.image, (SIZE * (number % COLUMNS), SIZE * (number // COLUMNS)))
+        sheet.paste(coarse(sprite.image), (SIZE * (number % COLUMNS), SIZE * (number // COLUMNS)))
         pixels = torch.from_numpy(np.asarray(sprite.image, dtype=np.float32) / 255).permute(2, 0, 1)
         colour = None if sprite.style == "outline" else main_colour(pixels)
         rows.append([sprite.concept, sprite.style, sprite.source, colour and [round(value, 4) for value in colour]])

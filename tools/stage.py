@@ -4,8 +4,8 @@
     PYTHONPATH=.cache/stage python tools/build_atlas.py          # and every other tool: they read and write there
     python tools/stage.py .cache/stage --take                    # the stage's assets replace the package's
 
-The stage is a package `palate` made of links to the sources, with an assets folder of its own. Licences and prompts are
-copied into it at first; making it again renews the links and keeps the assets.
+The stage is a package `palate` made of links to the sources, with an assets folder of its own. Making it again renews
+the links, copies the licences and prompts that it lacks, and keeps what it has. Its assets may be a link to a folder.
 """
 
 from __future__ import annotations
@@ -29,21 +29,28 @@ def build(stage: Path) -> Path:
         if part.name not in ("assets", "__pycache__"):
             (package / part.name).symlink_to(part)
     for name in ("licences", "prompts"):
-        if not (assets / name).exists():
-            shutil.copytree(PACKAGE / "assets" / name, assets / name)
+        (assets / name).mkdir(exist_ok=True)
+        for file in (PACKAGE / "assets" / name).iterdir():
+            if not (assets / name / file.name).exists():
+                shutil.copy(file, assets / name)
     return assets
 
 
 def take(stage: Path) -> list[str]:
-    """Put every folder and file of the stage's assets in the place of the package's; their names."""
+    """Put every folder and file of the stage's assets in the place of the package's; their names.
+
+    All may read them afterwards: weights are written for their owner alone.
+    """
     taken = []
-    for part in sorted((stage / "palate/assets").iterdir()):
+    for part in sorted(build(stage).iterdir()):
         target = PACKAGE / "assets" / part.name
         if part.is_dir():
             shutil.rmtree(target, ignore_errors=True)
             shutil.copytree(part, target)
         else:
             shutil.copy(part, target)
+        for path in [target, *target.rglob("*")]:
+            path.chmod(0o755 if path.is_dir() else 0o644)
         taken.append(part.name)
     return taken
 

@@ -31,7 +31,7 @@ run() { echo "$(date +%H:%M) $*"; python "$@"; }
     run tools/train_rewards.py heldout --minutes "$(minutes 40)" --batch 80 --seed 2 --lr 2e-3 "${judges[@]}"
     run tools/train_base.py --minutes "$(minutes 300)" --pool "$pool" --vae "$vae" --init "$work/shipped/emoji" \
         --work "$work/base"
-    rm -rf "$assets/emoji" && cp -r "$work/base/model" "$assets/emoji"
+    run tools/base_folder.py "$work/base/model" --out "$assets/emoji"
     for round in 1 2; do # the second against the reward that the first made
         negatives=$work/rewards/negatives-$round.safetensors
         [ -f "$negatives" ] || run tools/build_negatives.py --steps 24 --samples 128 --seed $((4 + round)) --out "$negatives"
