@@ -27,8 +27,10 @@ import torch
 from base_folder import save
 from data import held_out_pairs
 from diffusers import AutoencoderTiny, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
 from words import LENGTH, build_tokenizer, tokenize
 
@@ -150,6 +152,7 @@ def main() -> None:
     networks = torch.nn.ModuleDict(
         {"unet": build_unet(vae.config.latent_channels), "text_encoder": build_text_encoder(len(tokenizer))}
     )
+    networks["unet"].set_attn_processor(AttnProcessor())  # torch's fused attention is slow backwards on a CPU
     if args.init:
         begin_with(networks, tokenizer, args.init)
     ema = {name: p.detach().clone() for name, p in networks.named_parameters()}
@@ -181,7 +184,7 @@ def main() -> None:
         t = torch.sigmoid(torch.randn(BATCH, generator=rng))
         eps = torch.randn(x0.shape, generator=rng)
         xt = (1 - t)[:, None, None, None] * x0 + t[:, None, None, None] * eps
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             cond = networks["text_encoder"](ids).last_hidden_state
             v = networks["unet"](xt, t * 1000, cond).sample
         loss = (v.float() - (eps - x0)).square().mean()
