@@ -32,7 +32,7 @@ from methods import parsed
 from PIL import Image
 
 from palate import recipe
-from palate.cli.sources import load_source
+from palate.cli.model_source import load_source
 from palate.evaluate import generate, pairs, write_samples
 from palate.evaluate.intervals import wilson
 from palate.report import study

@@ -53,7 +53,7 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("palate.recipe.builder.build_model", lambda settings: TinyFlow())
     monkeypatch.setattr("palate.recipe.builder.reward_and_tower", lambda settings: (tiny_reward, None))
-    monkeypatch.setattr("palate.cli.sources.base_model", TinyFlow)
+    monkeypatch.setattr("palate.cli.model_source.base_model", TinyFlow)
     (tmp_path / "tiny.yaml").write_text(RECIPE.format(folder="runs/tiny"))
     return tmp_path
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from support.commands import short
 
 from palate import recipe
-from palate.cli import fetch, needs
+from palate.cli import fetch, requirements
 from palate.data import published
 from palate.plan import Unit, plan
 from palate.rewards import located
@@ -85,17 +85,17 @@ UNITS = {
 @pytest.fixture
 def flux(monkeypatch, tmp_path):
     """The needs of srpo-flux by what they are called, with an empty hub cache."""
-    monkeypatch.setattr(needs, "plan", lambda made: plan(made, units=UNITS))
-    monkeypatch.setattr(needs, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(needs, "get_token", lambda: None)
+    monkeypatch.setattr(requirements, "plan", lambda made: plan(made, units=UNITS))
+    monkeypatch.setattr(requirements, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(requirements, "get_token", lambda: None)
     cached: set[str] = set()
-    for module in (needs, located):
+    for module in (requirements, located):
         monkeypatch.setattr(
             module, "try_to_load_from_cache", lambda place, file: f"{place}/{file}" if place in cached else None
         )
 
     def of(*overrides):
-        found = needs.needs(recipe.read("srpo-flux", overrides), "rtx-4090")
+        found = requirements.requirements(recipe.read("srpo-flux", overrides), "rtx-4090")
         return {need.what.split(" black-forest")[0]: need for need in found}, cached
 
     return of

@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from palate import cli, recipe
-from palate.cli.beginning import Answers, init, template_of, templates
+from palate.cli.init import Answers, template_of, templates, write_recipe
 from palate.plan.table import GIB
 from palate.runtime.errors import InputError
 
@@ -50,33 +50,35 @@ def test_every_model_and_method_that_is_offered_reads(here):
     known = templates()
     assert {("emoji", "srpo"), ("flux2", "srpo"), ("sdxl", "sqdf"), ("flux", "taste")} <= set(known)
     for number, (model, method) in enumerate(known):
-        path = init(Answers(model, method, "80", prompts="real"), here / f"{number}.yaml", plan=small)
+        path = write_recipe(Answers(model, method, "80", prompts="real"), here / f"{number}.yaml", plan=small)
         read = recipe.parse(path.read_text())
         assert read.model.name == model and read.prompts.file is not None
         assert model == "emoji" or "# Licence of the base model: " in path.read_text()
 
 
 def test_words_go_where_the_method_reads_them_and_a_reward_alone_is_absolute(here):
-    words = init(Answers("sdxl", "sqdf", "80", ("film photo",), ("CG",), "pickscore"), here / "a.yaml", plan=small)
+    words = write_recipe(
+        Answers("sdxl", "sqdf", "80", ("film photo",), ("CG",), "pickscore"), here / "a.yaml", plan=small
+    )
     relative = recipe.parse(words.read_text()).reward.relative
     assert (relative.positive, relative.negative, relative.k) == ("film photo", "CG", 4.0)
     alone = recipe.parse(
-        init(Answers("sdxl", "srpo", "80", reward="pickscore"), here / "b.yaml", plan=small).read_text()
+        write_recipe(Answers("sdxl", "srpo", "80", reward="pickscore"), here / "b.yaml", plan=small).read_text()
     )
     assert alone.reward.name == "pickscore" and not alone.reward.source
     assert alone.algorithm.preference == "absolute" and not any(alone.algorithm.positive)
     named = recipe.parse(
-        init(
+        write_recipe(
             Answers("flux2", "srpo", "80", ("photo",), ("CG",), "image-reward"), here / "c.yaml", plan=small
         ).read_text()
     )
     assert named.reward.source["image-reward"].endswith("weights/image-reward/ImageReward.safetensors")
     with pytest.raises(InputError, match="takes one wanted and one unwanted word"):
-        init(Answers("sdxl", "sqdf", "80", ("a", "b")), here / "d.yaml", plan=small)
+        write_recipe(Answers("sdxl", "sqdf", "80", ("a", "b")), here / "d.yaml", plan=small)
     with pytest.raises(InputError, match=r"--without: srpo compares wanted with unwanted words; give both"):
-        init(Answers("flux", "srpo", "80", ("a",)), here / "d.yaml", plan=small)
+        write_recipe(Answers("flux", "srpo", "80", ("a",)), here / "d.yaml", plan=small)
     with pytest.raises(InputError, match=r"--words: the reward aesthetic reads no prompt"):
-        init(Answers("sdxl", "sqdf", "80", ("a",)), here / "d.yaml", plan=small)
+        write_recipe(Answers("sdxl", "sqdf", "80", ("a",)), here / "d.yaml", plan=small)
 
 
 def test_what_has_no_room_is_changed_as_the_plan_advises(here, monkeypatch):
@@ -87,7 +89,7 @@ def test_what_has_no_room_is_changed_as_the_plan_advises(here, monkeypatch):
         return SimpleNamespace(bytes={None: 30.0, "int8": 10.0, "nf4": 8.0}[read.model.quantize] * GIB, gpus=1)
 
     def quantised(card):
-        path = init(Answers("flux2", "srpo", card), here / f"{card}.yaml", plan=plan)
+        path = write_recipe(Answers("flux2", "srpo", card), here / f"{card}.yaml", plan=plan)
         return recipe.parse(path.read_text()).model.quantize, path.read_text()
 
     assert quantised("40")[0] is None
@@ -100,13 +102,13 @@ def test_what_has_no_room_is_changed_as_the_plan_advises(here, monkeypatch):
 def test_it_refuses_to_overwrite_and_names_what_it_knows(here, capsys):
     (here / "mine.yaml").write_text("mine")
     with pytest.raises(InputError, match=r"mine.yaml is there already"):
-        init(Answers("emoji"), here / "mine.yaml", plan=small)
+        write_recipe(Answers("emoji"), here / "mine.yaml", plan=small)
     assert (here / "mine.yaml").read_text() == "mine"
     known = templates()
     with pytest.raises(InputError, match=r"--model: got 'dalle'; expected one of chroma|emoji"):
         template_of(Answers("dalle"), known)
     with pytest.raises(InputError, match=r"--model: expected one of"):
-        init(Answers(), here / "x.yaml", plan=small)  # no terminal to ask on
+        write_recipe(Answers(), here / "x.yaml", plan=small)  # no terminal to ask on
     with pytest.raises(InputError, match=r"--method: no published recipe trains sdxl with 'ddpo'; expected one of"):
         template_of(Answers("sdxl", "ddpo"), known)
 
@@ -115,7 +117,7 @@ def test_it_asks_on_a_terminal_for_what_is_missing(here, monkeypatch):
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     said = iter(["emoji", "srpo", "24", "outline", "3d", "", ""])
     monkeypatch.setattr(typer, "prompt", lambda *args, **options: next(said))
-    read = recipe.parse(init(Answers(), None, plan=small).read_text())
+    read = recipe.parse(write_recipe(Answers(), None, plan=small).read_text())
     assert read.algorithm.positive == ("outline",) and not list(said)
 
 

@@ -11,7 +11,8 @@ import pytest
 from support.commands import short
 from support.pages import fake_run
 
-from palate.cli import formats, listing
+from palate.cli import compare_table
+from palate.cli import runs as runs_command
 from palate.cli.options import Seeds, Words
 from palate.cli.phases import Phases, line
 from palate.runtime import checkpoint
@@ -38,28 +39,28 @@ def values(runs, key):
 
 
 def test_a_group_is_the_mean_and_the_sample_deviation_of_its_runs(seeds):
-    groups, keys, cells = formats.compare_runs(seeds, "seed")
+    groups, keys, cells = compare_table.compare_runs(seeds, "seed")
     assert groups == ["base", "lr 1e-05", "lr 0.0001"] and keys[0] == "style/3d"
     three = values(seeds[:3], "reward/emoji")
     cell = cells["lr 1e-05"]["reward/emoji"]
     assert cell.mean == pytest.approx(statistics.mean(three)) and cell.std == pytest.approx(statistics.stdev(three))
     assert cells["lr 0.0001"]["reward/emoji"].std is None and cells["base"]["reward/emoji"].std == pytest.approx(0)
     with pytest.raises(InputError, match="has no key 'sead'"):
-        formats.compare_runs(seeds, "sead")
+        compare_table.compare_runs(seeds, "sead")
 
 
 def test_the_four_formats_hold_the_same_numbers(seeds):
-    made = formats.compare_runs(seeds[:3], "seed")
+    made = compare_table.compare_runs(seeds[:3], "seed")
     mean = made[2]["all runs"]["reward/emoji"].mean
-    found = json.loads(formats.as_text("json", *made))
+    found = json.loads(compare_table.as_text("json", *made))
     assert found["all runs"]["reward/emoji"] == {"mean": mean, "std": pytest.approx(0, abs=1), "runs": 3}
-    rows = list(csv.DictReader(io.StringIO(formats.as_text("csv", *made))))
+    rows = list(csv.DictReader(io.StringIO(compare_table.as_text("csv", *made))))
     (row,) = [row for row in rows if row["metric"] == "reward/emoji" and row["group"] == "all runs"]
     assert float(row["mean"]) == pytest.approx(mean, rel=1e-5) and row["runs"] == "3"
-    markdown, latex = (formats.as_text(form, *made) for form in ("markdown", "latex"))
+    markdown, latex = (compare_table.as_text(form, *made) for form in ("markdown", "latex"))
     assert f"| {mean:.3f} ± " in markdown and f"${mean:.3f} \\pm " in latex and latex.count("\\\\") == len(made[1]) + 1
     with pytest.raises(InputError, match="expected one of markdown, latex, csv, json"):
-        formats.as_text("xml", *made)
+        compare_table.as_text("xml", *made)
 
 
 def test_the_commands_print_them(seeds, palate):
@@ -81,7 +82,7 @@ def test_the_commands_print_them(seeds, palate):
 def test_a_run_that_cannot_be_read_stays_in_the_list(tmp_path):
     run = fake_run(tmp_path / "bad", steps=2)
     (run / "evaluation.json").write_text("{")
-    row = listing.describe(run)
+    row = runs_command.describe(run)
     assert row.state == "broken" and "evaluation.json is not JSON" in row.headline
 
 

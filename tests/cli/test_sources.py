@@ -10,7 +10,7 @@ from PIL import Image
 from support.commands import short
 from support.tiny_families import load, saved
 
-from palate.cli.sources import family_of, load_source
+from palate.cli.model_source import family_of, load_source
 from palate.evaluate import generate
 from palate.runtime.errors import InputError
 from palate.runtime.images import to_pixels

@@ -69,7 +69,7 @@ def test_what_has_no_strength_is_a_sentence(palate, tmp_path, monkeypatch):
     asked = ("--model", "emoji", "--prompt", "a", "--seeds", "0", "--out", "x")
     code, _, err = palate("sample", *asked, "--strength", "0.5")
     assert code == 2 and "--strength: there is no LoRA here" in err.splitlines()[-1]
-    monkeypatch.setattr("palate.cli.sources.base_model", TinyFlow)
+    monkeypatch.setattr("palate.cli.model_source.base_model", TinyFlow)
     code, _, err = palate("sample", *asked, "--strength", "0.5")
     assert code == 2 and "emoji has no LoRA whose strength could be changed" in err
     for wrong in ("a", "0,,1", "nan", "100"):

@@ -9,7 +9,7 @@ import torch
 from support.judge import SECRET, FakeJudge, serving
 
 from palate import cli, evaluate
-from palate.cli import measuring
+from palate.cli import evaluate as evaluate_command
 from palate.data.checklists import Checklist, Question
 from palate.evaluate.checklists import evaluate_checklists
 from palate.models.vocabulary import vocabulary
@@ -194,9 +194,9 @@ def test_the_command_asks_prints_and_compares(judge, runs, tmp_path, monkeypatch
 
 def test_genevals_metadata_becomes_tasks(runs, tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr(measuring, "geneval_prompts", lambda rows: geneval_prompts(rows, SCENES))
+    monkeypatch.setattr(evaluate_command, "geneval_prompts", lambda rows: geneval_prompts(rows, SCENES))
     monkeypatch.setattr(
-        measuring, "evaluate_with_tasks", lambda runs, seeds, *, prompts, as_json, quiet: seen.update(prompts)
+        evaluate_command, "evaluate_with_tasks", lambda runs, seeds, *, prompts, as_json, quiet: seen.update(prompts)
     )
     file = tmp_path / "evaluation_metadata.jsonl"
     row = {"tag": "counting", "include": [thing("dog", 3)], "prompt": "a photo of three dogs"}

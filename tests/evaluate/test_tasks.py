@@ -53,7 +53,7 @@ def test_the_command_needs_assets_with_words_for_tasks(tmp_path):
 def test_the_command_writes_each_runs_scores(tmp_path, drawn, capsys):
     import json
 
-    from palate.cli import tasks as command
+    from palate.cli import evaluate_tasks as command
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "task_prompts", lambda: PROMPTS)

@@ -186,14 +186,14 @@ def test_no_token_a_wrong_name_and_a_hub_that_refuses_are_sentences(tmp_path, mo
 
 
 def test_a_dry_run_without_a_token_says_what_would_be_sent(tmp_path, monkeypatch, capsys):
-    from palate.cli import exporting
+    from palate.cli import export as export_command
 
     run, folder = exported(tmp_path)
-    monkeypatch.setattr(exporting, "get_token", lambda: None)
-    monkeypatch.setattr(exporting, "_write", lambda *args: folder)
-    monkeypatch.setattr(exporting, "push", lambda *args: pytest.fail("a dry run sends nothing"))
-    exporting.export(run, "diffusers", None, hub=exporting.Hub("me/mine", dry=True))
+    monkeypatch.setattr(export_command, "get_token", lambda: None)
+    monkeypatch.setattr(export_command, "_write", lambda *args: folder)
+    monkeypatch.setattr(export_command, "push", lambda *args: pytest.fail("a dry run sends nothing"))
+    export_command.export_run(run, "diffusers", None, hub=export_command.Hub("me/mine", dry=True))
     said = capsys.readouterr().out
     assert "would send to me/mine, private" in said and "pictures/base-0000.png" in said
     with pytest.raises(InputError, match="no token of the hub on this machine"):
-        exporting.export(run, "diffusers", None, hub=exporting.Hub("me/mine"))
+        export_command.export_run(run, "diffusers", None, hub=export_command.Hub("me/mine"))

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from support.tiny_families import FAMILIES, saved
 
 import palate
-from palate.cli import sources
+from palate.cli import model_source
 from palate.cli.fetch import download
 from palate.models import source
 from palate.rewards import files
@@ -62,7 +62,7 @@ def opened(name: str, folder: str | None, **options):
 
 WAYS = {
     "models": lambda: opened("flux-schnell", BASE),
-    "sample --model": lambda: sources.load_base(BASE),
+    "sample --model": lambda: model_source.load_base(BASE),
     "fetch": lambda: download(PUBLISHED["pickscore"].weights, "pickscore"),
     "reward": lambda: files.weights_file("hpsv2", BASE, default="model.safetensors", how="It is published there."),
 }

@@ -1,12 +1,11 @@
 """The `palate` command. `app` holds what all commands share, `options` the options that several have.
 
-A command is declared in `training`, `judging`, `keeping`, `other` or `taste`: its options, its help, and the checks
-that need no library, so that --help and a mistake in the options answer at once. What it does stands in a module of
-its own (`drawing` of sample, `measuring` of evaluate, ...), which imports what it likes at its top and is itself the
-one import inside the command's function. A new command takes both: a declaration, and a module where it is heavy.
+A command is declared in `commands`: its options, its help, and the checks that need no library. What it does stands in
+the module of this folder with the command's name (`train`, `evaluate`, `export`, ...), which imports what it likes at
+its top and is itself the one import inside the command's function. A new command takes both.
 """
 
-from palate.cli import judging, keeping, other, taste, training
 from palate.cli.app import MAX_LINES, app, exit_code_of, main
+from palate.cli.commands import check, look, share, taste, train
 
-__all__ = ["MAX_LINES", "app", "exit_code_of", "judging", "keeping", "main", "other", "taste", "training"]
+__all__ = ["MAX_LINES", "app", "check", "exit_code_of", "look", "main", "share", "taste", "train"]

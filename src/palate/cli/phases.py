@@ -56,7 +56,7 @@ def spell_seconds(seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def shown(quiet: bool) -> Iterator[None]:
+def show_phases(quiet: bool) -> Iterator[None]:
     """Inside, phases are shown; the first, loading, at once."""
     if quiet:
         yield

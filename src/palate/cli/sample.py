@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from palate.cli.sources import load_source
+from palate.cli.model_source import load_source
 from palate.core import HasStrength
 from palate.evaluate import generate, pairs, read_index, write_samples
 from palate.report.sheet import write_sheet

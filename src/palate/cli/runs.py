@@ -83,6 +83,6 @@ def headline(evaluation: dict[str, Any] | None) -> str:
     return f"{name} {metric['base']:.3g} to {metric['value']:.3g}{marks}"
 
 
-def as_json(rows: list[RunRow]) -> str:
+def as_json_list(rows: list[RunRow]) -> str:
     """The rows as a JSON list of objects."""
     return json.dumps([row._asdict() for row in rows], indent=1)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from palate.cli.app import LOOK, app, examples
-from palate.cli.asked import Asked
+from palate.cli.evaluate_options import EvaluateOptions
 from palate.cli.options import (
     Json,
     Run,
@@ -20,7 +20,7 @@ from palate.cli.options import (
     recipe_file,
     run_names,
 )
-from palate.cli.phases import shown
+from palate.cli.phases import show_phases
 from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
 
@@ -49,8 +49,8 @@ def sample(
     prompts = all_prompts(prompt, prompts_file)
     if (run is None) == (model is None):
         raise InputError("give either a run folder or --model, for example --model emoji")
-    with shown(ctx.obj["quiet"]):
-        from palate.cli.drawing import draw
+    with show_phases(ctx.obj["quiet"]):
+        from palate.cli.sample import draw
 
         source = model if model is not None else str(run)
         count = draw(source, prompts, seeds, steps=steps, guidance=guidance, strengths=strength, out=out)
@@ -100,9 +100,9 @@ def evaluate(
         raise InputError("give at least one run, for example runs/mine")
     for run in folders:
         recipe_file(run)
-    from palate.cli import measuring
+    from palate.cli.evaluate import evaluate_and_print
 
-    measuring.evaluate(folders, Asked(
+    evaluate_and_print(folders, EvaluateOptions(
         prompts_file=prompts_file, count=count, seeds=seeds, stored=stored, overrides=overrides, tasks=tasks,
         questions=questions, judge=judge, protocol=protocol, out=out, as_json=as_json,
         strengths=strength, quiet=ctx.obj["quiet"],
@@ -146,16 +146,16 @@ def compare(
         raise InputError("--format: give the runs to compare")
     if not score and form is None and len(chosen) < 2:
         raise InputError("give two runs: palate compare runs/a runs/b; or --score with the choices of a blind study")
-    from palate.cli import comparing
+    from palate.cli import compare as comparison
 
     if score:
-        comparing.score(score, key, chosen[0] if chosen else None)
+        comparison.print_score(score, key, chosen[0] if chosen else None)
     elif form is not None:
-        comparing.table(chosen, form, group)
+        comparison.print_table(chosen, form, group)
     elif blind:
-        comparing.blind(chosen, out, count or 40, seed)
+        comparison.write_blind_study(chosen, out, count or 40, seed)
     else:
-        comparing.side_by_side(chosen)
+        comparison.write_side_by_side(chosen)
 
 
 @app.command(
@@ -167,11 +167,11 @@ def runs(
     as_json: Json = False,
 ) -> None:
     """List runs: state, step, words, headline, size."""
-    from palate.cli import listing
+    from palate.cli.runs import as_json_list, describe, find_runs
 
-    rows = [listing.describe(run) for run in listing.find_runs(folder)]
+    rows = [describe(run) for run in find_runs(folder)]
     if as_json:
-        print(listing.as_json(rows))
+        print(as_json_list(rows))
         return
     if not rows:
         print(f"no runs in {printable(str(folder))}; begin one with palate train srpo-emoji")

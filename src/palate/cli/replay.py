@@ -14,7 +14,7 @@ from palate.runtime.progress import printable
 from palate.train import replay as replay_bundle
 
 
-def replay(bundle: Path) -> None:
+def replay_and_print(bundle: Path) -> None:
     """Print where the first value that is not finite arises. typer.Exit(1): the step no longer fails."""
     saved = checkpoint.load(bundle)
     if not saved.state.get("recipe"):

@@ -5,24 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from palate.cli.formats import as_text, compare_runs
+from palate.cli.compare_table import as_text, compare_runs
 from palate.report import study, write_report
 from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
 
 
-def score(choices: Sequence[Path], key: Path | None, run: Path | None) -> None:
+def print_score(choices: Sequence[Path], key: Path | None, run: Path | None) -> None:
     """Print what the choices of a blind study say. key: None = looked for beside the choices and in `run`."""
     result = study.score(study.read_choices(list(choices)), study.find_key(list(choices), key, run))
     print(printable(study.text_of(result)))
 
 
-def table(runs: Sequence[Path], form: str, group: str | None) -> None:
+def print_table(runs: Sequence[Path], form: str, group: str | None) -> None:
     """Print the runs' evaluations in one of `formats.FORMATS`."""
     print(printable(as_text(form, *compare_runs(runs, group))), end="")
 
 
-def blind(runs: Sequence[Path], page: Path | None, count: int, seed: int | None) -> None:
+def write_blind_study(runs: Sequence[Path], page: Path | None, count: int, seed: int | None) -> None:
     """Write the page of a blind study of two runs, and its key."""
     if len(runs) != 2:
         raise InputError(f"--blind compares two runs, got {len(runs)}")
@@ -31,6 +31,6 @@ def blind(runs: Sequence[Path], page: Path | None, count: int, seed: int | None)
     print(f"key:  {printable(str(secret))} (keep it; whoever chooses must not see it)")
 
 
-def side_by_side(runs: Sequence[Path]) -> None:
+def write_side_by_side(runs: Sequence[Path]) -> None:
     """Write one page of all runs, into the first one's folder."""
     print(f"side by side: {printable(str(write_report(runs[0], compare=runs[1:])))}")

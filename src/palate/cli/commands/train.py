@@ -1,4 +1,4 @@
-"""Commands that train: train, resume, optimize, steer."""
+"""Commands that train: train, resume, optimize, steer, init, recipes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from palate.cli.app import TRAIN, app, examples
-from palate.cli.folders import check_room
 from palate.cli.options import Fresh, Overrides, Ranks, RecipeName, Run, WordsOption, read_recipe, recipe_file
+from palate.cli.run_folder import check_room
 from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
 
@@ -37,9 +37,9 @@ def train(
     if read.optimize is not None:
         raise InputError("optimize: this recipe queries a black-box objective; use `palate optimize`")
     if dry_run:
-        from palate.cli import rehearsing
+        from palate.cli.dry_run import dry_run_of
 
-        rehearsing.rehearse(read, fresh=fresh)
+        dry_run_of(read, fresh=fresh)
         return
     _run(read, nproc, resume=False, fresh=fresh, quiet=ctx.obj["quiet"])
 
@@ -61,7 +61,7 @@ def resume(
     The result is the same, bit for bit, as if the run had never stopped.
     """
     recipe_file(run)
-    from palate.cli.resuming import read_resumed
+    from palate.cli.resume import read_resumed
 
     _run(read_resumed(run, overrides or ()), nproc, resume=True, fresh=False, quiet=ctx.obj["quiet"])
 
@@ -78,9 +78,9 @@ def optimize(recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = Fal
     read = read_recipe(recipe, overrides)
     if read.optimize is None:
         raise InputError("optimize: this recipe has no such section; use `palate train`, or give optimize.oracle.name")
-    from palate.cli import optimizing
+    from palate.cli.optimize import optimize_recipe
 
-    optimizing.optimize(read, fresh=fresh)
+    optimize_recipe(read, fresh=fresh)
 
 
 @app.command(rich_help_panel=TRAIN, epilog=examples(
@@ -89,9 +89,9 @@ def optimize(recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = Fal
 ))  # fmt: skip
 def steer(run: Run, positive: WordsOption = None, negative: WordsOption = None) -> None:
     """Change the control words of a running run."""
-    from palate.cli import steering
+    from palate.cli.steer import steer_and_wait
 
-    steering.steer(run, positive, negative)
+    steer_and_wait(run, positive, negative)
 
 
 @app.command(rich_help_panel=TRAIN, epilog=examples(
@@ -108,11 +108,37 @@ def init(
     out: Annotated[Path | None, typer.Option(help="The file to write; METHOD-MODEL.yaml if left out.")] = None,
 ) -> None:
     """Write a commented recipe from a few answers."""
-    from palate.cli import beginning
+    from palate.cli.init import Answers, write_recipe
 
-    answers = beginning.Answers(model, method, card, tuple(words or ()), tuple(without or ()), reward)
-    path = beginning.init(answers, out)
+    answers = Answers(model, method, card, tuple(words or ()), tuple(without or ()), reward)
+    path = write_recipe(answers, out)
     print(f"{printable(str(path))}: look at it, then palate train {printable(str(path))} --dry-run")
+
+
+@app.command(rich_help_panel=TRAIN, epilog=examples(
+    "palate recipes",
+    "palate recipes srpo-emoji > mine.yaml    a recipe of your own to edit",
+))  # fmt: skip
+def recipes(
+    show: Annotated[str | None, typer.Argument(help="Print this recipe instead of the list.")] = None,
+    words: Annotated[bool, typer.Option("--words", help="List the words that the embedded model knows.")] = False,
+) -> None:
+    """List the published recipes, or print one."""
+    if words:
+        from palate.models.vocabulary import vocabulary
+
+        vocab = vocabulary()
+        for kind in ("styles", "colours", "sizes", "positions", "concepts"):
+            print(f"{kind}: {', '.join(getattr(vocab, kind))}")
+        print("synonyms: " + ", ".join(f"{word} = {known}" for word, known in vocab.synonyms.items()))
+        return
+    from palate.recipe import published, text_of
+
+    if show is not None:
+        print(text_of(show), end="")
+        return
+    for name, summary in published().items():
+        print(f"{name:24} {summary}")
 
 
 def _run(recipe: Recipe, nproc: int, *, resume: bool, fresh: bool, quiet: bool) -> None:
@@ -121,6 +147,6 @@ def _run(recipe: Recipe, nproc: int, *, resume: bool, fresh: bool, quiet: bool) 
     with ranks(nproc, recipe) as on_main:
         if not resume:
             on_main(lambda: check_room(Path(recipe.run.folder), fresh))
-        from palate.cli import running
+        from palate.cli.train import train_recipe
 
-        running.run(recipe, on_main, resume=resume, fresh=fresh, quiet=quiet)
+        train_recipe(recipe, on_main, resume=resume, fresh=fresh, quiet=quiet)

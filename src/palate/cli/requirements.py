@@ -25,7 +25,7 @@ GATED = ("black-forest-labs/FLUX.1-dev", "stabilityai/stable-diffusion-3")  # be
 VAE_GIGABYTES = 0.17
 
 
-class Need(NamedTuple):
+class Requirement(NamedTuple):
     """One thing that must be there. state: ok, missing, bad or note; `command` makes a missing one right."""
 
     state: str
@@ -39,48 +39,48 @@ class Need(NamedTuple):
         return Finding(self.state, f"{self.what}: {self.text}" + (f"\n        {self.command}" if self.command else ""))
 
 
-def needs(recipe: Recipe, device: str | None = None, *, made: Plan | None = None) -> Iterator[Need]:
+def requirements(recipe: Recipe, device: str | None = None, *, made: Plan | None = None) -> Iterator[Requirement]:
     """Everything, in the order in which a run would ask for it. made: the recipe's plan, if it is known."""
     made = made or plan(recipe)
     found = [*_model(recipe, made), *_rewards(recipe), *_prompts(recipe)]
     yield from found
-    yield from _disk(sum(need.gigabytes for need in found))
+    yield from _disk(sum(requirement.gigabytes for requirement in found))
     yield _memory(made, device)
 
 
 # --- model ------------------------------------------------------------------------------------------------------------
 
 
-def _model(recipe: Recipe, made: Plan) -> Iterator[Need]:
+def _model(recipe: Recipe, made: Plan) -> Iterator[Requirement]:
     if recipe.model.name == "emoji":
-        yield Need("ok", "model emoji", "in the package, Apache-2.0")
+        yield Requirement("ok", "model emoji", "in the package, Apache-2.0")
         return
     facts, folder = facts_of(recipe.model.name), recipe.model.folder
     if folder is None and recipe.model.file is not None:
         folder = published_base(Path(recipe.model.file).expanduser(), recipe.model.name)
     what = f"model {folder}"
     if folder is None:
-        yield Need("bad", f"model {recipe.model.name}", "model.folder names no diffusers folder or hub id")
+        yield Requirement("bad", f"model {recipe.model.name}", "model.folder names no diffusers folder or hub id")
         return
     if Path(folder).expanduser().is_dir():
         lacking = [part for part in facts.parts if not (Path(folder).expanduser() / part).is_dir()
                    and part not in facts.optional]  # fmt: skip
         text = f"lacks {', '.join(lacking)}; the download is incomplete" if lacking else "a local folder"
-        yield Need("bad" if lacking else "ok", what, f"{text}; licence of {facts.name}: {facts.licence}")
+        yield Requirement("bad" if lacking else "ok", what, f"{text}; licence of {facts.name}: {facts.licence}")
         return
     text_parameters = facts.published.text_parameters if facts.published else 0.0
     size = (made.units["denoiser"].parameters / 1e9 + text_parameters) * 2 + VAE_GIGABYTES
     licence = facts.licences.get(folder, facts.licence)
     missing = [part for part in facts.parts if not _cached_part(folder, part)]
     if not missing:
-        yield Need("ok", what, f"in the hub's cache; licence {licence}")
+        yield Requirement("ok", what, f"in the hub's cache; licence {licence}")
         return
-    yield Need(
+    yield Requirement(
         "missing", what, f"{', '.join(missing)}, about {size:.0f} GB in all; licence {licence}",
         f"hf download {folder} --include {' '.join(_patterns(facts))}", size,
     )  # fmt: skip
     if folder.startswith(GATED):
-        yield Need(
+        yield Requirement(
             "note" if get_token() else "missing",
             f"access to {folder}",
             "gated: its terms are accepted once, at https://huggingface.co/" + folder,
@@ -107,7 +107,7 @@ def _cached_part(repository: str, part: str) -> bool:
 # --- rewards ----------------------------------------------------------------------------------------------------------
 
 
-def _rewards(recipe: Recipe) -> Iterator[Need]:
+def _rewards(recipe: Recipe) -> Iterator[Requirement]:
     settings = recipe.reward
     used = list(settings.weights or ([settings.name] if settings.name else []))
     judge = recipes.heldout_of(recipe) if recipe.model.name != "emoji" else None
@@ -120,21 +120,23 @@ def _rewards(recipe: Recipe) -> Iterator[Need]:
         yield found._replace(state="note", text=f"trains without it; {found.text}", gigabytes=0.0) if missing else found
 
 
-def _reward(what: str, name: str, source: str | None) -> Need:
+def _reward(what: str, name: str, source: str | None) -> Requirement:
     known = PUBLISHED.get(name)
     if known is None:
-        return Need("ok", what, source or "nothing to download")
+        return Requirement("ok", what, source or "nothing to download")
     note = f"; {known.note}" if known.note else ""
     if source and Path(source).expanduser().exists():
-        return Need("ok", what, f"{source}; licence {known.licence}{note}")
+        return Requirement("ok", what, f"{source}; licence {known.licence}{note}")
     size = known.weights.gigabytes + sum(extra.gigabytes for extra in known.extra)
     converted = Path("weights") / name / (known.converted or "")
     if known.converted and converted.is_file():
         command = f"add reward.source.{name}={converted}"
-        return Need("missing", what, f"fetched, but the recipe does not name it; licence {known.licence}", command)
+        return Requirement(
+            "missing", what, f"fetched, but the recipe does not name it; licence {known.licence}", command
+        )
     if known.converted is None and not source and cached(known):
-        return Need("ok", what, f"in the hub's cache; licence {known.licence}{note}")
-    return Need(
+        return Requirement("ok", what, f"in the hub's cache; licence {known.licence}{note}")
+    return Requirement(
         "missing", what, f"about {size:.2f} GB; licence {known.licence}{note}", f"palate fetch {name}", size
     )  # fmt: skip
 
@@ -142,26 +144,26 @@ def _reward(what: str, name: str, source: str | None) -> Need:
 # --- the rest ---------------------------------------------------------------------------------------------------------
 
 
-def _prompts(recipe: Recipe) -> Iterator[Need]:
+def _prompts(recipe: Recipe) -> Iterator[Requirement]:
     try:
         training, preview = recipes.prompts_of(recipe)
     except (InputError, OSError) as error:
-        yield Need("bad", "prompts", str(error).splitlines()[0])
+        yield Requirement("bad", "prompts", str(error).splitlines()[0])
         return
-    yield Need("ok", "prompts", f"{len(training)} to train on, {len(preview)} for previews")
+    yield Requirement("ok", "prompts", f"{len(training)} to train on, {len(preview)} for previews")
 
 
-def _disk(download: float) -> Iterator[Need]:
+def _disk(download: float) -> Iterator[Requirement]:
     cache = next(path for path in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents) if path.exists())
     free = shutil.disk_usage(cache).free / 1e9
     text = f"{free:.0f} GB free in the hub's cache ({HF_HUB_CACHE}), {download:.1f} GB still to download"
-    yield Need("ok" if free > download * 1.05 + 1 else "bad", "disk", text)
+    yield Requirement("ok" if free > download * 1.05 + 1 else "bad", "disk", text)
 
 
-def _memory(made: Plan, device: str | None) -> Need:
+def _memory(made: Plan, device: str | None) -> Requirement:
     name, card = find_device(device)
     need, room = made.bytes / GIB, FREE * card.gib
     text = f"{need:.1f} GiB per device for a step, {card.gib:.0f} GiB on {name}, of which {room:.0f} to use"
     if need <= room:
-        return Need("ok", "memory", text)
-    return Need("bad", "memory", text, "palate plan RECIPE says what needs less")
+        return Requirement("ok", "memory", text)
+    return Requirement("bad", "memory", text, "palate plan RECIPE says what needs less")

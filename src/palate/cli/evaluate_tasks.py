@@ -9,8 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from palate.cli.phases import shown
-from palate.cli.sources import load_run
+from palate.cli.model_source import load_run
+from palate.cli.phases import show_phases
 from palate.core import Model, Sampler
 from palate.evaluate.tasks import SEEDS, TaskScore, evaluate_tasks, tasks_json
 from palate.report.html import number, signed
@@ -36,7 +36,7 @@ def evaluate_with_tasks(
         print(", ".join(f"{len(told)} of {task}" for task, told in prompts.items()) + " prompts")
     found = {}
     for run, name in zip(runs, run_names(runs), strict=True):
-        with shown(quiet):
+        with show_phases(quiet):
             model, sampler = load(run)
             scores = evaluate_tasks(model, sampler=sampler, seeds=range(seeds or SEEDS), prompts=prompts, reward=reward)
         found[name] = tasks_json(scores)

@@ -97,17 +97,17 @@ def fit(
     blocks: Annotated[str | None, typer.Option(help="Blocks of features, as words,colour; also tower, pairs.")] = None,
 ) -> None:
     """Learn a taste, and say how well it foretells votes."""
-    from palate.cli import tasting
+    from palate.cli import fit_taste
 
-    tasting.fit(votes, out, features, weights, blocks)
+    fit_taste.fit(votes, out, features, weights, blocks)
 
 
 @taste_app.command("show")
 def show(taste: TasteFolder, weights: SourceWeights = None) -> None:
     """Say what a taste is made of, and how good it is."""
-    from palate.cli import tasting
+    from palate.cli import fit_taste
 
-    tasting.show(taste, weights)
+    fit_taste.show(taste, weights)
 
 
 @taste_app.command("ask", epilog=examples("palate taste ask tastes/mine samples --count 20 -o next.jsonl"))
@@ -120,9 +120,9 @@ def ask(
     weights: SourceWeights = None,
 ) -> None:
     """Choose the pairs whose answers tell most (BALD)."""
-    from palate.cli import tasting
+    from palate.cli import fit_taste
 
-    tasting.ask(taste, pictures, count=count, out=out, seed=seed, weights=weights)
+    fit_taste.ask(taste, pictures, count=count, out=out, seed=seed, weights=weights)
 
 
 @app.command(rich_help_panel=LOOK, epilog=examples(

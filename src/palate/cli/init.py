@@ -56,7 +56,7 @@ def templates() -> dict[tuple[str, str], str]:
     return found
 
 
-def init(answers: Answers, out: Path | None, *, plan: Planner = planner.plan) -> Path:
+def write_recipe(answers: Answers, out: Path | None, *, plan: Planner = planner.plan) -> Path:
     """Write the recipe; returns its path. InputError: the file is there already, or an answer cannot be used."""
     if out is not None:
         _check_free(out)

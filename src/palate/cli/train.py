@@ -10,9 +10,9 @@ import torch
 import typer
 
 from palate import recipe as recipes
-from palate.cli.folders import remove_run
-from palate.cli.phases import shown
+from palate.cli.phases import show_phases
 from palate.cli.ranks import OnMain
+from palate.cli.run_folder import remove_run
 from palate.plan import require_room
 from palate.recipe import Recipe
 from palate.report.pictures import preview_folders
@@ -23,7 +23,7 @@ from palate.runtime.runlock import owned
 from palate.train import Job, Outcome, run_job
 
 
-def run(recipe: Recipe, on_main: OnMain, *, resume: bool, fresh: bool, quiet: bool) -> None:
+def train_recipe(recipe: Recipe, on_main: OnMain, *, resume: bool, fresh: bool, quiet: bool) -> None:
     """Train as the owner of the run's folder, and say how to go on. typer.Exit with the outcome's code."""
     folder = Path(recipe.run.folder)
     with contextlib.ExitStack() as held:
@@ -49,7 +49,7 @@ def _trained(recipe: Recipe, on_main: OnMain, *, resume: bool, fresh: bool, quie
     if resume:
         recipes.check_identity(folder, recipe)
     torch.manual_seed(recipe.trainer.seed)  # the LoRA's first weights; nothing later draws from this generator
-    with shown(quiet or "RANK" in os.environ):
+    with show_phases(quiet or "RANK" in os.environ):
         parts = recipes.build(recipe, before_model=lambda: on_main(lambda: require_room(recipe)))
     if fresh:
         on_main(lambda: remove_run(folder))  # only now: a recipe that cannot be built must not cost the old run

@@ -1,71 +1,17 @@
-"""Commands that share and check: export, recipes, plan, doctor."""
+"""Commands that check: plan, doctor, fetch, checkpoints, replay."""
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from palate.cli.app import CHECK, SHARE, TRAIN, app, examples
-from palate.cli.options import Json, Overrides, RecipeName, Run, belongs, finite, read_recipe, recipe_file
-from palate.runtime.errors import InputError
+from palate.cli.app import CHECK, app, examples
+from palate.cli.options import Json, Overrides, RecipeName, Run, finite, read_recipe
+from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.progress import printable
-
-
-@app.command(rich_help_panel=SHARE, epilog=examples(
-    "palate export runs/mine --format comfyui",
-    "palate export runs/mine --push-to-hub me/my-lora --dry-run",
-    "palate export runs/mine-distar --format one-step --out generator",
-))  # fmt: skip
-def export(
-    run: Run,
-    form: Annotated[
-        str, typer.Option("--format", help="diffusers, kohya, comfyui, merged; one-step (DI*).")
-    ] = "diffusers",
-    out: Annotated[Path | None, typer.Option(help="The folder to write to; RUN/export/FORMAT if left out.")] = None,
-    max_shard_size: Annotated[str | None, typer.Option(help="Of merged: the largest file, as 5GB; 10GB.")] = None,
-    push_to_hub: Annotated[str | None, typer.Option(metavar="ID", help="Send it to this repository, private.")] = None,
-    public: Annotated[bool, typer.Option("--public", help="With --push-to-hub: everybody can see it.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="With --push-to-hub: say what would be sent.")] = False,
-) -> None:
-    """Write a run's LoRA or generator for other programs."""
-    recipe_file(run)
-    belongs("--public", public, "--push-to-hub", push_to_hub is not None)
-    belongs("--dry-run", dry_run, "--push-to-hub", push_to_hub is not None)
-    from palate.cli import exporting
-
-    hub = exporting.Hub(push_to_hub, public, dry_run) if push_to_hub else None
-    exporting.export(run, form, out, max_shard_size=max_shard_size, hub=hub)
-
-
-@app.command("merge", rich_help_panel=SHARE, epilog=examples(
-    "palate merge runs/warm runs/outline --out runs/both",
-    "palate train srpo-emoji model.start=runs/both model.lora_rank=8",
-))  # fmt: skip
-def merge(
-    adapters: Annotated[list[str], typer.Argument(help="Runs, adapter folders or LoRA files of one network.")],
-    out: Annotated[Path, typer.Option(help="The folder to write to.")],
-    weights: Annotated[
-        str | None, typer.Option(help="A number for each, as 0.7,0.3; equal shares of 1 if left out.")
-    ] = None,
-) -> None:
-    """Add LoRAs up into one, without training."""
-    try:
-        numbers = [float(part) for part in weights.split(",")] if weights else [1 / len(adapters)] * len(adapters)
-    except ValueError as error:
-        raise InputError(f"--weights: expected numbers, as 0.7,0.3, got {weights!r}") from error
-    for number in numbers:
-        if not math.isfinite(number):
-            raise InputError(f"--weights: expected finite numbers, got {number}")
-    if len(numbers) != len(adapters):
-        raise InputError(f"--weights: {len(adapters)} adapters take as many numbers, got {len(numbers)}")
-    from palate.models.merge import merge_adapters
-
-    rank = merge_adapters(adapters, numbers, out)
-    print(f"LoRA of rank {rank}: {printable(str(out))}; train on from it with model.start and model.lora_rank={rank}")
 
 
 @app.command("plan", rich_help_panel=CHECK, epilog=examples(
@@ -121,9 +67,9 @@ def doctor(
     found = list(doctors.findings())  # first of all: what is imported below may be what is broken
     if recipe is not None:
         read = read_recipe(recipe, overrides)
-        from palate.cli.needs import needs
+        from palate.cli.requirements import requirements
 
-        found += [need.finding() for need in needs(read, device)]
+        found += [requirement.finding() for requirement in requirements(read, device)]
     if reward is not None:
         found += doctors.try_reward(reward, source)
     if as_json:
@@ -170,27 +116,36 @@ def fetch(
     print(f"ready: reward.source.{name}={printable(where)}" if where else f"ready: reward.name={name}")
 
 
-@app.command(rich_help_panel=TRAIN, epilog=examples(
-    "palate recipes",
-    "palate recipes srpo-emoji > mine.yaml    a recipe of your own to edit",
-))  # fmt: skip
-def recipes(
-    show: Annotated[str | None, typer.Argument(help="Print this recipe instead of the list.")] = None,
-    words: Annotated[bool, typer.Option("--words", help="List the words that the embedded model knows.")] = False,
+@app.command(
+    rich_help_panel=CHECK, epilog=examples("palate checkpoints runs/mine", "palate checkpoints runs/mine --prune")
+)
+def checkpoints(
+    run: Run,
+    prune: Annotated[bool, typer.Option("--prune", help="Delete all but the newest and the guard's best.")] = False,
+    keep: Annotated[int, typer.Option(min=1, help="With --prune: how many of the newest good ones stay.")] = 1,
 ) -> None:
-    """List the published recipes, or print one."""
-    if words:
-        from palate.models.vocabulary import vocabulary
+    """List the checkpoints of a run and verify every byte."""
+    from palate.cli.checkpoints import print_checkpoints, prune_checkpoints
 
-        vocab = vocabulary()
-        for kind in ("styles", "colours", "sizes", "positions", "concepts"):
-            print(f"{kind}: {', '.join(getattr(vocab, kind))}")
-        print("synonyms: " + ", ".join(f"{word} = {known}" for word, known in vocab.synonyms.items()))
-        return
-    from palate.recipe import published, text_of
+    there, damaged = print_checkpoints(run)
+    if prune:
+        prune_checkpoints(run, keep)
+    elif damaged:
+        raise CheckpointError(f"{damaged} of {there} checkpoints are damaged; resuming passes them over")
 
-    if show is not None:
-        print(text_of(show), end="")
-        return
-    for name, summary in published().items():
-        print(f"{name:24} {summary}")
+
+@app.command(rich_help_panel=CHECK, epilog=examples("palate replay runs/mine/failures/step-000012"))
+def replay(
+    bundle: Annotated[Path, typer.Argument(help="What a run left: runs/NAME/failures/step-NNNNNN.")],
+) -> None:
+    """Repeat a step that was not finite and find the cause.
+
+    Prints where the first value that is not finite arises. Exit code 1 where the step no longer fails.
+    """
+    if (bundle / "recipe.yaml").is_file():
+        left = sorted(path for path in (bundle / "failures").glob("step-*"))
+        remedy = f"give one of its failures, for example {left[-1]}" if left else "it has left no failures to replay"
+        raise InputError(f"{bundle} is a run; {remedy}")
+    from palate.cli.replay import replay_and_print
+
+    replay_and_print(bundle)

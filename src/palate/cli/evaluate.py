@@ -10,11 +10,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from palate.cli.asked import Asked
-from palate.cli.phases import shown
-from palate.cli.questions import evaluate_with_questions
-from palate.cli.tasks import evaluate_with_tasks
-from palate.cli.text import print_evaluation, print_strengths
+from palate.cli.evaluate_options import EvaluateOptions
+from palate.cli.evaluate_questions import evaluate_with_questions
+from palate.cli.evaluate_tasks import evaluate_with_tasks
+from palate.cli.phases import show_phases
+from palate.cli.result_tables import print_evaluation, print_strengths
 from palate.data import geneval, read_prompts
 from palate.data.published import PROMPT_SETS, find_prompt_set, read_prompt_set
 from palate.evaluate import to_json
@@ -30,80 +30,80 @@ from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
 
 
-def check(asked: Asked) -> None:
+def check(options: EvaluateOptions) -> None:
     """InputError for options that exclude each other."""
-    if asked.stored and (asked.count or asked.seeds or (asked.prompts_file and not asked.protocol)):
+    if options.stored and (options.count or options.seeds or (options.prompts_file and not options.protocol)):
         raise InputError("--stored judges the images that are there; leave out --prompts-file, --count and --seeds")
-    if asked.protocol is not None and (asked.tasks or asked.questions):
+    if options.protocol is not None and (options.tasks or options.questions):
         raise InputError("--protocol, --tasks and --questions are three evaluations; give one of them")
-    if asked.protocol is not None and asked.protocol not in PROMPT_SETS:
-        raise InputError(f"--protocol: got {asked.protocol!r}; expected one of {', '.join(PROMPT_SETS)}")
-    alone = (asked.stored, asked.tasks, asked.questions, asked.protocol, asked.out)
-    if asked.strengths is not None and any(alone):
+    if options.protocol is not None and options.protocol not in PROMPT_SETS:
+        raise InputError(f"--protocol: got {options.protocol!r}; expected one of {', '.join(PROMPT_SETS)}")
+    alone = (options.stored, options.tasks, options.questions, options.protocol, options.out)
+    if options.strengths is not None and any(alone):
         raise InputError("--strength draws and judges by itself; leave out --stored, --tasks, --questions, --protocol, "
                          "--out")  # fmt: skip
-    if asked.judge is not None and (asked.questions is None or asked.tasks):
+    if options.judge is not None and (options.questions is None or options.tasks):
         raise InputError("--judge belongs to --questions; give both, or neither")
-    if asked.tasks and (asked.prompts_file or asked.count or asked.stored or asked.out):
+    if options.tasks and (options.prompts_file or options.count or options.stored or options.out):
         raise InputError("--tasks has prompts of its own and draws; leave out --prompts-file, --count, --stored, --out")
-    if asked.questions is not None and (asked.prompts_file or asked.count or asked.out):
+    if options.questions is not None and (options.prompts_file or options.count or options.out):
         raise InputError("--questions has prompts of its own; leave out --prompts-file, --count and --out")
 
 
-def evaluate(runs: Sequence[Path], asked: Asked) -> None:
+def evaluate_and_print(runs: Sequence[Path], options: EvaluateOptions) -> None:
     """Measure the runs in the way that the options name, and print tables, or JSON."""
-    check(asked)
-    if asked.strengths is not None:
-        _evaluate_strengths(runs, asked.strengths, asked)
-    elif asked.tasks:
-        prompts = None if asked.questions is None else geneval_prompts(geneval(asked.questions))
-        evaluate_with_tasks(runs, asked.seeds, prompts=prompts, as_json=asked.as_json, quiet=asked.quiet)
-    elif asked.questions is not None:
-        evaluate_with_questions(runs, asked)
+    check(options)
+    if options.strengths is not None:
+        _evaluate_strengths(runs, options.strengths, options)
+    elif options.tasks:
+        prompts = None if options.questions is None else geneval_prompts(geneval(options.questions))
+        evaluate_with_tasks(runs, options.seeds, prompts=prompts, as_json=options.as_json, quiet=options.quiet)
+    elif options.questions is not None:
+        evaluate_with_questions(runs, options)
     else:
-        _evaluate_rewards(runs, asked)
+        _evaluate_rewards(runs, options)
 
 
-def _evaluate_rewards(runs: Sequence[Path], asked: Asked) -> None:
+def _evaluate_rewards(runs: Sequence[Path], options: EvaluateOptions) -> None:
     """The recipe's evaluation or a paper's; writes the page."""
     warn = logging.getLogger("palate").warning
-    if asked.protocol is not None:
-        prompts = prompt_set(asked.protocol, asked.prompts_file)
-        with shown(asked.quiet):
+    if options.protocol is not None:
+        prompts = prompt_set(options.protocol, options.prompts_file)
+        with show_phases(options.quiet):
             found = evaluate_protocol(
-                runs, asked.protocol, prompts, count=asked.count, seeds=asked.numbers, stored=asked.stored,
-                overrides=asked.overrides,
+                runs, options.protocol, prompts, count=options.count, seeds=options.seed_range, stored=options.stored,
+                overrides=options.overrides,
             )  # fmt: skip
     else:
-        own = read_prompts(asked.prompts_file) if asked.prompts_file else None
-        with shown(asked.quiet):
+        own = read_prompts(options.prompts_file) if options.prompts_file else None
+        with show_phases(options.quiet):
             found = evaluate_runs(
-                runs, prompts=own, count=asked.count, seeds=asked.numbers, stored=asked.stored, warn=warn,
-                overrides=asked.overrides,
+                runs, prompts=own, count=options.count, seeds=options.seed_range, stored=options.stored, warn=warn,
+                overrides=options.overrides,
             )  # fmt: skip
-    page = write_evaluation(runs, found, asked.out)
-    if asked.as_json:
+    page = write_evaluation(runs, found, options.out)
+    if options.as_json:
         print(to_json(found), end="")
         return
     for name, evaluation in found["runs"].items():
         print_evaluation(name, evaluation)
-    if asked.protocol is not None:
+    if options.protocol is not None:
         print_standings(found["runs"][found["first"]]["protocol"]["rewards"])
     print(f"report: {printable(str(page))}")
 
 
-def _evaluate_strengths(runs: Sequence[Path], strengths: Sequence[float], asked: Asked) -> None:
+def _evaluate_strengths(runs: Sequence[Path], strengths: Sequence[float], options: EvaluateOptions) -> None:
     """Each run's LoRA at each strength: a table with a column per strength, and a sheet of the pictures."""
-    own = read_prompts(asked.prompts_file) if asked.prompts_file else None
+    own = read_prompts(options.prompts_file) if options.prompts_file else None
     found = {}
     for path in runs:
-        run = RunFolder(path, asked.overrides)
-        with shown(asked.quiet):
+        run = RunFolder(path, options.overrides)
+        with show_phases(options.quiet):
             found[str(path)] = evaluate_strengths(
-                run, strengths, prompts=prompts_of(run.recipe, own, asked.count), seeds=asked.numbers
+                run, strengths, prompts=prompts_of(run.recipe, own, options.count), seeds=options.seed_range
             )
             write_sheet(path / FOLDER)
-    if asked.as_json:
+    if options.as_json:
         print(to_json(found), end="")
         return
     for name, result in found.items():

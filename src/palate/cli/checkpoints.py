@@ -11,7 +11,7 @@ from palate.runtime.runlock import require_free
 from palate.runtime.runlog import METRICS, read_metrics
 
 
-def verify(run: Path) -> tuple[int, int]:
+def print_checkpoints(run: Path) -> tuple[int, int]:
     """Print a line of each checkpoint; (how many there are, how many are damaged)."""
     folder = run / "checkpoints"
     found = checkpoint.steps(folder)
@@ -27,7 +27,7 @@ def verify(run: Path) -> tuple[int, int]:
     return len(found), damaged
 
 
-def prune(run: Path, keep: int) -> None:
+def prune_checkpoints(run: Path, keep: int) -> None:
     """Delete checkpoints: the newest `keep` good ones stay, the guard's best, and all newer than these."""
     folder = run / "checkpoints"
     require_free(run, "its checkpoints stay as they are")

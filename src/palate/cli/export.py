@@ -27,7 +27,7 @@ class Hub(NamedTuple):
     dry: bool = False
 
 
-def export(
+def export_run(
     folder: Path, form: str, out: Path | None, *, max_shard_size: str | None = None, hub: Hub | None = None
 ) -> None:
     """Write the run's result in that form, and say where it lies; then send it to the hub, if asked."""

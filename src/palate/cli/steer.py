@@ -9,14 +9,13 @@ from palate.runtime.errors import InputError
 from palate.runtime.progress import say
 from palate.runtime.runlock import status
 from palate.runtime.runlog import METRICS, read_metrics
-from palate.train.steering import await_words
-from palate.train.steering import steer as change
+from palate.train.steering import await_words, steer
 
 
-def steer(run: Path, positive: Sequence[str] | None, negative: Sequence[str] | None) -> None:
+def steer_and_wait(run: Path, positive: Sequence[str] | None, negative: Sequence[str] | None) -> None:
     """Say at which step the run took the words, or what they wait for. InputError where it refused them."""
     seen = read_metrics(run / METRICS)
-    change(run, *(None if words is None else list(words) for words in (positive, negative)))
+    steer(run, *(None if words is None else list(words) for words in (positive, negative)))
     state = status(run).state
     if state != "running":
         done = max((row["step"] for row in seen), default=0)

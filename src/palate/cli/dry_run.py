@@ -8,7 +8,7 @@ import typer
 
 from palate import plan as planner
 from palate import recipe as recipes
-from palate.cli.needs import needs
+from palate.cli.requirements import requirements
 from palate.recipe import Recipe
 from palate.recipe.pictures import pictures_of
 from palate.runtime import checkpoint
@@ -18,7 +18,7 @@ from palate.runtime.progress import printable
 SHOWN = 5  # prompts
 
 
-def rehearse(recipe: Recipe, *, fresh: bool = False) -> None:
+def dry_run_of(recipe: Recipe, *, fresh: bool = False) -> None:
     """Print plan, folders, what is there and what is missing with the command that fetches it, and the first prompts.
 
     typer.Exit with 2 where the run could not start as it is.
@@ -28,10 +28,10 @@ def rehearse(recipe: Recipe, *, fresh: bool = False) -> None:
     print("\nfolders")
     good = _folders(recipe, fresh)
     print("\nneeded")
-    for need in needs(recipe, made=made):
-        finding = need.finding()
+    for requirement in requirements(recipe, made=made):
+        finding = requirement.finding()
         print("\n".join(f"  {printable(line)}" for line in f"{finding.state:8} {finding.text}".split("\n")))
-        good = good and need.state not in ("bad", "missing")
+        good = good and requirement.state not in ("bad", "missing")
     good = _start(recipe) and good
     print("\nprompts")
     _prompts(recipe)

@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from palate import recipe as recipes
-from palate.cli.folders import remove_run
+from palate.cli.run_folder import remove_run
 from palate.optimize import from_recipe
 from palate.plan import require_room
 from palate.recipe import Recipe
@@ -15,7 +15,7 @@ from palate.runtime.progress import printable
 from palate.runtime.runlock import owned
 
 
-def optimize(recipe: Recipe, *, fresh: bool) -> None:
+def optimize_recipe(recipe: Recipe, *, fresh: bool) -> None:
     """Query and train as the owner of the run's folder. typer.Exit with the outcome's code."""
     require_room(recipe)
     folder = Path(recipe.run.folder)

@@ -1,4 +1,4 @@
-"""What `palate evaluate` was asked for, as its options say."""
+"""The options of `palate evaluate`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvaluateOptions:
     """What is evaluated, and how it is shown, as the options say; None = as each recipe says."""
 
     prompts_file: str | None = None
@@ -26,6 +26,6 @@ class Asked:
     quiet: bool = False
 
     @property
-    def numbers(self) -> range | None:
-        """The seeds."""
+    def seed_range(self) -> range | None:
+        """The seeds 0, 1, ...; None = as each recipe says."""
         return None if self.seeds is None else range(self.seeds)

@@ -9,9 +9,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from palate.cli.asked import Asked
-from palate.cli.phases import shown
-from palate.cli.sources import load_run
+from palate.cli.evaluate_options import EvaluateOptions
+from palate.cli.model_source import load_run
+from palate.cli.phases import show_phases
 from palate.core import Model, Sampler
 from palate.data.checklists import read_checklists
 from palate.evaluate import to_json
@@ -25,17 +25,23 @@ Load = Callable[[Path], tuple[Model, Sampler | None]]
 EXAMPLE = "http://127.0.0.1:8000/v1/chat/completions#MODEL"
 
 
-def evaluate_with_questions(runs: Sequence[Path], asked: Asked, *, load: Load = load_run) -> None:
+def evaluate_with_questions(runs: Sequence[Path], options: EvaluateOptions, *, load: Load = load_run) -> None:
     """Write each run's checklist.json and print a table of it, or all as JSON. InputError: no judge is named."""
-    assert asked.questions is not None, "called for a file of questions"
-    if asked.judge is None:
+    assert options.questions is not None, "called for a file of questions"
+    if options.judge is None:
         raise InputError(f"--questions: name the judge that answers them, --judge {EXAMPLE}")
-    checklists, judge = read_checklists(asked.questions), connect(asked.judge, key="--judge")
-    with shown(asked.quiet):
+    checklists, judge = read_checklists(options.questions), connect(options.judge, key="--judge")
+    with show_phases(options.quiet):
         found = evaluate_runs_by_questions(
-            runs, checklists, judge, seeds=asked.numbers, stored=asked.stored, load=load, overrides=asked.overrides
+            runs,
+            checklists,
+            judge,
+            seeds=options.seed_range,
+            stored=options.stored,
+            load=load,
+            overrides=options.overrides,
         )
-    if asked.as_json:
+    if options.as_json:
         print(to_json(found), end="")
         return
     for name, result in found["runs"].items():
