@@ -31,6 +31,7 @@ from progress import Progress
 from safetensors.torch import load_file
 from shown import MEAN, STD, Shown, true_of, weather, weathered, wrong
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     BertConfig,
     BertModel,
@@ -228,7 +229,8 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, step / 100) * (0.51 + 0.49 * math.cos(math.pi * run.share))
         part = shown.take(order.integers(held_out, len(shown.scenes), args.batch))
-        with torch.autocast("cpu", torch.bfloat16):
+        # torch's fused attention is slow backwards under bfloat16 on a CPU
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             loss, metrics = evaluate(part, step)
             if rivals:
                 against, told = rivalry(model, *rivals.draw(shown, args.batch // 4, order), tokenizer)
