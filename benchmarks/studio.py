@@ -2,16 +2,25 @@
 
     python benchmarks/studio.py [--votes 40] [--runs FOLDER]      on a machine that does nothing else; two cores
     python benchmarks/studio.py --browser                         the next pair as Chromium shows it, with its pictures
+    python benchmarks/studio.py --way [--look 1.5]                votes, alignment, blind verdict: the whole way, in parts
 
 It opens `palate studio` in a process of its own on an empty folder, as a person would, waits until the pictures of the
 pool are drawn ahead, and votes. Figures: seconds from the command to the first pair; milliseconds from a vote to the
 answer with the next pair, and with --browser from the key to its two pictures on the screen (median, 95th percentile,
 largest); milliseconds of a refit and of the card with its leave-one-out refits after that many votes; bytes of a page.
+
+The whole way is a simulated person's, "warm3d" of benchmarks/taste.py, who errs in one choice of ten and looks at each
+pair for --look seconds: from the command to the last of 24 blind comparisons, where the better picture wins. If the
+taste is not learnt after --votes, 10 more are given, and again. The judge of the pictures is loaded before the clock
+starts. Limits: 4 minutes in all, 60 seconds from the click on Align to the end of the run without loading.
 """
 
 from __future__ import annotations
 
 import argparse
+import html
+import io
+import json
 import os
 import re
 import shutil
@@ -26,12 +35,18 @@ from typing import Any
 
 import httpx
 import numpy as np
+import torch
+from PIL import Image
 
+from palate.runtime.images import from_pixels
 from palate.taste.learner import fit, leave_one_out
 from palate.taste.taste import SIDE_STD
 
 LIMITS = {"first pair, s": 10.0, "next pair, ms": 100.0, "fit, ms": 50.0, "page, bytes": 300_000}
+WAY = {"all, s": 240.0, "training, s": 60.0}
 COLUMNS = 51  # words + colour of the embedded reward
+ERRS = 0.1  # of the simulated person's choices
+MOST = 120  # votes
 
 
 class Studio:
@@ -101,7 +116,7 @@ const look = () => {
   const whole = pair && pair.dataset.pair !== before && [...pair.querySelectorAll("img")].every((i) => i.complete);
   whole ? done(performance.now() - began) : requestAnimationFrame(look);
 };
-document.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft", bubbles: true }));
+document.body.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft", bubbles: true }));
 requestAnimationFrame(look);
 """
 
@@ -113,7 +128,10 @@ def by_browser(link: str, root: str, votes: int) -> list[float]:
 
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-proxy-server"):
+    for argument in (
+        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+        "--disable-background-networking", "--no-proxy-server",
+    ):  # fmt: skip
         options.add_argument(argument)
     page = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
     try:
@@ -140,17 +158,118 @@ def fits(votes: int, repeats: int = 20) -> tuple[list[float], list[float]]:
     return found
 
 
+class Person:
+    """Somebody of a known taste in front of the pages: looks at two pictures, and chooses."""
+
+    def __init__(self, name: str, look: float):
+        from taste import people
+
+        from palate.evaluate import embedded_panel
+
+        self.utility, self.look, self.rng = people(embedded_panel())[name], look, np.random.default_rng(0)
+        self.looked = 0.0  # seconds
+
+    def choice(self, client: httpx.Client, page: str, errs: float) -> str:
+        """left or right, for the pair on that part of a page."""
+        files = re.findall(r'src="(/picture/[^"]+)"', page)[:2]
+        prompt = html.unescape(re.search(r'<h2 class="prompt">([^<]*)', page)[1]).strip()  # type: ignore[index]
+        images = torch.stack([from_pixels(np.asarray(Image.open(io.BytesIO(client.get(f).content)))) for f in files])
+        with torch.no_grad():
+            left, right = self.utility(images, [prompt, prompt]).tolist()
+        time.sleep(self.look)
+        self.looked += self.look
+        return ("left", "right")[(left < right) != (self.rng.random() < errs)]
+
+
+def vote(client: httpx.Client, person: Person, count: int) -> None:
+    """That many choices more."""
+    for _ in range(count):
+        page = until(lambda: pair_of(found := client.get("/choose/pair").text) and found)
+        client.post("/choose/vote", data={"pair": pair_of(page), "choice": person.choice(client, page, ERRS)})
+
+
+def state_of(page: str) -> str:
+    found = re.search(r'data-testid="run-state" data-state="(\w+)"', page)
+    return found[1] if found else ""
+
+
+def trained(client: httpx.Client, runs: Path) -> dict[str, float]:
+    """Click on Align, and wait for the end of the run: seconds in all, of updates, of the guard, of the rest."""
+    began = time.perf_counter()
+    target = client.post("/align/start", headers={"hx-request": "true"}).headers["hx-redirect"]
+    run = target.partition("run=")[2]
+    until(lambda: state_of(client.get("/live", params={"run": run}).text) not in ("", "waiting"), 300)
+    loaded = time.perf_counter()
+    state = until(
+        lambda: (
+            (now := state_of(client.get("/live", params={"run": run}).text)) not in ("", "waiting", "running") and now
+        ),
+        900,
+    )
+    ended = time.perf_counter()
+    if state != "finished":
+        raise RuntimeError(f"the run {state}: {client.get(f'/runs/{run}/log').text[-300:]}")
+    rows = [json.loads(line) for line in (runs / run / "metrics.jsonl").read_text("utf-8").splitlines()]
+    steps = [row["step_seconds"] for row in rows if row.get("event") == "step"]
+    return {"loading": loaded - began, "training": ended - loaded, "updates": sum(steps), "steps": len(steps)}
+
+
+def the_way(studio: Studio, client: httpx.Client, runs: Path, person: Person, votes: int) -> None:
+    """Vote, align, compare blindly; prints each part."""
+    until(lambda: pair_of(client.get("/choose").text))
+    first = time.perf_counter() - studio.began
+    began, given = time.perf_counter(), votes
+    vote(client, person, votes)
+    while 'data-testid="align-start" disabled' in client.get("/align").text and given < MOST:
+        vote(client, person, 10)
+        given += 10
+    voting = time.perf_counter() - began
+    run = trained(client, runs)
+    began = time.perf_counter()
+    name = max(path.parent.name for path in runs.glob("align-*/recipe.yaml"))
+    client.post("/compare/start", data={"run": name})
+    drawn, looked = time.perf_counter() - began, person.looked
+    while pair_of_study(page := client.get("/compare", params={"run": name}).text):
+        study, number = pair_of_study(page)
+        shown = page[page.index('id="blind"') :]
+        client.post(
+            "/compare/answer", data={"study": study, "number": number, "choice": person.choice(client, shown, 0.0)}
+        )
+    verdict = time.perf_counter() - began - drawn
+    total = time.perf_counter() - studio.began
+    rate = re.search(r'data-rate="([\d.]+)">([^<]+)', page)
+    print(f"{os.cpu_count()} cores; limits: " + ", ".join(f"{key} {limit:g}" for key, limit in WAY.items()))
+    print(f"first pair {first:.1f} s after the command")
+    print(f"{given} votes {voting:.1f} s, of which looking {looked:.1f}")
+    print(f"align: loading {run['loading']:.1f} s, training {run['training']:.1f} s "
+          f"({run['steps']} updates in {run['updates']:.1f}, the rest guard, previews, checkpoints)")  # fmt: skip
+    print(f"blind study: drawing {drawn:.1f} s, answering {verdict:.1f}, of which looking {person.looked - looked:.1f}")
+    print(f"in all {total:.1f} s; {rate[2] if rate else 'no win rate'}")
+
+
+def pair_of_study(page: str) -> tuple[str, str] | None:
+    """(study, number) of the pair that a comparison shows; None at its end."""
+    found = re.search(r'name="study" value="([^"]+)"><input type="hidden" name="number" value="(\d+)"', page)
+    return (found[1], found[2]) if found else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--votes", type=int, default=40)
     parser.add_argument("--runs", type=Path, default=None, help="an empty folder; None = a temporary one")
     parser.add_argument("--pool", type=int, default=480, help="pictures that are drawn before the voting begins")
     parser.add_argument("--browser", action="store_true")
+    parser.add_argument("--way", action="store_true")
+    parser.add_argument("--look", type=float, default=1.5, help="seconds that the person of --way looks at a pair")
     given = parser.parse_args()
     runs = given.runs or Path(tempfile.mkdtemp(prefix="palate-studio-"))
+    person = Person("warm3d", given.look) if given.way else None
     studio = Studio(runs)
     try:
         client = studio.client()
+        if person:
+            the_way(studio, client, runs, person, given.votes)
+            return
         until(lambda: pair_of(client.get("/choose").text))
         first = time.perf_counter() - studio.began
         page = client.get("/choose").text

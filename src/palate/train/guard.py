@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -9,11 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from palate.core import EmbedsImages, GuardMeasure, Model, Sampler
+from palate.core import Cond, EmbedsImages, GuardMeasure, Model, Random, Sampler
 from palate.evaluate import embedded_panel, measure_for_guard
 from palate.evaluate.monitor import ImageMonitor
 from palate.models.emoji import EmojiModel
+from palate.path import Prediction
 from palate.recipe import GuardSettings, evenly_spaced
 from palate.runtime.distributed import Ranks
 from palate.runtime.errors import InputError
@@ -28,7 +31,7 @@ SEEDS = 2  # images per guard prompt: diversity needs two, concept accuracy many
 class GuardState:
     """What the guard remembers between two checks; a checkpoint holds it."""
 
-    base: dict[str, float] | None = None  # before the first step
+    base: dict[str, float] | None = None  # before the first step, or of the reference
     best_step: int | None = None
     best_value: float | None = None
     rollbacks: int = 0
@@ -54,10 +57,20 @@ class Guard:
         self.settings, self.state = settings, GuardState()
         self._known_best = False  # whether trainer.guard.best is known to be a metric
 
-    def begin(self, values: dict[str, float]) -> dict[str, Any]:
-        """Take the values before the first step; returns the row of metrics.jsonl."""
-        self.state = dataclasses.replace(self.state, base=values, best_step=0)
-        return {"step": 0, "event": "guard", "verdict": "base", **values}
+    def begin(self, base: dict[str, float], start: dict[str, float] | None = None) -> list[dict[str, Any]]:
+        """Take the values to compare with, and those before the first step where these are others; returns the rows of
+        metrics.jsonl. InputError: the start is outside the limits, so that every result would be."""
+        rows = [{"step": 0, "event": "guard", "verdict": "base", **base}]
+        if start is not None:
+            if broken := broken_limits(start, base, self.settings):
+                raise InputError(
+                    f"trainer.guard: already before the first step {'; '.join(broken)}: what this run begins with has "
+                    "lost too much of the model without a LoRA. Begin with an earlier result or with none "
+                    "(model.start), or compare with this start (trainer.guard.base=start)"
+                )
+            rows.append({"step": 0, "event": "guard", "verdict": "ok", "best_step": 0, **start})
+        self.state = dataclasses.replace(self.state, base=base, best_step=0)
+        return rows
 
     def add(self, metrics: Mapping[str, float]) -> None:
         """Count a step's metrics in. InputError, once: trainer.guard.best is none of them."""
@@ -160,12 +173,44 @@ class Measurer:
     ranks: Ranks
 
     def __call__(self) -> dict[str, float]:
+        with self.weights.averaged():
+            return self._of(self.model)
+
+    def before(self) -> list[dict[str, float]]:
+        """What is compared with; and, where that is the reference and training begins elsewhere, the start."""
+        if self.settings.base == "start" or not self._moved():
+            return [self()]
+        return [self._of(as_reference(self.model)), self()]
+
+    def _of(self, model: Model) -> dict[str, float]:
         different = max(1, self.settings.prompts // SEEDS)
         prompts = [p for p in evenly_spaced(self.prompts, different) for _ in range(SEEDS)]
         tell("guard", 0, len(prompts))
-        with self.weights.averaged(), torch.no_grad():
-            values = self.measure(self.model, prompts, list(range(len(prompts))))
+        with torch.no_grad():
+            values = self.measure(model, prompts, list(range(len(prompts))))
         return self.ranks.all_gather_json({key: float(value) for key, value in values.items()})[0]
+
+    def _moved(self) -> bool:
+        """Whether the policy predicts other than the reference: it began with a LoRA, or was trained before."""
+        model, one = self.model, self.prompts[:1]
+        place = model.parameters("policy")[0].device
+        xt = Random(0, 0, [0]).normal("moved", model.latent_shape).to(place)
+        t, cond = torch.full((1,), 0.5, device=place), model.encode_prompts(one)
+        with torch.no_grad():
+            now, then = (model.predict(xt, t, cond, weights=name).x0 for name in ("policy", "reference"))
+        return any(self.ranks.all_gather_json(not torch.equal(now, then)))
+
+
+def as_reference(model: Model) -> Model:
+    """A view of the model whose policy predicts as its reference does; every weight is the model's own."""
+    view = copy.copy(model)
+
+    def predict(xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0, weights: str = "policy") -> Prediction:
+        name = "reference" if weights == "policy" else weights
+        return model.predict(xt, t, cond, guidance=guidance, weights=name)
+
+    vars(view)["predict"] = predict
+    return view
 
 
 def measure_of(job: Job, sampler: Sampler | None) -> GuardMeasure:

@@ -226,7 +226,8 @@ class Run:
         if self.settings.preview_every:
             self._preview(0)
         if self.settings.guard.every:
-            self.log.write(self.guard.begin(self.measure()))
+            for row in self.guard.begin(*self.measure.before()):
+                self.log.write(row)
             self.progress.phase("saving")
             self.saver.save()
 
