@@ -2,7 +2,7 @@
 
     python benchmarks/studio.py [--votes 40] [--runs FOLDER]      on a machine that does nothing else; two cores
     python benchmarks/studio.py --browser                         the next pair as Chromium shows it, with its pictures
-    python benchmarks/studio.py --way [--look 1.5]                votes, alignment, blind verdict: the whole way, in parts
+    python benchmarks/studio.py --way [--look 1.5]                votes, alignment, blind verdict, in parts
 
 It opens `palate studio` in a process of its own on an empty folder, as a person would, waits until the pictures of the
 pool are drawn ahead, and votes. Figures: seconds from the command to the first pair; milliseconds from a vote to the

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from palate import fit_taste, recipe
@@ -117,6 +120,30 @@ def test_the_command_line_says_that_a_taste_is_not_learnt_and_what_to_do(coin, t
             for name, folder in (("coin", coin), ("red", tastes / "red"))}  # fmt: skip
     assert "no taste is learnt yet" in said["coin"] and "Choose 20 more pictures" in said["coin"]
     assert "not learnt" not in said["red"] and "no taste" not in said["red"]
+
+
+def test_the_command_line_says_a_taste_in_words(tastes, tmp_path):
+    """Pictures on red against plain grey ones: the red word is what a taste for red prefers."""
+    colour = next(iter(vocabulary().colours))
+    shades = [(128, 128, 128)] * 4 + [(250, 90, 90)] * 4
+    lines = []
+    for k, shade in enumerate(shades):
+        Image.new("RGB", (64, 64), shade).save(tmp_path / f"{k}.png")
+        prompt = PROMPT if k < 4 else f"{PROMPT} on a {colour} background"
+        lines.append(json.dumps({"file": f"{k}.png", "prompt": prompt, "seed": k}))
+    (tmp_path / "index.jsonl").write_text("\n".join(lines) + "\n")
+    ask = ["taste", "words", str(tastes / "red"), str(tmp_path), "--prompt", f"a {PROMPT}"]
+    said = CliRunner().invoke(app, ask).output
+    assert f"{colour} (background): +" in said and said.rstrip().endswith(f"a {PROMPT} on a {colour} background")
+    said = CliRunner().invoke(app, ["taste", "words", str(tastes / "green"), str(tmp_path)]).output
+    assert said.startswith(f"no word is worth 0.5 standard deviations; the best is {colour} with -")
+
+
+def test_every_recipe_for_rounds_is_guarded_against_the_model_that_they_began_with():
+    for name in recipe.published():
+        if name.startswith(("taste-", "direct-")):
+            guard = recipe.read(name).trainer.guard
+            assert guard.every and guard.base == "reference", name
 
 
 @pytest.mark.parametrize("source", ["nowhere", "nowhere:x", "a:1, b:2"])

@@ -12,8 +12,8 @@ from palate.models.vocabulary import vocabulary
 from palate.rewards.combine import score_pair
 from palate.runtime.errors import InputError
 from palate.taste.ask import next_pair, telling_pairs
-from palate.taste.features import COLOUR_COLUMNS
-from palate.taste.pictures import Choice
+from palate.taste.features import COLOUR_COLUMNS, features_of
+from palate.taste.pictures import Choice, as_image
 from palate.taste.taste import load_objective, mixed
 from palate.taste.words import offered, with_words, word_gains
 
@@ -101,6 +101,42 @@ def test_a_damaged_or_foreign_taste_is_refused(taste, tmp_path, monkeypatch, dam
         monkeypatch.setattr("palate.taste.features.COLOUR_COLUMNS", ("another", *COLOUR_COLUMNS[1:]))
     with pytest.raises(InputError, match="taste"):
         Taste.load(tmp_path / "t", base=Tower())
+
+
+class OtherTower(Tower):
+    """The same kind of tower with other weights."""
+
+    def image_features(self, images):
+        return images.mean((2, 3)).flip(1) * 3
+
+
+def test_a_taste_knows_the_tower_that_it_was_learned_on(tmp_path):
+    taste = fit_taste(choices(), base=Tower(), source="clip-score", blocks=["pairs", "tower"])
+    taste.save(tmp_path / "t")
+    assert Taste.load(tmp_path / "t", base=Tower()).card == taste.card
+    with pytest.raises(InputError, match=r"another version of the reward clip-score.*fit it again"):
+        Taste.load(tmp_path / "t", base=OtherTower())
+    scaling, probe = taste.scaling, taste.features.probe()
+    scaling.save(tmp_path / "s.safetensors", probe)
+    other = features_of(OtherTower(), "clip-score", ["pairs", "tower"]).probe()
+    assert type(scaling).load(tmp_path / "s.safetensors", probe + 1e-4) is not None  # another machine's rounding
+    assert type(scaling).load(tmp_path / "s.safetensors", other) is None
+    assert type(scaling).load(tmp_path / "s.safetensors", probe[:, 1:]) is None
+
+
+def test_the_card_of_stored_pictures_names_the_most_and_the_least_liked(tmp_path):
+    found = []
+    for i, choice in enumerate(choices(count=24)):
+        files = [tmp_path / f"{i}-{side}.png" for side in ("left", "right")]
+        for path, image in zip(files, (choice.left, choice.right), strict=True):
+            Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(path)
+        found.append({"prompt": PROMPT, "left": files[0], "right": files[1], "choice": choice.choice})
+    card = fit_taste(found, base=Tower(), source="clip-score", blocks=["colour"]).card
+    warm = {
+        side: np.mean([float(warmth(as_image(file)[None])) for file in card[side]]) for side in ("liked", "disliked")
+    }
+    assert len(card["liked"]) == 6 and not set(card["liked"]) & set(card["disliked"])
+    assert warm["liked"] > warm["disliked"] + 0.1
 
 
 def test_reward_is_the_utility_in_standard_deviations_plus_the_absolute_reward(taste):

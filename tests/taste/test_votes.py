@@ -148,6 +148,22 @@ def test_plain_json_and_a_path_that_leaves_its_folder(tmp_path):
         import_votes(tmp_path / "in" / "v.json", store)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"choice": "up"}, r"v\.json, row 2: .*got 'up'"), ({"right": 3}, r"v\.json, row 2: .*lacks right"),
+     ({"left": "cut.png"}, r"cut\.png: .*damaged"), ({"left": "none.png"}, r"none\.png: No such file")],
+    ids=["choice", "side", "damaged", "missing"],
+)  # fmt: skip
+def test_what_cannot_be_imported_is_named(tmp_path, change, said):
+    folders(tmp_path / "in", pics={"a": 1, "b": 2})
+    (tmp_path / "in" / "cut.png").write_bytes(png(1)[:-30])
+    row = {"prompt": "a fox", "left": "pics/a.png", "right": "pics/b.png", "choice": "right"}
+    (tmp_path / "in" / "v.json").write_text(json.dumps([row, row | change]))
+    with pytest.raises(InputError, match=said):
+        import_votes(tmp_path / "in" / "v.json", VoteStore(tmp_path / "votes"))
+    assert not (tmp_path / "votes" / "votes.jsonl").exists()
+
+
 def test_export_as_hpdv2_is_read_back_by_dpo_and_by_import(tmp_path):
     store = store_with(tmp_path / "votes")
     assert export_votes(store, tmp_path / "out") == 3
@@ -156,6 +172,7 @@ def test_export_as_hpdv2_is_read_back_by_dpo_and_by_import(tmp_path):
     again = VoteStore(tmp_path / "again")
     assert import_votes(tmp_path / "out" / "train.json", again) == 3
     assert [v.choice for v in again.read()] == ["tie", "left", "tie"]
+    assert import_votes(tmp_path / "out", again) == 0  # the folder says the same
 
 
 def test_a_blind_study_is_read_through_its_key(tmp_path):

@@ -14,6 +14,7 @@ from palate.runtime.progress import printable
 from palate.taste.ask import telling_pairs
 from palate.taste.saved import source_of
 from palate.taste.taste import Taste, fit_taste
+from palate.taste.words import FEWEST, GAIN, offered, with_words, word_gains
 
 
 def fit(votes: Path, out: Path, features: str, weights: str | None, blocks: str | None) -> None:
@@ -47,6 +48,28 @@ def ask(folder: Path, pictures: Path, *, count: int, out: Path, seed: int, weigh
     print(f"{len(lines)} pairs, most telling first: {printable(str(out))}")
 
 
+def words(folder: Path, pictures: Path, *, prompt: str, weights: str | None) -> None:
+    """Print the known words that the taste prefers to plain prompts, and a prompt with them put in."""
+    found = _load(folder, weights)
+    images, rows = read_samples(pictures)
+    prompts = [row["prompt"] for row in rows]
+    gains = word_gains(found.utility(images, prompts).double().numpy(), prompts, 1.0)
+    if not gains:
+        raise InputError(
+            f"{pictures}: words are told from at least {FEWEST} pictures of plain prompts and {FEWEST} of prompts "
+            "with a word of the same kind, as 'a fox' and 'a fox on an orange background'"
+        )
+    chosen = offered(gains)
+    for choice in chosen:
+        print(f"{choice.word} ({choice.kind}): {choice.gain:+.2f} standard deviations above plain prompts, "
+              f"{choice.pictures} pictures")  # fmt: skip
+    if not chosen:
+        best = gains[0]
+        print(f"no word is worth {GAIN} standard deviations; the best is {best.word} with {best.gain:+.2f}")
+    if prompt:
+        print(printable(with_words(prompt, [choice.word for choice in chosen])))
+
+
 def print_card(taste: Taste) -> None:
     """The verdict, how many votes there are, the words of both sides, the raters."""
     card = taste.card
@@ -55,9 +78,13 @@ def print_card(taste: Taste) -> None:
         error = card["calibration_error"]
         print(f"{card['votes']} votes, {card['ties']} of them ties; calibration error "
               + ("not known" if error is None else f"{error:.3f}"))  # fmt: skip
+    perhaps = "" if taste.learnt else "perhaps "
     for side, names in (card.get("words") or {}).items():
         if names:
-            print(f"{side}: {printable(', '.join(names))}")
+            print(f"{perhaps}{side}: {printable(', '.join(names))}")
+    for side, title in (("liked", "most liked"), ("disliked", "least liked")):
+        if files := card.get(side):
+            print(f"{perhaps}{title}:", *(printable(file) for file in files[:3]), sep="\n  ")
     raters = card.get("raters") or {}
     if len(raters) > 1:
         print("quality of raters: " + ", ".join(f"{printable(name) or 'unnamed'} {q:g}" for name, q in raters.items()))

@@ -12,7 +12,7 @@ from palate.models.vocabulary import known_words
 from palate.runtime.errors import InputError
 from palate.runtime.files import split_lines
 from palate.studio.artist import png_of
-from palate.studio.shared import go_to, studio_of
+from palate.studio.shared import Studio, go_to, studio_of
 from palate.studio.workspace import MODES
 
 router = APIRouter()
@@ -24,7 +24,14 @@ UPLOADED = 100  # pictures at once
 @router.get("/choose")
 def choose(request: Request) -> HTMLResponse:
     studio = studio_of(request)
-    return studio.render(request, "choose.html", settings=studio.workspace.settings(), **_pair(request))
+    return studio.render(request, "choose.html", settings=studio.workspace.settings(), sources=_sources(studio),
+                         **_pair(request))  # fmt: skip
+
+
+def _sources(studio: Studio) -> list[str]:
+    """The runs whose pictures can be chosen among: those of earlier rounds that are still there."""
+    there = studio.workspace.names()
+    return [run for run in studio.workspace.rounds() if run in there]
 
 
 def _pair(request: Request) -> dict[str, object]:
@@ -63,11 +70,16 @@ def taste(request: Request) -> HTMLResponse:
 
 
 @router.post("/choose/settings")
-def settings(request: Request, mode: str = Form("fresh"), prompts: str = Form("")) -> Response:
-    """How pairs are chosen, and prompts of one's own, one per line; words that the model does not know are refused."""
+def settings(
+    request: Request, mode: str = Form("fresh"), prompts: str = Form(""), source: str | None = Form(None)
+) -> Response:
+    """How pairs are chosen, prompts of one's own, one per line (words that the model does not know are refused), and
+    whose pictures: "" the model's as it came, or a run's of an earlier round."""
     studio = studio_of(request)
     if mode not in MODES:
         raise InputError(f"expected {' or '.join(MODES)}")
+    if source and source not in _sources(studio):
+        raise InputError(f"there is no round named {source[:64]!r}")
     lines = ["".join(c if c.isprintable() else " " for c in line) for line in split_lines(prompts)]
     own = [" ".join(line.split()) for line in lines if line.strip()]
     if len(own) > OWN_PROMPTS:
@@ -75,7 +87,7 @@ def settings(request: Request, mode: str = Form("fresh"), prompts: str = Form(""
     for prompt in own:
         known_words(prompt)
     before = studio.workspace.settings()["prompts"]
-    studio.workspace.set(mode=mode, prompts=own)
+    studio.workspace.set(mode=mode, prompts=own, **({} if source is None else {"source": source}))
     studio.artist.wake([prompt for prompt in own if prompt not in before])
     return go_to("/choose", request)
 

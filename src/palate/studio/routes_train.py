@@ -101,8 +101,22 @@ def start(request: Request, way: str = Form("taste-emoji")) -> Response:
     source = studio.workspace.settings()["source"]
     if source and way == "taste-emoji":
         overrides.append(f"model.start={quoted(adapter_now(studio.workspace.run(source)))}")
+        if _steered(studio, source):  # words may cost more than a taste: what they cost was asked for
+            overrides.append("trainer.guard.base=start")
     studio.processes.train(way, name, overrides)
     return go_to("/align", request, run=name)
+
+
+def _steered(studio: Studio, run: str) -> bool:
+    """Whether words, and not tastes alone, led from the plain model to that run's result."""
+    seen: set[str] = set()
+    while run and run not in seen:
+        seen.add(run)
+        view = studio.view(run)
+        if view.recipe.reward.name != "taste":
+            return True
+        run = view.began_with if view.began_with in studio.workspace.names() else ""
+    return False
 
 
 @router.post("/runs/{run}/stop")

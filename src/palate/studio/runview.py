@@ -99,6 +99,12 @@ class RunView:
         last = [row for row in self.rows if row.get("event") in ("steer", "steer_refused")][-1:]
         return str(last[0].get("reason", "")) if last and last[0]["event"] == "steer_refused" else ""
 
+    @property
+    def began_with(self) -> str:
+        """The run whose result this one goes on from; "" for one that begins with the plain model."""
+        start = self.recipe.model.start
+        return Path(start).parent.name if start else ""
+
     def guard_sentence(self) -> str:
         rows = self.of("guard")
         if not rows:
@@ -109,13 +115,19 @@ class RunView:
             when = "before training" if last["step"] == 0 else f"at step {last['step']}"
             return f"Guard {when}: all is well; {kept}." if kept else f"Guard {when}: all is well."
         back = f" The run ended there; its result is step {last['best_step']}." if last.get("action") == "stop" else ""
+        if back and last["best_step"] == 0:
+            back = " The run ended there, and changed nothing." + (
+                " More rounds of this taste would cost more than they give." if self.began_with else ""
+            )
         names = {
             "concept": "pictures that show what was asked for",
             "heldout": "the held-out reward",
             "diversity": "variety",
+            "background": "the backgrounds that were asked for",
         }
         what = next((name for key, name in names.items() if key in last["verdict"]), "")
-        return f"The guard at step {last['step']}: too much was lost of {what} ({last['verdict']}).{back}"
+        since = " over all rounds" if self.began_with and self.recipe.trainer.guard.base == "reference" else ""
+        return f"The guard at step {last['step']}: too much was lost of {what}{since} ({last['verdict']}).{back}"
 
     def prompts(self) -> list[str]:
         return [row["prompt"] for row in self.pictures(self.previews[0])] if self.previews else []

@@ -174,14 +174,14 @@ class Voting:
         path = self.workspace.home / SCALING
         with self._lock:
             if self._scaling is None and path.is_file():
-                self._scaling = Scaling.load(path, len(self.artist.features.columns))
+                self._scaling = Scaling.load(path, self.artist.features.probe())
             if self._scaling is not None:
                 return self._scaling
             rows = self.artist.rows() if rows is None else rows
             features = torch.from_numpy(np.stack([drawn.features for drawn in rows]))
             made = scaling_of(features, [drawn.prompt for drawn in rows], self.artist.features.sizes)
             if len(self.votes()) >= cards.START and len(rows) >= FREEZE:
-                made.save(path)
+                made.save(path, self.artist.features.probe())
                 self._scaling = made
             return made
 
@@ -230,11 +230,15 @@ class Voting:
         std = scaling.std(torch.from_numpy(posterior.mean))
         gains = word_gains(utilities, [drawn.picture.prompt for drawn in rows], std)
         return card | {
-            "offered": offered(gains), "gone": len(self.votes()) - len(votes),
+            "offered": offered(gains), "gone": len(self.votes()) - len(votes), "older": self._of_another_model(votes),
             "repeats": cards.agreement([float(v) for v in y], repeats),
             "liked": [rows[i].picture.file for i in order[::-1][:6]],
             "disliked": [rows[i].picture.file for i in order[:6]],
         }  # fmt: skip
+
+    def _of_another_model(self, votes: Sequence[Vote]) -> int:
+        """How many votes are about pictures of other base weights than are drawn with now."""
+        return sum(v.left.model not in ("", self.artist.fingerprint) for v in votes)
 
     def learn_taste(self) -> Path:
         """Fit the taste on all votes so far and save it under the next number; its folder."""

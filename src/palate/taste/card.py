@@ -96,6 +96,17 @@ def telling_columns(posterior: Posterior, z: Array, columns: Sequence[str], coun
     return found
 
 
+def extremes(utilities: Array, names: Sequence[str], count: int = 6) -> dict[str, list[str]]:
+    """The most and the least liked pictures by name, the strongest first; a picture without a name is passed over."""
+    best: dict[str, float] = {}
+    for value, name in zip(utilities, names, strict=True):
+        if name:
+            best.setdefault(name, float(value))
+    order = sorted(best, key=lambda name: -best[name])
+    count = min(count, len(order) // 2)
+    return {"liked": order[:count], "disliked": order[::-1][:count]}
+
+
 def verdict(card: Mapping[str, Any]) -> str:
     """The state of a taste in one sentence, and what to do next; no percentage before START votes."""
     votes = int(card["votes"])

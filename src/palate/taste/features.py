@@ -31,6 +31,7 @@ from palate.runtime.errors import InputError
 EDGE, SOFT = 0.15, 40.0  # distance from the border's colour at which the drawing begins; steepness of that edge
 FEW_PIXELS = 16.0  # added to the drawing's mass in a division by it
 SHARPNESS = 4.0  # weight of the words' softmax beside their centred logits
+SAME = 0.1  # mean change of the probe's columns, in standard deviations, below which a tower is the same
 MINIMUM_STD = 1e-6  # of a column; one that does not vary says nothing
 
 COLOUR_COLUMNS = (
@@ -85,6 +86,14 @@ class Features:
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.of_seen(images, self.seen(images), prompts)
+
+    def probe(self) -> Tensor:
+        """What is seen in two painted pictures, (2, D): by it a saved taste tells its tower from another version."""
+        x, y = torch.meshgrid(*[torch.linspace(0, 1, 64)] * 2, indexing="xy")
+        disc = ((x - 0.5) ** 2 + (y - 0.5) ** 2 < 0.1).to(x)
+        images = torch.stack([torch.stack([x, y, 1 - x]), torch.stack([disc, 0.2 + 0.5 * disc, 1 - disc])])
+        with torch.no_grad():
+            return self(images, ["", ""]).double().cpu()
 
 
 def features_of(reward: Reward, source: str, blocks: Sequence[str] | None = None) -> Features:
@@ -205,21 +214,26 @@ class Scaling:
         variance = float(weights.double() @ self.covariance @ weights.double())
         return variance**0.5 if variance > 0 else 1.0
 
-    def save(self, path: Path) -> None:
-        """Write the constants, whole or not at all."""
+    def same_tower(self, probe: Tensor, then: Tensor) -> bool:
+        """Whether two `Features.probe`s are of one tower: another machine's rounding moves a column by far less than
+        its standard deviation, other weights move most of them by about as much."""
+        return probe.shape == then.shape and float(((probe - then) * self.gain).abs().mean()) < SAME
+
+    def save(self, path: Path, probe: Tensor) -> None:
+        """Write the constants with the features' probe, whole or not at all."""
         temporary = path.with_name(f".tmp-{path.name}")
-        save_file({"mean": self.mean, "gain": self.gain, "covariance": self.covariance}, temporary)
+        save_file({"mean": self.mean, "gain": self.gain, "covariance": self.covariance, "probe": probe}, temporary)
         temporary.replace(path)
 
     @classmethod
-    def load(cls, path: Path, columns: int) -> Scaling | None:
-        """What `save` wrote; None for a damaged file, or one of other features."""
+    def load(cls, path: Path, probe: Tensor) -> Scaling | None:
+        """What `save` wrote; None for a damaged file, or one of other features or of another tower than `probe`'s."""
         try:
             tensors = load_file(path)
             found = cls(tensors["mean"], tensors["gain"], tensors["covariance"])
-        except (OSError, SafetensorError, KeyError):
+            return found if found.same_tower(probe, tensors.get("probe", probe)) else None
+        except (OSError, SafetensorError, KeyError, RuntimeError):
             return None
-        return found if found.mean.shape == (columns,) else None
 
 
 def scaling_of(features: Tensor, groups: Sequence[str], sizes: Sequence[int]) -> Scaling:

@@ -21,6 +21,7 @@ from palate.data import IMAGE_ENDINGS, Pair, preference_pairs, read_rows
 from palate.runtime.errors import InputError
 from palate.taste.votes import CHOICES, Picture, Vote, VoteStore
 
+LISTS = ("train.json", "votes.json")  # in a folder, as `export_votes` writes them
 STUDY_KEYS = {"study", "session", "pair", "choice"}
 
 
@@ -58,12 +59,17 @@ def _read(source: Path, store: VoteStore, prompt: str, key: Path | None) -> Iter
     if source.is_dir():
         if (source / "votes.jsonl").is_file():
             yield from _of_store(VoteStore(source), store)
+        elif lists := [source / name for name in LISTS if (source / name).is_file()]:
+            yield from _read(lists[0], store, prompt, key)
         elif (source / "win").is_dir() and (source / "lose").is_dir():
             yield from _ranked([source / "win", source / "lose"], store, prompt)
         else:
             ranks = sorted((p for p in source.iterdir() if p.is_dir() and p.name.isdigit()), key=lambda p: int(p.name))
             if len(ranks) < 2:
-                raise InputError(f"{source}: expected win/ and lose/, ranked folders 1/ 2/ ..., or a votes.jsonl in it")
+                raise InputError(
+                    f"{source}: expected win/ and lose/, ranked folders 1/ 2/ ..., or one of votes.jsonl, "
+                    f"{', '.join(LISTS)} in it"
+                )
             yield from _ranked(ranks, store, prompt)
         return
     if not source.is_file():
@@ -85,7 +91,7 @@ def _read(source: Path, store: VoteStore, prompt: str, key: Path | None) -> Iter
 def _of_store(other: VoteStore, store: VoteStore) -> Iterator[Vote]:
     for vote in other.read():
         for picture in (vote.left, vote.right):
-            store.keep(other.path_of(picture).read_bytes())
+            _kept(store, other.path_of(picture))
         yield vote
 
 
@@ -96,7 +102,7 @@ def _of_pairs(source: Path, store: VoteStore) -> Iterator[Vote]:
 
 def _of_pair(pair: Pair, store: VoteStore, name: str) -> Vote:
     left, right = (
-        store.keep(image if isinstance(image, bytes) else _bytes(image)) for image in (pair.first, pair.second)
+        store.keep(image) if isinstance(image, bytes) else _kept(store, image) for image in (pair.first, pair.second)
     )
     choice = "tie" if pair.preference == 0.5 else "left" if pair.preference > 0.5 else "right"
     return Vote(pair.prompt, Picture(left, pair.prompt), Picture(right, pair.prompt), choice, id=name)
@@ -114,7 +120,7 @@ def _ranked(folders: list[Path], store: VoteStore, prompt: str) -> Iterator[Vote
             shown = [(first, "left"), (second, "right")]
             if number % 2:  # half of the winners on either side
                 shown = [(second, "left"), (first, "right")]
-            sides = {side: Picture(store.keep(_bytes(path)), text) for path, side in shown}
+            sides = {side: Picture(_kept(store, path), text) for path, side in shown}
             yield Vote(text, sides["left"], sides["right"], "right" if number % 2 else "left",
                        id=f"{better.name}/{first.name}:{worse.name}/{second.name}")  # fmt: skip
 
@@ -134,15 +140,16 @@ def _caption(path: Path) -> str:
 def _of_rows(source: Path, rows: list[dict[str, Any]], store: VoteStore, prompt: str) -> Iterator[Vote]:
     for number, row in enumerate(rows, 1):
         where = f"{source}, row {number}"
-        choice = str(row.get("choice", "")).replace("neither", "both-bad").replace("both bad", "both-bad")
-        if choice not in CHOICES or not all(isinstance(row.get(side), str) for side in ("left", "right")):
+        if lacking := [side for side in ("left", "right") if not isinstance(row.get(side), str)]:
             raise InputError(
-                f'{where}: expected {{"prompt", "left": file, "right": file, "choice"}} with a choice of '
-                f"{', '.join(CHOICES)}; got {str(row)[:80]}"
+                f'{where}: expected {{"prompt", "left": FILE, "right": FILE, "choice"}}; it lacks {lacking[0]}'
             )
+        choice = str(row.get("choice", "")).replace("neither", "both-bad").replace("both bad", "both-bad")
+        if choice not in CHOICES:
+            raise InputError(f"{where}: expected a choice of {', '.join(CHOICES)}; got {choice[:40]!r}")
         text = str(row.get("prompt") or prompt)
         files = {side: _inside(source.parent, row[side]) for side in ("left", "right")}
-        left, right = (Picture(store.keep(_bytes(files[side])), text) for side in ("left", "right"))
+        left, right = (Picture(_kept(store, files[side]), text) for side in ("left", "right"))
         yield Vote(text, left, right, choice, id=str(row.get("id", number)),
                    session=str(row.get("session", "")), rater=str(row.get("rater", "")))  # fmt: skip
 
@@ -169,7 +176,7 @@ def _of_study(source: Path, rows: list[dict[str, Any]], store: VoteStore, key: P
         sides = {}
         for side, name in run.items():
             path = Path(study["folders"][name]) / Path(pair["files"][name]).name
-            sides[side] = Picture(store.keep(_bytes(path)), pair["prompt"], seed=pair["seed"], run=study["runs"][name])
+            sides[side] = Picture(_kept(store, path), pair["prompt"], seed=pair["seed"], run=study["runs"][name])
         yield Vote(pair["prompt"], sides["left"], sides["right"], row["choice"], id=f"{row['session']}:{row['pair']}",
                    session=str(row["session"]))  # fmt: skip
 
@@ -181,11 +188,14 @@ def _inside(folder: Path, name: str) -> Path:
     return path
 
 
-def _bytes(path: Path) -> bytes:
+def _kept(store: VoteStore, path: Path) -> str:
+    """The name of a picture's copy in the store. InputError names a file that cannot be read, or is no picture."""
     try:
-        return path.read_bytes()
+        return store.keep(path.read_bytes())
     except OSError as error:
         raise InputError(f"cannot read the picture {path}: {error.strerror or error}") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def export_votes(store: VoteStore, folder: str | Path, form: str = "hpdv2") -> int:

@@ -87,6 +87,7 @@ class Taste:
             "mean": torch.from_numpy(self.posterior.mean.copy()), "covariance": torch.from_numpy(
                 self.posterior.covariance.copy()), "scaling_mean": self.scaling.mean,
             "scaling_gain": self.scaling.gain, "scaling_covariance": self.scaling.covariance,
+            "probe": self.features.probe(),
         }  # fmt: skip
         about = {
             "source": self.features.source, "blocks": [block.name for block in self.features.blocks],
@@ -115,6 +116,7 @@ class Taste:
             size = len(about["columns"])
             shapes = {"mean": (size,), "covariance": (size, size), "scaling_mean": (size,), "scaling_gain": (size,),
                       "scaling_covariance": (size, size)}  # fmt: skip
+            probe = t.pop("probe", None)  # tastes of the first release have none
             if {k: tuple(v.shape) for k, v in t.items()} != shapes or not all(
                 bool(torch.isfinite(v).all()) for v in t.values()
             ):
@@ -129,6 +131,11 @@ class Taste:
                 "palate taste fit"
             )
         scaling = Scaling(t["scaling_mean"], t["scaling_gain"], t["scaling_covariance"])
+        if probe is not None and not scaling.same_tower(features.probe(), probe):
+            raise InputError(
+                f"{folder} was learned on another version of the reward {about['source']}: its numbers mean nothing "
+                "here. The votes keep their pictures; fit it again from them with palate taste fit"
+            )
         posterior = Posterior(t["mean"].numpy(), t["covariance"].numpy(), float(about["prior"]),
                               float(about["log_evidence"]), np.zeros(0))  # fmt: skip
         return cls(features, scaling, posterior, reward if about["absolute"] else None, about["card"], about["votes"])
@@ -173,6 +180,8 @@ def fit_taste(
     z = (np.concatenate([left, right]) - scaling.mean.numpy()) * scaling.gain.numpy()
     names = [choice.name for choice in choices]
     posterior, card = learn(differences, outcomes, [c.rater for c in choices], z, features.columns)
+    shown = [c.left for c in choices] + [c.right for c in choices]
+    card |= cards.extremes(z @ posterior.mean, [str(p) if isinstance(p, (str, Path)) else "" for p in shown])
     text = json.dumps([[c.prompt, c.choice, c.rater, name] for c, name in zip(choices, names, strict=True)])
     digest = hashlib.sha256(text.encode() + differences.round(4).tobytes()).hexdigest()
     return Taste(features, scaling, posterior, reward, card | {"features": source, "votes_sha256": digest}, digest)

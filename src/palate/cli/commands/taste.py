@@ -76,8 +76,9 @@ def show_votes(votes: Votes) -> None:
     print(
         f"{len(everything)} votes: " + ", ".join(f"{n} {c}" for c, n in Counter(v.choice for v in everything).items())
     )
-    print(f"{len({v.session for v in everything})} sessions, {len({v.rater for v in everything})} raters, "
-          f"{len({v.prompt for v in everything})} prompts")  # fmt: skip
+    kinds = {"session": {v.session for v in everything}, "rater": {v.rater for v in everything},
+             "prompt": {v.prompt for v in everything}}  # fmt: skip
+    print(", ".join(f"{len(found)} {kind}{'' if len(found) == 1 else 's'}" for kind, found in kinds.items()))
     times = sorted(v.ms for v in there if v.ms is not None)
     if times:
         print(f"median time per vote {times[len(times) // 2] / 1000:.1f} s")
@@ -123,6 +124,21 @@ def ask(
     from palate.cli import fit_taste
 
     fit_taste.ask(taste, pictures, count=count, out=out, seed=seed, weights=weights)
+
+
+@taste_app.command("words", epilog=examples("palate taste words tastes/mine samples --prompt 'a fox'"))
+def words(
+    taste: TasteFolder,
+    pictures: Annotated[
+        Path, typer.Argument(help="A folder of samples whose prompts name styles, sizes and backgrounds, or do not.")
+    ],
+    prompt: Annotated[str, typer.Option(help="Put the words into this prompt.")] = "",
+    weights: SourceWeights = None,
+) -> None:
+    """Say a taste in words of the embedded model, which need no training."""
+    from palate.cli import tasting
+
+    tasting.words(taste, pictures, prompt=prompt, weights=weights)
 
 
 @app.command(rich_help_panel=LOOK, epilog=examples(
