@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor
 
-from palate import recipe as recipes
 from palate.core import DrawsOwnSamples, Model, Sampler
 from palate.evaluate import generate, quantise
 from palate.recipe.names import PYTHON
@@ -101,4 +100,4 @@ def report(run: str | Path) -> Path:
     return write_report(Path(run))
 
 
-__all__ = ["Images", "LoadedRun", "evaluate", "load", "recipes", "report"]
+__all__ = ["Images", "LoadedRun", "evaluate", "load", "report"]

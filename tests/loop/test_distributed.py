@@ -27,7 +27,7 @@ from palate.core import Random
 from palate.recipe import GuardSettings
 from palate.runtime import checkpoint, distributed
 from palate.runtime import launch as launcher
-from palate.runtime.errors import InputError, PalateError
+from palate.runtime.errors import InputError, PalateError, RankLostError
 from palate.testing import tiny_reward as reward
 from palate.train import NonFiniteError
 
@@ -310,7 +310,7 @@ def test_a_killed_rank_ends_the_job_and_the_run_goes_on_bit_identical(tmp_path, 
 def test_a_rank_that_hangs_ends_the_job_after_the_time_out(tmp_path, monkeypatch):
     monkeypatch.setenv("TIMEOUT", "10")
     began = time.time()
-    assert start(tmp_path, "hung") == launcher.LOST
+    assert start(tmp_path, "hung") == RankLostError.exit_code
     last = max(path.stat().st_mtime for path in (tmp_path / "run" / "checkpoints").iterdir())
     assert time.time() - last <= 10 + 5 + 2 and time.time() - began > 10
 

@@ -34,22 +34,23 @@ def test_percent_and_time_left_survive_any_width(width):
     assert "previews" not in bar.line(120)
 
 
-def test_a_phase_without_steps_is_named_at_once(capsys):
+def test_a_phase_that_takes_long_is_named_and_a_short_one_is_not(capsys):
     tell("nobody listens")
-    with Progress():
-        tell("loading flux")
-        tell("encoding", 40, 200)
-        tell("encoding", 41, 200)
-    assert capsys.readouterr().out == "loading flux\nencoding 40/200\n"
-    with Progress(visible=False):
+    with Progress(3) as bar:
+        tell("previews", 1, 8)
+        bar.spoken -= 60
+        tell("previews", 5, 8)
+    assert capsys.readouterr().out == "previews 5/8\n"
+    with Progress(3, visible=False) as bar:
+        bar.spoken -= 60
         tell("hidden")
     assert capsys.readouterr().out == ""
 
 
 def test_text_of_others_cannot_drive_the_terminal():
-    bar = Progress()
+    bar = Progress(3)
     bar.phase("\x1b[2Jloading")
-    assert bar.line(80) == printable("\x1b[2Jloading") == "loading"
+    assert bar.line(80).endswith("  loading") and printable("\x1b[2Jloading") == "loading"
 
 
 def child(code: str, **options) -> subprocess.Popen:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 
 from palate.runtime.phases import listening, tell
+from palate.runtime.progress import duration
 
 SECONDS = 5.0  # between two plain lines of one phase
 
@@ -44,15 +45,8 @@ def line(phase: str, done: int, total: int, seconds: float) -> str:
     """ "drawing 120/416  29 %, 2 min left"; only what is known."""
     if not total:
         return phase
-    left = f", {spell_seconds(seconds / done * (total - done))} left" if 0 < done < total and seconds > 1 else ""
+    left = f", {duration(seconds / done * (total - done))} left" if 0 < done < total and seconds > 1 else ""
     return f"{phase} {done}/{total}  {done / total:.0%}{left}".replace("%", " %")
-
-
-def spell_seconds(seconds: float) -> str:
-    """A duration as a person says it: 40 s, 12 min, 3.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ def describe(folder: Path) -> RunRow:
         evaluation = evaluation_of(folder)
     except InputError as error:
         return RunRow(folder.name, str(folder), "broken", 0, None, "", str(error).splitlines()[0], round(size, 3), "")
-    step = max((row["step"] for row in rows if isinstance(row.get("step"), int)), default=0)
+    step = max((row["step"] for row in rows), default=0)
     steps = (recipe.get("trainer") or {}).get("steps") if recipe.get("optimize") is None else None
     state, owner = state_of(folder, step, steps)
     words = run_words(recipe, rows)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import ExifTags
 from torch import Tensor
 
 from palate.data.pictures import opened
@@ -39,7 +40,7 @@ def nearest(shape: tuple[int, int], sizes: Sequence[Size]) -> int:
 def shape_of(image: Path | bytes) -> tuple[int, int]:
     """Height and width of a picture as it is shown, of its head alone."""
     with opened(image) as found:
-        turned = found.getexif().get(0x0112, 1) >= 5  # EXIF: lying on its side
+        turned = found.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # lying on its side
         width, height = found.size
         return (width, height) if turned else (height, width)
 

@@ -19,8 +19,8 @@ from palate.models.facts import Facts, facts_of
 from palate.models.lora import FILE, METADATA, write
 from palate.models.original import Lora
 from palate.recipe import Recipe
-from palate.runtime.checkpoint import write_atomically
 from palate.runtime.errors import InputError
+from palate.runtime.files import write_atomically
 
 MAX_SHARD_SIZE = "10GB"  # diffusers' own
 WORKFLOW = "workflow.json"  # beside a LoRA for ComfyUI

@@ -18,8 +18,8 @@ from palate.algorithms.distar import Generator
 from palate.models import families
 from palate.models.parts import LoadedModel
 from palate.path import flow_schedule
-from palate.runtime.checkpoint import write_atomically
 from palate.runtime.errors import InputError
+from palate.runtime.files import write_atomically
 
 
 def export_one_step(model: Any, settings: Any, folder: Path | str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from palate.optimize.asking import OracleError, query_round
 from palate.optimize.loop import Search, newest_round, optimize, round_sizes
 from palate.optimize.oracles import (
     call_with_timeout,
@@ -13,18 +12,10 @@ from palate.optimize.oracles import (
     validate_scores,
 )
 from palate.optimize.queries import Pictures, Queries
+from palate.optimize.rounds import OracleError, query_round
 from palate.optimize.start import from_recipe, identity_of
-from palate.optimize.surrogate import (
-    Features,
-    Surrogate,
-    fit_surrogate,
-    leave_one_out,
-    mean_std,
-    reward_features,
-    ridge_head,
-    ucb_bonus,
-    with_one,
-)
+from palate.optimize.surrogate import Surrogate, fit_surrogate, mean_std, reward_features, ucb_bonus, with_one
+from palate.rewards.learned import Features, leave_one_out, ridge_head
 from palate.rewards.oracles import BUILT_IN, Oracle, colour_and_position, compressibility, exact_reward
 from palate.runtime.deprecated import old_names
 

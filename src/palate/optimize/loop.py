@@ -24,10 +24,11 @@ from typing import Any
 
 from palate.core import Algorithm, Sampleable
 from palate.data import evenly_spaced
-from palate.optimize.asking import Draw, query_round
 from palate.optimize.queries import Queries
-from palate.optimize.surrogate import Features, Surrogate, fit_surrogate, mean_std
+from palate.optimize.rounds import Draw, query_round
+from palate.optimize.surrogate import Surrogate, fit_surrogate, mean_std
 from palate.recipe.settings import OptimizeSettings, SampleSettings, TrainerSettings
+from palate.rewards.learned import Features
 from palate.rewards.oracles import Oracle
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError

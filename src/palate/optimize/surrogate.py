@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,9 +14,7 @@ from torch import Tensor
 from palate.core import TwoTower
 from palate.recipe.settings import OptimizeSettings
 from palate.rewards import simple
-
-Features = Callable[[Tensor, Sequence[str]], Tensor]  # images, prompts -> (B, F), differentiable in the images
-RIDGES = tuple(10.0**k for k in range(-3, 6))  # candidates, by leave-one-out error
+from palate.rewards.learned import RIDGES, Features, leave_one_out, ridge_head
 
 
 class Images(Protocol):
@@ -77,22 +75,6 @@ def fit_surrogate(
 def with_one(phi: Tensor) -> Tensor:
     """(N, F) -> (N, F + 1): the last feature is 1."""
     return torch.cat([phi, torch.ones_like(phi[:, :1])], 1)
-
-
-def ridge_head(phi: Tensor, targets: Tensor, ridge: float) -> Tensor:
-    """argmin_w |phi w - y|^2 + ridge |w without its last entry|^2, for phi (N, F) whose last column is the constant."""
-    penalty = torch.full((phi.shape[1],), ridge, dtype=phi.dtype)
-    penalty[-1] = 0
-    return torch.linalg.solve(phi.T @ phi + penalty.diag(), phi.T @ targets)
-
-
-def leave_one_out(phi: Tensor, targets: Tensor, ridge: float) -> Tensor:
-    """y_i minus the prediction of the head fitted to all others, (N,): e_i / (1 - h_ii), without fitting N times."""
-    penalty = torch.full((phi.shape[1],), ridge, dtype=phi.dtype)
-    penalty[-1] = 0
-    solved = torch.linalg.solve(phi.T @ phi + penalty.diag(), phi.T)
-    hat = (phi * solved.T).sum(1)
-    return (targets - phi @ (solved @ targets)) / (1 - hat).clamp_min(1e-9)
 
 
 def ucb_bonus(phi: Tensor, covariance: Tensor, scale: float, ridge: float, limit: float = 10.0) -> Tensor:

@@ -11,7 +11,7 @@ from palate.recipe.builder import build_algorithm, sampler_of
 from palate.recipe.settings import Recipe
 from palate.recipe.together import heldout_of, rewards_used
 from palate.rewards.load import load_reward
-from palate.rewards.published import at_hand
+from palate.rewards.located import located
 from palate.rewards.table import HELD_OUT_CANDIDATES
 from palate.runtime.errors import InputError
 
@@ -55,10 +55,10 @@ def _heldout_at_hand(recipe: Recipe) -> Reward | None:
     wanted = heldout_of(recipe)
     names = [name for name in dict.fromkeys([wanted, *HELD_OUT_CANDIDATES]) if name and name not in used]
     for name in names:
-        source = recipe.reward.source.get(name)
-        if at_hand(name, source):
+        source = located(name, recipe.reward.source.get(name))
+        if source is not None:
             try:
-                return load_reward(name, source, recipe.reward.dtype)
+                return load_reward(name, source or None, recipe.reward.dtype)
             except InputError as error:  # a tokenizer is missing beside the weights, for one
                 logging.getLogger("palate").info("the guard cannot ask the held-out reward %s: %s", name, error)
     if names:

@@ -25,8 +25,8 @@ def read_rounds(run_folder: Path) -> list[dict[str, Any]]:
         return read_metrics(run_folder)
     rows: list[dict[str, Any]] = []
     for folder in rounds:
-        done = max((row["step"] for row in rows if "step" in row), default=0)
-        rows += [{**row, "step": row["step"] + done} if "step" in row else row for row in read_metrics(folder)]
+        done = max((row["step"] for row in rows), default=0)
+        rows += [{**row, "step": row["step"] + done} for row in read_metrics(folder)]
     return rows
 
 

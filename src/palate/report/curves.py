@@ -11,18 +11,15 @@ from markupsafe import Markup
 
 from palate.report.chart import Line, Mark, chart
 from palate.report.words import spell
+from palate.runtime import runlog
 from palate.runtime.errors import InputError
-from palate.runtime.files import read_json_lines
 
 KEPT = ("concept", "background", "diversity", "saturation")  # shown as ratios to the base
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl; none when the run has not begun. A half-written last line is left out."""
-    path = run_folder / "metrics.jsonl"
-    if not path.is_file():
-        return []
-    return [row for _, row in read_json_lines(path, cut_short=True)]
+    """The rows of a run's metrics.jsonl; none when the run has not begun. A half-written last line is left out."""
+    return runlog.read_metrics(run_folder / runlog.METRICS)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

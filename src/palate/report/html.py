@@ -7,7 +7,6 @@ nothing that stands in a prompt, a recipe or a log can act, and no address is ev
 from __future__ import annotations
 
 import hashlib
-import os
 from base64 import b64encode
 from functools import cache
 from importlib.resources import files
@@ -16,6 +15,8 @@ from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
+
+from palate.runtime.files import write_atomically
 
 
 def number(value: float | None) -> str:
@@ -74,9 +75,7 @@ def environment() -> Environment:
 def write_page(path: Path, text: str) -> Path:
     """Write the whole file or nothing; returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    write_atomically(path, text.encode())
     return path
 
 

@@ -48,7 +48,7 @@ def run_page(run: Path) -> dict[str, Any]:
     queries = read_queries(run) if recipe.get("optimize") else []
     changes = word_changes(recipe, rows)
     drift = (evaluation or {}).get("drift") or {}
-    last = max((row["step"] for row in rows if isinstance(row.get("step"), int)), default=0)
+    last = max((row["step"] for row in rows), default=0)
     styles = wanted_styles(evaluation) if evaluation else []
     wanted = styles or [word for change in changes for word in change.positive]
     table = metric_rows(evaluation) if evaluation else []

@@ -12,6 +12,7 @@ from typing import Any
 from palate.evaluate import CONCEPT_LIMIT, DIVERSITY_LIMIT
 from palate.models.vocabulary import vocabulary
 from palate.report.html import number
+from palate.report.pictures import change
 from palate.report.tables import metric_name
 
 FEW = 50  # pictures below which a sentence counts them instead of saying "of 100"
@@ -90,17 +91,25 @@ def _count(evaluation: dict[str, Any], share: float, key: str) -> str:
 
 
 def pairs_won(evaluation: dict[str, Any], key: str) -> str | None:
-    """ "83 of 100 pairs": how often the picture after training has more of a measurement; ties are half."""
-    changes = [
-        row[key] - row["base"][key]
-        for row in evaluation.get("rows") or ()
-        if row.get(key) is not None and row.get("base", {}).get(key) is not None
-    ]
+    """ "83 of 100 pairs": how often the picture after training has more of a measurement; None where it is missing."""
+    changes = _changes(evaluation, key)
     if not changes:
         return None
-    share = sum(1.0 if change > 0 else 0.5 if change == 0 else 0.0 for change in changes) / len(changes)
     total = len(changes) if len(changes) < FEW else 100
-    return f"{round(share * total)} of {total} pairs"
+    return f"{round(win_share(changes) * total)} of {total} pairs"
+
+
+def win_share(changes: Sequence[float]) -> float:
+    """The fraction of pairs whose change is above 0; ties are half, and no pairs are a tie."""
+    if not changes:
+        return 0.5
+    return sum(1.0 if gain > 0 else 0.5 if gain == 0 else 0.0 for gain in changes) / len(changes)
+
+
+def _changes(evaluation: dict[str, Any], key: str) -> list[float]:
+    """A measurement of each picture after training minus that of its base, where both were measured."""
+    rows = evaluation.get("rows") or ()
+    return [found for row in rows if (found := change(row, key)) is not None]
 
 
 def _variety(metric: dict[str, float] | None) -> str:
@@ -152,14 +161,8 @@ def _wanted_gauge(evaluation: dict[str, Any]) -> Gauge | None:
     if objective is None or "change" not in objective:
         return None
     state, word = STATES[direction(objective)]
-    share = _win_share(evaluation, f"reward/{optimised}")
+    share = win_share(_changes(evaluation, f"reward/{optimised}"))
     return Gauge("Wanted", f"{share:.0%}", state, word, share, 0.5, None, f"pairs that the objective prefers; {moved}")
-
-
-def _win_share(evaluation: dict[str, Any], key: str) -> float:
-    changes = [row[key] - row["base"][key] for row in evaluation.get("rows") or ()
-               if row.get(key) is not None and row.get("base", {}).get(key) is not None]  # fmt: skip
-    return sum((c > 0) + 0.5 * (c == 0) for c in changes) / len(changes) if changes else 0.5
 
 
 def _kept_gauge(evaluation: dict[str, Any]) -> Gauge | None:
@@ -174,7 +177,7 @@ def _kept_gauge(evaluation: dict[str, Any]) -> Gauge | None:
     if key not in metrics or "change" not in metrics[key]:
         return None
     state, word = {1: ("good", "up"), 0: ("good", "kept"), -1: ("bad", "fell")}[direction(metrics[key])]
-    share, held = _win_share(evaluation, key), metrics[key]
+    share, held = win_share(_changes(evaluation, key)), metrics[key]
     text = f"pairs that the held-out {evaluation['heldout']} prefers; {number(held['base'])} → {number(held['value'])}"
     return Gauge("Kept", f"{share:.0%}", state, word, share, 0.5, None, text)
 

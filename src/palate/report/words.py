@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from palate.runs import control_words
+from palate.runs import tree_words
 
 
 class WordChange(NamedTuple):
@@ -25,7 +25,7 @@ def spell(words: dict[str, Any]) -> str:
 
 def word_changes(recipe: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[WordChange]:
     """The recipe's words and every later change by steering; empty for a run without control words."""
-    words = control_words(recipe)
+    words = tree_words(recipe)
     found = [WordChange(0, tuple(words["positive"]), tuple(words["negative"]))]
     for row in rows:
         if row.get("event") == "steer":

@@ -155,15 +155,14 @@ def reward_scale(reward: Reward, images: Tensor, prompts: Sequence[str]) -> tupl
 
 
 def as_scores(values: Any, device: torch.device) -> Any:
-    """Lists, NumPy arrays and tensors of whole numbers as a float32 tensor (B,); anything else as it is."""
+    """Lists, arrays and tensors of whole numbers as a float32 tensor (B,); anything else as it is."""
     if isinstance(values, Tensor):
         return values if values.is_floating_point() else values.to(device, torch.float32)
-    if isinstance(values, (list, tuple, np.ndarray)):
-        try:
-            return torch.as_tensor(np.asarray(values, dtype=np.float32), device=device)
-        except (TypeError, ValueError):
-            return values
-    return values
+    try:
+        numbers = np.array(values, dtype=np.float32)
+    except (TypeError, ValueError):
+        return values  # the loop says what it expected
+    return torch.as_tensor(numbers, device=device) if numbers.ndim else values
 
 
 def as_tensor_reward(reward: Reward) -> Reward:

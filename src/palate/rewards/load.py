@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
 from palate.core import Reward, TwoTower
+from palate.rewards.combine import as_tensor_reward
 from palate.rewards.table import Entry, find
-from palate.runtime.code import load_object, names_a_file
+from palate.runtime.code import imported, load_object, names_a_file
 from palate.runtime.errors import InputError
 
 
@@ -21,10 +19,9 @@ def load_reward(name: str, source: str | None = None, dtype: str | None = None) 
     InputError: there is no such reward, or its weights cannot be found or read.
     """
     entry = find(name)
-    if entry.kind == "own":
-        return _somebody_elses(entry, source)
-    module, _, attribute = entry.place.partition(":")
-    found = getattr(importlib.import_module(module), attribute)
+    if entry.kind == "external":
+        return _external(entry, source)
+    found = imported(*entry.place.split(":"))
     if entry.kind == "function":
         return found
     if entry.kind == "embedded":
@@ -34,39 +31,18 @@ def load_reward(name: str, source: str | None = None, dtype: str | None = None) 
     return found(source, dtype=getattr(torch, dtype))
 
 
-def as_reward(function: Callable[..., Any]) -> Reward:
-    """The function, with numbers in a list, an array or integers returned as a float tensor; two towers as they are."""
-    if isinstance(function, TwoTower):
-        return function
-
-    def reward(images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        values = function(images, prompts)
-        if isinstance(values, torch.Tensor) and values.is_floating_point():
-            return values
-        try:
-            return torch.as_tensor(values, dtype=torch.float32, device=images.device)
-        except (TypeError, ValueError, RuntimeError):
-            return values  # the loop says what it expected
-
-    return reward
-
-
-def _made(kind: Callable[..., Any], source: str | None) -> Any:
-    return kind(source) if inspect.signature(kind).parameters else kind()
-
-
-def _somebody_elses(entry: Entry, source: str | None) -> Reward:
+def _external(entry: Entry, source: str | None) -> Reward:
+    """A reward that is not Palate's: the object, or one object of the class; its numbers as a float tensor."""
     if names_a_file(entry.place):
         found = load_object(entry.place, key="reward.name")
     else:
-        module, _, attribute = entry.place.partition(":")
         try:
-            found = getattr(importlib.import_module(module), attribute)
-        except (ModuleNotFoundError, AttributeError) as error:
+            found = imported(*entry.place.split(":"))
+        except (ModuleNotFoundError, AttributeError, TypeError) as error:
             raise InputError(f"reward.name {entry.name}: cannot load {entry.place} ({error})") from error
     if inspect.isclass(found):
-        found = _made(found, source)
+        found = found(source) if inspect.signature(found).parameters else found()
     if not callable(found):
         kind = type(found).__name__
         raise InputError(f"reward.name: {entry.name} is a {kind}; expected a function of images and prompts")
-    return as_reward(found)
+    return found if isinstance(found, TwoTower) else as_tensor_reward(found)

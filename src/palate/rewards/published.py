@@ -5,10 +5,7 @@ Sizes are those of the files as published, in units of 1e9 bytes, rounded; licen
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
-
-from huggingface_hub import try_to_load_from_cache
 
 
 class Download(NamedTuple):
@@ -71,15 +68,3 @@ PUBLISHED: dict[str, PublishedReward] = {
         "prompt.txt, the chat text of the authors' repository, goes beside it (docs/rewards.md)",
     ),
 }
-
-
-def at_hand(name: str, source: str | None) -> bool:
-    """Whether the weights of a published reward are on this machine: at reward.source.NAME, or in the hub's cache."""
-    known = PUBLISHED[name]
-    if source is not None and Path(source).expanduser().exists():
-        return True
-    if known.converted is not None or (source is not None and source.count("/") != 1):
-        return False
-    place = source or known.weights.place
-    files = [file for file in known.weights.files if file.endswith((".safetensors", "config.json"))]
-    return all(isinstance(try_to_load_from_cache(place, file), str) for file in files)

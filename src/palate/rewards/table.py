@@ -29,16 +29,16 @@ class Entry:
 
     name: str
     place: str  # module:object, or a file by path
-    kind: str = "own"  # function, embedded, published, taste (learned from votes), service (behind a URL);
-    # own: somebody else's
-    gradient: bool = True  # whether it is differentiable in the images; of somebody else's, the loop finds out
+    kind: str = "external"  # function, embedded, published, taste (learned from votes), service (behind a URL);
+    # external: of an installed package or a file
+    gradient: bool = True  # whether it is differentiable in the images; of an external one, the loop finds out
     reads_prompt: bool = True
     example: str = ""  # of the URL of a service
 
     @property
     def takes_source(self) -> bool:
         """Whether reward.source.NAME says where its weights or its server are."""
-        return self.kind in ("published", "taste", "service", "own")
+        return self.kind in ("published", "taste", "service", "external")
 
 
 def _entries() -> dict[str, Entry]:

@@ -21,11 +21,9 @@ from palate.runs.folder import (
 from palate.runs.protocol import evaluate_protocol
 from palate.runs.result import adapter_of, load_result, write_adapter
 
-control_words = tree_words
-
 __all__ = [
     "RunFolder", "adapter_of", "between", "check_same", "common_rows", "common_to_all",
-    "control_words", "evaluate_protocol", "evaluate_run", "evaluate_runs",
+    "evaluate_protocol", "evaluate_run", "evaluate_runs",
     "evaluate_runs_by_questions", "evaluate_samples", "evaluation_key", "load_result",
     "on_common_rows", "read_index", "read_recipe", "read_samples", "run_names", "trained_model",
     "tree_words", "words_in_force", "write_adapter", "write_samples",

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from palate.runtime.errors import CheckpointError
 from palate.runtime.files import canonical_json, file_digest, replace, sync, write_durably, write_problem
-from palate.runtime.files import write_atomically as write_atomically
 
 SCHEMA = 1
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"

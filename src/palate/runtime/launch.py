@@ -14,10 +14,10 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 
+from palate.runtime.errors import RankLostError
 from palate.runtime.progress import say
 
 GRACE_SECONDS = 4.0  # that the other ranks get to end by themselves when one has failed
-LOST = 7  # exit code of a rank that failed only because it lost another one
 STOPPED = (0, 129, 130, 143)  # exit codes of ranks that ended as they were told to
 
 
@@ -68,7 +68,8 @@ def _wait(workers: Sequence[subprocess.Popen]) -> int:
                 worker.wait()
             break
         time.sleep(0.05)
-    return next((code for code in failed if code != LOST), failed[0] if failed else 0)
+    # a rank that lost another one is not the first that failed
+    return next((code for code in failed if code != RankLostError.exit_code), failed[0] if failed else 0)
 
 
 @contextlib.contextmanager

@@ -60,11 +60,11 @@ def duration(seconds: float) -> str:
 class Progress:
     """A context manager; `show` after each step, `note` for a sentence in between, `phase` for what else takes time.
 
-    steps: 0 for work that is not counted in steps. Within the block it listens to `palate.runtime.phases`.
+    Within the block it listens to `palate.runtime.phases`.
     """
 
-    def __init__(self, steps: int = 0, *, done: int = 0, visible: bool = True):
-        self.steps, self.first, self.step, self.visible = steps, done, done, visible
+    def __init__(self, steps: int, *, visible: bool = True):
+        self.steps, self.first, self.step, self.visible = steps, 0, 0, visible
         self.name, self.part, self.parts, self.metrics = "", 0, 0, ""
         self.live: Any = None  # rich's, imported on a terminal only
         self.cell: Cell | None = None  # of a notebook
@@ -82,7 +82,7 @@ class Progress:
         if self.visible and not self.cell and sys.stdout.isatty():
             from rich.live import Live
 
-            self.live = Live(get_renderable=self._rendered, refresh_per_second=4, transient=self.steps == 0)
+            self.live = Live(get_renderable=self._rendered, refresh_per_second=4)
             self._safely(self.live.start)
         return self
 
@@ -114,7 +114,7 @@ class Progress:
             self.cell.say(self.line(LINE), self.step, self.steps)
         elif self.live:
             self._safely(self.live.refresh) if new else None
-        elif (now := time.monotonic()) - self.spoken >= PLAIN_SECONDS or (new and not self.steps):
+        elif (now := time.monotonic()) - self.spoken >= PLAIN_SECONDS:
             self.spoken = now
             say(self._phase_text())
 
@@ -150,12 +150,10 @@ class Progress:
 
     def line(self, width: int) -> str:
         """The live line: percent and time left come first, and what does not fit into `width` is cut at the end."""
-        text = self._phase_text()
-        if self.steps:
-            full = round(BAR * self.step / self.steps)
-            bar = "" if self.cell else "#" * full + "-" * (BAR - full) + "  "
-            text = f"{self._place()}  step {self.step}/{self.steps}  {bar}{text or self.metrics}"
-        text = printable(text)
+        full = round(BAR * self.step / self.steps)
+        bar = "" if self.cell else "#" * full + "-" * (BAR - full) + "  "
+        doing = self._phase_text() or self.metrics
+        text = printable(f"{self._place()}  step {self.step}/{self.steps}  {bar}{doing}")
         return text if len(text) <= width else text[: max(width - 1, 0)] + "…"
 
     def _rendered(self) -> Any:
