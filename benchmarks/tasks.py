@@ -23,7 +23,7 @@ from palate import recipe
 from palate.algorithms.table import find
 from palate.core import Reward
 from palate.models.vocabulary import vocabulary
-from palate.recipe.together import NeedsRewardGradient
+from palate.recipe.cross_checks import NeedsRewardGradient
 from palate.rewards import tasks as geneval
 from palate.rewards.combine import semantic_relative
 from palate.rewards.simple import jpeg_size

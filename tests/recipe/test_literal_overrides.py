@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from palate import recipe
-from palate.recipe import RecipeError, homes_of
+from palate.recipe import RecipeError
 from palate.runtime.errors import InputError
 
 GOOD = "run: {folder: runs/x}\nalgorithm: {name: srpo}\nreward: {name: emoji}\nprompts: {list: [a dog]}\n"
@@ -85,13 +85,14 @@ def test_a_path_is_found_from_another_folder(tmp_path, monkeypatch):
         ("lr=0.1", "did you mean trainer.lr=0.1"),
         ("every=5", "did you mean trainer.guard.every=5"),
         ("folder=x", "model.folder=x"),
+        ("positive=[a]", "did you mean algorithm.positive or reward.relative.positive?"),
         ("budget=9", "did you mean optimize.budget=9"),
     ],
 )
 def test_a_key_without_its_section_finds_it(override, hint):
     with pytest.raises(RecipeError) as caught:
         recipe.parse(GOOD, [override])
-    assert hint in str(caught.value) and homes_of(override.partition("=")[0])
+    assert hint in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def suggestion(error: BaseException, arguments: list[str]) -> str:
     option = getattr(error, "option_name", None)
     if not option or not {"train", "resume", "optimize", "plan"} & set(arguments):
         return ""
-    from palate.cli.suggest import key_named
+    from palate.recipe import algorithm_settings, homes_of
 
     name, _, value = option.lstrip("-").partition("=")
     for i, argument in enumerate(arguments):
@@ -182,7 +182,7 @@ def suggestion(error: BaseException, arguments: list[str]) -> str:
             value = value or arguments[i + 1]
         elif argument.startswith(option + "="):
             value = value or argument.partition("=")[2]
-    keys = key_named(name.replace("-", "_"))
+    keys = homes_of(name.replace("-", "_"), algorithm_settings("srpo"))
     return f"; did you mean {' or '.join(f'{key}={value}' for key in keys)}?" if keys else ""
 
 

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 from palate.cli.evaluate_options import EvaluateOptions
 from palate.cli.model_source import load_run
 from palate.cli.phases import show_phases
-from palate.core import Model, Sampler
+from palate.cli.result_tables import print_changes
 from palate.data.checklists import read_checklists
 from palate.evaluate import to_json
-from palate.report.html import number, signed
 from palate.rewards.checklist import connect
 from palate.runs.checklist import evaluate_runs_by_questions
+from palate.runs.evaluation import Load
 from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
 
-Load = Callable[[Path], tuple[Model, Sampler | None]]
 EXAMPLE = "http://127.0.0.1:8000/v1/chat/completions#MODEL"
 
 
@@ -49,16 +44,6 @@ def evaluate_with_questions(runs: Sequence[Path], options: EvaluateOptions, *, l
                         f"questions, {judge.asked} asked now; judge {result['judge']}"))  # fmt: skip
         if unclear := sum(result["unclear"].values()):
             print(f"{unclear} answers could not be read and count as wrong")
-        _print_table(name, result["metrics"])
+        print_changes(name, result["metrics"])
     for name, metrics in found["between"].items():
-        _print_table(f"{name} against {found['first']}", metrics)
-
-
-def _print_table(name: str, metrics: Mapping[str, Mapping[str, Any]]) -> None:
-    table = Table(printable(name), "before", "after", "change", "95 %")
-    for metric, values in metrics.items():
-        interval = f"{signed(values['change_low'])} to {signed(values['change_high'])}"
-        table.add_row(
-            printable(metric), number(values["base"]), number(values["value"]), signed(values["change"]), interval
-        )
-    Console().print(table)
+        print_changes(f"{name} against {found['first']}", metrics)

@@ -19,9 +19,9 @@ from palate import recipe as recipes
 from palate.models.facts import facts_of
 from palate.plan.table import FREE, GIB, Device, find_device
 from palate.recipe import Recipe
+from palate.recipe.cross_checks import ControlWords, rewards_used
+from palate.recipe.editing import with_value, with_values, without_head
 from palate.recipe.reader import literal, text_of
-from palate.recipe.together import ControlWords, rewards_used
-from palate.recipe.writing import with_value, with_values, without_head
 from palate.rewards import table as rewards
 from palate.rewards.published import PUBLISHED
 from palate.runtime.errors import InputError

@@ -128,20 +128,15 @@ def belongs(option: str, used: bool, other: str, given: bool) -> None:
         raise InputError(f"{option} belongs to {other}; give both, or neither")
 
 
-def prompts_in(file: str) -> list[str]:
-    """`palate.data.read_prompts`."""
-    from palate.data import read_prompts
-
-    return read_prompts(file)
-
-
 def all_prompts(prompt: list[str] | None, prompts_file: str | None) -> list[str]:
     """Those of --prompt and of --prompts-file. InputError: there are none, or an empty one."""
     prompts = list(prompt or ())
     if any(not text.strip() for text in prompts):
         raise InputError("--prompt: got an empty prompt")
     if prompts_file:
-        prompts += prompts_in(prompts_file)
+        from palate.data import read_prompts
+
+        prompts += read_prompts(prompts_file)
     if not prompts:
         raise InputError("no prompt: give --prompt or --prompts-file")
     return prompts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
@@ -30,6 +31,17 @@ def print_evaluation(name: str, evaluation: dict[str, Any]) -> None:
     verdict = evaluation.get("verdict") or {}
     for text in (*verdict.get("warnings", ()), *verdict.get("notes", ())):
         console.print(printable(text), markup=False, highlight=False)
+
+
+def print_changes(name: str, metrics: Mapping[str, Mapping[str, Any]]) -> None:
+    """A table of metrics before and after, with the 95 % interval of each change."""
+    table = Table(printable(name), "before", "after", "change", "95 % interval")
+    for metric, values in metrics.items():
+        interval = f"{signed(values['change_low'])} to {signed(values['change_high'])}"
+        table.add_row(
+            printable(metric), number(values["base"]), number(values["value"]), signed(values["change"]), interval
+        )
+    Console().print(table)
 
 
 def print_strengths(name: str, result: dict[str, Any]) -> None:

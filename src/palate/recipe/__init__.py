@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from palate.data import RecipeError, captioned_images, evenly_spaced, read_prompts
 from palate.recipe.checks import SECTIONS, algorithm_settings, check_trainer, homes_of
+from palate.recipe.cross_checks import heldout_of, trained_names
 from palate.recipe.reader import YAML_LIMIT, as_tree, dump, fingerprint, parse, published, read, text_of
 from palate.recipe.settings import (
     RESUMABLE_FIELDS,
@@ -27,7 +28,6 @@ from palate.recipe.settings import (
     SampleSettings,
     TrainerSettings,
 )
-from palate.recipe.together import heldout_of, trained_names
 from palate.runtime.code import imported
 from palate.runtime.deprecated import old_names
 
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
         build_reward,
         sampler_of,
     )
+    from palate.recipe.evaluators import guard_measure, panel_of
     from palate.recipe.identity import check_identity, identity_text, run_identity
-    from palate.recipe.judging import guard_measure, panel_of
     from palate.recipe.objective import Objective, control_words, objective_of
     from palate.recipe.prompts import prompts_of
     from palate.recipe.start import check_start, load_consistency
@@ -58,11 +58,11 @@ _LATER = {
     "check_identity": "palate.recipe.identity",
     "check_start": "palate.recipe.start",
     "control_words": "palate.recipe.objective",
-    "guard_measure": "palate.recipe.judging",
+    "guard_measure": "palate.recipe.evaluators",
     "load_consistency": "palate.recipe.start",
     "load_reward": "palate.rewards.load",
     "objective_of": "palate.recipe.objective",
-    "panel_of": "palate.recipe.judging",
+    "panel_of": "palate.recipe.evaluators",
     "prompts_of": "palate.recipe.prompts",
     "run_identity": "palate.recipe.identity",
     "sampler_of": "palate.recipe.builder",

@@ -29,12 +29,12 @@ from palate.data import (
 )
 from palate.data.buckets import Bucket
 from palate.models import families
+from palate.recipe.cross_checks import AsksBlackBox, trained_names
 from palate.recipe.objective import check_taste, image_tower, reward_objective
 from palate.recipe.pictures import buckets_of, latents_of, pictures_of
 from palate.recipe.prompts import prompts_of
 from palate.recipe.settings import Recipe, RewardSettings
 from palate.recipe.start import check_start, load_consistency, start_folder, warn_of_noise
-from palate.recipe.together import AsksBlackBox, trained_names
 from palate.rewards.learned import BlackBox, Features, tower_features
 from palate.rewards.load import load_reward
 from palate.rewards.table import HELD_OUT_CANDIDATES

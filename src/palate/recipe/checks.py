@@ -17,6 +17,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from palate.algorithms import table as algorithms
 from palate.data import RecipeError
+from palate.recipe.cross_checks import check_together
 from palate.recipe.names import near
 from palate.recipe.settings import (
     AlgorithmSettings,
@@ -31,7 +32,6 @@ from palate.recipe.settings import (
     SampleSettings,
     TrainerSettings,
 )
-from palate.recipe.together import check_together
 
 SECTIONS: dict[str, type] = {
     "run": RunSettings,
@@ -61,7 +61,7 @@ def validate(tree: Mapping[str, Any], mistakes: list[str]) -> Recipe | None:
         mistakes.append("algorithm_name: unknown key; did you mean algorithm.name?")
         del rest["algorithm_name"]
     for key in [key for key in rest if key not in SECTIONS]:
-        if homes := homes_of(str(key)):
+        if homes := homes_of(str(key), None if algorithm is None else type(algorithm)):
             value = rest.pop(key)
             shown = f"={value}" if isinstance(value, (str, int, float)) else ""
             mistakes.append(f"{key}: unknown key; did you mean {' or '.join(f'{home}{shown}' for home in homes)}?")
@@ -95,10 +95,11 @@ def algorithm_settings(name: str) -> type:
     return type(kind.__name__, (kind,), {"__doc__": kind.__doc__, **body})
 
 
-def homes_of(leaf: str) -> list[str]:
-    """Where a key of that name stands in a recipe: steps -> trainer.steps, sample.steps."""
+def homes_of(leaf: str, algorithm: type | None = None) -> list[str]:
+    """Where a key of that name stands in a recipe: steps -> trainer.steps, sample.steps. algorithm: its settings."""
     found = []
-    for section, kind in SECTIONS.items():
+    sections = SECTIONS if algorithm is None else {"algorithm": algorithm, **SECTIONS}
+    for section, kind in sections.items():
         for field in dataclasses.fields(kind):
             if field.name == leaf:
                 found.append(f"{section}.{leaf}")

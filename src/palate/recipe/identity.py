@@ -10,9 +10,9 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
+from palate.recipe.cross_checks import rewards_used
 from palate.recipe.reader import content_digest, fingerprint
 from palate.recipe.settings import Recipe
-from palate.recipe.together import rewards_used
 from palate.rewards import table as rewards
 from palate.runtime.code import code_digest, names_a_file, short_name
 from palate.runtime.errors import InputError

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from palate.core import EmbedsImages, Reward
+from palate.recipe.cross_checks import ControlWords
 from palate.recipe.settings import Recipe, RewardSettings, TasteSettings
-from palate.recipe.together import ControlWords
 from palate.rewards.combine import noised_relative, normalised, semantic_relative, weighted
 from palate.rewards.load import load_reward
 from palate.rewards.oracles import exact_reward

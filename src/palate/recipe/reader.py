@@ -8,7 +8,6 @@ mapping in brackets as YAML has them, and every other text as it stands, number 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib.resources
 import json
 import re
@@ -22,7 +21,7 @@ import yaml
 from palate.data import RecipeError, read_text
 from palate.recipe.checks import HasOldKeys, validate
 from palate.recipe.guard import identifying
-from palate.recipe.names import PYTHON
+from palate.recipe.names import PYTHON, near
 from palate.recipe.paths import with_absolute_paths
 from palate.recipe.settings import RESUMABLE_FIELDS, Recipe
 from palate.runtime.code import code_digest, names_a_file, short_name
@@ -48,9 +47,8 @@ def text_of(source: str) -> str:
         if len(path.parts) > 1 or path.suffix:  # meant as a path
             raise RecipeError(f"there is no file {source!r}; `palate recipes` lists the published recipes")
         known = published()
-        near = difflib.get_close_matches(source, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"published recipes: {', '.join(known)}"
-        raise RecipeError(f"no recipe named {source!r} and no such file; {hint}")
+        hint = near(source, known) or f"; published recipes: {', '.join(known)}"
+        raise RecipeError(f"no recipe named {source!r} and no such file{hint}")
     state = path.stat()
     return _text_of_file(path.absolute(), state.st_mtime_ns, state.st_size)
 

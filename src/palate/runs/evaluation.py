@@ -19,10 +19,10 @@ from palate.evaluate.panel import EvaluationPanel
 from palate.evaluate.samples import Drawing, check_same, generate_parts, pairs, read_index, write_samples
 from palate.evaluate.verdicts import verdict
 from palate.models.sizes import at_size
-from palate.recipe import builder, judging
+from palate.recipe import builder, evaluators
+from palate.recipe.cross_checks import heldout_of
 from palate.recipe.objective import ORACLE
 from palate.recipe.settings import Recipe
-from palate.recipe.together import heldout_of
 from palate.runs.comparison import between
 from palate.runs.folder import RunFolder, run_names
 from palate.runtime.errors import InputError
@@ -48,7 +48,7 @@ def evaluate_run(
     marked, a verdict, the images. Writes evaluation/{base,result}/ and evaluation.json into the run folder and returns
     the latter. None = what the recipe's evaluate section says. `stored`: judge the images that lie there already."""
     run = run_folder if isinstance(run_folder, RunFolder) else RunFolder(run_folder)
-    panel = panel or judging.panel_of(run.recipe)
+    panel = panel or evaluators.panel_of(run.recipe)
     objective = run.objective()
     rewards, optimised = objective.rewards(panel.rewards, panel.heldout)
     if stored:
@@ -159,7 +159,7 @@ def evaluation_key(prompts: Sequence[str], seeds: Sequence[int]) -> str:
     return json_digest([[prompt, int(seed)] for prompt, seed in zip(prompts, seeds, strict=True)])[:12]
 
 
-def bring_forward(run: Path, key: str) -> None:
+def make_current(run: Path, key: str) -> None:
     """Make room for an evaluation: one on other rows moves to evaluations/KEY, one on the same comes back."""
     if (run / "evaluation" / "result" / "index.jsonl").is_file():
         rows = read_index(run / "evaluation" / "result")
@@ -195,7 +195,7 @@ def draw_sides(
 ) -> None:
     """Write the pictures of base and result on prompts x seeds into evaluation/{base,result}; an evaluation on other
     rows moves to evaluations/KEY first."""
-    bring_forward(run.path, evaluation_key(*pairs(prompts, seeds)))
+    make_current(run.path, evaluation_key(*pairs(prompts, seeds)))
     assert isinstance(model, Sampleable), "a run's model can be sampled"
     how = run.recipe.sample
     steps = how.steps or model.default_steps
@@ -218,7 +218,7 @@ def _common_panel(runs: Sequence[RunFolder], names: Sequence[str]) -> Evaluation
                 f"{names[0]} is judged by {judges[0]}, {name} by {judge}; give evaluate.heldout=NAME, one that "
                 "neither optimised"
             )
-    return judging.panel_of(runs[0].recipe)
+    return evaluators.panel_of(runs[0].recipe)
 
 
 def check_stored(run: RunFolder) -> None:

@@ -15,7 +15,7 @@ from palate.core import Reward, TwoTower
 from palate.data import evenly_spaced
 from palate.evaluate.measurement import mean_and_interval, round_floats, to_json
 from palate.evaluate.panel import EvaluationPanel, embedded_panel, published_panel
-from palate.recipe.together import heldout_of, rewards_used
+from palate.recipe.cross_checks import heldout_of, rewards_used
 from palate.rewards.load import load_reward
 from palate.rewards.located import Standing, standings
 from palate.rewards.table import HELD_OUT_CANDIDATES

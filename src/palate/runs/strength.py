@@ -13,7 +13,7 @@ from palate.core import HasStrength, Sampleable
 from palate.evaluate.measurement import evaluate_samples, to_json
 from palate.evaluate.panel import EvaluationPanel
 from palate.evaluate.samples import generate, pairs, write_samples
-from palate.recipe import judging
+from palate.recipe import evaluators
 from palate.runs.evaluation import prompts_of, seeds_of
 from palate.runs.folder import RunFolder
 from palate.runtime.errors import InputError
@@ -38,7 +38,7 @@ def evaluate_strengths(
     """
     run = run_folder if isinstance(run_folder, RunFolder) else RunFolder(run_folder)
     strengths = list(dict.fromkeys(strengths))
-    panel = panel or judging.panel_of(run.recipe)
+    panel = panel or evaluators.panel_of(run.recipe)
     rewards, optimised = run.objective().rewards(panel.rewards, panel.heldout)
     panel = panel._replace(rewards=rewards)
     prompts = prompts_of(run.recipe) if prompts is None else list(prompts)

@@ -23,7 +23,7 @@ from palate.runtime.environment import versions
 from palate.runtime.errors import CheckpointError, NonFiniteError
 from palate.runtime.runlog import RunLog
 from palate.train.batches import Batches, Samples
-from palate.train.described import from_python
+from palate.train.python_recipe import from_python
 from palate.train.state import Counters, Replicas, Weights
 from palate.train.update import Stream, Updater, as_trained
 

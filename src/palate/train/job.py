@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from palate.models.autoencoder import ImageSize
 from palate.models.sizes import at_size
 from palate.recipe import RESUMABLE_FIELDS, GuardSettings, SampleSettings, TrainerSettings, check_trainer
 from palate.recipe.guard import identifying
+from palate.recipe.names import near
 from palate.runtime.errors import InputError
 from palate.runtime.files import json_digest
 from palate.train.checks import check_parts
@@ -116,8 +116,7 @@ def check_settings(trainer: TrainerSettings | None, changes: dict[str, Any]) -> 
     known = [field.name for field in dataclasses.fields(TrainerSettings)]
     for name in changes:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}"
-            raise InputError(f"train() got an unknown option {name!r}; {hint}")
+            hint = near(name, known) or f"; expected one of {', '.join(known)}"
+            raise InputError(f"train() got an unknown option {name!r}{hint}")
     start = vars(trainer) if trainer else {"guard": GuardSettings(every=0)}
     return check_trainer({**start, **{k: v for k, v in changes.items() if not (k == "guard" and v is None)}})

@@ -26,13 +26,13 @@ from palate.runtime.images import encode_png, grid
 from palate.runtime.progress import Progress
 from palate.runtime.runlog import RunLog
 from palate.runtime.signals import Stop
-from palate.train.acting import act_on
 from palate.train.batches import Batches
 from palate.train.checks import check_reward, encode_all, gradient_cause, memory_advice, shard_networks
 from palate.train.failure import Failures
 from palate.train.guard import Guard, Measurer, measure_of
+from palate.train.guard_action import carry_out
 from palate.train.job import Job, Outcome, identity_of
-from palate.train.notes import Warnings, way_on
+from palate.train.notes import Warnings, how_to_continue
 from palate.train.preview import Previews, write_adapter
 from palate.train.saving import Saver
 from palate.train.state import Counters, Replicas, Weights
@@ -103,7 +103,7 @@ class Run:
                 self.progress.note(text)
             if counters.finished and not (counters.finished == "finished" and counters.step < steps):
                 ended = f"this run has ended at step {counters.step} ({counters.finished})"
-                self.progress.note(f"{ended}; {way_on(counters, folder)}")
+                self.progress.note(f"{ended}; {how_to_continue(counters, folder)}")
                 return Outcome(folder, counters.step, counters.finished, 0)
             counters.finished = ""
             self.ranks.on_main(self.saver.remove_adapter)
@@ -182,7 +182,7 @@ class Run:
     def _guard(self, step: int) -> None:
         decision = self.guard.decide(step, self.measure())
         self.log.write(decision.row)
-        act_on(decision, step, guard=self.guard, saver=self.saver, counters=self.counters, note=self.progress.note)
+        carry_out(decision, step, guard=self.guard, saver=self.saver, counters=self.counters, note=self.progress.note)
 
     def _finish(self) -> None:
         if self.settings.preview_every:

@@ -26,7 +26,7 @@ class Warnings:
                 self.note(f"step {step}: {text}")
 
 
-def way_on(counters: Counters, folder: Path) -> str:
+def how_to_continue(counters: Counters, folder: Path) -> str:
     """What may be done with a run that has ended."""
     if counters.finished != "finished":
         return f"its result can begin a new run with other settings: model.start={folder}"

@@ -19,8 +19,8 @@ from palate.runtime.environment import environment, versions
 from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.files import write_atomically
 from palate.runtime.runlog import METRICS, RunLog, rewind
-from palate.train.described import from_python
 from palate.train.guard import Guard
+from palate.train.python_recipe import from_python
 from palate.train.state import Counters, Replicas, Weights, copy_into
 from palate.train.steering import CONTROL, describe
 

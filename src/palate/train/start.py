@@ -22,9 +22,9 @@ from palate.runtime import distributed
 from palate.runtime.errors import InputError
 from palate.runtime.runlock import owned
 from palate.runtime.signals import stop_signals
-from palate.train.described import describe_job
 from palate.train.job import Job, Outcome, check_settings
 from palate.train.loop import Run
+from palate.train.python_recipe import describe_job
 
 logger = logging.getLogger("palate")
 _starts: weakref.WeakKeyDictionary[Model, list[float]] = weakref.WeakKeyDictionary()  # sums of first parameters

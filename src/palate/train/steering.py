@@ -23,7 +23,7 @@ from palate.runtime.distributed import Ranks
 from palate.runtime.errors import InputError
 from palate.runtime.files import write_atomically
 from palate.runtime.runlog import METRICS, RunLog, read_metrics
-from palate.train.described import from_python
+from palate.train.python_recipe import from_python
 from palate.train.state import Replicas
 
 CONTROL = "control.json"

@@ -8,8 +8,8 @@ from palate.core import EmbedsImages, GuardMeasure, Reward, TwoTower
 from palate.evaluate.monitor import ImageMonitor
 from palate.evaluate.panel import EvaluationPanel, embedded_panel, published_panel
 from palate.recipe.builder import build_algorithm, sampler_of
+from palate.recipe.cross_checks import heldout_of, rewards_used
 from palate.recipe.settings import Recipe
-from palate.recipe.together import heldout_of, rewards_used
 from palate.rewards.load import load_reward
 from palate.rewards.located import located
 from palate.rewards.table import HELD_OUT_CANDIDATES

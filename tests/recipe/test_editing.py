@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from palate import recipe
+from palate.recipe.editing import with_value, with_values, without_head
 from palate.recipe.reader import text_of
-from palate.recipe.writing import with_value, with_values, without_head
 
 TEXT = """# a recipe
 run:

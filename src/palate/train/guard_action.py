@@ -9,7 +9,7 @@ from palate.train.saving import Saver
 from palate.train.state import Counters
 
 
-def act_on(
+def carry_out(
     decision: Decision, step: int, *, guard: Guard, saver: Saver, counters: Counters, note: Callable[[str], None]
 ) -> None:
     """Warn, return to the best weights with half the learning rate, or stop with the best weights as the result."""
