@@ -99,6 +99,6 @@ def test_a_recipe_names_url_and_model(monkeypatch):
     with pytest.raises(ValueError, match=r"must hold .prompt. exactly once"):
         VLMReward("http://127.0.0.1:1", SECRET, model="m", question="How good?")
     with pytest.raises(
-        recipe.RecipeError, match=r"reward.source.vlm-judge: give the server's URL, as http://127.0.0.1"
+        recipe.RecipeError, match=r"reward.source.vlm-judge: give the server's URL, for example http://127.0.0.1"
     ):
         recipe.read("srpo-emoji", ["reward={name: vlm-judge}"])

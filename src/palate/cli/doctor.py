@@ -41,7 +41,6 @@ EXTRAS = {
     "trackio": "trackio",
     "bitsandbytes": "bitsandbytes",
 }
-REPOSITORIES = {"clip-score": "openai/clip-vit-large-patch14", "pickscore": "yuvalkirstain/PickScore_v1"}
 
 
 class Finding(NamedTuple):
@@ -80,6 +79,10 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _counted(number: int, thing: str) -> str:
+    return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
 def _torchvision() -> Iterator[Finding]:
     """It is not needed, and a build for another torch breaks imports of transformers."""
     if importlib.util.find_spec("torchvision") is None:
@@ -100,7 +103,7 @@ def _devices() -> Iterator[Finding]:
     threads = os.environ.get("OMP_NUM_THREADS")
     yield Finding(
         "ok",
-        f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+        f"{_counted(os.cpu_count() or 1, 'core')}, torch uses {_counted(torch.get_num_threads(), 'thread')}"
         + (f" (OMP_NUM_THREADS={threads})" if threads else ""),
     )
     if not torch.cuda.is_available():
@@ -128,7 +131,9 @@ def _disk() -> Iterator[Finding]:
 def _weights() -> Iterator[Finding]:
     from importlib.resources import files
 
-    from huggingface_hub import get_token, try_to_load_from_cache
+    from huggingface_hub import get_token
+
+    from palate.rewards.located import standings
 
     assets = Path(str(files("palate") / "assets"))
     missing = [
@@ -142,12 +147,14 @@ def _weights() -> Iterator[Finding]:
         if missing
         else "embedded model, rewards and judge are there",
     )
-    for name, repository in REPOSITORIES.items():
-        there = isinstance(try_to_load_from_cache(repository, "model.safetensors"), str)
-        yield Finding(
-            "ok" if there else "note",
-            f"reward {name}: " + ("in the hub's cache" if there else f"not downloaded (palate fetch {name})"),
-        )
+    absent = []
+    for standing in standings({}):
+        if standing.source is None:
+            absent.append(standing.name)
+        else:
+            yield Finding("ok", f"reward {standing.name}: {standing.source or 'in the cache of the hub'}")
+    if absent:
+        yield Finding("note", f"rewards that are not downloaded: {', '.join(absent)} (palate fetch NAME)")
     yield Finding(
         "ok" if get_token() else "note",
         "a hub token is set" if get_token() else "no hub token: gated models need `hf auth login`",

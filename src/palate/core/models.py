@@ -130,15 +130,15 @@ class TrainsOtherwise(Protocol):
     """A model that is not trained as it is sampled: a distilled one may have an adapter for training alone."""
 
     def while_training(self) -> AbstractContextManager[None]:
-        """Inside, `predict` says what the model trains as; backward passes belong inside as well."""
+        """Inside, `predict` is what training uses; backward passes belong inside as well."""
 
 
 @runtime_checkable
 class HasStrength(Protocol):
-    """A model whose policy can speak with a part, or more, of what it has learnt."""
+    """A model whose LoRA can be scaled: the policy with a part of what it has learnt, or with more than it."""
 
     def at_strength(self, strength: float) -> AbstractContextManager[None]:
-        """Inside, the policy's LoRA counts so many times: 0 = the base model, 1 = as trained. InputError: no LoRA."""
+        """Inside, the policy's LoRA is multiplied by it: 0 = the base model, 1 = as trained. InputError: no LoRA."""
 
 
 @runtime_checkable

@@ -58,7 +58,7 @@ class Random:
         return torch.tensor([self._generator(purpose, i).random() for i in self.ids], dtype=torch.float64)
 
     def times(self, purpose: str) -> Tensor:
-        """Uniform on (0, 1], (B,), float32: times at which a network may be asked, none of them clean."""
+        """Uniform on (0, 1], (B,), float32: times at which a network can be evaluated, never the clean 0."""
         return (1 - self.uniform(purpose)).float().clamp_min(torch.finfo(torch.float32).tiny)
 
     def integers(self, purpose: str, low: int, high: int) -> Tensor:

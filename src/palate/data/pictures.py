@@ -59,10 +59,12 @@ def _left_out(folder: Path) -> str:
     below = [path for path in files if path.parent != folder and path.suffix.lower() in IMAGE_ENDINGS]
     notes = []
     if below:
-        notes.append(f"{len(below)} in folders inside it are left out, as {below[0].relative_to(folder)}: move them up")
+        notes.append(
+            f"{len(below)} in folders inside it are left out, {below[0].relative_to(folder)} for one: move them up"
+        )
     if other:
         notes.append(
-            f"{len(other)} in other formats are left out, as {other[0].relative_to(folder)}: save them as .png"
+            f"{len(other)} in other formats are left out, {other[0].relative_to(folder)} for one: save them as .png"
         )
     return "; ".join(notes)
 

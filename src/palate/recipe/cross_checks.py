@@ -145,7 +145,7 @@ def _check_rewards(recipe: Recipe, mistakes: list[str]) -> None:
     if "taste" in used:
         judged |= {*rewards.HELD_OUT_CANDIDATES}  # it may stand on one of them
         if "taste" not in reward.source:
-            mistakes.append("reward.source.taste: name the folder of a taste, as tastes/mine (palate taste fit)")
+            mistakes.append("reward.source.taste: name the folder of a taste, for example tastes/mine")
     elif reward.taste is not None:
         mistakes.append("reward.taste: the reward taste is in neither reward.name nor reward.weights")
     for key, names, known in (
@@ -163,7 +163,7 @@ def _check_rewards(recipe: Recipe, mistakes: list[str]) -> None:
             except InputError as error:
                 mistakes.append(str(error))
         if entry.kind == "service" and name not in reward.source:
-            mistakes.append(f"reward.source.{name}: give the server's URL, as {entry.example}")
+            mistakes.append(f"reward.source.{name}: give the server's URL, for example {entry.example}")
 
 
 def _check_algorithm(recipe: Recipe, mistakes: list[str]) -> None:
@@ -222,8 +222,8 @@ def _check_reward_use(reward: RewardSettings, settings: Any, kind: Any, mistakes
         mistakes.append("reward.relative: give positive, negative, or both, and not the same word twice")
     if used and not any(entry.reads_prompt for entry in entries):
         mistakes.append(
-            f"reward.relative: {names} reads no prompt, so no word changes it; use another reward, as "
-            "emoji or hpsv2, or leave reward.relative out"
+            f"reward.relative: {names} reads no prompt, so no word changes it; use another reward, "
+            "for example emoji or hpsv2, or leave reward.relative out"
         )
 
 

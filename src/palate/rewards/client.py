@@ -51,7 +51,9 @@ class JsonClient:
     def __init__(self, url: str, token: str | None, patience: Patience, *, key: str):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
-            raise InputError(f"{key}: got {url!r}; expected a URL, as http://127.0.0.1:8411/score, without a password")
+            raise InputError(
+                f"{key}: got {url!r}; expected a URL without a password, for example http://127.0.0.1:8411/score"
+            )
         if token is not None and parts.scheme == "http" and parts.hostname not in LOOPBACK:
             raise InputError(f"{key}: {url} would send the token in the clear; use https, or tunnel to 127.0.0.1")
         if token is not None and not token:

@@ -1,4 +1,4 @@
-"""A black-box reward that an algorithm can climb: a head on differentiable features learns to predict its answers.
+"""A black-box reward made differentiable: a head on differentiable features learns to predict its answers.
 
     y_hat(x) = w'z(x) + b,   z the standardised features,  (w, b) = argmin sum (y - y_hat)^2 + ridge |w|^2
 in units of the answers' standard deviation. The ridge is the candidate of the smallest leave-one-out error,

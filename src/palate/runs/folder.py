@@ -35,8 +35,8 @@ class RunFolder:
         for override in self.overrides:
             if not override.startswith(JUDGING):
                 raise InputError(
-                    f"{override}: a finished run is judged with other evaluate.*, sample.*, reward.source.* or "
-                    "model.device only; start a new run for the rest"
+                    f"{override}: of a finished run only evaluate.*, sample.*, reward.source.*, model.device and "
+                    "model.text_cache can be changed; start a new run for anything else"
                 )
 
     @property

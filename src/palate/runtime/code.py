@@ -53,9 +53,9 @@ def load_object(name: str, *, key: str) -> Any:
     """
     path, attribute = split_name(name)
     if not path.is_file():
-        raise InputError(f"{key}: {path} does not exist; give the file and the object in it, as my_code.py:thing")
+        raise InputError(f"{key}: {path} does not exist; give a file and its object, for example my_code.py:thing")
     if not attribute.isidentifier():
-        raise InputError(f"{key}: {name!r} names no object; write FILE.py:NAME, as my_code.py:thing")
+        raise InputError(f"{key}: {name!r} names no object; write FILE.py:NAME, for example my_code.py:thing")
     module = _import_file(path.resolve(), key)
     if attribute not in vars(module):
         own = [each for each in vars(module) if not each.startswith("_")]

@@ -125,7 +125,7 @@ class Saver:
         if not self.settings.threads:
             torch.set_num_threads(state["threads"])
         if changed := {k: v for k, v in state["versions"].items() if versions().get(k) != v}:
-            notes.append(f"made with {describe(changed)}, now {describe(versions())}: not bit-identical for certain")
+            notes.append(f"made with {describe(changed)}, now {describe(versions())}: the last digits may differ")
         self.weights.load_state_dict(saved)
         self.replicas.load(saved)
         self.counters.load_state_dict(saved.step, state)

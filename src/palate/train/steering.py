@@ -44,7 +44,7 @@ def steer(folder: str | Path, positive: Sequence[str] | None = None, negative: S
             raise InputError(f"{side}: expected a list of words, none empty, got {given!r}")
         words[side] = [word.strip() for word in given]
     if not (folder / METRICS).is_file():
-        raise InputError(f"{folder} is not a run (it holds no {METRICS}); give the folder of one, as runs/NAME")
+        raise InputError(f"{folder} is not a run (it holds no {METRICS}); give a run, for example runs/NAME")
     if (folder / "recipe.yaml").is_file() and not from_python(folder):
         recipe = recipes.read(str(folder / "recipe.yaml"))
         algorithm = recipes.build_algorithm(recipe)

@@ -16,7 +16,7 @@ from palate.runtime import checkpoint
 from palate.train.failure import reproduce_step
 from palate.train.update import Stream
 
-MOST = 12  # entries of a trace that are printed
+MAX_ENTRIES = 12  # of a trace that are printed
 Note = Callable[[str], None]
 
 
@@ -36,9 +36,9 @@ class Finding(NamedTuple):
         lines.append(f"again now: {self.reproduced}")
         if self.trace:
             lines.append(f"first value that is not finite: {self.trace[0]}")
-            lines += [f"  then {entry}" for entry in self.trace[1:MOST]]
-        if len(self.trace) > MOST:
-            lines.append(f"  and {len(self.trace) - MOST} more")
+            lines += [f"  then {entry}" for entry in self.trace[1:MAX_ENTRIES]]
+        if len(self.trace) > MAX_ENTRIES:
+            lines.append(f"  and {len(self.trace) - MAX_ENTRIES} more")
         return "\n".join([*lines, "metrics: " + ", ".join(f"{key} {value:.4g}" for key, value in self.metrics.items())])
 
 
@@ -55,7 +55,7 @@ def replay(bundle: str | Path, model: Model, algorithm: Algorithm, reward: Rewar
             trace.append(what)
 
     hooks = [
-        parameter.register_hook(lambda gradient, name=name: _look(gradient, f"the gradient of {name}", note))
+        parameter.register_hook(lambda gradient, name=name: _note_not_finite(gradient, f"the gradient of {name}", note))
         for name, parameter in _named(model, saved.state["trains"])
     ]
     try:
@@ -81,24 +81,24 @@ def _watched_model(model: Model, note: Note) -> Iterator[None]:
     def watched_encode_prompts(prompts: Sequence[str]) -> Any:
         cond = encode_prompts(prompts)
         for name, tensor in _tensors(cond):
-            _look_rows(tensor, f"model.encode_prompts{name}", prompts, note)
+            _note_bad_row(tensor, f"model.encode_prompts{name}", prompts, note)
         return cond
 
     def watched_predict(xt: Tensor, t: Tensor, cond: Any, **options: Any) -> Any:
-        speaker = options.get("weights", "policy")
+        weights = options.get("weights", "policy")
         for name, tensor in (("its latents", xt), ("its times", t)):
-            _look(tensor, f"{name}, given to model.predict ({speaker})", note)
+            _note_not_finite(tensor, f"{name}, given to model.predict ({weights})", note)
         pred = predict(xt, t, cond, **options)
         if not (torch.isfinite(pred.x0).all() and torch.isfinite(pred.eps).all()):
-            note(f"model.predict ({speaker}) at t = {', '.join(f'{float(x):.3f}' for x in t[:4])}")
+            note(f"model.predict ({weights}) at t = {', '.join(f'{float(x):.3f}' for x in t[:4])}")
         return pred
 
     def watched_decode(latents: Tensor) -> Tensor:
         images = decode(latents)
-        _look(images, "model.decode", note)
+        _note_not_finite(images, "model.decode", note)
         if images.requires_grad:
             what = "the gradient of the reward for the images"
-            images.register_hook(lambda gradient: _look(gradient, what, note))
+            images.register_hook(lambda gradient: _note_not_finite(gradient, what, note))
         return images
 
     own = vars(model)
@@ -115,7 +115,7 @@ def _watched_model(model: Model, note: Note) -> Iterator[None]:
 
 def _watched_reward(reward: Reward, note: Note) -> Reward:
     def seen(values: Tensor, prompts: Sequence[str]) -> Tensor:
-        _look_rows(values, "the reward", prompts, note)
+        _note_bad_row(values, "the reward", prompts, note)
         return values
 
     if isinstance(reward, TwoTower):
@@ -134,14 +134,15 @@ def _watched_losses(losses: Stream, note: Note) -> Iterator[Loss]:
         yield loss
 
 
-def _look(tensor: Tensor, what: str, note: Note) -> None:
+def _note_not_finite(tensor: Tensor, what: str, note: Note) -> None:
+    """Note how many numbers of the tensor are not finite, if any."""
     bad = int((~torch.isfinite(tensor.detach())).sum())
     if bad:
         note(f"{what}, {bad} of {tensor.numel()} numbers")
 
 
-def _look_rows(values: Tensor, what: str, prompts: Sequence[str], note: Note) -> None:
-    """`_look` at a batch: names the first prompt whose row is not finite."""
+def _note_bad_row(values: Tensor, what: str, prompts: Sequence[str], note: Note) -> None:
+    """The same of a batch: names the first prompt whose row is not finite."""
     good = torch.isfinite(values.detach()).flatten(1).all(1) if values.ndim > 1 else torch.isfinite(values.detach())
     if values.ndim and len(values) == len(prompts) and not good.all():
         row = int((~good).nonzero()[0])

@@ -25,7 +25,7 @@ def export(
         str, typer.Option("--format", help="diffusers, kohya, comfyui, merged; one-step (DI*).")
     ] = "diffusers",
     out: Annotated[Path | None, typer.Option(help="The folder to write to; RUN/export/FORMAT if left out.")] = None,
-    max_shard_size: Annotated[str | None, typer.Option(help="Of merged: the largest file, as 5GB; 10GB.")] = None,
+    max_shard_size: Annotated[str | None, typer.Option(help="Of merged: the largest file, else 10GB.")] = None,
     push_to_hub: Annotated[str | None, typer.Option(metavar="ID", help="Send it to this repository, private.")] = None,
     public: Annotated[bool, typer.Option("--public", help="With --push-to-hub: everybody can see it.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="With --push-to-hub: say what would be sent.")] = False,
@@ -47,15 +47,13 @@ def export(
 def merge(
     adapters: Annotated[list[str], typer.Argument(help="Runs, adapter folders or LoRA files of one network.")],
     out: Annotated[Path, typer.Option(help="The folder to write to.")],
-    weights: Annotated[
-        str | None, typer.Option(help="A number for each, as 0.7,0.3; equal shares of 1 if left out.")
-    ] = None,
+    weights: Annotated[str | None, typer.Option(help="A number for each, for example 0.7,0.3; else the mean.")] = None,
 ) -> None:
     """Add LoRAs up into one, without training."""
     try:
         numbers = [float(part) for part in weights.split(",")] if weights else [1 / len(adapters)] * len(adapters)
     except ValueError as error:
-        raise InputError(f"--weights: expected numbers, as 0.7,0.3, got {weights!r}") from error
+        raise InputError(f"--weights: expected numbers, for example 0.7,0.3, got {weights!r}") from error
     for number in numbers:
         if not math.isfinite(number):
             raise InputError(f"--weights: expected finite numbers, got {number}")

@@ -101,7 +101,7 @@ def steer(run: Run, positive: WordsOption = None, negative: WordsOption = None) 
 def init(
     model: Annotated[str | None, typer.Option(help="The model's family, for example emoji, flux2, sdxl.")] = None,
     method: Annotated[str | None, typer.Option(help="For example srpo, sqdf, distar; srpo if left out.")] = None,
-    card: Annotated[str | None, typer.Option(help="A card, as rtx-4090, or its GiB; this machine if left out.")] = None,
+    card: Annotated[str | None, typer.Option(help="For example rtx-4090, or GiB; this machine if left out.")] = None,
     words: WordsOption = None,
     without: WordsOption = None,
     reward: Annotated[str | None, typer.Option(help="The reward to maximise, for example hpsv2.")] = None,
@@ -137,8 +137,17 @@ def recipes(
     if show is not None:
         print(text_of(show), end="")
         return
-    for name, summary in published().items():
-        print(f"{name:24} {summary}")
+    known = published()
+    width = max(map(len, known))
+    titles = {
+        True: "On the embedded model, nothing to download:",
+        False: "On other models (palate doctor RECIPE lists the weights that one needs):",
+    }
+    for embedded, title in titles.items():
+        print(title)
+        for name, summary in known.items():
+            if ("emoji" in name.split("-")) == embedded:
+                print(f"  {name:{width}}  {summary}")
 
 
 def _run(recipe: Recipe, nproc: int, *, resume: bool, fresh: bool, quiet: bool) -> None:
