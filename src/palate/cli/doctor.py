@@ -36,6 +36,7 @@ EXTRAS = {
     "pyarrow": "data",
     "fastapi": "server",
     "uvicorn": "server",
+    "python-multipart": "studio",
     "tensorboard": "tensorboard",
     "wandb": "wandb",
     "trackio": "trackio",
