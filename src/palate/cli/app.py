@@ -24,7 +24,7 @@ from palate.runtime.files import with_remedy
 from palate.runtime.progress import printable
 
 MAX_LINES = 12  # of an error message
-EVERYWHERE = {"-q": "--quiet", "--quiet": "--quiet", "-v": "--verbose", "--verbose": "--verbose"}
+GLOBAL_OPTIONS = {"-q": "--quiet", "--quiet": "--quiet", "-v": "--verbose", "--verbose": "--verbose"}
 TRAIN, LOOK, SHARE, CHECK = "Train", "Look", "Share", "Check"  # the groups of the help
 
 
@@ -69,7 +69,7 @@ def _show_version(wanted: bool) -> None:
 
 
 @app.callback()
-def everywhere(
+def global_options(
     ctx: typer.Context,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Results and errors only.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="More notes on what happens.")] = False,
@@ -118,8 +118,8 @@ def main() -> None:
     """Run the command line: errors that a user can fix take a few lines, --debug shows where they come from."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
-    front = [EVERYWHERE[argument] for argument in arguments if argument in EVERYWHERE]
-    arguments = [*dict.fromkeys(front), *(argument for argument in arguments if argument not in EVERYWHERE)]
+    front = [GLOBAL_OPTIONS[argument] for argument in arguments if argument in GLOBAL_OPTIONS]
+    arguments = [*dict.fromkeys(front), *(argument for argument in arguments if argument not in GLOBAL_OPTIONS)]
     if not debug:  # the libraries' own talk while they load; read when they are imported
         for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
             os.environ.setdefault(name, "error")

@@ -150,10 +150,10 @@ def _weights() -> Iterator[Finding]:
     )
     absent = []
     for standing in standings({}):
-        if standing.source is None:
-            absent.append(standing.name)
-        else:
+        if standing.found:
             yield Finding("ok", f"reward {standing.name}: {standing.source or 'in the cache of the hub'}")
+        else:
+            absent.append(standing.name)
     if absent:
         yield Finding("note", f"rewards that are not downloaded: {', '.join(absent)} (palate fetch NAME)")
     yield Finding(

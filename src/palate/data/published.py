@@ -69,8 +69,8 @@ def read_prompt_set(files: Sequence[Path]) -> dict[str, str]:
     found: dict[str, str] = {}
     for path in paths:
         for row, prompt in prompt_rows(str(path)):
-            told = next((str(row[name]) for name in CATEGORY if row.get(name)), path.stem if len(paths) > 1 else "")
-            found.setdefault(prompt, told)
+            category = next((str(row[name]) for name in CATEGORY if row.get(name)), path.stem if len(paths) > 1 else "")
+            found.setdefault(prompt, category)
     if not found:
         raise RecipeError(f"{', '.join(map(str, files))}: no prompt in it")
     return found

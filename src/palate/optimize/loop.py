@@ -74,16 +74,16 @@ def optimize(search: Search, *, progress: bool = True, say: Callable[[str], None
             f"round {number}: {queries.spent} of {settings.budget} queries, mean answer "
             f"{row.get('oracle', math.nan):.4g}; the surrogate explains {row['explained']:.0%} of the variance"
         )
-        here = folder / f"round-{number:02d}"
-        resume = bool(checkpoint.steps(here / "checkpoints"))
+        round_folder = folder / f"round-{number:02d}"
+        resume = bool(checkpoint.steps(round_folder / "checkpoints"))
         if not resume:
-            shutil.rmtree(here, ignore_errors=True)
+            shutil.rmtree(round_folder, ignore_errors=True)
         job = Job(
             model,
             search.make_algorithm(),
             surrogate,
             list(search.prompts),
-            here,
+            round_folder,
             replace(trainer, seed=trainer.seed + number),
             list(search.preview) or evenly_spaced(search.prompts),
             sample=search.sample,
@@ -93,9 +93,9 @@ def optimize(search: Search, *, progress: bool = True, say: Callable[[str], None
         outcome = run_job(job, resume=resume, progress=progress)
         if outcome.exit_code:
             return outcome
-        restore_result(model, here, warn=say)
-    if (here / "adapter").is_dir():
-        shutil.copytree(here / "adapter", folder / "adapter", dirs_exist_ok=True)
+        restore_result(model, round_folder, warn=say)
+    if (round_folder / "adapter").is_dir():
+        shutil.copytree(round_folder / "adapter", folder / "adapter", dirs_exist_ok=True)
     return Outcome(folder, queries.spent, "finished", 0)
 
 

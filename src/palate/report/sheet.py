@@ -40,7 +40,7 @@ def write_page_of(folder: Path) -> Path:
     heads = [f"seed {seeds[i]}" if same else f"{i + 1}." for i in range(columns)]
     if strengths:
         heads = [f"strength {strength:g}" for strength in strengths]
-    cells = {row["file"]: {"src": picture(folder / row["file"]), "alt": _spoken(row)} for row in rows}
+    cells = {row["file"]: {"src": picture(folder / row["file"]), "alt": _alt_text(row)} for row in rows}
     table = {
         "heads": [{"name": name, "step": "", "words": ""} for name in heads],
         "rows": [
@@ -63,7 +63,7 @@ def _by_prompt(rows: list[dict[str, Any]]) -> dict[tuple[str, int | None], list[
     return found
 
 
-def _spoken(row: dict[str, Any]) -> str:
+def _alt_text(row: dict[str, Any]) -> str:
     strength = f", strength {row['strength']:g}" if "strength" in row else ""
     return f"{row['prompt']}, seed {row['seed']}{strength}"
 

@@ -60,7 +60,7 @@ def evaluate_protocol(
     for folder, evaluation in zip(run_folders, result["runs"].values(), strict=True):
         evaluation["protocol"] = {
             "name": name,
-            "rewards": {standing.name: _told(standing) for standing in found},
+            "rewards": {standing.name: _standing_json(standing) for standing in found},
             "categories": by_category(evaluation, prompts),
         }
         write_atomically(Path(folder) / "evaluation.json", to_json(evaluation).encode())
@@ -102,18 +102,18 @@ def by_category(evaluation: dict[str, Any], prompts: Mapping[str, str]) -> dict[
     found: dict[str, dict[str, Any]] = {}
     for kind in dict.fromkeys(kinds):
         there = torch.tensor([own == kind for own in kinds])
-        told = [row["prompt"] for row, own in zip(rows, kinds, strict=True) if own == kind]
+        groups = [row["prompt"] for row, own in zip(rows, kinds, strict=True) if own == kind]
         for metric in (name for name in evaluation["metrics"] if name.startswith("reward/")):
             now, before = column(evaluation, metric), column(evaluation, metric, base=True)
             if not bool(now[there].isnan().all()):
-                found.setdefault(kind, {})[metric] = mean_and_interval(now[there], before[there], told)
+                found.setdefault(kind, {})[metric] = mean_and_interval(now[there], before[there], groups)
     return round_floats(found)
 
 
-def _told(standing: Standing) -> dict[str, Any]:
-    if standing.source is None:
-        return {"found": 0, "command": standing.command}
-    return {"found": 1, "source": standing.source or "the hub's cache"}
+def _standing_json(standing: Standing) -> dict[str, Any]:
+    if standing.found:
+        return {"found": 1, "source": standing.source or "the hub's cache"}
+    return {"found": 0, "command": standing.command}
 
 
 def _split(overrides: Sequence[str], runs: Sequence[RunFolder]) -> tuple[dict[str, str], list[str]]:

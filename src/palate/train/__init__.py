@@ -43,7 +43,7 @@ __getattr__ = old_names(
 )
 
 
-class _Callable(types.ModuleType):
+class _Callable(types.ModuleType):  # not `callable_as`: warnings of `train` name the line that called it
     __call__ = staticmethod(train)
 
 
