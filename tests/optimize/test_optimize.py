@@ -496,7 +496,7 @@ def test_the_answers_are_not_lost_to_another_command(tmp_path):
     assert (tmp_path / "queries.jsonl").exists()
 
 
-def test_a_mended_oracle_continues_a_run():
+def test_a_mended_oracle_continues_a_run(tmp_path):
     """How it is reached, and how long one waits, change no question; what is asked and learned does."""
 
     def identity(*overrides):
@@ -512,6 +512,13 @@ def test_a_mended_oracle_continues_a_run():
         "sample.steps=null",
     )
     assert identity(served) == identity("optimize.oracle={url: 'http://moved:8000/b'}") != identity()
+    for name in ("one", "other"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": "a dog", "questions": [name]}) + "\n")
+    asked, moved, others = (
+        identity(f"optimize.oracle={{checklist: '{tmp_path / file} http://{host}/v1#m'}}")
+        for file, host in (("one.jsonl", "a"), ("one.jsonl", "b"), ("other.jsonl", "a"))
+    )
+    assert asked == moved != others and asked != identity()
     assert (
         len(
             {

@@ -68,7 +68,9 @@ def identity_of(recipe: Recipe) -> str:
     tree = reader.as_tree(recipe)
     ways = tree["optimize"]["oracle"]
     oracle = {key: value for key, value in ways.items() if key in ("name", "function", "noise")}
-    kind = next((key for key in ("command", "url") if ways[key] is not None), None)
+    kind = next((key for key in ("command", "url", "checklist") if ways[key] is not None), None)
+    if kind == "checklist":  # the questions decide the score; the judge's address is only how it is reached
+        oracle["questions"] = reader.content_digest(ways["checklist"].rpartition(" ")[0])
     return json_digest(
         [reader.fingerprint(recipe), recipe.trainer.steps, {**tree["optimize"], "oracle": [kind, oracle]}]
     )
