@@ -150,4 +150,9 @@ def test_phases_say_the_count_and_the_time_left(capsys):
     for done in range(5):
         phases("drawing", done, 4)
     phases("judging", 0, 4)
-    assert capsys.readouterr().err.splitlines() == ["drawing 0/4  0 %", "judging 0/4  0 %"]  # not one line per batch
+    phases.spoken = 0.0
+    phases("judging", 0, 4)
+    assert capsys.readouterr().err.splitlines() == [
+        "drawing 0/4  0 %",
+        "judging 0/4  0 %",
+    ]  # no line per batch or twice

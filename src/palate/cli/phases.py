@@ -17,7 +17,7 @@ class Phases:
     """A listener of `runtime.phases`. Counts and time left come first, so that narrow terminals cut the rest."""
 
     def __init__(self) -> None:
-        self.phase, self.started, self.spoken = "", time.monotonic(), 0.0
+        self.phase, self.started, self.spoken, self.said = "", time.monotonic(), 0.0, ""
         self.terminal = sys.stderr.isatty()
 
     def __call__(self, phase: str, done: int, total: int) -> None:
@@ -28,12 +28,12 @@ class Phases:
             fresh = False
         if not self.terminal and (not total or (not fresh and now - self.spoken < SECONDS)):
             return  # a log wants few lines, and none before anything is known
-        self.spoken = now
         text = line(phase, done, total, now - self.started)
         if self.terminal:
             print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-        else:
+        elif text != self.said:
             print(text, file=sys.stderr, flush=True)
+        self.spoken, self.said = now, text
 
     def close(self) -> None:
         """Take the moving line away."""
