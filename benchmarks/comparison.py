@@ -48,7 +48,7 @@ Points = list[dict[str, Any]]
 
 def applies(method: str, task: str) -> bool:
     """Whether the method can use the task's reward."""
-    return TASKS[task].gradient or not needs_gradient(METHODS[method][0])
+    return TASKS[task].gradient or TASKS[task].soft is not None or not needs_gradient(METHODS[method][0])
 
 
 def stalled(values: Sequence[float]) -> bool:

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tasks import STYLE, TASKS, Task
+from tasks import STYLE, TASKS, Task, needs_gradient
 from torch import Tensor
 
 from palate import recipe
@@ -57,7 +57,9 @@ METHODS = {  # name -> recipe, what is swept as its strength in frontier.py
     "Diffusion-DPO": ("dpo-emoji", ("algorithm.beta", (500.0, 2000.0, 8000.0))),
     "online DPO": ("dpo-emoji-online", ("algorithm.beta", (500.0, 2000.0, 8000.0))),
     "DGPO": ("dgpo-emoji", ("algorithm.kl", (0.0, 1e-3, 1e-1))),
+    "AWM": ("awm-emoji", ("algorithm.kl", (0.0, 1e-3, 1e-1))),
     "LeapAlign": ("leap-emoji", ("trainer.lr", ())),
+    "DRaFT-1": ("draft-emoji", ("trainer.lr", ())),
     "Flow-GRPO released": ("grpo-emoji-released", ("algorithm.beta", (0.0, 0.04, 0.4))),
 }
 RATES = (0.5, 1.0, 2.0)  # times the recipe's learning rate
@@ -71,6 +73,7 @@ QUICK = {
     "leap_align": ["algorithm.steps=3"],
 }  # --quick, by family
 FIXED = {
+    "DRaFT-1": ["algorithm.n=0"],  # its recipe is DRaFT-LV
     "MixGRPO": ["algorithm.window_every=3"],  # its few updates then visit all levels, as its recipe's many do
     "Flow-GRPO released": ["model.lora_alpha=8"],  # twice the rank that all have, as its 64 of 32
 }
@@ -208,11 +211,12 @@ objective = TASKS["style"].objective
 def measure(model: Any, who: Referees, weights: str = "policy") -> dict[str, list[float]]:
     """One value a prompt (means over seeds): the optimised objective, the task's goal by what is held out, style share,
     concept, diversity inside the prompt and style (with two seeds), drift (judge's cosine distance from the base's
-    image), colour cast and fine detail against the base's image, saturation."""
+    image), colour cast and fine detail against the base's image, saturation; "again", the task's second look."""
     panel, (words, _) = who.panel, pairs(who.prompts, who.seeds)
     images = quantise(generate(model, who.prompts, who.seeds, weights=weights))
     found: dict[str, list[Tensor]] = {}
     optimised, goal = who.task.objective(panel.rewards["emoji"]), who.task.goal(panel.rewards[panel.heldout])
+    again = who.task.again() if who.task.again is not None else None
     for start in range(0, len(images), 64):
         batch, text = images[start : start + 64], words[start : start + 64]
         seen = panel.classifier.style(batch)
@@ -229,6 +233,7 @@ def measure(model: Any, who: Referees, weights: str = "policy") -> dict[str, lis
             "colour": batch.mean((2, 3)),
             "kind": seen,
             "features": panel.classifier.features(batch),
+            **({"again": again(batch, text)} if again is not None else {}),
         }.items():
             found.setdefault(name, []).append(value.double())
     columns = {name: torch.cat(parts) for name, parts in found.items()}
@@ -294,6 +299,8 @@ def watch(
     model = Counted(parts.model)
     if family in WORDS and who.task.own_words:
         looked = reward = counted(parts.reward)
+    elif who.task.soft is not None and needs_gradient(source):
+        looked = reward = counted(who.task.soft())
     elif family in WORDS or who.task is not TASKS["style"]:
         looked = reward = counted(who.task.objective(parts.reward))
     else:

@@ -2,12 +2,14 @@
 
     style     the preference (1 + k) R("3d. prompt") - R("flat. prompt"); judged by the held-out reward's own
     absolute  the reward of the plain prompt; judged by the held-out reward
-    scenes    the embedded GenEval (counting, two objects, position, binding), partly right; judged strictly
+    scenes    the embedded GenEval (counting, two objects, position, binding), partly right; judged strictly. Methods
+              that differentiate the reward get its soft form; all are judged on mirrored pictures too, which a picture
+              that only pleases the detector does not survive
     jpeg      a small file: minus kilobytes, a black box; judged exactly
     taste     what is learned from the votes of one simulated person; judged by that person's own utility
 
-`scenes` needs assets whose vocabulary has numbers, places and colours of things. A task without a gradient is for the
-methods that need none.
+`scenes` needs assets whose vocabulary has numbers, places and colours of things. A task without a gradient and without a
+soft form is for the methods that need none.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from palate.algorithms.table import find
 from palate.core import Reward
 from palate.models.vocabulary import vocabulary
 from palate.recipe.cross_checks import NeedsRewardGradient
+from palate.rewards import soft_tasks
 from palate.rewards import tasks as geneval
 from palate.rewards.combine import semantic_relative
 from palate.rewards.simple import jpeg_size
@@ -47,7 +50,8 @@ Measures = Callable[[Tensor, Sequence[str]], dict[str, Tensor]]
 class Task(NamedTuple):
     """`objective` makes of the embedded reward what is optimised. `words`: of SRPO, whose control words take the place
     of an objective where `own_words`. `goal` judges images (B, 3, 64, 64) and prompts, given the held-out reward;
-    larger is better. prompts: of training and of judging, None = the recipe's and emoji-eval."""
+    larger is better. prompts: of training and of judging, None = the recipe's and emoji-eval. `soft`: what methods that
+    differentiate optimise in the objective's place. `again`: a second look of the goal, which nothing is chosen by."""
 
     title: str
     unit: str
@@ -57,6 +61,8 @@ class Task(NamedTuple):
     words: Sequence[str] = ()
     own_words: bool = False
     prompts: Callable[[bool], list[str]] | None = None
+    soft: Callable[[], Reward] | None = None
+    again: Callable[[], Reward] | None = None
 
 
 def preference(reward: Reward) -> Reward:
@@ -76,6 +82,18 @@ def scene_prompts(training: bool) -> list[str]:
         return judged
     more = [prompt for task, told in geneval.task_prompts(96, seed=1).items() if task in SCENES for prompt in told]
     return [prompt for prompt in more if prompt not in set(judged)]
+
+
+@cache
+def exact(*, strict: bool) -> Reward:
+    """The embedded GenEval's score, its detector loaded once a process."""
+    return geneval.TaskReward(strict=strict)
+
+
+def mirrored() -> Reward:
+    """What is right in the mirrored pictures, left and right exchanged in their prompts."""
+    judge = exact(strict=True)
+    return lambda images, prompts: judge(images.flip(-1), [soft_tasks.mirrored(prompt) for prompt in prompts])
 
 
 @cache
@@ -111,8 +129,8 @@ TASKS = {
     ),
     "absolute": Task("absolute reward", "held-out reward", lambda r: r, lambda r: r, words=ABSOLUTE),
     "scenes": Task(
-        "embedded GenEval", "fraction right", lambda r: geneval.TaskReward(), lambda r: geneval.TaskReward(strict=True),
-        gradient=False, prompts=scene_prompts,
+        "embedded GenEval", "fraction right", lambda r: exact(strict=False), lambda r: exact(strict=True),
+        gradient=False, words=ABSOLUTE, prompts=scene_prompts, soft=soft_tasks.SoftTaskReward, again=mirrored,
     ),
     "jpeg": Task("small file", "minus kilobytes", small_file, small_file, gradient=False),
     "taste": Task("one person's taste", "that person's utility", lambda r: _person()[0], lambda r: _person()[1],

@@ -24,6 +24,7 @@ SMALL = {  # the least that still runs every part of the method
     "dpo-emoji": ["algorithm.steps=2"],
     "leap-emoji": ["algorithm.steps=3"],
     "dgpo-emoji": ["algorithm.steps=2", "algorithm.group=2", "algorithm.old_rate=0.2"],
+    "awm-emoji": ["algorithm.steps=2", "algorithm.group=2", "algorithm.old_rate=0.2"],
     "grpo-emoji-released": ["algorithm.steps=3", "algorithm.group=2", "model.lora_alpha=null"],
 }
 ONLINE = [  # the settings of dpo that remember or look back
@@ -167,6 +168,7 @@ def test_cost_of_the_recipes_for_one_prompt():
         "sqdf-emoji": (9, 1),
         "leap-emoji": (20, 4),
         "dgpo-emoji": (176, 16),
+        "awm-emoji": (176, 16),
         "opd-emoji": (15, 4),
     }
     for name, expected in table.items():

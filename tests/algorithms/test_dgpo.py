@@ -15,6 +15,7 @@ from palate.algorithms.dgpo import (
     old_decay,
     past_clip,
     velocity,
+    weighed,
 )
 from palate.algorithms.dpo import pair_loss
 from palate.core import Batch, Random
@@ -74,6 +75,43 @@ def test_gradient_in_closed_form(schedule, objective, moved):
     assert float(losses[0].metrics["implicit_reward"]) == pytest.approx(
         float((matching_error(v_ref, eps - x0) - matching_error(v, eps - x0)).mean()), abs=1e-12
     )
+
+
+def test_awms_weighting_in_closed_form():
+    """The gradient of t d^p / p is t d^(p - 1) times d's own: large errors pull less, late times too."""
+    error = torch.tensor([0.01, 0.5, 2.0], dtype=D, requires_grad=True)
+    t = torch.tensor([0.9, 0.5, 0.1], dtype=D)
+    (slope,) = torch.autograd.grad(weighed(error, t, 0.25).sum(), error)
+    torch.testing.assert_close(slope, t * (error.detach() + 1e-10) ** -0.75, atol=1e-12, rtol=0)
+    assert weighed(error, t, None) is error
+    settings, model = settings_of(objective="awm", group=6, power=0.25), model_of()
+    with torch.no_grad():
+        model.parameters()[0].fill_(0.4)
+    grad, _ = run(settings, model=model, ids=(2,))
+    images, cond = Random(0, 1, [12 + k for k in range(6)]), model.encode_prompts(["cat"] * 6)
+    with torch.no_grad():
+        x0 = sample(model, cond, images.normal("rollout", SHAPE).double(), 3, shift=1.0)
+        a = standard_scores(linear(x0, None), 6)
+        eps = Random(0, 1, [2]).normal("inject-0", SHAPE).double().expand(6, -1, -1, -1)
+        t = (1 - Random(0, 1, [2]).uniform("level-0")).expand(6)
+        v = velocity(model.predict(add_noise(x0, eps, *flow_schedule(t)), t, cond))
+        pull = a * t * (matching_error(v, eps - x0) + 1e-10) ** -0.75
+        expected = 0.5 * 5.0 * (pull.view(-1, 1, 1, 1) * 2 / 4 * (v - (eps - x0))).mean(0)
+    torch.testing.assert_close(grad, expected, atol=1e-12, rtol=0)
+
+
+def test_the_trust_region_pulls_back_to_the_old_weights():
+    """kl_old |v_theta - v_old|^2 has the gradient kl_old 2/D (b - b_old); at the old weights it is none."""
+    flat = lambda images, prompts: torch.ones(len(images), dtype=D)  # noqa: E731
+    settings, model = settings_of(kl_old=0.7, n=2), model_of()
+    algorithm = DGPO(settings)
+    grad, _ = run(settings, model=model, algorithm=algorithm, reward=flat)
+    assert float(grad.abs().max()) == 0.0 and algorithm.old is not None
+    with torch.no_grad():
+        model.parameters()[0].add_(C)
+    grad, losses = run(settings, model=model, algorithm=algorithm, reward=flat, step=2)
+    torch.testing.assert_close(grad, 0.7 * 2 * C / 4, atol=1e-12, rtol=0)
+    assert float(losses[0].metrics["kl_old"]) == pytest.approx(float(C.square().mean()))
 
 
 def test_a_group_of_two_is_diffusion_dpo():
@@ -218,6 +256,7 @@ def test_two_micro_batches_add_up_to_the_whole_batch():
         {"clip": 0.1},
         {"reference": "old", "kl": 0.1},
         {"reference": "old"},
+        {"kl_old": 0.1, "power": 0.25, "objective": "awm"},
     ],
 )
 def test_calls(changes):
@@ -243,6 +282,8 @@ def test_calls(changes):
         {"advantage_clip": 0},
         {"clip": 0},
         {"kl": -1},
+        {"kl_old": -1},
+        {"power": 0},
         {"old_rate": -1},
         {"old_most": 1},
     ],

@@ -15,6 +15,8 @@ much better than the reference the network denoises it.
     loss         = -log sigmoid(-beta mean_i A_i (d_i - d_i^ref))      per group       `group_loss`
                    + kl |v_theta - v_ref|^2
     awm          = beta/2 mean_i A_i (d_i - d_i^ref): the sigmoid's weight held at the 1/2 where it starts
+    power        : t d^power / power in place of d, so that large errors pull less    `weighed` (AWM's program: .25)
+    kl_old       : + kl_old |v_theta - v_old|^2, a trust region about the old weights (AWM's program: 1)
 
 The advantages of a group add up to 0, so the intractable normaliser of the implicit rewards cancels. With two images
 A = 1, -1 and DGPO is Diffusion-DPO with the same beta, on velocities. A sample whose error has moved past `clip`
@@ -28,7 +30,8 @@ Groups: the loop gives B prompts; `step` repeats each `group` times. Image k of 
 Deviations from the papers and their programs:
 - Times are uniform in `times` (then shifted), n for each image in one update, where DGPO's program takes the sampler's
   own steps and makes an update for each. A group shares time and noise, as there.
-- AWM's weights of t, its huber and its KL to a moving average are left out; `kl` is to the frozen reference.
+- AWM's policy loss is -A rho with a clip of 1, which never acts; its gradient on policy is that of "awm" with beta = 2,
+  or .4 where its program divides the clipped advantages by 5. Its solver is SA-Solver; ours is deterministic.
 """
 
 from __future__ import annotations
@@ -49,6 +52,9 @@ from palate.rewards.groups import standard_scores
 from palate.sampling import sample, shift_time, state_kind
 
 
+TINY = 1e-10  # keeps the slope of d^power finite at 0; AWM's program has the same
+
+
 @dataclass(frozen=True)
 class DGPOSettings:
     """Hyperparameters of DGPO, with the paper's symbols and defaults."""
@@ -67,6 +73,8 @@ class DGPOSettings:
     clip: float | None = 1e-3  # of exp(d_old - d); the program: 1e-5 with guidance 1. None skips the old weights' call
     kl: float = 1e-3  # weight of |v_theta - v_ref|^2
     kl_guidance: float = 1.0  # of v_ref in it
+    kl_old: float = 0.0  # weight of |v_theta - v_old|^2 (AWM's program: 1)
+    power: float | None = None  # t d^power / power in place of d (AWM's program: .25); None = d itself
     old_rate: float = 0.001  # eta_i = min(old_rate i, old_most): how slowly the old weights follow
     old_most: float = 0.3
     shared_noise: bool = True  # a group's images are noised alike
@@ -91,6 +99,8 @@ class DGPOSettings:
             ("advantage_clip: above 0", not self.advantage_clip > 0),
             ("clip: above 0, or null for none", self.clip is not None and not self.clip > 0),
             ("kl: at least 0", not self.kl >= 0),
+            ("kl_old: at least 0", not self.kl_old >= 0),
+            ("power: above 0 and at most 1, or null", self.power is not None and not 0 < self.power <= 1),
             ("old_rate: at least 0", not self.old_rate >= 0),
             ("old_most: at least 0 and below 1", not 0 <= self.old_most < 1),
         )
@@ -158,10 +168,10 @@ class DGPO:
                     v_old = velocity(model.predict(xt, t, cond))
             v_ref = v_old if s.reference == "old" else v_ref
         v_theta = velocity(model.predict(xt, t, cond))
-        error, before = matching_error(v_theta, target), matching_error(v_ref, target)
+        error, before = (weighed(matching_error(v, target), t, s.power) for v in (v_theta, v_ref))
         metrics = {"error": error.mean(), "implicit_reward": (before - error).mean()}
         if s.clip is not None:
-            stopped = past_clip(error, matching_error(v_old, target), advantages, s.clip)
+            stopped = past_clip(error, weighed(matching_error(v_old, target), t, s.power), advantages, s.clip)
             error = torch.where(stopped, error.detach(), error)
             metrics["clipped"] = stopped.double().mean()
         value, weight = group_loss(error, before, advantages, s.beta, s.group, s.objective)
@@ -169,12 +179,15 @@ class DGPO:
         if s.kl:
             metrics["kl"] = apart = (v_theta - v_kl).square().mean()
             value = value + s.kl * apart
+        if s.kl_old:
+            metrics["kl_old"] = moved = (v_theta - v_old).square().mean()
+            value = value + s.kl_old * moved
         return value, {name: number.detach() for name, number in metrics.items()}
 
 
 def needs_old(settings: DGPOSettings) -> bool:
-    """Whether an update asks the policy from before it: for the clip, or as the reference."""
-    return settings.clip is not None or settings.reference == "old"
+    """Whether an update asks the policy from before it: for the clip, the trust region, or as the reference."""
+    return settings.clip is not None or settings.reference == "old" or settings.kl_old > 0
 
 
 # The equations
@@ -188,6 +201,11 @@ def velocity(pred: Prediction) -> Tensor:
 def matching_error(v: Tensor, target: Tensor) -> Tensor:
     """d = mean |v - target|^2, (B,)."""
     return (v - target).square().flatten(1).mean(1)
+
+
+def weighed(error: Tensor, t: Tensor, power: float | None) -> Tensor:
+    """t d^power / power, (B,): the generalised Huber form of AWM's program; d itself for None."""
+    return error if power is None else t.to(error) * (error + TINY) ** power / power
 
 
 def group_loss(

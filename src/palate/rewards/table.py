@@ -45,6 +45,7 @@ def _entries() -> dict[str, Entry]:
     embedded = [
         *(Entry(name, "palate.rewards.emoji:load_reward", "embedded") for name in ("emoji", "emoji-heldout")),
         Entry("emoji-tasks", "palate.rewards.tasks:load_tasks", "embedded", gradient=False),
+        Entry("emoji-tasks-soft", "palate.rewards.soft_tasks:load_soft_tasks", "embedded"),
     ]
     simple = [
         Entry(name, f"palate.rewards.simple:{name}", "function", gradient=name != "jpeg_size", reads_prompt=False)
