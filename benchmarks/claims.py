@@ -7,7 +7,9 @@ otherwise it is open: the runs cannot tell. A claim whose rows are missing is no
 makes them. Ratios of forwards are taken at a level of the held-out goal that both methods reach; where the slower one
 does not reach it on some seed, what it had spent stands in and the ratio is a lower bound.
 
-Intervals: over prompts and seeds where rows keep their prompts (comparison.py), else over seeds by Student's t.
+Intervals: over prompts and seeds where rows keep their prompts (comparison.py), else over seeds by Student's t. What is
+worse when it is larger (a colour cast) is counted negatively, so that more is always better. Rows of "Palate" are the
+project's own aims.
 """
 
 from __future__ import annotations
@@ -19,8 +21,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from comparison import at_best, best_kept, mean, pigeonhole
 from frontier import share_above
 from methods import made, slug
+
+from palate.models.vocabulary import parse_prompt
 
 T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 SHARE = 0.8  # of the rise that both methods reach: the level of a ratio
@@ -28,7 +33,7 @@ RESAMPLES = 500
 
 
 class Measured(NamedTuple):
-    """A value with its interval; `bound`: a lower bound. `series`: what a figure draws, by name."""
+    """A value with its interval; `bound`: a lower bound. `series`: what a figure draws, by name; bars are two."""
 
     value: float
     low: float
@@ -184,14 +189,15 @@ def last(key: str) -> Callable[[Any], float]:
     return lambda row: float((row["points"] if isinstance(row, dict) else row)[-1][key])
 
 
-def above(first: str, second: str, key: str = "diversity") -> Callable[[Path], Measured | None]:
-    """The share of the held-out rises that either reaches where the first's best `key` is higher."""
+def above(first: str, second: str, key: str = "diversity", at: str = "heldout") -> Callable[[Path], Measured | None]:
+    """The share of the values of `at` that either reaches where the first's best `key` is higher."""
 
     def measure(results: Path) -> Measured | None:
-        runs = [runs_of(results, "style", method) for method in (first, second)]
-        if not all(runs) or key not in runs[0][0]["points"][0] or key not in runs[1][0]["points"][0]:
+        runs = [[_even(run) for run in runs_of(results, "style", method)] for method in (first, second)]
+        if not all(runs) or any(axis not in own[0]["points"][0] for own in runs for axis in (at, key)):
             return None
-        clouds = [np.array([[np.nan_to_num(np.array([p["heldout"], p[key]], dtype=float)) for p in run["points"]]
+        looks = min(len(run["points"]) for own in runs for run in own)
+        clouds = [np.array([[np.nan_to_num(np.array([p[at], p[key]], dtype=float)) for p in run["points"][:looks]]
                             for run in own]) for own in runs]  # (seeds, looks, 2, prompts)  # fmt: skip
         rng = np.random.default_rng(0)
 
@@ -211,7 +217,96 @@ def above(first: str, second: str, key: str = "diversity") -> Callable[[Path], M
         low, high = np.nanquantile(shares, [0.025, 0.975])
         series = {name: [[float(p[0].mean()), float(p[1].mean())] for run in cloud for p in run]
                   for name, cloud in zip((first, second), clouds, strict=True)}  # fmt: skip
-        return Measured(share(False), float(low), float(high), False, {"points": series, "axis": key})
+        return Measured(share(False), float(low), float(high), False, {"points": series, "axis": key, "at": at})
+
+    return measure
+
+
+def _even(run: dict[str, Any]) -> dict[str, Any]:
+    """The run without what one look measured and another did not."""
+    shared = set.intersection(*(set(point) for point in run["points"]))
+    return run | {"points": [{key: point[key] for key in shared} for point in run["points"]]}
+
+
+def rises(task: str, *methods: str) -> Callable[[Path], Measured | None]:
+    """The goal's rise over the base at each run's best look, of the first of the methods that has rows."""
+
+    def measure(results: Path) -> Measured | None:
+        method = _best(*methods)(results, task)
+        runs = [run | {"task": task} for run in runs_of(results, task, method)]
+        if not runs:
+            return None
+        bars = {"base": [mean(run["points"][0], "heldout") for run in runs],
+                method: [mean(run["points"][best_kept(run["points"], task)], "heldout") for run in runs]}  # fmt: skip
+        return Measured(*pigeonhole(at_best(runs, "heldout")), False, {"bars": bars})
+
+    return measure
+
+
+def kept_style(method: str, lost: float = 0.03) -> Callable[[Path], Measured | None]:
+    """The highest share of the target style at any look that lost at most so much of the concepts."""
+
+    def measure(results: Path) -> Measured | None:
+        chosen, runs = [], runs_of(results, "style", method)
+        for run in runs:
+            floor = mean(run["points"][0], "concept") - lost
+            kept = [point for point in run["points"] if mean(point, "concept") >= floor]
+            chosen.append(max(kept, key=lambda point: mean(point, "style")))
+        if not chosen:
+            return None
+        found = pigeonhole(np.array([point["style"] for point in chosen], dtype=float))
+        bars = {"base": [mean(run["points"][0], "style") for run in runs],
+                method: [mean(point, "style") for point in chosen]}  # fmt: skip
+        return Measured(*found, False, {"bars": bars})
+
+    return measure
+
+
+def layout_gain(first: str, second: str) -> Callable[[Path], Measured | None]:
+    """How much more of the prompts of position and counting the first gets right than the second, in pairs of prompts
+    and seeds, each at its best look."""
+
+    def measure(results: Path) -> Measured | None:
+        runs = [{run["seed"]: run for run in runs_of(results, "scenes", method)} for method in (first, second)]
+        seeds = sorted(runs[0].keys() & runs[1].keys())
+        if not seeds:
+            return None
+        prompts = runs[0][seeds[0]]["prompts"]
+        read = [parse_prompt(prompt) for prompt in prompts]
+        chosen = [k for k, caption in enumerate(read) if caption.relation or caption.number]
+        sides = [at_best([own[seed] for seed in seeds], "heldout")[:, chosen] for own in runs]
+        bars = {name: side.mean(1).tolist() for name, side in zip((first, second), sides, strict=True)}
+        return Measured(*pigeonhole(sides[0] - sides[1]), False, {"bars": bars})
+
+    return measure
+
+
+def cheaper(what: str) -> Callable[[Path], Measured | None]:
+    """The teacher's time over the one-step generator's, median and middle half of the timings."""
+
+    def measure(results: Path) -> Measured | None:
+        path = results / f"{slug('distar', 'teacher', 'emoji-1step')}.json"
+        if not path.exists():
+            return None
+        times = made(path)["seconds"]
+        value = times[f"ratio, {what}"]
+        low, high = (times.get(f"ratio, {what}, {end}", value) for end in ("low", "high"))
+        bars = {side: [1000 * times[f"{side}, {what}"]] for side in ("teacher", "generator")}
+        return Measured(value, low, high, False, {"bars": bars})
+
+    return measure
+
+
+def blackbox(key: str, against: str) -> Callable[[Path], Measured | None]:
+    """What DI* with a black-box reward gives for `key`, less the base generator's `against`; in pairs of prompts."""
+
+    def measure(results: Path) -> Measured | None:
+        rows = [made(path) for path in sorted(results.glob(f"{slug('distar', 'blackbox')}-[0-9]*.json"))]
+        if not rows:
+            return None
+        sides = [np.array([row[name] for row in rows], dtype=float) for name in (key, against)]
+        bars = {name: np.nanmean(side, 1).tolist() for name, side in zip((key, against), sides, strict=True)}
+        return Measured(*pigeonhole(sides[0] - sides[1]), False, {"bars": bars})
 
     return measure
 
@@ -240,8 +335,30 @@ def ratio_of_best(slow: Sequence[str], fast: str) -> Callable[[Path], Measured |
     return lambda results: ratio(_best(*slow)(results, "style"), fast)(results)
 
 
+def cast(row: Any) -> float:
+    """Minus the colour cast of a row of srpo.py."""
+    return -float(row["drift"]["colour_cast"])
+
+
+def detail(row: Any) -> float:
+    """Fine detail of a row of srpo.py, as a share of the base's."""
+    return float(row["drift"]["high_frequency_ratio"])
+
+
+def heldout(row: Any) -> float:
+    """How far the held-out reward prefers the wanted words more than before, of a row of srpo.py."""
+    return float(row["relative emoji-heldout"])
+
+
+def hacked(row: Any) -> float:
+    """The share of the optimised preference's rise that the held-out reward does not see, of a row of srpo.py."""
+    return 1 - float(row["relative emoji-heldout"]) / max(float(row["relative emoji"]), 1e-3)
+
+
 RELEASED = ("Flow-GRPO released", "Flow-GRPO")
 COMPARE, ABLATE = "python benchmarks/comparison.py", "python benchmarks/srpo.py ablations"
+SCENES, BLACKBOX = f"{COMPARE} --tasks scenes", "python benchmarks/distar.py blackbox"
+TEACHER = "python benchmarks/distar.py teacher emoji-1step"
 HELD = "held-out preference"
 CLAIMS = [
     Claim("srpo-dance", "SRPO (2509.06942)", "SRPO needs 75 times less than DanceGRPO", "times the forwards", 75.0,
@@ -251,18 +368,32 @@ CLAIMS = [
           COMPARE, ratio_of_best(RELEASED, "SRPO"), "curves"),
     Claim("srpo-inversion", "SRPO (2509.06942)", "the inversion branch keeps fine detail", "of the base's detail", 0.0,
           ABLATE, differs("srpo", "ablations", "default", "no inversion branch",
-                          lambda row: row["drift"]["high_frequency_ratio"]), "bars",
+                          detail), "bars",
           "both branches in equal weight, three seeds; detail measured against the base's pictures"),
+    Claim("srpo-inversion-cast", "SRPO (2509.06942)", "the inversion branch avoids a colour cast", "less cast", 0.0,
+          ABLATE, differs("srpo", "ablations", "default", "no inversion branch", cast), "bars"),
+    Claim("srpo-inversion-heldout", "SRPO (2509.06942)", "the inversion branch raises what was not optimised", HELD,
+          0.0, ABLATE, differs("srpo", "ablations", "default", "no inversion branch", heldout), "bars"),
+    Claim("srpo-relative-cast", "SRPO (2509.06942)", "a relative reward casts colours less than an absolute one",
+          "less cast", 0.0, ABLATE, differs("srpo", "ablations", "default", "absolute, both branches", cast), "bars"),
+    Claim("srpo-relative-detail", "SRPO (2509.06942)", "a relative reward keeps more fine detail than an absolute one",
+          "of the base's detail", 0.0, ABLATE,
+          differs("srpo", "ablations", "default", "absolute, both branches", detail), "bars"),
     Claim("srpo-relative", "SRPO (2509.06942)", "a relative reward is hacked less than an absolute one", HELD, 0.0,
-          ABLATE, differs("srpo", "ablations", "default", "absolute, both branches",
-                          lambda row: row["relative emoji-heldout"]), "bars"),
+          ABLATE, differs("srpo", "ablations", "default", "absolute, both branches", heldout), "bars"),
     Claim("srpo-late", "SRPO (2509.06942)", "training late times alone is worse than early ones", HELD, 0.0,
-          ABLATE, differs("srpo", "ablations", "early window", "late window",
-                          lambda row: row["relative emoji-heldout"]), "bars"),
+          ABLATE, differs("srpo", "ablations", "early window", "late window", heldout), "bars"),
+    Claim("srpo-late-hacks", "SRPO (2509.06942)", "late times raise the reward more than what was not optimised",
+          "of the reward's rise not found", 0.0, ABLATE,
+          differs("srpo", "ablations", "late window", "early window", hacked), "bars"),
     Claim("sqdf-draft", "SQDF (2512.04559)", "at equal reward SQDF is more diverse than DRaFT", "of the range", 0.75,
           COMPARE, above("SQDF", "DRaFT-LV"), "frontier"),
     Claim("sqdf-refl", "SQDF (2512.04559)", "at equal reward SQDF is more diverse than ReFL", "of the range", 0.75,
           COMPARE, above("SQDF", "ReFL"), "frontier"),
+    Claim("sqdf-draft-heldout", "SQDF (2512.04559)", "at equal diversity SQDF's held-out reward is above DRaFT's",
+          "of the range", 0.75, COMPARE, above("SQDF", "DRaFT-LV", "heldout", "diversity"), "frontier"),
+    Claim("sqdf-refl-heldout", "SQDF (2512.04559)", "at equal diversity SQDF's held-out reward is above ReFL's",
+          "of the range", 0.75, COMPARE, above("SQDF", "ReFL", "heldout", "diversity"), "frontier"),
     Claim("sqdf-discount", "SQDF (2512.04559)", "a discount below 1 helps", HELD, 0.0,
           "python benchmarks/sqdf.py ablations", differs("sqdf", "ablations", "the recipe", "gamma 1", last("heldout")),
           "bars"),
@@ -279,18 +410,43 @@ CLAIMS = [
           0.0, "python benchmarks/distar.py family emoji-1step",
           differs("distar", "family", "DI*", "SIM (no reward)", last("heldout")), "bars"),
     Claim("distar-teacher", "Diff-Instruct* (2410.20898)", "one step keeps the teacher's concepts within .02",
-          "change of concepts", -0.02, "python benchmarks/distar.py teacher emoji-1step",
-          against_teacher("plain", "concept"), "bars"),
+          "change of concepts", -0.02, TEACHER, against_teacher("plain", "concept"), "bars"),
     Claim("distar-reward", "Diff-Instruct* (2410.20898)", "one step ends above its teacher", "held-out reward", 0.0,
-          "python benchmarks/distar.py teacher emoji-1step", against_teacher("plain", "reward/emoji-heldout"), "bars"),
+          TEACHER, against_teacher("plain", "reward/emoji-heldout"), "bars"),
+    Claim("distar-style", "Diff-Instruct* (2410.20898)", "one step keeps the teacher's styles within .03",
+          "change of styles", -0.03, TEACHER, against_teacher("styled", "style_named"), "bars"),
+    Claim("distar-cost", "Diff-Instruct* (2410.20898)", "one step is 15 times cheaper than eight guided ones",
+          "times the network's time", 15.0, TEACHER, cheaper("network, batch 16"), "bars"),
+    Claim("distar-blackbox", "Diff-Instruct* (2410.20898)",
+          "with a reward that can only be asked, one picture beats the best of eight", "kilobytes less", 0.0, BLACKBOX,
+          blackbox("score", "best of 8"), "bars"),
+    Claim("distar-blackbox-concept", "Diff-Instruct* (2410.20898)", "... and keeps the concepts within .03",
+          "change of concepts", -0.03, BLACKBOX, blackbox("concept", "concept before"), "bars"),
     Claim("nft-flow", "DiffusionNFT (2509.16117)", "DiffusionNFT needs 25 times less than Flow-GRPO",
           "times the forwards", 25.0, COMPARE, ratio_of_best(RELEASED, "DiffusionNFT"), "curves",
           "learning rates of both searched alike; a level that both reach"),
-    Claim("leap-layout", "LeapAlign (2604.15311)", "LeapAlign changes layout where direct methods cannot",
-          "fraction right", 0.0,
-          f"{COMPARE} --tasks scenes (needs assets with words for scenes, and a reward of scenes with a gradient)",
-          lambda results: None, "bars"),
+    Claim("leap-draft", "LeapAlign (2604.15311)", "LeapAlign changes layout more than DRaFT-1", "fraction right", 0.0,
+          SCENES, layout_gain("LeapAlign", "DRaFT-1"), "bars"),
+    Claim("leap-refl", "LeapAlign (2604.15311)", "LeapAlign changes layout more than ReFL", "fraction right", 0.0,
+          SCENES, layout_gain("LeapAlign", "ReFL"), "bars"),
+    Claim("srpo-style", "Palate", "SRPO shows the style in .80 with the concepts within .03", "of the pictures", 0.8,
+          COMPARE, kept_style("SRPO"), "bars"),
+    Claim("dpo-nft", "Palate", "online DPO needs no more forwards than DiffusionNFT", "times the forwards", 1.0,
+          COMPARE, ratio("DiffusionNFT", "online DPO"), "curves"),
+    Claim("flow-scenes", "Palate", "Flow-GRPO raises the embedded GenEval by .15", "fraction right", 0.15, SCENES,
+          rises("scenes", *RELEASED), "bars"),
+    Claim("nft-scenes", "Palate", "DiffusionNFT raises the embedded GenEval by .15", "fraction right", 0.15, SCENES,
+          rises("scenes", "DiffusionNFT"), "bars"),
 ]  # fmt: skip
+
+
+def missing(rows: Sequence[Judged]) -> list[str]:
+    """The commands that make what is not measured, each once, with the claims that wait for it."""
+    waiting: dict[str, list[str]] = {}
+    for row in rows:
+        if row.found is None:
+            waiting.setdefault(row.claim.command, []).append(row.claim.key)
+    return [f"{command}  # {', '.join(keys)}" for command, keys in waiting.items()]
 
 
 def judge(results: Path) -> list[Judged]:

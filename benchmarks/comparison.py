@@ -2,15 +2,19 @@
 
     python benchmarks/comparison.py tune                  # the same small search for each method and task, once
     python benchmarks/comparison.py [--tasks style jpeg] [--methods SRPO ...] [--seeds 0 1 2] [--jobs 2]
-    python benchmarks/comparison.py plan                  # rows, rows that are there, and the hours that are left
+    python benchmarks/comparison.py plan                  # minutes of each row and hours of all that are left, here
     python benchmarks/comparison.py --quick               # the mechanics, in minutes; its numbers mean nothing
 
 A run goes on until it saturates (no better value of the goal in the last STALL looks), until its loss is not finite,
-or until `--budget` denoiser forwards are spent, and says which. It is judged at the best goal of any look that kept the
-concepts within LOST of the base's, the base itself among them: each at its own best, by one rule. The goal is never
-what was optimised (tasks.py). Two methods are compared on the same prompts, noise and training seeds; intervals are
-those of the pigeonhole bootstrap (Owen 2007), which resamples prompts and seeds, so that a result of one lucky seed is
-not one of the method.
+or until its task's denoiser forwards are spent (BUDGETS), and says which. It is judged at the best goal of any look
+that kept the concepts within LOST of the base's, the base itself among them: each at its own best, by one rule. The
+goal is never what was optimised (tasks.py). Two methods are compared on the same prompts, noise and training seeds;
+intervals are those of the pigeonhole bootstrap (Owen 2007), which resamples prompts and seeds, so that a result of one
+lucky seed is not one of the method.
+
+All of it is meant for one night of two cores, and `plan` says beforehand how long it takes here. So every method has
+the same cut: learning rates are searched on SEARCHED and carried to the other tasks, since Adam is blind to a reward's
+scale; tasks of three seeds have a smaller budget than the headline; each run is looked at LOOKS times.
 
 Costs: denoiser forwards, the share of them with a gradient, images that the reward has looked at, and seconds of one
 processor in training alone. A row, a file in RESULTS, is not made again, so the command goes on where it was cut off.
@@ -28,9 +32,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import budget
 import methods
 import numpy as np
 import torch
+from budget import Prices
 from methods import METHODS, RATES, Check, Referees, Row, available, measured, parsed, referees, slug, small, watch
 from tasks import TASKS, missing, needs_gradient
 
@@ -41,13 +47,20 @@ from palate.runtime.images import encode_png, to_pixels
 STALL, LOST = 3, 0.05
 CONCEPTS = ("style", "absolute", "jpeg", "taste")  # tasks whose prompts name one thing that must stay right
 HEADLINE, SEEDS = (0, 1, 2, 3, 4), (0, 1, 2)
-TUNE_SEED = 100
+BUDGETS = {"style": 12000, "absolute": 8000, "scenes": 12000, "jpeg": 8000, "taste": 8000}  # forwards of a run at most
+LOOKS, TUNE_BUDGET, TUNE_SEED = 6, 4000, 100
+SEARCHED = ("style", "scenes")  # tasks with a search of their own; the others take the style's learning rates
+STAND_INS = ("Flow-GRPO", "Diffusion-DPO")  # left out unless named: their released and online forms stand for them
+ONLY = {"DRaFT-1": ("scenes",)}  # LeapAlign's nearest relative; elsewhere DRaFT-LV stands for it
 SHOWN = 6  # prompts whose pictures the first seed keeps
+MEASURES = ("concept", "style", "diversity", "cast", "detail", "again")
 Points = list[dict[str, Any]]
 
 
 def applies(method: str, task: str) -> bool:
-    """Whether the method can use the task's reward."""
+    """Whether the method is compared on the task: it can use its reward, and is not kept for another one."""
+    if task not in ONLY.get(method, TASKS):
+        return False
     return TASKS[task].gradient or TASKS[task].soft is not None or not needs_gradient(METHODS[method][0])
 
 
@@ -78,7 +91,8 @@ def run(
          "processor_seconds": c.processor, **c.values}
         for c in found
     ]  # fmt: skip
-    return {"task": task, "method": method, "seed": seed, "ended": ended, "points": points, "pictures": shown}
+    return {"task": task, "method": method, "seed": seed, "ended": ended, "prompts": who.prompts, "points": points,
+            "pictures": shown}  # fmt: skip
 
 
 def _looking(who: Referees, shown: list[str]) -> Any:
@@ -98,7 +112,7 @@ def _looking(who: Referees, shown: list[str]) -> Any:
 def rate(method: str, task: str, results: Path) -> float:
     """The learning rate of the search for the task; else that of the style task, else the recipe's."""
     found = methods.tuned(results)
-    return found.get(f"{task}: {method}") or methods.rate(method, results)
+    return found.get(f"{task}: {method}") or found.get(f"style: {method}") or methods.rate(method, results)
 
 
 def rows_of(args: argparse.Namespace) -> list[Row]:
@@ -109,10 +123,9 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
             for seed in args.seeds or (HEADLINE if task == "style" else SEEDS):
                 overrides = [f"trainer.lr={rate(method, task, args.results)}", *args.override]
                 overrides += small(method) if args.quick else []
-                arguments = (task, method, seed, args.prompts, args.budget, args.checks, overrides, seed == 0)
-                rows.append(
-                    Row(args.results / f"{slug('comparison', task, method, seed, args.budget)}.json", run, arguments)
-                )
+                spent = args.budget or BUDGETS[task]
+                arguments = (task, method, seed, args.prompts, spent, args.checks, overrides, seed == 0)
+                rows.append(Row(args.results / f"{slug('comparison', task, method, seed, spent)}.json", run, arguments))
     return rows
 
 
@@ -124,19 +137,28 @@ def try_rate(task: str, method: str, lr: float, budget: int, prompts: int, more:
             "concept_base": found[0].mean("concept"), "finite": found[-1].forwards >= budget}  # fmt: skip
 
 
-def tune(args: argparse.Namespace) -> dict[str, float]:
-    """The best of three learning rates for each method and task: the highest goal that lost at most .1 of the concepts;
-    if all lost more, the one that kept most."""
-    wanted = [(task, method) for task in args.tasks for method in args.methods if applies(method, task)]
+def search_rows(args: argparse.Namespace) -> list[Row]:
+    """Every row of the search: the tasks of SEARCHED, three learning rates for each method."""
     rows = []
-    for task, method in wanted:
+    for task, method in _searched(args):
         for factor in RATES:
             lr = recipe.read(METHODS[method][0]).trainer.lr * factor
             more = small(method) if args.quick else []
-            path = args.results / f"{slug('comparison-tune', task, method, factor, args.budget)}.json"
-            rows.append(Row(path, try_rate, (task, method, lr, args.budget, args.prompts, more)))
-    found, chosen = measured(rows, args.jobs), {}
-    for i, (task, method) in enumerate(wanted):
+            spent = args.budget or TUNE_BUDGET
+            path = args.results / f"{slug('comparison-tune', task, method, factor, spent)}.json"
+            rows.append(Row(path, try_rate, (task, method, lr, spent, args.prompts, more)))
+    return rows
+
+
+def _searched(args: argparse.Namespace) -> list[tuple[str, str]]:
+    return [(task, name) for task in args.tasks if task in SEARCHED for name in args.methods if applies(name, task)]
+
+
+def tune(args: argparse.Namespace) -> dict[str, float]:
+    """The best of three learning rates for each method and task: the highest goal that lost at most .1 of the concepts;
+    if all lost more, the one that kept most."""
+    found, chosen = measured(search_rows(args), args.jobs), {}
+    for i, (task, method) in enumerate(_searched(args)):
         own = [row for row in found[i * len(RATES) : (i + 1) * len(RATES)] if row["finite"]]
         if not own:
             raise ValueError(f"{method} on {task}: no learning rate stayed finite; lower trainer.lr of its recipe")
@@ -202,8 +224,7 @@ def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 "goal": pigeonhole(at_best(own, "heldout")),
                 "base": float(np.mean([mean(r["points"][0], "heldout") for r in own])),
                 "reward": pigeonhole(at_best(own, "reward")),
-                **{key: pigeonhole(at_best(own, key)) for key in ("concept", "style", "diversity", "cast", "detail")
-                   if key in own[0]["points"][0]},
+                **{key: pigeonhole(at_best(own, key)) for key in MEASURES if key in own[0]["points"][0]},
                 "to_best": {key: float(np.mean([end[key] for end in ends]))
                             for key in ("forwards", "differentiated", "scored", "processor_seconds")},
                 "spent": float(np.mean([end["forwards"] for end in last])),
@@ -229,11 +250,11 @@ def table(result: dict[str, Any]) -> str:
     lines = []
     for task, told in result.items():
         what = TASKS[task]
-        base = next(iter(told["methods"].values()))["base"]
+        base, beside = next(iter(told["methods"].values()))["base"], "again" if what.again else "concept"
         lines += [
             f"**{what.title}** ({what.unit}; the base model has {base:.3f})", "",
-            f"| method | seeds | rise | behind {told['leader']} | concept | diversity "
-            "| forwards to there (with gradient) | images scored | processor seconds | ended |",
+            f"| method | seeds | rise | behind {told['leader']} | {'mirrored' if what.again else 'concept'} "
+            "| diversity | forwards to there (with gradient) | images scored | processor seconds | ended |",
             "|---|---|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         order = sorted(told["methods"], key=lambda method: -told["methods"][method]["goal"][0])
@@ -244,7 +265,7 @@ def table(result: dict[str, Any]) -> str:
             ended = ", ".join(f"{count} {why}" for why, count in row["ended"].items())
             lines.append(
                 f"| {method} | {row['seeds']} | {spelled(row['goal'])} | {spelled(behind) if behind else ''} "
-                f"| {spelled(row['concept'], 2)} | {spelled(row['diversity']) if 'diversity' in row else ''} "
+                f"| {spelled(row[beside], 2)} | {spelled(row['diversity']) if 'diversity' in row else ''} "
                 f"| {cost['forwards']:,.0f} ({gradient:.0%}) | {cost['scored']:,.0f} "
                 f"| {cost['processor_seconds']:,.0f} | {ended} (at {row['spent']:,.0f}) |"
             )
@@ -258,29 +279,49 @@ def spelled(value: Sequence[float], digits: int = 3) -> str:
     return f"{center} ({low} to {high})"
 
 
-def plan(rows: Sequence[Row], jobs: int) -> str:
-    """How many rows there are, and the hours that the missing ones need, from those that are there."""
-    there = [row for row in rows if row.path.exists()]
-    text = f"{len(rows)} rows, {len(there)} made"
-    if there:
-        seconds = [methods.made(row.path)["points"][-1]["processor_seconds"] for row in there]
-        hours = np.mean(seconds) * (len(rows) - len(there)) / jobs / 3600
-        text += f"; about {hours:.1f} hours of training on {jobs} processors are left, and half as much of looking"
-    return text
+def plan(rows: Sequence[Row], search: Sequence[Row], jobs: int, prices: Prices) -> str:
+    """How many rows are left, and their processor time at these prices if none saturates: per method a row's minutes on
+    each task, and the hours of them all."""
+    left = [row for row in [*search, *rows] if not row.path.exists()]
+    minutes: dict[str, dict[str, float]] = {}
+    total = 0.0
+    for row in left:
+        spent = expected(row, prices)
+        total += spent
+        if row.make is run:
+            minutes.setdefault(row.arguments[1], {})[row.arguments[0]] = spent / 60
+    tasks = list(dict.fromkeys(row.arguments[0] for row in rows))
+    lines = [f"| minutes of a row | {' | '.join(tasks)} |", "|---" * (1 + len(tasks)) + "|"]
+    for method, own in minutes.items():
+        cells = (f"{own[task]:.1f}" if task in own else "" for task in tasks)
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    searching = sum(row.make is try_rate for row in left)
+    lines += ["", f"{len(left)} of {len(rows) + len(search)} rows are left, {searching} of them of the search: at most "
+              f"{total / 3600:.1f} processor hours, {total / 3600 / jobs:.1f} hours with --jobs {jobs}."]  # fmt: skip
+    return "\n".join(lines)
+
+
+def expected(row: Row, prices: Prices) -> float:
+    """Processor seconds of a row that is not made yet."""
+    if row.make is try_rate:
+        _, method, _, spent, prompts, _ = row.arguments
+        return budget.row_seconds(method, prices, spent, 1, prompts)
+    _, method, _, prompts, spent, checks, _, _ = row.arguments
+    return budget.row_seconds(method, prices, spent, checks, 2 * prompts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", nargs="?", choices=["run", "tune", "plan"], default="run")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
-    parser.add_argument("--methods", nargs="+", default=available(), choices=available())
+    usual = [name for name in available() if name not in STAND_INS]
+    parser.add_argument("--methods", nargs="+", default=usual, choices=available())
     parser.add_argument("--seeds", type=int, nargs="+", help="else five of the style task, three of the others")
-    parser.add_argument("--budget", type=int, help="denoiser forwards of a run at most; else 16,000, of tune 6,000")
-    parser.add_argument("--checks", type=int, default=8, help="looks, evenly spread over the budget")
+    parser.add_argument("--budget", type=int, help="denoiser forwards of a run at most; else BUDGETS, of tune 4,000")
+    parser.add_argument("--checks", type=int, default=LOOKS, help="looks, evenly spread over the budget")
     parser.add_argument("--prompts", type=int, default=48, help="two images each")
     parser.add_argument("--override", nargs="*", default=[], help="for every method")
     args = parsed(parser)
-    args.budget = args.budget or (6000 if args.what == "tune" else 16000)
     if args.quick:
         args.seeds, args.budget, args.checks, args.prompts = (args.seeds or [0])[:2], 60, 2, 4
     for task in list(args.tasks):
@@ -296,7 +337,7 @@ def main() -> None:
         return
     rows = rows_of(args)
     if args.what == "plan":
-        print(plan(rows, args.jobs))
+        print(plan(rows, search_rows(args), args.jobs, budget.measured_prices()))
         return
 
     def show(found: dict[str, Any]) -> dict[str, Any]:

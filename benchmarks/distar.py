@@ -2,6 +2,7 @@
 
     python benchmarks/distar.py teacher FOLDER              # of `palate export RUN --format one-step`; or emoji-1step
     python benchmarks/distar.py family START --seeds 0 1 2  # START is what model.start takes: emoji-1step, RUN/adapter
+    python benchmarks/distar.py blackbox [START]            # towards a reward that can only be asked: small files
     python benchmarks/distar.py table                       # print what has been measured, and draw it
     ... --jobs 2                                            # rows at once, a process of one thread each
     ... --updates 60                                        # shorter rows of the family
@@ -15,6 +16,10 @@ beside that of a second set of the teacher's; and seconds an image, both in one 
 family: the same generator trained on with each objective, at equal updates of generator and assistant; measured on the
 way. In the first --alone steps only the assistant learns, since it begins as the reference. SIM has no reward: what it
 keeps is what the divergence alone keeps.
+
+blackbox: distar-emoji-blackbox from the generator: its pictures' true score and concepts against the generator's
+before, and against the best of eight of those, which is what asking eight times gives without any training; the same
+noise.
 """
 
 from __future__ import annotations
@@ -29,7 +34,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from methods import PLAIN, Counted, Row, Watched, about, eval_like, made, measured, parsed, scatter, slug, whole
+from methods import (
+    PLAIN,
+    Counted,
+    CountedReward,
+    Row,
+    Watched,
+    about,
+    eval_like,
+    made,
+    measured,
+    parsed,
+    scatter,
+    slug,
+    whole,
+)
 
 from palate import recipe
 from palate.evaluate import (
@@ -42,6 +61,7 @@ from palate.evaluate import (
     pairs,
     quantise,
 )
+from palate.rewards.simple import jpeg_size
 from palate.sampling import sample
 from palate.train import train
 
@@ -120,6 +140,9 @@ def clock(teacher, student, sampler, repeats: int) -> dict[str, float]:
             medians = {side: statistics.median(values) for side, values in times.items()}
             found |= {f"{side}, {name}, batch {batch}": value for side, value in medians.items()}
             found[f"ratio, {name}, batch {batch}"] = medians["teacher"] / medians["generator"]
+            ratios = np.divide(times["teacher"], times["generator"])
+            ends = zip(("low", "high"), np.quantile(ratios, [0.25, 0.75]), strict=True)
+            found |= {f"ratio, {name}, batch {batch}, {end}": float(value) for end, value in ends}
     return found
 
 
@@ -304,9 +327,60 @@ def family_table(args: argparse.Namespace) -> str:
     return "\n".join(lines)
 
 
+# ------------------------------------------------------------------------------------------------------ blackbox
+
+
+@torch.no_grad()
+def looked(model, sampler, prompts: list[str], seeds: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """True scores and concepts, (prompts, seeds) each."""
+    panel, (words, _) = embedded_panel(), pairs(prompts, seeds)
+    images = quantise(generate(model, prompts, seeds, sampler=sampler))
+    asked = [panel.parse(word).concept for word in words]
+    right = label_correct(panel.classifier.concept(images), panel.classifier.concepts, asked)
+    scores = -jpeg_size(images) / 1000
+    return (scores.view(len(prompts), -1).double().numpy(), right.view(len(prompts), -1).double().numpy())
+
+
+def towards_a_black_box(start: str, seed: int, prompts: int, draws: int, overrides: list[str]) -> dict:
+    """Per prompt: the score and the concepts after training and before, and the best of `draws` before."""
+    plan = recipe.read(
+        "distar-emoji-blackbox", [f"model.start={start}", *PLAIN, *overrides, f"trainer.seed={seed}"]
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    parts = recipe.build(plan)
+    words, seeds = recipe.evenly_spaced(recipe.read_prompts("emoji-eval"), prompts), tuple(range(draws))
+    sampler, asked = plan.algorithm.generator, CountedReward(parts.reward)
+    before, concept_before = looked(parts.model, sampler, words, seeds)
+    began = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        whole(train(parts.model, parts.algorithm, asked, parts.prompts, folder=folder, progress=False,
+                    **vars(plan.trainer)))  # fmt: skip
+    spent = time.process_time() - began
+    after, concept = looked(parts.model, sampler, words, seeds)
+    rows = {"score": after, "score before": before, "concept": concept, "concept before": concept_before}
+    means = {name: values.mean(1).round(6).tolist() for name, values in rows.items()}
+    return {"seed": seed, "prompts": words, "best of 8": before.max(1).round(6).tolist(), "asked": asked.images,
+            "processor_seconds": round(spent, 1), **means}  # fmt: skip
+
+
+def blackbox_table(results: Path) -> str:
+    """Means over seeds and prompts; the interval is of the difference to the best of eight."""
+    found = [made(path) for path in sorted(results.glob("distar-blackbox-[0-9]*.json"))]
+    if not found:
+        return ""
+    lines = ["| seed | kilobytes before | best of 8 before | after | concepts before | after | images asked about "
+             "| processor seconds |", "|---" * 8 + "|"]  # fmt: skip
+    for row in found:
+        kilobytes = (f"{-np.mean(row[key]):.3f}" for key in ("score before", "best of 8", "score"))
+        concepts = (f"{np.nanmean(row[key]):.3f}" for key in ("concept before", "concept"))
+        lines.append(f"| {row['seed']} | {' | '.join(kilobytes)} | {' | '.join(concepts)} | {row['asked']:,} "
+                     f"| {row['processor_seconds']:.0f} |")  # fmt: skip
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["teacher", "family", "table"])
+    parser.add_argument("what", choices=["teacher", "family", "blackbox", "table"])
     parser.add_argument("source", nargs="?", help="teacher: the generator's folder; family: model.start")
     parser.add_argument("--count", type=int, default=512, help="teacher: prompts of each kind")
     parser.add_argument("--repeats", type=int, default=15, help="teacher: of each timing")
@@ -321,7 +395,7 @@ def main() -> None:
         args.count, args.repeats, args.prompts = 6, 1, 4
         args.seeds, args.updates, args.alone, args.checks = [0], 1, 1, 1
         args.override.append("trainer.batch_size=2")
-    if args.what != "table" and args.source is None:
+    if args.what in ("teacher", "family") and args.source is None:
         parser.error(f"{args.what}: name the generator")
     if args.what == "teacher":
         measured(
@@ -337,7 +411,18 @@ def main() -> None:
         )
     if args.what == "family":
         measured(family_rows(args), args.jobs, lambda found: found["points"][-1])
-    tables = {"distar-teacher": teacher_table(args.results), "distar-family": family_table(args)}
+    if args.what == "blackbox":
+        quick = ["trainer.steps=1", "algorithm.head_first=2", "algorithm.head_queries=2",
+                 "algorithm.assistant_warmup_steps=0"] if args.quick else []  # fmt: skip
+        more, source = [*quick, *args.override], args.source or "emoji-1step"
+        rows = [Row(args.results / f"{slug('distar', 'blackbox', seed)}.json", towards_a_black_box,
+                    (source, seed, args.prompts, 8, more)) for seed in args.seeds]  # fmt: skip
+        measured(rows, args.jobs, lambda found: {"asked": found["asked"], "score": float(np.mean(found["score"]))})
+    tables = {
+        "distar-teacher": teacher_table(args.results),
+        "distar-family": family_table(args),
+        "distar-blackbox": blackbox_table(args.results),
+    }
     args.results.mkdir(parents=True, exist_ok=True)
     for name, text in tables.items():
         if text:

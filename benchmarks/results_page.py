@@ -3,6 +3,8 @@
     python benchmarks/results_page.py [--results benchmarks/results]
     python benchmarks/results_page.py --images DIR        # elsewhere than docs/images; the pages are left alone
 
+It ends with a line for whatever is missing: claims and rows that were not measured, with their commands.
+
 Everything is made from the rows that are there: claims.py judges them, comparison.py sums them up, a figure is drawn
 for each claim that was measured, in a light and a dark form with a text that says what is to be seen, and publish.py
 writes tables and figures into the documentation. Pictures are those that the comparison's first seed kept of its
@@ -25,8 +27,9 @@ import comparison
 import matplotlib
 import numpy as np
 from claims import Judged
-from methods import made, slug
+from methods import available, made, slug
 from PIL import Image
+from tasks import TASKS
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
@@ -37,7 +40,9 @@ THEMES = {
     "dark": {"ink": "#e5e7eb", "soft": "#9ca3af", "grid": "#374151", "first": "#fb923c", "second": "#60a5fa"},
 }
 VERDICTS = {"holds": "holds", "fails": "does not hold", "open": "the runs cannot tell"}
+AXES = {"heldout": "held-out goal", "diversity": "diversity"}
 SIZE = (6.4, 2.9)  # inches
+SEARCH = "comparison-tune"  # its rows are no results
 
 
 def style(theme: str) -> dict[str, Any]:
@@ -103,7 +108,7 @@ def _curves(axes: Any, row: Judged, colours: dict[str, str]) -> None:
 
 
 def _bars(axes: Any, row: Judged, colours: dict[str, str]) -> None:
-    """Mean of each variant, a dot per seed, and the difference's interval in words."""
+    """Mean of both sides, a dot per seed, and what was found in words."""
     found = row.found
     assert found is not None and found.series is not None
     names = list(found.series["bars"])
@@ -118,7 +123,7 @@ def _bars(axes: Any, row: Judged, colours: dict[str, str]) -> None:
     high = max(max(values) for values in found.series["bars"].values())
     if low > 0 and high - low < low / 2:  # the difference is what matters, so bars do not begin at 0
         axes.set_xlim(low - (high - low), high + (high - low) / 2)
-    axes.set_xlabel(f"{row.claim.unit}; difference {claims.told(found)}")
+    axes.set_xlabel(f"{row.claim.unit}: {claims.told(found)}")
 
 
 def _frontier(axes: Any, row: Judged, colours: dict[str, str]) -> None:
@@ -127,8 +132,8 @@ def _frontier(axes: Any, row: Judged, colours: dict[str, str]) -> None:
     assert found is not None and found.series is not None
     for (name, points), colour in zip(found.series["points"].items(), _colours(colours), strict=True):
         axes.scatter(*np.array(points).T, s=16, color=colour, alpha=0.75, label=name)
-    axes.set_xlabel("held-out goal")
-    axes.set_ylabel(f"{found.series['axis']}; above over {found.value:.0%} of the range")
+    axes.set_xlabel(AXES[found.series["at"]])
+    axes.set_ylabel(f"{AXES[found.series['axis']]}; above over {found.value:.0%}")
     axes.legend(loc="best")
 
 
@@ -212,14 +217,34 @@ def write(results: Path, images: Path) -> Path:
     (results / "claims.json").write_text(json.dumps(claims.as_json(judged), indent=1) + "\n")
     (results / "claims.md").write_text(claims.table(judged))
     parts = list(figures(judged, images))
-    for theme in THEMES:
-        if found := picture_table(results, theme):
-            found[0].save(images / f"equal-reward-{theme}.png", optimize=True)
-            if theme == "light":
-                parts.append(both("equal-reward", found[1], "png"))
+    for task in TASKS:
+        name = "equal-reward" if task == "style" else f"equal-reward-{task}"
+        for theme in THEMES:
+            if found := picture_table(results, theme, task):
+                found[0].save(images / f"{name}-{theme}.png", optimize=True)
+                if theme == "light":
+                    parts.append(
+                        both(name, f"{TASKS[task].title[0].upper()}{TASKS[task].title[1:]}. {found[1]}", "png")
+                    )
     page = results / "claim-figures.md"
     page.write_text("\n\n".join(parts) + "\n")
     return page
+
+
+def absent(results: Path) -> list[str]:
+    """A line for whatever the page lacks: claims without rows, and tasks, methods and pictures of the comparison."""
+    lines = [f"not measured: {command}" for command in claims.missing(claims.judge(results))]
+    rows = [made(path) for path in sorted(results.glob("comparison-*.json")) if not path.name.startswith(SEARCH)]
+    for task in TASKS:
+        own = [row for row in rows if row["task"] == task]
+        wanted = [name for name in available() if name not in comparison.STAND_INS and comparison.applies(name, task)]
+        without = [name for name in wanted if name not in {row["method"] for row in own}]
+        if without:
+            told = "any method" if len(without) == len(wanted) else ", ".join(without)
+            lines.append(f"no rows of {task} for {told}: python benchmarks/comparison.py --tasks {task}")
+        elif not any(row["pictures"] for row in own):
+            lines.append(f"no pictures of {task}: its rows of seed 0 keep them")
+    return lines
 
 
 def main() -> None:
@@ -228,6 +253,7 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="else docs/images, and the pages are written")
     args = parser.parse_args()
     print(write(args.results, args.images or DOCS / "images"))
+    print("\n".join(absent(args.results)))
     if args.images is None:
         import publish
 

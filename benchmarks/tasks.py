@@ -8,8 +8,8 @@
     jpeg      a small file: minus kilobytes, a black box; judged exactly
     taste     what is learned from the votes of one simulated person; judged by that person's own utility
 
-`scenes` needs assets whose vocabulary has numbers, places and colours of things. A task without a gradient and without a
-soft form is for the methods that need none.
+`scenes` needs assets whose vocabulary has numbers, places and colours of things. A task without a gradient and without
+a soft form is for the methods that need none.
 """
 
 from __future__ import annotations

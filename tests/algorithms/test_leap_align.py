@@ -18,6 +18,7 @@ from palate.algorithms.leap_align import (
     reward_loss,
     similarity,
 )
+from palate.algorithms.refl import ReFL, ReFLSettings
 from palate.core import Batch, Random
 from palate.path import flow_schedule, move
 from palate.sampling import sample, time_grid
@@ -112,6 +113,16 @@ def test_one_leap_from_the_last_step_is_draft_1_to_the_digit(schedule):
         draft, _ = gradient(DRaFT(DRaFTSettings(steps=5, K=1, guidance=1.0, shift=1.0)), model)
         for ours, theirs in zip(leaps, draft, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("schedule", [flow_schedule, VP], ids=["flow", "vp"])
+def test_one_leap_from_the_last_step_is_refl_with_one_step_left_to_the_digit(schedule):
+    """There the leap from the last state is the rollout's own last step, ReFL's prediction."""
+    model = rich(schedule)
+    leaps, _ = gradient(LeapAlign(settings_of(leaps=1, j="last", weighted=False)), model)
+    refl, _ = gradient(ReFL(ReFLSettings(T=5, T1=1, T2=1, guidance=1.0, lam=1.0, hinge=None)), model)
+    for ours, theirs in zip(leaps, refl, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
 
 
 def test_scale_0_is_drtune_to_the_digit():

@@ -223,6 +223,7 @@ def quick(command, rows):
         ("guard.py --methods DRaFT-LV", ["| DRaFT-LV, seed 0 |"]),
         ("sqdf.py blackbox", ["| jpeg-size | 1 |"]),
         ("comparison.py --tasks jpeg --methods DDPO", ["| DDPO | 1 |", "**small file**"]),
+        ("distar.py blackbox --seeds 0", ["| 0 | "]),
         ("blind_study.py", ["| clear taste, few ties | 40 |"]),
     ],
 )
@@ -242,7 +243,11 @@ def test_quick_comparison_of_a_method_or_two(command, rows):
         ("sqdf.py ablations", ["| gamma 0.8 |"]),
         ("srpo.py pairs", ["| 3d against flat, outline | 1 |"]),
         ("comparison.py --tasks style absolute --methods SRPO DDPO", ["| SRPO | 1 |", "**absolute reward**"]),
-        ("comparison.py tune --tasks taste --methods ReFL", ['"taste: ReFL": ']),
+        ("comparison.py --tasks taste --methods ReFL", ["| ReFL | 1 |"]),
+        ("comparison.py tune --tasks style --methods ReFL", ['"style: ReFL": ']),
+        ("distar.py teacher emoji-1step", ["diversity inside a prompt"]),
+        ("distar.py family emoji-1step", ["| DI* | 1 |"]),
+        ("opd.py", ["| student | "]),
     ],
 )
 def test_quick(command, rows):
@@ -286,6 +291,8 @@ def test_tables_go_where_the_page_marks_them(tmp_path):
         "sqdf",
         "distar-teacher",
         "distar-family",
+        "distar-blackbox",
+        "opd",
         "srpo-pairs",
         "srpo-ablations",
     }

@@ -15,6 +15,7 @@ from torch import nn
 
 from palate.algorithms.ddpo import DDPO, DDPOSettings
 from palate.algorithms.dgpo import DGPO, DGPOSettings
+from palate.algorithms.direct import Direct, DirectSettings
 from palate.algorithms.distar import Distar, DistarSettings, Generator
 from palate.algorithms.dpo import DPO, DPOSettings
 from palate.algorithms.draft import DRaFT, DRaFTSettings
@@ -24,6 +25,8 @@ from palate.algorithms.nft import NFT, NFTSettings
 from palate.algorithms.opd import OPD, OPDSettings, Teacher
 from palate.algorithms.refl import ReFL, ReFLSettings
 from palate.algorithms.sqdf import SQDF, SQDFSettings
+from palate.rewards.learned import BlackBox
+from palate.sampling import FewStepGenerator
 from palate.testing import PROMPTS, TinyFlow
 from palate.testing import tiny_reward as reward
 
@@ -46,7 +49,22 @@ MAKE = {
         )
     ),
     "leap_align": lambda: LeapAlign(LeapAlignSettings(steps=3, guidance=1.0)),
+    "flow_grpo-released": lambda: FlowGRPO(
+        FlowGRPOSettings(
+            group=2,
+            steps=3,
+            guidance=1.0,
+            noise="flow_sde",
+            eta=0.7,
+            baseline="batch",
+            minibatches=2,
+            kl_unit="released",
+        )
+    ),
     "dgpo": lambda: DGPO(DGPOSettings(group=2, steps=2, guidance=1.0, n=2, beta=10.0)),
+    "awm": lambda: DGPO(
+        DGPOSettings(group=2, steps=2, guidance=1.0, objective="awm", power=0.25, kl_old=1.0, clip=None, old_rate=0.2)
+    ),
     "opd": lambda: OPD(OPDSettings(teachers=TEACHERS, steps=3, eta=0.5, guidance=1.0)),
     "sqdf": lambda: SQDF(
         SQDFSettings(rollout_steps=3, final_time=0.02, guidance=1.0, estimator="tweedie", buffer_size=16)
@@ -55,6 +73,12 @@ MAKE = {
         SQDFSettings(rollout_steps=6, final_time=0.02, guidance=1.0, estimator="tweedie", buffer="none")
     ),
     "distar": lambda: Distar(DistarSettings(generator=Generator(t_init=0.7))),
+    "distar-head": lambda: Distar(
+        DistarSettings(generator=Generator(t_init=0.7), head_queries=2, head_first=2, head_memory=6)
+    ),
+    "direct": lambda: Direct(
+        DirectSettings(generator=FewStepGenerator(t_init=0.7, steps=1), positive=("warm",), negative=("cold", "dull"))
+    ),
 }
 
 
@@ -125,10 +149,11 @@ def go(folder, name="srpo", *, dtype=torch.float32, training="full", **options):
     options = {"steps": STEPS, "batch_size": 8, "clip_norm": 1e-5, "checkpoint_every": 0, "threads": 1,
                "ema_decay": 0.5,
                "algorithm": MAKE[name]()} | options  # fmt: skip
-    rate = options.pop("reward", reward)
+    asked = BlackBox(reward, lambda images, prompts: torch.cat([images.mean((2, 3)), images.std((2, 3))], 1))
+    rate = options.pop("reward", asked if name == "distar-head" else reward)
     if "TRACE" in os.environ:
         print(round(time.time() - float(os.environ["TRACE"]), 2), round(time.process_time(), 2), folder, flush=True)
-    others = {"distar": ("assistant",), "opd": tuple(TEACHERS)}.get(name, ())
+    others = {"distar": ("assistant",), "distar-head": ("assistant",), "opd": tuple(TEACHERS)}.get(name, ())
     model = Networks(dtype, others, training)
     return run(Path(folder), model=model, reward=rate, **options)
 

@@ -51,7 +51,6 @@ from palate.path import Prediction, add_noise
 from palate.rewards.groups import standard_scores
 from palate.sampling import sample, shift_time, state_kind
 
-
 TINY = 1e-10  # keeps the slope of d^power finite at 0; AWM's program has the same
 
 

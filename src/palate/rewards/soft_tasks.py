@@ -1,7 +1,7 @@
 """The embedded tasks with a gradient: how likely it is, by the detector's own numbers, that all of a prompt is met.
 
-`tasks.TaskReward` counts detections, so nothing can be learned from it by differentiating. Here each of its requirements
-is the probability that it is met, from the logits that the detections are read from:
+`tasks.TaskReward` counts detections, so nothing can be learned from it by differentiating. Here each of its
+requirements is the probability that it is met, from the logits that the detections are read from:
 
     q_i        = sigmoid(middle_i - logit(THRESHOLD))     the cell counts as a thing: 1/2 where detections begin
     s_i(c)     = q_i p_i(c)                               ... and the thing is c
@@ -12,9 +12,9 @@ is the probability that it is met, from the logits that the detections are read 
 
     score      = mean over the requirements of log P      0 is the best; exp(n score) is their product
 
-The logarithm keeps a gradient where a requirement is far from met. Where the detector is sure, every P is 0 or 1 and the
-product is what `TaskReward(strict=True)` gives. It is the same detector: a model that trains on this can learn to please
-it, so judge on the exact score of mirrored pictures too (`mirrored`).
+The logarithm keeps a gradient where a requirement is far from met. Where the detector is sure, every P is 0 or 1 and
+the product is what `TaskReward(strict=True)` gives. It is the same detector: a model that trains on this can learn to
+please it, so judge on the exact score of mirrored pictures too (`mirrored`).
 """
 
 from __future__ import annotations
