@@ -121,7 +121,7 @@ def _bars(axes: Any, row: Judged, colours: dict[str, str]) -> None:
     axes.grid(axis="y", visible=False)
     low = min(min(values) for values in found.series["bars"].values())
     high = max(max(values) for values in found.series["bars"].values())
-    if low > 0 and high - low < low / 2:  # the difference is what matters, so bars do not begin at 0
+    if low > 0 and 0 < high - low < low / 2:  # the difference is what matters, so bars do not begin at 0
         axes.set_xlim(low - (high - low), high + (high - low) / 2)
     axes.set_xlabel(f"{row.claim.unit}: {claims.told(found)}")
 
