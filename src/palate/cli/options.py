@@ -60,7 +60,7 @@ class Strengths(tuple[float, ...]):
 
 
 class Words(tuple[str, ...]):
-    """Control words as "3d, glossy" names them."""
+    """Control words as "3d, cartoon" names them."""
 
     def __new__(cls, text: str) -> Words:
         """Empty parts are left out."""
@@ -101,8 +101,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text."
 Ranks = Annotated[int, typer.Option("--nproc", min=1, help="Ranks on this machine, one per GPU.")]
 StrengthsOption = Annotated[Strengths | None, typer.Option("--strength", parser=Strengths, metavar="NUMBERS",
                             show_default=False, help="How much of the LoRA: 0 = base, 1 = trained.")]  # fmt: skip
-WordsOption = Annotated[Words | None, typer.Option(parser=Words, metavar="WORDS", show_default=False,
-                        help='Words separated by commas, for example "3d, glossy".')]  # fmt: skip
+WantedWords = Annotated[Words | None, typer.Option(parser=Words, metavar="WORDS", show_default=False,
+                        help='Words that pictures should match better, for example "3d, cartoon".')]  # fmt: skip
+UnwantedWords = Annotated[Words | None, typer.Option(parser=Words, metavar="WORDS", show_default=False,
+                          help='Words that they should match less, for example "flat".')]  # fmt: skip
 
 
 def read_recipe(name: str, overrides: Sequence[str] | None) -> Recipe:

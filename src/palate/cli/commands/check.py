@@ -23,9 +23,9 @@ def plan_recipe(
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs that share the batch.")] = 1,
     device: Annotated[str | None, typer.Option(help="For example rtx-4090 or cpu; else this machine.")] = None,
-    utilisation: Annotated[float, typer.Option(callback=finite, help="Fraction of the peak that is reached.")] = 0.35,
+    utilisation: Annotated[float, typer.Option(callback=finite, help="Fraction of the peak FLOP/s reached.")] = 0.35,
     price: Annotated[
-        float | None, typer.Option(min=0, callback=finite, help="Of one GPU for one hour, to add up the cost.")
+        float | None, typer.Option(min=0, callback=finite, help="Price of a GPU hour, to add up the cost.")
     ] = None,
     as_json: Json = False,
 ) -> None:

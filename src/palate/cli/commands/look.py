@@ -78,21 +78,22 @@ def evaluate(
     stored: Annotated[bool, typer.Option("--stored", help="Judge the images of the last evaluation.")] = False,
     out: Annotated[Path | None, typer.Option(help="The page; else evaluation.html in the first run.")] = None,
     tasks: Annotated[
-        bool, typer.Option("--tasks", help="Ask for things, numbers, colours and places instead.")
+        bool, typer.Option("--tasks", help="Measure things, numbers, colours and places instead.")
     ] = False,
     questions: Annotated[
         str | None, typer.Option(help="A benchmark's file of questions, which a vision-language model answers.")
     ] = None,
     judge: Annotated[str | None, typer.Option(help="With --questions: its URL#MODEL (chat completions).")] = None,
     protocol: Annotated[
-        str | None, typer.Option(help="drawbench, hpdv2 or parti: its prompts, all published rewards that are here.")
+        str | None, typer.Option(help="Prompts of drawbench, hpdv2 or parti, and every fetched reward.")
     ] = None,
     strength: StrengthsOption = None,
     as_json: Json = False,
 ) -> None:
-    """Measure base model and result on the same noise.
+    """Measure a run against its base model.
 
-    Rewards, right concepts, diversity, drift, all with intervals; one page with the pictures.
+    Both draw the same prompts from the same noise: rewards, right concepts, diversity and drift, with intervals, and
+    one page with the pictures.
     """
     overrides = [word for word in runs if "=" in word and not Path(word).is_dir()]
     folders = [Path(word) for word in runs if word not in overrides]

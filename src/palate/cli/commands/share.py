@@ -49,7 +49,7 @@ def merge(
     out: Annotated[Path, typer.Option(help="The folder to write to.")],
     weights: Annotated[str | None, typer.Option(help="A number for each, for example 0.7,0.3; else the mean.")] = None,
 ) -> None:
-    """Add LoRAs up into one, without training."""
+    """Merge LoRAs into one, without training."""
     try:
         numbers = [float(part) for part in weights.split(",")] if weights else [1 / len(adapters)] * len(adapters)
     except ValueError as error:

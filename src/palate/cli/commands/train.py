@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from palate.cli.app import TRAIN, app, examples
-from palate.cli.options import Fresh, Overrides, Ranks, RecipeName, Run, WordsOption, read_recipe, recipe_file
+from palate.cli.options import (
+    Fresh,
+    Overrides,
+    Ranks,
+    RecipeName,
+    Run,
+    UnwantedWords,
+    WantedWords,
+    read_recipe,
+    recipe_file,
+)
 from palate.cli.run_folder import check_room
 from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
@@ -87,8 +97,8 @@ def optimize(recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = Fal
     'palate steer runs/mine --positive "outline"',
     'palate steer runs/mine --positive 3d --negative "flat, cartoon"',
 ))  # fmt: skip
-def steer(run: Run, positive: WordsOption = None, negative: WordsOption = None) -> None:
-    """Change the control words of a running run."""
+def steer(run: Run, positive: WantedWords = None, negative: UnwantedWords = None) -> None:
+    """Change the control words of a run while it trains."""
     from palate.cli.steer import steer_and_wait
 
     steer_and_wait(run, positive, negative)
@@ -102,8 +112,8 @@ def init(
     model: Annotated[str | None, typer.Option(help="The model's family, for example emoji, flux2, sdxl.")] = None,
     method: Annotated[str | None, typer.Option(help="For example srpo, sqdf, distar; srpo if left out.")] = None,
     card: Annotated[str | None, typer.Option(help="For example rtx-4090, or GiB; this machine if left out.")] = None,
-    words: WordsOption = None,
-    without: WordsOption = None,
+    words: WantedWords = None,
+    without: UnwantedWords = None,
     reward: Annotated[str | None, typer.Option(help="The reward to maximise, for example hpsv2.")] = None,
     out: Annotated[Path | None, typer.Option(help="The file to write; METHOD-MODEL.yaml if left out.")] = None,
 ) -> None:
