@@ -11,6 +11,7 @@ from palate.report.page import run_words
 from palate.report.story import wanted_styles
 from palate.runs import read_recipe
 from palate.runtime.errors import InputError
+from palate.runtime.progress import printable
 from palate.runtime.result import evaluation_of
 from palate.runtime.runlock import status
 
@@ -83,6 +84,20 @@ def headline(evaluation: dict[str, Any] | None) -> str:
     return f"{name} {metric['base']:.3g} to {metric['value']:.3g}{marks}"
 
 
-def as_json_list(rows: list[RunRow]) -> str:
-    """The rows as a JSON list of objects."""
-    return json.dumps([row._asdict() for row in rows], indent=1)
+def print_runs(root: Path, as_json: bool) -> None:
+    """Print a line of each run in `root`, and its words below; or a JSON list of objects."""
+    rows = [describe(run) for run in find_runs(root)]
+    if as_json:
+        print(json.dumps([row._asdict() for row in rows], indent=1))
+        return
+    if not rows:
+        print(f"no runs in {printable(str(root))}; begin one with palate train srpo-emoji")
+        return
+    width = max(len("run"), *(len(row.folder) for row in rows))
+    print(f"{'run':{width}}  {'state':8}  {'step':>9}  {'size':>11}  what was measured")
+    for row in rows:
+        step = f"{row.step}/{row.steps}" if row.steps else str(row.step)
+        size = f"{row.megabytes:.1f} MB"
+        print(printable(f"{row.folder:{width}}  {row.state:8}  {step:>9}  {size:>11}  {row.headline}"))
+        if row.words:
+            print(printable(f"{'':{width}}  {row.words}"))

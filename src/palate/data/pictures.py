@@ -143,8 +143,8 @@ def encode_images(
 ) -> Tensor:
     """Latents of all images, once, so that training never runs the encoder; a few pictures in memory at a time.
 
-    posterior: (N, 2 C, h, w), mean and standard deviation side by side. mirrored: of the pictures with left and right
-    exchanged, which is not what their latents with left and right exchanged would be. InputError: the model knows no
+    posterior: (N, 2 C, h, w), mean and standard deviation side by side. mirrored: the pictures are flipped
+    left to right before they are encoded, which is not the same as flipped latents. InputError: the model knows no
     deviation.
     """
     if posterior and not isinstance(model, HasPosterior):

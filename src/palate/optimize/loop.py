@@ -122,7 +122,7 @@ def _fit(
 def round_sizes(budget: int, rounds: int) -> list[int]:
     """Queries of each round: 1 : 2 : 4 : ..., together exactly `budget`. 15360 in 4 gives 1024, 2048, 4096, 8192.
 
-    ValueError when the first round has fewer than the two that a surrogate needs.
+    InputError when the first round has fewer than the two that a surrogate needs.
     """
     least = 2 * (2**rounds - 1)
     if budget < least:
@@ -132,7 +132,7 @@ def round_sizes(budget: int, rounds: int) -> list[int]:
 
 
 def newest_round(folder: Path) -> Path:
-    """The last round's run that holds a checkpoint; ValueError when no round has come so far."""
+    """The last round's run that holds a checkpoint; InputError when no round has come so far."""
     found = result_of(folder)
     if found is None or found.folder == folder:
         raise InputError(f"{folder} holds no trained round yet; continue it with palate optimize")

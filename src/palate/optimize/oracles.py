@@ -31,7 +31,7 @@ MAX_ANSWER = 1 << 20  # bytes of a program's answer
 
 
 def load_oracle(settings: OracleSettings, *, seed: int = 0) -> Oracle:
-    """The oracle that a recipe names. ValueError if there is none of the kind."""
+    """The oracle that a recipe names. InputError if there is no such function or program."""
     if settings.function is not None:
         key, named = "optimize.oracle.function", settings.function
         found = load_object(named, key=key) if names_a_file(named) else load_module_object(named, key=key)
@@ -143,7 +143,7 @@ def call_with_timeout(timeout: float, oracle: Oracle, images: Tensor, prompts: S
 
 
 def validate_scores(answer: Any, count: int) -> list[float]:
-    """The oracle's answer as `count` floats, not all of them finite perhaps. ValueError if it is something else."""
+    """The oracle's answer as `count` floats, which need not be finite. InputError if it is something else."""
     if isinstance(answer, Tensor) and answer.ndim > 1:
         raise InputError(f"expected {count} numbers, one per image, got a tensor of shape {tuple(answer.shape)}")
     if isinstance(answer, Tensor):

@@ -97,7 +97,7 @@ def _draw(seed: int, purpose: str, i: int) -> bytes:
 
 def read_choices(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
     """The rows of one or more downloaded files, {"study", "session", "pair", "choice"}; a row that comes twice counts
-    once. ValueError names the file and line of a row that is not a choice, or that contradicts an earlier one."""
+    once. InputError names the file and line of a row that is not a choice, or that contradicts an earlier one."""
     seen: dict[tuple[str, str, int], dict[str, Any]] = {}
     for path in map(Path, paths):
         if not path.is_file():
@@ -133,7 +133,7 @@ def find_key(
     choices: Sequence[str | Path], key: str | Path | None = None, run: str | Path | None = None
 ) -> dict[str, Any]:
     """The key of the study that the first choice belongs to: `key`, or the *-key.json with its name among those beside
-    the choices, in `run` and in the folders of runs/. ValueError where there is none."""
+    the choices, in `run` and in the folders of runs/. InputError where there is none."""
     study = read_choices(choices[:1])[0]["study"]
     if key is not None:
         return _read_key(Path(key))

@@ -130,7 +130,7 @@ class HasParts(Protocol):
 
 
 def parts_of(reward: Reward, images: Tensor, prompts: Sequence[str]) -> dict[str, tuple[float, Tensor]]:
-    """{name: (weight, values (B,))} of a reward made by `weighted`. ValueError for any other: it has no parts."""
+    """{name: (weight, values (B,))} of a reward made by `weighted`. InputError for any other: it has no parts."""
     if not isinstance(reward, HasParts):
         raise InputError(
             "algorithm.per_reward compares the parts of a reward, and this one has none; give two or more in "
@@ -174,7 +174,7 @@ def as_tensor_reward(reward: Reward) -> Reward:
 
 
 def checked(reward: Reward, name: str) -> Reward:
-    """The same reward, except that a result that is not a finite (B,) tensor raises a ValueError which names it."""
+    """The same reward, except that a result that is not a finite (B,) tensor raises an InputError that names it."""
 
     def check(values: Any, count: int) -> Tensor:
         if not isinstance(values, Tensor) or values.shape != (count,) or not values.is_floating_point():

@@ -112,7 +112,7 @@ def _geneval_prompt(row: Mapping[str, Any], vocab: Vocabulary) -> str | None:
 
 
 def requirements(caption: Caption, found: Sequence[Detection]) -> list[bool]:
-    """One truth per thing that the prompt names: things, how many, their colours, their relation.
+    """Whether each thing that the prompt names is so: things, how many, their colours, their relation.
 
     Where a thing was found several times the surest one counts, but for the number.
     """

@@ -98,8 +98,9 @@ def evaluate_runs(
     the last as `between` gives it against the first run, on the prompts and seeds that both have.
 
     prompts, count (at most so many), seeds: None = each recipe's own, which must then agree. InputError before any
-    image is drawn where they do not. `load`: folder -> model, sampler; None = `RunFolder.model`. `warn` hears of runs
-    whose base model was drawn in other steps or with other guidance. `overrides`: see `RunFolder`.
+    image is drawn where they do not. `load`: folder -> model, sampler; None = `RunFolder.model`. `warn` gets a
+    sentence for each run whose base model was drawn in other steps or with other guidance. `overrides`: as of
+    `RunFolder`.
     """
     names = run_names([Path(folder) for folder in run_folders])
     runs = [RunFolder(folder, overrides) for folder in run_folders]

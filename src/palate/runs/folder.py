@@ -80,8 +80,9 @@ class RunFolder:
 
     def model(self, warn: Callable[[str], None] = warnings.warn) -> tuple[Model, Sampler | None]:
         """The recipe's model with the weights of the run's newest good checkpoint (of `palate optimize`: its newest
-        round's), and how the algorithm draws from it (None = as the model does). `warn` hears of damaged checkpoints
-        that were passed over. CheckpointError: there is none, or the base model's files have changed since."""
+        round's), and how the algorithm draws from it (None = as the model does). `warn` gets a sentence for each
+        damaged checkpoint that was passed over. CheckpointError: there is none, or the base model's files have changed.
+        """
         for change in changes(self.path, self.recipe):
             warn(f"{self.path}: {change}")
         model = builder.build_model(self.recipe)

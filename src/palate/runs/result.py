@@ -22,8 +22,8 @@ Warn = Callable[[str], None]
 
 
 def load_result(model: Model, run: Path, *, warn: Warn) -> int:
-    """Put the run's result into `model`; returns its step. `warn` hears of damaged checkpoints that are passed over,
-    and of a process that still trains the run. CheckpointError: there is none, or it is of other base weights."""
+    """Put the run's result into `model`; returns its step. `warn` gets a sentence for each damaged checkpoint that is
+    passed over, and for a process that still trains the run. CheckpointError: none, or one of other base weights."""
     found = result_of(run)
     if found is None:
         raise CheckpointError(f"{run} has no result yet: it holds no checkpoint. Train it first, or wait for its first")

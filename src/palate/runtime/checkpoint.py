@@ -96,7 +96,10 @@ def load(path: Path) -> Checkpoint:
 
 
 def load_newest(folder: Path, *, warn: Callable[[str], None]) -> Checkpoint:
-    """The newest good checkpoint under `folder`; `warn` hears of each one passed over. CheckpointError when none is."""
+    """The newest good checkpoint under `folder`; `warn` gets a sentence for each one passed over.
+
+    CheckpointError: none is good.
+    """
     found = steps(folder)
     for step in reversed(found):
         try:

@@ -1,6 +1,6 @@
 """What a command says while it works: a live line on a terminal, plain lines otherwise.
 
-Printing never ends anything: when whoever reads the output has gone, the work goes on in silence. Notes also go to the
+Printing never stops the work: when nobody reads the output any more, the work goes on silently. Notes also go to the
 logger "palate", marked `shown` where they were printed, so that a handler does not print them twice.
 """
 

@@ -27,7 +27,7 @@ class RunLog:
         self.folder = folder
         self._path = folder / METRICS if writes else Path(os.devnull)
         self._file: IO[bytes] | None = None
-        self.listener: Callable[[dict[str, Any]], None] | None = None  # hears of each row that is written
+        self.listener: Callable[[dict[str, Any]], None] | None = None  # is called with each row that is written
 
     def __enter__(self) -> RunLog:
         self._file = open(self._path, "ab", buffering=0)

@@ -168,19 +168,9 @@ def runs(
     as_json: Json = False,
 ) -> None:
     """List runs: state, step, words, headline, size."""
-    from palate.cli.runs import as_json_list, describe, find_runs
+    from palate.cli.runs import print_runs
 
-    rows = [describe(run) for run in find_runs(folder)]
-    if as_json:
-        print(as_json_list(rows))
-        return
-    if not rows:
-        print(f"no runs in {printable(str(folder))}; begin one with palate train srpo-emoji")
-    for row in rows:
-        steps = f"{row.step}/{row.steps}" if row.steps else str(row.step)
-        print(printable(f"{row.folder:28} {row.state:9} {steps:>9}  {row.megabytes:8.1f} MB  {row.headline}"))
-        if row.words:
-            print(printable(f"{'':28} {row.words}"))
+    print_runs(folder, as_json)
 
 
 @app.command(rich_help_panel=LOOK, epilog=examples("palate report runs/mine"))
