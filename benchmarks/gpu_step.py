@@ -94,7 +94,7 @@ def build(args: argparse.Namespace, made: recipe.Recipe, device: torch.device) -
     where = torch.device("cpu") if args.offload else device
     network = random_network(facts.network, config, dtype, where)
     if args.quantize:
-        network = quantise(network, args.quantize, dtype).to(device)
+        network = quantise(network, args.quantize, dtype, facts.whole).to(device)
     options = Options(lora_rank=made.model.lora_rank, compile=args.compile, offload=args.offload)
     weights = named_weights(network, facts, options)
     place(weights, options, device)

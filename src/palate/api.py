@@ -12,6 +12,8 @@ from torch import Tensor
 
 from palate.core import DrawsOwnSamples, Model, Sampler
 from palate.evaluate import generate, quantise
+from palate.models.autoencoder import ImageSize
+from palate.models.sizes import at_size
 from palate.recipe.names import PYTHON
 from palate.report import write_report
 from palate.runs import evaluate_run, load_result, read_recipe, trained_model
@@ -32,16 +34,20 @@ class LoadedRun:
 
     def sample(
         self, prompts: Sequence[str], seeds: Sequence[int] = (0,), *, steps: int | None = None,
-        guidance: float | None = None, weights: str = "policy",
+        guidance: float | None = None, weights: str = "policy", image_size: ImageSize | None = None,
     ) -> Images:  # fmt: skip
         """len(prompts) x len(seeds) images, all seeds of the first prompt first; weights="reference" is the base.
+        image_size: None = `sample.image_size` of the run's recipe, else the size that it trained at.
 
         The noise is a function of (seed, index of the prompt), so base and result can be compared in pairs.
         """
         if isinstance(prompts, str):
             prompts = [prompts]
         sampler = self.sampler if weights == "policy" else None
-        drawn = generate(self.model, prompts, seeds, steps=steps, guidance=guidance, weights=weights, sampler=sampler)
+        with at_size(self.model, image_size, "image_size"):
+            drawn = generate(
+                self.model, prompts, seeds, steps=steps, guidance=guidance, weights=weights, sampler=sampler
+            )
         return Images(quantise(drawn), len(seeds))
 
 

@@ -162,6 +162,12 @@ def moved(shift):
 # The chain
 
 
+def only(algorithm):
+    """The replay buffer of an algorithm that has drawn one image size."""
+    (buffer,) = algorithm.buffers.values()
+    return buffer
+
+
 def test_levels_end_above_zero_and_follow_the_shift():
     torch.testing.assert_close(levels(10, shift=1.0, final_time=1 / 11), torch.arange(11, 0, -1, dtype=D) / 11)
     times = levels(5, shift=3.0, final_time=0.02)
@@ -593,7 +599,7 @@ def test_without_a_kl_the_last_step_is_draft_1():
     algorithm = SQDF(settings)
     (loss,) = losses(model, settings, range(4), 1, algorithm)
     rng = Random(0, 1, range(4))
-    draw = algorithm.buffer.draw("prioritised", rng.uniform("row"), rng.uniform("index"), gamma=0.0)
+    draw = only(algorithm).draw("prioritised", rng.uniform("row"), rng.uniform("index"), gamma=0.0)
     t, end = (torch.full((4,), float(v), dtype=D) for v in levels(6, shift=1.0, final_time=0.05)[-2:])
     pred = model.predict(draw.states, t, model.encode_prompts(["x"] * 4))
     mean, std = transition(pred, *flow_schedule(t), *flow_schedule(end), 1.0)
@@ -609,7 +615,7 @@ def test_the_buffer_holds_the_inputs_of_the_steps():
     algorithm = SQDF(settings)
     losses(model, settings, range(3), 1, algorithm)
     rng, cond = Random(0, 1, range(3)), model.encode_prompts(["x"] * 3)
-    kept = torch.stack(algorithm.buffer.state_dict()["trajectories"], 1)  # (T, 3, ...)
+    kept = torch.stack(only(algorithm).state_dict()["trajectories"], 1)  # (T, 3, ...)
     torch.testing.assert_close(kept[0], rng.normal("start", (2, 2, 2)).double())
     times = levels(6, shift=1.0, final_time=0.05)
     for i in range(6):
@@ -618,7 +624,7 @@ def test_the_buffer_holds_the_inputs_of_the_steps():
         x = (mean + std * rng.normal(f"walk-{i}", (2, 2, 2))).detach()
         if i < 5:
             torch.testing.assert_close(kept[i + 1], x)
-    torch.testing.assert_close(torch.tensor(list(algorithm.buffer.rewards), dtype=D), bent(x, None))
+    torch.testing.assert_close(torch.tensor(list(only(algorithm).rewards), dtype=D), bent(x, None))
 
 
 def test_without_a_buffer_each_sample_stops_where_its_update_happens():
@@ -626,7 +632,7 @@ def test_without_a_buffer_each_sample_stops_where_its_update_happens():
     model, settings = gaussian(buffer="uniform")
     algorithm = SQDF(settings)
     losses(model, settings, range(8), 1, algorithm)
-    kept, seen, predict = torch.stack(algorithm.buffer.state_dict()["trajectories"], 1), [], model.predict
+    kept, seen, predict = torch.stack(only(algorithm).state_dict()["trajectories"], 1), [], model.predict
 
     def spy(xt, t, cond, **options):
         if options.get("weights") == "reference":

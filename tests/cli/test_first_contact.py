@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
 import typer
+from support.tiny_families import saved
 
 from palate import cli, recipe
 from palate.cli.init import Answers, template_of, templates, write_recipe
@@ -130,3 +132,69 @@ def test_a_dry_run_names_what_is_missing_with_its_command(here, capsys, monkeypa
     assert cli.app(["train", "mine.yaml", "--dry-run"], standalone_mode=False) == 2
     said = capsys.readouterr().out
     assert "palate fetch hpsv2" in said and "not ready" in said and "a cat" in said
+
+
+def test_prompts_are_given_by_flags(here):
+    (here / "own.txt").write_text("a red kite\na small boat\n")
+    cli.app(["init", "--model", "emoji", "--prompts", "own.txt", "--card", "24", "--out", "file.yaml"],
+            standalone_mode=False)  # fmt: skip
+    read = recipe.read("file.yaml")
+    assert recipe.prompts_of(read)[0] == ["a red kite", "a small boat"] and read.prompts.list is None
+    cli.app(["init", "--model", "emoji", "--prompt", "a kite, red", "--prompt", "a boat", "--card", "24", "--out",
+             "list.yaml"], standalone_mode=False)  # fmt: skip
+    read = recipe.read("list.yaml")
+    assert recipe.prompts_of(read) == (["a kite, red", "a boat"], ["a kite, red", "a boat"])
+    assert read.prompts.file is read.prompts.preview is read.evaluate.file is None
+    for flags, said in (
+        (["--prompts", "nowhere.txt"], "nowhere.txt"),
+        (["--prompts", "own.txt", "--prompt", "a boat"], "give a file or single prompts, not both"),
+        (["--card", "rtx-9999"], "--card: got 'rtx-9999'; expected one of"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            cli.app(["init", "--model", "emoji", "--out", "no.yaml", *flags], standalone_mode=False)
+        assert not (here / "no.yaml").exists()
+
+
+def dry_run(*overrides):
+    return cli.app(["train", "draft-emoji", "--dry-run", "run.folder=runs/x", *overrides], standalone_mode=False)
+
+
+def test_a_dry_run_says_what_stays_free_on_the_device_in_use(here, capsys, monkeypatch):
+    memory = "palate.plan.headroom.host_memory"
+    monkeypatch.setattr(memory, lambda: 64.0 * GIB)
+    assert not dry_run()
+    said = capsys.readouterr().out.partition("\nheadroom\n")[2]
+    assert said.startswith("  ok       a step needs 0.") and "of 64 GiB on cpu, 64 GiB are left" in said
+    monkeypatch.setattr(memory, lambda: 0.02 * GIB)
+    assert dry_run() == 2  # as training would refuse
+    said = capsys.readouterr().out.partition("\nheadroom\n")[2]
+    assert said.startswith("  bad      a step needs 0.") and "trainer.micro_batches=" in said.splitlines()[0]
+    assert not dry_run("run.check_memory=false")
+    assert capsys.readouterr().out.partition("\nheadroom\n")[2].startswith("  note     a step needs")
+
+
+def test_a_dry_run_goes_on_where_nothing_can_be_counted(here, capsys):
+    source = """class Mine:
+    trains = ("policy",)
+
+    def step(self, model, reward, batch, rng):
+        raise ValueError("not without a network")
+"""
+    (here / "mine.py").write_text(source)
+    assert not dry_run("algorithm={name: mine.py:Mine}")
+    said = capsys.readouterr().out
+    assert said.startswith("no plan: not without a network\n")
+    assert "note     not known: the memory of a step cannot be counted" in said and "\nready: nothing" in said
+
+
+def test_a_dry_run_reads_the_models_small_files(here, capsys):
+    """A size that the folder's model cannot draw, before anything is loaded."""
+    overrides = ["model={name: stable-diffusion, folder: " + str(saved("stable-diffusion")[0]) + "}",
+                 "reward={name: brightness}", "evaluate.heldout=null", "prompts={list: [a cat]}"]  # fmt: skip
+    for key, value, problem in (
+        ("model.image_size", "17", "model.image_size got 17; stable-diffusion needs a multiple of"),
+        ("sample.image_size", "[16, 33]", "sample.image_size got 33; stable-diffusion needs a multiple of"),
+        ("prompts.sizes", "[16, 18, 33]", "prompts.sizes got 33; stable-diffusion needs a multiple of"),
+    ):
+        assert dry_run(*overrides, f"{key}={value}") == 2
+        assert f"bad      {problem}" in capsys.readouterr().out

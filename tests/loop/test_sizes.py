@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.loop import rows, run, same, tensors
+from support.loop import Elastic, rows, run, same, tensors
 from support.tiny_families import saved
 
 from palate import plan, recipe
@@ -27,22 +26,6 @@ from palate.train.job import Job, check_settings
 from palate.train.start import run_job
 
 SIZES = [8, (8, 16), (16, 8)]
-
-
-class Elastic(TinyFlow):
-    """TinyFlow, which draws any size: two pixels per latent."""
-
-    @contextlib.contextmanager
-    def at_size(self, image_size):
-        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if height % 2 or width % 2:
-            raise InputError(f"model.image_size got {image_size}; needs a multiple of 2")
-        before = self.latent_shape, self.image_size
-        self.latent_shape, self.image_size = (before[0][0], height // 2, width // 2), (height, width)
-        try:
-            yield
-        finally:
-            self.latent_shape, self.image_size = before
 
 
 class Shapes:
@@ -175,13 +158,26 @@ def test_the_plan_is_that_of_the_largest_size(monkeypatch):
 
 
 def test_older_runs_have_the_identity_that_they_had():
-    text = {"model": {"name": "emoji"}, "algorithm": {"name": "srpo", "positive": ["3d"], "negative": ["flat"]},
-            "reward": {"name": "emoji"}, "prompts": {"list": ["a cat"]}}  # fmt: skip
-    plain = recipe.parse(json.dumps(text))
-    other = recipe.parse(json.dumps({**text, "prompts": {"list": ["a cat"], "sizes": [64]}}))
-    assert recipe.fingerprint(plain) != recipe.fingerprint(other)
-    large = recipe.parse(json.dumps({**text, "sample": {"image_size": 128}}))
-    assert recipe.fingerprint(plain) == recipe.fingerprint(large)  # how it is looked at is no part of a run
+    tree = {"model": {"name": "sdxl", "folder": "owner/base"}, "algorithm": {"name": "draft", "K": 1, "n": 0},
+            "reward": {"name": "pickscore"}, "prompts": {"list": ["a cat"]},
+            "trainer": {"guard": {"every": 0}}}  # fmt: skip
+
+    def identity(*overrides):
+        return recipe.fingerprint(recipe.parse(json.dumps(tree), overrides))
+
+    assert identity() != identity("prompts.sizes=[64]")
+    assert identity() == identity("sample.image_size=128")  # how it is looked at is no part of a run
+    watched = identity("trainer.guard.every=5")  # but a guard decides by what it sees
+    assert len({watched, identity("trainer.guard.every=5", "sample.image_size=128"), identity()}) == 3
+    assert watched == identity("trainer.guard.every=5", "sample.steps=7", "sample.guidance=2")
+
+
+def test_what_has_one_size_is_said_when_the_recipe_is_read():
+    read = ["prompts.sizes=[64]", "sample.image_size=128"]
+    with pytest.raises(ValueError, match=r"prompts.sizes: emoji draws one size only; leave it out\nsample.image_size:"):
+        recipe.read("draft-emoji", read)
+    with pytest.raises(ValueError, match=r"prompts.sizes: the pictures of pairs are fitted to one size; set model."):
+        recipe.read("dpo-sd15-released", ["prompts.sizes=[512, 640]"])
 
 
 # ------------------------------------------------------------------------------------ captioned pictures of many shapes
@@ -276,6 +272,3 @@ def test_a_recipe_with_pictures_and_sizes_has_buckets(tmp_path):
     assert [(bucket.size, bucket.rows) for bucket in parts.buckets] == [(32, [1]), ((32, 64), [0, 2])]
     height, width = parts.buckets[1].latents.shape[-2:]
     assert width == 2 * height and len(parts.buckets[1].latents) == 2
-    text["algorithm"] = {"name": "ddpo"}
-    with pytest.raises(ValueError, match=r"prompts.sizes: ddpo trains on one size"):
-        recipe.parse(json.dumps(text))

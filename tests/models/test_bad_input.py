@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.loaders import FromOriginalModelMixin
 from huggingface_hub import errors
 from safetensors.torch import save_file
 from support.tiny_families import FAMILIES, load, saved
@@ -95,6 +96,38 @@ def test_a_folder_that_has_fp16_weights_only_is_read(name, tmp_path):
     plain, model = load(name, training="none"), load(name, folder, training="none")
     ours, theirs = model.weights.network.state_dict(), plain.weights.network.state_dict()
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+PRECISIONS = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_single_file_is_read_in_every_precision_that_people_publish(name, tmp_path):
+    """Its numbers are those of the file, whatever they are stored in."""
+    base = load(name, training="none")
+    if not issubclass(base.facts.network, FromOriginalModelMixin):
+        return  # diffusers reads no single file of it, which is said: the test after the next
+    state = base.weights.network.state_dict()
+    for dtype in PRECISIONS:
+        stored = {key: (value + 0.25).to(dtype) for key, value in state.items()}
+        save_file(stored, tmp_path / "file.safetensors")
+        model = load(name, file=str(tmp_path / "file.safetensors"), training="none")
+        found = model.weights.network.state_dict()
+        assert found.keys() == stored.keys()
+        assert all(torch.equal(found[key], stored[key].to(found[key].dtype)) for key in stored), dtype
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_single_file_that_is_quantised_is_a_sentence(name, tmp_path, nothing_loads):
+    """Its numbers stand for others, by tensors that diffusers would pass over in silence."""
+    for end in ("weight_scale", "scale_weight", "comfy_quant", "weight.absmax", "weight.quant_state.bitsandbytes__nf4",
+                "qweight", "SCB"):  # fmt: skip
+        save_file({"blocks.0.to_q.weight": torch.zeros(4, 4), f"blocks.0.to_q.{end}": torch.zeros(1)},
+                  tmp_path / "file.safetensors")  # fmt: skip
+        refused(name, rf"stored quantised .it holds blocks.0.to_q.{end}.*bfloat16 or plain fp8, and set model.quantize",
+                file=str(tmp_path / "file.safetensors"))  # fmt: skip
+    save_file({"a.weight": torch.zeros(4, 4), "scaled_fp8": torch.zeros(2)}, tmp_path / "file.safetensors")
+    refused(name, "stored quantised .it holds scaled_fp8", file=str(tmp_path / "file.safetensors"))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ import palate
 from palate.algorithms.srpo import SRPO, SRPOSettings
 from palate.core import Loss
 from palate.runtime import checkpoint
+from palate.runtime.errors import InputError
 from palate.testing import PROMPTS, TinyFlow
 from palate.testing import tiny_reward as reward
 from palate.train import read_metrics
@@ -74,3 +76,19 @@ class Quadratic:
         for part in range(self.parts):
             value = sum((p**2).sum() for p in model.parameters()) / 2 / self.parts
             yield Loss(value, {"half": value.detach()}, "policy" if part == self.parts - 1 else None)
+
+
+class Elastic(TinyFlow):
+    """TinyFlow, which draws any size: two pixels per latent."""
+
+    @contextlib.contextmanager
+    def at_size(self, image_size):
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if height % 2 or width % 2:
+            raise InputError(f"model.image_size got {image_size}; needs a multiple of 2")
+        before = self.latent_shape, self.image_size
+        self.latent_shape, self.image_size = (before[0][0], height // 2, width // 2), (height, width)
+        try:
+            yield
+        finally:
+            self.latent_shape, self.image_size = before

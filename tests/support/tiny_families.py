@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import functools
+import json
+import shutil
 import string
 import tempfile
 from collections.abc import Callable
@@ -625,3 +627,29 @@ def load(name: str, folder: Path | None = None, **options: Any) -> Any:
     settings = {"dtype": "float32", "device": "cpu", "lora_rank": 4, "text_cache": text, **family.load}
     torch.manual_seed(0)  # the LoRA's first weights
     return family.model.load(folder, **{**settings, **options})
+
+
+@functools.cache
+def wide(name: str) -> Path:
+    """The folder of the same pipeline with another denoiser, random and at least 64 wide, so that a row of a layer's
+    weights is whole blocks of four-bit numbers, as in every published network. Leave it as it is."""
+    torch.manual_seed(sum(map(ord, name)))
+    folder = Path(_HOME.name) / f"{name}-wide"
+    shutil.copytree(saved(name)[0], folder)
+    part = "unet" if (folder / "unet").is_dir() else "transformer"
+    config = json.loads((folder / part / "config.json").read_text())
+    times = 8 if part == "unet" or name.startswith("pixart") else 4
+    for key in ("num_attention_heads", "num_cross_attention_heads", "num_key_value_heads", "caption_projection_dim",
+                "n_heads", "n_kv_heads", "dim"):  # fmt: skip
+        if config.get(key):
+            config[key] *= times
+    if "block_out_channels" in config:
+        config["block_out_channels"] = [width * times for width in config["block_out_channels"]]
+    if "caption_channels" in config:
+        config["cross_attention_dim"] *= times
+    network = getattr(diffusers, config["_class_name"]).from_config(config)
+    if name == "aura-flow":  # as it is born its gates leave no trace of the words
+        for p in network.parameters():
+            torch.nn.init.normal_(p, 0, 0.15 / times**0.5)
+    network.save_pretrained(folder / part)
+    return folder

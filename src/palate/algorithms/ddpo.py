@@ -82,6 +82,7 @@ class DDPO:
 
     trains = ("policy",)
     injects_noise = True  # between the steps of a rollout
+    any_size = True
 
     def __init__(self, settings: DDPOSettings):
         self.settings = settings

@@ -59,6 +59,7 @@ class Direct:
     trains = ("policy",)
     draws_reference = True  # the LoRA is over the generator, so the reference is that generator as it was
     needs_reward_gradient = True
+    any_size = True
 
     def __init__(self, settings: DirectSettings):
         self.settings, self.sampler = settings, settings.generator

@@ -141,6 +141,7 @@ class Distar:
 
     trains = ("policy", "assistant")
     needs_reward_gradient = True
+    any_size = True
 
     def __init__(self, settings: DistarSettings):
         self.settings = settings

@@ -137,6 +137,7 @@ class DPO:
 
     trains = ("policy",)
     reads_pairs = True
+    any_size = True
 
     def __init__(self, settings: DPOSettings):
         self.settings = settings

@@ -142,6 +142,7 @@ class FlowGRPO:
 
     trains = ("policy",)
     injects_noise = True  # between the steps of a rollout
+    any_size = True
 
     def __init__(self, settings: FlowGRPOSettings):
         self.settings = settings

@@ -71,6 +71,7 @@ class LeapAlign:
 
     trains = ("policy",)
     needs_reward_gradient = True
+    any_size = True
 
     def __init__(self, settings: LeapAlignSettings):
         self.settings = settings

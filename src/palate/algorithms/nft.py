@@ -87,6 +87,7 @@ class NFT:
 
     trains = ("policy",)
     injects_noise = True  # between the steps of a rollout
+    any_size = True
 
     def __init__(self, settings: NFTSettings):
         self.settings = settings

@@ -95,6 +95,7 @@ class OPD:
     """It has no state: the teachers are frozen, and which one speaks is a function of the prompt and the id."""
 
     trains = ("policy",)
+    any_size = True
 
     def __init__(self, settings: OPDSettings):
         self.settings = settings

@@ -67,8 +67,8 @@ class SQDFSettings:
     estimator_guidance: float = 1.0  # of tweedie and rollout-n
 
     buffer: Literal["none", "uniform", "prioritised", "importance"] = "uniform"  # see replay_buffer.py
-    buffer_size: int = 1024  # trajectories
-    buffer_memory: int = 1024  # MiB held in memory; older trajectories go to disk
+    buffer_size: int = 1024  # trajectories, of each image size
+    buffer_memory: int = 1024  # MiB held in memory, of each image size; older trajectories go to disk
     rollout_every: int = 1  # updates a rollout serves
 
     def __post_init__(self) -> None:
@@ -125,23 +125,34 @@ class SQDFSettings:
 
 
 class SQDF:
-    """The algorithm object; its state is the replay buffer."""
+    """The algorithm object; its state are the replay buffers, one for each shape of latents that a step has drawn."""
 
     trains = ("policy",)
     needs_reward_gradient = True
+    any_size = True
 
     def __init__(self, settings: SQDFSettings):
         self.settings = settings
-        self.buffer = None
-        if settings.buffer != "none":
-            self.buffer = ReplayBuffer(settings.buffer_size, memory=settings.buffer_memory << 20)
+        self.buffers: dict[tuple[int, ...], ReplayBuffer] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.buffer is None else {"buffer": self.buffer.state_dict()}
+        if self.settings.buffer == "none":
+            return {}
+        if len(self.buffers) > 1:
+            return {"buffers": {"x".join(map(str, shape)): own.state_dict() for shape, own in self.buffers.items()}}
+        return {"buffer": next(iter(self.buffers.values()), self._empty()).state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.buffer is not None:
-            self.buffer.load_state_dict(state["buffer"])
+        self.buffers = {}
+        for kept in [state["buffer"]] if "buffer" in state else state.get("buffers", {}).values():
+            if kept["trajectories"]:  # each (T, C, h, w)
+                self._buffer_of(tuple(kept["trajectories"][0].shape[1:])).load_state_dict(kept)
+
+    def _buffer_of(self, shape: tuple[int, ...]) -> ReplayBuffer:
+        return self.buffers.setdefault(shape, self._empty())
+
+    def _empty(self) -> ReplayBuffer:
+        return ReplayBuffer(self.settings.buffer_size, memory=self.settings.buffer_memory << 20)
 
     def step(self, model: Model, reward: Reward, batch: Batch, rng: Random) -> Iterator[Loss]:
         """One update: states (a rollout, the buffer, or both), then one differentiated step of the policy."""
@@ -150,20 +161,21 @@ class SQDF:
             times = released_levels(s.rollout_steps)
         else:
             times = levels(s.rollout_steps, shift=s.shift, final_time=s.final_time)
-        if self.buffer is None:
+        buffer = None if s.buffer == "none" else self._buffer_of(tuple(model.latent_shape))
+        if buffer is None:
             index = rng.integers("index", 0, s.rollout_steps - 1)
             states = self._rollout_until(model, batch, rng, times, stop=index)
             prompts, cond = batch.prompts, batch.cond
             draw = Draw(states[-1], index, torch.ones(len(index)), prompts, torch.zeros(len(index)))
         else:
-            draw = self._replay(self.buffer, model, reward, batch, rng, times)
+            draw = self._replay(buffer, model, reward, batch, rng, times)
             prompts = draw.prompts
             with torch.no_grad():
                 cond = model.encode_prompts(prompts)
         value, metrics = self._loss(model, reward, draw, cond, rng, times)
-        if self.buffer is not None:
-            metrics["buffer"] = torch.tensor(float(len(self.buffer)))
-            metrics["buffer_reward"] = torch.tensor(sum(self.buffer.rewards) / len(self.buffer))
+        if buffer is not None:
+            metrics["buffer"] = torch.tensor(float(len(buffer)))
+            metrics["buffer_reward"] = torch.tensor(sum(buffer.rewards) / len(buffer))
             metrics["age"] = draw.age.double().mean()
         yield Loss(value, metrics, "policy")
 

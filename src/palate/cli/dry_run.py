@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import typer
 
 from palate import plan as planner
 from palate import recipe as recipes
-from palate.cli.requirements import requirements
+from palate.cli.doctor import Finding
+from palate.cli.requirements import files_required
+from palate.data import check_images
+from palate.plan.table import FREE, GIB
 from palate.recipe import Recipe
 from palate.recipe.pictures import pictures_of
 from palate.runtime import checkpoint
@@ -16,28 +20,59 @@ from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
 
 SHOWN = 5  # prompts
+MISSING = ("bad", "missing")  # states of a finding with which a run cannot start
 
 
-def dry_run_of(recipe: Recipe, *, fresh: bool = False) -> None:
-    """Print plan, folders, what is there and what is missing with the command that fetches it, and the first prompts.
+def dry_run_of(recipe: Recipe, *, gpus: int = 1, fresh: bool = False) -> None:
+    """Print plan, headroom, folders, what is there and what is missing with the command that fetches it, and the first
+    prompts. gpus: the ranks that the run is to have.
 
     typer.Exit with 2 where the run could not start as it is.
     """
-    made = planner.plan(recipe)
-    print(planner.table(recipe, made, device=None))
+    made: planner.Plan | None = None
+    try:
+        made = planner.plan(recipe, gpus=gpus)
+        print(planner.table(recipe, made, device=None))
+    except Exception as error:  # a part of one's own: what cannot be counted can be trained
+        print(f"no plan: {printable(str(error)) or type(error).__name__}")
+    print("\nheadroom")
+    good = _said(_headroom(recipe, made, gpus))
     print("\nfolders")
-    good = _folders(recipe, fresh)
+    good = _folders(recipe, fresh) and good
     print("\nneeded")
-    for requirement in requirements(recipe, made=made):
-        finding = requirement.finding()
-        print("\n".join(f"  {printable(line)}" for line in f"{finding.state:8} {finding.text}".split("\n")))
-        good = good and requirement.state not in ("bad", "missing")
-    good = _start(recipe) and good
+    wanted = list(files_required(recipe, made))
+    good = _said(each.finding() for each in wanted) and good
+    if not any(each.what.startswith("model") and each.state in MISSING for each in wanted):
+        good = _said(_wrong(recipe)) and good
     print("\nprompts")
     _prompts(recipe)
     print(f"\n{'ready' if good else 'not ready'}: nothing was loaded, nothing written")
     if not good:
         raise typer.Exit(2)
+
+
+def _said(findings: Iterator[Finding]) -> bool:
+    """Print the findings; whether all of them are good."""
+    good = True
+    for finding in findings:
+        print("\n".join(f"  {printable(line)}" for line in f"{finding.state:8} {finding.text}".split("\n")))
+        good = good and finding.state not in MISSING
+    return good
+
+
+def _headroom(recipe: Recipe, made: planner.Plan | None, gpus: int) -> Iterator[Finding]:
+    """What a step leaves free on the device that the run is to use, as `palate train` asks before it loads."""
+    found = planner.room(recipe, gpus=gpus, units=made.units) if made else None
+    if found is None:
+        yield Finding("note", "not known: the memory of a step cannot be counted")
+        return
+    if not found.fits:
+        yield Finding("bad" if recipe.run.check_memory else "note", found.sentence)
+        return
+    left = (found.have - found.need) / GIB
+    text = f"{found.sentence}, {left:.0f} GiB are left" if left >= 10 else f"{found.sentence}, {left:.2g} GiB are left"
+    tight = found.need > FREE * found.have
+    yield Finding("note" if tight else "ok", text + (": less than the tenth that kernels take" if tight else ""))
 
 
 def _folders(recipe: Recipe, fresh: bool) -> bool:
@@ -53,16 +88,17 @@ def _folders(recipe: Recipe, fresh: bool) -> bool:
     return fresh or not held
 
 
-def _start(recipe: Recipe) -> bool:
-    """Whether the LoRAs that the recipe names fit, said only where they do not."""
-    if recipe.model.start is None and recipe.model.consistency is None:
-        return True
+def _wrong(recipe: Recipe) -> Iterator[Finding]:
+    """What the files that are there say: a folder of another family, a size that it cannot draw, a LoRA that does not
+    fit, a picture that cannot be read."""
     try:
+        pictures = pictures_of(recipe)
+        check_images(pictures.files if pictures else [])
+        recipes.check_folder(recipe)
         recipes.check_start(recipe)
+        recipes.warn_of_noise(recipe)
     except (InputError, OSError) as error:
-        print(f"  bad      {printable(str(error).splitlines()[0])}")
-        return False
-    return True
+        yield Finding("bad", str(error).splitlines()[0])
 
 
 def _prompts(recipe: Recipe) -> None:

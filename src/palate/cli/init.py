@@ -16,6 +16,7 @@ import typer
 
 from palate import plan as planner
 from palate import recipe as recipes
+from palate.data import read_prompts
 from palate.models.facts import facts_of
 from palate.plan.table import FREE, GIB, Device, find_device
 from palate.recipe import Recipe
@@ -41,7 +42,8 @@ class Answers(NamedTuple):
     positive: tuple[str, ...] = ()
     negative: tuple[str, ...] = ()
     reward: str | None = None
-    prompts: str | None = None
+    prompts: str | None = None  # a file, or the name of one in the package
+    prompt_list: tuple[str, ...] = ()
 
 
 @cache
@@ -127,8 +129,11 @@ def changes_for(recipe: Recipe, answers: Answers) -> dict[str, Any]:
         changes |= {"algorithm.positive": [], "algorithm.negative": [], "algorithm.preference": "absolute",
                     "algorithm.branches": ["denoise"]}  # fmt: skip
     if answers.prompts is not None:
-        changes["prompts.file"] = answers.prompts
-        changes |= {"prompts.list": None, "prompts.preview": None, "evaluate.file": None}
+        read_prompts(answers.prompts)  # InputError: it is not there, or holds none
+    if answers.prompts is not None or answers.prompt_list:
+        changes |= {"prompts.file": answers.prompts, "prompts.list": list(answers.prompt_list) or None,
+                    "prompts.images": None, "prompts.pairs": None, "prompts.preview": None,
+                    "evaluate.file": None}  # fmt: skip
     return changes
 
 
@@ -137,7 +142,10 @@ def card_of(card: str | None) -> tuple[str, Device]:
     try:
         gib = float((card or "").lower().removesuffix("gib").removesuffix("gb").strip())
     except ValueError:
-        return find_device(card)
+        try:
+            return find_device(card)
+        except InputError as error:
+            raise InputError(str(error).replace("--device", "--card")) from error
     if gib <= 0:
         raise InputError(f"--card: expected a card or its GiB, got {card!r}")
     return f"a card of {gib:g} GiB", Device(100.0, gib)
@@ -172,8 +180,10 @@ def asked(answers: Answers, known: dict[tuple[str, str], str]) -> Answers:
         negative = _words(typer.prompt("Words that they should match less (empty = none)", default=""))
     if not reward:
         reward = typer.prompt("Reward (empty = as in the published recipe)", default="") or None
-    prompts = answers.prompts or typer.prompt("File of prompts (empty = the published recipe's)", default="") or None
-    return Answers(model, method, card, positive, negative, reward, prompts)
+    prompts = answers.prompts
+    if not (prompts or answers.prompt_list):
+        prompts = typer.prompt("File of prompts (empty = the published recipe's)", default="") or None
+    return Answers(model, method, card, positive, negative, reward, prompts, answers.prompt_list)
 
 
 def _choice(what: str, choices: Sequence[str], default: str) -> str:

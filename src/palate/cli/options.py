@@ -59,6 +59,20 @@ class Strengths(tuple[float, ...]):
         return super().__new__(cls, dict.fromkeys(numbers))
 
 
+class Size(tuple[int, int]):
+    """Height and width in pixels as 1024, or 832,1216, names them."""
+
+    def __new__(cls, text: str) -> Size:
+        """Raises typer.BadParameter where the text is neither a side nor height,width."""
+        try:
+            sides = [int(part) for part in text.split(",")]
+        except ValueError:
+            sides = []
+        if len(sides) not in (1, 2) or min(sides) < 1:
+            raise typer.BadParameter(f"expected a side in pixels, or height,width as 832,1216; got {text!r}")
+        return super().__new__(cls, (sides[0], sides[-1]))
+
+
 class Words(tuple[str, ...]):
     """Control words as "3d, cartoon" names them."""
 

@@ -12,11 +12,13 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from palate import recipe as recipes
 from palate.cli.doctor import Finding
-from palate.models.facts import Facts, facts_of
+from palate.models import families
+from palate.models.facts import Facts, HasFacts, facts_of
 from palate.models.source import published_base
 from palate.plan import GIB, Plan, plan
 from palate.plan.table import FREE, find_device
 from palate.recipe import Recipe
+from palate.recipe.pictures import pictures_of
 from palate.rewards.located import cached
 from palate.rewards.published import PUBLISHED
 from palate.runtime.errors import InputError
@@ -39,21 +41,29 @@ class Requirement(NamedTuple):
         return Finding(self.state, f"{self.what}: {self.text}" + (f"\n        {self.command}" if self.command else ""))
 
 
-def requirements(recipe: Recipe, device: str | None = None, *, made: Plan | None = None) -> Iterator[Requirement]:
-    """Everything, in the order in which a run would ask for it. made: the recipe's plan, if it is known."""
-    made = made or plan(recipe)
+def requirements(recipe: Recipe, device: str | None = None) -> Iterator[Requirement]:
+    """Everything, in the order in which a run would ask for it."""
+    made = plan(recipe)
+    yield from files_required(recipe, made)
+    yield _memory(made, device)
+
+
+def files_required(recipe: Recipe, made: Plan | None) -> Iterator[Requirement]:
+    """What must lie on the disk. made: the recipe's plan; None where it cannot be planned."""
     found = [*_model(recipe, made), *_rewards(recipe), *_prompts(recipe)]
     yield from found
-    yield from _disk(sum(requirement.gigabytes for requirement in found))
-    yield _memory(made, device)
+    yield from _disk(sum(each.gigabytes for each in found))
 
 
 # --- model ------------------------------------------------------------------------------------------------------------
 
 
-def _model(recipe: Recipe, made: Plan) -> Iterator[Requirement]:
+def _model(recipe: Recipe, made: Plan | None) -> Iterator[Requirement]:
     if recipe.model.name == "emoji":
         yield Requirement("ok", "model emoji", "in the package, Apache-2.0")
+        return
+    if not isinstance(families.find(recipe.model.name).load_class(), HasFacts):
+        yield Requirement("ok", f"model {recipe.model.name}", "read by a class of its own")
         return
     facts, folder = facts_of(recipe.model.name), recipe.model.folder
     if folder is None and recipe.model.file is not None:
@@ -69,7 +79,8 @@ def _model(recipe: Recipe, made: Plan) -> Iterator[Requirement]:
         yield Requirement("bad" if lacking else "ok", what, f"{text}; licence of {facts.name}: {facts.licence}")
         return
     text_parameters = facts.published.text_parameters if facts.published else 0.0
-    size = (made.units["denoiser"].parameters / 1e9 + text_parameters) * 2 + VAE_GIGABYTES
+    denoiser = made.units["denoiser"].parameters / 1e9 if made else 0.0
+    size = (denoiser + text_parameters) * 2 + VAE_GIGABYTES
     licence = facts.licences.get(folder, facts.licence)
     missing = [part for part in facts.parts if not _cached_part(folder, part)]
     if not missing:
@@ -146,7 +157,8 @@ def _reward(what: str, name: str, source: str | None) -> Requirement:
 
 def _prompts(recipe: Recipe) -> Iterator[Requirement]:
     try:
-        training, preview = recipes.prompts_of(recipe)
+        pictures = pictures_of(recipe)
+        training, preview = recipes.prompts_of(recipe, pictures.prompts if pictures else None)
     except (InputError, OSError) as error:
         yield Requirement("bad", "prompts", str(error).splitlines()[0])
         return

@@ -26,8 +26,8 @@ def read_resumed(run: Path, overrides: Sequence[str]) -> Recipe:
     if recipes.fingerprint(started) != recipes.fingerprint(recipe):
         raise InputError(
             "these overrides would change the run itself; when resuming, only trainer.steps, previews, checkpoints, "
-            "threads, sample and evaluate may change. For the rest start a new run, from these weights if you like: "
-            f"palate train {file} run.folder=NEW {shlex.join(overrides)}"
+            "threads, evaluate and sample (sample.image_size only without a guard) may change. For the rest start a "
+            f"new run, from these weights if you like: palate train {file} run.folder=NEW {shlex.join(overrides)}"
             + (f" model.start={run}" if recipe.model.weights == "lora" else "")
         )
     if not checkpoint.steps(run / "checkpoints"):

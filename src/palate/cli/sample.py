@@ -4,61 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from palate.cli.model_source import load_source
-from palate.core import HasStrength
+from palate.core import HasStrength, Model, Sampler
 from palate.evaluate import generate, pairs, read_index, write_samples
+from palate.models.autoencoder import ImageSize
+from palate.models.sizes import at_size
+from palate.recipe import SampleSettings
 from palate.report.sheet import write_sheet
+from palate.runs import RunFolder
 from palate.runtime.errors import InputError
 from palate.train.checks import require_sampleable
 
 
-def draw(
-    source: str,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    *,
-    steps: int | None,
-    guidance: float | None,
-    strengths: Sequence[float] | None,
-    out: Path,
-) -> int:
-    """Pictures of prompts x seeds with a run or a model, their index and their sheet, in `out`; how many there are.
+class Wanted(NamedTuple):
+    """How to draw. None = the run's own way, the section `sample` of its recipe, else the model's."""
 
-    strengths: of the run's LoRA, each on the same noise, side by side; None = as it was trained.
-    """
+    steps: int | None = None
+    guidance: float | None = None
+    image_size: ImageSize | None = None
+    strengths: Sequence[float] | None = None  # of a run's LoRA, on the same noise, side by side; None = as trained
+
+
+def draw(source: str, prompts: Sequence[str], seeds: Sequence[int], wanted: Wanted, out: Path) -> int:
+    """Pictures of prompts x seeds with a run or a model, their index and their sheet, in `out`; how many there are."""
     model, sampler = load_source(source)
-    if sampler and (steps is not None or guidance is not None):
-        raise InputError("--steps, --guidance: a generator draws as it was trained; leave them out")
-    if sampler:
-        steps, guidance = sampler.steps, 1.0
-    else:
-        own = require_sampleable(model, "samples")
-        steps = steps or own.default_steps
-        guidance = own.default_guidance if guidance is None else guidance
-    if strengths is None:
-        images = generate(model, prompts, seeds, steps=steps, guidance=guidance, sampler=sampler)
-        clear_samples(out)
-        write_samples(out, images, *pairs(prompts, seeds), guidance=guidance, steps=steps)
-        write_sheet(out)
-        return len(images)
-    if not isinstance(model, HasStrength):
-        raise InputError(f"--strength: {source} has no LoRA whose strength could be changed; leave it out")
-    found = []
-    for strength in strengths:
-        with model.at_strength(strength):
-            found.append(generate(model, prompts, seeds, steps=steps, guidance=guidance, sampler=sampler))
+    steps, guidance = _way(source, model, sampler, wanted)
+    with at_size(model, wanted.image_size, "--size"):
+        if wanted.strengths is None:
+            images = generate(model, prompts, seeds, steps=steps, guidance=guidance, sampler=sampler)
+            clear_samples(out)
+            write_samples(out, images, *pairs(prompts, seeds), guidance=guidance, steps=steps)
+            write_sheet(out)
+            return len(images)
+        if not isinstance(model, HasStrength):
+            raise InputError(f"--strength: {source} has no LoRA whose strength could be changed; leave it out")
+        found = []
+        for strength in wanted.strengths:
+            with model.at_strength(strength):
+                found.append(generate(model, prompts, seeds, steps=steps, guidance=guidance, sampler=sampler))
     images = torch.stack(found, 1).flatten(0, 1)  # of one prompt and seed, every strength side by side
-    rows = list(zip(*pairs(prompts, seeds), strict=True))
+    rows, strengths = list(zip(*pairs(prompts, seeds), strict=True)), wanted.strengths
     asked, noises = [prompt for prompt, _ in rows for _ in strengths], [seed for _, seed in rows for _ in strengths]
     clear_samples(out)
-    write_samples(
-        out, images, asked, noises, guidance=guidance, steps=steps, strengths=[*strengths] * (len(images) // len(found))
-    )
+    each = [*strengths] * len(rows)
+    write_samples(out, images, asked, noises, guidance=guidance, steps=steps, strengths=each)
     write_sheet(out)
     return len(images)
+
+
+def _way(source: str, model: Model, sampler: Sampler | None, wanted: Wanted) -> tuple[int, float]:
+    """Steps and guidance. InputError: they are given for a generator, which has its own."""
+    if sampler and (wanted.steps is not None or wanted.guidance is not None):
+        raise InputError("--steps, --guidance: a generator draws as it was trained; leave them out")
+    if sampler:
+        return sampler.steps, 1.0
+    own, run = require_sampleable(model, "samples"), Path(source).expanduser()
+    how = RunFolder(run).recipe.sample if (run / "recipe.yaml").is_file() else SampleSettings()
+    steps = wanted.steps or how.steps or own.default_steps
+    guidance = how.guidance if wanted.guidance is None else wanted.guidance
+    return steps, own.default_guidance if guidance is None else guidance
 
 
 def clear_samples(folder: Path) -> None:

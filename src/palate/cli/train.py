@@ -69,5 +69,6 @@ def _trained(recipe: Recipe, on_main: OnMain, *, resume: bool, fresh: bool, quie
         identity=recipes.run_identity(recipe),
         recipe=recipes.dump(recipe),
         kept=recipes.identity_text(recipe),
+        reference=recipes.reference_of(recipe),
     )
     return run_job(job, resume=resume, progress=not quiet)

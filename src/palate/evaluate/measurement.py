@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -130,22 +130,29 @@ def mean_and_interval(values: Tensor, base: Tensor | None, groups: Sequence[str]
     return metric
 
 
+class HowDrawn(TypedDict, total=False):
+    """How pictures are sampled; what is left out is the model's own."""
+
+    steps: int | None
+    guidance: float | None
+
+
 def evaluate_model(
     model: Model,
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
     panel: EvaluationPanel | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
     weights: str = "policy",
     base_weights: str | None = None,
+    **how: Unpack[HowDrawn],
 ) -> Evaluation:
-    """Draw prompts x seeds and measure them; with `base_weights` ("reference") in pairs against those weights."""
-    images = quantise(generate(model, prompts, seeds, steps=steps, guidance=guidance, weights=weights))
+    """Draw prompts x seeds and measure them; with `base_weights` ("reference") in pairs against those weights. how:
+    steps and guidance, None = the model's own."""
+    images = quantise(generate(model, prompts, seeds, weights=weights, **how))
     base = None
     if base_weights is not None:
-        base = quantise(generate(model, prompts, seeds, steps=steps, guidance=guidance, weights=base_weights))
+        base = quantise(generate(model, prompts, seeds, weights=base_weights, **how))
     return evaluate_images(images, *pairs(prompts, seeds), panel or embedded_panel(), base=base)
 
 

@@ -107,10 +107,18 @@ def _how_to_load(
         f"To load: `{USE[form]}`.",
         "",
         *([f"Trained towards these words: {'; '.join(said)}.", ""] if said else []),
+        *_beginning(recipe),
         f"Base model: {base_name(recipe)}. Its licence holds for this file too; the published {facts.name} is under: "
         f"{facts.licence}.",
         "",
     ]
+
+
+def _beginning(recipe: Any) -> list[str]:
+    reference = recipes.reference_of(recipe)
+    if reference is None:
+        return []
+    return [f"Begun with the LoRA {Path(recipe.model.start).name}; held to, and compared with, {reference}.", ""]
 
 
 def _table(metrics: Mapping[str, tuple[float, float]]) -> list[str]:

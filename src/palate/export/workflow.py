@@ -37,7 +37,7 @@ def workflow(recipe: Recipe, lora: str) -> dict[str, Any] | None:
     parts = family.facts.comfyui if isinstance(family, HasFacts) else None
     if parts is None:
         return None
-    graph, size = Graph(), recipe.model.image_size or 1024
+    graph, size = Graph(), recipe.sample.image_size or recipe.model.image_size or 1024
     height, width = (size, size) if isinstance(size, int) else size
     steps = recipe.sample.steps or parts.steps
     guidance = parts.guidance if parts.embedded or recipe.sample.guidance is None else recipe.sample.guidance

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
@@ -13,7 +13,7 @@ from diffusers.loaders import AuraFlowLoraLoaderMixin
 from torch import Tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from palate.models.autoencoder import sides
+from palate.models.autoencoder import factor_of
 from palate.models.facts import VAE_4, Facts, NetworkCall, Published
 from palate.models.families import LoadOptions
 from palate.models.parts import LoadedModel, Options, TextReader, load_parts
@@ -21,7 +21,6 @@ from palate.models.repository import open_repository
 from palate.models.schedules import flow_times
 from palate.models.text_cache import Encode
 from palate.path import Prediction, flow_schedule, from_velocity
-from palate.runtime.errors import InputError
 
 FAMILY = "aura-flow"
 PARTS = {
@@ -42,6 +41,11 @@ class Cond(NamedTuple):
 
 def _condition(config: Any, tokens: int, dtype: torch.dtype) -> Cond:
     return Cond(torch.empty(1, tokens, config.joint_attention_dim, dtype=dtype))
+
+
+def _largest(config: Mapping[str, Any]) -> int:
+    """Side in latents at which the positions end, a square of patches."""
+    return math.isqrt(config["pos_embed_max_size"]) * int(config["patch_size"])
 
 
 FACTS = Facts(
@@ -74,12 +78,7 @@ class AuraFlow(LoadedModel):
     ) -> AuraFlow:
         """From a diffusers folder or hub id; docs/models.md describes the options that all families share."""
         repository = open_repository(folder, family=FAMILY, parts=PARTS, options=options)
-        config = repository.config("transformer")
-        factor = 2 ** (len(repository.config("vae")["block_out_channels"]) - 1)
-        largest = math.isqrt(config["pos_embed_max_size"]) * config["patch_size"] * factor
-        image_size = options.get("image_size")
-        if image_size is not None and max(sides(image_size)) > largest:
-            raise InputError(f"model.image_size got {image_size}; this network's positions end at {largest} pixels")
+        largest = _largest(repository.config("transformer")) * factor_of(repository.config("vae"))
         tokenizer = repository.tokenizer("tokenizer", AutoTokenizer)
 
         def load_encoders(precision: torch.dtype, where: torch.device) -> Encode:

@@ -88,6 +88,8 @@ class Facts:
     one_step_call: str = ""  # what a pipeline is told besides when a one-step generator of this family draws
     few_steps: str = ""  # regular expression of the hub ids, folders and files that are distilled to few steps
     comfyui: ComfyUI | None = None  # None = ComfyUI's core does not load it, or shows no graph for it
+    largest: Callable[[Mapping[str, Any]], int] | None = None  # side in latents at which the denoiser's positions end
+    whole: tuple[str, ...] = ()  # parts of names of small layers that four bits leave as they are
     packs_noise: bool = False  # whether its pipelines take latents as their network does, packed
 
     @property

@@ -18,13 +18,13 @@ import torch
 from diffusers.loaders import FromOriginalModelMixin
 from torch import Tensor, nn
 
-from palate.models.autoencoder import Autoencoder, channels_of, factor_of, latent_shape, sides
+from palate.models.autoencoder import Autoencoder, factor_of, sides
 from palate.models.facts import Facts, NetworkCall
 from palate.models.options import Options, check_placement, place_of, precision_of
 from palate.models.placement import compile_blocks, keep_blocks_on_host, use_attention
-from palate.models.repository import Repository
+from palate.models.repository import Repository, check_channels
 from palate.models.repository_checks import READERS
-from palate.models.sizes import OtherSizes
+from palate.models.sizes import OtherSizes, shape_of
 from palate.models.text_cache import Encode, TextCache
 from palate.models.weights import NamedWeights
 from palate.runtime.errors import InputError
@@ -156,15 +156,14 @@ def load_parts(
     default_size: in pixels, None = the size in the denoiser's configuration.
     """
     precision, where = precision_of(options.dtype, options.training), place_of(options.device)
-    _check_channels(repository, facts)
+    check_channels(repository, facts)
     check_placement(options)
     if options.file is not None and not issubclass(facts.network, FromOriginalModelMixin):
         raise InputError(f"model.file: diffusers reads no single file of {facts.name}; give its folder as model.folder")
     vae_config, image_size = repository.config("vae"), options.image_size
     if image_size is None:
         image_size = default_size or repository.config(facts.denoiser)["sample_size"] * factor_of(vae_config)
-    patch = facts.patch or repository.config(facts.denoiser).get("patch_size", 1)
-    shape = latent_shape(vae_config, image_size, family=facts.name, patch=patch, fold=facts.layout.fold)
+    shape = shape_of(repository, facts, image_size)
     cache = _text_cache(repository, facts.name, text, options, precision, where)
     vae = Autoencoder(
         repository.read("vae", facts.vae, precision),
@@ -172,7 +171,7 @@ def load_parts(
         gradient_checkpointing=options.gradient_checkpointing,
         layout=facts.layout,
     )
-    network = repository.read(facts.denoiser, facts.network, precision, file=options.file)
+    network = repository.read(facts.denoiser, facts.network, precision, file=options.file, whole=facts.whole)
     network = network if options.offload else network.to(where)
     weights = named_weights(network, facts, options)
     place(weights, options, where)
@@ -230,14 +229,3 @@ def _text_cache(
         device=where,
         folder=options.text_cache,
     )
-
-
-def _check_channels(repository: Repository, facts: Facts) -> None:
-    """InputError for networks that take more than the noisy latents: inpainting, control, editing."""
-    expected = facts.packing * channels_of(repository.config("vae"))
-    got = repository.config(facts.denoiser).get("in_channels", expected)
-    if got != expected:
-        raise InputError(
-            f"model.folder {repository.source}: its {facts.denoiser} takes {got} channels (inpainting, control or "
-            f"editing?); a text-to-image model's takes {expected}"
-        )

@@ -4,8 +4,17 @@
 after it. Blocks that are recomputed in the backward pass (gradient checkpointing, which it needs) bring their weights
 once more, and autograd holds those for as long as the block's gradient takes. What trains, a LoRA, never moves.
 
-diffusers' own group offloading moves the trained weights too, takes from autograd what it has kept of a block, and
-leaves a block where it is when a recomputation ends early.
+diffusers' own group offloading (`hooks/group_offloading.py` of 0.42.1) cannot serve a LoRA that trains; held by
+tests/models/test_why_own_offload.py:
+
+- It offloads in `GroupOffloadingHook.post_forward`, which its wrapper of `forward` (`HookRegistry.register_hook`)
+  reaches only if `forward` returns. torch's checkpoint ends a recomputation by an exception as soon as it has what it
+  needs, so each block that the backward pass recomputes stays: in the end all of them.
+- With that turned off (`set_checkpoint_early_stop(False)`) a block is offloaded once it is recomputed and before its
+  gradient is made. `ModuleGroup._offload_to_memory` puts `param.data` elsewhere, and checkpoint keeps a frozen
+  parameter itself, no alias: the gradient would be made of weights on the host. So would that of `leaf_level`.
+- A block's LoRA travels with it. `ModuleGroup._process_tensors_from_modules` brings `data` back and not `grad`, so the
+  second loss of a step, or the second micro-batch, cannot be added to the first.
 """
 
 from __future__ import annotations

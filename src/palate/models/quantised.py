@@ -4,12 +4,14 @@
     int8   8 bits, one scale per row (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339); bitsandbytes
     fp8    torch's float8_e4m3fn as it is, cast back for every product; nothing to install
 
-Only layers inside the repeated blocks are stored so: embeddings, time and output layers are small and sensitive. A LoRA
-trains on them as on others, in float32, and the gradient passes through the weights as they are stored.
+Only layers inside the repeated blocks are stored so: embeddings, time and output layers are small and sensitive. In
+four bits so are some small parts of a family's blocks, its facts' `whole`: what the rest of the network starts from.
+A LoRA trains on stored layers as on others, in float32, and the gradient passes through the weights as they are stored.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from palate.runtime.errors import InputError
 
 METHODS = ("nf4", "int8", "fp8")
+NF4_BLOCK = 64  # weights that share a scale
 BYTES = {"nf4": 0.5 + 0.127 / 8, "int8": 1.0, "fp8": 1.0}  # per weight; nf4's scales are themselves quantised
 
 
@@ -38,20 +41,33 @@ class Float8Linear(nn.Linear):
         return F.linear(input, self.weight.to(input.dtype), self.bias)
 
 
-def quantisable(network: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that are stored in fewer bits: those inside the lists of repeated blocks."""
-    found: dict[str, nn.Linear] = {}
+def quantisable(network: nn.Module, whole: Sequence[str] = ()) -> dict[str, nn.Linear]:
+    """The linear layers that are stored in fewer bits: those inside the lists of repeated blocks, not a LoRA's own.
+    whole: parts of layers' names, as to_out, that are left out."""
+    kept, found = {*whole, "lora_A", "lora_B"}, {}
     for path, blocks in network.named_modules():
         if isinstance(blocks, nn.ModuleList):
-            found |= {f"{path}.{name}": layer for name, layer in blocks.named_modules() if type(layer) is nn.Linear}
+            layers = {f"{path}.{name}": layer for name, layer in blocks.named_modules() if type(layer) is nn.Linear}
+            found |= {name: layer for name, layer in layers.items() if not kept & set(name.split("."))}
     return found
 
 
-def quantise(network: Any, method: str, dtype: torch.dtype) -> Any:
-    """Put the layers of `quantisable` in their stored form, in place; bitsandbytes rounds when the network is moved."""
+def stored_in_fours(network: nn.Module, whole: Sequence[str] = ()) -> dict[str, nn.Linear]:
+    """What nf4 stores of `quantisable`: layers whose rows are whole blocks of 64. Published networks have no others,
+    and bitsandbytes' kernel for processors (0.50.2) takes another block's scale where a row ends inside one."""
+    found = quantisable(network, whole)
+    return {name: layer for name, layer in found.items() if layer.in_features % NF4_BLOCK == 0}
+
+
+def quantise(network: Any, method: str, dtype: torch.dtype, whole: Sequence[str] = ()) -> Any:
+    """Put the layers of `quantisable` in their stored form, in place; bitsandbytes rounds when the network is moved.
+
+    whole: of its family's facts, for nf4.
+    """
     if method not in METHODS:
         raise InputError(f"model.quantize got {method!r}; expected one of {', '.join(METHODS)}")
-    for name, layer in quantisable(network).items():
+    layers = stored_in_fours(network, whole) if method == "nf4" else quantisable(network)
+    for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         stored = Float8Linear.of(layer) if method == "fp8" else _of_bitsandbytes(layer, method, dtype)
         setattr(network.get_submodule(parent), child, stored)

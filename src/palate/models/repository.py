@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from torch import nn
 
 from palate.models import lora
 from palate.models.adapters import common, shapes_of
+from palate.models.autoencoder import channels_of
 from palate.models.facts import Facts
 from palate.models.families import LoadOptions
 from palate.models.quantised import quantise
@@ -87,8 +88,11 @@ class Repository:
         if rank is not None and (its := common(layers)[0]) != rank:
             raise InputError(f"{key}: the LoRA in {source} has rank {its}; set model.lora_rank={its}")
 
-    def read(self, part: str, kind: Any, dtype: torch.dtype, *, file: str | None = None) -> nn.Module:
-        """A network in `dtype`, in evaluation mode, frozen. `file`: its weights in place of the repository's own."""
+    def read(
+        self, part: str, kind: Any, dtype: torch.dtype, *, file: str | None = None, whole: Sequence[str] = ()
+    ) -> nn.Module:
+        """A network in `dtype`, in evaluation mode, frozen. `file`: its weights in place of the repository's own.
+        whole: what four bits leave as it is (`models.quantised`)."""
         try:
             if file is not None:
                 network = kind.from_single_file(file, config=str(self.root), subfolder=part, torch_dtype=dtype)
@@ -108,7 +112,7 @@ class Repository:
         if any(p.is_meta for p in network.parameters()):
             raise InputError(f"{file or self.source}: holds no weights for parts of {kind.__name__}; is it whole?")
         network = network.eval().requires_grad_(False)
-        return network if self.quantize is None or part == "vae" else quantise(network, self.quantize, dtype)
+        return network if self.quantize is None or part == "vae" else quantise(network, self.quantize, dtype, whole)
 
     def tokenizer(self, part: str, kind: Any) -> Any:
         if not any((self.root / part / name).is_file() for name in VOCABULARIES):  # its class would make an empty one
@@ -183,6 +187,17 @@ def open_repository(
         for path in sorted(p for part in weighty for p in (root / part).glob("*.safetensors")):
             check_header(path)
     return repository
+
+
+def check_channels(repository: Repository, facts: Facts) -> None:
+    """InputError for networks that take more than the noisy latents: inpainting, control, editing."""
+    expected = facts.packing * channels_of(repository.config("vae"))
+    got = repository.config(facts.denoiser).get("in_channels", expected)
+    if got != expected:
+        raise InputError(
+            f"model.folder {repository.source}: its {facts.denoiser} takes {got} channels (inpainting, control or "
+            f"editing?); a text-to-image model's takes {expected}"
+        )
 
 
 def _check_part(repository: Repository, source: str, part: str, kind: str, family: str) -> None:

@@ -18,6 +18,12 @@ from palate.runtime.errors import InputError
 WEIGHTS = re.compile(
     r"(model|diffusion_pytorch_model)(?P<first>\.fp16)?(-\d+-of-(?P<shards>\d+))?(?P<last>\.fp16)?\.safetensors"
 )
+# ends of the names of tensors that come with quantised weights: ComfyUI's scaled fp8 and later forms, bitsandbytes,
+# SVDQuant, GPTQ. Weights read without them would be other numbers
+QUANTISED = re.compile(
+    r"(^|\.)(scaled_fp8|scale_weight|weight_scale|weight_scale_2|comfy_quant|weight\.absmax|weight\.quant_map|"
+    r"weight\.quant_state\.\w+|SCB|qweight|wscales)$"
+)
 READERS = ("tokenizer", "processor")  # parts without weights that turn prompts into tokens
 READING_ERRORS = (
     OSError,
@@ -72,6 +78,13 @@ def check_file(file: Path) -> None:
             f"model.file {file}: expected a .safetensors file with the denoiser's weights; .ckpt and .gguf are not read"
         )
     check_header(file)
+    with safe_open(file, "pt") as opened:
+        found = next((name for name in opened.keys() if QUANTISED.search(name)), None)  # noqa: SIM118, no mapping
+    if found is not None:
+        raise InputError(
+            f"model.file {file}: its weights are stored quantised (it holds {found}), which is not read; give the file "
+            "in float32, float16, bfloat16 or plain fp8, and set model.quantize"
+        )
 
 
 def check_weights(source: str, files: list[str], parts: Iterable[str]) -> None:

@@ -16,7 +16,6 @@ from diffusers.loaders import SD3LoraLoaderMixin
 from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
-from palate.models.autoencoder import sides
 from palate.models.facts import VAE_16, ComfyUI, Facts, NetworkCall, Published
 from palate.models.families import LoadOptions
 from palate.models.parts import LoadedModel, Options, TextReader, load_parts
@@ -24,7 +23,6 @@ from palate.models.repository import open_repository
 from palate.models.schedules import flow_times
 from palate.models.text_cache import Encode
 from palate.path import Prediction, flow_schedule, from_velocity
-from palate.runtime.errors import InputError
 
 FAMILY = "sd3"
 PARTS = {
@@ -88,6 +86,7 @@ FACTS = Facts(
         5.58,
     ),
     few_steps="turbo|flash",
+    largest=lambda config: config["pos_embed_max_size"] * config["patch_size"],
     comfyui=ComfyUI(
         checkpoint="sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors", guidance=4.5, sampler=("euler", "sgm_uniform")
     ),
@@ -113,11 +112,6 @@ class StableDiffusion3(LoadedModel):
         """From a diffusers folder or hub id; docs/models.md describes the options that all families share."""
         repository = open_repository(folder, family=FAMILY, parts=PARTS, options=options, optional=OPTIONAL)
         config = repository.config("transformer")
-        largest = config["pos_embed_max_size"] * config["patch_size"]
-        if (image_size := options.get("image_size")) is not None:
-            largest *= 2 ** (len(repository.config("vae")["block_out_channels"]) - 1)
-            if max(sides(image_size)) > largest:
-                raise InputError(f"model.image_size got {image_size}; this network's positions end at {largest} pixels")
         clip_tokenizers = [repository.tokenizer(name, CLIPTokenizer) for name in ("tokenizer", "tokenizer_2")]
         with_t5 = "text_encoder_3" in repository
         t5_tokenizer: Any = repository.tokenizer("tokenizer_3", T5Tokenizer) if with_t5 else None

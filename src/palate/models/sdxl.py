@@ -56,6 +56,7 @@ FACTS = Facts(
     licence="CreativeML Open RAIL++-M",
     licences={"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"},
     lora_loader=StableDiffusionXLLoraLoaderMixin,
+    whole=("proj_in", "proj_out"),
     published=Published(
         {
             "sample_size": 128,

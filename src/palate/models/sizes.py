@@ -7,8 +7,21 @@ from contextlib import contextmanager
 from typing import Any
 
 from palate.core import DrawsOtherSizes, Model
-from palate.models.autoencoder import ImageSize, latent_shape, sides
+from palate.models.autoencoder import ImageSize, factor_of, latent_shape, sides
+from palate.models.facts import Facts
+from palate.models.repository import Repository
 from palate.runtime.errors import InputError
+
+
+def shape_of(repository: Repository, facts: Facts, image_size: ImageSize) -> tuple[int, int, int]:
+    """(C, h, w) of the latents of images of that size. InputError: the patches or the positions do not cover it."""
+    denoiser, vae = repository.config(facts.denoiser), repository.config("vae")
+    patch = facts.patch or denoiser.get("patch_size") or 1
+    shape = latent_shape(vae, image_size, family=facts.name, patch=patch, fold=facts.layout.fold)
+    if facts.largest is not None and max(shape[1:]) > (most := facts.largest(denoiser)):
+        pixels = most * factor_of(vae) * facts.layout.fold
+        raise InputError(f"model.image_size got {image_size}; this network's positions end at {pixels} pixels")
+    return shape
 
 
 class OtherSizes:
@@ -20,11 +33,8 @@ class OtherSizes:
     image_size: tuple[int, int]
 
     def shape_at(self, image_size: ImageSize) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of images of that size. InputError: the patches do not cover it."""
-        facts = self.parts.facts
-        patch = facts.patch or self.weights.network.config.get("patch_size") or 1
-        config = self.parts.repository.config("vae")
-        return latent_shape(config, image_size, family=facts.name, patch=patch, fold=facts.layout.fold)
+        """(C, h, w) of the latents of images of that size. InputError: the family cannot draw it."""
+        return shape_of(self.parts.repository, self.parts.facts, image_size)
 
     @contextmanager
     def at_size(self, image_size: ImageSize) -> Iterator[None]:

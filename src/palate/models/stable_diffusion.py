@@ -53,6 +53,7 @@ FACTS = Facts(
     licence="CreativeML Open RAIL-M (1.x), CreativeML Open RAIL++-M (2.x)",
     licences={"stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m"},
     lora_loader=StableDiffusionXLLoraLoaderMixin,
+    whole=("to_out",),
     published=Published(  # 1.5
         {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}, VAE_4, 512, 77, _condition, 0.123
     ),

@@ -54,6 +54,7 @@ FACTS = Facts(
     licences={"Tongyi-MAI/Z-Image-Turbo": "apache-2.0"},
     patch=2,
     lora_loader=ZImageLoraLoaderMixin,
+    whole=("noise_refiner", "context_refiner"),
     published=Published({}, VAE_16, 1024, 512, _condition, 4.02),
     few_steps="turbo",
     comfyui=ComfyUI(

@@ -37,6 +37,7 @@ def from_recipe(recipe: Recipe, *, say: Callable[[str], None] = print) -> Outcom
             "may change. Choose another run.folder, or replace it with --fresh, answers included"
         )
     prompts, preview = builder.prompts_of(recipe)
+    builder.check_folder(recipe)
     builder.check_start(recipe)
     torch.manual_seed(recipe.trainer.seed)  # the LoRA's first weights
     model = builder.build_model(recipe)

@@ -29,6 +29,7 @@ class Unit(NamedTuple):
     quantisable: int = 0  # parameters that model.quantize stores in fewer bits
     blocks: int = 0  # frozen parameters of the network's blocks, which model.offload keeps on the host
     largest_block: int = 0  # of one of them
+    whole: int = 0  # of `quantisable`, what four bits leave as it is
 
 
 def measure_unit(module: nn.Module, run: Callable[[], Tensor], checkpointing: Callable[[Any], None] | None) -> Unit:

@@ -24,6 +24,7 @@ from palate.models.autoencoder import decode_with, encode_with, latent_shape, re
 from palate.models.emoji import EmojiModel
 from palate.models.facts import Facts, NetworkCall, Published
 from palate.models.parts import LoadedModel, Options, named_weights
+from palate.models.quantised import quantisable, stored_in_fours
 from palate.plan.activations import Unit, measure_unit
 from palate.recipe import Recipe
 from palate.rewards.clip import vit_h_14
@@ -82,6 +83,9 @@ def measure(recipe: Recipe) -> dict[str, Unit]:
         "decoder": measure_unit(vae.decoder, decode, recompute),
         "encoder": measure_unit(vae.encoder, encode, None),
     }
+    layers, fours = quantisable(network), stored_in_fours(network, facts.whole)
+    whole = sum(layer.weight.numel() for name, layer in layers.items() if name not in fours)
+    units["denoiser"] = units["denoiser"]._replace(whole=whole)
     return units | _rewards(recipe)
 
 

@@ -82,7 +82,8 @@ def memory_of(
     width = DTYPE_BYTES[recipe.model.dtype or ("float32" if recipe.model.name == "emoji" else "bfloat16")]
     base: float = (denoiser.parameters - (0 if full else denoiser.trained)) * width
     if recipe.model.quantize is not None:
-        base -= denoiser.quantisable * (width - BYTES[recipe.model.quantize])
+        stored = denoiser.quantisable - (denoiser.whole if recipe.model.quantize == "nf4" else 0)
+        base -= stored * (width - BYTES[recipe.model.quantize])
     if recipe.model.offload:
         base -= (denoiser.blocks - denoiser.largest_block) * (1 if recipe.model.quantize == "fp8" else width)
     shards = gpus if full else 1

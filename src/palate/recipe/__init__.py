@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from palate.recipe.identity import check_identity, identity_text, run_identity
     from palate.recipe.objective import Objective, control_words, objective_of
     from palate.recipe.prompts import prompts_of
-    from palate.recipe.start import check_start, load_consistency
+    from palate.recipe.start import check_folder, check_start, load_consistency, reference_of, warn_of_noise
     from palate.rewards.load import load_reward
 
 # These need torch, transformers and diffusers; a recipe is read and checked without them.
@@ -56,6 +56,7 @@ _LATER = {
     "build_model": "palate.recipe.builder",
     "build_reward": "palate.recipe.builder",
     "check_identity": "palate.recipe.identity",
+    "check_folder": "palate.recipe.start",
     "check_start": "palate.recipe.start",
     "control_words": "palate.recipe.objective",
     "guard_measure": "palate.recipe.evaluators",
@@ -64,9 +65,11 @@ _LATER = {
     "objective_of": "palate.recipe.objective",
     "panel_of": "palate.recipe.evaluators",
     "prompts_of": "palate.recipe.prompts",
+    "reference_of": "palate.recipe.start",
     "run_identity": "palate.recipe.identity",
     "sampler_of": "palate.recipe.builder",
     "identity_text": "palate.recipe.identity",
+    "warn_of_noise": "palate.recipe.start",
 }
 __all__ = [
     "RESUMABLE_FIELDS",
@@ -95,6 +98,7 @@ __all__ = [
     "build_model",
     "build_reward",
     "captioned_images",
+    "check_folder",
     "check_identity",
     "check_start",
     "check_trainer",
@@ -115,10 +119,12 @@ __all__ = [
     "published",
     "read",
     "read_prompts",
+    "reference_of",
     "run_identity",
     "sampler_of",
     "text_of",
     "trained_names",
+    "warn_of_noise",
 ]  # fmt: skip
 
 _renamed = old_names(__name__, {"spread": evenly_spaced})

@@ -34,7 +34,7 @@ from palate.recipe.objective import check_taste, image_tower, reward_objective
 from palate.recipe.pictures import buckets_of, latents_of, pictures_of
 from palate.recipe.prompts import prompts_of
 from palate.recipe.settings import Recipe, RewardSettings
-from palate.recipe.start import check_start, load_consistency, start_folder, warn_of_noise
+from palate.recipe.start import check_folder, check_start, load_consistency, start_folder, warn_of_noise
 from palate.rewards.learned import BlackBox, Features, tower_features
 from palate.rewards.load import load_reward
 from palate.rewards.table import HELD_OUT_CANDIDATES
@@ -85,6 +85,7 @@ def build(recipe: Recipe, *, before_model: Callable[[], None] = lambda: None) ->
     pictures = pictures_of(recipe)
     check_images(pictures.files if pictures else [])
     prompts, preview = prompts_of(recipe, pictures.prompts if pictures else None)
+    check_folder(recipe)
     check_start(recipe)
     check_taste(recipe.reward)
     with torch.random.fork_rng(devices=[]):  # first, for its missing files; the LoRA's first weights do not see it

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Protocol, runtime_checkable
 
 from palate.algorithms import table as algorithms
-from palate.core import ChecksBatch, TakesAnySize
+from palate.core import ChecksBatch, DrawsOtherSizes, TakesAnySize
 from palate.models import families
 from palate.recipe.names import near
 from palate.recipe.settings import Recipe, RewardSettings
@@ -117,7 +118,13 @@ def _check_prompts(recipe: Recipe, mistakes: list[str]) -> None:
 
 
 def _check_sizes(recipe: Recipe, mistakes: list[str]) -> None:
-    """prompts.sizes: what its algorithm and its pictures allow."""
+    """prompts.sizes and sample.image_size: what the model, the algorithm and its pictures allow."""
+    asked = {"prompts.sizes": recipe.prompts.sizes, "sample.image_size": recipe.sample.image_size}
+    given = [key for key, value in asked.items() if value is not None]
+    with contextlib.suppress(InputError):  # of a family that is not there, which is said above
+        if given and not isinstance(families.find(recipe.model.name).load_class(), DrawsOtherSizes):
+            mistakes.extend(f"{key}: {recipe.model.name} draws one size only; leave it out" for key in given)
+            return
     if recipe.prompts.sizes is None:
         return
     name = recipe.algorithm.name

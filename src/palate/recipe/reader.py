@@ -107,8 +107,11 @@ def as_tree(recipe: Recipe) -> dict[str, Any]:
 def fingerprint(recipe: Recipe) -> str:
     """Hash of what decides the numbers of a run; its length, folder, previews and checkpoints do not."""
     tree = as_tree(recipe)
+    looked_at = tree["sample"]["image_size"]
     for key in ("run", "evaluate", "sample"):
         del tree[key]
+    if looked_at is not None and recipe.trainer.guard.every:
+        tree["sample"] = {"image_size": looked_at}  # the guard decides by what it sees at that size
     for key in ("device", "text_cache"):
         del tree["model"][key]
     for key in RESUMABLE_FIELDS:

@@ -166,12 +166,12 @@ class TrainerSettings:
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How previews are sampled. None = the model's own default."""
+    """How pictures are drawn to be looked at: previews, samples, evaluations. None = the model's own default."""
 
     __pydantic_config__ = _STRICT
     steps: Positive | None = None
     guidance: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    image_size: ImageSize | None = None  # of previews and evaluations; None = model.image_size
+    image_size: ImageSize | None = None  # and of what the guard sees; None = model.image_size
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,16 @@ from palate.algorithms import table as algorithms
 from palate.core import Model, TakesConsistency
 from palate.data import RecipeError
 from palate.models import families
+from palate.models.autoencoder import ImageSize
 from palate.models.facts import Facts
 from palate.models.lora import find_file
-from palate.models.repository import open_repository
+from palate.models.parts import LoadedModel
+from palate.models.repository import check_channels, open_repository
 from palate.models.repository_checks import check_file
 from palate.models.saved import FILES, adapter_file
+from palate.models.sizes import shape_of
 from palate.recipe.settings import Recipe
+from palate.runtime.errors import InputError
 
 
 @runtime_checkable
@@ -73,6 +77,45 @@ def check_start(recipe: Recipe) -> None:
         repository.check_lora(facts, settings.training_adapter, key="model.training_adapter")
     if consistency and settings.consistency is not None:
         repository.check_lora(facts, settings.consistency, key="model.consistency")
+
+
+def check_folder(recipe: Recipe) -> None:
+    """The model's folder or hub id, whole and of the family, and every image size that the recipe names, by its small
+    files alone: before any weight loads, a reward's neither. InputError names the key."""
+    settings, kind = recipe.model, families.find(recipe.model.name).load_class()
+    if not (isinstance(kind, type) and issubclass(kind, LoadedModel)):
+        return
+    if settings.folder is None and settings.file is None:
+        return
+    facts = kind.facts
+    repository = open_repository(
+        settings.folder,
+        family=settings.name,
+        parts=facts.parts,
+        optional=facts.optional,
+        options={"file": settings.file},
+    )
+    check_channels(repository, facts)
+    for key, size in named_sizes(recipe):
+        try:
+            shape_of(repository, facts, size)
+        except InputError as error:
+            raise InputError(str(error).replace("model.image_size", key)) from error
+
+
+def named_sizes(recipe: Recipe) -> list[tuple[str, ImageSize]]:
+    """The image sizes that a recipe gives, each with its key."""
+    given = [("model.image_size", recipe.model.image_size), ("sample.image_size", recipe.sample.image_size)]
+    given += [("prompts.sizes", size) for size in recipe.prompts.sizes or ()]
+    return [(key, size) for key, size in given if size is not None]
+
+
+def reference_of(recipe: Recipe) -> str | None:
+    """In words, what the policy of a run that begins with a LoRA is held to and compared with; None for other runs."""
+    model = recipe.model
+    if model.start is None or model.weights != "lora":
+        return None
+    return f"the base with the LoRA {Path(model.start).name}" if model.reference == "start" else "the base"
 
 
 def load_consistency(recipe: Recipe, model: Model) -> None:

@@ -23,6 +23,7 @@ from palate.recipe import builder, evaluators
 from palate.recipe.cross_checks import heldout_of
 from palate.recipe.objective import ORACLE
 from palate.recipe.settings import Recipe
+from palate.recipe.start import reference_of
 from palate.runs.comparison import between
 from palate.runs.folder import RunFolder, run_names
 from palate.runtime.errors import InputError
@@ -67,6 +68,7 @@ def evaluate_run(
         "heldout": panel.heldout,
         "objective": objective.description(),
         "checkpoint": _measured(run, stored),
+        **({"reference": reference} if (reference := reference_of(run.recipe)) else {}),
         "words": {"positive": positive, "negative": negative} | ({"k": objective.k} if objective.k else {}),
         "verdict": verdict(
             result["metrics"], optimised, panel.heldout, result["failed"], num_prompts=result["prompts"]

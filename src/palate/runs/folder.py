@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -80,14 +81,21 @@ class RunFolder:
 
     def model(self, warn: Callable[[str], None] = warnings.warn) -> tuple[Model, Sampler | None]:
         """The recipe's model with the weights of the run's newest good checkpoint (of `palate optimize`: its newest
-        round's), and how the algorithm draws from it (None = as the model does). `warn` gets a sentence for each
-        damaged checkpoint that was passed over. CheckpointError: there is none, or the base model's files have changed.
+        round's), and how the algorithm draws from it (None = as the model does). It draws at `sample.image_size` where
+        the recipe has one. `warn` gets a sentence for each damaged checkpoint that was passed over. CheckpointError:
+        there is none, or the base model's files have changed.
         """
         for change in changes(self.path, self.recipe):
             warn(f"{self.path}: {change}")
-        model = builder.build_model(self.recipe)
+        model = builder.build_model(looked_at(self.recipe))
         load_result(model, self.path, warn=warn)
         return model, builder.sampler_of(builder.build_algorithm(self.recipe))
+
+
+def looked_at(recipe: Recipe) -> Recipe:
+    """The recipe whose model draws what is looked at: `sample.image_size` in the place of `model.image_size`."""
+    size = recipe.sample.image_size
+    return recipe if size is None else replace(recipe, model=replace(recipe.model, image_size=size))
 
 
 def steered(words: dict[str, list[str]], rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[str]]:

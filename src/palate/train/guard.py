@@ -15,7 +15,9 @@ from torch import Tensor
 from palate.core import Cond, EmbedsImages, GuardMeasure, Model, Random, Sampler
 from palate.evaluate import embedded_panel, measure_for_guard
 from palate.evaluate.monitor import ImageMonitor
+from palate.models.autoencoder import ImageSize
 from palate.models.emoji import EmojiModel
+from palate.models.sizes import at_size
 from palate.path import Prediction
 from palate.recipe import GuardSettings, evenly_spaced
 from palate.runtime.distributed import Ranks
@@ -171,22 +173,24 @@ class Measurer:
     measure: GuardMeasure
     weights: Weights
     ranks: Ranks
+    image_size: ImageSize | None = None  # that is looked at, `sample.image_size`; None = the model's own
 
     def __call__(self) -> dict[str, float]:
         with self.weights.averaged():
-            return self._of(self.model)
+            return self._look()
 
     def before(self) -> list[dict[str, float]]:
         """What is compared with; and, where that is the reference and training begins elsewhere, the start."""
         if self.settings.base == "start" or not self._moved():
             return [self()]
-        return [self._of(as_reference(self.model)), self()]
+        return [self._look(reference=True), self()]
 
-    def _of(self, model: Model) -> dict[str, float]:
+    def _look(self, *, reference: bool = False) -> dict[str, float]:
         different = max(1, self.settings.prompts // SEEDS)
         prompts = [p for p in evenly_spaced(self.prompts, different) for _ in range(SEEDS)]
         tell("guard", 0, len(prompts))
-        with torch.no_grad():
+        with torch.no_grad(), at_size(self.model, self.image_size):  # a view is made of the model as it is then
+            model = as_reference(self.model) if reference else self.model
             values = self.measure(model, prompts, list(range(len(prompts))))
         return self.ranks.all_gather_json({key: float(value) for key, value in values.items()})[0]
 

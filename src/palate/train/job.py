@@ -13,7 +13,7 @@ from torch import Tensor
 
 from palate.core import Algorithm, DrawsOwnSamples, GuardMeasure, Model, Reward, TakesAnySize
 from palate.data.buckets import Bucket
-from palate.models.autoencoder import ImageSize
+from palate.models.autoencoder import ImageSize, sides
 from palate.models.sizes import at_size
 from palate.recipe import RESUMABLE_FIELDS, GuardSettings, SampleSettings, TrainerSettings, check_trainer
 from palate.recipe.guard import identifying
@@ -52,6 +52,7 @@ class Job:
     kept: str | None = None  # the text of identity.json: what the run is started with, by content
     sizes: Sequence[ImageSize] = ()  # image sizes that steps draw in turn; () = the model's own
     buckets: Sequence[Bucket] = ()  # or the captioned pictures of each of several sizes
+    reference: str | None = None  # what the policy is held to, in words, where that needs saying
 
     def check(self) -> None:
         """InputError: what was given cannot work."""
@@ -70,7 +71,8 @@ class Job:
         check_parts(self.model, self.algorithm, self.reward, samples=draws)
         if unknown := sorted(set(self.trainer.lrs or ()) - set(self.algorithm.trains)):
             raise InputError(f"trainer.lrs.{unknown[0]}: the algorithm trains {', '.join(self.algorithm.trains)}")
-        if isinstance(self.algorithm, DrawsOwnSamples) and self.sample != SampleSettings():
+        own = isinstance(self.algorithm, DrawsOwnSamples)
+        if own and (self.sample.steps is not None or self.sample.guidance is not None):
             raise InputError("sample.steps, sample.guidance: a generator draws as it was trained; leave them out")
 
     def check_sizes(self) -> None:
@@ -81,7 +83,7 @@ class Job:
             raise InputError(f"prompts.sizes: {type(self.algorithm).__name__} trains on one size; set model.image_size")
         if sizes and self.latents is not None:
             raise InputError("prompts.sizes: latents of one size are given; leave sizes out")
-        if self.trainer.preview_every:
+        if self.trainer.preview_every or self.trainer.guard.every:
             sizes.append((self.sample.image_size, "sample.image_size"))
         for size, key in sizes:
             with at_size(self.model, size, key):
@@ -98,8 +100,9 @@ def _broken(latents: Tensor) -> Tensor:
     return ~(finite.flatten(2).all(2) | absent).all(1)
 
 
-def identity_of(settings: TrainerSettings) -> str:
-    """Hash of the settings that decide the numbers: what a resumed run must share.
+def identity_of(settings: TrainerSettings, looked_at: ImageSize | None = None) -> str:
+    """Hash of the settings that decide the numbers: what a resumed run must share. looked_at: `sample.image_size`, at
+    which the guard draws what it decides by.
 
     Fields that came later than others are left out while they are unset, so that older runs can be resumed.
     """
@@ -108,7 +111,7 @@ def identity_of(settings: TrainerSettings) -> str:
     tree["guard"] = identifying(tree["guard"])
     if tree["ema_every"] == 1:
         del tree["ema_every"]
-    return json_digest(tree)
+    return json_digest([tree, sides(looked_at)] if looked_at is not None and settings.guard.every else tree)
 
 
 def check_settings(trainer: TrainerSettings | None, changes: dict[str, Any]) -> TrainerSettings:

@@ -78,10 +78,12 @@ class Run:
             job.folder, s, self.weights, self.replicas, self.counters, self.ranks, self.base, self.progress.note
         )
         measure = measure_of(job, self.previews.sampler)
-        self.measure = Measurer(job.model, job.preview, s.guard, measure, self.weights, self.ranks)
+        self.measure = Measurer(
+            job.model, job.preview, s.guard, measure, self.weights, self.ranks, job.sample.image_size
+        )
         self.saver = Saver(
             job.folder, s, self.ranks, self.weights, self.replicas, self.guard, measure, self.counters, self.log,
-            self.base, job.identity or identity_of(s), job.recipe, job.kept,
+            self.base, job.identity or identity_of(s, job.sample.image_size), job.recipe, job.kept,
         )  # fmt: skip
         self.trackers = Trackers({}, self.progress.note)
         self.warnings = Warnings(job.algorithm, self.weights, self.progress.note)
@@ -109,6 +111,8 @@ class Run:
             self.ranks.on_main(self.saver.remove_adapter)
             self.warnings.say(counters.step)
             if counters.step == 0:
+                if self.job.reference:
+                    self.log.write({"step": 0, "event": "reference", "reference": self.job.reference})
                 self._first_look()
             while counters.step < steps and not counters.finished:
                 self.updater.check_gradient = not resume and counters.step == 0

@@ -13,6 +13,7 @@ from palate.cli.options import (
     Json,
     Run,
     Seeds,
+    Size,
     StrengthsOption,
     all_prompts,
     belongs,
@@ -37,8 +38,11 @@ def sample(
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given several times.")] = None,
     prompts_file: Annotated[str | None, typer.Option(help="A text file, one prompt per line.")] = None,
     seeds: Annotated[Seeds, typer.Option(parser=Seeds, metavar="SEEDS", help="For example 0-15 or 1,5,9.")] = "0-3",  # type: ignore[assignment]
-    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; else the model's own.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Sampling steps; else the run's, or the model's.")] = None,
     guidance: Annotated[float | None, typer.Option(min=0.0, callback=finite, help="Guidance scale, 1 = off.")] = None,
+    size: Annotated[
+        Size | None, typer.Option(parser=Size, metavar="PIXELS", help="A side, or height,width; else the run's.")
+    ] = None,
     strength: StrengthsOption = None,
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("samples"),
 ) -> None:
@@ -50,10 +54,10 @@ def sample(
     if (run is None) == (model is None):
         raise InputError("give either a run folder or --model, for example --model emoji")
     with show_phases(ctx.obj["quiet"]):
-        from palate.cli.sample import draw
+        from palate.cli.sample import Wanted, draw
 
         source = model if model is not None else str(run)
-        count = draw(source, prompts, seeds, steps=steps, guidance=guidance, strengths=strength, out=out)
+        count = draw(source, prompts, seeds, Wanted(steps, guidance, size, strength), out)
     print(f"{count} images in {printable(str(out))}, all together in {printable(str(out / 'grid.png'))}")
 
 

@@ -49,7 +49,7 @@ def train(
     if dry_run:
         from palate.cli.dry_run import dry_run_of
 
-        dry_run_of(read, fresh=fresh)
+        dry_run_of(read, gpus=nproc, fresh=fresh)
         return
     _run(read, nproc, resume=False, fresh=fresh, quiet=ctx.obj["quiet"])
 
@@ -107,6 +107,7 @@ def steer(run: Run, positive: WantedWords = None, negative: UnwantedWords = None
 @app.command(rich_help_panel=TRAIN, epilog=examples(
     "palate init                              asks for what is not given",
     "palate init --model flux2 --card rtx-4090 --words 'film photo' --without 'CG render' --out mine.yaml",
+    "palate init --model sdxl --method sqdf --reward pickscore --prompts my_prompts.txt --card 24",
 ))  # fmt: skip
 def init(
     model: Annotated[str | None, typer.Option(help="The model's family, for example emoji, flux2, sdxl.")] = None,
@@ -115,12 +116,23 @@ def init(
     words: WantedWords = None,
     without: UnwantedWords = None,
     reward: Annotated[str | None, typer.Option(help="The reward to maximise, for example hpsv2.")] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts", "--prompts-file", help="What to train on: a file of prompts, or the package's: real."
+        ),
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt to train on; may be given several times.")] = None,
     out: Annotated[Path | None, typer.Option(help="The file to write; METHOD-MODEL.yaml if left out.")] = None,
 ) -> None:
     """Write a commented recipe from a few answers."""
     from palate.cli.init import Answers, write_recipe
 
-    answers = Answers(model, method, card, tuple(words or ()), tuple(without or ()), reward)
+    if prompts and prompt:
+        raise InputError("--prompts, --prompt: give a file or single prompts, not both")
+    answers = Answers(
+        model, method, card, tuple(words or ()), tuple(without or ()), reward, prompts, tuple(prompt or ())
+    )
     path = write_recipe(answers, out)
     print(f"{printable(str(path))}: look at it, then palate train {printable(str(path))} --dry-run")
 
