@@ -99,10 +99,11 @@ def ship(source: Path, out: Path) -> int:
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(source, out, ignore=shutil.ignore_patterns("vae"))
     AutoencoderTiny.from_pretrained(source / "vae", torch_dtype=torch.float16).save_pretrained(out / "vae")
-    for path in out.rglob("*.json"):
-        table = json.loads(path.read_text())
-        if table.pop("_name_or_path", None):
-            path.write_text(json.dumps(table, indent=2) + "\n")
+    config = out / "vae/config.json"  # without where it came from, and without a key that diffusers complains of
+    table = json.loads(config.read_text())
+    for key in ("_name_or_path", "block_out_channels"):
+        table.pop(key, None)
+    config.write_text(json.dumps(table, indent=2) + "\n")
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 

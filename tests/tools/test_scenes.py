@@ -215,6 +215,18 @@ def test_lessons_of_a_scene_put_each_middle_into_its_cell(scenic, samples):
     assert named and all(lessons.paint(t) == lessons.paints.index(t.paint) for t in named)
 
 
+def test_a_scene_in_the_mirror_is_what_its_image_shows(scenic, samples):
+    """Composed anew, the mirrored scene is the mirrored image, and its lessons lie in the mirrored cells."""
+    trained = pytest.importorskip("train_detector")
+    scenes, which = samples.scenes[:40], np.arange(40) % 2 == 0
+    images, seen = trained.mirrored(samples.images[:40], scenes, which)
+    assert torch.allclose(scenic.paint(seen), images, atol=1e-3)
+    assert torch.equal(images[1], samples.images[1]) and not torch.equal(images[0], samples.images[0])
+    lessons = trained.Lessons(scenic.atlas)
+    before, after = lessons.middles(scenes), lessons.middles(seen)
+    assert torch.equal(after[1::2], before[1::2]) and torch.allclose(after[::2], before[::2].flip(-1), atol=1e-5)
+
+
 def test_wrong_captions_are_wrong_and_true_ones_true(scenic, samples):
     shown = pytest.importorskip("shown")
     shown.read.cache_clear()
