@@ -1,12 +1,12 @@
 """Samples that a reward must not like: the base model's own, and those of policies that over-optimised the present
-reward.
+reward, by every way in which rewards are optimised here.
 
-    python tools/build_negatives.py [--steps 30] [--samples 192] [--seed 5]
+    python tools/build_negatives.py [--steps 30] [--samples 192] [--seed 5] [--methods srpo-emoji draft-emoji ...]
 
-For every ordered pair of styles a policy is trained hard (relative reward alone, high learning rate) towards one and
-away from the other, and sampled half-way and at its end; the base model is sampled with style words. Each image is
-kept with the caption it was to fulfil, in .cache/rewards/negatives.safetensors and .json; `train_rewards.py emoji`
-trains against them.
+A policy is trained hard (relative reward alone, twice the recipe's learning rate) towards one style and away from
+another, and sampled half-way and at its end: with SRPO for every ordered pair of styles, with each other method for
+every style once. The base model is sampled with style words. Each image is kept with the caption it was to fulfil, in
+.cache/rewards/negatives.safetensors and .json; `train_rewards.py emoji` trains against them.
 """
 
 from __future__ import annotations
@@ -25,14 +25,46 @@ from safetensors.torch import save_file
 from palate import recipe
 from palate.evaluate import generate, quantise
 from palate.models.vocabulary import vocabulary
-from palate.rewards.combine import with_control
+from palate.rewards.combine import semantic_relative, with_control
 from palate.train import train
+
+WORDS = "srpo-emoji"  # its control words are what is relative; the others take a relative reward
+METHODS = (WORDS, "draft-emoji", "refl-emoji", "sqdf-emoji", "grpo-emoji")
+PLAIN = ["trainer.ema_decay=0", "trainer.guard.every=0", "trainer.preview_every=0", "trainer.checkpoint_every=0"]
+
+
+def tastes(method: str) -> list[tuple[str, str]]:
+    """(wanted, unwanted) styles of the policies that a method trains."""
+    styles = vocabulary().styles
+    pairs = list(itertools.permutations(styles, 2))
+    return pairs if method == WORDS else pairs[:: len(styles) - 1]  # each style once
+
+
+def hard(method: str, wanted: str, unwanted: str, steps: int, rate: float, seed: int) -> tuple:
+    """The recipe without what holds it back, and its parts."""
+    published = recipe.read(method).trainer
+    words = [f"algorithm.positive=[{wanted}]", f"algorithm.negative=[{unwanted}]", "algorithm.k_denoise=[0, 0]"]
+    plan = recipe.read(
+        method,
+        [
+            *(words if method == WORDS else []),
+            *PLAIN,
+            f"trainer.steps={steps}",
+            f"trainer.lr={rate * published.lr}",
+            f"trainer.seed={seed}",
+        ],
+    )
+    torch.manual_seed(seed)
+    parts = recipe.build(plan)
+    reward = parts.reward if method == WORDS else semantic_relative(parts.reward, wanted, unwanted)
+    return plan, parts, reward
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=30, help="updates of each over-optimised policy")
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--rate", type=float, default=2.0, help="times each recipe's learning rate")
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument(
         "--samples", type=int, default=192, help="images of each policy, and four times so many of the base"
     )
@@ -47,30 +79,16 @@ def main() -> None:
         images.append((quantise(generate(model, words, [seed], weights=weights)) * 255).round().byte())
         captions.extend(texts)
 
-    for number, (wanted, unwanted) in enumerate(itertools.permutations(styles, 2)):
-        plan = recipe.read(
-            "srpo-emoji",
-            [
-                f"algorithm.positive=[{wanted}]",
-                f"algorithm.negative=[{unwanted}]",
-                "algorithm.k_denoise=[0, 0]",
-                f"trainer.steps={args.steps}",
-                f"trainer.lr={args.lr}",
-                f"trainer.seed={args.seed + number}",
-                "trainer.ema_decay=0",
-                "trainer.guard.every=0",
-                "trainer.preview_every=0",
-                "trainer.checkpoint_every=0",
-            ],
-        )
-        torch.manual_seed(args.seed + number)
-        parts = recipe.build(plan)
+    policies = [(method, *taste) for method in args.methods for taste in tastes(method)]
+    for number, (method, wanted, unwanted) in enumerate(policies):
+        seed = args.seed + number
+        plan, parts, reward = hard(method, wanted, unwanted, args.steps, args.rate, seed)
         for part in range(2):
             with tempfile.TemporaryDirectory() as folder:
                 train(
                     parts.model,
                     parts.algorithm,
-                    parts.reward,
+                    reward,
                     parts.prompts,
                     folder=folder,
                     progress=False,
@@ -79,7 +97,7 @@ def main() -> None:
             first = (2 * number + part) * args.samples // 2
             chosen = [prompts[(first + k) % len(prompts)] for k in range(args.samples // 2)]
             keep(parts.model, chosen, with_control(wanted, chosen), seed=1 + part)
-        print(f"+{wanted} -{unwanted}: {(time.time() - start) / 60:.1f} min", flush=True)
+        print(f"{method} +{wanted} -{unwanted}: {(time.time() - start) / 60:.1f} min", flush=True)
     chosen = [prompts[k % len(prompts)] for k in range(4 * args.samples)]
     styled = [f"{styles[k % len(styles)]}. {prompt}" for k, prompt in enumerate(chosen)]
     keep(parts.model, styled, styled, seed=7, weights="reference")

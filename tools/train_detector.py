@@ -4,8 +4,9 @@
 
 Loss: focal loss of the middles (a Gaussian around each), cross-entropy of thing and colour and L1 of place at the cell
 of each middle. A drawing in its own colours counts as red, blue, ... where most of it is (`nearest_paint`), as "none"
-where nothing is coloured, and teaches nothing about colour in between. Half of the scenes are shown in the mirror. The
-same command resumes, and --minutes counts in all. At the end it is checked on 2,000 compositions that no training saw.
+where nothing is coloured, and teaches nothing about colour in between. Scenes are moved and mirrored at random
+(`shown.varied`). The same command resumes, and --minutes counts in all. At the end it is checked on 2,000 compositions
+that no training saw.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from data import ASSETS, Atlas, Composer, Scene, Thing
 from progress import Progress
 from recolour import to_oklab
-from shown import weathered
+from shown import varied, weathered
 from torch import Tensor
 
 from palate.models.vocabulary import vocabulary
@@ -69,16 +70,6 @@ class Lessons:
                 x, y = (((centre - at - 0.5) / width).square() for at in (column, row))
                 maps[n] = torch.maximum(maps[n], (-0.5 * (y[:, None] + x)).exp())
         return maps
-
-
-def mirrored(images: Tensor, scenes: Sequence[Scene], which: np.ndarray) -> tuple[Tensor, list[Scene]]:
-    """Images and scenes, those of `which` (B,) in the mirror; their captions are not read here and stay."""
-
-    def there(scene: Scene) -> Scene:
-        return scene._replace(things=[t._replace(x=-t.x, flip=not t.flip, angle=-t.angle) for t in scene.things])
-
-    images = torch.where(torch.from_numpy(which)[:, None, None, None], images.flip(-1), images)
-    return images, [there(scene) if flip else scene for flip, scene in zip(which, scenes, strict=True)]
 
 
 def _cell(thing: Thing) -> tuple[int, int]:
@@ -142,7 +133,7 @@ def _nearest(thing: Thing, found: Sequence[Detection]) -> Detection | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--chunks", type=int, default=16, help="of the pool, 2,000 images each")
+    parser.add_argument("--chunks", type=int, help="of the pool, 2,000 images each; all if left out")
     parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=4)
@@ -163,12 +154,11 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, step / 100) * (0.51 + 0.49 * math.cos(math.pi * run.share))
         rng = np.random.default_rng((args.seed, step))
-        part = shown.take(rng.integers(len(shown.scenes), size=args.batch))
-        images, scenes = mirrored(part.images.float() / 255, part.scenes, rng.random(args.batch) < 0.5)
-        images = images.contiguous(memory_format=torch.channels_last)
+        part = varied(shown.take(rng.integers(len(shown.scenes), size=args.batch)), rng)
+        images = (part.images.float() / 255).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             cells = detector(images)
-        terms = losses(cells, scenes, lessons)
+        terms = losses(cells, part.scenes, lessons)
         loss = terms["middle"] + terms["concept"] + terms["paint"] + 2 * terms["place"]
         optimizer.zero_grad()
         loss.backward()

@@ -10,8 +10,8 @@ Contrastive loss (InfoNCE) with four hard negatives per image: its caption with 
 and with something else that is wrong (`shown.wrong`). With --negatives (tools/build_negatives.py) a fifth of each batch
 are pairs as well: a caption, a real image that fulfils it, and a sample that was made for it; the real one has to score
 higher. Captions that are true of another image of the batch are no negatives of it. Images are blurred, noised and
-passed through the autoencoder at random, so that a score does not hang on pixels that no sampler makes. The same
-command resumes, and --minutes counts in all.
+passed through the autoencoder at random, so that a score does not hang on pixels that no sampler makes; they are moved
+and mirrored, so that no pool is known by heart (`shown.varied`). The same command resumes, and --minutes counts in all.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from data import ASSETS
 from progress import Progress
 from safetensors.torch import load_file
-from shown import MEAN, STD, Shown, true_of, weather, weathered, wrong
+from shown import MEAN, STD, Shown, true_of, varied, weather, weathered, wrong
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
@@ -195,7 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("which", choices=["emoji", "heldout", "judge"])
     parser.add_argument("--minutes", type=float, default=20, help="of training in all, resumed time included")
-    parser.add_argument("--chunks", type=int, default=16, help="of the pool, 2,000 images each")
+    parser.add_argument("--chunks", type=int, help="of the pool, 2,000 images each; all if left out")
     parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--lr", type=float, default=1e-3)

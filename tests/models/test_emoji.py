@@ -13,7 +13,7 @@ from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, UNet2DCo
 from PIL import Image
 
 from palate.models.emoji import EmojiModel
-from palate.models.vocabulary import Caption, known_words, vocabulary
+from palate.models.vocabulary import Caption, known_words, plural, vocabulary
 from palate.rewards.clip import preprocess
 from palate.rewards.emoji import COLOURS, EmojiClassifier, background, load_reward, parse_prompt, position
 from palate.rewards.tasks import task_prompts
@@ -63,6 +63,12 @@ def test_words_are_resolved():
     assert parse_prompt("dogs").concept == "dog"
 
 
+def test_several_of_a_kind_are_that_kind_whatever_a_synonym_says(monkeypatch):
+    told = vocabulary()._replace(synonyms={plural(concept): "key" for concept in vocabulary().concepts})
+    monkeypatch.setattr("palate.models.vocabulary.vocabulary", lambda: told)
+    assert all(parse_prompt(plural(concept)).concept == concept for concept in told.concepts)
+
+
 def test_a_model_of_single_drawings_takes_each_colour_for_the_background(monkeypatch):
     plain = vocabulary()._replace(counts=(), relations=(), paints=(), turnable=())
     monkeypatch.setattr("palate.models.vocabulary.vocabulary", lambda: plain)
@@ -78,6 +84,16 @@ def test_unknown_words_name_near_ones(model, prompt, near):
     with pytest.raises(ValueError, match=near) as error:
         model.encode_prompts([prompt])
     assert "3d, flat, cartoon, outline" in str(error.value)
+
+
+def test_a_slip_of_the_pen_in_a_thing_names_that_thing():
+    """A letter in the middle left out, of every thing that has four or more."""
+    vocab = vocabulary()
+    for concept in vocab.concepts:
+        slip = concept[: len(concept) // 2] + concept[len(concept) // 2 + 1 :]
+        if len(concept) > 3 and slip.removesuffix("s") not in {*vocab.words, *vocab.synonyms}:
+            with pytest.raises(ValueError, match=rf"{slip}' \(near: [^)]*\b{concept}\b"):
+                known_words(f"a {slip}")
 
 
 def test_overlong_prompts_are_refused(model):

@@ -215,16 +215,22 @@ def test_lessons_of_a_scene_put_each_middle_into_its_cell(scenic, samples):
     assert named and all(lessons.paint(t) == lessons.paints.index(t.paint) for t in named)
 
 
-def test_a_scene_in_the_mirror_is_what_its_image_shows(scenic, samples):
-    """Composed anew, the mirrored scene is the mirrored image, and its lessons lie in the mirrored cells."""
-    trained = pytest.importorskip("train_detector")
-    scenes, which = samples.scenes[:40], np.arange(40) % 2 == 0
-    images, seen = trained.mirrored(samples.images[:40], scenes, which)
-    assert torch.allclose(scenic.paint(seen), images, atol=1e-3)
-    assert torch.equal(images[1], samples.images[1]) and not torch.equal(images[0], samples.images[0])
-    lessons = trained.Lessons(scenic.atlas)
-    before, after = lessons.middles(scenes), lessons.middles(seen)
-    assert torch.equal(after[1::2], before[1::2]) and torch.allclose(after[::2], before[::2].flip(-1), atol=1e-5)
+def test_a_scene_that_is_moved_is_what_its_image_shows(scenic, samples):
+    """Painted anew, it is the moved image (bilinear where it is zoomed), and its caption is true of it."""
+    shown = pytest.importorskip("shown")
+    shown.read.cache_clear()
+    before = shown.Shown.of(samples.images[:120].mul(255).round().byte(), samples.scenes[:120])
+    after = shown.varied(before, np.random.default_rng(0))
+    apart = (scenic.paint(after.scenes) - after.images.float() / 255).abs().mean((1, 2, 3))
+    firsts = [(now.things[0], was.things[0]) for now, was in zip(after.scenes, before.scenes, strict=True)]
+    kept = torch.tensor([now.scale == was.scale for now, was in firsts])
+    assert 40 < int(kept.sum()) < 80 and 40 < sum(now.flip != was.flip for now, was in firsts) < 80
+    assert float(apart[kept].median()) < 0.004 and float(apart[~kept].median()) < 0.02
+    own = torch.arange(120)
+    assert shown.true_of([scene.caption for scene in after.scenes], after)[own, own].all()
+    stale = shown.true_of([scene.caption for scene in before.scenes], after)[own, own]
+    assert stale.float().mean() < 0.97  # sides have changed
+    shown.read.cache_clear()
 
 
 def test_wrong_captions_are_wrong_and_true_ones_true(scenic, samples):

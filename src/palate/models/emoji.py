@@ -1,6 +1,6 @@
 """The embedded model: a small latent rectified flow over emoji, an ordinary diffusers folder inside the package.
 
-UNet2DConditionModel on AutoencoderTiny latents (6, 16, 16) of 64 x 64 images, a CLIPTextModel for the words. The
+UNet2DConditionModel on AutoencoderTiny latents (C, 16, 16) of 64 x 64 images, a CLIPTextModel for the words. The
 network outputs velocity = eps - x0 at time 1000 t.
 """
 

@@ -103,11 +103,11 @@ def known_words(prompt: str) -> list[str]:
     for word in words:
         candidates = [
             word,
-            vocab.synonyms.get(word),
             singular.get(word),
             word.removesuffix("s"),
             word.removesuffix("es"),
             word.removesuffix("ies") + "y",
+            vocab.synonyms.get(word),  # after the plurals: CLDR takes "aliens" for a saucer
             vocab.synonyms.get(word.removesuffix("s")),
             {"an": "a", "in": "on"}.get(word),
         ]
@@ -119,7 +119,8 @@ def known_words(prompt: str) -> list[str]:
     if unknown:
         lines = []
         for word in dict.fromkeys(unknown):
-            near = difflib.get_close_matches(word, [*known, *vocab.synonyms], n=4, cutoff=0.6)
+            near = difflib.get_close_matches(word, [w for w in vocab.words if w not in vocab.glue], n=4, cutoff=0.6)
+            near += difflib.get_close_matches(word, list(vocab.synonyms), n=4, cutoff=0.6)[: 4 - len(near)]
             lines.append(f"{word[:40]!r}" + (f" (near: {', '.join(near)})" if near else ""))
         raise InputError(
             f"the embedded model does not know {', '.join(lines[:5])} in prompt {prompt[:60]!r}\n"
