@@ -229,6 +229,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, step / 100) * (0.51 + 0.49 * math.cos(math.pi * run.share))
         part = shown.take(order.integers(held_out, len(shown.scenes), args.batch))
+        part = part if args.which == "judge" else varied(part, order)
         # torch's fused attention is slow backwards under bfloat16 on a CPU
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             loss, metrics = evaluate(part, step)
