@@ -19,6 +19,8 @@ from typing import Any
 
 from safetensors import safe_open
 
+from palate.models.vocabulary import Vocabulary
+
 ASSETS = Path(__file__).resolve().parent.parent / "src/palate/assets"
 SHARED = "the first model's words"  # the section of figures on the words that the first model knows
 FIRST = "the first model"  # and what the first model's are, by the same judges
@@ -102,7 +104,7 @@ def compared(figures: Mapping[str, Any]) -> str:
 def card(assets: Path) -> str:
     """The whole card."""
     table = json.loads((assets / "figures.json").read_text("utf-8"))
-    vocab = json.loads((assets / "atlas/vocabulary.json").read_text("utf-8"))
+    vocab = Vocabulary(**json.loads((assets / "atlas/vocabulary.json").read_text("utf-8")))
     sprites = json.loads((assets / "atlas/sprites.json").read_text("utf-8"))["sprites"]
     sources = Counter(row[2].partition("/")[0] for row in sprites)
     found = {
@@ -116,14 +118,14 @@ def card(assets: Path) -> str:
     channels = json.loads((assets / "emoji/unet/config.json").read_text("utf-8"))["in_channels"]
     shape = {"unet": unet, "text": text, "vae": vae, "channels": channels, "total": f"{megabytes(assets):.1f}"}
     counts = {
-        "concepts": len(vocab["concepts"]),
+        "concepts": len(vocab.concepts),
         "drawings": f"{len(sprites):,}",
         "turned": sum(row[3] is not None for row in sprites),
         "sources": ", ".join(f"{source} {count}" for source, count in sorted(sources.items())),
-        "synonyms": len(vocab["synonyms"]),
-        "max_words": vocab["max_words"],
-        "styles": len(vocab["styles"]),
-        "held_out": found["heldout"] // len(vocab["colours"]),
+        "synonyms": len(vocab.synonyms),
+        "max_words": vocab.max_words,
+        "styles": len(vocab.styles),
+        "held_out": found["heldout"] // len(vocab.colours),
     }
     parts = {"quality": quality(table), "tasks": tasks(table), "judged": judged(table), "compared": compared(table)}
     seen = {f"seen_{k.replace(' ', '_')}": figure(table, ("detector", k)) for k in DETECTED}
