@@ -98,6 +98,18 @@ def test_prune_keeps_the_newest_good_one_and_the_best(tiny, palate):
     assert code == 0 and "deleted 2 of 5; left: 4, 8, 10" in out and checkpoint.steps(folder) == [4, 8, 10]
 
 
+def test_a_black_box_run_is_counted_in_queries_and_ends_with_its_last_round(tmp_path):
+    run, newest = tmp_path / "opt", tmp_path / "opt/round-02/checkpoints/step-000003"
+    newest.mkdir(parents=True)
+    (run / "recipe.yaml").write_text("trainer: {steps: 3}\noptimize: {budget: 4, rounds: 2}\n")
+    rows = [{"query": k, "round": 1 + k // 2, "prompt": "a dog", "file": f"queries/{k:06d}.png"} for k in range(4)]
+    (run / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for ended, state in (("", "stopped"), ("finished", "finished")):
+        (newest / "state.json").write_text(json.dumps({"finished": ended}))
+        row = runs_command.describe(run)
+        assert (row.state, row.step, row.steps) == (state, 4, 4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [

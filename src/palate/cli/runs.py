@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from palate.report.blackbox import read_queries
 from palate.report.curves import read_metrics
 from palate.report.page import run_words
 from palate.report.story import wanted_styles
@@ -17,7 +18,10 @@ from palate.runtime.runlock import status
 
 
 class RunRow(NamedTuple):
-    """What the list says of one run. state: running, stopped, died, finished or broken."""
+    """What the list says of one run. state: running, stopped, died, finished or broken.
+
+    step and steps count updates; those of `palate optimize` count queries.
+    """
 
     name: str
     folder: str
@@ -46,23 +50,25 @@ def describe(folder: Path) -> RunRow:
         recipe = read_recipe(folder)
         rows = read_metrics(folder)
         evaluation = evaluation_of(folder)
+        queries = read_queries(folder)
     except InputError as error:
         return RunRow(folder.name, str(folder), "broken", 0, None, "", str(error).splitlines()[0], round(size, 3), "")
-    step = max((row["step"] for row in rows), default=0)
-    steps = (recipe.get("trainer") or {}).get("steps") if recipe.get("optimize") is None else None
+    if (optimize := recipe.get("optimize")) is None:
+        step, steps = max((row["step"] for row in rows), default=0), (recipe.get("trainer") or {}).get("steps")
+    else:
+        step, steps = len(queries), optimize.get("budget")
     state, owner = state_of(folder, step, steps)
     words = run_words(recipe, rows)
     return RunRow(folder.name, str(folder), state, step, steps, words, headline(evaluation), round(size, 3), owner)
 
 
 def state_of(folder: Path, step: int, steps: int | None) -> tuple[str, str]:
-    """(state, owner) of a run, by its owner's lock and its files."""
+    """(state, owner) of a run, by its owner's lock and its files. A black-box run ends with its newest round."""
     found = status(folder)
     if found.owner:
         return found.state, found.owner.text()
-    if steps is not None and step >= steps:
-        return "finished", ""
-    return "stopped", ""
+    ended = all(status(newest).state == "finished" for newest in sorted(folder.glob("round-*"))[-1:])
+    return ("finished" if steps is not None and step >= steps and ended else "stopped"), ""
 
 
 def headline(evaluation: dict[str, Any] | None) -> str:
