@@ -248,6 +248,7 @@ def test_quick_comparison_of_a_method_or_two(command, rows):
         ("distar.py teacher emoji-1step", ["diversity inside a prompt"]),
         ("distar.py family emoji-1step", ["| DI* | 1 |"]),
         ("opd.py", ["| student | "]),
+        ("methods.py tune --methods ReFL", ["3 learning rates x 1 seed x 60 forwards"]),
     ],
 )
 def test_quick(command, rows):
