@@ -61,6 +61,7 @@ from palate.evaluate import (
     pairs,
     quantise,
 )
+from palate.rewards.learned import BlackBox
 from palate.rewards.simple import jpeg_size
 from palate.sampling import sample
 from palate.train import train
@@ -349,11 +350,12 @@ def towards_a_black_box(start: str, seed: int, prompts: int, draws: int, overrid
     torch.manual_seed(seed)
     parts = recipe.build(plan)
     words, seeds = recipe.evenly_spaced(recipe.read_prompts("emoji-eval"), prompts), tuple(range(draws))
-    sampler, asked = plan.algorithm.generator, CountedReward(parts.reward)
+    sampler, asked = plan.algorithm.generator, CountedReward(parts.reward.reward)
+    reward = BlackBox(asked, parts.reward.features)
     before, concept_before = looked(parts.model, sampler, words, seeds)
     began = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        whole(train(parts.model, parts.algorithm, asked, parts.prompts, folder=folder, progress=False,
+        whole(train(parts.model, parts.algorithm, reward, parts.prompts, folder=folder, progress=False,
                     **vars(plan.trainer)))  # fmt: skip
     spent = time.process_time() - began
     after, concept = looked(parts.model, sampler, words, seeds)
