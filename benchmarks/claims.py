@@ -422,7 +422,7 @@ CLAIMS = [
     Claim("distar-blackbox", "Diff-Instruct* (2410.20898)",
           "with a reward that can only be asked, one picture beats the best of eight", "kilobytes less", 0.0, BLACKBOX,
           blackbox("score", "best of 8"), "bars"),
-    Claim("distar-blackbox-concept", "Diff-Instruct* (2410.20898)", "... and keeps the concepts within .03",
+    Claim("distar-blackbox-concept", "Diff-Instruct* (2410.20898)", "towards a black box the concepts stay within .03",
           "change of concepts", -0.03, BLACKBOX, blackbox("concept", "concept before"), "bars"),
     Claim("nft-flow", "DiffusionNFT (2509.16117)", "DiffusionNFT needs 25 times less than Flow-GRPO",
           "times the forwards", 25.0, COMPARE, ratio_of_best(RELEASED, "DiffusionNFT"), "curves",
