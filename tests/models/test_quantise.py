@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.tiny_families import FAMILIES, load, saved, wide
+from transformers import T5EncoderModel, UMT5EncoderModel
 
 from palate import recipe
 from palate.models.quantised import BYTES, METHODS, Float8Linear, quantisable, quantise, stored_in_fours
@@ -71,6 +72,34 @@ def test_the_rounding_is_the_formats():
         net.blocks[0].weight.data = weight.clone()
         found = quantise(net, method, torch.float32).to("cpu").blocks[0](x).T
         assert 0 < float((found - weight).norm() / weight.norm()) < limit, method
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_words_are_read_by_stored_encoders_as_by_whole_ones(name):
+    prompts = ["a cat on a red mat", "two dogs"]
+    whole = load(name, training="none").encode_prompts(prompts)
+    for method in ("int8", "fp8"):  # nf4 leaves encoders of this width whole
+        found = load(name, quantize=method, training="none").encode_prompts(prompts)
+        for ours, theirs in zip(found, whole, strict=True):
+            if theirs.is_floating_point():
+                cosine = torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0)
+                assert cosine > 0.98, (method, float(cosine))
+            else:
+                assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", [T5EncoderModel, UMT5EncoderModel])
+def test_t5_reads_on_through_weights_of_any_type(kind, method):
+    """Its feed-forward casts to the type of the weights of `wo`, which in four bits is a byte's."""
+    torch.manual_seed(0)
+    encoder = kind(kind.config_class(vocab_size=40, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)).eval()
+    words = torch.arange(2, 22).view(2, 10)
+    with torch.no_grad():
+        expected = encoder(words).last_hidden_state.flatten()
+        stored = quantise(encoder.requires_grad_(False), method, torch.float32).to("cpu")
+        found = stored(words).last_hidden_state.flatten()
+    assert 0.98 < torch.nn.functional.cosine_similarity(found, expected, dim=0) < 1
 
 
 def test_four_bits_of_a_row_that_ends_inside_a_block_are_not_trusted():

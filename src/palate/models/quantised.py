@@ -42,9 +42,12 @@ class Float8Linear(nn.Linear):
 
 
 def quantisable(network: nn.Module, whole: Sequence[str] = ()) -> dict[str, nn.Linear]:
-    """The linear layers that are stored in fewer bits: those inside the lists of repeated blocks, not a LoRA's own.
-    whole: parts of layers' names, as to_out, that are left out."""
-    kept, found = {*whole, "lora_A", "lora_B"}, {}
+    """The linear layers that are stored in fewer bits: those inside the lists of repeated blocks, not a LoRA's own, nor
+    what the network's class keeps in full: T5 casts what it hands to `wo` to the type of its weights.
+
+    whole: parts of layers' names, as to_out, that are left out.
+    """
+    kept, found = {*whole, "lora_A", "lora_B", *(getattr(network, "_keep_in_fp32_modules", None) or ())}, {}
     for path, blocks in network.named_modules():
         if isinstance(blocks, nn.ModuleList):
             layers = {f"{path}.{name}": layer for name, layer in blocks.named_modules() if type(layer) is nn.Linear}
