@@ -47,7 +47,8 @@ def quantisable(network: nn.Module, whole: Sequence[str] = ()) -> dict[str, nn.L
 
     whole: parts of layers' names, as to_out, that are left out.
     """
-    kept, found = {*whole, "lora_A", "lora_B", *(getattr(network, "_keep_in_fp32_modules", None) or ())}, {}
+    kept = {*whole, "lora_A", "lora_B", *(getattr(network, "_keep_in_fp32_modules", None) or ())}
+    found: dict[str, nn.Linear] = {}
     for path, blocks in network.named_modules():
         if isinstance(blocks, nn.ModuleList):
             layers = {f"{path}.{name}": layer for name, layer in blocks.named_modules() if type(layer) is nn.Linear}
