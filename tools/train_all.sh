@@ -38,9 +38,12 @@ run() { echo "$(date +%H:%M) $*"; python "$@"; }
         run tools/train_rewards.py emoji --negatives "$negatives" --init "$assets/reward-emoji" --lr 5e-4 --batch 80 \
             --minutes "$(minutes 12)" --pool "$pool" --vae "$vae" --work "$work/rewards/round-$round"
     done
-    run tools/train_consistency.py --minutes "$(minutes 12)" --lr 1.5e-3 --batch 16 --work "$assets/emoji-consistency"
+    run tools/train_consistency.py --minutes "$(minutes 12)" --lr 1.5e-3 --batch 16 --work "$work/consistency"
+    mkdir -p "$assets/emoji-consistency"
+    cp "$work/consistency/README.md" "$work/consistency/pytorch_lora_weights.safetensors" "$assets/emoji-consistency/"
     run -m palate train distar-emoji run.folder="$work/runs/one-step"
     run -m palate export "$work/runs/one-step" --format one-step
     run tools/ship_generator.py "$work/runs/one-step/export/one-step" --out "$assets/emoji-1step"
     run tools/evaluate_assets.py --grids "$work/evaluation"
+    run tools/model_card.py --assets "$assets"
 } 2>&1 | tee -a "$work/log/all.log"

@@ -6,7 +6,7 @@
 Consistency distillation (Song et al. 2023, arXiv 2303.01469) on the flow's ODE with guidance built in (LCM, arXiv
 2310.04378): the student's x0 at t must be its own moving average's x0 one guided Euler step closer to the data. The
 boundary f(x, 0) = x holds by itself, because x0 = x - t velocity. Prints the error of x0 against the ODE solved with 20
-steps at ten noise levels, before and after; writes pytorch_lora_weights.safetensors (float16) and errors.json.
+steps at ten noise levels, before and after; writes pytorch_lora_weights.safetensors (float16), errors.json and a card.
 """
 
 from __future__ import annotations
@@ -130,10 +130,39 @@ def main() -> None:
         "base": model.fingerprint(),
     }
     (args.work / "errors.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{args.work / NAME}: {(args.work / NAME).stat().st_size / 2**20:.2f} MiB after {step} steps")
-    print("| t | base's one-step x0 | consistency |\n|---|---|---|")
-    for row in zip(LEVELS, before, after, strict=True):
-        print("| {:.1f} | {:.4f} | {:.4f} |".format(*row))
+    text = card(args, step, (args.work / NAME).stat().st_size, before, after)
+    (args.work / "README.md").write_text(text)
+    print(text)
+
+
+def card(args: argparse.Namespace, steps: int, size: int, before: list[float], after: list[float]) -> str:
+    rows = "\n".join(f"| {t:.1f} | {a:.4f} | {b:.4f} |" for t, a, b in zip(LEVELS, before, after, strict=True))
+    gains = [1 - b / a for a, b in zip(before, after, strict=True)]
+    return CARD.format(
+        **vars(args), size=size / 1e6, done=steps, rows=rows, count=args.samples, least=min(gains), most=max(gains)
+    )
+
+
+CARD = """# emoji-consistency: a consistency model of the embedded base model
+
+A LoRA of rank {rank} (float16, {size:.1f} MB) over `emoji`, distilled from its own ODE with guidance {guidance:g}
+on the training data, without the held-out pairs. It estimates the clean image from any noise level in one
+evaluation without guidance; SQDF's `estimator: consistency` reads it.
+
+    python tools/train_consistency.py --minutes {minutes:g} --lr {lr:g} --batch {batch}      # {done} steps; seed {seed}
+    palate train sqdf-emoji algorithm.estimator=consistency algorithm.estimator_guidance=1
+
+Root mean square error of x0, in latent units, against the guided ODE in 20 steps from the same noisy
+latents, {count} compositions:
+
+| noise level | the base's posterior mean | this |
+|---|---|---|
+{rows}
+
+Its error is smaller by {least:.0%} (at the level where it gains least) to {most:.0%}. A LoRA of this size does not
+learn the whole map: samples of one step are blurred; `emoji-1step` is the model for those. Licence: as the base
+model's, see ../README.md.
+"""
 
 
 @torch.no_grad()

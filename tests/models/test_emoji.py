@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from PIL import Image
+from support import ROOT
 
 from palate.models.emoji import EmojiModel
 from palate.models.vocabulary import Caption, known_words, plural, vocabulary
@@ -245,6 +246,14 @@ def test_lora_file_loads_through_diffusers(tmp_path, model):
     assert torch.allclose(ours.eps - ours.x0, theirs, atol=1e-4)
     for p in model.parameters():
         p.data.zero_()
+
+
+def test_the_readme_and_the_notebook_count_what_the_model_knows():
+    vocab = vocabulary()
+    readme, notebook = ((ROOT / name).read_text("utf-8") for name in ("README.md", "examples/embedded_model.ipynb"))
+    assert f"{len(vocab.concepts)} concepts in four styles" in readme and len(vocab.styles) == 4
+    assert f"{len(vocab.words)} words and {len(vocab.synonyms)} synonyms" in " ".join(readme.split())
+    assert f"{len(vocab.concepts)} concepts in four styles on ten backgrounds" in notebook and len(COLOURS) == 10
 
 
 def test_assets_stay_small():
