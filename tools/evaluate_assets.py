@@ -2,7 +2,7 @@
 
     python tools/evaluate_assets.py [--model FOLDER] [--only autoencoder judges styled ...] [--out figures.json]
     python tools/evaluate_assets.py --quick --out /tmp/figures.json      # a few pictures of each, to see that it works
-    python tools/evaluate_assets.py --model OLD --shared OLD --only styled unseen sides frechet variety \
+    python tools/evaluate_assets.py --model OLD --shared OLD --only styled sides frechet variety \
         --section "the first model"         # an earlier model by these judges; then again without --model, to compare
 
 The judge, the detector and the exact oracles speak; none was used in training the base model. --model measures another
