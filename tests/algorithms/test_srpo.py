@@ -616,6 +616,8 @@ def test_steering_takes_effect_at_the_next_step_and_is_saved():
         algorithm.steer("3d", None)
     with pytest.raises(ValueError, match="negative control words"):
         algorithm.steer(["good"], [])
+    with pytest.raises(ValueError, match="both be 3d, glossy, so neither is preferred"):
+        algorithm.steer(None, ["glossy", "3d"])
     assert algorithm.words(3) == ("glossy", "bad")  # a refused change changes nothing
 
 

@@ -156,9 +156,12 @@ class SRPO:
         return self.positive[i % len(self.positive)], self.negative[i % len(self.negative)]
 
     def steer(self, positive: Sequence[str] | None = None, negative: Sequence[str] | None = None) -> None:
-        """Replace the control words from the next step on; None keeps a list."""
+        """Replace the control words from the next step on; None keeps a list. InputError: both sides would be alike."""
         new_positive = self.positive if positive is None else _word_list("positive", positive)
         new_negative = self.negative if negative is None else _word_list("negative", negative)
+        if self.relative and set(new_positive) == set(new_negative):
+            both = ", ".join(new_positive)
+            raise InputError(f"positive and negative would both be {both}, so neither is preferred; change both sides")
         self.positive, self.negative = new_positive, new_negative
 
     def control_texts(self, prompt: str) -> dict[str, list[str]]:

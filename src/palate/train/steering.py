@@ -50,6 +50,9 @@ def steer(folder: str | Path, positive: Sequence[str] | None = None, negative: S
         algorithm = recipes.build_algorithm(recipe)
         if not isinstance(algorithm, Steerable):
             raise InputError(f"{folder} trains with {recipe.algorithm.name}, which has no control words to change")
+        for row in read_metrics(folder / METRICS):
+            if row.get("event") == "steer":  # the words in force are those of the recipe, changed since
+                algorithm.steer(row.get("positive"), row.get("negative"))
         _check_words(recipe, algorithm, words)
     control = folder / CONTROL
     with contextlib.suppress(FileNotFoundError, ValueError):  # what still waits for the next step is not lost
@@ -61,9 +64,6 @@ def steer(folder: str | Path, positive: Sequence[str] | None = None, negative: S
 def _check_words(recipe: Any, algorithm: Steerable, words: Words) -> None:
     """InputError now for what the run would refuse later: unknown words, the same ones on both sides, none at all."""
     algorithm.steer(words["positive"], words["negative"])
-    positive, negative = words["positive"], words["negative"]
-    if positive and negative and set(positive) == set(negative):
-        raise InputError(f"positive and negative are both {', '.join(positive)}: the difference is always 0")
     if recipe.model.name == "emoji":
         for side, texts in algorithm.control_texts("a dog").items():
             for text in texts if words.get(side) else ():
