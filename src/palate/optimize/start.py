@@ -12,7 +12,9 @@ from palate.optimize.loop import Search, optimize, round_sizes
 from palate.optimize.oracles import load_oracle
 from palate.optimize.surrogate import reward_features
 from palate.recipe import builder, reader
+from palate.recipe.prompts import prompts_of
 from palate.recipe.settings import Recipe
+from palate.recipe.start import check_folder, check_start, load_consistency
 from palate.rewards.load import load_reward
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
@@ -36,12 +38,12 @@ def from_recipe(recipe: Recipe, *, say: Callable[[str], None] = print) -> Outcom
             f"{folder} was begun with other settings (its recipe.yaml); only how the oracle is reached "
             "may change. Choose another run.folder, or replace it with --fresh, answers included"
         )
-    prompts, preview = builder.prompts_of(recipe)
-    builder.check_folder(recipe)
-    builder.check_start(recipe)
+    prompts, preview = prompts_of(recipe)
+    check_folder(recipe)
+    check_start(recipe)
     torch.manual_seed(recipe.trainer.seed)  # the LoRA's first weights
     model = builder.build_model(recipe)
-    builder.load_consistency(recipe, model)
+    load_consistency(recipe, model)
     if isinstance(model, TextCached):
         model.cache_prompts([*prompts, *preview])
     write_atomically(stored, reader.dump(recipe).encode())

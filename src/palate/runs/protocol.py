@@ -84,8 +84,8 @@ def protocol_panel(runs: Sequence[RunFolder], found: Sequence[Standing]) -> Eval
     if judge is None:
         commands = ", ".join(f"palate fetch {name}" for name in HELD_OUT_CANDIDATES if name not in optimised)
         raise InputError(
-            f"no reward to judge with: one whose features measure diversity and that no run optimised is needed; "
-            f"fetch one of them: {commands or 'none is left'}"
+            "no reward is left to judge these runs: its features must measure diversity, and none of the runs may have "
+            f"optimised it. Fetch one: {commands or 'all of them were optimised'}"
         )
     reward = rewards[judge]
     assert isinstance(reward, TwoTower), "the candidates are two-tower rewards"
