@@ -1,4 +1,4 @@
-"""Text files and tables, read whole and with limits; what is wrong is told with its file and line."""
+"""Text files and tables, read whole and with limits; what is wrong is reported with its file and line."""
 
 from __future__ import annotations
 

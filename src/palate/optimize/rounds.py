@@ -61,7 +61,7 @@ def query_round(
         try:
             answer = validate_scores(call_with_timeout(settings.oracle.timeout, oracle, images, prompts), len(now))
             problem = "the answer is not a finite number"
-        except Exception as error:  # whatever the user's own code raises is the oracle's failure, told below
+        except Exception as error:  # whatever the user's own code raises is the oracle's failure, reported below
             answer, problem = [math.nan] * len(now), f"{type(error).__name__}: {error}"
         queries.answer(asked, answer, problem)
         failed = [i for i, score in zip(now, answer, strict=True) if not math.isfinite(score)]

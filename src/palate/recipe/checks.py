@@ -1,6 +1,6 @@
 """Every check of a recipe that needs no weights: types and limits of each key, and what must fit together.
 
-All mistakes are told at once, each as a sentence that names its key and the remedy.
+All mistakes are reported at once, each as a sentence that names its key and the remedy.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class TasteSettings:
     __pydantic_config__ = _STRICT
     absolute: Finite | None = None  # weight of the reward that the taste stands on; 4
     confidence: NonNegative = 0.0  # posterior standard deviations below the mean; 0 = the mean
-    allow_unlearnt: bool = False  # train although held-out votes are not foretold better than by chance
+    allow_unlearnt: bool = False  # train although held-out votes are not predicted better than by chance
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ class AlgorithmSettings(Protocol):
 
 @dataclass(frozen=True)
 class NoAlgorithm:
-    """Stands where a recipe names no algorithm that is known, until every mistake is told."""
+    """Stands where a recipe names no algorithm that is known, until every mistake is reported."""
 
     name: str = ""
 

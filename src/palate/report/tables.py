@@ -91,7 +91,7 @@ def headline_keys(evaluation: dict[str, Any], styles: Sequence[str]) -> list[str
 
 def metric_tables(evaluations: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """[{"name", "rows"}], a row per metric with a cell per run (None where it was not measured), in the order of
-    `metric_rows`. Relative rewards are told apart by their control words where the runs' words differ."""
+    `metric_rows`. Relative rewards are distinguished by their control words where the runs' words differ."""
     several = len({json.dumps(evaluation.get("words"), sort_keys=True) for evaluation in evaluations.values()}) > 1
     rows: dict[str, dict[str, Any]] = {}
     for i, evaluation in enumerate(evaluations.values()):

@@ -99,16 +99,16 @@ def _geneval_prompt(row: Mapping[str, Any], vocab: Vocabulary) -> str | None:
     if any(paint and (paint not in vocab.paints or name not in vocab.turnable)
            for paint, name in zip(paints, names, strict=True)):  # fmt: skip
         return None
-    told = [with_article(f"{paint} {name}" if paint else name) for paint, name in zip(paints, names, strict=True)]
+    phrases = [with_article(f"{paint} {name}" if paint else name) for paint, name in zip(paints, names, strict=True)]
     number = things[0]["count"]
     if number > 1:
         return f"{vocab.counts[number - 2]} {plural(names[0])}" if number - 2 < len(vocab.counts) else None
     if "position" in things[-1]:
         place = GENEVAL_PLACES.get(things[-1]["position"][0])
-        return f"{told[1]} {place} {told[0]}" if place and vocab.relations and len(told) == 2 else None
-    if len(told) > 1 and not vocab.relations:
+        return f"{phrases[1]} {place} {phrases[0]}" if place and vocab.relations and len(phrases) == 2 else None
+    if len(phrases) > 1 and not vocab.relations:
         return None  # single drawings only
-    return " and ".join(told)
+    return " and ".join(phrases)
 
 
 def requirements(caption: Caption, found: Sequence[Detection]) -> list[bool]:

@@ -1,6 +1,6 @@
 """A run judged as papers do: a published set of prompts, every published reward whose weights are here, diversity.
 
-What is missing is told with the command that fetches it; nothing is downloaded. The rest is `evaluate_runs`.
+What is missing is reported with the command that fetches it; nothing is downloaded. The rest is `evaluate_runs`.
 """
 
 from __future__ import annotations

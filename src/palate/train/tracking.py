@@ -1,6 +1,6 @@
 """Trackers: what a run logs, sent on to TensorBoard, Weights & Biases or Trackio. metrics.jsonl stays the truth.
 
-A tracker that fails is told once and then left out: no service may end a training.
+A tracker that fails is reported once and then left out: no service may end a training.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ def check_trackers(names: Sequence[str]) -> None:
 def tracking(
     names: Sequence[str], folder: Path, config: Mapping[str, Any], *, resumed_at: int, note: Callable[[str], None]
 ) -> Iterator[Trackers]:
-    """Inside, the trackers are open. One that cannot be opened is told and left out."""
+    """Inside, the trackers are open. One that cannot be opened is reported and left out."""
     found: dict[str, Tracker] = {}
     for name in names:
         try:
