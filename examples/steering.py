@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import palate
-from palate.rewards.emoji import load_reward
 from palate.train import read_metrics
 
 PROMPTS = ["a dog on a blue background", "an apple", "a cat", "a house"]
@@ -31,7 +30,7 @@ def main(folder: Path, steps: int = 20) -> list[dict]:
     watcher = threading.Thread(target=steer_after, args=(folder, steps // 2), daemon=True)
     watcher.start()
     srpo = palate.SRPO(palate.SRPOSettings(positive=["3d"], negative=["outline"], rollout_steps=6))
-    model, reward = palate.EmojiModel.load(), load_reward("emoji")
+    model, reward = palate.EmojiModel.load(), palate.load_reward("emoji")
     palate.train(model, srpo, reward, PROMPTS, folder=folder, steps=steps, batch_size=4, lr=3e-4)
     changes = [row for row in read_metrics(folder / "metrics.jsonl") if row["event"] == "steer"]
     for row in changes:

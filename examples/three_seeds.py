@@ -12,7 +12,6 @@ from statistics import mean, stdev
 
 import palate
 from palate.evaluate import embedded_panel, evaluate_model
-from palate.rewards.emoji import load_reward
 
 PROMPTS = ["a dog on a blue background", "an apple", "a cat", "a house on a green background"]
 
@@ -28,7 +27,7 @@ def main(folder: Path, steps: int = 20, seeds: tuple[int, ...] = (0, 1, 2)) -> d
         )
         run = folder / f"seed-{seed}"
         palate.train(
-            model, srpo, load_reward("emoji"), PROMPTS, folder=run, steps=steps, batch_size=4, lr=3e-4, seed=seed
+            model, srpo, palate.load_reward("emoji"), PROMPTS, folder=run, steps=steps, batch_size=4, lr=3e-4, seed=seed
         )
         measured = evaluate_model(model, PROMPTS, [0], panel=panel, steps=8, base_weights="reference")
         for name in ("reward/emoji", "reward/emoji-heldout", "style/3d", "concept"):
