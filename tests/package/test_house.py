@@ -5,6 +5,8 @@ A limit goes down when the code allows it, and never up.
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import sys
 
 import pytest
@@ -29,6 +31,17 @@ def test_imports_hide_in_functions_of_the_command_line_only():
 def test_a_command_imports_one_module_of_its_own():
     """In cli/: the module that does the work, a few more where one of several is wanted; no list of imports."""
     assert len(HOUSE.hidden_in_cli()) <= 38, HOUSE.hidden_in_cli()
+
+
+def test_imports_in_functions_of_the_command_line_find_what_they_name():
+    """Importing the package does not run them: a module that was renamed shows when its command is used."""
+    for path in sorted((ROOT / "src/palate/cli").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("palate"):
+                module = importlib.import_module(str(node.module))
+                for name in (alias.name for alias in node.names):
+                    there = hasattr(module, name) or importlib.util.find_spec(f"{node.module}.{name}")
+                    assert there, f"{path.name}, line {node.lineno}: {node.module} has no {name}"
 
 
 def test_classes_and_functions_fit_on_a_few_screens():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -41,7 +43,8 @@ def _external(entry: Entry, source: str | None) -> Reward:
         except (ModuleNotFoundError, AttributeError, TypeError) as error:
             raise InputError(f"reward.name {entry.name}: cannot load {entry.place} ({error})") from error
     if inspect.isclass(found):
-        found = found(source) if inspect.signature(found).parameters else found()
+        make: Callable[..., Any] = found
+        found = make(source) if inspect.signature(make).parameters else make()
     if not callable(found):
         kind = type(found).__name__
         raise InputError(f"reward.name: {entry.name} is a {kind}; expected a function of images and prompts")

@@ -136,9 +136,9 @@ def words(
     weights: SourceWeights = None,
 ) -> None:
     """Say a taste in words of the embedded model, which need no training."""
-    from palate.cli import tasting
+    from palate.cli import fit_taste
 
-    tasting.words(taste, pictures, prompt=prompt, weights=weights)
+    fit_taste.words(taste, pictures, prompt=prompt, weights=weights)
 
 
 @app.command(rich_help_panel=LOOK, epilog=examples(
