@@ -43,7 +43,7 @@ from palate.rewards.simple import border, luma, saturation, warmth
 from palate.studio.artist import hidden_prompt
 from palate.studio.voting import REFIT_PRIOR
 from palate.taste.ask import RANDOM, next_pair
-from palate.taste.card import accuracy, learnt, over_chance
+from palate.taste.card import accuracy, expected_accuracy, learnt, over_chance, unseen_pairs
 from palate.taste.features import Features, Scaling, features_of, scaling_of
 from palate.taste.learner import PRIORS, Posterior, fit, leave_one_out
 from palate.taste.pictures import raw_features
@@ -161,10 +161,12 @@ class Voter:
         self.y: list[float] = []
         self.voted: list[tuple[Tensor, Tensor, str]] = []  # preferred, other, prompt
         self.posterior: Posterior | None = None
+        self.unseen = np.zeros((0, 0))  # pairs of the pictures that were last chosen among
 
     def vote(self, pool: Pool, count: int, *, bald: bool) -> None:
         u, z = pool.utilities(self.utility), self.scaling(torch.from_numpy(pool.raw)).numpy()
         shown: set[frozenset[int]] = set()
+        self.unseen = unseen_pairs(z, pool.prompts)
         for _ in range(count):
             asked = self.posterior if bald and len(self.y) >= RANDOM else None
             pair = next_pair(asked, z, pool.prompts, shown, self.rng)
@@ -186,11 +188,14 @@ class Voter:
         return fit(np.stack(self.d), np.array(self.y), priors=priors, side_std=self.side_std)
 
     def held_out(self) -> dict[str, Any]:
-        """What a taste's card says of the votes: accuracy on held-out ones with its interval, and the evidence."""
+        """What a taste's card says of the votes: accuracy on held-out ones with its interval, the evidence, and the share
+        of unseen pairs that the taste expects to order rightly."""
         d, y = np.stack(self.d), np.array(self.y)
         assert self.posterior is not None
-        found = accuracy(leave_one_out(d, y, side_std=self.side_std), y)
-        return found | {"votes": len(y), "log_evidence": self.posterior.log_evidence}
+        foretold = leave_one_out(d, y, side_std=self.side_std)
+        expected = expected_accuracy(self.posterior, self.unseen, foretold)
+        return accuracy(foretold, y) | {
+            "votes": len(y), "log_evidence": self.posterior.log_evidence, "expected": expected}  # fmt: skip
 
     def foretells(self, pool: Pool, pairs_: int = 4000) -> float:
         """Share of unseen pairs of one prompt that the taste orders as the person would."""

@@ -11,8 +11,16 @@ from scipy.optimize import brentq
 from palate.evaluate.intervals import wilson
 from palate.runtime.errors import InputError
 from palate.taste.ask import next_pair
-from palate.taste.card import accuracy, agreement, calibration_error, learnt, verdict
-from palate.taste.learner import PRIORS, entropy, fit, leave_one_out, logistic, rater_qualities
+from palate.taste.card import (
+    accuracy,
+    agreement,
+    calibration_error,
+    expected_accuracy,
+    learnt,
+    unseen_pairs,
+    verdict,
+)
+from palate.taste.learner import PRIORS, Posterior, entropy, fit, leave_one_out, logistic, rater_qualities
 from palate.taste.taste import learn
 
 
@@ -186,6 +194,28 @@ def test_a_taste_is_learnt_by_enough_votes_its_accuracy_and_its_evidence():
     assert not learnt({"mixed": [{"learnt": True}, {"learnt": False}]})
 
 
+def test_a_taste_must_expect_enough_of_pairs_that_nobody_voted_on():
+    """The more votes, the more: .64 after 20, .67 after 40, .69 after 120. Overwhelming evidence takes its place."""
+    for votes, least in ((20, 0.64), (40, 0.67), (120, 0.69)):
+        card = card_of(votes)
+        assert learnt(card | {"expected": least + 0.001}) and not learnt(card | {"expected": least - 0.001})
+    low = card_of() | {"expected": 0.6}
+    assert "expects to order only 60 % as you would: no taste is learnt yet" in verdict(low)
+    assert learnt(card_of(evidence=8.0) | {"expected": 0.6}) and not learnt(card_of(evidence=7.9) | {"expected": 0.6})
+
+
+def test_the_expectation_is_the_mean_confidence_over_unseen_pairs_of_one_prompt():
+    sure = Posterior(np.array([math.log(3.0)]), np.zeros((1, 1)), 1.0, 0.0, np.zeros(0))
+    unseen = np.array([[1.0]] * 20 + [[-1.0]] * 20 + [[0.0]] * 7)  # three to one on either side; nothing to choose
+    assert expected_accuracy(sure, unseen, np.zeros(3)) == pytest.approx(0.75)
+    few = expected_accuracy(sure, unseen[:5], np.array([0.9, 0.2, 0.5]))
+    assert few == pytest.approx((0.9 + 0.8 + 0.5) / 3)  # the held-out votes stand in
+    z = np.array([[0.0], [10.0], [1.0], [12.0], [100.0]])
+    assert set(np.abs(unseen_pairs(z, ["a", "b", "a", "b", "c"])).ravel()) == {1.0, 2.0}
+    voted = unseen_pairs(np.array([[0.0], [5.0], [1.0], [7.0]]), ["a"] * 4, voted=2)
+    assert set(np.abs(voted).ravel()) == {5.0, 7.0, 4.0, 6.0}  # not 0 against 1 and 5 against 7, which were votes
+
+
 def simulated(kind, seed, count=40):
     """The card of somebody who likes one direction of 12, one for half of the groups and another for the rest, or
     nothing; `count` pairs by BALD."""
@@ -202,7 +232,8 @@ def simulated(kind, seed, count=40):
         y.append(float(rng.random() < logistic(np.array(u[i] - u[j]))))
         if len(y) >= 4:
             posterior = fit(np.stack(d), np.array(y), priors=(3.0,))
-    return learn(np.stack(d), np.array(y), [""] * count, z, [f"block: {k}" for k in range(12)])[1]
+    columns, unseen = [f"block: {k}" for k in range(12)], unseen_pairs(z, groups)
+    return learn(np.stack(d), np.array(y), [""] * count, z, columns, unseen)[1]
 
 
 @pytest.mark.slow
@@ -218,7 +249,7 @@ def test_somebody_who_always_says_left_has_no_taste():
     """A favoured side explains the answers, however many: the differences of pictures add no evidence."""
     for seed in range(10):
         rng = np.random.default_rng(seed)
-        card = learn(
-            rng.normal(size=(22, 12)), np.ones(22), [""] * 22, rng.normal(size=(60, 12)), [str(k) for k in range(12)]
-        )[1]
+        z = rng.normal(size=(60, 12))
+        columns, unseen = [str(k) for k in range(12)], unseen_pairs(z, ["a"] * 60)
+        card = learn(rng.normal(size=(22, 12)), np.ones(22), [""] * 22, z, columns, unseen)[1]
         assert not learnt(card) and card["log_evidence"] > -22 * math.log(2)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -222,7 +222,8 @@ class Voting:
         scaling = self.scaling(rows)
         d, y, votes = self.differences(scaling)
         z = scaling(torch.from_numpy(np.stack([drawn.features for drawn in rows]))).numpy()
-        posterior, card = learn(d, y, [vote.rater for vote in votes], z, self.artist.features.columns)
+        unseen = cards.unseen_pairs(z, [drawn.prompt for drawn in rows])
+        posterior, card = learn(d, y, [vote.rater for vote in votes], z, self.artist.features.columns, unseen)
         utilities = z @ posterior.mean
         order = utilities.argsort()
         place = {vote.id: i for i, vote in enumerate(votes)}
@@ -247,6 +248,9 @@ class Voting:
         rows = self.artist.rows() or self.artist.pool
         scaling = self.scaling(rows)
         taste: Taste = fit_taste(self.workspace.store, base=self.artist.reward, scaling=scaling)
+        if (shown := self.summary()["taste"]) is not None:  # what the page says, of the pool and not of voted pictures
+            said = {key: shown[key] for key in ("expected", "verdict", "learnt")}
+            taste = replace(taste, card=taste.card | said)
         number = 1 + max((int(p.name) for p in self.workspace.tastes.glob("*") if p.name.isdigit()), default=0)
         return taste.save(self.workspace.tastes / str(number))
 

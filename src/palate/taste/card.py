@@ -12,7 +12,10 @@ from palate.evaluate.intervals import wilson
 from palate.taste.learner import Array, Posterior
 
 START, GOOD = 20, 40  # votes after which a first taste is shown, and after which one is worth aligning to
-LEARNT = 0.60  # held-out accuracy above which alignment is offered, if the evidence agrees
+LEARNT = 0.60  # held-out accuracy above which alignment is offered, if the evidence and EXPECTED agree
+EXPECTED, SLACK = 0.70, 1.2  # of unseen pairs, a taste must expect to order EXPECTED - SLACK / votes rightly
+SURE = 8.0  # nats over chance from which that is not asked
+UNSEEN, FEW = 2000, 30  # pairs that the expectation is taken over, and below which the held-out votes stand in
 MORE = 20  # votes that are asked for while a taste is not learnt
 AGREEMENT, REPEATS = 0.60, 5  # below this share, of at least so many pairs asked twice, the votes disagree
 BINS = 10  # of the calibration error
@@ -31,16 +34,47 @@ def accuracy(probabilities: Array, outcomes: Array) -> dict[str, Any]:
 
 
 def learnt(card: Mapping[str, Any]) -> bool:
-    """Whether a taste may be aligned to: enough votes, held-out ones foretold in more than LEARNT of cases, and all of
-    them likelier under the taste than under answers without one. A sum of tastes is learnt if all of its parts are.
+    """Whether a taste may be aligned to: enough votes, held-out ones foretold in more than LEARNT of cases, all of them
+    likelier under the taste than under answers without one, and enough expected of unseen pairs. A sum of tastes is
+    learnt if all of its parts are.
 
     The accuracy alone does not tell: pairs that are chosen by what the taste is unsure of flatter it, and coin tosses
-    are foretold in .6 of cases by chance often enough. The evidence does not depend on how pairs were chosen.
+    are foretold in .6 of cases by chance often enough. The evidence does not depend on how pairs were chosen, but what
+    is common to two tastes in one (one for animals, another for food) has evidence too: that leaves the taste unsure
+    of most pairs, however many votes there are, so `expected` stays low.
     """
     if "mixed" in card:
         return all(part.get("learnt", True) for part in card["mixed"])
     accuracy, votes = card.get("accuracy"), card.get("votes", 0)
-    return accuracy is not None and votes >= START and accuracy > LEARNT and over_chance(card) > 0
+    if accuracy is None or votes < START:
+        return False
+    return accuracy > LEARNT and over_chance(card) > 0 and expects_enough(card)
+
+
+def expects_enough(card: Mapping[str, Any]) -> bool:
+    """Whether the taste is sure enough of pairs that nobody voted on; a card of before this was asked passes."""
+    expected = card.get("expected")
+    return expected is None or expected > EXPECTED - SLACK / card["votes"] or over_chance(card) >= SURE
+
+
+def expected_accuracy(posterior: Posterior, unseen: Array, foretold: Array) -> float:
+    """The share of pairs that the taste itself expects to order as the person would, over feature differences `unseen`
+    (m, D) of pairs of one prompt that were not chosen by the taste; with FEW of them over the held-out votes."""
+    unseen = unseen[np.abs(unseen).sum(1) > 0] if len(unseen) else unseen
+    p = posterior.probability(unseen) if len(unseen) >= FEW else foretold
+    return float(np.maximum(p, 1 - p).mean())
+
+
+def unseen_pairs(z: Array, groups: Sequence[str], voted: int = 0) -> Array:
+    """Differences (m, D) of at most UNSEEN random pairs of one group, always the same. The first 2 x `voted` rows of z
+    are the left and the right pictures of votes, whose own pairs are left out."""
+    rng = np.random.default_rng(0)
+    order: dict[str, int] = {}
+    label = np.array([order.setdefault(group, len(order)) for group in groups])
+    i, j = rng.integers(0, len(z), (2, 40 * UNSEEN)) if len(z) else np.zeros((2, 0), int)
+    together = (np.abs(i - j) == voted) & (np.maximum(i, j) < 2 * voted) if voted else np.zeros(len(i), bool)
+    keep = np.flatnonzero((label[i] == label[j]) & (i != j) & ~together)[:UNSEEN]
+    return z[i[keep]] - z[j[keep]]
 
 
 def over_chance(card: Mapping[str, Any]) -> float:
@@ -117,8 +151,11 @@ def verdict(card: Mapping[str, Any]) -> str:
     percent, low, high = (math.floor(100 * card[key] + 0.5) for key in ("accuracy", "low", "high"))
     text = f"Your choices are predicted in {percent} % ({low} to {high}) of cases"
     if not learnt(card):
+        why = "which chance may do as well"
+        if card["accuracy"] > LEARNT and over_chance(card) > 0:
+            why = f"but of new pairs it expects to order only {math.floor(100 * card['expected'] + 0.5)} % as you would"
         return (
-            f"{text}, which chance may do as well: no taste is learnt yet, so there is nothing to align to. Choose "
+            f"{text}, {why}: no taste is learnt yet, so there is nothing to align to. Choose "
             f'{MORE} more pictures, with "no difference" where you see none, or say it in words. A taste that asks '
             "for one thing here and for another there is not learnt by more votes."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,12 +13,14 @@ from PIL import Image
 from torch import Tensor
 
 from palate.runtime.errors import InputError
+from palate.runtime.files import split_lines
 from palate.runtime.images import UNREADABLE, as_rgb, from_pixels, read_pixels
 from palate.taste.features import Features
 from palate.taste.learner import Array
 from palate.taste.votes import CHOICES, VoteStore
 
 BATCH = 64
+POOL = 240  # pictures of the studio's pool that are looked at
 
 
 class Choice(NamedTuple):
@@ -45,6 +48,28 @@ def read_choices(votes: str | Path | VoteStore | Sequence[Any]) -> list[Choice]:
             for v, (left, right) in zip(there, paths, strict=True)
         ]
     return [as_choice(vote) for vote in votes]
+
+
+def pool_beside(votes: str | Path | VoteStore | Sequence[Any]) -> tuple[Tensor, list[str]] | None:
+    """At most POOL pictures that the studio drew to be voted on, evenly over its list beside the votes, and what each
+    was shown for; None where there is no such list, or its pictures are of several sizes."""
+    if not isinstance(votes, (str, Path, VoteStore)):
+        return None
+    store = votes if isinstance(votes, VoteStore) else VoteStore(votes)
+    found: list[tuple[Path, str]] = []
+    path = store.folder / "pool.jsonl"
+    for line in split_lines(path.read_text("utf-8", "replace")) if path.is_file() else ():
+        try:
+            row = json.loads(line)
+            found.append((store.pictures / str(row["file"]), str(row["shown"])))
+        except (ValueError, TypeError, KeyError):
+            continue  # a line that was cut short
+    found = [(file, shown) for file, shown in found if file.is_file()]
+    found = found[:: -(-len(found) // POOL) if found else 1]
+    images = [as_image(file) for file, _ in found]
+    if len(images) < 2 or len({image.shape for image in images}) > 1:
+        return None
+    return torch.stack(images), [shown for _, shown in found]
 
 
 def as_choice(pair: Any) -> Choice:

@@ -22,7 +22,7 @@ from palate.runtime.files import write_atomically
 from palate.taste import card as cards
 from palate.taste.features import Features, Scaling, features_of, scaling_of
 from palate.taste.learner import Array, Posterior, fit, leave_one_out, rater_qualities
-from palate.taste.pictures import as_choice, features_of_choices, raw_features, read_choices
+from palate.taste.pictures import as_choice, features_of_choices, pool_beside, raw_features, read_choices
 from palate.taste.reward import ABSOLUTE, TasteReward
 from palate.taste.saved import CARD, FILE, parts_of, source_of
 from palate.taste.votes import OUTCOMES, VoteStore
@@ -160,26 +160,29 @@ def fit_taste(
     """The taste behind votes: a store or its path, `Choice`s, or mappings with prompt, left, right, choice.
 
     base, source: a two-tower reward and its name; None = the embedded one. blocks: names of feature blocks. pool:
-    unlabelled (images, prompts) that the features are standardised on; None = the votes' own pictures. `scaling`: the
-    constants of an earlier round, so that old votes keep their meaning. InputError: no votes, or pictures are missing.
+    unlabelled (images, prompts) that the features are standardised on; None = those beside the studio's votes, else the
+    votes' own pictures. `scaling`: the constants of an earlier round, so that old votes keep their meaning. InputError:
+    no votes, or pictures are missing.
     """
     choices = read_choices(votes)
     if not choices:
         raise InputError("got no votes; a taste needs some")
+    if pool is None and scaling is None:
+        pool = pool_beside(votes)
     reward = base if base is not None else base_reward(source)
     features = features_of(reward, source, blocks)
     left, right = features_of_choices(features, choices)
+    rows, groups, voted = np.concatenate([left, right]), [c.prompt for c in choices] * 2, len(choices)
+    if pool is not None:
+        rows, groups, voted = raw_features(features, *pool), list(pool[1]), 0
     if scaling is None:
-        if pool is None:
-            rows, groups = np.concatenate([left, right]), [c.prompt for c in choices] * 2
-        else:
-            rows, groups = raw_features(features, *pool), list(pool[1])
         scaling = scaling_of(torch.from_numpy(rows), groups, features.sizes)
     outcomes = np.array([OUTCOMES[choice.choice] for choice in choices])
     differences = (left - right) * scaling.gain.numpy()
     z = (np.concatenate([left, right]) - scaling.mean.numpy()) * scaling.gain.numpy()
     names = [choice.name for choice in choices]
-    posterior, card = learn(differences, outcomes, [c.rater for c in choices], z, features.columns)
+    unseen = cards.unseen_pairs(rows * scaling.gain.numpy(), groups, voted)
+    posterior, card = learn(differences, outcomes, [c.rater for c in choices], z, features.columns, unseen)
     shown = [c.left for c in choices] + [c.right for c in choices]
     card |= cards.extremes(z @ posterior.mean, [str(p) if isinstance(p, (str, Path)) else "" for p in shown])
     text = json.dumps([[c.prompt, c.choice, c.rater, name] for c, name in zip(choices, names, strict=True)])
@@ -188,9 +191,10 @@ def fit_taste(
 
 
 def learn(
-    differences: Array, outcomes: Array, raters: Sequence[str], z: Array, columns: Sequence[str]
+    differences: Array, outcomes: Array, raters: Sequence[str], z: Array, columns: Sequence[str], unseen: Array
 ) -> tuple[Posterior, dict[str, Any]]:
-    """The posterior and its card, from standardised differences (n, D) and the pictures z (N, D) they were of."""
+    """The posterior and its card, from standardised differences (n, D), the pictures z (N, D) they were of, and the
+    differences of pairs that were not chosen by the taste (`cards.unseen_pairs`)."""
     quality = rater_qualities(differences, outcomes, raters, side_std=SIDE_STD)
     scaled = differences * np.array([quality[name] for name in raters])[:, None]
     posterior = fit(scaled, outcomes, side_std=SIDE_STD)
@@ -199,7 +203,8 @@ def learn(
     found = cards.accuracy(foretold, outcomes)
     card: dict[str, Any] = {
         "votes": len(outcomes), "ties": int((outcomes == 0.5).sum()), **found,
-        "calibration_error": cards.calibration_error(foretold, outcomes), "prior": posterior.prior,
+        "calibration_error": cards.calibration_error(foretold, outcomes),
+        "expected": cards.expected_accuracy(posterior, unseen, foretold), "prior": posterior.prior,
         "log_evidence": posterior.log_evidence, "log_evidence_of_sides": sides.log_evidence, "side": posterior.side,
         "words": cards.telling_columns(posterior, z, columns), "raters": quality,
     }  # fmt: skip
