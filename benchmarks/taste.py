@@ -188,8 +188,8 @@ class Voter:
         return fit(np.stack(self.d), np.array(self.y), priors=priors, side_std=self.side_std)
 
     def held_out(self) -> dict[str, Any]:
-        """What a taste's card says of the votes: accuracy on held-out ones with its interval, the evidence, and the share
-        of unseen pairs that the taste expects to order rightly."""
+        """What a taste's card says of the votes: accuracy on held-out ones with its interval, the evidence, and the
+        share of unseen pairs that the taste expects to order rightly."""
         d, y = np.stack(self.d), np.array(self.y)
         assert self.posterior is not None
         foretold = leave_one_out(d, y, side_std=self.side_std)

@@ -304,6 +304,8 @@ def check_fit(page, address):
     """Nothing wider than the screen, contrast of texts at least 4.5, targets large enough for a finger."""
     page.get(address)
     wait_for(lambda: page.execute_script(SETTLED), 30, f"{address} to be whole")
+    page.execute_script("for (const part of document.querySelectorAll('details')) part.open = true;")
+    assert not page.execute_script(OUTSIDE), (address, page.execute_script(OUTSIDE))
     width = page.execute_script("return innerWidth")
     assert page.execute_script("return document.documentElement.scrollWidth - innerWidth") <= 0, (address, width)
     assert not page.execute_script(UNREADABLE), (address, width, page.execute_script(UNREADABLE))
@@ -348,6 +350,11 @@ for (const node of document.querySelectorAll("main *, nav a")) {
   if (ratio < 4.5) found.push(`${node.textContent.trim().slice(0, 30)}: ${ratio.toFixed(2)}`);
 }
 return found;
+"""
+OUTSIDE = """
+return [...document.querySelectorAll("main .panel *")].filter((node) => node.offsetParent && !node.closest("svg, .sr"))
+  .filter((node) => node.getBoundingClientRect().right > node.closest(".panel").getBoundingClientRect().right + 1)
+  .map((node) => node.outerHTML.slice(0, 80));
 """
 SMALL = """
 return [...document.querySelectorAll("main button, main .button, main summary, nav a")]

@@ -99,6 +99,12 @@ def listen(host: str, port: int) -> socket.socket:
     raise InputError(f"--port: none of {port} to {port + TRIES - 1} is free; name another with --port")
 
 
+def opened_in_browser(url: str) -> bool:
+    """Open the page, where there is a display to open it on; whether a browser was found."""
+    display = sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    return bool(display) and webbrowser.open(url)
+
+
 def serve(
     runs: str | Path,
     *,
@@ -139,10 +145,11 @@ def serve(
     url = f"http://{f'[{named}]' if ':' in named else named}:{own}{page}"
     url += "" if token_file else f"{'&' if '?' in page else '?'}token={token}"
     print(f"Palate Studio: {url}", flush=True)
-    if browser and (
-        sys.platform in ("darwin", "win32") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    ):
-        webbrowser.open(url)
+    if browser and not opened_in_browser(url):
+        print(
+            "palate: no browser could be opened here; open the link in yours. From another machine, bring the port "
+            f"through a tunnel first: ssh -L {own}:127.0.0.1:{own} {socket.gethostname()}", file=sys.stderr, flush=True,
+        )  # fmt: skip
     config = uvicorn.Config(
         app, log_level="warning", server_header=False, limit_concurrency=64, timeout_graceful_shutdown=3
     )

@@ -18,6 +18,7 @@ from palate.studio.workspace import MODES
 router = APIRouter()
 PICTURE = re.compile(r"[0-9a-f]{64}\.(png|jpg|webp|bmp)")
 OWN_PROMPTS = 40
+PLAIN = "-"  # no name of a run begins so; a form cannot tell an empty field from none
 UPLOADED = 100  # pictures at once
 
 
@@ -70,15 +71,13 @@ def taste(request: Request) -> HTMLResponse:
 
 
 @router.post("/choose/settings")
-def settings(
-    request: Request, mode: str = Form("fresh"), prompts: str = Form(""), source: str | None = Form(None)
-) -> Response:
+def settings(request: Request, mode: str = Form("fresh"), prompts: str = Form(""), source: str = Form("")) -> Response:
     """How pairs are chosen, prompts of one's own, one per line (words that the model does not know are refused), and
-    whose pictures: "" the model's as it came, or a run's of an earlier round."""
+    whose pictures: a run's of an earlier round, or PLAIN, the model's as it came; "" leaves it."""
     studio = studio_of(request)
     if mode not in MODES:
         raise InputError(f"expected {' or '.join(MODES)}")
-    if source and source not in _sources(studio):
+    if source not in ("", PLAIN, *_sources(studio)):
         raise InputError(f"there is no round named {source[:64]!r}")
     lines = ["".join(c if c.isprintable() else " " for c in line) for line in split_lines(prompts)]
     own = [" ".join(line.split()) for line in lines if line.strip()]
@@ -87,7 +86,7 @@ def settings(
     for prompt in own:
         known_words(prompt)
     before = studio.workspace.settings()["prompts"]
-    studio.workspace.set(mode=mode, prompts=own, **({} if source is None else {"source": source}))
+    studio.workspace.set(mode=mode, prompts=own, **({"source": source.removeprefix(PLAIN)} if source else {}))
     studio.artist.wake([prompt for prompt in own if prompt not in before])
     return go_to("/choose", request)
 

@@ -123,6 +123,9 @@ def _steered(studio: Studio, run: str) -> bool:
 def stop(request: Request, run: str) -> Response:
     studio = studio_of(request)
     if not studio.processes.stop(studio.workspace.run(run).name):
+        view = studio.view(run)
+        if view.state == "running":
+            raise InputError(f"{view.message} Stop it there: this machine does not reach its process")
         raise InputError(f"{run} is not training, so there is nothing to stop")
     return Response(status_code=204)
 

@@ -173,7 +173,7 @@ class RunView:
             {
                 "title": "Your taste of these pictures, in standard deviations (optimised)"
                 if liking
-                else f"{self.reward_name} (optimised)",
+                else f"{'Your words' if self.steerable else self.reward_name} (optimised)",
                 "lines": [{"label": "", "points": list(liking) or smooth(reward)}],
                 "ratio": False,
                 "marks": self.marks(),

@@ -35,7 +35,8 @@ def checked_word(word: str, words: Words, *, embedded: bool) -> str:
         except InputError as error:  # the field is no prompt: the word and what is near is enough
             unknown = str(error).splitlines()[0].partition(" in prompt ")[0]
             known = (*vocabulary().styles, *vocabulary().sizes, *vocabulary().colours)
-            raise InputError(f"{unknown}; it knows {', '.join(known)}") from error
+            said = f"{unknown[:1].upper()}{unknown[1:]}; it knows {', '.join(known)}"
+            raise InputError(said) from error
         for other in taken:
             if known_words(other) == meaning:
                 same = "" if other == word else f", which means the same as {word!r}"

@@ -13,7 +13,7 @@ from palate.taste.learner import Array, Posterior
 
 START, GOOD = 20, 40  # votes after which a first taste is shown, and after which one is worth aligning to
 LEARNT = 0.60  # held-out accuracy above which alignment is offered, if the evidence and EXPECTED agree
-EXPECTED, SLACK = 0.70, 1.2  # of unseen pairs, a taste must expect to order EXPECTED - SLACK / votes rightly
+EXPECTED, SLACK = 0.70, 1.6  # of unseen pairs, a taste must expect to order EXPECTED - SLACK / votes rightly
 SURE = 8.0  # nats over chance from which that is not asked
 UNSEEN, FEW = 2000, 30  # pairs that the expectation is taken over, and below which the held-out votes stand in
 MORE = 20  # votes that are asked for while a taste is not learnt

@@ -115,6 +115,12 @@ for (const part of all("[data-refresh]")) {
   }, Number(part.dataset.refresh));
 }
 
+// ---- what was refused is no longer said once something was done
+
+document.addEventListener("htmx:afterRequest", (event) => {
+  if (event.detail.successful && event.detail.requestConfig.verb !== "get") find("#notice").replaceChildren();
+});
+
 // ---- words: the field is free for the next one at once; a refused word comes back into it
 
 let sent = "";
