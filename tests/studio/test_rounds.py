@@ -8,10 +8,11 @@ import pytest
 from starlette.testclient import TestClient
 
 from palate import recipe
+from palate.models.vocabulary import vocabulary
 from palate.studio import app as studio_app
 from palate.studio.app import make_app, opened_in_browser, serve
 from palate.studio.routes_train import _steered
-from palate.studio.runview import RunView
+from palate.studio.runview import RunView, Words
 
 TOKEN = "a-token-of-the-tests"
 
@@ -75,6 +76,23 @@ def test_the_pictures_to_choose_among_are_those_of_any_round_or_of_the_model_as_
     assert answer.status_code == 422 and "no round named" in answer.text
     client.post("/choose/settings", data={"source": "-"})
     assert found.workspace.settings()["source"] == ""
+
+
+def test_what_a_word_did_is_counted_from_the_last_pictures_without_it(studio, monkeypatch):
+    _, found = studio
+    styles, large = vocabulary().styles, vocabulary().sizes[-1]
+    view = a_run(found, "s", "direct-emoji")
+    view = RunView("s", view.folder, "running", "", view.recipe, [], [0, 5, 10, 15])
+    monkeypatch.setattr(found.effects, "_count", lambda view, step: dict.fromkeys([*styles, large], step) | {"": 16})
+    found.artist.ready.set()
+    words = Words({styles[0]: 0, large: 10}, {styles[1]: 16, styles[2]: -1})
+    told = {word: (row["before"], row["now"], row["of"]) for word, row in found.effects.of(view, words).items()}
+    assert told == {
+        styles[0]: (0, 15, 16),  # since the first update
+        large: (5, 15, 16),  # the pictures of step 10 know it already
+        styles[1]: (15, None, 16),  # no picture since
+        styles[2]: (15, None, 16),  # it waits for the next step
+    }
 
 
 def test_a_run_of_another_machine_is_stopped_there(studio, monkeypatch):

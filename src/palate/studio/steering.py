@@ -118,7 +118,8 @@ class Effects:
         self._counts: dict[tuple[str, int, int], dict[str, int]] = {}
 
     def of(self, view: RunView, words: Words) -> dict[str, dict[str, Any]]:
-        """word -> {"before", "now", "of"}; words that are no style, size or background are left out."""
+        """word -> {"before", "now", "of"}, `now` None while there is no picture since the word holds; words that are no
+        style, size or background are left out."""
         found: dict[str, dict[str, Any]] = {}
         if (
             view.recipe.model.name != "emoji"
@@ -129,13 +130,13 @@ class Effects:
             return found
         for word, since in {**words.positive, **words.negative}.items():
             known = known_words(word)
-            earlier = [step for step in view.previews if step <= max(since, 0)]
-            before, now = (
-                self._count(view, earlier[-1] if earlier else view.previews[0]),
-                self._count(view, view.previews[-1]),
-            )
+            newest = view.previews[-1]
+            holds = newest + 1 if since < 0 else max(since, 1)  # the first update that knows the word
+            earlier = [step for step in view.previews if step < holds] or view.previews
+            before, now = self._count(view, earlier[-1]), self._count(view, newest)
             if known and known[-1] in now:
-                found[word] = {"before": before.get(known[-1], 0), "now": now[known[-1]], "of": now[""]}
+                found[word] = {"before": before.get(known[-1], 0), "of": now[""],
+                               "now": now[known[-1]] if newest >= holds else None}  # fmt: skip
         return found
 
     def _count(self, view: RunView, step: int) -> dict[str, int]:

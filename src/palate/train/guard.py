@@ -62,7 +62,7 @@ class Guard:
     def begin(self, base: dict[str, float], start: dict[str, float] | None = None) -> list[dict[str, Any]]:
         """Take the values to compare with, and those before the first step where these are others; returns the rows of
         metrics.jsonl. InputError: the start is outside the limits, so that every result would be."""
-        rows = [{"step": 0, "event": "guard", "verdict": "base", **base}]
+        rows: list[dict[str, Any]] = [{"step": 0, "event": "guard", "verdict": "base", **base}]
         if start is not None:
             if broken := broken_limits(start, base, self.settings):
                 raise InputError(
