@@ -59,7 +59,8 @@ def measure(recipe: Recipe) -> dict[str, Unit]:
     network: Any
     vae: Any
     with torch.device("meta"):
-        network = facts.network(**config).to(dtype).requires_grad_(False).eval()
+        # not diffusers' own `to`, which warns of precisions that make no difference to shapes
+        network = nn.Module.to(facts.network(**config), dtype).requires_grad_(False).eval()
         vae = facts.vae(**vae_config).to(dtype).requires_grad_(False).eval()
         xt, t = torch.empty(1, *shape, dtype=dtype), torch.empty(1)
         cond = published.condition(network.config, recipe.model.text_tokens or published.text_tokens, dtype)
