@@ -325,11 +325,11 @@ def in_parts(utility: Utility, images: Tensor, prompts: Sequence[str]) -> np.nda
                                for i in range(0, len(images), 64)])  # fmt: skip
 
 
-def reward_of(voter: Voter, features: Features, reward: Any) -> TasteReward:
-    """What is optimised: the voter's posterior mean, with the absolute reward."""
+def reward_of(voter: Voter, features: Features, reward: Any, absolute: float) -> TasteReward:
+    """What is optimised: the voter's posterior mean, with `absolute` times the reward."""
     assert voter.posterior is not None
     mean, covariance = (torch.from_numpy(x) for x in (voter.posterior.mean, voter.posterior.covariance))
-    return TasteReward(features, voter.scaling, mean, covariance, reward)
+    return TasteReward(features, voter.scaling, mean, covariance, reward, absolute=absolute)
 
 
 # ----------------------------------------------------------------------------------------------------------- the rows
@@ -362,7 +362,7 @@ def align_row(name: str, seed: int, rounds: int, votes: int, concepts: int, quic
         found = voter.held_out()
         about_ = {"person": name, "seed": seed, "round": number, "votes": len(voter.y), "held_out": found["accuracy"],
                   "low": found["low"], "offered": learnt(found)}  # fmt: skip
-        objective = reward_of(voter, here.features, here.reward)
+        objective = reward_of(voter, here.features, here.reward, here.plan.reward.taste.absolute)
         began = time.process_time()
         ended = here.align(model, objective, seed)
         seconds = time.process_time() - began
@@ -389,7 +389,7 @@ def golden_row(seed: int, concepts: int, quick: bool) -> dict[str, Any]:
     voter.vote(here.first, 40, bald=False)
     assert voter.posterior is not None
     began = time.process_time()
-    ended = here.align(model, reward_of(voter, here.features, here.reward), seed)
+    ended = here.align(model, reward_of(voter, here.features, here.reward, 4.0), seed)
     seconds = time.process_time() - began
     found = here.measured(utility, here.pictures(model, here.prompts), here.base, here.shown)
     return {"seed": seed, "prior": voter.posterior.prior, "log_evidence": voter.posterior.log_evidence,

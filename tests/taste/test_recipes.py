@@ -51,7 +51,8 @@ def test_settings_reach_the_reward(tastes):
     source = f"reward.source.taste={tastes / 'red'}"
     plain = reward_of(source, "reward.taste.absolute=0")
     emoji = recipe.load_reward("emoji")(PICTURES, [PROMPT] * 24)
-    assert torch.allclose(reward_of(source) - plain, 4 * emoji, atol=1e-4)
+    assert torch.allclose(reward_of(source) - plain, 8 * emoji, atol=1e-4)
+    assert torch.allclose(reward_of(source, "reward.taste=null") - plain, 4 * emoji, atol=1e-4)
     assert torch.allclose(reward_of(source, "reward.taste.absolute=1.5") - plain, 1.5 * emoji, atol=1e-4)
     assert (reward_of(source, "reward.taste.absolute=0", "reward.taste.confidence=1") < plain).all()
     red = PICTURES[:, 0].mean((1, 2))

@@ -125,8 +125,9 @@ document.addEventListener("htmx:afterRequest", (event) => {
 
 let sent = "";
 document.addEventListener("htmx:configRequest", (event) => {
-  if (event.detail.path !== "/steer/word" || event.detail.parameters.action) return;
-  sent = event.detail.parameters.word;
+  if (event.detail.path !== "/steer/word") return;
+  sent = event.detail.parameters.action ? "" : event.detail.parameters.word; // a word that stays is not written again
+  if (!sent) return;
   find("#word").value = "";
 });
 document.addEventListener("htmx:afterSettle", (event) => {
