@@ -40,24 +40,19 @@ def tastes(method: str) -> list[tuple[str, str]]:
     return pairs if method == WORDS else pairs[:: len(styles) - 1]  # each style once
 
 
-def hard(method: str, wanted: str, unwanted: str, steps: int, rate: float, seed: int) -> tuple:
-    """The recipe without what holds it back, and its parts."""
-    published = recipe.read(method).trainer
+def hard(method: str, wanted: str, unwanted: str, steps: int, rate: float, seed: int) -> recipe.Recipe:
+    """The recipe without what holds it back."""
     words = [f"algorithm.positive=[{wanted}]", f"algorithm.negative=[{unwanted}]", "algorithm.k_denoise=[0, 0]"]
-    plan = recipe.read(
+    return recipe.read(
         method,
         [
             *(words if method == WORDS else []),
             *PLAIN,
             f"trainer.steps={steps}",
-            f"trainer.lr={rate * published.lr}",
+            f"trainer.lr={rate * recipe.read(method).trainer.lr}",
             f"trainer.seed={seed}",
         ],
     )
-    torch.manual_seed(seed)
-    parts = recipe.build(plan)
-    reward = parts.reward if method == WORDS else semantic_relative(parts.reward, wanted, unwanted)
-    return plan, parts, reward
 
 
 def main() -> None:
@@ -82,7 +77,10 @@ def main() -> None:
     policies = [(method, *taste) for method in args.methods for taste in tastes(method)]
     for number, (method, wanted, unwanted) in enumerate(policies):
         seed = args.seed + number
-        plan, parts, reward = hard(method, wanted, unwanted, args.steps, args.rate, seed)
+        plan = hard(method, wanted, unwanted, args.steps, args.rate, seed)
+        torch.manual_seed(seed)
+        parts = recipe.build(plan)
+        reward = parts.reward if method == WORDS else semantic_relative(parts.reward, wanted, unwanted)
         for part in range(2):
             with tempfile.TemporaryDirectory() as folder:
                 train(
