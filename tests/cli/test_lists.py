@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import statistics
 
 import pytest
@@ -47,6 +48,16 @@ def test_a_group_is_the_mean_and_the_sample_deviation_of_its_runs(seeds):
     assert cells["lr 0.0001"]["reward/emoji"].std is None and cells["base"]["reward/emoji"].std == pytest.approx(0)
     with pytest.raises(InputError, match="has no key 'sead'"):
         compare_table.compare_runs(seeds, "sead")
+
+
+def test_relative_rewards_of_other_words_stand_in_no_table(seeds, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(seeds[0], other)
+    evaluation = json.loads((other / "evaluation.json").read_text())
+    evaluation["words"]["positive"] = ["cartoon"]
+    (other / "evaluation.json").write_text(json.dumps(evaluation))
+    alike, keys = (compare_table.compare_runs([seeds[0], run], None)[1] for run in (seeds[1], other))
+    assert set(alike) - set(keys) == {"reward/emoji-relative", "reward/emoji-heldout-relative"}
 
 
 def test_the_four_formats_hold_the_same_numbers(seeds):

@@ -14,7 +14,7 @@ from palate.report.curves import read_json
 from palate.report.html import flatten
 from palate.report.story import wanted_styles
 from palate.report.tables import headline_keys, metric_name
-from palate.runs import on_common_rows, read_recipe
+from palate.runs import on_common_rows, read_recipe, same_meaning
 from palate.runtime.errors import InputError
 from palate.runtime.result import evaluation_of
 
@@ -49,6 +49,12 @@ def compare_runs(runs: Sequence[Path], group: str | None) -> tuple[list[str], li
     keys = [key for key in headline_keys(first, wanted_styles(first))]
     keys += [key for key in first["metrics"] if key not in keys]
     keys = [key for key in keys if all(key in evaluation["metrics"] for evaluation in evaluations)]
+    if different := [key for key in keys if not same_meaning(evaluations, key)]:
+        keys = [key for key in keys if key not in different]
+        logging.getLogger("palate").warning(
+            "left out, because the runs were trained with different words or weights: %s",
+            ", ".join(map(metric_name, different)),
+        )
     values: dict[str, dict[str, list[float]]] = {"base": {}}
     for name, evaluation in zip(names, evaluations, strict=True):
         for key in keys:

@@ -8,6 +8,7 @@ from typing import Any
 
 from palate.report.html import number
 from palate.report.words import spell
+from palate.runs import same_meaning
 
 NAMES = {
     "concept": "right object",
@@ -182,12 +183,13 @@ def sort_ranks(values: Sequence[float | None]) -> list[int]:
 
 
 def compare_table(measured: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Base and every run's value of each metric that all have; empty for no evaluations."""
+    """Base and every run's value of each metric that all have, with the same meaning; empty for no evaluations."""
     found = [{row["key"]: row for row in metric_rows(evaluation)} for evaluation in measured]
     if not found:
         return []
     first = [key for evaluation in measured[:1] for key in headline_keys(evaluation, ())]
     keys = [key for key in (*first, *(key for key in found[0] if key not in first)) if all(key in r for r in found)]
+    keys = [key for key in keys if same_meaning(measured, key)]
     return [
         {"name": found[0][key]["name"], "base": found[0][key].get("base"), "cells": [rows[key] for rows in found]}
         for key in keys

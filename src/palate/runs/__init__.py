@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from palate.evaluate import check_same, evaluate_samples, read_index, read_samples, write_samples
 from palate.runs.checklist import evaluate_runs_by_questions
-from palate.runs.comparison import between, common_rows, common_to_all, on_common_rows
+from palate.runs.comparison import between, common_rows, common_to_all, on_common_rows, same_meaning
 from palate.runs.evaluation import evaluate_run, evaluate_runs, evaluation_key
 from palate.runs.folder import (
     RunFolder,
@@ -25,6 +25,6 @@ __all__ = [
     "RunFolder", "adapter_of", "between", "check_same", "common_rows", "common_to_all",
     "evaluate_protocol", "evaluate_run", "evaluate_runs",
     "evaluate_runs_by_questions", "evaluate_samples", "evaluation_key", "load_result",
-    "on_common_rows", "read_index", "read_recipe", "read_samples", "run_names", "trained_model",
+    "on_common_rows", "read_index", "read_recipe", "read_samples", "run_names", "same_meaning", "trained_model",
     "tree_words", "words_in_force", "write_adapter", "write_samples",
 ]  # fmt: skip

@@ -71,7 +71,7 @@ def between(first: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str,
     prompts = [first["rows"][i]["prompt"] for i, _ in rows]
     found = {}
     for key in first["metrics"]:
-        if key not in other["metrics"] or _question(first, key) != _question(other, key):
+        if key not in other["metrics"] or not same_meaning([first, other], key):
             continue
         of_prompts = key in first["by_prompt"][0]
         if of_prompts and not same:
@@ -86,8 +86,13 @@ def between(first: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str,
     return round_floats(found)
 
 
-def _question(evaluation: dict[str, Any], key: str) -> Any:
-    """What a metric of this name asks in this evaluation; None where the name says it all."""
+def same_meaning(evaluations: Sequence[dict[str, Any]], key: str) -> bool:
+    """Whether a metric of this name measures the same in all of them: relative rewards depend on the control words."""
+    return all(_meaning(evaluation, key) == _meaning(evaluations[0], key) for evaluation in evaluations)
+
+
+def _meaning(evaluation: dict[str, Any], key: str) -> Any:
+    """What a metric of this name measures in this evaluation; None where the name says it all."""
     if key == f"reward/{evaluation.get('heldout')}-relative":
         return evaluation.get("words")
     if key == "reward/weighted" or key.endswith("-relative"):
