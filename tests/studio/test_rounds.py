@@ -95,6 +95,19 @@ def test_what_a_word_did_is_counted_from_the_last_pictures_without_it(studio, mo
     }
 
 
+def test_a_run_goes_on_where_its_words_are_and_a_many_step_model_draws_no_pairs(studio, monkeypatch):
+    client, found = studio
+    monkeypatch.setattr(found.processes, "resume", lambda name, overrides: None)
+    kinds = {"taste-emoji": "/align", "direct-emoji": "/steer", "srpo-emoji": "/steer", "taste-emoji-srpo": "/align"}
+    for kind, page in kinds.items():
+        a_run(found, kind, kind)
+        assert client.post(f"/runs/{kind}/resume").headers["hx-redirect"] == f"{page}?run={kind}"
+    assert 'href="/steer?run=srpo-emoji">Open' in client.get("/runs").text
+    answer = client.post("/runs/taste-emoji-srpo/keep")
+    assert answer.status_code == 422 and "no run of a one-step generator" in answer.text
+    assert not found.workspace.rounds()
+
+
 def test_a_run_of_another_machine_is_stopped_there(studio, monkeypatch):
     client, found = studio
     a_run(found, "far", "taste-emoji")

@@ -137,7 +137,7 @@ def resume(request: Request, run: str, more: int = Form(0)) -> Response:
     view = studio.view(run)
     overrides = [f"trainer.steps={max(view.steps, view.step) + min(more, 1000)}"] if more > 0 else []
     studio.processes.resume(view.name, overrides)
-    return go_to("/align", request, run=run)
+    return go_to(view.page, request, run=run)
 
 
 @router.post("/runs/{run}/back")
@@ -148,7 +148,7 @@ def back(request: Request, run: str, step: int = Form()) -> Response:
     if view.state in ("running", "waiting"):
         raise InputError(f"{run} is training; stop it, then go back to a step")
     go_back(view.folder, step)
-    return go_to("/align", request, run=run)
+    return go_to(view.page, request, run=run)
 
 
 @router.post("/runs/{run}/keep")
@@ -158,6 +158,8 @@ def keep(request: Request, run: str) -> Response:
     view = studio.view(run)
     if view.state in ("running", "waiting"):
         raise InputError(f"{run} is training; stop it, or wait for its end")
+    if not view.one_step:
+        raise InputError(f"{run} is no run of a one-step generator, and pictures to choose among are drawn by one")
     adapter_now(view.folder)
     earlier = [name for name in studio.workspace.rounds() if name != run]
     studio.workspace.write("rounds.json", {"runs": [*earlier, run]})

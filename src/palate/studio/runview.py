@@ -80,6 +80,16 @@ class RunView:
         )
 
     @property
+    def one_step(self) -> bool:
+        """Whether its model is a one-step generator, which can draw the pictures to choose among."""
+        return isinstance(self.recipe.algorithm, DirectSettings)
+
+    @property
+    def page(self) -> str:
+        """Where it is watched: with its words where it has some."""
+        return "/steer" if self.steerable and self.recipe.reward.name != "taste" else "/align"
+
+    @property
     def reward_name(self) -> str:
         return {"taste": "Your taste", None: "Weighted reward"}.get(
             self.recipe.reward.name, self.recipe.reward.name or ""
@@ -173,7 +183,7 @@ class RunView:
             {
                 "title": "Your taste of these pictures, in standard deviations (optimised)"
                 if liking
-                else f"{'Your words' if self.steerable else self.reward_name} (optimised)",
+                else f"{'Your words' if self.page == '/steer' else self.reward_name} (optimised)",
                 "lines": [{"label": "", "points": list(liking) or smooth(reward)}],
                 "ratio": False,
                 "marks": self.marks(),
