@@ -10,6 +10,10 @@ resumes, and --minutes counts in all.
 --init FOLDER begins with that model's weights. It may know fewer words, read shorter captions, have fewer transformer
 blocks, and fewer latent channels if the autoencoder's first channels are its own (`train_autoencoder.py --anchor`):
 what it lacks begins anew, new blocks without effect.
+
+Noise levels: sigmoid(N(0, 1)), and a share (--noisy) evenly from .8 to 1. Where a drawing stands, and how many there
+are, is decided there, where the first law alone has 1.4 % of its levels above .9: a model of 20,000 steps of it gives
+"at the left" and "at the right" the same image, to a hundredth of its side, from every noise.
 """
 
 from __future__ import annotations
@@ -137,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=120, help="of training in all, resumed time included")
     parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--noisy", type=float, default=0.25, help="share of the levels that are drawn from .8 to 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pool", type=Path, default=pool.POOL)
     parser.add_argument("--chunks", type=int, help="of the pool, 2,000 images each; all if left out")
@@ -183,6 +188,8 @@ def main() -> None:
         ids = torch.where((torch.rand(BATCH, generator=rng) < DROP)[:, None], empty, ids)
         t = torch.sigmoid(torch.randn(BATCH, generator=rng))
         eps = torch.randn(x0.shape, generator=rng)
+        noisy = torch.rand(BATCH, generator=rng) < args.noisy
+        t = torch.where(noisy, 1 - 0.2 * torch.rand(BATCH, generator=rng), t)
         xt = (1 - t)[:, None, None, None] * x0 + t[:, None, None, None] * eps
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             cond = networks["text_encoder"](ids).last_hidden_state
