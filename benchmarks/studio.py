@@ -204,7 +204,7 @@ def trained(client: httpx.Client, runs: Path) -> dict[str, float]:
         lambda: (
             (now := state_of(client.get("/live", params={"run": run}).text)) not in ("", "waiting", "running") and now
         ),
-        900,
+        3600,
     )
     ended = time.perf_counter()
     if state != "finished":
