@@ -83,7 +83,7 @@ def test_a_run_is_judged_by_what_is_found_and_told_what_is_missing(run, towers, 
 
 @pytest.mark.slow
 def test_without_a_reward_to_judge_it_says_which_to_fetch(run, nothing_fetched):
-    with pytest.raises(ValueError, match=r"fetch one of them: palate fetch clip-score, palate fetch hpsv2$"):
+    with pytest.raises(ValueError, match=r"Fetch one: palate fetch clip-score, palate fetch hpsv2$"):
         protocol.evaluate_protocol([run], "drawbench", {"a red boat": ""})
 
 

@@ -278,7 +278,9 @@ def test_a_recipe_takes_it_where_no_gradient_is_needed(tmp_path, monkeypatch):
     assert found.reward.source["checklist"] == f"{tmp_path}/q.jsonl http://127.0.0.1:9/v1/chat/completions#m"
     with pytest.raises(recipe.RecipeError, match="needs the reward's gradient, and checklist gives none"):
         recipe.read("refl-emoji", ["reward={name: checklist}", source])
-    with pytest.raises(recipe.RecipeError, match=r"reward.source.checklist: give the server's URL, as questions.jsonl"):
+    with pytest.raises(
+        recipe.RecipeError, match=r"reward.source.checklist: give the server's URL, for example questions.jsonl"
+    ):
         recipe.read("grpo-emoji", ["reward={name: checklist}"])
 
 

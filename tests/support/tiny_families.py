@@ -633,9 +633,9 @@ def load(name: str, folder: Path | None = None, **options: Any) -> Any:
 def wide(name: str) -> Path:
     """The folder of the same pipeline with another denoiser, random and at least 64 wide, so that a row of a layer's
     weights is whole blocks of four-bit numbers, as in every published network. Leave it as it is."""
-    torch.manual_seed(sum(map(ord, name)))
     folder = Path(_HOME.name) / f"{name}-wide"
     shutil.copytree(saved(name)[0], folder)
+    torch.manual_seed(sum(map(ord, name)))  # after `saved`, which may draw: the same network whoever asked first
     part = "unet" if (folder / "unet").is_dir() else "transformer"
     config = json.loads((folder / part / "config.json").read_text())
     times = 8 if part == "unet" or name.startswith("pixart") else 4
