@@ -77,6 +77,15 @@ def test_gradient_in_closed_form(schedule, objective, moved):
     )
 
 
+def group_of_six(model):
+    """Prompt 2's group as the algorithm draws it: images, condition, advantages, and the noise and level all share."""
+    images, cond = Random(0, 1, [12 + k for k in range(6)]), model.encode_prompts(["cat"] * 6)
+    x0 = sample(model, cond, images.normal("rollout", SHAPE).double(), 3, shift=1.0)
+    eps = Random(0, 1, [2]).normal("inject-0", SHAPE).double().expand(6, -1, -1, -1)
+    t = (1 - Random(0, 1, [2]).uniform("level-0")).expand(6)
+    return x0, cond, standard_scores(linear(x0, None), 6), eps, t
+
+
 def test_awms_weighting_in_closed_form():
     """The gradient of t d^p / p is t d^(p - 1) times d's own: large errors pull less, late times too."""
     error = torch.tensor([0.01, 0.5, 2.0], dtype=D, requires_grad=True)
@@ -88,12 +97,8 @@ def test_awms_weighting_in_closed_form():
     with torch.no_grad():
         model.parameters()[0].fill_(0.4)
     grad, _ = run(settings, model=model, ids=(2,))
-    images, cond = Random(0, 1, [12 + k for k in range(6)]), model.encode_prompts(["cat"] * 6)
     with torch.no_grad():
-        x0 = sample(model, cond, images.normal("rollout", SHAPE).double(), 3, shift=1.0)
-        a = standard_scores(linear(x0, None), 6)
-        eps = Random(0, 1, [2]).normal("inject-0", SHAPE).double().expand(6, -1, -1, -1)
-        t = (1 - Random(0, 1, [2]).uniform("level-0")).expand(6)
+        x0, cond, a, eps, t = group_of_six(model)
         v = velocity(model.predict(add_noise(x0, eps, *flow_schedule(t)), t, cond))
         pull = a * t * (matching_error(v, eps - x0) + 1e-10) ** -0.75
         expected = 0.5 * 5.0 * (pull.view(-1, 1, 1, 1) * 2 / 4 * (v - (eps - x0))).mean(0)
@@ -184,12 +189,8 @@ def test_the_old_weights_enter_in_closed_form(changes):
     with torch.no_grad():
         model.parameters()[0].fill_(0.4)
     grad, losses = run(settings, model=model, algorithm=algorithm, ids=(2,), step=1)
-    images, cond = Random(0, 1, [12 + k for k in range(6)]), model.encode_prompts(["cat"] * 6)
     with torch.no_grad():
-        x0 = sample(model, cond, images.normal("rollout", SHAPE).double(), 3, shift=1.0)
-        a = standard_scores(linear(x0, None), 6)
-        eps = Random(0, 1, [2]).normal("inject-0", SHAPE).double().expand(6, -1, -1, -1)
-        t = (1 - Random(0, 1, [2]).uniform("level-0")).expand(6)
+        x0, cond, a, eps, t = group_of_six(model)
         xt = add_noise(x0, eps, *flow_schedule(t))
         v, v_ref = (velocity(model.predict(xt, t, cond, weights=w)) for w in ("policy", "reference"))
         v_old = v_ref + 0.15  # the shift is the trained parameter
