@@ -60,7 +60,7 @@ def click(page, name):
         except (NoSuchElementException, StaleElementReferenceException):
             return False
 
-    wait_for(pressed, 30, f"{name} to be pressed")
+    wait_for(pressed, 60, f"{name} to be pressed")
 
 
 def press(page, key):
@@ -79,15 +79,27 @@ def vote(page, count, key=None):
     """Choose `count` times, the warmer picture unless a key is given; the seconds from a key to the next pair."""
     times = []
     for _ in range(count):
-        warmer = wait_for(lambda: [page.execute_script(WARMER)] if pair_id(page) else None, 30, "a pair")[0]
+        warmer = wait_for(lambda: [page.execute_script(WARMER)] if pair_id(page) else None, 60, "a pair")[0]
         if warmer is None:
-            wait_for(lambda: page.execute_script(WARMER) is not None, 10, "its pictures")
+            wait_for(lambda: page.execute_script(WARMER) is not None, 60, "its pictures")
             warmer = page.execute_script(WARMER)
         before, began = pair_id(page), time.perf_counter()
         press(page, key or (Keys.ARROW_LEFT if warmer else Keys.ARROW_RIGHT))
-        wait_for(lambda before=before: pair_id(page) not in ("", before), 20, "the next pair")
+        wait_for(lambda before=before: pair_id(page) not in ("", before), 60, "the next pair")
         times.append(time.perf_counter() - began)
     return times
+
+
+def choose_until_learnt(page, server, most=64):
+    """Ends on the Align page. Which pairs come depends on how quickly the keys follow each other, so that 24 choices
+    teach the taste on most machines, not on all: as a person would, choose more where the page asks for it."""
+    page.get(server.root + "/align")
+    while not get(page, "align-start").is_enabled():
+        page.get(server.root + "/choose")
+        wait_for(lambda: pair_id(page), 60, "a pair")
+        assert votes(page) < most, "the taste of whoever chooses the warmer picture is not learnt"
+        vote(page, 8)
+        page.get(server.root + "/align")
 
 
 def complaints(page, root):
@@ -126,33 +138,33 @@ def test_a_persons_whole_way(open_studio, show, tmp_path):
     page.refresh()
     assert votes(page) == 11 and pair_id(page) == shown  # nothing lives in the page
     press(page, Keys.BACKSPACE)
-    wait_for(lambda: votes(page) == 10, 10, "the vote taken back")
+    wait_for(lambda: votes(page) == 10, 60, "the vote taken back")
     vote(page, 14)
     assert votes(page) == 24
-    accuracy = wait_for(lambda: text(page, "taste-accuracy"), 20, "the taste")
+    accuracy = wait_for(lambda: text(page, "taste-accuracy"), 60, "the taste")
     assert "% (" in accuracy
 
-    page.get(server.root + "/align")
+    choose_until_learnt(page, server)
     click(page, "align-start")
-    wait_for(lambda: "run=align-1" in page.current_url, 20, "the run's page")
+    wait_for(lambda: "run=align-1" in page.current_url, 60, "the run's page")
     wait_for(lambda: int(text(page, "step") or 0) >= 3, 120, "its first steps")
     assert text(page, "run-state") == "Running"
 
     page.get(server.root + "/steer")
     get(page, "word-add").send_keys("sparkling")
     click(page, "word-wanted")
-    assert "near" in wait_for(lambda: text(page, "refused"), 10, "the refusal")
-    wait_for(lambda: get(page, "word-add").get_property("value") == "sparkling", 10, "the refused word to come back")
+    assert "near" in wait_for(lambda: text(page, "refused"), 60, "the refusal")
+    wait_for(lambda: get(page, "word-add").get_property("value") == "sparkling", 60, "the refused word to come back")
     get(page, "word-add").clear()
     get(page, "word-add").send_keys("cartoon")
     click(page, "word-wanted")
-    wait_for(lambda: "from step" in text(page, "word-chip"), 30, "the step at which the word took effect")
+    wait_for(lambda: "from step" in text(page, "word-chip"), 60, "the step at which the word took effect")
 
     pid = json.loads((tmp_path / "studio/processes/align-1.json").read_text())["pid"]
     wait_for(lambda: int(text(page, "step") or 0) >= 6, 60, "a checkpoint")
     os.kill(pid, signal.SIGKILL)
     page.get(server.root + "/align?run=align-1")
-    wait_for(lambda: text(page, "run-state") == "Died", 20, "the run to show as died")
+    wait_for(lambda: text(page, "run-state") == "Died", 60, "the run to show as died")
     click(page, "resume")
     wait_for(lambda: text(page, "run-state") == "Running", 60, "the run to go on")
     wait_for(lambda: int(text(page, "step") or 0) >= 12, 120, "more steps")
@@ -165,7 +177,7 @@ def test_a_persons_whole_way(open_studio, show, tmp_path):
         shown = "return document.querySelector('#blind .prompt')?.textContent ?? ''"
         wait_for(lambda n=number, script=shown: f" {n + 1} of" in page.execute_script(script), 60, "a pair")
         press(page, Keys.ARROW_LEFT if page.execute_script(WARMER) else Keys.ARROW_RIGHT)
-    assert "% (" in wait_for(lambda: "% (" in text(page, "win-rate") and text(page, "win-rate"), 20, "the win rate")
+    assert "% (" in wait_for(lambda: "% (" in text(page, "win-rate") and text(page, "win-rate"), 60, "the win rate")
 
     page.get(server.root + "/runs")
     assert get(page, "run-state").text in ("Stopped", "Finished")
@@ -186,13 +198,13 @@ def test_two_windows_a_killed_server_and_every_key(open_studio, serve, browser, 
     first = page.current_window_handle
     page.switch_to.new_window("tab")
     page.get(server.root + "/choose")
-    wait_for(lambda: votes(page) == 2, 20, "the other window's votes")
+    wait_for(lambda: votes(page) == 2, 60, "the other window's votes")
     shown = pair_id(page)
     vote(page, 1, Keys.ARROW_LEFT)
     page.switch_to.window(first)
     assert pair_id(page) == shown  # this window is older
     press(page, Keys.ARROW_RIGHT)  # about a pair that was voted on: it counts once, and the newer pair comes
-    wait_for(lambda: pair_id(page) != shown, 20, "the newer pair")
+    wait_for(lambda: pair_id(page) != shown, 60, "the newer pair")
     assert votes(page) == 3
     server.kill(signal.SIGKILL)
     again = serve(tmp_path)
@@ -212,7 +224,7 @@ def test_own_pictures_are_added_by_a_form(open_studio, tmp_path):
     for name in ("better", "worse"):
         page.find_element(By.NAME, name).send_keys(str(tmp_path / f"{name}.png"))
     page.find_element(By.NAME, "worse").submit()
-    wait_for(lambda: votes(page) == 1, 30, "the vote")
+    wait_for(lambda: votes(page) == 1, 60, "the vote")
     assert [v.choice for v in VoteStore(tmp_path / "runs/studio").read()] == ["left"]
     assert not complaints(page, server.root)
 
@@ -235,7 +247,7 @@ def test_fifty_hostile_prompts_run_nothing(open_studio, tmp_path):
         page.get(server.root + "/steer")
         get(page, "word-add").send_keys(word)
         click(page, "word-wanted")
-        wait_for(lambda: text(page, "refused"), 10, "the refusal")
+        wait_for(lambda: text(page, "refused"), 60, "the refusal")
         assert page.execute_script("return window.pwned") is None
     assert not complaints(page, server.root)
 
@@ -274,7 +286,7 @@ def test_a_full_disk_is_said_and_loses_nothing(open_studio, tmp_path, monkeypatc
     shown = pair_id(page)
     flag.touch()
     press(page, Keys.ARROW_LEFT)
-    wait_for(lambda: "free some space" in page.find_element(By.ID, "notice").text, 20, "the sentence")
+    wait_for(lambda: "free some space" in page.find_element(By.ID, "notice").text, 60, "the sentence")
     page.refresh()
     assert votes(page) == 2 and pair_id(page) == shown
     flag.unlink()
@@ -284,7 +296,7 @@ def test_a_full_disk_is_said_and_loses_nothing(open_studio, tmp_path, monkeypatc
     page.get(server.root + "/steer")
     get(page, "word-add").send_keys("cartoon")
     click(page, "word-wanted")
-    wait_for(lambda: text(page, "word-chip"), 20, "the word")
+    wait_for(lambda: text(page, "word-chip"), 60, "the word")
     click(page, "steer-start")
     wait_for(lambda: int(text(page, "step") or 0) >= 6, 180, "a checkpoint")
     flag.touch()
@@ -303,7 +315,7 @@ def test_a_full_disk_is_said_and_loses_nothing(open_studio, tmp_path, monkeypatc
 def check_fit(page, address):
     """Nothing wider than the screen, contrast of texts at least 4.5, targets large enough for a finger."""
     page.get(address)
-    wait_for(lambda: page.execute_script(SETTLED), 30, f"{address} to be whole")
+    wait_for(lambda: page.execute_script(SETTLED), 60, f"{address} to be whole")
     page.execute_script("for (const part of document.querySelectorAll('details')) part.open = true;")
     assert not page.execute_script(OUTSIDE), (address, page.execute_script(OUTSIDE))
     width = page.execute_script("return innerWidth")
@@ -382,6 +394,6 @@ def test_the_keyboard_alone_reaches_everything(open_studio, tmp_path):
         seen.append(name)
         if name == "word-add":
             ActionChains(page).send_keys("large", Keys.ENTER).perform()
-            wait_for(lambda: text(page, "word-chip"), 10, "the word")
+            wait_for(lambda: text(page, "word-chip"), 60, "the word")
     for name in ("Skip to the page", "Choose", "word-add", "word-wanted", "word-unwanted", "steer-start"):
         assert name in seen, (name, seen)
