@@ -192,12 +192,12 @@ class Voter:
         share of unseen pairs that the taste expects to order rightly."""
         d, y = np.stack(self.d), np.array(self.y)
         assert self.posterior is not None
-        foretold = leave_one_out(d, y, side_std=self.side_std)
-        expected = expected_accuracy(self.posterior, self.unseen, foretold)
-        return accuracy(foretold, y) | {
+        predicted = leave_one_out(d, y, side_std=self.side_std)
+        expected = expected_accuracy(self.posterior, self.unseen, predicted)
+        return accuracy(predicted, y) | {
             "votes": len(y), "log_evidence": self.posterior.log_evidence, "expected": expected}  # fmt: skip
 
-    def foretells(self, pool: Pool, pairs_: int = 4000) -> float:
+    def predicts(self, pool: Pool, pairs_: int = 4000) -> float:
         """Share of unseen pairs of one prompt that the taste orders as the person would."""
         u, z = pool.utilities(self.utility), self.scaling(torch.from_numpy(pool.raw)).numpy()
         i, j = np.random.default_rng(99).integers(0, len(u), (2, pairs_ * 20))
@@ -336,7 +336,7 @@ def reward_of(voter: Voter, features: Features, reward: Any, absolute: float) ->
 
 
 def accuracy_row(name: str, seed: int, concepts: int, quick: bool) -> list[dict[str, Any]]:
-    """How many unseen pairs are foretold after 10 to 160 votes, at random and by BALD."""
+    """How many unseen pairs are predicted after 10 to 160 votes, at random and by BALD."""
     here, rows = bench(concepts, quick), []
     for bald in (False, True):
         voter = Voter(here.people[name], here.first, here.scaling, seed)
@@ -345,7 +345,7 @@ def accuracy_row(name: str, seed: int, concepts: int, quick: bool) -> list[dict[
             found = voter.held_out() if count <= 80 else {}  # refits of more take long
             found |= {"learnt": learnt(found), "nats": over_chance(found)} if found else {}
             rows.append({"person": name, "seed": seed, "bald": bald, "votes": count,
-                         "unseen": voter.foretells(here.unseen), **found})  # fmt: skip
+                         "unseen": voter.predicts(here.unseen), **found})  # fmt: skip
     return rows
 
 
@@ -393,14 +393,14 @@ def golden_row(seed: int, concepts: int, quick: bool) -> dict[str, Any]:
     seconds = time.process_time() - began
     found = here.measured(utility, here.pictures(model, here.prompts), here.base, here.shown)
     return {"seed": seed, "prior": voter.posterior.prior, "log_evidence": voter.posterior.log_evidence,
-            "unseen": voter.foretells(here.unseen), "ended": ended, "cpu_seconds": seconds, **found}  # fmt: skip
+            "unseen": voter.predicts(here.unseen), "ended": ended, "cpu_seconds": seconds, **found}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------- the tables
 
 
 def accuracy_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Unseen pairs foretold, over people and seeds; those whom a linear utility of the features can hold, and all."""
+    """Unseen pairs predicted, over people and seeds; those whom a linear utility of the features can hold, and all."""
     lines = ["| votes | random | BALD | random, all people | BALD, all people |", "|--:|--:|--:|--:|--:|"]
     for votes in VOTES:
         cells = []

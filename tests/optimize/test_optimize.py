@@ -168,7 +168,7 @@ def test_pure_noise_is_explained_by_nothing():
 
 
 def test_the_surrogate_knows_where_a_drawing_is_and_where_its_prompt_wants_it():
-    """Squares on a plain ground, alike but for their place: what the position oracle says of them can be foretold, and
+    """Squares on a plain ground, alike but for their place: what the position oracle says of them can be predicted, and
     each side's prompt is best served by the square on that side."""
     prompts = [f"a star at the {('left', 'right', 'top', 'bottom')[k % 4]} on a gray background" for k in range(240)]
     random, images = torch.Generator().manual_seed(0), torch.full((240, 3, 64, 64), 0.5)

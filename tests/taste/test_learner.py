@@ -59,10 +59,10 @@ def test_forty_votes_have_the_recorded_evidence_and_posterior():
     assert found.prior == 1.0
     assert np.linalg.norm(found.mean) == pytest.approx(0.519851, abs=1e-6)
     assert np.trace(found.covariance) == pytest.approx(0.642190, abs=1e-6)
-    rng = np.random.default_rng(0)  # the same draws as in votes(), and then 3,000 pairs to be foretold
+    rng = np.random.default_rng(0)  # the same draws as in votes(), and then 3,000 pairs to be predicted
     x, w = rng.normal(size=(400, 24)), rng.normal(size=24)
     rng.integers(0, 400, (2, 40)), rng.random(40)
-    i, j = rng.integers(0, 400, (2, 3000))  # some are a picture against itself: foretold as not better, and right
+    i, j = rng.integers(0, 400, (2, 3000))  # some are a picture against itself: predicted as not better, and right
     u, said = x @ w, x @ found.mean
     assert np.mean((said[i] > said[j]) == (u[i] > u[j])) == pytest.approx(0.788667, abs=1e-6)
 

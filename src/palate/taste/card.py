@@ -22,7 +22,7 @@ BINS = 10  # of the calibration error
 
 
 def accuracy(probabilities: Array, outcomes: Array) -> dict[str, Any]:
-    """How often held-out choices were foretold: {"accuracy", "low", "high", "of"}. Ties foretell nothing and are left
+    """How often held-out choices were predicted: {"accuracy", "low", "high", "of"}. Ties predict nothing and are left
     out; a prediction of exactly one half counts as half right. None where there is no choice."""
     decided = outcomes != 0.5
     p, y = probabilities[decided], outcomes[decided]
@@ -34,12 +34,12 @@ def accuracy(probabilities: Array, outcomes: Array) -> dict[str, Any]:
 
 
 def learnt(card: Mapping[str, Any]) -> bool:
-    """Whether a taste may be aligned to: enough votes, held-out ones foretold in more than LEARNT of cases, all of them
-    likelier under the taste than under answers without one, and enough expected of unseen pairs. A sum of tastes is
-    learnt if all of its parts are.
+    """Whether a taste may be aligned to: enough votes, held-out ones predicted in more than LEARNT of cases,
+    all of them likelier under the taste than under answers without one, and enough expected of unseen pairs. A sum of
+    tastes is learnt if all of its parts are.
 
     The accuracy alone does not tell: pairs that are chosen by what the taste is unsure of flatter it, and coin tosses
-    are foretold in .6 of cases by chance often enough. The evidence does not depend on how pairs were chosen, but what
+    are predicted in .6 of cases by chance often enough. The evidence does not depend on how pairs were chosen, but what
     is common to two tastes in one (one for animals, another for food) has evidence too: that leaves the taste unsure
     of most pairs, however many votes there are, so `expected` stays low.
     """
@@ -57,11 +57,11 @@ def expects_enough(card: Mapping[str, Any]) -> bool:
     return expected is None or expected > EXPECTED - SLACK / card["votes"] or over_chance(card) >= SURE
 
 
-def expected_accuracy(posterior: Posterior, unseen: Array, foretold: Array) -> float:
+def expected_accuracy(posterior: Posterior, unseen: Array, predicted: Array) -> float:
     """The share of pairs that the taste itself expects to order as the person would, over feature differences `unseen`
     (m, D) of pairs of one prompt that were not chosen by the taste; with FEW of them over the held-out votes."""
     unseen = unseen[np.abs(unseen).sum(1) > 0] if len(unseen) else unseen
-    p = posterior.probability(unseen) if len(unseen) >= FEW else foretold
+    p = posterior.probability(unseen) if len(unseen) >= FEW else predicted
     return float(np.maximum(p, 1 - p).mean())
 
 

@@ -58,7 +58,7 @@ def source_of(folder: str | Path) -> str:
 
 
 def check_learnt(source: str | None) -> None:
-    """InputError unless every taste that the recipe names foretells held-out votes well enough to be optimised."""
+    """InputError unless every taste that the recipe names predicts held-out votes well enough to be optimised."""
     for folder, _ in parts_of(source):
         card = about(folder)["card"]
         if not cards.learnt(card):

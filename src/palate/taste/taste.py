@@ -43,7 +43,7 @@ class Taste:
 
     @property
     def learnt(self) -> bool:
-        """Whether held-out votes are foretold well enough to align to it (`card.learnt`)."""
+        """Whether held-out votes are predicted well enough to align to it (`card.learnt`)."""
         return cards.learnt(self.card)
 
     def objective(self, *, absolute: float | None = None, confidence: float = 0.0) -> TasteReward:
@@ -198,13 +198,13 @@ def learn(
     quality = rater_qualities(differences, outcomes, raters, side_std=SIDE_STD)
     scaled = differences * np.array([quality[name] for name in raters])[:, None]
     posterior = fit(scaled, outcomes, side_std=SIDE_STD)
-    foretold = leave_one_out(scaled, outcomes, side_std=SIDE_STD)
+    predicted = leave_one_out(scaled, outcomes, side_std=SIDE_STD)
     sides = fit(np.zeros_like(scaled), outcomes, side_std=SIDE_STD)
-    found = cards.accuracy(foretold, outcomes)
+    found = cards.accuracy(predicted, outcomes)
     card: dict[str, Any] = {
         "votes": len(outcomes), "ties": int((outcomes == 0.5).sum()), **found,
-        "calibration_error": cards.calibration_error(foretold, outcomes),
-        "expected": cards.expected_accuracy(posterior, unseen, foretold), "prior": posterior.prior,
+        "calibration_error": cards.calibration_error(predicted, outcomes),
+        "expected": cards.expected_accuracy(posterior, unseen, predicted), "prior": posterior.prior,
         "log_evidence": posterior.log_evidence, "log_evidence_of_sides": sides.log_evidence, "side": posterior.side,
         "words": cards.telling_columns(posterior, z, columns), "raters": quality,
     }  # fmt: skip

@@ -97,7 +97,7 @@ def fit(
     weights: SourceWeights = None,
     blocks: Annotated[str | None, typer.Option(help="Blocks of features, as words,colour; also tower, pairs.")] = None,
 ) -> None:
-    """Learn a taste, and say how well it foretells votes."""
+    """Learn a taste, and say how well it predicts votes."""
     from palate.cli import fit_taste
 
     fit_taste.fit(votes, out, features, weights, blocks)
