@@ -97,6 +97,21 @@ def test_a_run_that_cannot_be_read_stays_in_the_list(tmp_path):
     assert row.state == "broken" and "evaluation.json is not JSON" in row.headline
 
 
+def test_a_run_that_its_guard_ended_is_finished(tmp_path):
+    run = fake_run(tmp_path / "guarded", steps=2)
+    kept = [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if row["step"] <= 20]
+
+    def listed(*guard):
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*kept, *guard]))
+        row = runs_command.describe(run)
+        return row.state, row.headline.endswith("(ended by its guard)")
+
+    look = {"step": 20, "event": "guard", "verdict": "concept fell from 1 to 0.8, more than 0.04", "best_step": 10}
+    assert listed(look | {"action": "warn"}) == ("stopped", False)
+    assert listed(look | {"action": "stop"}) == ("finished", True)
+    assert listed(look | {"action": "stop"}, look | {"verdict": "ok"}) == ("stopped", False)  # resumed
+
+
 def test_prune_keeps_the_newest_good_one_and_the_best(tiny, palate):
     assert palate("train", "tiny.yaml", "trainer.steps=10", "trainer.keep_checkpoints=9")[0] == 0
     folder = tiny / "runs/tiny/checkpoints"

@@ -58,8 +58,10 @@ def describe(folder: Path) -> RunRow:
     else:
         step, steps = len(queries), optimize.get("budget")
     state, owner = state_of(folder, step, steps)
-    words = run_words(recipe, rows)
-    return RunRow(folder.name, str(folder), state, step, steps, words, headline(evaluation), round(size, 3), owner)
+    words, said = run_words(recipe, rows), headline(evaluation)
+    if state == "stopped" and ended_by_guard(rows):
+        state, said = "finished", f"{said} (ended by its guard)"
+    return RunRow(folder.name, str(folder), state, step, steps, words, said, round(size, 3), owner)
 
 
 def state_of(folder: Path, step: int, steps: int | None) -> tuple[str, str]:
@@ -69,6 +71,12 @@ def state_of(folder: Path, step: int, steps: int | None) -> tuple[str, str]:
         return found.state, found.owner.text()
     ended = all(status(newest).state == "finished" for newest in sorted(folder.glob("round-*"))[-1:])
     return ("finished" if steps is not None and step >= steps and ended else "stopped"), ""
+
+
+def ended_by_guard(rows: list[dict[str, Any]]) -> bool:
+    """Whether the guard's last look at the run made it end before its last step."""
+    actions = [row.get("action") for row in rows if row.get("event") == "guard"]
+    return actions[-1:] == ["stop"]
 
 
 def headline(evaluation: dict[str, Any] | None) -> str:
