@@ -4,9 +4,9 @@
 
 Loss: focal loss of the middles (a Gaussian around each), cross-entropy of thing and colour and L1 of place at the cell
 of each middle. A drawing in its own colours counts as red, blue, ... where most of it is (`nearest_paint`), as "none"
-where nothing is coloured, and teaches nothing about colour in between. Scenes are moved and mirrored at random
-(`shown.varied`). The same command resumes, and --minutes counts in all. At the end it is checked on 2,000 compositions
-that no training saw.
+where nothing is coloured, and teaches nothing about colour in between. Half of each batch is composed afresh, and all
+scenes are moved and mirrored at random (`shown.varied`). The same command resumes, and --minutes counts in all. At the
+end it is checked on 2,000 compositions that no training saw.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     vocab, atlas = vocabulary(), Atlas.load()
-    lessons = Lessons(atlas)
+    lessons, composer = Lessons(atlas), Composer(atlas)
     shown = weathered(args.pool, pool.ready(args.pool)[: args.chunks], args.vae, args.work / "weathered")
     detector = Detector(vocab.concepts, vocab.paints).train().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(detector.parameters(), lr=args.lr, weight_decay=0.02)
@@ -154,7 +154,8 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, step / 100) * (0.51 + 0.49 * math.cos(math.pi * run.share))
         rng = np.random.default_rng((args.seed, step))
-        part = varied(shown.take(rng.integers(len(shown.scenes), size=args.batch)), rng)
+        part = shown.take(rng.integers(len(shown.scenes), size=args.batch - args.batch // 2))
+        part = varied(part.with_fresh(composer, args.batch // 2, rng), rng)
         images = (part.images.float() / 255).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
             cells = detector(images)
@@ -166,7 +167,7 @@ def main() -> None:
         optimizer.step()
         run.log(terms)
     detector.save(args.assets / "detector")
-    fresh = Composer(atlas).compose(np.random.default_rng((99, 1)), 2000)
+    fresh = composer.compose(np.random.default_rng((99, 1)), 2000)
     print(check(Detector.load(args.assets / "detector"), lessons, fresh.images, fresh.scenes), flush=True)
 
 

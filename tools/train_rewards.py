@@ -10,8 +10,9 @@ Contrastive loss (InfoNCE) with four hard negatives per image: its caption with 
 and with something else that is wrong (`shown.wrong`). With --negatives (tools/build_negatives.py) a fifth of each batch
 are pairs as well: a caption, a real image that fulfils it, and a sample that was made for it; the real one has to score
 higher. Captions that are true of another image of the batch are no negatives of it. Images are blurred, noised and
-passed through the autoencoder at random, so that a score does not hang on pixels that no sampler makes; they are moved
-and mirrored, so that no pool is known by heart (`shown.varied`). The same command resumes, and --minutes counts in all.
+passed through the autoencoder at random, so that a score does not hang on pixels that no sampler makes; half of each
+batch is composed afresh and all of it moved and mirrored (`shown.varied`, `jittered`), so that no pool is known by
+heart. The same command resumes, and --minutes counts in all.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import numpy as np
 import pool
 import torch
 import torch.nn.functional as F
-from data import ASSETS
+from data import ASSETS, Atlas, Composer
 from progress import Progress
 from safetensors.torch import load_file
 from shown import MEAN, STD, Shown, true_of, varied, weather, weathered, wrong
@@ -178,6 +179,21 @@ def rivalry(model, real: Tensor, sampled: Tensor, captions: list[str], tokenizer
     return loss, {"rival": (scores[:, 0] > scores[:, 1]).float().mean()}
 
 
+def jittered(pixels: Tensor, rng: np.random.Generator) -> Tensor:
+    """Each image turned by up to 15 degrees, scaled by .8 to 1.2, moved by up to an eighth of a side, half of them
+    mirrored: what names neither the concept nor the style. What comes in at the border repeats it."""
+    count = len(pixels)
+    angle, scale = rng.uniform(-0.26, 0.26, count), rng.uniform(0.8, 1.2, count)
+    mirror, (x, y) = rng.choice([-1.0, 1.0], count), rng.uniform(-0.25, 0.25, (2, count))
+    rows = [
+        [scale * mirror * np.cos(angle), -scale * np.sin(angle), x],
+        [scale * mirror * np.sin(angle), scale * np.cos(angle), y],
+    ]
+    theta = torch.from_numpy(np.array(rows)).permute(2, 0, 1).to(pixels)
+    grid = F.affine_grid(theta, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+
+
 def classify(model, shown: Shown, pixels: Tensor) -> tuple[Tensor, dict]:
     """Cross-entropy of concept (where the scene has one) and style."""
     logits = model(pixels).logits
@@ -210,6 +226,7 @@ def main() -> None:
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     shown = weathered(args.pool, pool.ready(args.pool)[: args.chunks], args.vae, args.work / "weathered")
+    composer = Composer(Atlas.load())
     held_out = 1000  # of the pool, for the figures at the end
     rivals = Rivals.load(args.negatives, shown, held_out) if args.negatives else None
     model = build(args.which, len(tokenizer)).train()
@@ -221,6 +238,8 @@ def main() -> None:
     def evaluate(part: Shown, step: int) -> tuple[Tensor, dict]:
         pixels = (part.images.float() / 255 - MEAN) / STD
         if args.which == "judge":
+            if model.training:
+                pixels = jittered(pixels, np.random.default_rng((args.seed, 4, step)))
             return classify(model, part, pixels)
         return contrastive(model, part, pixels, tokenizer, np.random.default_rng((args.seed, 3, step)))
 
@@ -228,7 +247,8 @@ def main() -> None:
         order = np.random.default_rng((args.seed, 2, step))
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, step / 100) * (0.51 + 0.49 * math.cos(math.pi * run.share))
-        part = shown.take(order.integers(held_out, len(shown.scenes), args.batch))
+        part = shown.take(order.integers(held_out, len(shown.scenes), args.batch - args.batch // 2))
+        part = part.with_fresh(composer, args.batch // 2, order)
         part = part if args.which == "judge" else varied(part, order)
         # torch's fused attention is slow backwards under bfloat16 on a CPU
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):

@@ -39,6 +39,23 @@ def test_a_base_begins_with_what_the_smaller_one_says():
     assert torch.allclose(mine, theirs, atol=1e-4)
 
 
+def test_every_attention_is_taught_where_a_cell_is():
+    """Untaught maps say the middle, whose error is the grid's own mean square; taught ones reach into the network."""
+    unet = base.build_unet(10)
+    names = set(unet.state_dict())
+    places = base.Places(unet)
+    assert len(places.maps) == sum(hasattr(block, "proj_in") for block in unet.modules()) > 2
+    x, t, cond = torch.randn(2, 10, 16, 16), torch.tensor([900.0, 500.0]), torch.randn(2, 20, 128)
+    unet(x, t, cond)
+    grid = torch.linspace(-1, 1, 8).square().mean()
+    assert float(places.loss()) == pytest.approx(float(grid), rel=1e-5)
+    for told in places.maps:
+        torch.nn.init.normal_(told.weight, std=0.1)
+    places.loss().backward()
+    assert float(unet.conv_in.weight.grad.abs().sum()) > 0 and unet.conv_out.weight.grad is None
+    assert set(unet.state_dict()) == names  # nothing of it is saved with the model
+
+
 def test_an_autoencoder_begins_with_the_anchors_channels():
     anchor = AutoencoderTiny.from_pretrained(EMOJI / "vae", torch_dtype=torch.float32)
     old = anchor.config.latent_channels

@@ -215,6 +215,19 @@ def test_lessons_of_a_scene_put_each_middle_into_its_cell(scenic, samples):
     assert named and all(lessons.paint(t) == lessons.paints.index(t.paint) for t in named)
 
 
+def test_fresh_compositions_join_a_batch_and_are_what_their_scenes_say(scenic, samples):
+    shown = pytest.importorskip("shown")
+    before = shown.Shown.of(samples.images[:20].mul(255).round().byte(), samples.scenes[:20])
+    whole = before.with_fresh(scenic, 60, np.random.default_rng(5))
+    assert torch.equal(whole.images[:20], before.images) and whole.scenes[:20] == before.scenes
+    fresh = whole.scenes[20:]
+    assert len(fresh) == 60 and whole.concept[20:].tolist() == [scene.things[0].concept for scene in fresh]
+    apart = (scenic.paint(fresh) - whole.images[20:].float() / 255).abs().mean((1, 2, 3))
+    assert float(apart.median()) < 0.03 and float(apart.max()) > 0.01  # weathered, and of these scenes
+    again = before.with_fresh(scenic, 60, np.random.default_rng(6))
+    assert again.scenes[20:] != fresh
+
+
 def test_a_scene_that_is_moved_is_what_its_image_shows(scenic, samples):
     """Painted anew, it is the moved image (bilinear where it is zoomed), and its caption is true of it."""
     shown = pytest.importorskip("shown")
