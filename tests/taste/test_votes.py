@@ -60,6 +60,15 @@ def test_a_file_cut_in_the_middle_of_a_vote_loses_that_vote_alone(tmp_path, cut)
     assert [v.id for v in store.read()][-1] == "new" and len(store.read()) >= 3
 
 
+def test_a_vote_may_be_cut_at_any_byte_and_written_on_after(tmp_path):
+    """Also after the brace that ends a picture, where the line ends as a whole vote does."""
+    store = store_with(tmp_path, 2)
+    first, second = store.file.read_bytes().splitlines(keepends=True)
+    for size in range(1, len(first) - 1):
+        store.file.write_bytes(first[:size] + b"\n" + second)
+        assert [v.id for v in store.read()] == ["v1"], first[:size]
+
+
 def test_a_row_that_is_no_vote_is_named_with_its_line(tmp_path):
     store = store_with(tmp_path)
     with open(store.file, "a") as file:

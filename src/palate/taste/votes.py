@@ -224,7 +224,8 @@ def _rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
 def _cut(lines: list[bytes], number: int) -> bool:
     """Whether this is the start of a vote that a crash cut, after which a later start wrote on."""
     line = lines[number - 1]
-    return line.startswith(b"{") and not line.rstrip().endswith(b"}") and number < len(lines)
+    open_still = line.count(b"{") > line.count(b"}")  # cut after the brace of a picture, it ends as a vote does
+    return line.startswith(b"{") and (open_still or not line.rstrip().endswith(b"}")) and number < len(lines)
 
 
 def _vote(row: dict[str, Any], where: str) -> Vote:
