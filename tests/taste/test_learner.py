@@ -178,11 +178,15 @@ def card_of(votes=40, accuracy=0.74, evidence=3.0):
 
 
 def test_no_percentage_before_the_first_taste_and_what_to_do_at_chance():
-    assert verdict(card_of(19)) == "1 more votes until a first taste."
+    assert verdict(card_of(19)) == "1 more vote until a first taste."
+    assert verdict(card_of(39)).endswith("of cases. 1 more vote makes it a good taste.")
     assert verdict(card_of()) == "Your choices are predicted in 74 % (58 to 86) of cases."
     assert verdict(card_of(30)).endswith("of cases. 10 more votes make it a good taste.")
     for card in (card_of(accuracy=0.6), card_of(evidence=-0.1)):
         assert "no taste is learnt" in verdict(card) and "Choose 20 more pictures" in verdict(card)
+    assert "as chance" not in verdict(card_of(evidence=-0.1))  # its interval excludes chance; the evidence does not
+    assert "which chance may do as well" in verdict(card_of(accuracy=0.6))
+    assert "fit tosses of a coin as well: no taste" in verdict(card_of(evidence=-0.1))
     assert "ties" in verdict(card_of() | {"accuracy": None})
 
 

@@ -145,18 +145,33 @@ def verdict(card: Mapping[str, Any]) -> str:
     """The state of a taste in one sentence, and what to do next; no percentage before START votes."""
     votes = int(card["votes"])
     if votes < START:
-        return f"{START - votes} more votes until a first taste."
+        return f"{_more_votes(START - votes)} until a first taste."
     if card["accuracy"] is None:
-        return "All votes are ties: there is nothing to learn from them yet."
+        return (
+            "All votes are ties, so there is nothing to learn from them yet. Choose more pictures, and say so where "
+            "one of two is a little better."
+        )
     percent, low, high = (math.floor(100 * card[key] + 0.5) for key in ("accuracy", "low", "high"))
     text = f"Your choices are predicted in {percent} % ({low} to {high}) of cases"
     if not learnt(card):
-        why = "which chance may do as well"
-        if card["accuracy"] > LEARNT and over_chance(card) > 0:
-            why = f"but of new pairs it expects to order only {math.floor(100 * card['expected'] + 0.5)} % as you would"
         return (
-            f"{text}, {why}: no taste is learnt yet, so there is nothing to align to. Choose "
+            f"{text}, {_why_not(card)}: no taste is learnt yet, so there is nothing to align to. Choose "
             f'{MORE} more pictures, with "no difference" where you see none, or say it in words. A taste that asks '
             "for one thing here and for another there is not learnt by more votes."
         )
-    return f"{text}." + ("" if votes >= GOOD else f" {GOOD - votes} more votes make it a good taste.")
+    if votes >= GOOD:
+        return f"{text}."
+    return f"{text}. {_more_votes(GOOD - votes)} {'makes' if GOOD - votes == 1 else 'make'} it a good taste."
+
+
+def _why_not(card: Mapping[str, Any]) -> str:
+    """Why a taste is not learnt, by the first of the conditions that it fails."""
+    if card["accuracy"] <= LEARNT:
+        return "which chance may do as well"
+    if over_chance(card) <= 0:
+        return "but pairs are chosen where that is easy to reach, and all your votes fit tosses of a coin as well"
+    return f"but of new pairs it expects to order only {math.floor(100 * card['expected'] + 0.5)} % as you would"
+
+
+def _more_votes(count: int) -> str:
+    return f"{count} more vote{'' if count == 1 else 's'}"
