@@ -53,6 +53,21 @@ def test_a_token_file_may_be_used_again():
         assert other.get(f"/?token={SECRET}").status_code == 303 and other.get("/").status_code == 200
 
 
+def test_a_link_for_another_device_works_once_beside_a_token_file_too():
+    access = Access(inner, token=SECRET, port=7, lasting=True)
+    invited = access.invite()
+    assert browser_of(access).get(f"/?token={invited}").status_code == 303
+    assert browser_of(access).get(f"/?token={invited}").status_code == 401
+
+
+def test_a_studio_on_all_addresses_answers_to_addresses_and_not_to_names():
+    for host, status in (("192.168.1.5:8420", 401), ("[fe80::1]", 401), ("evil.example", 403), ("1.2.3.evil", 403)):
+        everywhere = Access(inner, token=SECRET, hosts=("0.0.0.0", "here"), port=7, lasting=True)
+        assert browser_of(everywhere).get("/", headers={"host": host}).status_code == status
+    answer = browser_of(Access(inner, token=SECRET, hosts=("here",), port=7)).get("/", headers={"host": "192.168.1.5"})
+    assert answer.status_code == 403 and "--host" in answer.text
+
+
 @pytest.mark.parametrize("token", ["", "t" * 19, "T" * 20, "é" * 20])
 def test_a_wrong_token_is_refused(token):
     assert browser_of(Access(inner, token=SECRET, port=7)).get("/", params={"token": token}).status_code == 401
@@ -120,6 +135,8 @@ def test_a_port_in_use_gives_the_next():
     second.close()
     with pytest.raises(InputError, match="address of this machine"):
         listen("203.0.113.7", 8420)
+    with listen("127.0.0.1", 65535), pytest.raises(InputError, match="none of 65535 to 65535 is free"):
+        listen("127.0.0.1", 65535)
 
 
 def test_other_machines_need_a_token_file(tmp_path):

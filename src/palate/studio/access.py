@@ -7,6 +7,7 @@ nothing, requests have a largest size, and everything that can be judged before 
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import secrets
 from collections.abc import Sequence
 from http.cookies import CookieError, SimpleCookie
@@ -22,6 +23,8 @@ from palate.rewards.remote import LOOPBACK
 BODY_LIMIT = 1 << 20  # bytes of an ordinary request
 UPLOAD_LIMIT = 64 << 20  # bytes of uploaded pictures
 UPLOADS = ("/choose/upload",)
+EVERYWHERE = ("0.0.0.0", "::")  # all addresses of this machine, under any of which a phone may call
+FOREIGN = "This name of the machine is not allowed. Open the link that palate studio printed, or start it with --host."
 SECRET_LENGTH = 16  # characters that a token file must hold at least
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -53,7 +56,9 @@ class Access:
     def __init__(self, app: ASGIApp, *, token: str, hosts: Sequence[str] = (), lasting: bool = False, port: int = 0):
         self.app, self.lasting = app, lasting
         self.hosts = {*LOOPBACK, *hosts}
+        self.anywhere = bool(self.hosts & set(EVERYWHERE))
         self.cookie = f"palate-studio-{port}"  # cookies do not know ports
+        self._token = token
         self._tokens = {token}
         self._sessions: set[str] = set()
 
@@ -82,8 +87,8 @@ class Access:
     def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
         """What is refused whoever asks: a foreign host, another origin, a body that is too large."""
         name = urlsplit("//" + headers.get("host", "")).hostname or ""
-        if name not in self.hosts:
-            return HTMLResponse(PLAIN.format(sentence="This host name is not allowed.", form=""), 403)
+        if name not in self.hosts and not (self.anywhere and _is_address(name)):
+            return HTMLResponse(PLAIN.format(sentence=FOREIGN, form=""), 403)
         origin = headers.get("origin")
         foreign = origin is not None and urlsplit(origin).netloc != headers.get("host")
         entry = (
@@ -109,7 +114,7 @@ class Access:
         found = next((t for t in self._tokens if hmac.compare_digest(t.encode(), given[0].encode())), None)
         if found is None:
             return RedirectResponse(target, 303) if self._known(headers) else None
-        if not self.lasting:
+        if not self.lasting or found != self._token:
             self._tokens.discard(found)
         session = secrets.token_urlsafe(24)
         self._sessions.add(session)
@@ -152,6 +157,15 @@ class Access:
             if not begun:
                 page = HTMLResponse(PLAIN.format(sentence="The request is too large.", form=""), 413)
                 await page(scope, receive, _with_headers(send))
+
+
+def _is_address(name: str) -> bool:
+    """Whether a host is named by its address: no other page's name can be made to lead here by it."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def limit_of(path: str) -> int:

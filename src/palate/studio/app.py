@@ -24,7 +24,7 @@ from palate.runtime.errors import InputError, PalateError
 from palate.runtime.files import with_remedy
 from palate.runtime.progress import printable
 from palate.studio import routes_choose, routes_compare, routes_runs, routes_start, routes_train
-from palate.studio.access import SECRET_LENGTH, Access
+from palate.studio.access import EVERYWHERE, SECRET_LENGTH, Access
 from palate.studio.shared import Studio, studio_of
 
 PORT, TRIES = 8420, 20
@@ -82,7 +82,8 @@ async def _malformed(request: Request, error: Exception) -> Response:
 
 def listen(host: str, port: int) -> socket.socket:
     """A socket on the port, or on the next free one. InputError: none of TRIES is free, or the host is not ours."""
-    for candidate in range(port, port + TRIES) if port else (0,):
+    last = min(port + TRIES - 1, 65535)
+    for candidate in range(port, last + 1) if port else (0,):
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         opened = socket.socket(family, socket.SOCK_STREAM)
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -96,7 +97,7 @@ def listen(host: str, port: int) -> socket.socket:
                 raise InputError(
                     f"--host {host}: {error.strerror or error}; give an address of this machine"
                 ) from error
-    raise InputError(f"--port: none of {port} to {port + TRIES - 1} is free; name another with --port")
+    raise InputError(f"--port: none of {port} to {last} is free and allowed; name another above 1023 with --port")
 
 
 def opened_in_browser(url: str) -> bool:
@@ -134,7 +135,7 @@ def serve(
     own = opened.getsockname()[1]
     if port and own != port:
         print(f"palate: port {port} is in use; taking {own}", file=sys.stderr)
-    named = host if host not in ("0.0.0.0", "::") else socket.gethostname()
+    named = host if host not in EVERYWHERE else socket.gethostname()
     app = make_app(runs, token=token, hosts=(host, named), lasting=token_file is not None, port=own)
     page = "/"
     if first_run:
