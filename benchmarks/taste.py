@@ -40,7 +40,6 @@ from palate.core import Random
 from palate.evaluate import diversity, embedded_panel, generate, pairs
 from palate.models.vocabulary import parse_prompt, vocabulary
 from palate.rewards.simple import border, luma, saturation, warmth
-from palate.studio.artist import hidden_prompt
 from palate.studio.voting import REFIT_PRIOR
 from palate.taste.ask import RANDOM, next_pair
 from palate.taste.card import accuracy, expected_accuracy, learnt, over_chance, unseen_pairs
@@ -49,7 +48,7 @@ from palate.taste.learner import PRIORS, Posterior, fit, leave_one_out
 from palate.taste.pictures import raw_features
 from palate.taste.reward import TasteReward
 from palate.taste.taste import SIDE_STD
-from palate.taste.words import offered, with_words, word_gains
+from palate.taste.words import hidden_prompt, offered, with_words, word_gains
 from palate.train import train
 
 RIGHT = 0.875  # of random pairs

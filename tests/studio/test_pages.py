@@ -62,6 +62,61 @@ def test_votes_are_counted_once_per_pair_and_undone(studio):
     assert shown.id != first  # the line that took the vote back names the old one
 
 
+def test_a_pair_that_was_voted_on_is_not_shown_again(studio, monkeypatch):
+    """Not while a new model has drawn nothing yet, nor after the studio was killed between the vote and the next."""
+    client, found = studio
+    first, before = found.voting.pair(), len(found.voting.votes())
+    with monkeypatch.context() as patch:
+        patch.setattr(found.artist, "rows", lambda prompts=(): [])
+        assert "are being drawn" in client.post("/choose/vote", data={"pair": first.id, "choice": "left"}).text
+        client.post("/choose/vote", data={"pair": first.id, "choice": "right"})
+        assert [vote.choice for vote in found.voting.votes()[before:]] == ["left"]
+    assert found.voting.pair().id != first.id
+    found.workspace.write("pair.json", first.tree())
+    assert found.voting.pair().id != first.id
+    client.post("/choose/undo")
+
+
+def test_own_prompts_are_asked_about_from_the_next_pair_on(studio):
+    client, found = studio
+    own = next(name for name in vocabulary().concepts if name != found.voting.pair().prompt)
+    client.post("/choose/settings", data={"prompts": f"  {own} \n"}, headers={"hx-request": "true"})
+    wait_for(found.voting.pair, 20, "a pair of the own prompt")
+    for _ in range(3):
+        pair = found.voting.pair()
+        assert pair.prompt == own
+        client.post("/choose/vote", data={"pair": pair.id, "choice": "tie"})
+    client.post("/choose/settings", headers={"hx-request": "true"})
+    for _ in range(3):
+        client.post("/choose/undo")
+    assert found.workspace.settings()["prompts"] == []
+
+
+def test_pictures_that_are_gone_are_not_asked_about(studio):
+    _, found = studio
+    drawn = found.artist.rows()[0]
+    path = found.workspace.store.pictures / drawn.picture.file
+    content = path.read_bytes()
+    path.unlink()
+    assert drawn.picture.file not in {row.picture.file for row in found.artist.rows()}
+    path.write_bytes(content)
+
+
+def test_every_twelfth_choice_is_asked_twice(studio, monkeypatch):
+    """3 of 40, and after 60 the five that it takes to say that votes disagree."""
+    _, found = studio
+    pair = found.voting.pair()
+    votes = [Vote("fox", pair.left, pair.right, "left", id=str(k)) for k in range(60)]
+    monkeypatch.setattr(found.voting, "posterior", lambda scaling: None)
+    asked = []
+    for count in range(6, 61):
+        monkeypatch.setattr(found.voting, "votes", lambda count=count: votes[:count])
+        again = found.voting._next(votes[count - 1])
+        asked += [count] if again.repeat_of else []
+    assert asked == [12, 24, 36, 48, 60]
+    found.voting.forget_pair()
+
+
 def test_pairs_are_of_one_concept_and_no_percentage_is_shown_before_twenty(studio):
     client, found = studio
     while len(found.voting.votes()) < 19:

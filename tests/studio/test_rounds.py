@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import socket
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from starlette.testclient import TestClient
 
 from palate import recipe
 from palate.models.vocabulary import vocabulary
+from palate.runtime import runlock
+from palate.runtime.errors import InputError
 from palate.studio import app as studio_app
 from palate.studio.app import make_app, opened_in_browser, serve
+from palate.studio.artist import Drawn
 from palate.studio.routes_train import _steered
 from palate.studio.runview import RunView, Words
+from palate.taste.votes import Picture
 
 TOKEN = "a-token-of-the-tests"
 
@@ -24,6 +32,12 @@ def studio(tmp_path):
     client = TestClient(access, base_url="http://localhost", headers={"hx-request": "true"})
     client.get(f"/?token={TOKEN}")
     return client, access.app.state.studio
+
+
+def picture(shade):
+    stream = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), shade, np.uint8)).save(stream, "PNG")
+    return stream.getvalue()
 
 
 def a_run(found, name, kind, start="", *overrides):
@@ -76,6 +90,65 @@ def test_the_pictures_to_choose_among_are_those_of_any_round_or_of_the_model_as_
     assert answer.status_code == 422 and "no round named" in answer.text
     client.post("/choose/settings", data={"source": "-"})
     assert found.workspace.settings()["source"] == ""
+
+
+def test_a_run_that_went_on_is_drawn_from_anew_once_it_has_ended(studio, monkeypatch):
+    """Pictures of its earlier step are asked about no longer; while it trains, the model stays as it was."""
+    _, found = studio
+    view, artist, loaded = a_run(found, "align-1", "taste-emoji"), found.artist, []
+    found.workspace.set(source="align-1")
+    monkeypatch.setattr("palate.studio.artist.trained_model", lambda run, warn: loaded.append(run) or (None, "sampler"))
+
+    def after(step):
+        (view.folder / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+        artist._follow_source()
+        file = found.workspace.store.keep(picture(step))
+        artist.pool.append(Drawn("fox", Picture(file, run="align-1", step=artist._step), None))
+        return [drawn.picture.step for drawn in artist.rows()]
+
+    assert after(30) == [30] and len(loaded) == 1
+    with runlock.owned(view.folder):
+        assert after(35) == [30, 30] and len(loaded) == 1
+    assert after(60) == [60] and len(loaded) == 2
+
+
+def test_runs_of_any_way_are_compared_each_on_its_own_model(studio, monkeypatch):
+    """Also those that train on pictures, which name no prompts; LoRAs of two models are not mixed."""
+    _, found = studio
+    monkeypatch.setattr("palate.studio.comparing.EmojiModel.load", lambda folder, training: folder or "base")
+    monkeypatch.setattr(found.comparing, "_lora", lambda run: run)
+    drawn = []
+
+    def draw(showing, prompts, parts):
+        drawn.append((showing.model, [run for _, run in parts]))
+        return torch.zeros(len(prompts), 3, 8, 8)
+
+    monkeypatch.setattr(found.comparing, "_draw", draw)
+    for name in ("taste-emoji", "taste-emoji-srpo", "taste-emoji-dpo"):
+        a_run(found, name, name)
+        (found.workspace.runs / name / "checkpoints" / "step-000030").mkdir(parents=True)
+        assert len(found.comparing.showing(name).prompts) >= 24
+    study = found.comparing.study("taste-emoji", "taste-emoji-dpo")
+    assert drawn == [("emoji-1step", ["taste-emoji"]), ("base", ["taste-emoji-dpo"])]
+    for number in range(5):
+        found.comparing.answer(study, number, "tie")
+    rate = found.comparing.win_rate(study)
+    assert (rate["rate"], rate["run"], rate["other"]) == (0.5, "taste-emoji", "taste-emoji-dpo")
+    with pytest.raises(InputError, match="train different models, so they do not mix"):
+        found.comparing.grid("taste-emoji", 1.0, "taste-emoji-dpo", 0.5)
+    found.comparing.grid("taste-emoji-srpo", 1.0, "taste-emoji-dpo", 0.5)
+    assert drawn[-1] == ("base", ["taste-emoji-srpo", "taste-emoji-dpo"])
+
+
+def test_an_answer_cut_short_swallows_not_the_next_one(studio):
+    _, found = studio
+    pairs = [{"prompt": "fox", "left": "a", "files": {"a": "x", "b": "y"}}] * 3
+    found.workspace.write("compare/a.base.30/study.json", {"run": "a", "other": "", "pairs": pairs})
+    path = found.workspace.home / "compare" / "a.base.30" / "choices.jsonl"
+    found.comparing.answer("a.base.30", 0, "left")
+    path.write_bytes(path.read_bytes() + b'{"pair": 1, "cho')
+    found.comparing.answer("a.base.30", 2, "right")
+    assert found.comparing.answers("a.base.30") == {0: "left", 2: "right"}
 
 
 def test_what_a_word_did_is_counted_from_the_last_pictures_without_it(studio, monkeypatch):

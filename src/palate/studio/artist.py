@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from palate.core import Model, Random, Reward, Sampler
-from palate.export import Lora, read_adapter
 from palate.models.emoji import EmojiModel
-from palate.models.vocabulary import parse_prompt, vocabulary
+from palate.models.vocabulary import vocabulary
 from palate.rewards.emoji import load_reward
 from palate.runs import trained_model
+from palate.runtime import checkpoint, runlock
 from palate.runtime.errors import InputError, PalateError
 from palate.runtime.files import split_lines
 from palate.runtime.images import encode_png, from_pixels, quantise, read_pixels, to_pixels
@@ -32,7 +32,7 @@ from palate.taste.features import Features, features_of
 from palate.taste.learner import Array
 from palate.taste.pictures import raw_features
 from palate.taste.votes import Picture
-from palate.taste.words import with_words
+from palate.taste.words import hidden_prompt
 
 GENERATOR = "emoji-1step"
 PER_CONCEPT = 8  # pictures of a concept that are drawn together
@@ -60,6 +60,7 @@ class Artist:
         self._using, self._stop = threading.Lock(), threading.Event()
         self._wanted: list[str] = []  # prompts of the person's own, drawn first
         self._source: str | None = None
+        self._step: int | None = None  # of the source: a run that went on, or back, is drawn from anew
         self._thread = threading.Thread(target=self._work, name="artist", daemon=True)
         self.model: Model
         self.sampler: Sampler
@@ -87,10 +88,18 @@ class Artist:
         """Whether model and reward are loaded, within the time."""
         return self.ready.wait(seconds)
 
-    def rows(self) -> list[Drawn]:
-        """What can be voted on now: pictures by the model in use."""
-        source = self.workspace.settings()["source"]
-        return [drawn for drawn in list(self.pool) if drawn.picture.run == source]
+    def rows(self, prompts: Sequence[str] = ()) -> list[Drawn]:
+        """What can be voted on now: pictures by the model in use that are still there; of `prompts`, if any."""
+        source, pictures = self.workspace.settings()["source"], self.workspace.store.pictures
+        any_step = source != self._source  # its model is not loaded yet
+        return [
+            drawn
+            for drawn in list(self.pool)
+            if drawn.picture.run == source
+            and (any_step or drawn.picture.step == self._step)
+            and (not prompts or drawn.prompt in prompts)
+            and (pictures / drawn.picture.file).is_file()
+        ]
 
     def look(self, images: Tensor, prompts: Sequence[str]) -> Array:
         with self._using:
@@ -114,6 +123,16 @@ class Artist:
         return torch.cat(parts).float()
 
     def _work(self) -> None:
+        try:
+            self._go_on()
+        except Exception:  # a fault of ours: the pages say that nothing more comes, the terminal where it happened
+            self.problem = (
+                "No more pictures are drawn after a fault of palate, which its terminal shows. Start it again"
+            )
+            self.ready.set()
+            raise
+
+    def _go_on(self) -> None:
         try:
             self._load()
             self._recall()
@@ -143,9 +162,10 @@ class Artist:
         self._source = ""
 
     def _follow_source(self) -> None:
-        """Draw with the model of the run that the settings name."""
+        """Draw with the model of the run that the settings name, as it is now; while it trains on, as it was."""
         source = self.workspace.settings()["source"]
-        if source == self._source:
+        step = self._step_of(source)
+        if source == self._source and step == self._step:
             return
         with LOADING:
             if source:
@@ -157,14 +177,23 @@ class Artist:
             raise InputError(f"{source} is no run of a one-step generator; pictures are drawn by one")
         with self._using:
             self.model, self.sampler = model, sampler
-        self._source = source
+        self._source, self._step = source, step
+
+    def _step_of(self, source: str) -> int | None:
+        """The newest step of the run; None for the plain model."""
+        if not source:
+            return None
+        folder = self.workspace.run(source)
+        if source == self._source and runlock.status(folder).state == "running":
+            return self._step
+        return max(checkpoint.steps(folder / "checkpoints"), default=None)
 
     def _draw_some(self, rng: np.random.Generator) -> bool:
         """A few pictures more of one concept; False when there are enough."""
         with self.changed:
             wanted = self._wanted.pop(0) if self._wanted else None
         own = self.workspace.settings()["prompts"]
-        if wanted is None and len(self.rows()) >= self.size:
+        if wanted is None and len(self.rows(own)) >= self.size:
             return False
         prompt = wanted or str(rng.choice(own if own else vocabulary().concepts))
         hidden = [prompt if k < PER_CONCEPT // 2 else hidden_prompt(prompt, rng) for k in range(PER_CONCEPT)]
@@ -179,7 +208,9 @@ class Artist:
         rows = []
         for prompt, image, text, seed, row in zip(prompts, images, hidden, seeds, features, strict=True):
             name = self.workspace.store.keep(png_of(image))
-            picture = Picture(name, text, self.fingerprint, seed, 1.0, self.sampler.steps, self._source or "")
+            picture = Picture(
+                name, text, self.fingerprint, seed, 1.0, self.sampler.steps, self._source or "", self._step
+            )
             rows.append(Drawn(prompt, picture, row))
         lines = "".join(json.dumps({"shown": d.prompt, **d.picture.__dict__}) + "\n" for d in rows)
         with open(self.workspace.home / "pool.jsonl", "a", encoding="utf-8") as file:
@@ -208,48 +239,10 @@ class Artist:
             self.pool += [Drawn(p, picture, row) for (p, picture), row in zip(part, rows, strict=True)]
 
 
-def hidden_prompt(prompt: str, rng: np.random.Generator) -> str:
-    """The prompt with random words of style, size and background where it names none."""
-    vocab, named = vocabulary(), parse_prompt(prompt)._asdict()
-    chosen = [
-        str(rng.choice(words))
-        for kind, words, share in (
-            ("size", vocab.sizes, 0.4), ("style", vocab.styles, 0.7), ("background", list(vocab.colours), 0.7))
-        if named[kind] is None and rng.random() < share
-    ]  # fmt: skip
-    try:
-        return with_words(prompt, chosen)
-    except InputError:  # longer than the model reads
-        return prompt
-
-
 def generator_sampler(folder: Path | None) -> FewStepGenerator:
     """How the packaged generator is sampled, from the record beside its weights."""
     tree: dict[str, Any] = json.loads((Path(folder or "") / "generator.json").read_text("utf-8"))
     return FewStepGenerator(**{key: tree[key] for key in ("t_init", "input_scale", "steps")})
-
-
-def with_strength(model: Model, parts: Sequence[tuple[float, dict[str, Lora]]]) -> None:
-    """Set the plain network of `model` to its base plus each LoRA times its strength.
-
-    The base weights are kept at the first call; a LoRA of a convolution is multiplied out like that of a linear layer.
-    """
-    network = model.weights.network  # type: ignore[attr-defined]
-    kept: dict[str, Tensor] = model.__dict__.setdefault("studio_base", {})
-    layers = dict(network.named_modules())
-    with torch.no_grad():
-        for name, base in kept.items():
-            layers[name].weight.copy_(base)
-        for strength, loras in parts:
-            for name, lora in loras.items():
-                weight = layers[name].weight
-                kept.setdefault(name, weight.detach().clone())
-                change = (lora.up.flatten(1) @ lora.down.flatten(1)).view(weight.shape)
-                weight.add_(change.to(weight), alpha=strength * lora.alpha / lora.rank)
-
-
-def adapters(folders: Sequence[Path]) -> list[dict[str, Lora]]:
-    return [read_adapter(folder / "adapter") for folder in folders]
 
 
 def png_of(image: Tensor) -> bytes:

@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +18,14 @@ from torch import Tensor
 
 from palate import recipe as recipes
 from palate.core import Model, Sampler
-from palate.data import evenly_spaced
-from palate.evaluate import generate
+from palate.data import evenly_spaced, read_prompts
+from palate.evaluate import generate, read_index
 from palate.evaluate.intervals import win_rate_interval
 from palate.export import Lora, read_adapter
 from palate.models.emoji import EmojiModel
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
-from palate.studio.artist import LOADING, Artist, png_of, with_strength
+from palate.studio.artist import LOADING, Artist, png_of
 from palate.studio.undo import adapter_now
 from palate.studio.workspace import Workspace
 
@@ -76,8 +77,9 @@ class Comparing:
     def _make(self, name: str, run: str, other: str) -> None:
         showing = self.showing(run)
         prompts = evenly_spaced(showing.prompts, PAIRS)
+        second = self.showing(other) if other else showing  # a LoRA goes onto the model that it was trained for
         sides = {"a": self._draw(showing, prompts, [(1.0, self._lora(run))]),
-                 "b": self._draw(showing, prompts, [(1.0, self._lora(other))] if other else [])}  # fmt: skip
+                 "b": self._draw(second, prompts, [(1.0, self._lora(other))] if other else [])}  # fmt: skip
         order = sorted(range(len(prompts)), key=lambda i: secrets.token_bytes(4))
         keep = self.workspace.store.keep
         pairs = []
@@ -103,7 +105,7 @@ class Comparing:
             raise InputError("expected an answer of left, right or tie to one of the pairs")
         if number in self.answers(name):
             return  # the screen is older; the first answer counts
-        line = json.dumps({"pair": number, "choice": choice}).encode() + b"\n"
+        line = b"\n" + json.dumps({"pair": number, "choice": choice}).encode() + b"\n"  # after one that was cut short
         with open(self._folder(name) / "choices.jsonl", "ab", buffering=0) as file:
             file.write(line)
             os.fsync(file.fileno())
@@ -120,36 +122,46 @@ class Comparing:
         return found
 
     def win_rate(self, name: str) -> dict[str, Any] | None:
-        """How often the run was preferred, a tie counting half, with its interval; None before ENOUGH answers."""
-        answers, pairs = self.answers(name), self._pairs(name)
-        if len(answers) < ENOUGH:
+        """How often the run was preferred, a tie counting half, with its interval and whom it met; None before ENOUGH
+        answers, or all of a study of fewer pairs."""
+        tree, answers = self._tree(name), self.answers(name)
+        pairs = tree["pairs"]
+        if len(answers) < min(ENOUGH, len(pairs)) or not answers:
             return None
         scores = [0.5 if choice == "tie" else float(choice == ("left" if pairs[i]["left"] == "a" else "right"))
                   for i, choice in answers.items()]  # fmt: skip
         low, high = win_rate_interval(scores)
-        return {"rate": sum(scores) / len(scores), "low": low, "high": high, "of": len(scores)}
+        return {"rate": sum(scores) / len(scores), "low": low, "high": high, "of": len(scores),
+                "run": tree.get("run", ""), "other": tree.get("other", "")}  # fmt: skip
 
     def _folder(self, name: str) -> Path:
         return self.workspace.home / "compare" / name
 
+    def _tree(self, name: str) -> dict[str, Any]:
+        tree = {} if "/" in name or name.startswith(".") else self.workspace.read(f"compare/{name}/study.json")
+        if not isinstance(tree.get("pairs"), list):
+            raise InputError("there is no such comparison; start it again on the page Compare")
+        return tree
+
     def _pairs(self, name: str) -> list[dict[str, Any]]:
-        if "/" in name or name.startswith("."):
-            raise InputError("there is no such comparison")
-        pairs = self.workspace.read(f"compare/{name}/study.json").get("pairs")
-        if not isinstance(pairs, list):
-            raise InputError("there is no such comparison; start it again")
+        pairs: list[dict[str, Any]] = self._tree(name)["pairs"]
         return pairs
 
     # ------------------------------------------------------------------------------------------------ live grid
 
     def grid(self, run: str, strength: float, other: str = "", mix: float = 0.0) -> list[bytes]:
-        """PNGs of the run's first prompts: its LoRA at `strength`, of which the share `mix` is the other run's."""
+        """PNGs of the run's first prompts: its LoRA at `strength`, of which the share `mix` is the other run's.
+
+        InputError: out of range, not of the embedded model, or of two models, whose LoRAs do not add up.
+        """
         if not (0 <= strength <= STRONGEST and 0 <= mix <= 1):
             raise InputError(f"strength goes from 0 to {STRONGEST}, the mix from 0 to 1")
         parts = [(strength * (1 - mix), self._lora(run))]
-        if other:
-            parts.append((strength * mix, self._lora(other)))
         showing = self.showing(run)
+        if other:
+            if self.showing(other).model is not showing.model:
+                raise InputError(f"{run} and {other} train different models, so they do not mix; compare them blind")
+            parts.append((strength * mix, self._lora(other)))
         with self._lock:
             images = self._draw(showing, showing.prompts[:SHOWN], parts)
         return [png_of(image) for image in images]
@@ -166,8 +178,21 @@ class Comparing:
             if key not in self._models:
                 self._models[key] = EmojiModel.load(recipe.model.folder, training="none")
         sampler = recipes.sampler_of(recipes.build_algorithm(recipe))
-        _, preview = recipes.prompts_of(recipe)
+        if recipe.prompts.pairs or recipe.prompts.images:  # trained on pictures: their captions are no list of prompts
+            asked = recipe.prompts.preview
+            preview = read_prompts(asked) if asked else self._drawn(run)
+        else:
+            _, preview = recipes.prompts_of(recipe)
         return Showing(self._models[key], sampler, list(dict.fromkeys(preview)))
+
+    def _drawn(self, run: str) -> list[str]:
+        """What the run's own previews show."""
+        samples = self.workspace.run(run) / "samples"
+        steps = checkpoint.steps(samples)
+        rows = read_index(samples / checkpoint.name(steps[0])) if steps else []
+        if not rows:
+            raise InputError(f"{run} has drawn no picture yet, so there is no prompt to compare on")
+        return [row["prompt"] for row in rows]
 
     def _lora(self, run: str) -> dict[str, Lora]:
         return read_adapter(adapter_now(self.workspace.run(run)))
@@ -176,3 +201,22 @@ class Comparing:
         with torch.no_grad():
             with_strength(showing.model, parts)
             return generate(showing.model, prompts, [0], sampler=showing.sampler)
+
+
+def with_strength(model: Model, parts: Sequence[tuple[float, dict[str, Lora]]]) -> None:
+    """Set the plain network of `model` to its base plus each LoRA times its strength.
+
+    The base weights are kept at the first call; a LoRA of a convolution is multiplied out like that of a linear layer.
+    """
+    network = model.weights.network  # type: ignore[attr-defined]
+    kept: dict[str, Tensor] = model.__dict__.setdefault("studio_base", {})
+    layers = dict(network.named_modules())
+    with torch.no_grad():
+        for name, base in kept.items():
+            layers[name].weight.copy_(base)
+        for strength, loras in parts:
+            for name, lora in loras.items():
+                weight = layers[name].weight
+                kept.setdefault(name, weight.detach().clone())
+                change = (lora.up.flatten(1) @ lora.down.flatten(1)).view(weight.shape)
+                weight.add_(change.to(weight), alpha=strength * lora.alpha / lora.rank)

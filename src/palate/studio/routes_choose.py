@@ -85,9 +85,11 @@ def settings(request: Request, mode: str = Form("fresh"), prompts: str = Form(""
         raise InputError(f"{len(own)} prompts; at most {OWN_PROMPTS} at a time")
     for prompt in own:
         known_words(prompt)
-    before = studio.workspace.settings()["prompts"]
+    before = studio.workspace.settings()
     studio.workspace.set(mode=mode, prompts=own, **({"source": source.removeprefix(PLAIN)} if source else {}))
-    studio.artist.wake([prompt for prompt in own if prompt not in before])
+    if any(studio.workspace.settings()[key] != before[key] for key in ("prompts", "source")):
+        studio.voting.forget_pair()
+    studio.artist.wake([prompt for prompt in own if prompt not in before["prompts"]])
     return go_to("/choose", request)
 
 
@@ -110,8 +112,8 @@ async def upload(
 def drawn(request: Request, prompt: str) -> Response:
     """A picture of a prompt, by the model in use."""
     artist = studio_of(request).artist
-    if not artist.wait(0):
-        raise InputError("the model is still loading")
+    if not artist.wait(0) or not artist.pool:
+        raise InputError(artist.problem or "the model is still loading; try again in a moment")
     known_words(prompt)
     return Response(png_of(artist.draw([prompt], [7])[0]), media_type="image/png")
 

@@ -23,6 +23,8 @@ def compare(request: Request, run: str | None = None, other: str = "", step: int
     view = studio.view(run) if run else (views[0] if views else None)
     values: dict[str, object] = {"view": view, "views": views, "other": other, "strongest": STRONGEST, "study": None}
     if view is not None:
+        second = studio.view(other) if other else None  # LoRAs of two models do not add up
+        values["mixes"] = second is not None and second.recipe.model.folder == view.recipe.model.folder
         values |= _wall(view, step) | _study(studio, view.name, other)
     return studio.render(request, "compare.html", **values)
 

@@ -56,6 +56,7 @@ def delete(request: Request, run: str, sure: str = Form("")) -> Response:
     shutil.rmtree(folder)
     if studio.workspace.settings()["source"] == run:
         studio.workspace.set(source="")
+        studio.voting.forget_pair()
         studio.artist.wake()
     return go_to("/runs", request)
 

@@ -85,7 +85,7 @@ def start(request: Request, way: str = Form("taste-emoji")) -> Response:
         raise InputError(f"a first taste needs {START} votes, there are {votes}; choose some more pictures")
     taste = studio.voting.summary()["taste"]
     if taste is None:
-        raise InputError("the model is still loading; try again in a moment")
+        raise InputError(studio.artist.problem or "the model is still loading; try again in a moment")
     if not taste["learnt"]:
         raise InputError(taste["verdict"])
     name = studio.workspace.new_name("align")
@@ -164,6 +164,7 @@ def keep(request: Request, run: str) -> Response:
     earlier = [name for name in studio.workspace.rounds() if name != run]
     studio.workspace.write("rounds.json", {"runs": [*earlier, run]})
     studio.workspace.set(source=run)
+    studio.voting.forget_pair()
     studio.artist.wake()
     return go_to("/choose", request)
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +19,10 @@ import torch
 from palate.runtime.errors import InputError
 from palate.studio.artist import Artist, Drawn
 from palate.studio.known import KnownFeatures
+from palate.studio.pair import Pair
 from palate.studio.workspace import Workspace
 from palate.taste import card as cards
-from palate.taste.ask import RANDOM, REPEATS, next_pair
+from palate.taste.ask import RANDOM, REPEAT_EVERY, next_pair
 from palate.taste.features import Scaling, scaling_of
 from palate.taste.learner import Array, Posterior, fit
 from palate.taste.taste import SIDE_STD, Taste, fit_taste, learn
@@ -31,30 +32,6 @@ from palate.taste.words import WordChoice, offered, word_gains
 PAIR, SCALING = "pair.json", "scaling.safetensors"
 REFIT_PRIOR = 10  # votes between choices of the prior
 FREEZE = 64  # pictures after which the features' constants may be frozen
-
-
-class Pair(NamedTuple):
-    """What is on the screen."""
-
-    id: str
-    prompt: str
-    left: Picture
-    right: Picture
-    repeat_of: str | None = None
-
-    @classmethod
-    def of(cls, tree: dict[str, Any]) -> Pair | None:
-        """What `tree` once gave; None where it is no pair."""
-        try:
-            left, right = Picture(**tree["left"]), Picture(**tree["right"])
-            return cls(tree["id"], tree["prompt"], left, right, tree["repeat_of"])
-        except (KeyError, TypeError):
-            return None
-
-    def tree(self) -> dict[str, Any]:
-        """As it is stored."""
-        return {"id": self.id, "prompt": self.prompt, "left": asdict(self.left), "right": asdict(self.right),
-                "repeat_of": self.repeat_of}  # fmt: skip
 
 
 class Voting:
@@ -84,13 +61,23 @@ class Voting:
             return self._read[1]
 
     def pair(self) -> Pair | None:
-        """The pair on the screen; None while no picture is there yet."""
+        """The pair on the screen; None while no picture is there yet.
+
+        A pair that was voted on still stands in its file where there was no other to follow it, because a new model had
+        drawn nothing yet, or where the studio was killed between the vote and the next pair: it is not shown again.
+        """
         with self._lock:
             pair = Pair.of(self.workspace.read(PAIR))
             pictures = self.workspace.store.pictures
-            if pair and all((pictures / p.file).is_file() for p in (pair.left, pair.right)):
+            whole = pair is not None and all((pictures / p.file).is_file() for p in (pair.left, pair.right))
+            if pair and whole and all(vote.id != pair.id for vote in self.votes()):
                 return pair
             return self._next(None)
+
+    def forget_pair(self) -> None:
+        """Let other settings count from now on, and not from the pair after the one on the screen."""
+        with self._lock:
+            (self.workspace.home / PAIR).unlink(missing_ok=True)
 
     def vote(self, pair_id: str, choice: str, ms: int | None) -> Vote | None:
         """Store the choice about that pair and bring the next one; None, and nothing stored, if the screen is older."""
@@ -142,11 +129,11 @@ class Voting:
 
     def _next(self, last: Vote | None) -> Pair | None:
         votes, name = self.votes(), secrets.token_hex(8)
-        if last is not None and len(votes) in REPEATS and last.repeat_of is None:
+        if last is not None and len(votes) % REPEAT_EVERY == 0 and last.repeat_of is None:
             again = votes[int(self._rng.integers(len(votes) - 5))]  # not one that is still remembered
             if again.repeat_of is None and again.left.model:
                 return self._show(Pair(name, again.prompt, again.right, again.left, again.id))
-        rows = self.artist.rows()
+        rows = self.artist.rows(self.workspace.settings()["prompts"])
         if len(rows) < 2:
             return None
         index = {drawn.picture.file: i for i, drawn in enumerate(rows)}

@@ -10,7 +10,7 @@ from palate.taste.learner import Array, Posterior
 
 RANDOM = 4  # the first pairs, before there is anything to be unsure about
 CANDIDATES = 200  # random admissible pairs, of which the most telling is asked
-REPEATS = (12, 24, 36)  # votes after which an earlier pair is asked again with its sides exchanged: 3 of 40
+REPEAT_EVERY = 12  # votes after which an earlier pair is asked again with its sides exchanged: 3 of 40
 
 
 def next_pair(

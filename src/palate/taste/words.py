@@ -75,6 +75,21 @@ def with_words(prompt: str, words: Sequence[str]) -> str:
     return prompt
 
 
+def hidden_prompt(prompt: str, rng: np.random.Generator) -> str:
+    """The prompt with random words of style, size and background where it names none."""
+    vocab, named = vocabulary(), parse_prompt(prompt)._asdict()
+    chosen = [
+        str(rng.choice(words))
+        for kind, words, share in (
+            ("size", vocab.sizes, 0.4), ("style", vocab.styles, 0.7), ("background", list(vocab.colours), 0.7))
+        if named[kind] is None and rng.random() < share
+    ]  # fmt: skip
+    try:
+        return with_words(prompt, chosen)
+    except InputError:  # longer than the model reads
+        return prompt
+
+
 def kind_of(word: str) -> tuple[str, str]:
     """(style, background or size; the word as the vocabulary has it). InputError for any other word."""
     vocab, known = vocabulary(), known_words(word)

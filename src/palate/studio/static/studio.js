@@ -4,6 +4,7 @@
 const find = (selector, from = document) => from.querySelector(selector);
 const all = (selector, from = document) => [...from.querySelectorAll(selector)];
 const typing = (target) => target.closest("input:not([type=radio]):not([type=range]), textarea, select");
+const arrowed = (target) => target.closest("input[type=radio], input[type=range]"); // arrow keys are its own
 
 // ---- parts of a page change in place: what is focused, held or typed stays, and no picture flickers
 
@@ -46,6 +47,7 @@ document.addEventListener("htmx:configRequest", (event) => {
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || typing(event.target) || find("dialog[open]")) return;
   if (event.key === "b" || event.key === "B") return hold(true);
+  if (event.key.startsWith("Arrow") && arrowed(event.target)) return;
   const button = find(`[data-key="${CSS.escape(event.key)}"]`);
   if (!button || button.disabled || event.repeat) return;
   event.preventDefault();
@@ -114,6 +116,22 @@ for (const part of all("[data-refresh]")) {
     if (!document.hidden && !part.contains(document.activeElement)) htmx.trigger(part, "refresh");
   }, Number(part.dataset.refresh));
 }
+
+// ---- a studio that has ended, or is out of reach, answers nothing: that is said, and a key can be pressed again
+
+const SILENT = "The studio does not answer. If it was stopped, start palate studio and open the link that it prints; "
+  + "what was chosen before is kept.";
+for (const kind of ["htmx:sendError", "htmx:timeout"]) document.addEventListener(kind, () => {
+  const said = document.createElement("p");
+  said.className = "notice";
+  said.dataset.silent = "";
+  said.textContent = SILENT;
+  find("#notice").replaceChildren(said);
+});
+document.addEventListener("htmx:afterRequest", (event) => {
+  if (event.detail.failed) all(".pressed").forEach((button) => button.classList.remove("pressed"));
+  if (event.detail.successful) find("#notice [data-silent]")?.remove();
+});
 
 // ---- what was refused is no longer said once something was done
 
