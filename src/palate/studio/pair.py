@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
-from palate.taste.votes import Picture
+from palate.studio.workspace import Workspace
+from palate.taste.votes import Picture, Vote
+
+PAIR = "pair.json"
 
 
 class Pair(NamedTuple):
@@ -30,3 +34,20 @@ class Pair(NamedTuple):
         """As it is stored."""
         return {"id": self.id, "prompt": self.prompt, "left": asdict(self.left), "right": asdict(self.right),
                 "repeat_of": self.repeat_of}  # fmt: skip
+
+    def show(self, workspace: Workspace) -> Pair:
+        """Make it the pair on the screen."""
+        workspace.write(PAIR, self.tree())
+        return self
+
+
+def unanswered(workspace: Workspace, votes: Sequence[Vote]) -> Pair | None:
+    """The pair on the screen; None where there is none, a picture of it is gone, or it was voted on.
+
+    A pair that was voted on still stands in its file where there was no other to follow it, because a new model had
+    drawn nothing yet, or where the studio was killed between the vote and the next pair: it is not shown again.
+    """
+    pair, pictures = Pair.of(workspace.read(PAIR)), workspace.store.pictures
+    if pair is None or any(vote.id == pair.id for vote in votes):
+        return None
+    return pair if all((pictures / p.file).is_file() for p in (pair.left, pair.right)) else None

@@ -19,7 +19,7 @@ import torch
 from palate.runtime.errors import InputError
 from palate.studio.artist import Artist, Drawn
 from palate.studio.known import KnownFeatures
-from palate.studio.pair import Pair
+from palate.studio.pair import PAIR, Pair, unanswered
 from palate.studio.workspace import Workspace
 from palate.taste import card as cards
 from palate.taste.ask import RANDOM, REPEAT_EVERY, next_pair
@@ -29,7 +29,7 @@ from palate.taste.taste import SIDE_STD, Taste, fit_taste, learn
 from palate.taste.votes import CHOICES, OUTCOMES, Picture, Vote
 from palate.taste.words import WordChoice, offered, word_gains
 
-PAIR, SCALING = "pair.json", "scaling.safetensors"
+SCALING = "scaling.safetensors"
 REFIT_PRIOR = 10  # votes between choices of the prior
 FREEZE = 64  # pictures after which the features' constants may be frozen
 
@@ -61,18 +61,9 @@ class Voting:
             return self._read[1]
 
     def pair(self) -> Pair | None:
-        """The pair on the screen; None while no picture is there yet.
-
-        A pair that was voted on still stands in its file where there was no other to follow it, because a new model had
-        drawn nothing yet, or where the studio was killed between the vote and the next pair: it is not shown again.
-        """
+        """The pair on the screen; None while no picture is there yet."""
         with self._lock:
-            pair = Pair.of(self.workspace.read(PAIR))
-            pictures = self.workspace.store.pictures
-            whole = pair is not None and all((pictures / p.file).is_file() for p in (pair.left, pair.right))
-            if pair and whole and all(vote.id != pair.id for vote in self.votes()):
-                return pair
-            return self._next(None)
+            return unanswered(self.workspace, self.votes()) or self._next(None)
 
     def forget_pair(self) -> None:
         """Let other settings count from now on, and not from the pair after the one on the screen."""
@@ -101,7 +92,7 @@ class Voting:
             if vote is not None:
                 self._fitted = None
                 # a new name: the line that took the vote back names the old one
-                self._show(Pair(secrets.token_hex(8), vote.prompt, vote.left, vote.right, vote.repeat_of))
+                Pair(secrets.token_hex(8), vote.prompt, vote.left, vote.right, vote.repeat_of).show(self.workspace)
             return vote
 
     def add_pictures(self, prompt: str, better: Sequence[bytes], worse: Sequence[bytes]) -> int:
@@ -123,16 +114,12 @@ class Voting:
 
     # ------------------------------------------------------------------------------------------------ next pair
 
-    def _show(self, pair: Pair) -> Pair:
-        self.workspace.write(PAIR, pair.tree())
-        return pair
-
     def _next(self, last: Vote | None) -> Pair | None:
         votes, name = self.votes(), secrets.token_hex(8)
         if last is not None and len(votes) % REPEAT_EVERY == 0 and last.repeat_of is None:
             again = votes[int(self._rng.integers(len(votes) - 5))]  # not one that is still remembered
             if again.repeat_of is None and again.left.model:
-                return self._show(Pair(name, again.prompt, again.right, again.left, again.id))
+                return Pair(name, again.prompt, again.right, again.left, again.id).show(self.workspace)
         rows = self.artist.rows(self.workspace.settings()["prompts"])
         if len(rows) < 2:
             return None
@@ -152,7 +139,7 @@ class Voting:
             self.artist.wake([str(self._rng.choice(groups))])
             return None
         left, right = (rows[i] for i in chosen)
-        return self._show(Pair(name, left.prompt, left.picture, right.picture))
+        return Pair(name, left.prompt, left.picture, right.picture).show(self.workspace)
 
     # ---------------------------------------------------------------------------------------------------- taste
 
