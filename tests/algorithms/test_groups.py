@@ -89,6 +89,20 @@ def test_decoupled_weighs_standard_scores_and_not_units():
         decoupled({}, 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, D])
+def test_decoupled_rewards_that_cancel_say_nothing(dtype):
+    """b = 7 - a / 3: equal weights cancel but for rounding, which must not become advantages of size 1; where one group
+    cancels and another does not, the second alone is heard."""
+    a = draw(8, seed=1).to(dtype)
+    b = 7 - a / 3
+    assert float(decoupled({"a": (1.0, a), "b": (1.0, b)}, 4).abs().max()) == 0
+    b[4:] = a[4:]
+    found = decoupled({"a": (1.0, a), "b": (1.0, b)}, 4)
+    assert float(found[:4].abs().max()) == 0 and float(found[4:].abs().max()) > 0.5
+    little = decoupled({"a": (1.0, a), "b": (1.0, b + 1e-3 * draw(8, seed=3).to(dtype))}, 4)
+    assert float(little[:4].abs().max()) > 0  # not rounding
+
+
 def test_differences_are_exact():
     rewards = torch.tensor([1.0, 3.0, 2.0, 5.0, 5.0, 5.0])
     assert differences(rewards, 3).tolist() == [[0.0, 2.0, 1.0], [0.0, 0.0, 0.0]]

@@ -213,6 +213,7 @@ def test_calls(changes):
         {"eta": 2},
         {"eta": 0.5, "steps": 1},
         {"eta": 0.5, "target": "x0"},
+        {"eta": 0.5, "normalised": True},
         {"target": "x"},
     ],
 )

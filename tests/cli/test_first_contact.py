@@ -115,6 +115,11 @@ def test_it_refuses_to_overwrite_and_names_what_it_knows(here, capsys):
         template_of(Answers("sdxl", "ddpo"), known)
 
 
+def test_a_model_without_srpo_gets_the_name_of_the_method_that_it_has(here):
+    path = write_recipe(Answers("sana", card="24"), None, plan=small)
+    assert path.name == "draft-sana.yaml" and recipe.parse(path.read_text()).run.folder == "runs/draft-sana"
+
+
 def test_it_asks_on_a_terminal_for_what_is_missing(here, monkeypatch):
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     said = iter(["emoji", "srpo", "24", "outline", "3d", "", ""])

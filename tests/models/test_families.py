@@ -538,6 +538,9 @@ def test_wrong_folders(broken, tmp_path, nothing_loads):
     refused("is not a diffusers folder: it does not exist", folder=tmp_path / "nowhere")
     refused("is not a diffusers folder: it has no model_index.json", folder=tmp_path)
     refused("is a file; give the diffusers folder", folder=broken / "model_index.json")
+    for name, remedy in (("x.safetensors", "give it as model.file"), ("x.gguf", "give the diffusers folder")):
+        (broken / name).write_bytes(b"")
+        refused(f"is a file; {remedy}", folder=broken / name)
     refused("holds FluxPipeline, not a sdxl model; set model.name to flux", name="sdxl")
     refused("its transformer is a FluxTransformer2DModel, sd3 needs a SD3.*; set model.name to flux", name="sd3")
     refused("has two text encoders; set model.name to sdxl", name="stable-diffusion", folder=saved("sdxl")[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ LAYOUTS = {  # prefix, how tensors end, what lies beside the file
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["sdxl", "flux", "sd3"])
-def test_other_programs_layouts_are_read(name, layout, tmp_path):
+def test_other_programs_layouts_are_read(name, layout, tmp_path, caplog):
     model = drawn(load(name, lora_rank=RANK, lora_alpha=ALPHA))
     layers = adapters.layers_of(model.weights.network, "policy")
     prefix, options, config = LAYOUTS[layout]
@@ -93,8 +94,12 @@ def test_other_programs_layouts_are_read(name, layout, tmp_path):
     if config is not None:
         (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     begun = load(name, lora_rank=RANK)
-    begun.weights.begin(tmp_path, rank=RANK, alpha=None)
+    with caplog.at_level(logging.WARNING, logger="palate"):
+        for _ in range(2):
+            begun.weights.begin(tmp_path, rank=RANK, alpha=None)
     equal(adapters.layers_of(begun.weights.network, "policy"), layers)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 1 and "changes text encoders too; that part is left out" in said[0]
 
 
 def test_a_fused_lora_of_the_original_flux_is_taken_apart(tmp_path):

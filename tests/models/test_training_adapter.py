@@ -14,7 +14,7 @@ from palate import recipe
 from palate.models import adapters
 from palate.models.lora import FILE, write
 from palate.models.merge import merge_adapters
-from palate.recipe.start import is_distilled
+from palate.recipe.start import is_distilled, warn_of_noise
 
 TIMES = torch.tensor([0.8, 0.4])
 
@@ -98,10 +98,25 @@ def test_a_run_trains_with_it_and_previews_without(tmp_path):
     assert equal(found[None][0], found["zero"][0]) and not equal(found[None][0], found["other"][0])
 
 
+def test_a_teacher_of_another_model_is_refused_before_anything_loads(tmp_path, monkeypatch):
+    save_layers(tmp_path, "sdxl")
+    free = "reward: {name: brightness}\nprompts: {list: [a cat]}\n"
+    model = f"model: {{name: flux, folder: '{saved('flux')[0]}', image_size: {SIZE}, device: cpu}}\n"
+    monkeypatch.setattr("palate.recipe.builder.build_model", lambda made: pytest.fail("a model is loaded"))
+    for adapter, said in ((tmp_path, "LoRA of another model"), (tmp_path / "none", "does not exist")):
+        text = f"algorithm: {{name: opd, teachers: {{warm: {{adapter: '{adapter}'}}}}}}\n"
+        with pytest.raises(ValueError, match=rf"algorithm.teachers.warm.adapter: .*{said}"):
+            recipe.build(recipe.parse(free + model + text))
+
+
+def save_layers(folder, name):
+    layers = adapters.layers_of(load(name).weights.network, "policy")
+    write(folder / FILE, {f"{n}.lora_{k}.weight": getattr(v, s) for n, v in layers.items()
+                          for k, s in (("A", "down"), ("B", "up"))}, {"format": "pt"})  # fmt: skip
+
+
 def test_one_of_another_model_is_refused_before_anything_loads(tmp_path):
-    layers = adapters.layers_of(load("sdxl").weights.network, "policy")
-    write(tmp_path / FILE, {f"{n}.lora_{k}.weight": getattr(v, s) for n, v in layers.items()
-                            for k, s in (("A", "down"), ("B", "up"))}, {"format": "pt"})  # fmt: skip
+    save_layers(tmp_path, "sdxl")
     free = ["reward={name: brightness}", "algorithm.preference=absolute", "prompts={list: [a cat]}"]
     settings = [f"model.folder={saved('flux')[0]}", f"model.image_size={SIZE}", "model.device=cpu"]
     made = recipe.read("srpo-flux", [*free, *settings, f"model.training_adapter={tmp_path}"])
@@ -138,19 +153,29 @@ def test_distilled_models_are_known_by_name_and_by_their_folders():
     assert json.loads((saved("krea2-turbo")[0] / "model_index.json").read_text())["is_distilled"] is True
 
 
-def test_noise_and_a_distilled_model_are_warned_of(caplog):
-    from palate.recipe.start import warn_of_noise
+TURBO = "Tongyi-MAI/Z-Image-Turbo"
+OF_NOISE = {
+    "ddpo": True, "flow_grpo": True, "nft": True, "dgpo": True, "dpo": True, "sqdf, estimator: tweedie": True,
+    "refl, eta: 0.5": True, "opd, eta: 0.5, teachers: {a: {adapter: x}}": True,
+    "refl": False, "srpo": False, "draft": False, "leap_align": False, "distar": False,
+    "opd, teachers: {a: {adapter: x}}": False,
+}  # fmt: skip
 
-    for folder, name, algorithm, due in (
-        ("Tongyi-MAI/Z-Image-Turbo", "z-image", "ddpo", True),
-        ("Tongyi-MAI/Z-Image-Turbo", "z-image", "nft", True),
-        ("Tongyi-MAI/Z-Image-Turbo", "z-image", "refl", False),
-        ("black-forest-labs/FLUX.1-dev", "flux", "ddpo", False),
-    ):
+
+@pytest.mark.parametrize("algorithm", OF_NOISE)
+def test_noise_and_a_distilled_model_are_warned_of(algorithm, caplog):
+    for source, name, distilled in ((TURBO, "z-image", True), ("black-forest-labs/FLUX.1-dev", "flux", False)):
         caplog.clear()
         with caplog.at_level(logging.WARNING, logger="palate"):
-            warn_of_noise(noisy(name, folder, algorithm))
-        assert any("is distilled to few steps" in record.getMessage() for record in caplog.records) == due, algorithm
+            warn_of_noise(noisy(name, source, algorithm))
+        said = any(f"{source} is distilled to few steps" in record.getMessage() for record in caplog.records)
+        assert said == (OF_NOISE[algorithm] and distilled)
+
+
+def test_a_distilled_single_file_is_known_without_a_folder():
+    text = "model: {name: z-image, file: z_image_turbo_bf16.safetensors}\nalgorithm: {name: ddpo}\n"
+    made = recipe.parse(f"{text}reward: {{name: brightness}}\nprompts: {{list: [a cat]}}\n", [])
+    assert is_distilled(made)
 
 
 def test_merging_is_not_touched(tmp_path):

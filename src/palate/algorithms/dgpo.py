@@ -109,6 +109,7 @@ class DGPO:
     """Its state is theta_old, a copy of the policy's trainable parameters, where the settings need one."""
 
     trains = ("policy",)
+    injects_noise = True  # into finished images, for the trained forward
     any_size = True
 
     def __init__(self, settings: DGPOSettings):

@@ -137,6 +137,7 @@ class DPO:
 
     trains = ("policy",)
     reads_pairs = True
+    injects_noise = True  # into finished images, for the trained forward
     any_size = True
 
     def __init__(self, settings: DPOSettings):

@@ -86,7 +86,7 @@ class NFT:
     """Its state is theta_old, the weights that draw the samples: a copy of the policy's trainable parameters."""
 
     trains = ("policy",)
-    injects_noise = True  # between the steps of a rollout
+    injects_noise = True  # into finished images, for the trained forward
     any_size = True
 
     def __init__(self, settings: NFTSettings):

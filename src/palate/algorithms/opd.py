@@ -68,7 +68,7 @@ class OPDSettings:
     shift: float = 3.0
     eta: float = 0.0  # 0: deterministic rollout, means are matched; above: its random steps, and their KL
     target: Target = "velocity"  # what is matched with eta = 0
-    normalised: bool = False  # divide a sample's square error by its mean absolute error, as DiffusionNFT does
+    normalised: bool = False  # divide a sample's square error by its mean absolute error, as NFT does; eta = 0
 
     def __post_init__(self) -> None:
         require(
@@ -82,6 +82,7 @@ class OPDSettings:
             ("shift: above 0", not self.shift > 0),
             ("eta: between 0 and 1", not 0 <= self.eta <= 1),
             ("eta: 0 with steps = 1, whose only step adds no noise", self.eta > 0 and self.steps == 1),
+            ("normalised: false with eta above 0, where the KL is what is trained", self.eta > 0 and self.normalised),
             ("target: 'x_next', 'velocity' or 'x0'", self.target not in ("x_next", "velocity", "x0")),
             (
                 "target: 'x_next' or 'velocity' with eta above 0, where the KL is of the step",

@@ -129,6 +129,7 @@ class SQDF:
 
     trains = ("policy",)
     needs_reward_gradient = True
+    injects_noise = True  # between the steps of a rollout
     any_size = True
 
     def __init__(self, settings: SQDFSettings):

@@ -69,7 +69,8 @@ def write_recipe(answers: Answers, out: Path | None, *, plan: Planner = planner.
     text = with_values(text_of(template), changes_for(recipes.read(template), answers))
     name, card = card_of(answers.card)
     text, sentence = fitted(text, name, card, plan)
-    path = out or Path(f"{answers.method or 'srpo'}-{answers.model}.yaml")
+    model, method = next(pair for pair, name in known.items() if name == template)
+    path = out or Path(f"{method}-{model}.yaml")
     _check_free(path)
     folder = f"runs/{path.stem}"
     text = with_value(text, "run.folder", folder)

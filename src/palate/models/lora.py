@@ -13,8 +13,10 @@ Palate's own names are diffusers', without a prefix.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,6 +137,8 @@ def read(
     own = {name: value for name, value in tensors.items() if not TEXT_ENCODERS.match(name)}
     if tensors and not own:
         raise InputError(f"{key}: {path} is a LoRA of text encoders alone; it has no layer of this network")
+    if len(own) < len(tensors):
+        _say_left_out(path, key)
     groups, rates = _grouped(own, path, key), Rates(metadata, path)
     layers: dict[str, Lora] = {}
     known = _known(shapes, facts)
@@ -152,6 +156,13 @@ def read(
     if len({lora.magnitude is None for lora in layers.values()}) > 1:
         raise InputError(f"{key}: {path} is a DoRA in some layers only; one in all of them is needed")
     return layers
+
+
+@cache
+def _say_left_out(path: Path, key: str) -> None:
+    """Once for a file, which is read again when the model is there."""
+    text = "%s: %s changes text encoders too; that part is left out, so other programs draw otherwise with it"
+    logging.getLogger("palate").warning(text, key, path)
 
 
 def _known(shapes: Mapping[str, Sequence[int]], facts: Facts | None) -> Callable[[str], bool]:

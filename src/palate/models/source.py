@@ -34,7 +34,7 @@ def locate(folder: str | Path | None, family: str, file: str | None = None) -> t
         )
     source, path = str(folder), Path(folder).expanduser()
     if path.is_file():
-        weights = path.suffix in (".safetensors", ".gguf", ".sft")
+        weights = path.suffix == ".safetensors"
         remedy = "give it as model.file, and leave model.folder out" if weights else "give the diffusers folder"
         raise InputError(f"model.folder {source} is a file; {remedy}")
     return source, path, path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1

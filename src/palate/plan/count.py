@@ -14,8 +14,9 @@ from palate.core import Batch, ChecksBatch, Random
 from palate.models.gaussian import GaussianModel
 from palate.path import Prediction
 from palate.recipe import Recipe, build_algorithm, prompts_of, trained_names
-from palate.recipe.builder import SharesRollouts, UsesTeachers
+from palate.recipe.builder import SharesRollouts
 from palate.recipe.pictures import SamplesPosterior
+from palate.recipe.start import teachers_of
 
 LARGEST_BATCH = 256  # that is run; a larger one is counted on one of its divisors
 
@@ -78,7 +79,7 @@ def counts(recipe: Recipe, *, updates: int = 8) -> Counts:
     """
     whole, size = recipe.trainer.batch_size, _counted_batch(recipe)
     algorithm = build_algorithm(recipe)
-    teachers = list(recipe.algorithm.teachers) if isinstance(recipe.algorithm, UsesTeachers) else []
+    teachers = [name for name, _, _ in teachers_of(recipe)]
     model = _Counted(trained_names(recipe.algorithm.name), teachers)
     if isinstance(recipe.algorithm, SharesRollouts):
         every = recipe.algorithm.rollout_every

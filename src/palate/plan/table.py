@@ -111,7 +111,8 @@ def table(
     ]
     if recipe.model.name != "emoji":
         encoders = published_of(family_of(recipe).facts).text_parameters * 2e9 / GIB
-        lines.append(f"  before training, while prompts are encoded: {encoders:.1f} GiB of text encoders")
+        fewer = f", less by model.quantize={recipe.model.quantize}" if recipe.model.quantize else ""
+        lines.append(f"  before training, while prompts are encoded: {encoders:.1f} GiB of text encoders{fewer}")
     if not fits(made, card):
         lines += ["", *_too_large(recipe, made, card)]
     return "\n".join([*lines, *([""] if made.notes else []), *(f"note: {note}" for note in made.notes)])

@@ -4,8 +4,8 @@ weights last."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -34,7 +34,7 @@ from palate.recipe.objective import check_taste, image_tower, reward_objective
 from palate.recipe.pictures import buckets_of, latents_of, pictures_of
 from palate.recipe.prompts import prompts_of
 from palate.recipe.settings import Recipe, RewardSettings
-from palate.recipe.start import check_folder, check_start, load_consistency, start_folder, warn_of_noise
+from palate.recipe.start import check_folder, check_start, load_consistency, start_folder, teachers_of, warn_of_noise
 from palate.rewards.learned import BlackBox, Features, tower_features
 from palate.rewards.load import load_reward
 from palate.rewards.table import HELD_OUT_CANDIDATES
@@ -55,15 +55,6 @@ class Parts(NamedTuple):
     latents: Tensor | None
     tower: EmbedsImages | None = None  # of the rewards that are optimised
     buckets: Sequence[Bucket] = ()  # captioned pictures of several sizes, in the place of latents
-
-
-@runtime_checkable
-class UsesTeachers(Protocol):
-    """Settings of an algorithm that learns from frozen adapters by name."""
-
-    @property
-    def teachers(self) -> Mapping[str, Any]:
-        """Name -> an object with `adapter`, the folder of a LoRA."""
 
 
 @runtime_checkable
@@ -165,10 +156,8 @@ def build_model(recipe: Recipe) -> Model:
 
 def load_teachers(recipe: Recipe, model: Model) -> None:
     """Give the model the frozen adapters that the algorithm learns from, each under its name."""
-    if isinstance(recipe.algorithm, UsesTeachers):
-        for name, teacher in recipe.algorithm.teachers.items():
-            key = f"algorithm.teachers.{name}.adapter"
-            model.weights.add_frozen(teacher.adapter, name, key)  # type: ignore[attr-defined]
+    for name, key, adapter in teachers_of(recipe):
+        model.weights.add_frozen(adapter, name, key)  # type: ignore[attr-defined]
 
 
 def head_features(recipe: Recipe) -> Features:

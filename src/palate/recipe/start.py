@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib.resources
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from palate.algorithms import table as algorithms
 from palate.core import Model, TakesConsistency
@@ -33,6 +34,15 @@ class UsesEstimator(Protocol):
 
 
 @runtime_checkable
+class UsesTeachers(Protocol):
+    """Settings of an algorithm that learns from frozen adapters by name."""
+
+    @property
+    def teachers(self) -> Mapping[str, Any]:
+        """Name -> an object with `adapter`, the folder of a LoRA."""
+
+
+@runtime_checkable
 class HasFacts(Protocol):
     """A family over a diffusers folder, which says what it is made of."""
 
@@ -46,6 +56,9 @@ def check_start(recipe: Recipe) -> None:
         check_file(Path(settings.file).expanduser())
     start = None if settings.start is None else start_folder(settings.start)
     whole = start is not None and any((start / name).is_file() for name in FILES["full"])
+    teachers = teachers_of(recipe)
+    for _, key, adapter in teachers:
+        find_file(adapter, key)
     if start is not None and settings.weights == "lora" and not whole:
         find_file(start, "model.start")
     elif start is not None:
@@ -62,7 +75,7 @@ def check_start(recipe: Recipe) -> None:
             f"for {settings.name}, or use another algorithm.estimator: tweedie, rollout-2"
         )
     started = start is not None and settings.weights == "lora"
-    if not started and not consistency and settings.training_adapter is None:
+    if not (started or consistency or teachers or settings.training_adapter is not None):
         return
     denoiser = facts.denoiser
     repository = open_repository(
@@ -77,6 +90,8 @@ def check_start(recipe: Recipe) -> None:
         repository.check_lora(facts, settings.training_adapter, key="model.training_adapter")
     if consistency and settings.consistency is not None:
         repository.check_lora(facts, settings.consistency, key="model.consistency")
+    for _, key, adapter in teachers:
+        repository.check_lora(facts, adapter, key=key)
 
 
 def check_folder(recipe: Recipe) -> None:
@@ -128,6 +143,12 @@ def load_consistency(recipe: Recipe, model: Model) -> None:
         model.weights.add_frozen(recipe.model.consistency, "consistency")  # type: ignore[attr-defined]
 
 
+def teachers_of(recipe: Recipe) -> list[tuple[str, str, str]]:
+    """Name, key of the recipe and LoRA of each teacher; none where the algorithm learns from none."""
+    teachers = recipe.algorithm.teachers if isinstance(recipe.algorithm, UsesTeachers) else {}
+    return [(name, f"algorithm.teachers.{name}.adapter", teacher.adapter) for name, teacher in teachers.items()]
+
+
 def wants_consistency(recipe: Recipe) -> bool:
     """Whether the algorithm asks the model for its consistency weights."""
     return isinstance(recipe.algorithm, UsesEstimator) and recipe.algorithm.estimator == "consistency"
@@ -135,33 +156,44 @@ def wants_consistency(recipe: Recipe) -> bool:
 
 @runtime_checkable
 class InjectsNoise(Protocol):
-    """An algorithm that draws with noise between the steps of a rollout, if the attribute is true."""
+    """An algorithm that trains on noise of its own, if the attribute is true: between the steps of a rollout, or put
+    into finished images at any level."""
 
     injects_noise: bool
+
+
+@runtime_checkable
+class DrawsWithNoise(Protocol):
+    """Settings of an algorithm whose rollouts are random with eta above 0."""
+
+    @property
+    def eta(self) -> float: ...
 
 
 def is_distilled(recipe: Recipe) -> bool:
     """Whether the recipe's model is known to draw in few steps: by its folder's own word, or by its name."""
     model, family = recipe.model, families.find(recipe.model.name).load_class()
-    if not isinstance(family, HasFacts) or model.folder is None:
+    if not isinstance(family, HasFacts):
         return False
-    index = Path(model.folder) / "model_index.json"
-    if index.is_file() and re.search(r'"is_distilled": *true', index.read_text("utf-8", "replace")):
+    index = Path(model.folder or "").expanduser() / "model_index.json"
+    told = index.read_text("utf-8", "replace") if model.folder is not None and index.is_file() else ""
+    if re.search(r'"is_distilled": *true', told):
         return True
     pattern = family.facts.few_steps
-    return bool(pattern) and re.search(pattern, f"{model.folder} {model.file or ''}", re.IGNORECASE) is not None
+    return bool(pattern) and re.search(pattern, f"{model.folder or ''} {model.file or ''}", re.IGNORECASE) is not None
 
 
 def warn_of_noise(recipe: Recipe) -> None:
-    """Say so when an algorithm that needs noisy rollouts meets a model that was distilled to few noiseless steps."""
+    """Say so when an algorithm that trains on noise of its own meets a model that was distilled to few steps."""
     algorithm = algorithms.find(recipe.algorithm.name).load_class()
     noisy = isinstance(algorithm, InjectsNoise) and algorithm.injects_noise
+    noisy = noisy or (isinstance(recipe.algorithm, DrawsWithNoise) and recipe.algorithm.eta > 0)
     if noisy and recipe.model.training_adapter is None and is_distilled(recipe):
         logging.getLogger("palate").warning(
-            "%s is distilled to few steps, and %s draws with noise between them, which such a model never saw: its "
-            "images lose their detail and the training the model's speed. Use srpo, draft or distar, the model that it "
-            "was distilled from, or model.training_adapter",
-            recipe.model.folder,
+            "%s is distilled to few steps, and %s puts noise between them or into finished images, which such a model "
+            "never saw: its images lose their detail and the training the model's speed. Use srpo, draft or distar, "
+            "the model that it was distilled from, or model.training_adapter",
+            recipe.model.file or recipe.model.folder,
             recipe.algorithm.name,
         )
 

@@ -5,6 +5,7 @@ All take rewards (B * group,), a group's images in a row, and return as many num
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -57,9 +58,21 @@ def decoupled(parts: Mapping[str, tuple[float, Tensor]], group: int, *, unbiased
     standard deviation of these sums over the batch. `parts` is {name: (weight, rewards)}.
 
     A reward with a small spread so counts as much as its weight says, where a sum of rewards would drown it.
+    Scores that cancel up to rounding give 0.
     """
     if not parts:
         raise InputError("decoupled got no rewards; expected {'name': (weight, rewards)} with at least one entry")
     scores = [weight * standard_scores(rewards, group, unbiased=unbiased) for weight, rewards in parts.values()]
     total = torch.stack(scores).sum(0)
+    noise = sum(abs(weight) * _rounding(rewards, group) for weight, rewards in parts.values())
+    total = torch.where(total.abs() <= noise, torch.zeros_like(total), total)
     return divided(total, total.std(correction=int(unbiased)))
+
+
+def _rounding(rewards: Tensor, group: int) -> Tensor:
+    """How far the standard scores of a group may be off, by the rewards' own rounding and the floor, (B * group,)."""
+    grouped = rewards.view(-1, group)
+    scale = grouped.std(1, correction=0, keepdim=True)
+    size = ROUNDING * torch.finfo(rewards.dtype).eps * grouped.abs().amax(1, keepdim=True)
+    size = size + math.sqrt(group) * (1e-4 * scale).clamp_max(FLOOR)  # no score is above the root
+    return divided(size, scale).expand_as(grouped).flatten()
