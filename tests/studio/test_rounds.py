@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import socket
 
 import numpy as np
@@ -138,6 +139,47 @@ def test_runs_of_any_way_are_compared_each_on_its_own_model(studio, monkeypatch)
         found.comparing.grid("taste-emoji", 1.0, "taste-emoji-dpo", 0.5)
     found.comparing.grid("taste-emoji-srpo", 1.0, "taste-emoji-dpo", 0.5)
     assert drawn[-1] == ("base", ["taste-emoji-srpo", "taste-emoji-dpo"])
+
+
+def test_a_run_that_others_began_with_is_not_deleted(studio):
+    """Without it they could not be resumed, undone or drawn from."""
+    client, found = studio
+    a_run(found, "align-1", "taste-emoji")
+    a_run(found, "align-2", "taste-emoji", "align-1")
+    answer = client.post("/runs/align-1/delete", data={"sure": "align-1"})
+    assert answer.status_code == 422 and "align-2 began with the result of align-1" in answer.text
+    client.post("/runs/align-2/delete", data={"sure": "align-2"})
+    assert client.post("/runs/align-1/delete", data={"sure": "align-1"}).status_code == 204
+    assert not found.workspace.names()
+
+
+def test_a_run_that_cannot_be_read_is_said(studio):
+    client, found = studio
+    view = a_run(found, "old", "taste-emoji")
+    (view.folder / "recipe.yaml").write_text("algorithm: {name: srpoo}\n")
+    for path in ("/runs", "/runs/list"):
+        page = client.get(path).text
+        assert "<strong>old</strong>: " in page and "srpo" in page and "No run yet" not in page
+
+
+def test_own_pictures_that_the_model_has_no_words_for_are_no_training_pairs(studio, monkeypatch, tmp_path):
+    client, found = studio
+    begun, store = [], found.workspace.store
+    monkeypatch.setattr(found.processes, "train", lambda *given: begun.append(given))
+    taste = {"learnt": True, "verdict": "", "expected": 0.8}
+    monkeypatch.setattr(found.voting, "summary", lambda: {"votes": 30, "start": 20, "good": 40, "taste": taste})
+    monkeypatch.setattr(found.voting, "learn_taste", lambda: tmp_path)
+    for prompt in ["my dog Rex", ""] * 10:
+        found.voting.add_pictures(prompt, [picture(1)], [picture(2)])
+    answer = client.post("/align/start", data={"way": "taste-emoji-dpo"})
+    assert answer.status_code == 422 and "no vote about a prompt that the model reads" in answer.text and not begun
+    found.voting.add_pictures("fox", [picture(3)], [picture(4)])
+    for way in ("taste-emoji-dpo", "taste-emoji-srpo"):
+        assert client.post("/align/start", data={"way": way}).status_code == 204
+        folder = next((found.workspace.home / "pairs").iterdir())
+        assert [row["prompt"] for row in json.loads((folder / "train.json").read_text())] == ["fox"]
+        assert len(list((folder / "images").glob("*.png"))) == 2
+    assert len(begun) == 2 and len(store.read()) == 21
 
 
 def test_an_answer_cut_short_swallows_not_the_next_one(studio):

@@ -32,13 +32,15 @@ REPORT_POLICY = "sandbox allow-scripts; frame-ancestors 'none'; form-action 'non
 @router.get("/runs")
 def runs(request: Request) -> HTMLResponse:
     studio = studio_of(request)
-    return studio.render(request, "runs.html", views=studio.views())
+    views, unreadable = studio.seen()
+    return studio.render(request, "runs.html", views=views, unreadable=unreadable)
 
 
 @router.get("/runs/list")
 def run_list(request: Request) -> HTMLResponse:
     studio = studio_of(request)
-    return studio.render(request, "runlist.html", views=studio.views())
+    views, unreadable = studio.seen()
+    return studio.render(request, "runlist.html", views=views, unreadable=unreadable)
 
 
 @router.post("/runs/{run}/delete")
@@ -51,6 +53,9 @@ def delete(request: Request, run: str, sure: str = Form("")) -> Response:
     require_free(folder, "it cannot be deleted")
     if sure != run:
         raise InputError(f"to delete {run} with its checkpoints and pictures, say so in the question that is asked")
+    if later := [view.name for view in studio.views() if view.name != run and view.needs(folder)]:
+        raise InputError(f"{', '.join(later)} began with the result of {run} and cannot go on without it; delete "
+                         f"{'it' if len(later) == 1 else 'them'} first")  # fmt: skip
     if folder.is_symlink():
         raise InputError(f"{run} is a link to another folder; delete it there")
     shutil.rmtree(folder)

@@ -7,6 +7,7 @@ import json
 from fastapi import APIRouter, Form, Request
 from fastapi.responses import HTMLResponse, Response
 
+from palate.models.vocabulary import known_words
 from palate.runtime.errors import InputError
 from palate.studio.process import quoted
 from palate.studio.runview import RunView
@@ -92,7 +93,7 @@ def start(request: Request, way: str = Form("taste-emoji")) -> Response:
     overrides = [] if way == "taste-emoji-dpo" else [f"reward.source.taste={quoted(studio.voting.learn_taste())}"]
     if way != "taste-emoji":
         pairs = studio.workspace.home / "pairs" / name
-        export_votes(studio.workspace.store, pairs)
+        export_votes(studio.workspace.store, pairs, reads=_reads)
         of = {
             "taste-emoji-dpo": f"pairs={quoted(pairs / 'train.json')}",
             "taste-emoji-srpo": f"images={quoted(pairs / 'images')}",
@@ -105,6 +106,14 @@ def start(request: Request, way: str = Form("taste-emoji")) -> Response:
             overrides.append("trainer.guard.base=start")
     studio.processes.train(way, name, overrides)
     return go_to("/align", request, run=name)
+
+
+def _reads(prompt: str) -> bool:
+    """Whether the embedded model can be trained on a picture of that prompt; own pictures may show anything."""
+    try:
+        return bool(known_words(prompt))
+    except InputError:
+        return False
 
 
 def _steered(studio: Studio, run: str) -> bool:

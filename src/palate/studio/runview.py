@@ -115,6 +115,11 @@ class RunView:
         start = self.recipe.model.start
         return Path(start).parent.name if start else ""
 
+    def needs(self, folder: Path) -> bool:
+        """Whether the result that it began with lies in that run's folder."""
+        start = self.recipe.model.start
+        return start is not None and Path(start).resolve().is_relative_to(folder.resolve())
+
     def guard_sentence(self) -> str:
         rows = self.of("guard")
         if not rows:

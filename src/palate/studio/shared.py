@@ -57,13 +57,17 @@ class Studio:
 
     def views(self) -> list[RunView]:
         """All runs whose recipe can be read, newest first."""
-        found = []
+        return self.seen()[0]
+
+    def seen(self) -> tuple[list[RunView], dict[str, str]]:
+        """All runs whose recipe can be read, newest first, and why the others cannot: another version's, or edited."""
+        found, unreadable = [], {}
         for name in self.workspace.names():
             try:
                 found.append(self.view(name))
-            except InputError:
-                continue  # another version's recipe, or an edited one
-        return found
+            except InputError as error:
+                unreadable[name] = str(error).splitlines()[0]
+        return found, unreadable
 
     def chosen(self, name: str | None, *, steerable: bool = False) -> RunView | None:
         """The run of that name; without one the run at work, else the newest."""

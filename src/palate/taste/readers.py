@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -198,8 +198,16 @@ def _kept(store: VoteStore, path: Path) -> str:
         raise InputError(f"{path}: {error}") from error
 
 
-def export_votes(store: VoteStore, folder: str | Path, form: str = "hpdv2") -> int:
+def _understood(vote: Vote, reads: Callable[[str], bool]) -> bool:
+    return all(reads(text) for text in (vote.prompt, *(p.prompt or vote.prompt for p in (vote.left, vote.right))))
+
+
+def export_votes(
+    store: VoteStore, folder: str | Path, form: str = "hpdv2", *, reads: Callable[[str], bool] = lambda prompt: True
+) -> int:
     """Write the votes with their pictures where other programs read them; how many.
+
+    reads: whether whoever is to read them understands a prompt; votes about other prompts are left out.
 
     hpdv2: train.json beside its images, for `prompts.pairs` of dpo. json: rows of file names. Both write images/ with
     the captions that `prompts.images` reads. InputError: another form, or no vote.
@@ -208,6 +216,9 @@ def export_votes(store: VoteStore, folder: str | Path, form: str = "hpdv2") -> i
     if form not in ("hpdv2", "json"):
         raise InputError(f"--format: expected hpdv2 or json, got {form!r}")
     votes, _ = store.with_pictures()
+    if votes and not any(_understood(vote, reads) for vote in votes):
+        raise InputError(f"{store.file} holds no vote about a prompt that the model reads; choose among its pictures")
+    votes = [vote for vote in votes if _understood(vote, reads)]
     if not votes:
         raise InputError(f"{store.file} holds no vote whose pictures are there")
     (folder / "images").mkdir(parents=True, exist_ok=True)
