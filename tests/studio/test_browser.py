@@ -206,7 +206,15 @@ def test_two_windows_a_killed_server_and_every_key(open_studio, serve, browser, 
     press(page, Keys.ARROW_RIGHT)  # about a pair that was voted on: it counts once, and the newer pair comes
     wait_for(lambda: pair_id(page) != shown, 60, "the newer pair")
     assert votes(page) == 3
+    script = "document.querySelector('details').open = true; document.querySelector('[name=mode]').focus()"
+    page.execute_script(script)
+    press(page, Keys.ARROW_DOWN)  # the arrow keys of a choice of settings are its own, and no vote
+    assert page.execute_script("return document.activeElement.value") == "champion"
+    page.execute_script("document.activeElement.blur()")
     server.kill(signal.SIGKILL)
+    press(page, Keys.ARROW_LEFT)
+    notice = "return document.querySelector('#notice').textContent"
+    wait_for(lambda: "does not answer" in page.execute_script(notice), 60, "a word about the studio that has ended")
     again = serve(tmp_path)
     other = browser()
     other.get(again.url)

@@ -102,7 +102,10 @@ if (live) {
   };
   const source = new EventSource(`/events?run=${encodeURIComponent(run)}`);
   source.addEventListener("change", () => { waiting ??= setTimeout(refresh, 150); });
-  window.addEventListener("pagehide", () => source.close());
+  let left = false; // a page that is left closes its stream, which is no silence
+  window.addEventListener("pagehide", () => { left = true; source.close(); });
+  source.addEventListener("error", () => setTimeout(() => { if (!left && source.readyState !== EventSource.OPEN) saySilent(); }, 3000));
+  source.addEventListener("open", () => find("#notice [data-silent]")?.remove());
   document.addEventListener("htmx:afterSwap", (event) => { // at once: later it would undo a click on a link
     const now = find("[data-testid=run-state]", live)?.dataset.state;
     if (event.target.id !== "live" || now === state) return;
@@ -121,16 +124,18 @@ for (const part of all("[data-refresh]")) {
 
 const SILENT = "The studio does not answer. If it was stopped, start palate studio and open the link that it prints; "
   + "what was chosen before is kept.";
-for (const kind of ["htmx:sendError", "htmx:timeout"]) document.addEventListener(kind, () => {
+document.addEventListener("htmx:sendError", saySilent);
+function saySilent() {
+  if (find("#notice [data-silent]")) return; // what polls would say it again and again
   const said = document.createElement("p");
   said.className = "notice";
   said.dataset.silent = "";
   said.textContent = SILENT;
   find("#notice").replaceChildren(said);
-});
+}
 document.addEventListener("htmx:afterRequest", (event) => {
-  if (event.detail.failed) all(".pressed").forEach((button) => button.classList.remove("pressed"));
   if (event.detail.successful) find("#notice [data-silent]")?.remove();
+  else all(".pressed").forEach((button) => button.classList.remove("pressed"));
 });
 
 // ---- what was refused is no longer said once something was done
