@@ -176,8 +176,7 @@ def test_what_has_one_size_is_said_when_the_recipe_is_read():
     read = ["prompts.sizes=[64]", "sample.image_size=128"]
     with pytest.raises(ValueError, match=r"prompts.sizes: emoji draws one size only; leave it out\nsample.image_size:"):
         recipe.read("draft-emoji", read)
-    with pytest.raises(ValueError, match=r"prompts.sizes: the pictures of pairs are fitted to one size; set model."):
-        recipe.read("dpo-sd15-released", ["prompts.sizes=[512, 640]"])
+    assert recipe.read("dpo-sd15-released", ["prompts.sizes=[512, 640]"]).prompts.sizes == [512, 640]
 
 
 # ------------------------------------------------------------------------------------ captioned pictures of many shapes
@@ -195,13 +194,16 @@ def test_a_picture_goes_to_the_size_that_it_loses_the_least_to(tmp_path):
     for shape, expected in (
         ((100, 100), 0), ((300, 900), 1), ((50, 71), 1), ((50, 70), 0), ((71, 50), 2), ((4000, 10), 2)
     ):  # fmt: skip
-        assert nearest(shape, sizes) == expected, shape  # the border is the ratio sqrt(2)
-    assert nearest((10, 10), [32, (64, 64)]) == 0
+        assert nearest([shape], sizes) == expected, shape  # the border is the ratio sqrt(2)
+    assert nearest([(10, 10)], [32, (64, 64)]) == 0
+    for pair, expected in (([(10, 12), (10, 60)], 1), ([(10, 10), (10, 11)], 0), ([(60, 10), (11, 10)], 2)):
+        assert nearest(pair, sizes) == nearest(pair[::-1], sizes) == expected, pair  # both lose the least together
     turned = Image.Exif()
     turned[0x0112] = 6  # a camera held upright: stored lying, shown standing
     wide, standing = picture(tmp_path, "a", 10, 30), picture(tmp_path, "b", 10, 30, exif=turned)
     assert (shape_of(wide), shape_of(standing)) == ((10, 30), (30, 10))
-    assert assign([standing, wide, wide], sizes) == {1: [1, 2], 2: [0]}
+    assert assign([standing, wide, wide], [(0,), (1,), (2,)], sizes) == {1: [1, 2], 2: [0]}
+    assert assign([standing, wide, wide], [(1, 2), (2, 1), (0, 0)], sizes) == {1: [0, 1], 2: [2]}
 
 
 def pictures(model):
@@ -272,3 +274,62 @@ def test_a_recipe_with_pictures_and_sizes_has_buckets(tmp_path):
     assert [(bucket.size, bucket.rows) for bucket in parts.buckets] == [(32, [1]), ((32, 64), [0, 2])]
     height, width = parts.buckets[1].latents.shape[-2:]
     assert width == 2 * height and len(parts.buckets[1].latents) == 2
+
+
+def pairs_file(folder):
+    """Three pairs as HPDv2 has them: wide, square (a tie), wide."""
+    shapes = {"a": (40, 80), "b": (40, 90), "c": (64, 64), "d": (60, 64), "e": (30, 60), "f": (32, 64)}
+    for k, (name, (height, width)) in enumerate(shapes.items()):
+        image = np.tile(np.linspace(30 * k, 30 * k + 60, width, dtype=np.uint8)[None, :, None], (height, 1, 3))
+        Image.fromarray(image).save(folder / f"{name}.png")
+    rows = [
+        {"prompt": f"pair {k}", "file_path": [f"{x}.png", f"{y}.png"], "human_preference": votes}
+        for k, (x, y, votes) in enumerate((("a", "b", [1, 0]), ("c", "d", [1, 1]), ("e", "f", [0, 1])))
+    ]
+    (folder / "train.json").write_text(json.dumps(rows))
+    return folder / "train.json"
+
+
+def of_pairs(tmp_path, *, sizes=None, image_size=32, **algorithm):
+    prompts = {"pairs": str(pairs_file(tmp_path)), **({"sizes": sizes} if sizes else {})}
+    return json.dumps({
+        "model": {"name": "stable-diffusion", "folder": str(saved("stable-diffusion")[0]), "image_size": image_size,
+                  "dtype": "float32", "device": "cpu", "lora_rank": 2, "text_cache": str(tmp_path / "text")},
+        "algorithm": {"name": "dpo", **algorithm}, "reward": {"name": "brightness"}, "prompts": prompts,
+        "trainer": {"steps": 8, "batch_size": 2, "guard": {"every": 0}}, "run": {"folder": str(tmp_path / "run")},
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("posterior", [False, True])
+def test_pairs_of_a_size_are_those_of_a_model_of_this_size(flip, posterior, tmp_path):
+    """The preferred picture first, a tie in both orders, mirror images with their captions; at each size to the bit
+    what the pictures are that a recipe of that size alone has."""
+    how = {"flip": flip, "posterior": posterior, "ties": "equal"}
+    parts = recipe.build(recipe.parse(of_pairs(tmp_path, sizes=[32, [32, 64]], **how)))
+    square, wide = parts.buckets
+    assert (parts.latents, square.size, wide.size) == (None, 32, (32, 64))
+    captions = [[parts.prompts[row] for row in bucket.rows] for bucket in parts.buckets]
+    views = 2 if flip else 1
+    assert captions == [["pair 1", "pair 1"] * views, ["pair 0", "pair 0", "pair 2", "pair 2"] * views]
+    for bucket, size in ((square, 32), (wide, [32, 64])):
+        alone = recipe.build(recipe.parse(of_pairs(tmp_path, image_size=size, **how)))
+        assert alone.prompts == parts.prompts and torch.equal(bucket.latents, alone.latents[bucket.rows])
+    assert torch.equal(square.latents[0], square.latents[1].flip(0)) and bool(square.latents[0].isfinite().all())
+
+
+def test_dpo_trains_on_pairs_of_several_sizes(tmp_path):
+    seen = []
+    made = recipe.parse(of_pairs(tmp_path, sizes=[32, [32, 64]], ties="equal", posterior=True))
+    parts = recipe.build(made)
+    step = parts.algorithm.step
+
+    def noted(model, reward, batch, rng):
+        seen.append((model.image_size, batch.latents.shape[-1] // batch.latents.shape[-2]))
+        return step(model, reward, batch, rng)
+
+    parts.algorithm.step = noted
+    job = Job(parts.model, parts.algorithm, parts.reward, parts.prompts, tmp_path / "run", made.trainer, parts.prompts,
+              buckets=parts.buckets)  # fmt: skip
+    assert run_job(job, progress=False).reason == "finished"
+    assert set(seen) == {((32, 32), 1), ((32, 64), 2)}

@@ -1,4 +1,4 @@
-"""Captioned pictures of several shapes: each goes to the size whose aspect ratio is nearest, and is cut the least."""
+"""Given pictures of several shapes: each goes to the size whose aspect ratio is nearest, and is cut the least."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Size = int | tuple[int, int]  # pixels of a side, or height and width
 
 
 class Bucket(NamedTuple):
-    """The pictures that are trained on at one size."""
+    """The pictures, or the pairs of pictures, that are trained on at one size."""
 
     size: Size
-    rows: list[int]  # which of all pictures
-    latents: Tensor  # (len(rows), C, h, w)
+    rows: list[int]  # which of all samples
+    latents: Tensor  # (len(rows), C, h, w), or (len(rows), 2, C, h, w) of pairs
 
 
 def aspect(size: Size) -> float:
@@ -28,12 +28,13 @@ def aspect(size: Size) -> float:
     return 1.0 if isinstance(size, int) else size[1] / size[0]
 
 
-def nearest(shape: tuple[int, int], sizes: Sequence[Size]) -> int:
-    """Which of the sizes a picture (height, width) loses the least of when it is cut to it; of equal ones the first.
+def nearest(shapes: Sequence[tuple[int, int]], sizes: Sequence[Size]) -> int:
+    """Which of the sizes the pictures (height, width) of a sample lose the least of when they are cut to it, the two of
+    a pair together; of equal ones the first.
 
     Cut to another aspect ratio, a picture keeps the fraction exp(-|log of the ratios' quotient|) of its area.
     """
-    lost = [abs(math.log(aspect(size) / aspect(shape))) for size in sizes]
+    lost = [sum(abs(math.log(aspect(size) / aspect(shape))) for shape in shapes) for size in sizes]
     return min(range(len(sizes)), key=lambda k: (round(lost[k], 9), k))
 
 
@@ -45,9 +46,12 @@ def shape_of(image: Path | bytes) -> tuple[int, int]:
         return (width, height) if turned else (height, width)
 
 
-def assign(images: Sequence[Path | bytes], sizes: Sequence[Size]) -> dict[int, list[int]]:
-    """Place of a size -> the pictures that go to it, in their order; sizes without a picture are left out."""
-    found: dict[int, list[int]] = {}
-    for row, image in enumerate(images):
-        found.setdefault(nearest(shape_of(image), sizes), []).append(row)
+def assign(
+    images: Sequence[Path | bytes], samples: Sequence[Sequence[int]], sizes: Sequence[Size]
+) -> dict[int, list[int]]:
+    """Place of a size -> the samples (numbers of images) that go to it, in their order; sizes without one are left
+    out."""
+    shapes, found = [shape_of(image) for image in images], dict[int, list[int]]()
+    for row, sample in enumerate(samples):
+        found.setdefault(nearest([shapes[k] for k in sample], sizes), []).append(row)
     return dict(sorted(found.items()))

@@ -54,7 +54,7 @@ class Parts(NamedTuple):
     preview_prompts: list[str]
     latents: Tensor | None
     tower: EmbedsImages | None = None  # of the rewards that are optimised
-    buckets: Sequence[Bucket] = ()  # captioned pictures of several sizes, in the place of latents
+    buckets: Sequence[Bucket] = ()  # given pictures of several sizes, in the place of latents
 
 
 @runtime_checkable

@@ -131,8 +131,6 @@ def _check_sizes(recipe: Recipe, mistakes: list[str]) -> None:
     kind = algorithms.find(name).load_class()
     if not (isinstance(kind, TakesAnySize) and kind.any_size):
         mistakes.append(f"prompts.sizes: {name} trains on one size; set model.image_size")
-    if recipe.prompts.pairs is not None:
-        mistakes.append("prompts.sizes: the pictures of pairs are fitted to one size; set model.image_size")
 
 
 def _check_rewards(recipe: Recipe, mistakes: list[str]) -> None:

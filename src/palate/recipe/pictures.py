@@ -105,25 +105,30 @@ def kept_pairs(source: str, settings: object) -> list[Pair]:
 
 def latents_of(model: Model, pictures: Pictures, settings: object) -> Tensor:
     """(N, C, h, w) of images or (N, 2, C, h, w) of pairs, encoded once; twice as many channels with posterior."""
-    if not isinstance(model, EncodesPictures):
-        raise InputError("prompts.images: the model has no image_size, so pictures cannot be fitted to it")
-    posterior = isinstance(settings, SamplesPosterior) and settings.posterior
-    rows = torch.tensor(pictures.samples)
-    views: Sequence[bool] = (False, True) if pictures.mirrored else (False,)
-    latents = torch.cat(
-        [encode_images(model, pictures.files, posterior=posterior, mirrored=view)[rows] for view in views]
-    )
-    return latents[:, 0] if rows.shape[1] == 1 else latents
+    return _encoded(model, pictures, range(len(pictures.samples)), settings)
 
 
 def buckets_of(model: Model, pictures: Pictures, settings: object, sizes: Sequence[Size]) -> list[Bucket]:
-    """The pictures of each of several sizes, encoded at it; each goes to the size that it loses the least to."""
-    if not isinstance(model, EncodesPictures):
-        raise InputError("prompts.images: the model has no image_size, so pictures cannot be fitted to it")
-    posterior = isinstance(settings, SamplesPosterior) and settings.posterior
-    found = []
-    for place, rows in assign(pictures.files, sizes).items():
+    """The samples of each of several sizes, encoded at it; each goes to the size that it loses the least to."""
+    found, count = [], len(pictures.samples)
+    for place, rows in assign(pictures.files, pictures.samples, sizes).items():
         with at_size(model, sizes[place], "prompts.sizes"):
-            latents = encode_images(model, [pictures.files[row] for row in rows], posterior=posterior)
-        found.append(Bucket(sizes[place], rows, latents))
+            latents = _encoded(model, pictures, rows, settings)
+        mirrored = [row + count for row in rows] if pictures.mirrored else []  # as `Pictures.prompts` has them
+        found.append(Bucket(sizes[place], [*rows, *mirrored], latents))
     return found
+
+
+def _encoded(model: Model, pictures: Pictures, rows: Sequence[int], settings: object) -> Tensor:
+    """Latents of some samples at the model's size, then of their mirror images; a picture is encoded once for each."""
+    if not isinstance(model, EncodesPictures):
+        raise InputError(
+            "prompts.images, prompts.pairs: the model has no image_size to fit pictures to; give prompts.file"
+        )
+    posterior = isinstance(settings, SamplesPosterior) and settings.posterior
+    used = sorted({k for row in rows for k in pictures.samples[row]})
+    places, files = {k: place for place, k in enumerate(used)}, [pictures.files[k] for k in used]
+    chosen = torch.tensor([[places[k] for k in pictures.samples[row]] for row in rows])
+    views: Sequence[bool] = (False, True) if pictures.mirrored else (False,)
+    latents = torch.cat([encode_images(model, files, posterior=posterior, mirrored=view)[chosen] for view in views])
+    return latents[:, 0] if chosen.shape[1] == 1 else latents

@@ -51,7 +51,7 @@ class Job:
     recipe: str | None = None  # the text of recipe.yaml
     kept: str | None = None  # the text of identity.json: what the run is started with, by content
     sizes: Sequence[ImageSize] = ()  # image sizes that steps draw in turn; () = the model's own
-    buckets: Sequence[Bucket] = ()  # or the captioned pictures of each of several sizes
+    buckets: Sequence[Bucket] = ()  # or the given pictures of each of several sizes
     reference: str | None = None  # what the policy is held to, in words, where that needs saying
 
     def check(self) -> None:
