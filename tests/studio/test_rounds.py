@@ -74,6 +74,10 @@ def test_the_guard_says_that_it_counts_over_all_rounds_and_when_nothing_is_left_
     assert "over all rounds (concept fell" in said(second, 0)
     assert said(second, 0).endswith("More rounds of this taste would cost more than they give.")
     assert said(second, 20).endswith("The run ended there; its result is step 20.")
+    row["verdict"] = "concept fell from 1 to 0.9, more than 0.03; diversity fell from 1 to 0.1, below 0.85 of it"
+    assert "lost of pictures that show what was asked for and of variety (concept fell" in said(first, 20)
+    row["verdict"] = "drift is 1.2 of the base's spread, more than 1"
+    assert "the pictures changed more than they may (drift is 1.2" in said(first, 20)
 
 
 def test_the_pictures_to_choose_among_are_those_of_any_round_or_of_the_model_as_it_came(studio):

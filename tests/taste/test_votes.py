@@ -60,6 +60,20 @@ def test_a_file_cut_in_the_middle_of_a_vote_loses_that_vote_alone(tmp_path, cut)
     assert [v.id for v in store.read()][-1] == "new" and len(store.read()) >= 3
 
 
+def test_pairs_asked_twice_are_known_again_after_an_import_and_a_store_is_not_added_to_itself(tmp_path):
+    store = store_with(tmp_path / "a", 2)
+    first = store.read()[0]
+    store.append(Vote("fox", first.right, first.left, "left", id="again", repeat_of=first.id))
+    other = VoteStore(tmp_path / "b")
+    for _ in range(2):
+        import_votes(tmp_path / "a", other)
+    votes = other.read()
+    assert len(votes) == 3 and [vote.repeat_of for vote in votes] == [None, None, votes[0].id]
+    for same in (tmp_path / "a", store.file):
+        with pytest.raises(InputError, match="votes that you add to"):
+            import_votes(same, store)
+
+
 def test_a_vote_may_be_cut_at_any_byte_and_written_on_after(tmp_path):
     """Also after the brace that ends a picture, where the line ends as a whole vote does."""
     store = store_with(tmp_path, 2)

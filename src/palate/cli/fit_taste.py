@@ -60,6 +60,8 @@ def words(folder: Path, pictures: Path, *, prompt: str, weights: str | None) -> 
             "with a word of the same kind, as 'a fox' and 'a fox on an orange background'"
         )
     chosen = offered(gains)
+    if not found.learnt:
+        print("The words are a guess, because this taste is not learnt yet: palate taste show says why.")
     for choice in chosen:
         print(f"{choice.word} ({choice.kind}): {choice.gain:+.2f} standard deviations above plain prompts, "
               f"{choice.pictures} pictures")  # fmt: skip

@@ -20,6 +20,15 @@ from palate.runtime.runlog import read_metrics
 from palate.studio.process import Processes
 
 STATES = {"waiting": "Starting", "running": "Running", "stopped": "Stopped", "died": "Died", "finished": "Finished"}
+LOST = {  # figure of the guard -> what a person lost when it broke its limit
+    "concept": "pictures that show what was asked for",
+    "background": "the backgrounds that were asked for",
+    "fit": "what the prompts ask for",
+    "heldout": "the held-out reward",
+    "heldout_fall": "the held-out reward",
+    "diversity": "variety",
+    "variety": "variety",
+}
 RECENT = 10  # steps whose time tells how long the rest takes
 
 
@@ -134,15 +143,11 @@ class RunView:
             back = " The run ended there, and changed nothing." + (
                 " More rounds of this taste would cost more than they give." if self.began_with else ""
             )
-        names = {
-            "concept": "pictures that show what was asked for",
-            "heldout": "the held-out reward",
-            "diversity": "variety",
-            "background": "the backgrounds that were asked for",
-        }
-        what = next((name for key, name in names.items() if key in last["verdict"]), "")
+        broken = [part.partition(" ")[0] for part in last["verdict"].split("; ")]
+        lost = list(dict.fromkeys(LOST[key] for key in broken if key in LOST))
+        what = f"too much was lost of {' and of '.join(lost)}" if lost else "the pictures changed more than they may"
         since = " over all rounds" if self.began_with and self.recipe.trainer.guard.base == "reference" else ""
-        return f"The guard at step {last['step']}: too much was lost of {what}{since} ({last['verdict']}).{back}"
+        return f"The guard at step {last['step']}: {what}{since} ({last['verdict']}).{back}"
 
     def prompts(self) -> list[str]:
         return [row["prompt"] for row in self.pictures(self.previews[0])] if self.previews else []

@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,14 @@ def import_votes(
     stored then.
     """
     source = Path(source)
+    if source.resolve() in (store.folder.resolve(), store.file.resolve()):
+        raise InputError(f"{source} holds the votes that you add to; name another source, or another folder with --to")
     found = list(_read(source, store, prompt, key))
     if not found:
         raise InputError(f"{source} holds no vote")
     named = [_named(vote, session or vote.session, rater or vote.rater) for vote in found]
-    return store.extend(named)
+    now = {old.id: new.id for old, new in zip(found, named, strict=True)}
+    return store.extend(replace(vote, repeat_of=now.get(vote.repeat_of or "")) for vote in named)
 
 
 def _named(vote: Vote, session: str, rater: str) -> Vote:

@@ -73,6 +73,10 @@ def show_votes(votes: Votes) -> None:
     store = VoteStore(votes)
     there, gone = store.with_pictures()
     everything = store.read()
+    if not everything:
+        raise InputError(
+            f"{store.file} holds no vote; make some in palate studio, or bring some with palate votes import"
+        )
     print(
         f"{len(everything)} votes: " + ", ".join(f"{n} {c}" for c, n in Counter(v.choice for v in everything).items())
     )
