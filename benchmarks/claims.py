@@ -4,12 +4,15 @@
 
 Each claim is one number with a bar. Of an interval that lies above the bar the claim holds, below it fails, and
 otherwise it is open: the runs cannot tell. A claim whose rows are missing is not measured, and names the command that
-makes them. Ratios of forwards are taken at a level of the held-out goal that both methods reach; where the slower one
-does not reach it on some seed, what it had spent stands in and the ratio is a lower bound.
+makes them. Ratios of forwards are taken at a level of the held-out goal that both methods reach on average; a run that
+does not reach it counts with what it had spent. So a slow one makes the ratio a lower bound, by which no claim fails, a
+fast one an upper bound, by which none holds.
 
-Intervals: over prompts and seeds where rows keep their prompts (comparison.py), else over seeds by Student's t. What is
-worse when it is larger (a colour cast) is counted negatively, so that more is always better. Rows of "Palate" are the
-project's own aims.
+Intervals: over prompts and seeds where rows keep their prompts (comparison.py), else over seeds by Student's t; of
+shares of a range by the bootstrap of both, which few seeds make somewhat narrow. What is worse when it is larger (a
+colour cast) is counted negatively, so that more is always better. Rows of "Palate" are the project's own aims.
+
+Only rows of the model in the package count (rows.py), and two methods are compared at one budget.
 """
 
 from __future__ import annotations
@@ -21,25 +24,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from comparison import at_best, best_kept, mean, pigeonhole
+from comparison import at_best, best_kept, crossed, mean, student
 from frontier import share_above
-from methods import made, slug
+from methods import slug
+from rows import content, made, made_in
 
 from palate.models.vocabulary import parse_prompt
 
-T975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 SHARE = 0.8  # of the rise that both methods reach: the level of a ratio
 RESAMPLES = 500
 
 
 class Measured(NamedTuple):
-    """A value with its interval; `bound`: a lower bound. `series`: what a figure draws, by name; bars are two."""
+    """A value with its interval; `bound`: a lower bound, `short`: an upper one. `series`: what a figure draws, by name;
+    bars are two."""
 
     value: float
     low: float
     high: float
     bound: bool = False
     series: dict[str, Any] | None = None
+    short: bool = False
 
 
 class Claim(NamedTuple):
@@ -67,7 +72,7 @@ class Judged(NamedTuple):
         """holds, fails, open or not measured."""
         if self.found is None:
             return "not measured"
-        if self.found.low > self.claim.bar:
+        if self.found.low > self.claim.bar and not self.found.short:
             return "holds"
         return "fails" if self.found.high < self.claim.bar and not self.found.bound else "open"
 
@@ -75,26 +80,46 @@ class Judged(NamedTuple):
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-def runs_of(results: Path, task: str, method: str) -> list[dict[str, Any]]:
-    """The comparison's rows of a method, or those of time_to_preference.py, which keep no prompts: {"seed", "points":
-    [{"forwards", key: per prompt}]}."""
-    paths = sorted(results.glob(f"{slug('comparison', task, method)}-*.json"))
-    found = [row for row in map(made, paths) if row["method"] == method]
-    if not found and task == "style":
-        for path in sorted(results.glob(f"{slug('time', method)}-*.json")):
-            row = made(path)
-            if row["method"] == method:
-                points = [{k: v if k == "forwards" else [v] for k, v in check.items()} for check in row["checks"]]
-                found.append({"seed": row["seed"], "points": points})
+def runs_of(results: Path, task: str, *methods: str) -> list[list[dict[str, Any]]]:
+    """The rows of each method: the comparison's at the largest budget at which all have some; if none has any, those of
+    time_to_preference.py, which keep no prompts. {"seed", "points": [{"forwards", key: per prompt}]}; else empty."""
+    for rows in (_comparison_rows(results, task), _time_rows(results) if task == "style" else []):
+        by = {method: {budget for name, budget, _ in rows if name == method} for method in methods}
+        if any(by.values()):
+            shared = set.intersection(*by.values())
+            return [[row for name, budget, row in rows if name == method and budget == max(shared, default=None)]
+                    for method in methods]  # fmt: skip
+    return [[] for _ in methods]
+
+
+def _comparison_rows(results: Path, task: str) -> list[tuple[str, int, dict[str, Any]]]:
+    return [(row["method"], _budget(path), row) for path, row in made_in(results, f"{slug('comparison', task)}-*.json")]
+
+
+def _time_rows(results: Path) -> list[tuple[str, int, dict[str, Any]]]:
+    found = []
+    for path, row in made_in(results, "time-*.json"):
+        points = [{k: v if k == "forwards" else [v] for k, v in check.items()} for check in row["checks"]]
+        found.append((row["method"], _budget(path), {"seed": row["seed"], "points": points}))
     return found
 
 
-def ablation(results: Path, program: str, group: str, name: str) -> dict[int, Any]:
-    """Seed -> row of an ablation of srpo.py, sqdf.py or distar.py."""
-    found = {}
-    for path in sorted(results.glob(f"{slug(program, group, name)}-[0-9]*.json")):
-        found[int(path.stem.removeprefix(slug(program, group, name)).split("-")[1])] = made(path)
-    return found
+def _budget(path: Path) -> int:
+    """Which a row's name ends with."""
+    return int(path.stem.rpartition("-")[2])
+
+
+def ablation(results: Path, program: str, group: str, *names: str) -> list[dict[int, Any]]:
+    """Of each name seed -> row of an ablation of srpo.py, sqdf.py or distar.py, at the largest budget that all have."""
+    found: list[dict[str, dict[int, Any]]] = []
+    for name in names:
+        own: dict[str, dict[int, Any]] = {}
+        for path, row in made_in(results, f"{slug(program, group, name)}-[0-9]*.json"):
+            seed, _, budget = path.stem.removeprefix(slug(program, group, name) + "-").partition("-")
+            own.setdefault(budget, {})[int(seed)] = row
+        found.append(own)
+    shared = set.intersection(*(set(own) for own in found))
+    return [own[max(shared, key=lambda budget: int(budget or 0))] if shared else {} for own in found]
 
 
 # --- measures -------------------------------------------------------------------------------------------------------
@@ -102,11 +127,7 @@ def ablation(results: Path, program: str, group: str, name: str) -> dict[int, An
 
 def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean and Student's 95 % interval."""
-    center = float(np.mean(values))
-    if len(values) < 2:
-        return center, -np.inf, np.inf
-    half = T975.get(len(values) - 1, 2.2) * float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return center, center - half, center + half
+    return crossed(np.array(values, dtype=float)[:, None])
 
 
 def reach(forwards: np.ndarray, rises: np.ndarray, level: float) -> tuple[float, bool]:
@@ -130,50 +151,63 @@ def ratio(slow: str, fast: str, task: str = "style") -> Callable[[Path], Measure
     """Forwards of the slow method over those of the fast one to SHARE of the rise that both reach."""
 
     def measure(results: Path) -> Measured | None:
-        runs = [runs_of(results, task, method) for method in (slow, fast)]
+        runs = runs_of(results, task, slow, fast)
         if not all(runs):
             return None
         cubes = [[_cube(run) for run in own] for own in runs]
-        tops = [np.mean([rises.mean(1).max() for _, rises in own]) for own in cubes]
-        level = SHARE * float(min(tops))
-        if level <= 0:
-            return None
-        rng, ratios = np.random.default_rng(0), []
-        value, reached = _ratio_at(cubes, level, None, rng)
-        ratios = [_ratio_at(cubes, level, True, rng)[0] for _ in range(RESAMPLES)]
-        low, high = np.quantile(ratios, [0.025, 0.975])
+        level = SHARE * float(min(np.mean([rises.mean(1).max() for _, rises in own]) for own in cubes))
         series = {
             name: [[forwards.tolist(), rises.mean(1).tolist()] for forwards, rises in own]
             for name, own in zip((slow, fast), cubes, strict=True)
         }
-        return Measured(value, float(low), float(high), not reached, {"level": level, "curves": series})
+        drawn = {"level": level, "curves": series}
+        if level <= 0:  # one of them raises nothing
+            return Measured(np.nan, -np.inf, np.inf, False, drawn)
+        prompts = cubes[0][0][1].shape[1]
+        even = np.full(prompts, 1 / prompts)
+        spent = [_spent(own, level, even) for own in cubes]
+        value = _log_ratio(spent)
+        resamples = np.random.default_rng(0).multinomial(prompts, even, RESAMPLES) / prompts
+        moved = [_log_ratio([_spent(own, level, weights) for own in cubes]) for weights in resamples]
+        half = _half_width(spent, float(np.var(moved)), prompts)
+        ends = (float(np.exp(value + sign * half)) for sign in (-1, 1))
+        there = [all(ok for _, ok in own) for own in spent]
+        return Measured(float(np.exp(value)), *ends, not there[0], drawn, not there[1])
 
     return measure
 
 
-def _ratio_at(
-    cubes: Sequence[Sequence[tuple[np.ndarray, np.ndarray]]], level: float, resample: bool | None, rng: Any
-) -> tuple[float, bool]:
-    """The ratio of mean forwards, of all runs or of a resample of seeds and prompts; whether every slow run got
-    there."""
-    prompts = cubes[0][0][1].shape[1]
-    weights = np.full(prompts, 1 / prompts)
-    if resample:
-        weights = rng.multinomial(prompts, weights) / prompts
-    spent, there = [], []
-    for own in cubes:
-        chosen = rng.integers(0, len(own), len(own)) if resample else range(len(own))
-        found = [reach(own[i][0], own[i][1] @ weights, level) for i in chosen]
-        spent.append(np.mean([forwards for forwards, _ in found]))
-        there.append(all(ok for _, ok in found))
-    return float(spent[0] / max(spent[1], 1e-9)), there[0]
+Spent = list[tuple[float, bool]]  # forwards to the level, and whether the run got there
+
+
+def _spent(own: Sequence[tuple[np.ndarray, np.ndarray]], level: float, weights: np.ndarray) -> Spent:
+    """Of each run, with prompts of these weights."""
+    return [reach(forwards, rises @ weights, level) for forwards, rises in own]
+
+
+def _log_ratio(spent: Sequence[Spent]) -> float:
+    """Of the mean forwards of the slow runs and of the fast ones."""
+    slow, fast = (np.mean([forwards for forwards, _ in own]) for own in spent)
+    return float(np.log(slow / fast))
+
+
+def _half_width(spent: Sequence[Spent], of_prompts: float, prompts: int) -> float:
+    """Of the logarithm of the ratio: both methods' seeds by the delta method, and prompts, as independent parts with
+    Satterthwaite's degrees of freedom. Infinite where a method has one seed."""
+    if any(len(own) < 2 for own in spent):
+        return float("inf")
+    values = [np.array([forwards for forwards, _ in own]) for own in spent]
+    parts = [(float(np.var(own, ddof=1) / len(own) / np.mean(own) ** 2), len(own) - 1) for own in values]
+    parts.append((of_prompts, max(prompts - 1, 1)))
+    variance, noise = sum(part for part, _ in parts), sum(part**2 / free for part, free in parts)
+    return student(max(variance**2 / noise, 1.0)) * variance**0.5 if noise > 0 else 0.0
 
 
 def differs(program: str, group: str, first: str, second: str, pick: Callable[[Any], float]) -> Any:
     """What `pick` gives for the first less for the second, in pairs of seeds."""
 
     def measure(results: Path) -> Measured | None:
-        rows = [ablation(results, program, group, name) for name in (first, second)]
+        rows = ablation(results, program, group, first, second)
         seeds = sorted(set(rows[0]) & set(rows[1]))
         if not seeds:
             return None
@@ -193,7 +227,7 @@ def above(first: str, second: str, key: str = "diversity", at: str = "heldout") 
     """The share of the values of `at` that either reaches where the first's best `key` is higher."""
 
     def measure(results: Path) -> Measured | None:
-        runs = [[_even(run) for run in runs_of(results, "style", method)] for method in (first, second)]
+        runs = [[_even(run) for run in own] for own in runs_of(results, "style", first, second)]
         if not all(runs) or any(axis not in own[0]["points"][0] for own in runs for axis in (at, key)):
             return None
         looks = min(len(run["points"]) for own in runs for run in own)
@@ -233,12 +267,12 @@ def rises(task: str, *methods: str) -> Callable[[Path], Measured | None]:
 
     def measure(results: Path) -> Measured | None:
         method = _best(*methods)(results, task)
-        runs = [run | {"task": task} for run in runs_of(results, task, method)]
+        runs = [run | {"task": task} for run in runs_of(results, task, method)[0]]
         if not runs:
             return None
         bars = {"base": [mean(run["points"][0], "heldout") for run in runs],
                 method: [mean(run["points"][best_kept(run["points"], task)], "heldout") for run in runs]}  # fmt: skip
-        return Measured(*pigeonhole(at_best(runs, "heldout")), False, {"bars": bars})
+        return Measured(*crossed(at_best(runs, "heldout")), False, {"bars": bars})
 
     return measure
 
@@ -247,14 +281,14 @@ def kept_style(method: str, lost: float = 0.03) -> Callable[[Path], Measured | N
     """The highest share of the target style at any look that lost at most so much of the concepts."""
 
     def measure(results: Path) -> Measured | None:
-        chosen, runs = [], runs_of(results, "style", method)
+        chosen, (runs,) = [], runs_of(results, "style", method)
         for run in runs:
             floor = mean(run["points"][0], "concept") - lost
             kept = [point for point in run["points"] if mean(point, "concept") >= floor]
             chosen.append(max(kept, key=lambda point: mean(point, "style")))
         if not chosen:
             return None
-        found = pigeonhole(np.array([point["style"] for point in chosen], dtype=float))
+        found = crossed(np.array([point["style"] for point in chosen], dtype=float))
         bars = {"base": [mean(run["points"][0], "style") for run in runs],
                 method: [mean(point, "style") for point in chosen]}  # fmt: skip
         return Measured(*found, False, {"bars": bars})
@@ -267,7 +301,7 @@ def layout_gain(first: str, second: str) -> Callable[[Path], Measured | None]:
     and seeds, each at its best look; counted on the mirrored pictures, where pleasing the detector does not help."""
 
     def measure(results: Path) -> Measured | None:
-        runs = [{run["seed"]: run for run in runs_of(results, "scenes", method)} for method in (first, second)]
+        runs = [{run["seed"]: run for run in own} for own in runs_of(results, "scenes", first, second)]
         seeds = sorted(runs[0].keys() & runs[1].keys())
         if not seeds:
             return None
@@ -276,23 +310,23 @@ def layout_gain(first: str, second: str) -> Callable[[Path], Measured | None]:
         chosen = [k for k, caption in enumerate(read) if caption.relation or caption.number]
         sides = [at_best([own[seed] for seed in seeds], "again")[:, chosen] for own in runs]
         bars = {name: side.mean(1).tolist() for name, side in zip((first, second), sides, strict=True)}
-        return Measured(*pigeonhole(sides[0] - sides[1]), False, {"bars": bars})
+        return Measured(*crossed(sides[0] - sides[1]), False, {"bars": bars})
 
     return measure
 
 
 def cheaper(what: str) -> Callable[[Path], Measured | None]:
-    """The teacher's time over the one-step generator's, median and middle half of the timings."""
+    """The teacher's time over the one-step generator's; a row that keeps no interval of it has none."""
 
     def measure(results: Path) -> Measured | None:
         path = results / f"{slug('distar', 'teacher', 'emoji-1step')}.json"
-        if not path.exists():
+        if content(path) is None:
             return None
         times = made(path)["seconds"]
         value = times[f"ratio, {what}"]
-        low, high = (times.get(f"ratio, {what}, {end}", value) for end in ("low", "high"))
+        ends = (times.get(f"ratio, {what}, {end}", unknown) for end, unknown in (("low", -np.inf), ("high", np.inf)))
         bars = {side: [1000 * times[f"{side}, {what}"]] for side in ("teacher", "generator")}
-        return Measured(value, low, high, False, {"bars": bars})
+        return Measured(value, *ends, False, {"bars": bars})
 
     return measure
 
@@ -301,12 +335,12 @@ def blackbox(key: str, against: str) -> Callable[[Path], Measured | None]:
     """What DI* with a black-box reward gives for `key`, less the base generator's `against`; in pairs of prompts."""
 
     def measure(results: Path) -> Measured | None:
-        rows = [made(path) for path in sorted(results.glob(f"{slug('distar', 'blackbox')}-[0-9]*.json"))]
+        rows = [row for _, row in made_in(results, f"{slug('distar', 'blackbox')}-[0-9]*.json")]
         if not rows:
             return None
         sides = [np.array([row[name] for row in rows], dtype=float) for name in (key, against)]
         bars = {name: np.nanmean(side, 1).tolist() for name, side in zip((key, against), sides, strict=True)}
-        return Measured(*pigeonhole(sides[0] - sides[1]), False, {"bars": bars})
+        return Measured(*crossed(sides[0] - sides[1]), False, {"bars": bars})
 
     return measure
 
@@ -316,7 +350,7 @@ def against_teacher(prompts: str, key: str) -> Callable[[Path], Measured | None]
 
     def measure(results: Path) -> Measured | None:
         path = results / f"{slug('distar', 'teacher', 'emoji-1step')}.json"
-        if not path.exists():
+        if content(path) is None:
             return None
         found = made(path)[prompts][key]
         bars = {"one step": [found["value"]], "teacher": [found["base"]]}
@@ -327,7 +361,7 @@ def against_teacher(prompts: str, key: str) -> Callable[[Path], Measured | None]
 
 def _best(*names: str) -> Callable[[Path, str], str]:
     """The first of the methods that has rows; else the first."""
-    return lambda results, task: next((n for n in names if runs_of(results, task, n)), names[0])
+    return lambda results, task: next((n for n in names if runs_of(results, task, n)[0]), names[0])
 
 
 def ratio_of_best(slow: Sequence[str], fast: str) -> Callable[[Path], Measured | None]:
@@ -341,8 +375,9 @@ def cast(row: Any) -> float:
 
 
 def detail(row: Any) -> float:
-    """Fine detail of a row of srpo.py, as a share of the base's."""
-    return float(row["drift"]["high_frequency_ratio"])
+    """How much of the base's fine detail is kept in a row of srpo.py: 1 = as much, less for blur and for grain."""
+    ratio = float(row["drift"]["high_frequency_ratio"])
+    return min(ratio, 1 / ratio)
 
 
 def heldout(row: Any) -> float:
@@ -462,7 +497,8 @@ def told(found: Measured | None) -> str:
         return ""
     values = (f"{x:.3g}" if np.isfinite(x) else "?" for x in (found.value, found.low, found.high))
     center, low, high = values
-    return f"{'at least ' if found.bound else ''}{center} ({low} to {high})"
+    how = {(True, False): "at least ", (False, True): "at most ", (True, True): "about "}
+    return f"{how.get((found.bound, found.short), '')}{center} ({low} to {high})"
 
 
 def table(rows: Sequence[Judged]) -> str:
@@ -487,8 +523,9 @@ def as_json(rows: Sequence[Judged]) -> dict[str, Any]:
         row.claim.key: {
             "verdict": row.verdict,
             "bar": row.claim.bar,
-            **({"value": row.found.value, "low": row.found.low, "high": row.found.high, "bound": row.found.bound}
-               if row.found else {}),
+            **({key: value if np.isfinite(value) else None for key, value in
+                {"value": row.found.value, "low": row.found.low, "high": row.found.high}.items()}
+               | {"bound": row.found.bound, "short": row.found.short} if row.found else {}),
         }
         for row in rows
     }  # fmt: skip

@@ -38,17 +38,16 @@ from methods import (
     PLAIN,
     Counted,
     CountedReward,
-    Row,
     Watched,
     about,
     eval_like,
-    made,
-    measured,
     parsed,
     scatter,
     slug,
     whole,
 )
+from rows import ASSETS, Row, content, made, made_in, measured
+from scipy import stats
 
 from palate import recipe
 from palate.evaluate import (
@@ -74,6 +73,16 @@ FAMILY = {
 JUDGED = ("concept", "style_named", "background", "correct", "reward/emoji-heldout", "reward/emoji")
 BARS = {"concept": -0.05, "style_named": -0.05, "reward/emoji-heldout": 0.0}  # least change against the teacher
 KEYS = ("reward", "heldout", "concept", "background", "diversity", "frechet")
+
+
+def packaged(source: str) -> tuple[str, ...]:
+    """The generator that a row needs besides the model, where it is one of the package."""
+    return (source,) if (ASSETS / source).is_dir() else ()
+
+
+def settings(name: str) -> str:
+    """The fingerprint of the recipe, which a row keeps."""
+    return recipe.fingerprint(recipe.read(name))[:16]
 
 
 def features(judge, images: torch.Tensor) -> torch.Tensor:
@@ -114,6 +123,13 @@ def against_teacher(folder: str, count: int, repeats: int) -> dict:
     return result | {"seconds": clock(teacher, student, sampler, repeats)}
 
 
+def of_median(values: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the median, by the ranks that a fair coin reaches so often; the extremes of fewer than six."""
+    outside = max(int(stats.binom.ppf(0.025, len(values), 0.5)) - 1, 0)  # values left out at each end
+    ordered = np.sort(values)
+    return float(ordered[outside]), float(ordered[len(values) - 1 - outside])
+
+
 def clock(teacher, student, sampler, repeats: int) -> dict[str, float]:
     """Median seconds an image of both, from a prompt to pixels and of the denoiser alone, in batches of 1 and 16."""
     found = {}
@@ -141,16 +157,14 @@ def clock(teacher, student, sampler, repeats: int) -> dict[str, float]:
             medians = {side: statistics.median(values) for side, values in times.items()}
             found |= {f"{side}, {name}, batch {batch}": value for side, value in medians.items()}
             found[f"ratio, {name}, batch {batch}"] = medians["teacher"] / medians["generator"]
-            ratios = np.divide(times["teacher"], times["generator"])
-            ends = zip(("low", "high"), np.quantile(ratios, [0.25, 0.75]), strict=True)
-            found |= {f"ratio, {name}, batch {batch}, {end}": float(value) for end, value in ends}
+            ends = zip(("low", "high"), of_median(np.divide(times["teacher"], times["generator"])), strict=True)
+            found |= {f"ratio, {name}, batch {batch}, {end}": value for end, value in ends}
     return found
 
 
 def teacher_table(results: Path) -> str:
     parts = []
-    for path in sorted(results.glob("distar-teacher-*.json")):
-        found = made(path)
+    for path, found in made_in(results, "distar-teacher-*.json"):
         lines = [
             f"| {path.stem.removeprefix('distar-teacher-')} | teacher, 16 evaluations | generator, 1 evaluation "
             "| change (95 %) | bar |",
@@ -289,6 +303,8 @@ def family_rows(args: argparse.Namespace) -> list[Row]:
             args.results / f"{slug('distar', 'family', name, seed, args.updates)}.json",
             train_on,
             (args.source, seed, args.alone, args.updates, args.checks, args.prompts, [*overrides, *args.override]),
+            packaged(args.source),
+            settings("distar-emoji"),
         )
         for seed in args.seeds
         for name, overrides in FAMILY.items()
@@ -305,8 +321,9 @@ def family_table(args: argparse.Namespace) -> str:
     series: dict[str, list[tuple[float, float]]] = {}
     for name in FAMILY:
         paths = [args.results / f"{slug('distar', 'family', name, seed, args.updates)}.json" for seed in args.seeds]
-        found = [made(path)["points"] for path in paths if path.exists()]
-        for path, points in zip([path for path in paths if path.exists()], found, strict=True):
+        paths = [path for path in paths if content(path) is not None]
+        found = [made(path)["points"] for path in paths]
+        for path, points in zip(paths, found, strict=True):
             if points[-1]["updates"] < args.updates:
                 raise ValueError(
                     f"{path} ends after {points[-1]['updates']} updates of {args.updates}; delete it and measure again"
@@ -367,7 +384,7 @@ def towards_a_black_box(start: str, seed: int, prompts: int, draws: int, overrid
 
 def blackbox_table(results: Path) -> str:
     """Means over seeds and prompts; the interval is of the difference to the best of eight."""
-    found = [made(path) for path in sorted(results.glob("distar-blackbox-[0-9]*.json"))]
+    found = [row for _, row in made_in(results, "distar-blackbox-[0-9]*.json")]
     if not found:
         return ""
     lines = ["| seed | kilobytes before | best of 8 before | after | concepts before | after | images asked about "
@@ -406,6 +423,7 @@ def main() -> None:
                     args.results / f"{slug('distar', 'teacher', args.source.strip('/'))}.json",
                     against_teacher,
                     (args.source, args.count, args.repeats),
+                    packaged(args.source),
                 )
             ],
             1,
@@ -418,7 +436,8 @@ def main() -> None:
                  "algorithm.assistant_warmup_steps=0"] if args.quick else []  # fmt: skip
         more, source = [*quick, *args.override], args.source or "emoji-1step"
         rows = [Row(args.results / f"{slug('distar', 'blackbox', seed)}.json", towards_a_black_box,
-                    (source, seed, args.prompts, 8, more)) for seed in args.seeds]  # fmt: skip
+                    (source, seed, args.prompts, 8, more), packaged(source), settings("distar-emoji-blackbox"))
+                for seed in args.seeds]  # fmt: skip
         measured(rows, args.jobs, lambda found: {"asked": found["asked"], "score": float(np.mean(found["score"]))})
     tables = {
         "distar-teacher": teacher_table(args.results),

@@ -22,7 +22,8 @@ import json
 from pathlib import Path
 
 import numpy as np
-from methods import METHODS, RATES, Row, available, measured, parsed, rate, referees, scatter, slug, small, watch
+from methods import METHODS, RATES, available, parsed, rate, referees, scatter, settings, slug, small, watch
+from rows import Row, measured
 
 PANELS = {
     "heldout": "held-out objective",
@@ -88,6 +89,7 @@ def clouds_of(args: argparse.Namespace) -> dict[str, list[dict]]:
                         args.results / f"{slug('frontier', method, label, seed, args.budget)}.json",
                         run,
                         (method, seed, args.prompts, args.budget, args.checks, overrides),
+                        recipe=settings(method),
                     )
                 )
 

@@ -28,7 +28,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from methods import FAIR, METHODS, WORDS, Row, beside_eval, made, measured, objective, parsed, rate, slug, whole
+from methods import FAIR, METHODS, WORDS, beside_eval, objective, parsed, rate, slug, whole
+from rows import Row, made_in, measured
 
 from palate import recipe
 from palate.evaluate import bootstrap_interval, embedded_panel, generate, label_correct, pairs, quantise
@@ -41,26 +42,33 @@ GOOD = "srpo-emoji"  # a run that does not over-optimise
 UNHELD = {"SRPO": ["algorithm.reference_penalty=0"], "SQDF": ["algorithm.alpha_kl=0"], "DRaFT-LV": []}
 
 
-def build(method: str, seed: int, lr: float, overrides: list[str]):
+def build_plan(method: str, overrides: list[str]) -> recipe.Recipe:
     source = METHODS[method][0]
-    family = recipe.read(source).algorithm.name
-    plan = recipe.read(
+    return recipe.read(
         source,
         [
-            *WORDS.get(family, []),
+            *WORDS.get(recipe.read(source).algorithm.name, []),
             *FAIR,
             *UNHELD[method],
-            f"trainer.lr={lr}",
-            f"trainer.seed={seed}",
             "trainer.ema_decay=0",
             "trainer.preview_every=0",
             "trainer.checkpoint_every=0",
             *overrides,
         ],
     )
+
+
+def build(method: str, seed: int, lr: float, overrides: list[str]):
+    plan = build_plan(method, [f"trainer.lr={lr}", f"trainer.seed={seed}", *overrides])
     torch.manual_seed(seed)
     parts = recipe.build(plan)
-    return plan, parts, parts.reward if family in WORDS else objective(parts.reward)
+    return plan, parts, parts.reward if plan.algorithm.name in WORDS else objective(parts.reward)
+
+
+def settings(method: str) -> str:
+    """The fingerprint of what is trained, which a row keeps."""
+    plan = recipe.read(GOOD) if method == GOOD else build_plan(method, [])
+    return recipe.fingerprint(plan)[:16]
 
 
 @torch.no_grad()
@@ -212,8 +220,8 @@ def images_table(rows: list[dict], results: Path) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        judged = sorted(results.glob(f"{slug('guard', row['method'], row['seed'])}-*.json"))
-        before = made(judged[0])["step"] if judged else "not stopped"
+        judged = [found for _, found in made_in(results, f"{slug('guard', row['method'], row['seed'])}-*.json")]
+        before = judged[0]["step"] if judged else "not stopped"
         concept = {step: values["concept"] for step, values in row["seen"]}
         stop = f"{row['step']}" if row["stopped"] else f"not stopped ({row['step']})"
         why = row["why"].removeprefix("guard: ") if row["stopped"] else "-"
@@ -265,7 +273,12 @@ def image_rows(args: argparse.Namespace) -> list[Row]:
         for method in args.methods
     ]
     return [
-        Row(args.results / f"{slug('guard-images', method, seed)}.json", without_judge, (method, seed, *rest))
+        Row(
+            args.results / f"{slug('guard-images', method, seed)}.json",
+            without_judge,
+            (method, seed, *rest),
+            recipe=settings(method),
+        )
         for method, seed, *rest in [*runs, good]
     ]
 
@@ -302,6 +315,7 @@ def main() -> None:
                 args.prompts,
                 args.override,
             ),
+            recipe=settings(method),
         )
         for seed in args.seeds
         for method in args.methods

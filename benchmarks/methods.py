@@ -9,9 +9,9 @@ guidance, without a warm-up, and no method keeps a weight average, so that the w
 `tune` tries three learning rates for each method, one seed and prompts that no table uses, the budget of one run each,
 and writes the best into RESULTS/tuned.json, which the comparisons then read.
 
-A run is a row of a table, a JSON file in RESULTS that is not made again; it holds the arguments that made it, and other
-ones are refused. --jobs 2 makes two rows at once, each in a process of its own with one thread, which is how two cores
-do most; so a row's numbers do not depend on --jobs. A run whose loss is not finite ends with what it had measured.
+A run is a row of a table, a JSON file in RESULTS that is not made again (rows.py). --jobs 2 makes two at once, each
+in a process of its own with one thread, which is how two cores do most; so a row's numbers do not depend on --jobs. A
+run whose loss is not finite ends with what it had measured.
 """
 
 from __future__ import annotations
@@ -20,18 +20,16 @@ import argparse
 import contextlib
 import json
 import math
-import multiprocessing
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from rows import Row, keep_tuned, measured, tuned
 from tasks import STYLE, TASKS, Task, needs_gradient
 from torch import Tensor
 
@@ -275,6 +273,19 @@ def whole(outcome: Outcome) -> Outcome:
     return outcome
 
 
+def plan_of(method: str, task: Task, overrides: Sequence[str] = ()) -> recipe.Recipe:
+    """The recipe that the comparisons train."""
+    source = METHODS[method][0]
+    own = list(task.words) if recipe.read(source).algorithm.name in WORDS else []
+    return recipe.read(source, [*own, *PLAIN, *FAIR, *FIXED.get(method, []), *overrides])
+
+
+@cache
+def settings(method: str, task: str = "style") -> str:
+    """The fingerprint of `plan_of`, which a row keeps beside its own overrides."""
+    return recipe.fingerprint(plan_of(method, TASKS[task]))[:16]
+
+
 def watch(
     method: str,
     seed: int,
@@ -291,9 +302,8 @@ def watch(
     looked_at: called with the model and the weights' name at each measurement.
     """
     source = METHODS[method][0]
-    family = recipe.read(source).algorithm.name
-    own = list(who.task.words) if family in WORDS else []
-    plan = recipe.read(source, [*own, *PLAIN, *FAIR, *FIXED.get(method, []), *overrides, f"trainer.seed={seed}"])
+    plan = plan_of(method, who.task, [*overrides, f"trainer.seed={seed}"])
+    family = plan.algorithm.name
     torch.manual_seed(seed)  # LoRA's first weights
     parts = recipe.build(plan)
     model = Counted(parts.model)
@@ -335,7 +345,7 @@ def watch(
                 raise _Enough
 
     check(0)
-    settings = {**vars(plan.trainer), "steps": 10**6}
+    endless = {**vars(plan.trainer), "steps": 10**6}
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Enough, NonFiniteError):
         whole(
             train(
@@ -345,74 +355,16 @@ def watch(
                 prompts,
                 folder=folder,
                 progress=False,
-                **settings,
+                **endless,
             )
         )
     return found
-
-
-class Row(NamedTuple):
-    """What belongs into the file: make(*arguments), a function of a module, of values that can be sent to a process."""
-
-    path: Path
-    make: Callable[..., Any]
-    arguments: tuple = ()
-
-
-def stored(row: Row) -> Any:
-    """What the file holds, made and written first, whole or not at all, if there is none."""
-    arguments = json.loads(json.dumps(row.arguments))
-    if not row.path.exists():
-        row.path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"arguments": arguments, "made": row.make(*row.arguments)}, indent=1)
-        part = row.path.with_name(f"{row.path.name}.{os.getpid()}.part")
-        part.write_text(text + "\n")
-        os.replace(part, row.path)
-    if (before := json.loads(row.path.read_text())["arguments"]) != arguments:
-        raise ValueError(f"{row.path} was made with {before}, not with {arguments}; delete it, or name other --results")
-    return made(row.path)
-
-
-def made(path: Path) -> Any:
-    """What the file of a row holds, whatever made it."""
-    return json.loads(path.read_text())["made"]
 
 
 def about(values: Sequence[float], form: str = "{:.3f}") -> str:
     """Mean and, with more than one, the standard deviation of a sample."""
     deviation = f" ± {form.replace('+', '').format(np.std(values, ddof=1))}" if len(values) > 1 else ""
     return form.format(np.mean(values)) + deviation
-
-
-def measured(rows: Sequence[Row], jobs: int, show: Callable[[Any], Any] = lambda found: found) -> list[Any]:
-    """The JSON of every row, in order, `jobs` of them at once in processes of one thread. A row that fails does not
-    stop the others; the first error is raised when they are done."""
-    missing = [row for row in rows if not row.path.exists()]
-    began, errors = time.perf_counter(), []
-
-    def tell(done: int, row: Row, text: str) -> None:
-        minutes = (time.perf_counter() - began) / 60
-        print(f"[{done} of {len(missing)}, {minutes:.1f} min] {row.path.stem}: {text}", flush=True)
-
-    if missing:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(jobs, len(missing)), context, torch.set_num_threads, (1,)) as pool:
-            futures = {pool.submit(stored, row): row for row in missing}
-            for done, future in enumerate(as_completed(futures), 1):
-                error = future.exception()
-                if error is not None:
-                    errors.append(error)
-                said = f"failed, {type(error).__name__}: {error}" if error else json.dumps(show(future.result()))
-                tell(done, futures[future], said)
-    if errors:
-        raise errors[0]
-    return [stored(row) for row in rows]
-
-
-def tuned(results: Path) -> dict[str, float]:
-    """Learning rate of each method that has been tuned."""
-    path = results / "tuned.json"
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def small(method: str) -> list[str]:
@@ -512,6 +464,7 @@ def tune(results: Path, methods: Sequence[str], seed: int, budget: int, prompts:
             results / f"{slug('tune', method, factor, seed, budget)}.json",
             try_rate,
             (method, recipe.read(METHODS[method][0]).trainer.lr * factor, seed, budget, prompts),
+            recipe=settings(method),
         )
         for method in methods
         for factor in RATES
@@ -548,8 +501,7 @@ def main() -> None:
     args = parsed(parser)
     if args.quick:
         args.budget, args.prompts = 60, 4
-    chosen = tuned(args.results) | tune(args.results, args.methods, args.seed, args.budget, args.prompts, args.jobs)
-    (args.results / "tuned.json").write_text(json.dumps(chosen, indent=1) + "\n")
+    chosen = keep_tuned(args.results, tune(args.results, args.methods, args.seed, args.budget, args.prompts, args.jobs))
     print(f"{len(RATES)} learning rates x 1 seed x {args.budget} forwards a method: {json.dumps(chosen)}")
 
 

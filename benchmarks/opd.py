@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from comparison import pigeonhole, spelled
-from methods import PLAIN, Row, measured, parsed, slug, whole
+from comparison import crossed, spelled
+from methods import PLAIN, parsed, slug, whole
+from rows import Row, measured
 
 from palate import recipe
 from palate.evaluate import embedded_panel, generate, label_correct, pairs, quantise
@@ -91,6 +92,11 @@ def row(seed: int, prompts: int, overrides: list[str]) -> dict[str, Any]:
     return {"seed": seed, "prompts": asked, "owners": [owner(prompt) for prompt in asked], "models": found}
 
 
+def settings() -> str:
+    """The fingerprints of all that is trained, which a row keeps."""
+    return "-".join(recipe.fingerprint(recipe.read(source))[:8] for source in (*TASTES.values(), STUDENT))
+
+
 def named(teachers: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
     """Teachers under names that weights can have."""
     return {f"teacher_{style}": teacher for style, teacher in teachers.items()}
@@ -111,10 +117,10 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         told: dict[str, Any] = {}
         for style in TASTES:
             shares = np.array([found["models"][name][style] for found in rows], dtype=float)
-            told[f"{style}, own"] = pigeonhole(shares[:, owners == style])
-            told[f"{style}, others"] = pigeonhole(shares[:, owners != style])
+            told[f"{style}, own"] = crossed(shares[:, owners == style])
+            told[f"{style}, others"] = crossed(shares[:, owners != style])
         sides = [np.array([found["models"][side]["concept"] for found in rows], dtype=float) for side in (name, "base")]
-        result[name] = told | {"concept": pigeonhole(sides[0] - sides[1])}
+        result[name] = told | {"concept": crossed(sides[0] - sides[1])}
     return result
 
 
@@ -138,7 +144,7 @@ def main() -> None:
     if args.quick:
         args.seeds, args.prompts = args.seeds[:1], 4
         args.override = [*args.override, "trainer.steps=1", "trainer.batch_size=2"]
-    rows = [Row(args.results / f"{slug('opd', seed)}.json", row, (seed, args.prompts, args.override))
+    rows = [Row(args.results / f"{slug('opd', seed)}.json", row, (seed, args.prompts, args.override), recipe=settings())
             for seed in args.seeds]  # fmt: skip
     found = measured(rows, args.jobs, lambda made: {name: round(float(np.mean(told["concept"])), 3)
                                                     for name, told in made["models"].items()})  # fmt: skip

@@ -27,8 +27,9 @@ import comparison
 import matplotlib
 import numpy as np
 from claims import Judged
-from methods import available, made, slug
+from methods import available, slug
 from PIL import Image
+from rows import made_in, of_others
 from tasks import TASKS
 
 matplotlib.use("svg")
@@ -161,8 +162,8 @@ def equal_looks(rows: Sequence[dict[str, Any]]) -> tuple[float, list[tuple[str, 
 
 def picture_table(results: Path, theme: str, task: str = "style") -> tuple[Image.Image, str] | None:
     """A row of pictures per method, its name beside it, and the alternative text; None without rows."""
-    rows = [row for path in sorted(results.glob(f"{slug('comparison', task)}-*.json"))
-            if (row := made(path))["pictures"] and row["task"] == task]  # fmt: skip
+    rows = [row for _, row in made_in(results, f"{slug('comparison', task)}-*.json")
+            if row["pictures"] and row["task"] == task]  # fmt: skip
     if not rows:
         return None
     level, chosen = equal_looks(rows)
@@ -234,7 +235,10 @@ def write(results: Path, images: Path) -> Path:
 def absent(results: Path) -> list[str]:
     """A line for whatever the page lacks: claims without rows, and tasks, methods and pictures of the comparison."""
     lines = [f"not measured: {command}" for command in claims.missing(claims.judge(results))]
-    rows = [made(path) for path in sorted(results.glob("comparison-*.json")) if not path.name.startswith(SEARCH)]
+    if others := of_others(results):
+        programs = ", ".join(sorted({path.stem.split("-")[0] for path in others}))
+        lines.append(f"of another model, so left out: {len(others)} rows of {programs}; their commands make them anew")
+    rows = [row for path, row in made_in(results, "comparison-*.json") if not path.name.startswith(SEARCH)]
     for task in TASKS:
         own = [row for row in rows if row["task"] == task]
         wanted = [name for name in available() if name not in comparison.STAND_INS and comparison.applies(name, task)]

@@ -32,7 +32,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from frontier import area, share_above
-from methods import RATES, Row, about, made, measured, parsed, rate, referees, scatter, slug, small, watch, whole
+from methods import RATES, about, parsed, rate, referees, scatter, settings, slug, small, watch, whole
+from rows import Row, content, made, made_in, measured
 
 from palate import recipe
 from palate.evaluate import concept_accuracy, embedded_panel, generate, pairs, quantise
@@ -93,6 +94,8 @@ def trained_rows(group: str, args: argparse.Namespace) -> list[Row]:
                 args.checks,
                 [*overrides, *args.override, *(small(method) if args.quick else [])],
             ),
+            beside=("emoji-consistency",) if name == "consistency" and not args.consistency else (),
+            recipe=settings(method),
         )
         for seed in args.seeds
         for name, (method, overrides) in runs(group, args).items()
@@ -118,7 +121,7 @@ def tables(args: argparse.Namespace) -> str:
         ]
         for name in runs(group, args):
             paths = {seed: args.results / f"{slug('sqdf', group, name, seed, args.budget)}.json" for seed in args.seeds}
-            found = {seed: made(file) for seed, file in paths.items() if file.exists()}
+            found = {seed: made(file) for seed, file in paths.items() if content(file) is not None}
             if not found:
                 continue
             compared = group == "sweep" and (not name.startswith("SQDF") or name in map(_sweep, FIELD))
@@ -151,8 +154,8 @@ def tables(args: argparse.Namespace) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for oracle in ORACLES:
-        paths = sorted(args.results.glob(f"{slug('sqdf', 'blackbox', oracle)}-*-{args.queries}-{args.updates}.json"))
-        if found := [made(file) for file in paths]:
+        name = f"{slug('sqdf', 'blackbox', oracle)}-*-{args.queries}-{args.updates}.json"
+        if found := [row for _, row in made_in(args.results, name)]:
             cells = [about([row[key] for row in found]) for key in ("base", "search", "weighted", "sqdf")]
             concept = ", ".join(f"{np.mean([f[k] for f in found]):.3f}" for k in ("concept_base", "concept"))
             concept += " (by the oracle itself)" if oracle == "hidden-judge" else ""
@@ -321,6 +324,7 @@ def black_box_rows(args: argparse.Namespace) -> list[Row]:
             args.results / f"{slug(*name, oracle, seed, args.queries, args.updates)}.json",
             black_box,
             (oracle, seed, args.prompts, args.queries, overrides),
+            recipe=recipe.fingerprint(recipe.read("optimize-emoji"))[:16],
         )
         for seed in args.seeds
         for oracle in args.oracles

@@ -6,7 +6,7 @@
     ... --quick                                          # the mechanics, in minutes; its numbers mean nothing
 
 Each row trains the published recipe with the overrides named here, and judges 104 prompts without a style word, two
-images each, against the base model from the same noise. Rows are those of methods.py.
+images each, against the base model from the same noise. Rows are those of rows.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from methods import Row, about, made, measured, parsed, slug, whole, with_style
+from methods import about, parsed, slug, whole, with_style
+from rows import Row, made_in, measured
 from torch import Tensor
 
 from palate import recipe
@@ -159,7 +160,7 @@ def table(group: str, results: Path) -> str:
         "|---" * 14 + "|",
     ]
     for name in RUNS[group]:
-        rows = [made(path) for path in sorted(results.glob(f"{slug('srpo', group, name)}-*.json"))]
+        rows = [row for _, row in made_in(results, f"{slug('srpo', group, name)}-*.json")]
         if not rows:
             continue
         two, base = "{:.2f}", np.mean([r["style_base"] for r in rows])
@@ -215,6 +216,7 @@ def main() -> None:
                     args.results / f"{slug('srpo', args.what, name, seed)}.json",
                     measure,
                     (source, [*overrides, *args.override], seed, args.prompts),
+                    recipe=recipe.fingerprint(recipe.read(source))[:16],
                 )
                 for seed in args.seeds
                 for name, (source, overrides) in RUNS[args.what].items()

@@ -32,7 +32,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from methods import Row, about, measured, parsed, slug
+from methods import about, parsed, slug
+from rows import Row, measured
 from torch import Tensor
 
 from palate import recipe
@@ -430,6 +431,11 @@ def rounds_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def settings() -> str:
+    """The fingerprint of what is trained, which a row keeps: strength and guard are the recipe's."""
+    return recipe.fingerprint(recipe.read("taste-emoji"))[:16]
+
+
 def arguments() -> argparse.Namespace:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("what", choices=("accuracy", "align", "golden", "all"))
@@ -451,7 +457,8 @@ def main() -> None:
 
     def rows(what: str, make: Callable[..., Any], shown: str, *more: int) -> list[dict[str, Any]]:
         cells = [(name, seed) for seed in seeds for name in names]
-        wanted = [Row(results / f"{slug('taste', what, *cell)}.json", make, (*cell, *more, *size)) for cell in cells]
+        wanted = [Row(results / f"{slug('taste', what, *cell)}.json", make, (*cell, *more, *size), recipe=settings())
+                  for cell in cells]  # fmt: skip
         made = measured(wanted, given.jobs, lambda found: [round(row[shown], 3) for row in found])
         return [row for found in made for row in found]
 
@@ -461,7 +468,8 @@ def main() -> None:
         tables["taste-rounds"] = rounds_table(rows("align", align_row, "taste", count, given.votes))
     if given.what == "golden":
         found = measured([Row(results / f"{slug('taste', 'golden', seed)}.json", golden_row,
-                              (seed, given.concepts, given.quick)) for seed in seeds], given.jobs)  # fmt: skip
+                              (seed, given.concepts, given.quick), recipe=settings()) for seed in seeds],
+                         given.jobs)  # fmt: skip
         for row in found:
             print(row)
     for name, text in tables.items():

@@ -25,7 +25,8 @@ from pathlib import Path
 
 import numpy as np
 from figures import STYLE as CSS
-from methods import STYLE, Check, Row, about, available, measured, parsed, rate, referees, slug, small, watch
+from methods import STYLE, Check, about, available, parsed, rate, referees, settings, slug, small, watch
+from rows import Row, measured
 
 from palate.report import Line, chart
 
@@ -193,6 +194,7 @@ def main() -> None:
                     args.results / f"{slug('time', method, seed, args.budget)}.json",
                     run,
                     (method, seed, args.prompts, args.budget, args.checks, overrides),
+                    recipe=settings(method),
                 )
             )
     rows = measured(wanted, args.jobs, lambda row: {k: v for k, v in row.items() if k != "checks"})

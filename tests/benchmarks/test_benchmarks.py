@@ -24,6 +24,7 @@ import frontier  # noqa: E402
 import guard  # noqa: E402
 import methods  # noqa: E402
 import publish  # noqa: E402
+import rows  # noqa: E402
 import sqdf  # noqa: E402
 import tasks  # noqa: E402
 import time_to_preference as time_to  # noqa: E402
@@ -99,19 +100,19 @@ def test_counted_counts_rows_times_network_calls():
 
 def test_rows_are_made_once_and_one_that_fails_stops_no_other(tmp_path, capfd):
     """In processes of one thread; what lies on disk is read, never made again."""
-    rows = [
+    wanted = [
         methods.Row(tmp_path / "known.json", math.sqrt, (4.0,)),
         methods.Row(tmp_path / "bad.json", math.sqrt, (-1.0,)),
         methods.Row(tmp_path / "threads.json", torch.get_num_threads),
     ]
-    (tmp_path / "known.json").write_text('{"arguments": [4.0], "made": 5}')
+    rows.keep(tmp_path / "known.json", 5, [4.0])
     with pytest.raises(ValueError):
-        methods.measured(rows, jobs=2)
-    assert methods.made(tmp_path / "threads.json") == 1 and not rows[1].path.exists()
+        methods.measured(wanted, jobs=2)
+    assert rows.made(tmp_path / "threads.json") == 1 and not wanted[1].path.exists()
     assert "[2 of 2, " in capfd.readouterr().out
-    assert methods.measured([rows[0], rows[2]], jobs=2) == [5, 1]
+    assert methods.measured([wanted[0], wanted[2]], jobs=2) == [5, 1]
     with pytest.raises(ValueError, match=r"known.json was made with \[4.0\], not with \[9.0\]"):
-        methods.measured([rows[0]._replace(arguments=(9.0,))], jobs=1)
+        methods.measured([wanted[0]._replace(arguments=(9.0,))], jobs=1)
 
 
 def test_the_search_takes_the_best_that_kept_its_concepts(tmp_path, monkeypatch):
@@ -134,7 +135,7 @@ def test_a_run_that_a_signal_ended_is_no_row(tmp_path):
     assert methods.whole(outcome._replace(reason="guard: concept fell", exit_code=0)).step == 7
     row = methods.Row(tmp_path / "row.json", lambda: methods.whole(outcome))
     with pytest.raises(RuntimeError, match="its row is not kept"):
-        methods.stored(row)
+        rows.stored(row)
     assert not row.path.exists() and not list(tmp_path.iterdir())
     cut = {"points": [{"updates": 0, **dict.fromkeys(distar.KEYS, 0.5), "seconds": 0.0}]}
     (tmp_path / f"{methods.slug('distar', 'family', 'DI*', 0, 60)}.json").write_text(json.dumps({"made": cut}))

@@ -18,11 +18,14 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import budget
 import claims
 import comparison
+import distar
 import methods
 import opd
 import results_page
+import rows
 import tasks
 
+from palate import recipe
 from palate.models.vocabulary import Caption
 from palate.rewards import soft_tasks
 from palate.rewards import tasks as geneval
@@ -51,31 +54,48 @@ def _png(shade):
     return base64.b64encode(stream.getvalue()).decode()
 
 
-def keep(folder, *rows):
-    for found in rows:
+def keep(folder, *runs):
+    for found in runs:
         name = methods.slug("comparison", found["task"], found["method"], found["seed"], 500)
-        (folder / f"{name}.json").write_text(json.dumps({"arguments": [], "made": found}))
+        rows.keep(folder / f"{name}.json", found)
     return folder
 
 
 # --- the comparison ---
 
 
-def test_the_pigeonhole_bootstrap_sees_seeds_and_prompts():
-    """Of a two-way table of independent effects its variance is near that of both means together."""
+@pytest.mark.parametrize("count", [3, 5])
+def test_intervals_over_seeds_and_prompts_hold_the_truth_where_few_seeds_differ(count):
+    """A two-way table of independent effects, the seeds' as large as the prompts'."""
     rng = np.random.default_rng(0)
     held = 0
-    for trial in range(200):
-        values = rng.normal(0, 1.0, (5, 1)) + rng.normal(0, 1.0, (1, 40)) + rng.normal(0, 1.0, (5, 40))
-        center, low, high = comparison.pigeonhole(values, resamples=200, seed=trial)
+    for _ in range(400):
+        values = rng.normal(0, 1.0, (count, 1)) + rng.normal(0, 1.0, (1, 40)) + rng.normal(0, 1.0, (count, 40))
+        center, low, high = comparison.crossed(values)
         assert center == pytest.approx(values.mean())
         held += low <= 0 <= high
-    assert 0.80 <= held / 200 <= 0.97  # few seeds: a percentile bootstrap of five is somewhat narrow
-    alike = np.tile(np.linspace(0, 1, 40), (5, 1))
-    _, low, high = comparison.pigeonhole(alike)
-    assert high - low == pytest.approx(2 * 1.96 * 0.288 / 40**0.5, rel=0.15)  # prompts alone, whose spread is 0.288
-    holes = np.where(np.arange(40) < 20, alike, np.nan)
-    assert comparison.pigeonhole(holes)[0] == pytest.approx(np.nanmean(holes))
+    assert 0.89 <= held / 400 <= 0.98  # a bootstrap of seeds and prompts: 0.79 with three seeds, 0.87 with five
+
+
+def test_intervals_of_one_seed_or_one_prompt_are_students():
+    line = np.linspace(0, 1, 40)
+    half = comparison.student(39) * np.std(line, ddof=1) / 40**0.5
+    for values in (line[None], np.tile(line, (5, 1)), line[:, None]):  # seeds that agree add nothing
+        assert comparison.crossed(values) == pytest.approx((0.5, 0.5 - half, 0.5 + half))
+    holes = np.where(np.arange(40) < 20, np.tile(line, (5, 1)), np.nan)
+    assert comparison.crossed(holes) == pytest.approx(comparison.crossed(line[None, :20]))  # what nobody was asked
+    some = np.tile(line, (5, 1))
+    some[2, 7] = np.nan  # is filled with what its prompt has elsewhere
+    assert comparison.crossed(some)[2] == pytest.approx(0.5 + half, rel=0.01)
+    assert comparison.crossed(np.array([[2.0]])) == (2.0, -np.inf, np.inf)
+    assert np.isnan(comparison.crossed(np.full((2, 3), np.nan))).all()
+
+
+def test_a_run_says_why_it_ended():
+    assert comparison.why_ended([1, 3, 2, 1, 2], spent=False) == "saturated"
+    assert comparison.why_ended([1, 2, 5, 4, 3, 2], spent=True) == "saturated"  # at its last look, and as true
+    assert comparison.why_ended([1, 2, 3, 4, 5, 6], spent=True) == "budget"
+    assert comparison.why_ended([1, 2], spent=False) == "not finite"
 
 
 def test_a_run_is_judged_at_the_best_goal_that_kept_its_concepts():
@@ -88,14 +108,18 @@ def test_a_run_is_judged_at_the_best_goal_that_kept_its_concepts():
     assert not comparison.stalled([0, 1, 2])
 
 
-def test_the_summary_pairs_seeds_and_names_what_it_cost():
-    rows = [row("SRPO", s, 0.5) for s in range(3)] + [row("DDPO", s, 0.2, ended="saturated") for s in (1, 2)]
-    found = comparison.summary(rows)["style"]
+def test_the_summary_pairs_seeds_and_names_what_it_cost(tmp_path):
+    runs = [row("SRPO", s, 0.5) for s in range(3)] + [row("DDPO", s, 0.2, ended="saturated") for s in (1, 2)]
+    found = comparison.summary(runs)["style"]
     assert found["leader"] == "SRPO" and found["methods"]["SRPO"]["goal"] == pytest.approx((0.5, 0.5, 0.5))
     assert found["methods"]["DDPO"]["less than SRPO"] == pytest.approx((0.3, 0.3, 0.3))
     assert found["methods"]["DDPO"]["ended"] == {"saturated": 2}
     text = comparison.table({"style": found})
     assert "| SRPO | 3 | +0.500 (+0.500 to +0.500) |  | +0.00" in text and "| 500 (25%) | 50 | 10 | 3 budget" in text
+    rows.keep_tuned(tmp_path, {"style: SRPO": recipe.read("srpo-emoji").trainer.lr * 2})
+    told = comparison.searched(runs, tmp_path)
+    assert told == {"style": "Learning rates, the highest tried: SRPO; not searched, the recipe's: DDPO."}
+    assert comparison.table({"style": found}, told).rstrip().endswith(told["style"])
     assert "| DDPO | 2 | +0.200 (+0.200 to +0.200) | +0.300 (+0.300 to +0.300) |" in text
 
 
@@ -165,12 +189,12 @@ def test_the_plan_is_the_sum_of_calls_times_prices(tmp_path, capsys):
     assert budget.calls_of("SRPO") == (20, 4, 4)  # the rollout keeps its guidance
     assert budget.per_forward("SRPO", prices) == pytest.approx(1 + (4 * 2.0 + 4 * 0.75) / 20)
     assert budget.row_seconds("DDPO", prices, 1500, 6, 96) == pytest.approx(1500 + 100 * 14.5 + 6 * 96 * 10)
-    rows = [methods.Row(tmp_path / f"{seed}.json", comparison.run, ("jpeg", "DDPO", seed, 48, 1500, 6, [], True))
-            for seed in range(3)]  # fmt: skip
+    wanted = [methods.Row(tmp_path / f"{seed}.json", comparison.run, ("jpeg", "DDPO", seed, 48, 1500, 6, [], True))
+              for seed in range(3)]  # fmt: skip
     search = [methods.Row(tmp_path / "t.json", comparison.try_rate, ("style", "DDPO", 1e-3, 150, 48, []))]
-    (tmp_path / "0.json").write_text("{}")
+    rows.stored(wanted[0]._replace(make=lambda *arguments: {}))
     whole = 2 * budget.row_seconds("DDPO", prices, 1500, 6, 96) + budget.row_seconds("DDPO", prices, 150, 1, 48)
-    text = comparison.plan(rows, search, 2, prices)
+    text = comparison.plan(wanted, search, 2, prices)
     assert f"3 of 4 rows are left, 1 of them of the search: at most {whole / 3600:.1f} processor hours" in text
     assert f"| DDPO | {budget.row_seconds('DDPO', prices, 1500, 6, 96) / 60:.1f} |" in text
 
@@ -204,6 +228,55 @@ def test_tastes_share_the_concepts_and_are_told_apart_by_them():
     assert "| student |" in opd.table(found)
 
 
+# --- rows ---
+
+
+def test_rows_of_another_model_are_made_again_and_never_read(tmp_path, monkeypatch, capsys):
+    """What was measured of a first model is no row of a second: no claim, no table, no tuned learning rate."""
+    keep(tmp_path, *(row(name, s, 0.5) for name in ("SRPO", "DanceGRPO") for s in range(2)))
+    rows.keep_tuned(tmp_path, {"SRPO": 1.0})
+    wanted = rows.Row(tmp_path / "made.json", len, ([1, 2],), recipe="a")
+    assert rows.stored(wanted) == 2 and rows.is_made(wanted)
+    assert verdicts(tmp_path)["srpo-dance"].verdict == "fails" and methods.rate("SRPO", tmp_path) == 1.0
+    for path in tmp_path.glob("*.json"):
+        held = json.loads(path.read_text())
+        path.write_text(json.dumps(held | {"of": held["of"] | {"model": "another"}}))
+    assert {found.verdict for found in verdicts(tmp_path).values()} == {"not measured"}
+    assert methods.rate("SRPO", tmp_path) != 1.0 and results_page.picture_table(tmp_path, "light") is None
+    told = "\n".join(results_page.absent(tmp_path))
+    assert "6 rows of comparison, made, tuned" in told and "no rows of style for any method" in told
+    assert rows.stored(wanted._replace(arguments=([1, 2, 3],))) == 3  # in the old one's place
+    with pytest.raises(ValueError, match="from a recipe with other settings"):
+        rows.stored(wanted._replace(arguments=([1, 2, 3],), recipe="b"))
+
+
+def test_a_row_is_of_all_the_weights_that_it_needs(tmp_path):
+    part = tmp_path / "generator" / "delta.safetensors"
+    part.parent.mkdir()
+    part.write_bytes(b"one")
+    wanted = rows.Row(tmp_path / "made.json", len, ([1, 2],), (str(part.parent),))
+    rows.stored(wanted)
+    assert rows.is_made(wanted)
+    part.write_bytes(b"two")
+    rows.digest.cache_clear()
+    assert not rows.is_made(wanted) and list(rows.made_in(tmp_path, "*.json")) == []
+
+
+def test_a_table_of_one_task_keeps_the_others(tmp_path):
+    """comparison.py --tasks jpeg, after the style: the tables hold both, and no row of other settings."""
+
+    def asked(**more):
+        usual = {"tasks": ["jpeg"], "methods": ["DDPO"], "seeds": None, "results": tmp_path, "budget": None,
+                 "prompts": 48, "checks": 6, "override": [], "quick": False}  # fmt: skip
+        return comparison.argparse.Namespace(**usual | more)
+
+    for wanted in comparison.rows_of(asked(tasks=["style"], methods=["SRPO"])):
+        rows.stored(wanted._replace(make=lambda *arguments: {}))
+    wanted = comparison.rows_of(asked())
+    assert len(comparison.standing(asked(), wanted)) == len(wanted) + 5
+    assert comparison.standing(asked(prompts=24), wanted) == wanted
+
+
 # --- the claims ---
 
 
@@ -227,6 +300,41 @@ def test_a_ratio_of_forwards_holds_fails_or_is_open(tmp_path):
     assert verdicts(tmp_path)["sqdf-draft"].verdict == "not measured"
 
 
+def test_a_fast_method_that_does_not_get_there_holds_nothing(tmp_path):
+    keep(tmp_path, *(row("SRPO", s, 0.5 * (s > 0), speed=5.0) for s in range(5)))  # the first seed learns nothing
+    keep(tmp_path, *(row("Flow-GRPO", s, 0.4 + 0.001 * s) for s in range(5)))
+    found = verdicts(tmp_path)["srpo-flow"]
+    assert found.found.short and found.verdict == "open" and claims.told(found.found).startswith("at most ")
+
+
+def test_methods_that_raise_nothing_are_open_and_not_unmeasured(tmp_path):
+    keep(tmp_path, *(row(name, s, 0.0) for name in ("SRPO", "Flow-GRPO") for s in range(2)))
+    found = verdicts(tmp_path)["srpo-flow"]
+    assert found.verdict == "open" and claims.told(found.found) == "? (? to ?)"
+    assert claims.as_json([found])["srpo-flow"]["low"] is None  # JSON has no infinity
+
+
+def test_intervals_of_ratios_see_seeds(tmp_path):
+    """Logarithms of forwards that differ over seeds by s: half a width of t s sqrt(2 / n), whatever the prompts."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(200):
+        spent = [[(float(np.exp(rng.normal(5, 0.2))), True) for _ in range(5)] for _ in range(2)]
+        half = claims._half_width(spent, 0.0, 1)
+        held += abs(claims._log_ratio(spent)) <= half
+    assert 0.91 <= held / 200 <= 0.99
+    assert claims._half_width([[(5.0, True)], spent[1]], 0.0, 1) == np.inf
+
+
+def test_two_methods_are_compared_at_one_budget(tmp_path):
+    keep(tmp_path, *(row(name, s, 0.5) for name in ("SRPO", "DanceGRPO") for s in range(2)))
+    longer = row("SRPO", 0, 0.9)
+    rows.keep(tmp_path / f"{methods.slug('comparison', 'style', 'SRPO', 0, 9000)}.json", longer)
+    pair, alone = claims.runs_of(tmp_path, "style", "SRPO", "DanceGRPO"), claims.runs_of(tmp_path, "style", "SRPO")
+    assert [len(own) for own in pair] == [2, 2] and alone == [[longer]]
+    assert claims.runs_of(tmp_path, "style", "SRPO", "ReFL") == [[], []]
+
+
 def test_forwards_to_a_level_lie_on_the_line():
     forwards, rises = np.array([0.0, 100, 200]), np.array([0.0, 0.1, 0.3])
     assert claims.reach(forwards, rises, 0.2) == (pytest.approx(150), True)
@@ -237,10 +345,10 @@ def test_differences_of_ablations_are_paired_by_seed(tmp_path):
     for name, goals in (("the recipe", (3.0, 3.1, 3.2)), ("gamma 1", (2.9, 3.0, 3.1))):
         for seed, goal in enumerate(goals):
             path = tmp_path / f"{methods.slug('sqdf', 'ablations', name, seed, 4000)}.json"
-            path.write_text(json.dumps({"arguments": [], "made": [{"heldout": 2.5}, {"heldout": goal}]}))
+            rows.keep(path, [{"heldout": 2.5}, {"heldout": goal}])
     found = verdicts(tmp_path)["sqdf-discount"]
     assert found.verdict == "holds" and tuple(found.found[:3]) == pytest.approx((0.1, 0.1, 0.1))
-    assert claims.over_seeds([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
+    assert claims.over_seeds([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
 
 
 def test_above_counts_where_the_frontier_is_higher(tmp_path):
@@ -291,8 +399,9 @@ def test_style_counts_at_the_looks_that_kept_the_concepts(tmp_path):
 def test_rises_of_the_tasks_and_a_black_box_beyond_the_best_of_eight(tmp_path):
     keep(tmp_path, *(row("Flow-GRPO released", s, 0.2, task="scenes") for s in range(2)))
     keep(tmp_path, row("DiffusionNFT", 0, 0.1, task="scenes"))
-    made = {"score": [-1.0, -1.2], "best of 8": [-1.5, -1.4], "concept": [0.9, 0.9], "concept before": [1.0, 1.0]}
-    (tmp_path / "distar-blackbox-0.json").write_text(json.dumps({"arguments": [], "made": made}))
+    made = {"score": [-1.0, -1.2] * 4, "best of 8": [-1.5, -1.4] * 4, "concept": [0.9] * 8,
+            "concept before": [1.0] * 8}  # fmt: skip
+    rows.keep(tmp_path / "distar-blackbox-0.json", made)
     found = verdicts(tmp_path)
     assert found["flow-scenes"].found.value == pytest.approx(0.2) and found["flow-scenes"].verdict == "holds"
     assert found["nft-scenes"].verdict == "fails"
@@ -310,7 +419,7 @@ def test_a_colour_cast_and_a_hacked_reward_count_against(tmp_path):
     for name, values in told.items():
         for seed in range(3):
             path = tmp_path / f"{methods.slug('srpo', 'ablations', name, seed)}.json"
-            path.write_text(json.dumps({"arguments": [], "made": ablation(0.5, *values)}))
+            rows.keep(path, ablation(0.5, *values))
     found = verdicts(tmp_path)
     assert found["srpo-inversion-cast"].found.value == pytest.approx(0.03)
     assert found["srpo-inversion-heldout"].verdict == found["srpo-inversion-cast"].verdict == "holds"
@@ -325,10 +434,14 @@ def test_the_cost_of_one_step_is_a_ratio_of_times(tmp_path):
     made = {"seconds": times, "plain": {}, "styled": {"style_named": change}}
     made["plain"] = {"concept": change, "reward/emoji-heldout": change}
     path = tmp_path / f"{methods.slug('distar', 'teacher', 'emoji-1step')}.json"
-    path.write_text(json.dumps({"arguments": [], "made": made}))
+    rows.keep(path, made)
     found = verdicts(tmp_path)
     assert found["distar-cost"].verdict == found["distar-style"].verdict == "holds"
     assert found["distar-teacher"].verdict == "open" and found["distar-cost"].found.low == 15.5
+    del times[f"ratio, {what}, low"], times[f"ratio, {what}, high"]
+    rows.keep(path, made)
+    assert verdicts(tmp_path)["distar-cost"].verdict == "open"  # 16 without an interval says nothing
+    assert distar.of_median(np.arange(15.0)) == (3.0, 11.0) and distar.of_median(np.arange(3.0)) == (0.0, 2.0)
 
 
 def test_the_claims_table_says_what_was_tried_and_how_to_measure(tmp_path):
@@ -370,6 +483,6 @@ def test_the_page_has_a_figure_per_claim_in_both_themes_with_words(tmp_path):
 
 
 def test_pictures_are_of_looks_at_equal_merit():
-    rows = [row("fast", 0, 0.9), row("slow", 0, 0.4), row("never", 0, 0.01)]
-    level, found = results_page.equal_looks(rows)
+    runs = [row("fast", 0, 0.9), row("slow", 0, 0.4), row("never", 0, 0.01)]
+    level, found = results_page.equal_looks(runs)
     assert level == pytest.approx(1.4) and found == [("base", 0), ("fast", 2), ("slow", 5)]  # fast: .36 of .4
