@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -336,3 +337,44 @@ def test_images_that_cannot_be_used(images):
         recipe.captioned_images(images / "empty")
     with pytest.raises(RecipeError, match="not a folder"):
         recipe.captioned_images(images / "b.png")
+
+
+FLUX = """
+model: {name: flux, folder: black-forest-labs/FLUX.1-dev}
+algorithm: {name: draft}
+reward: {name: brightness}
+prompts: {list: [a cat]}
+"""
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        (["reference=start"], "model.reference: start is the base with the LoRA of model.start; name one"),
+        (["reference=start", "start=x", "weights=full"], "model.reference: start is the base with the LoRA"),
+        (["lora_init=gaussian", "start=x"], "model.lora_init: the LoRA begins as that of model.start; set"),
+        (["lora_init=gaussian", "weights=full"], "model.lora_init: model.weights=full has no LoRA; set"),
+        (["quantize=nf4", "weights=full"], "model.quantize stores frozen weights; set model.weights=lora"),
+        (["offload=true", "compile=true"], "leave model.compile out"),
+        (["offload=true", "quantize=int8"], "use model.quantize=fp8"),
+        (["offload=true", "gradient_checkpointing=false"], "needs model.gradient_checkpointing=true"),
+    ],
+)
+def test_keys_of_the_model_that_exclude_each_other_are_said_when_the_recipe_is_read(changes, said):
+    with pytest.raises(recipe.RecipeError, match=re.escape(said)):
+        recipe.parse(FLUX, [f"model.{change}" for change in changes])
+    assert recipe.parse(FLUX, ["model.reference=start", "model.start=x"]).model.reference == "start"
+
+
+@pytest.mark.parametrize("change", ["model.quantize=nf4", "model.quantize=int8", "trainer.optimizer=adamw8bit"])
+def test_a_missing_package_is_said_before_anything_is_read(change, monkeypatch):
+    monkeypatch.setattr("palate.models.quantised.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=rf"{change} needs bitsandbytes: pip install"):
+        recipe.check_folder(recipe.parse(FLUX, [change]))  # no folder is there: it is not looked for
+
+
+@pytest.mark.parametrize("name, compiles", [("flux", True), ("sdxl", True), ("sd3", False), ("pixart", False)])
+def test_a_network_that_cannot_be_compiled_is_said_before_anything_is_read(name, compiles):
+    said = "no such folder" if compiles else "model.compile: diffusers names no repeated blocks of"
+    with pytest.raises(ValueError, match=said):
+        recipe.check_folder(recipe.parse(FLUX, ["model.compile=true", f"model.name={name}", "model.folder=none/here"]))

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from palate.models.autoencoder import Autoencoder, factor_of, sides
 from palate.models.facts import Facts, NetworkCall
 from palate.models.options import Options, check_placement, place_of, precision_of
-from palate.models.placement import compile_blocks, keep_blocks_on_host, use_attention
+from palate.models.placement import check_compile, compile_blocks, keep_blocks_on_host, use_attention
+from palate.models.quantised import check_installed
 from palate.models.repository import Repository, check_channels
 from palate.models.repository_checks import READERS
 from palate.models.sizes import OtherSizes, shape_of
@@ -158,6 +159,9 @@ def load_parts(
     precision, where = precision_of(options.dtype, options.training), place_of(options.device)
     check_channels(repository, facts)
     check_placement(options)
+    check_installed(options.quantize)
+    if options.compile:
+        check_compile(facts.network)
     if options.file is not None and not issubclass(facts.network, FromOriginalModelMixin):
         raise InputError(f"model.file: diffusers reads no single file of {facts.name}; give its folder as model.folder")
     vae_config, image_size = repository.config("vae"), options.image_size

@@ -23,6 +23,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from diffusers import ModelMixin
 from torch import nn
 
 from palate.runtime.errors import InputError
@@ -44,12 +45,14 @@ def compile_blocks(network: Any, backend: str = "inductor") -> None:
 
     InputError: diffusers does not know this network's repeated blocks.
     """
-    try:
-        network.compile_repeated_blocks(backend=backend)
-    except ValueError as error:
-        raise InputError(
-            f"model.compile: diffusers names no repeated blocks of {type(network).__name__}; leave it out"
-        ) from error
+    check_compile(type(network))
+    network.compile_repeated_blocks(backend=backend)
+
+
+def check_compile(kind: type[nn.Module]) -> None:
+    """InputError: diffusers names no repeated blocks of that class of network. Asked before any weight loads."""
+    if issubclass(kind, ModelMixin) and not kind._repeated_blocks:
+        raise InputError(f"model.compile: diffusers names no repeated blocks of {kind.__name__}; leave it out")
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:

@@ -12,6 +12,7 @@ A LoRA trains on stored layers as on others, in float32, and the gradient passes
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -79,11 +80,22 @@ def quantise(network: Any, method: str, dtype: torch.dtype, whole: Sequence[str]
     return network
 
 
+def check_installed(method: str | None) -> None:
+    """InputError: what stores weights by that method is not installed. Asked before any weight loads."""
+    if method in ("nf4", "int8"):
+        require_bitsandbytes(f"model.quantize={method}")
+
+
+def require_bitsandbytes(key: str) -> None:
+    """InputError: the setting `key` needs bitsandbytes, and it is not installed."""
+    if find_spec("bitsandbytes") is None:
+        raise InputError(f"{key} needs bitsandbytes: pip install 'palate[bitsandbytes]'")
+
+
 def _of_bitsandbytes(layer: nn.Linear, method: str, dtype: torch.dtype) -> nn.Linear:
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise InputError(f"model.quantize={method} needs bitsandbytes: pip install 'palate[bitsandbytes]'") from error
+    require_bitsandbytes(f"model.quantize={method}")
+    import bitsandbytes
+
     kinds = bitsandbytes.nn
     sizes = {"input_features": layer.in_features, "output_features": layer.out_features, "bias": layer.bias is not None}
     stored: Any

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from palate.algorithms import table as algorithms
 from palate.core import ChecksBatch, DrawsOtherSizes, TakesAnySize
 from palate.models import families
+from palate.recipe.model_checks import check_model
 from palate.recipe.names import near
 from palate.recipe.settings import Recipe, RewardSettings
 from palate.rewards import table as rewards
@@ -75,7 +76,7 @@ def trained_names(algorithm: str) -> tuple[str, ...]:
 
 def check_together(recipe: Recipe, mistakes: list[str]) -> None:
     """Add to `mistakes` what does not fit together."""
-    _check_model(recipe, mistakes)
+    check_model(recipe.model, mistakes)
     _check_prompts(recipe, mistakes)
     _check_rewards(recipe, mistakes)
     if recipe.optimize is not None:
@@ -83,27 +84,6 @@ def check_together(recipe: Recipe, mistakes: list[str]) -> None:
     if recipe.algorithm.name:
         _check_algorithm(recipe, mistakes)
         _check_sizes(recipe, mistakes)
-
-
-def _check_model(recipe: Recipe, mistakes: list[str]) -> None:
-    model = recipe.model
-    try:
-        family = families.find(model.name)
-        if names_a_file(model.name):
-            family.load_class()
-        reads = family.keys
-    except InputError as error:
-        mistakes.append(str(error))
-        return
-    given = {key: value for key, value in vars(model).items() if value is not None}
-    own = {key for name in families.names() for key in families.find(name).keys}
-    for key in sorted((own & given.keys()) - set(reads)):
-        mistakes.append(f"model.{key}: {model.name} does not read it; its own keys: {', '.join(reads) or 'none'}")
-    if model.training_adapter is not None and model.weights != "lora":
-        mistakes.append("model.training_adapter: it joins a LoRA; set model.weights=lora, or leave it out")
-    own_family = family.module.startswith("palate.models.") and model.name != "emoji"
-    if own_family and model.folder is None and model.file is None:  # a single file knows its published base
-        mistakes.append(f"model.folder: {model.name} needs a diffusers folder or a hub id, or model.file a checkpoint")
 
 
 def _check_prompts(recipe: Recipe, mistakes: list[str]) -> None:

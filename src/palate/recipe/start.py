@@ -17,6 +17,8 @@ from palate.models.autoencoder import ImageSize
 from palate.models.facts import Facts
 from palate.models.lora import find_file
 from palate.models.parts import LoadedModel
+from palate.models.placement import check_compile
+from palate.models.quantised import check_installed, require_bitsandbytes
 from palate.models.repository import check_channels, open_repository
 from palate.models.repository_checks import check_file
 from palate.models.saved import FILES, adapter_file
@@ -96,13 +98,19 @@ def check_start(recipe: Recipe) -> None:
 
 def check_folder(recipe: Recipe) -> None:
     """The model's folder or hub id, whole and of the family, and every image size that the recipe names, by its small
-    files alone: before any weight loads, a reward's neither. InputError names the key."""
+    files alone, and the packages that its keys need: before any weight loads, a reward's neither. InputError names the
+    key."""
     settings, kind = recipe.model, families.find(recipe.model.name).load_class()
+    check_installed(settings.quantize)
+    if recipe.trainer.optimizer == "adamw8bit":
+        require_bitsandbytes("trainer.optimizer=adamw8bit")
     if not (isinstance(kind, type) and issubclass(kind, LoadedModel)):
         return
     if settings.folder is None and settings.file is None:
         return
     facts = kind.facts
+    if settings.compile:
+        check_compile(facts.network)
     repository = open_repository(
         settings.folder,
         family=settings.name,

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from palate.models.quantised import require_bitsandbytes
 from palate.recipe import TrainerSettings
 from palate.runtime import sharding
-from palate.runtime.errors import CheckpointError, InputError
+from palate.runtime.errors import CheckpointError
 
 EIGHT_BIT = "adamw8bit"
 MAPS = {"qmap1": "dynamic", "qmap2": "udynamic"}  # bitsandbytes' tables, alike for all parameters; not in a checkpoint
@@ -26,12 +27,9 @@ def make_optimizer(parameters: Sequence[nn.Parameter], lr: float, settings: Trai
     options: dict[str, Any] = {"lr": lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
     if settings.optimizer != EIGHT_BIT:
         return torch.optim.AdamW(parameters, **options)
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise InputError(
-            "trainer.optimizer=adamw8bit needs bitsandbytes: pip install 'palate[bitsandbytes]'"
-        ) from error
+    require_bitsandbytes(f"trainer.optimizer={EIGHT_BIT}")
+    from bitsandbytes.optim import AdamW8bit
+
     return AdamW8bit(parameters, **options)
 
 
