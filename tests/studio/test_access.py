@@ -60,6 +60,14 @@ def test_a_link_for_another_device_works_once_beside_a_token_file_too():
     assert browser_of(access).get(f"/?token={invited}").status_code == 401
 
 
+def test_a_link_for_another_device_names_the_machine_as_others_reach_it():
+    here = Access(inner, token=SECRET, port=7)
+    assert here.invitation("127.0.0.1:9000").startswith("http://127.0.0.1:9000/?token=")  # a tunnel's port
+    everywhere = Access(inner, token=SECRET, hosts=("0.0.0.0", "desk"), port=7, lasting=True)
+    assert everywhere.invitation("127.0.0.1:8420").startswith("http://desk:8420/?token=")
+    assert everywhere.invitation("[fe80::1]:8420").startswith("http://[fe80::1]:8420/?token=")
+
+
 def test_a_studio_on_all_addresses_answers_to_addresses_and_not_to_names():
     for host, status in (("192.168.1.5:8420", 401), ("[fe80::1]", 401), ("evil.example", 403), ("1.2.3.evil", 403)):
         everywhere = Access(inner, token=SECRET, hosts=("0.0.0.0", "here"), port=7, lasting=True)

@@ -157,6 +157,17 @@ def test_a_run_that_others_began_with_is_not_deleted(studio):
     assert not found.workspace.names()
 
 
+def test_strength_is_offered_of_a_result(studio):
+    client, found = studio
+    view = a_run(found, "align-1", "taste-emoji")
+    assert "align-1 has no result yet" in client.get("/compare?run=align-1").text
+    (view.folder / "checkpoints" / "step-000005").mkdir(parents=True)
+    assert 'name="strength"' in client.get("/compare?run=align-1").text
+    with runlock.owned(view.folder):
+        page = client.get("/compare?run=align-1").text
+    assert "align-1 is training" in page and 'name="strength"' not in page
+
+
 def test_a_run_that_cannot_be_read_is_said(studio):
     client, found = studio
     view = a_run(found, "old", "taste-emoji")
@@ -235,6 +246,12 @@ def test_a_run_of_another_machine_is_stopped_there(studio, monkeypatch):
     monkeypatch.setattr(found.processes, "state", lambda folder: ("running", "It is trained by process 7 on node2."))
     answer = client.post("/runs/far/stop")
     assert answer.status_code == 422 and "process 7 on node2. Stop it there" in answer.text
+
+
+def test_runs_that_are_no_folder_are_said(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--runs: .*name a folder that can be written to"):
+        make_app(tmp_path / "file", token=TOKEN)
 
 
 def test_a_page_is_opened_where_there_is_a_display(monkeypatch):

@@ -83,6 +83,12 @@ def test_a_vote_may_be_cut_at_any_byte_and_written_on_after(tmp_path):
         assert [v.id for v in store.read()] == ["v1"], first[:size]
 
 
+def test_a_file_that_is_no_votes_is_told_what_to_give(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"cannot read .*give a folder with votes\.jsonl"):
+        VoteStore(tmp_path / "file").read()
+
+
 def test_a_row_that_is_no_vote_is_named_with_its_line(tmp_path):
     store = store_with(tmp_path)
     with open(store.file, "a") as file:

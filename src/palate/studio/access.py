@@ -68,6 +68,16 @@ class Access:
         self._tokens.add(token)
         return token
 
+    def invitation(self, host: str) -> str:
+        """Such a link for another browser, from the Host (with its port) that this one came by: under the name by which
+        other machines reach the studio, where they can."""
+        name, port = urlsplit("//" + host).hostname or "", urlsplit("//" + host).port
+        outside = sorted(self.hosts - {*LOOPBACK, *EVERYWHERE})
+        if name in LOOPBACK and outside:
+            name = outside[0]
+        place = f"[{name}]" if ":" in name else name
+        return f"http://{place}{f':{port}' if port else ''}/?token={self.invite()}"
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             if scope["type"] == "lifespan":

@@ -82,7 +82,7 @@ def invite(request: Request) -> Response:
     studio = studio_of(request)
     if studio.access is None:
         raise InputError("this studio has no access control")
-    return PlainTextResponse(f"http://{request.headers['host']}/?token={studio.access.invite()}")
+    return PlainTextResponse(studio.access.invitation(request.headers["host"]))
 
 
 @router.get("/events")

@@ -23,7 +23,12 @@ class Workspace:
     def __init__(self, runs: str | Path):
         self.runs = Path(runs).resolve()
         self.home = self.runs / HOME
-        self.home.mkdir(parents=True, exist_ok=True)
+        try:
+            self.home.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"--runs: {self.home} cannot be made ({error.strerror or error}); name a folder that can be written to"
+            ) from error
         self.store = VoteStore(self.home)
         self.tastes, self.logs, self.recipes = self.home / "tastes", self.home / "logs", self.home / "recipes"
 

@@ -188,7 +188,9 @@ def _of_study(source: Path, rows: list[dict[str, Any]], store: VoteStore, key: P
 def _inside(folder: Path, name: str) -> Path:
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()):
-        raise InputError(f"{folder}: the picture {name!r} leaves the folder of its list")
+        raise InputError(
+            f"{folder}: the picture {name!r} leaves the folder of its list; put the list beside its pictures"
+        )
     return path
 
 

@@ -202,7 +202,9 @@ def _rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
         raise InputError(f"{path} does not exist; make votes in palate studio, or bring some with palate votes import"
                          ) from error  # fmt: skip
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+        raise InputError(
+            f"cannot read {path}: {error.strerror or error}; give a folder with {FILE} in it, or such a file"
+        ) from error
     whole = content.endswith(b"\n")
     lines = content.split(b"\n")
     for number, line in enumerate(lines, 1):
