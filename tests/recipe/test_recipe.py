@@ -378,3 +378,17 @@ def test_a_network_that_cannot_be_compiled_is_said_before_anything_is_read(name,
     said = "no such folder" if compiles else "model.compile: diffusers names no repeated blocks of"
     with pytest.raises(ValueError, match=said):
         recipe.check_folder(recipe.parse(FLUX, ["model.compile=true", f"model.name={name}", "model.folder=none/here"]))
+
+
+def test_what_an_algorithm_needs_of_rewards_and_pairs_is_said_when_the_recipe_is_read():
+    parts = ["reward.name=null", "reward.weights={emoji: 1, brightness: 0.1}"]
+    relative = 'reward.relative={positive: "3d", negative: flat}'
+    made = recipe.read("grpo-emoji", [*parts, "algorithm.per_reward=true"])
+    assert made.algorithm.per_reward
+    for changes in (["algorithm.per_reward=true"], [*parts, relative, "algorithm.per_reward=true"]):
+        with pytest.raises(RecipeError, match=r"algorithm.per_reward: it compares the parts of reward.weights"):
+            recipe.read("grpo-emoji", changes)
+    given = ["prompts.file=null", "prompts.pairs=train.json"]
+    with pytest.raises(RecipeError, match=r"algorithm.noise: tracked needs the noise of each picture"):
+        recipe.read("dpo-emoji-online", given)
+    assert recipe.read("dpo-emoji-online", [*given, "algorithm.noise=fresh"]).algorithm.noise == "fresh"

@@ -56,6 +56,22 @@ class ScalesReward(Protocol):
     def reward_scale(self) -> float: ...
 
 
+@runtime_checkable
+class ComparesParts(Protocol):
+    """Settings of an algorithm that may standardise each part of a reward by itself."""
+
+    @property
+    def per_reward(self) -> bool: ...
+
+
+@runtime_checkable
+class TracksNoise(Protocol):
+    """Settings of an algorithm that may noise each picture with the noise that it was made from, noise = "tracked"."""
+
+    @property
+    def noise(self) -> str: ...
+
+
 def rewards_used(reward: RewardSettings) -> set[str]:
     """The names of the rewards that are optimised."""
     return {reward.name} if reward.name else set(reward.weights or ())
@@ -163,6 +179,8 @@ def _check_algorithm(recipe: Recipe, mistakes: list[str]) -> None:
     reads_pairs = isinstance(kind, ReadsPairs) and kind.reads_pairs
     if prompts.pairs is not None and not reads_pairs:
         mistakes.append(f"prompts.pairs: {name} does not read pairs, only dpo does; give prompts.file")
+    if prompts.pairs is not None and isinstance(settings, TracksNoise) and settings.noise == "tracked":
+        mistakes.append("algorithm.noise: tracked needs the noise of each picture, which pairs lack; set it to fresh")
     if prompts.images is not None and reads_pairs:
         mistakes.append(
             f"prompts.images: {name} reads pairs of images; give prompts.pairs, or prompts.file to draw them"
@@ -198,6 +216,12 @@ def _check_reward_use(reward: RewardSettings, settings: Any, kind: Any, mistakes
         mistakes.append(
             f"{key}: {name} needs the reward's gradient, and {names} gives none; use a differentiable "
             f"reward, algorithm.name=ddpo, flow_grpo or nft, or an oracle and palate optimize{alone}"
+        )
+    parts = reward.weights is not None and reward.relative is None
+    if isinstance(settings, ComparesParts) and settings.per_reward and not parts:
+        mistakes.append(
+            "algorithm.per_reward: it compares the parts of reward.weights, without reward.relative; give two or more, "
+            "or set algorithm.per_reward=false"
         )
     if reward.relative is None:
         return
