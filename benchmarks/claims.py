@@ -224,15 +224,15 @@ def last(key: str) -> Callable[[Any], float]:
 
 
 def above(first: str, second: str, key: str = "diversity", at: str = "heldout") -> Callable[[Path], Measured | None]:
-    """The share of the values of `at` that either reaches where the first's best `key` is higher."""
+    """The share of the values of `at` that both reach where the first's best `key` is higher."""
 
     def measure(results: Path) -> Measured | None:
         runs = [[_even(run) for run in own] for own in runs_of(results, "style", first, second)]
         if not all(runs) or any(axis not in own[0]["points"][0] for own in runs for axis in (at, key)):
             return None
-        looks = min(len(run["points"]) for own in runs for run in own)
-        clouds = [np.array([[np.nan_to_num(np.array([p[at], p[key]], dtype=float)) for p in run["points"][:looks]]
-                            for run in own]) for own in runs]  # (seeds, looks, 2, prompts)  # fmt: skip
+        looks = max(len(run["points"]) for own in runs for run in own)
+        clouds = [np.array([[[p[at], p[key]] for p in _until(run["points"], looks)] for run in own], dtype=float)
+                  for own in runs]  # (seeds, looks, 2, prompts)  # fmt: skip
         rng = np.random.default_rng(0)
 
         def share(resample: bool) -> float:
@@ -242,18 +242,30 @@ def above(first: str, second: str, key: str = "diversity", at: str = "heldout") 
             pair = []
             for cloud in clouds:
                 seeds = rng.integers(0, len(cloud), len(cloud)) if resample else np.arange(len(cloud))
-                points = (cloud[seeds] @ weights).reshape(-1, 2)
+                points = _weighted(cloud[seeds], weights).reshape(-1, 2)
                 pair.append((points[:, 0], points[:, 1]))
-            spread = np.concatenate([x for x, _ in pair])
-            return share_above(pair[0], pair[1], float(spread.min()), float(spread.max()))
+            return share_above(*pair, max(x.min() for x, _ in pair), min(x.max() for x, _ in pair))
 
-        shares = [share(True) for _ in range(RESAMPLES)]
-        low, high = np.nanquantile(shares, [0.025, 0.975])
-        series = {name: [[float(p[0].mean()), float(p[1].mean())] for run in cloud for p in run]
+        value = share(False)
+        shares = [found for found in (share(True) for _ in range(RESAMPLES)) if np.isfinite(found)]
+        low, high = np.quantile(shares, [0.025, 0.975]) if shares else (-np.inf, np.inf)
+        even = np.full(clouds[0].shape[-1], 1 / clouds[0].shape[-1])
+        series = {name: _weighted(cloud, even).reshape(-1, 2).tolist()
                   for name, cloud in zip((first, second), clouds, strict=True)}  # fmt: skip
-        return Measured(share(False), float(low), float(high), False, {"points": series, "axis": key, "at": at})
+        return Measured(value, float(low), float(high), False, {"points": series, "axis": key, "at": at})
 
     return measure
+
+
+def _until(points: list[dict[str, Any]], looks: int) -> list[dict[str, Any]]:
+    """The points of a run that ended early stay where it ended."""
+    return [*points, *points[-1:] * (looks - len(points))]
+
+
+def _weighted(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Means over the last axis, of what was measured: two pictures in different styles have no diversity of one."""
+    known = np.isfinite(values)
+    return (np.where(known, values, 0.0) @ weights) / np.maximum(known @ weights, 1e-12)
 
 
 def _even(run: dict[str, Any]) -> dict[str, Any]:

@@ -98,11 +98,7 @@ def _curves(axes: Any, row: Judged, colours: dict[str, str]) -> None:
             axes.plot(forwards, rises, color=colour, lw=1.4, alpha=0.75, label=name if k == 0 else None)
     level = found.series["level"]
     axes.axhline(level, color=colours["soft"], lw=1, ls="--")
-    axes.annotate(
-        f"{claims.told(found)} {row.claim.unit} to here", (1, level), xycoords=("axes fraction", "data"),
-        ha="right", va="bottom", fontsize=9, color=colours["ink"],
-    )  # fmt: skip
-    axes.set_xlabel("denoiser forwards")
+    axes.set_xlabel(f"denoiser forwards; to the dashed line {claims.told(found)} {row.claim.unit}")
     axes.set_ylabel("rise, held out")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend(loc="upper left")

@@ -360,6 +360,19 @@ def test_above_counts_where_the_frontier_is_higher(tmp_path):
     assert found.found.value > 0.95 and found.verdict == "holds"
 
 
+def test_frontiers_are_compared_where_both_are(tmp_path):
+    """DRaFT goes on where SQDF does not get; what has no diversity is left out, not zero; an end is no cut."""
+    kept, far = row("SQDF", 0, 0.2, looks=4), row("DRaFT-LV", 0, 0.8)
+    for k, point in enumerate(kept["points"]):
+        point["diversity"] = [np.nan] * 4 + [0.2 - 0.001 * k] * 4
+    for k, point in enumerate(far["points"]):
+        point["diversity"] = [0.2 - 0.02 * k] * 8
+    keep(tmp_path, kept, far)
+    found = verdicts(tmp_path)["sqdf-draft"].found
+    assert found.value > 0.95 and len(found.series["points"]["DRaFT-LV"]) == 6
+    assert found.series["points"]["SQDF"][-1] == pytest.approx([1.2, 0.197])
+
+
 def test_at_equal_diversity_the_held_out_reward_is_compared(tmp_path):
     first, second = row("SQDF", 0, 0.5), row("ReFL", 0, 0.2)
     for found in (first, second):
