@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import socket
 
 import numpy as np
@@ -115,6 +116,9 @@ def test_a_run_that_went_on_is_drawn_from_anew_once_it_has_ended(studio, monkeyp
     with runlock.owned(view.folder):
         assert after(35) == [30, 30] and len(loaded) == 1
     assert after(60) == [60] and len(loaded) == 2
+    shutil.rmtree(view.folder)
+    with pytest.raises(InputError, match="align-1, which drew these pictures, is gone; choose others under Settings"):
+        artist._follow_source()
 
 
 def test_runs_of_any_way_are_compared_each_on_its_own_model(studio, monkeypatch):

@@ -123,7 +123,7 @@ def test_the_command_line_says_that_a_taste_is_not_learnt_and_what_to_do(coin, t
     assert "not learnt" not in said["red"] and "no taste" not in said["red"]
 
 
-def test_the_command_line_says_a_taste_in_words(tastes, tmp_path):
+def test_the_command_line_says_a_taste_in_words(tastes, coin, tmp_path):
     """Pictures on red against plain grey ones: the red word is what a taste for red prefers."""
     colour = next(iter(vocabulary().colours))
     shades = [(128, 128, 128)] * 4 + [(250, 90, 90)] * 4
@@ -138,6 +138,8 @@ def test_the_command_line_says_a_taste_in_words(tastes, tmp_path):
     assert f"{colour} (background): +" in said and said.rstrip().endswith(f"a {PROMPT} on a {colour} background")
     said = CliRunner().invoke(app, ["taste", "words", str(tastes / "green"), str(tmp_path)]).output
     assert said.startswith(f"no word is worth 0.5 standard deviations; the best is {colour} with -")
+    said = CliRunner().invoke(app, ["taste", "words", str(coin), str(tmp_path)]).output
+    assert said.startswith("The words are a guess, because this taste is not learnt yet")
 
 
 def test_every_recipe_for_rounds_is_guarded_against_the_model_that_they_began_with():

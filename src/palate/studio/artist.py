@@ -183,7 +183,10 @@ class Artist:
         """The newest step of the run; None for the plain model."""
         if not source:
             return None
-        folder = self.workspace.run(source)
+        try:
+            folder = self.workspace.run(source)
+        except InputError as error:
+            raise InputError(f"{source}, which drew these pictures, is gone; choose others under Settings") from error
         if source == self._source and runlock.status(folder).state == "running":
             return self._step
         return max(checkpoint.steps(folder / "checkpoints"), default=None)
