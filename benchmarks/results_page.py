@@ -98,7 +98,7 @@ def _curves(axes: Any, row: Judged, colours: dict[str, str]) -> None:
             axes.plot(forwards, rises, color=colour, lw=1.4, alpha=0.75, label=name if k == 0 else None)
     level = found.series["level"]
     axes.axhline(level, color=colours["soft"], lw=1, ls="--")
-    axes.set_xlabel(f"denoiser forwards; to the dashed line {claims.told(found)} {row.claim.unit}")
+    axes.set_xlabel(f"denoiser forwards\nto the dashed line: {claims.told(found)} {row.claim.unit}")
     axes.set_ylabel("rise, held out")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.legend(loc="upper left")
