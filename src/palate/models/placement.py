@@ -49,7 +49,7 @@ def compile_blocks(network: Any, backend: str = "inductor") -> None:
     network.compile_repeated_blocks(backend=backend)
 
 
-def check_compile(kind: type[nn.Module]) -> None:
+def check_compile(kind: Any) -> None:
     """InputError: diffusers names no repeated blocks of that class of network. Asked before any weight loads."""
     if issubclass(kind, ModelMixin) and not kind._repeated_blocks:
         raise InputError(f"model.compile: diffusers names no repeated blocks of {kind.__name__}; leave it out")
