@@ -138,7 +138,9 @@ class Comparing:
         return self.workspace.home / "compare" / name
 
     def _tree(self, name: str) -> dict[str, Any]:
-        tree = {} if "/" in name or name.startswith(".") else self.workspace.read(f"compare/{name}/study.json")
+        tree: dict[str, Any] = {}
+        if "/" not in name and not name.startswith("."):
+            tree = self.workspace.read(f"compare/{name}/study.json")
         if not isinstance(tree.get("pairs"), list):
             raise InputError("there is no such comparison; start it again on the page Compare")
         return tree
