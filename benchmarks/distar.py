@@ -194,7 +194,7 @@ def teacher_table(results: Path) -> str:
             times = [1000 * seconds[f"{side}, {what}, batch {batch}"] for side in ("teacher", "generator")]
             name = "prompt to pixels" if what == "image" else "denoiser alone"
             lines.append(
-                f"| ms an image, {name}, batch {batch} | {times[0]:.1f} | {times[1]:.1f} "
+                f"| ms per image, {name}, batch {batch} | {times[0]:.1f} | {times[1]:.1f} "
                 f"| x {ratio:.1f} faster | >= 10: {'met' if ratio >= 10 else 'not met'} |"
             )
         parts.append("\n".join(lines))
