@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import subprocess
 import sys
@@ -138,7 +137,7 @@ def test_a_run_that_a_signal_ended_is_no_row(tmp_path):
         rows.stored(row)
     assert not row.path.exists() and not list(tmp_path.iterdir())
     cut = {"points": [{"updates": 0, **dict.fromkeys(distar.KEYS, 0.5), "seconds": 0.0}]}
-    (tmp_path / f"{methods.slug('distar', 'family', 'DI*', 0, 60)}.json").write_text(json.dumps({"made": cut}))
+    rows.keep(tmp_path / f"{methods.slug('distar', 'family', 'DI*', 0, 60)}.json", cut)
     with pytest.raises(ValueError, match="ends after 0 updates of 60"):
         distar.family_table(argparse.Namespace(results=tmp_path, updates=60, seeds=[0]))
 
