@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -129,10 +130,10 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
     rows = []
     for task in args.tasks:
         for method in (name for name in args.methods if applies(name, task)):
+            overrides = [f"trainer.lr={rate(method, task, args.results)}", *args.override]
+            overrides += small(method) if args.quick else []
+            spent = args.budget or BUDGETS[task]
             for seed in args.seeds or (HEADLINE if task == "style" else SEEDS):
-                overrides = [f"trainer.lr={rate(method, task, args.results)}", *args.override]
-                overrides += small(method) if args.quick else []
-                spent = args.budget or BUDGETS[task]
                 arguments = (task, method, seed, args.prompts, spent, args.checks, overrides, seed == 0)
                 path = args.results / f"{slug('comparison', task, method, seed, spent)}.json"
                 rows.append(Row(path, run, arguments, BESIDE.get(task, ()), settings(method, task)))
@@ -142,9 +143,12 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
 def standing(args: argparse.Namespace, rows: Sequence[Row]) -> list[Row]:
     """These rows and all others of the comparison that are there with the same settings, so that a table of some tasks
     or methods does not take the others' place."""
-    every = argparse.Namespace(**{**vars(args), "tasks": list(TASKS), "methods": available(), "seeds": None})
-    paths = {row.path for row in rows}
-    return [*rows, *(row for row in rows_of(every) if row.path not in paths and is_made(row))]
+    paths, others = {row.path for row in rows}, []
+    for task, name in itertools.product(TASKS, available()):
+        if any(args.results.glob(f"{slug('comparison', task, name)}-*.json")):  # a recipe is slow to read
+            one = argparse.Namespace(**{**vars(args), "tasks": [task], "methods": [name], "seeds": None})
+            others += [row for row in rows_of(one) if row.path not in paths and is_made(row)]
+    return [*rows, *others]
 
 
 def try_rate(task: str, method: str, lr: float, budget: int, prompts: int, more: list[str]) -> dict[str, Any]:
