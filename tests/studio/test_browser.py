@@ -150,6 +150,8 @@ def test_a_persons_whole_way(open_studio, show, tmp_path):
     wait_for(lambda: int(text(page, "step") or 0) >= 3, 120, "its first steps")
     assert text(page, "run-state") == "Running"
 
+    pid = json.loads((tmp_path / "studio/processes/align-1.json").read_text())["pid"]
+    os.kill(pid, signal.SIGSTOP)  # its thirty updates take ten seconds, less than this page on a slow machine
     page.get(server.root + "/steer")
     get(page, "word-add").send_keys("sparkling")
     click(page, "word-wanted")
@@ -158,10 +160,14 @@ def test_a_persons_whole_way(open_studio, show, tmp_path):
     get(page, "word-add").clear()
     get(page, "word-add").send_keys("cartoon")
     click(page, "word-wanted")
-    wait_for(lambda: "from step" in text(page, "word-chip"), 60, "the step at which the word took effect")
+    wait_for(lambda: "from the next step" in text(page, "word-chip"), 60, "the word")
+    os.kill(pid, signal.SIGCONT)
 
-    pid = json.loads((tmp_path / "studio/processes/align-1.json").read_text())["pid"]
-    wait_for(lambda: int(text(page, "step") or 0) >= 6, 60, "a checkpoint")
+    run = tmp_path / "align-1"
+    wait_for(lambda: '"steer"' in (run / "metrics.jsonl").read_text("utf-8"), 60, "the trainer to take the word")
+    wait_for(lambda: list(run.glob("checkpoints/step-*")), 60, "a checkpoint")
+    os.kill(pid, signal.SIGSTOP)
+    wait_for(lambda: "from step" in text(page, "word-chip"), 60, "the step at which the word took effect")
     os.kill(pid, signal.SIGKILL)
     page.get(server.root + "/align?run=align-1")
     wait_for(lambda: text(page, "run-state") == "Died", 60, "the run to show as died")
