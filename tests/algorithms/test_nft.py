@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.gaussian import VP, C, Counted, D, linear, model_of
 
+from palate import recipe
 from palate.algorithms.nft import (
     NFT,
     NFTSettings,
@@ -69,6 +70,42 @@ def test_fixed_point_is_v_old_plus_the_guidance(schedule, beta):
     (grad,), losses = run(settings, model=model, ids=(2,), algorithm=algorithm)
     assert float(grad.abs().max()) < 1e-12
     assert float(losses[0].metrics["from_old"]) == pytest.approx(float((guidance / beta).square().mean()))
+
+
+@pytest.mark.parametrize("shared_noise", [False, True])
+def test_two_updates_per_batch_of_samples_are_mirrored_about_the_weights_that_drew_it(shared_noise):
+    """Each update trains one half of every group, with r of the whole group. The first moves the policy by d, about
+    which the second's gradient is 2 beta/D [beta d - mean (2 r - 1)(v - v_old)]; theta_old moves once, after both, by
+    eta of two updates per step."""
+    beta, lr, groups, group = 0.3, 0.4, [2, 5], 6
+    settings = settings_of(beta=beta, group=group, minibatches=2, old_rate=0.1, shared_noise=shared_noise)
+    model, algorithm = model_of(), NFT(settings)
+    whole, rng = Random(0, 1, groups), Random(0, 1, groups).grouped(group)
+    cond = model.encode_prompts([f"cat {i}" for i in groups for _ in range(group)])
+    x0 = sample(model, cond, rng.normal("rollout", (1, 2, 2)).double(), 3)
+    r = optimality(linear(x0, None), group, 1.0).view(-1, 1, 1, 1)
+    noise = whole.normal("inject-0", (1, 2, 2)).repeat_interleave(group, 0)
+    eps = (noise if shared_noise else rng.normal("inject-0", (1, 2, 2))).double()
+    t = 1 - rng.uniform("level-0")
+    v_old = velocity(model.predict(add_noise(x0, eps, *flow_schedule(t)), t, cond, weights="reference"))
+    pull = (2 * r - 1) * (eps - x0 - v_old)
+    (second,), losses = run(settings, model=model, algorithm=algorithm, ids=groups, lr=lr)
+    assert [loss.update for loss in losses] == ["policy", "policy"]
+    first = -2 * beta / 4 * pull[0::2].mean(0)
+    moved = -lr * first
+    expected = 2 * beta / 4 * (beta * moved - pull[1::2].mean(0))
+    torch.testing.assert_close(second, first + expected, atol=1e-12, rtol=0)  # `run` adds gradients up
+    theta = model.parameters()[0].detach()
+    torch.testing.assert_close(theta, moved - lr * (first + expected), atol=1e-12, rtol=0)
+    torch.testing.assert_close(algorithm.old[0], 0.8 * theta, atol=1e-12, rtol=0)  # eta = .1 times 2 updates, of zeros
+
+
+def test_one_update_per_batch_is_that_of_runs_from_before_the_setting():
+    """The key is not part of what a run is known by while it has its first value."""
+    before, after = (recipe.fingerprint(recipe.read("nft-emoji", given)) for given in ([], ["algorithm.minibatches=1"]))
+    assert before == after != recipe.fingerprint(recipe.read("nft-emoji", ["algorithm.minibatches=2"]))
+    tree = recipe.as_tree(recipe.read("nft-emoji"))
+    assert tree["algorithm"]["minibatches"] == 1
 
 
 def test_the_update_guides_towards_the_good_samples():
@@ -172,13 +209,15 @@ def test_times_are_shifted_and_groups_do_not_depend_on_the_batch():
     torch.testing.assert_close(seen[0][0][4:], seen[1][0], atol=1e-14, rtol=0)
 
 
-@pytest.mark.parametrize("changes", [{}, {"kl": 0.1, "n": 3}, {"guidance": 2.0, "kl": 0.1}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"kl": 0.1, "n": 3}, {"guidance": 2.0, "kl": 0.1}, {"kl": 0.1, "n": 2, "minibatches": 2}]
+)
 def test_calls(changes):
     model, settings = model_of(), settings_of(**changes)
     _, losses = run(settings, model=model, ids=(0, 1))
     calls = calls_per_update(settings)
     assert [model.forward, model.backward, model.decoded] == [2 * calls[k] for k in ("forward", "backward", "decode")]
-    assert [loss.update for loss in losses] == [None] * (settings.n - 1) + ["policy"]
+    assert [loss.update for loss in losses] == ([None] * (settings.n - 1) + ["policy"]) * settings.minibatches
 
 
 @pytest.mark.parametrize(
@@ -193,6 +232,8 @@ def test_calls(changes):
         {"kl": -1},
         {"old_rate": -1},
         {"old_most": 1},
+        {"minibatches": 0},
+        {"minibatches": 5},
     ],
 )
 def test_settings_are_checked(wrong):

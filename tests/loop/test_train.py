@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -17,6 +18,7 @@ import pytest
 import torch
 from support import ROOT
 from support.loop import STEPS, Quadratic, Steering, rows, run, same, srpo, tensors
+from support.ranks import MAKE
 
 import palate
 from palate.algorithms.dpo import DPO, DPOSettings
@@ -167,6 +169,32 @@ def test_a_signal_ends_the_step_saves_and_resumes_exactly(tmp_path, number, code
     run(tmp_path / "a", resume=True, checkpoint_every=0)
     run(tmp_path / "b", checkpoint_every=0)
     assert same(tensors(tmp_path / "a"), tensors(tmp_path / "b")) and rows(tmp_path / "a") == rows(tmp_path / "b")
+
+
+@pytest.mark.parametrize("method", ["flow_grpo-released", "nft-released"])
+def test_ended_between_two_updates_of_a_batch_it_resumes_exactly(tmp_path, method):
+    """A crash takes the step back to the last checkpoint; a signal lets it finish both updates and saves then."""
+
+    class Ended(type(MAKE[method]())):
+        def step(self, model, reward, batch, rng):
+            ended = False
+            for loss in super().step(model, reward, batch, rng):
+                yield loss
+                if rng.step == 3 and loss.update and not ended:  # the first of two updates is made
+                    ended = True
+                    signal.raise_signal(signal.SIGTERM) if by_signal else 1 / 0
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    options = {"steps": 5, "batch_size": 2, "checkpoint_every": 2}
+    run(tmp_path / "whole", algorithm=MAKE[method](), **options)
+    for by_signal, name, ended_at in ((False, "crash", 2), (True, "signal", 3)):
+        with contextlib.nullcontext() if by_signal else pytest.raises(ZeroDivisionError):
+            run(tmp_path / name, algorithm=Ended(MAKE[method]().settings), **options)
+        assert checkpoint.steps(tmp_path / name / "checkpoints")[-1] == ended_at
+        run(tmp_path / name, algorithm=MAKE[method](), resume=True, **options)
+        assert same(tensors(tmp_path / name, 5), tensors(tmp_path / "whole", 5))
+        assert rows(tmp_path / name) == rows(tmp_path / "whole")
+    signal.signal(signal.SIGTERM, before)
 
 
 # ------------------------------------------------------------------------------------------------ updates

@@ -28,6 +28,12 @@ SRPO = {
 HPS = {
     "algorithm.train_timestep": (5, 25), "algorithm.k_denoise": (0.1, 0.25), "algorithm.k_inversion": (0.3, 0.01)
 }  # fmt: skip
+NFT = {
+    "model.lora_rank": 32, "model.lora_alpha": 64, "model.lora_init": "gaussian", "algorithm.group": 24,
+    "algorithm.steps": 10, "algorithm.guidance": 1.0, "algorithm.n": 9, "algorithm.z": 5.0,
+    "algorithm.baseline": "batch", "algorithm.adaptive": True, "trainer.lr": 3e-4, "trainer.weight_decay": 1e-4,
+    "trainer.clip_norm": 1.0, "trainer.ema_every": 1, "trainer.batch_size": 48,
+}  # fmt: skip
 VALUES = {
     "grpo-emoji-released": {**GRPO, "algorithm.beta": 0.04},
     "grpo-sd35-released": {
@@ -44,12 +50,13 @@ VALUES = {
         "algorithm.same_noise": True, "algorithm.window": 4, "algorithm.window_every": 25, "algorithm.minibatches": 4,
     },
     "nft-sd35-released": {
-        "model.lora_rank": 32, "model.lora_alpha": 64, "model.lora_init": "gaussian", "algorithm.group": 24,
-        "algorithm.steps": 10, "algorithm.guidance": 1.0, "algorithm.n": 9, "algorithm.beta": 1.0, "algorithm.z": 5.0,
-        "algorithm.baseline": "batch", "algorithm.kl": 1e-4 * 1.0 / 5, "algorithm.adaptive": True,
-        "algorithm.old_rate": 0.001, "algorithm.old_most": 0.5, "algorithm.old_from": 0, "trainer.lr": 3e-4,
-        "trainer.weight_decay": 1e-4, "trainer.clip_norm": 1.0, "trainer.ema_decay": 0.9, "trainer.ema_every": 1,
-        "trainer.batch_size": 48,
+        **NFT, "algorithm.beta": 1.0, "algorithm.kl": 1e-4 * 1.0 / 5, "algorithm.old_rate": 0.001,
+        "algorithm.old_most": 0.5, "algorithm.old_from": 0, "algorithm.minibatches": 1, "trainer.ema_decay": 0.9,
+    },
+    "nft-sd35-ocr-released": {
+        **NFT, "algorithm.beta": 0.1, "algorithm.kl": pytest.approx(1e-4 * 0.1 / 5), "algorithm.old_rate": 0.0075,
+        "algorithm.old_most": 0.999, "algorithm.old_from": 75, "algorithm.minibatches": 2,
+        "trainer.ema_decay": pytest.approx(0.9**2),
     },
     "awm-sd35-released": {
         "model.lora_rank": 32, "model.lora_alpha": 64, "model.lora_init": "gaussian", "algorithm.objective": "awm",

@@ -42,6 +42,9 @@ MAKE = {
     "ddpo": lambda: DDPO(DDPOSettings(steps=3, guidance=1.0, minibatches=2)),
     "flow_grpo": lambda: FlowGRPO(FlowGRPOSettings(group=2, steps=3, guidance=1.0)),
     "nft": lambda: NFT(NFTSettings(group=2, steps=2, n=2)),
+    "nft-released": lambda: NFT(
+        NFTSettings(group=2, steps=2, n=2, beta=0.1, baseline="batch", minibatches=2, old_from=3, old_rate=0.1)
+    ),
     "dpo": lambda: DPO(DPOSettings(steps=2, guidance=1.0, beta=10.0)),
     "dpo-online": lambda: DPO(
         DPOSettings(

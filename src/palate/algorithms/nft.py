@@ -11,12 +11,14 @@ towards the good ones, and an implicit mirror image of it (about the old policy)
     v+           = (1 - beta) v_old + beta v_theta            implicit positive        `mirrored`
     v-           = (1 + beta) v_old - beta v_theta            implicit negative
     loss         = E[r |v+ - v|^2 + (1 - r) |v- - v|^2] + kl |v_theta - v_ref|^2
-    theta_old   <- eta_i theta_old + (1 - eta_i) theta        after every update       `old_decay`
+    theta_old   <- eta_i theta_old + (1 - eta_i) theta        after i updates in all   `old_decay`
 
 Where the loss is smallest, v_theta = v_old + (1 / beta) E[(2 r - 1)(v - v_old) | x_t], a guidance towards the good
 samples; equal rewards (r = 1/2) change nothing.
 
 Groups: the loop gives B prompts; `step` repeats each `group` times. Image k of sample id i has the id i * group + k.
+A batch of samples serves `minibatches` updates, each of an equal part of every group. theta_old, which drew it and
+which the policies are mirrored about, stays until the last of them.
 
 Deviations from the paper:
 - adaptive = True is its self-normalised x0 form of the square error, |x0+ - x0|^2 / stop_grad(mean |x0+ - x0|);
@@ -25,14 +27,15 @@ Deviations from the paper:
   standard deviation of all rewards (baseline = "batch").
 - Its policy loss is 5 / beta times ours, so its KL weight is ours times 5 / beta: `kl_of_released` converts.
 - Times are uniform (then shifted), n for each image, where the program takes the sampler's own.
+- The program draws the parts of its `minibatches` at random; here image k of a group is of part k mod minibatches.
 - shared_noise, shared_time and stratified (Palate's) change the variance of the gradient and not its mean.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -60,10 +63,13 @@ class NFTSettings:
     adaptive: bool = True
     old_rate: float = 0.001  # eta_i = min(old_rate * i, old_most); 0 = theta_old is the current policy
     old_most: float = 0.5
-    old_from: int = 0  # steps before i begins to count; until then theta_old is the policy (the program's OCR run: 75)
+    old_from: int = 0  # updates before i begins to count; until then theta_old is the policy (the program's OCR: 75)
+    minibatches: int = 1  # updates per batch of samples (the program's OCR run: 2)
     shared_noise: bool = False  # a group's images are noised alike
     shared_time: bool = False  # and at the same times
     stratified: bool = False  # times from equal parts of their distribution: no two images of a group in the same part
+
+    later_keys: ClassVar[Mapping[str, int]] = {"minibatches": 1}  # than the first runs, and what those were
 
     def __post_init__(self) -> None:
         require(
@@ -78,6 +84,10 @@ class NFTSettings:
             ("old_rate: at least 0", not self.old_rate >= 0),
             ("old_most: at least 0 and below 1", not 0 <= self.old_most < 1),
             ("old_from: at least 0", self.old_from < 0),
+            (
+                "minibatches: at least 1, and a divisor of group",
+                self.minibatches < 1 or self.group % self.minibatches > 0,
+            ),
             ("baseline: 'group' or 'batch'", self.baseline not in ("group", "batch")),
         )
 
@@ -100,7 +110,8 @@ class NFT:
         self.old = None if state["old"] is None else [tensor.clone() for tensor in state["old"]]
 
     def step(self, model: Model, reward: Reward, batch: Batch, rng: Random) -> Iterator[Loss]:
-        """Draw a group for each prompt with theta_old, then one update over n times per image, and move theta_old."""
+        """Draw a group for each prompt with theta_old; an update over n times per image for each minibatch; then move
+        theta_old."""
         s = self.settings
         parameters = model.parameters("policy")
         if self.old is None:
@@ -116,15 +127,26 @@ class NFT:
                 x0 = sample(model, cond, noise, s.steps, guidance=s.guidance, shift=s.shift)
             rewards = reward(model.decode(x0), prompts).detach()
         r = optimality(rewards, s.group, s.z, s.baseline)
-        for j in range(s.n):
-            t = shift_time(1 - self._uniform(rng, of_groups, j), s.shift).to(x0)  # in (0, 1]
-            eps = (of_groups if s.shared_noise else rng).normal(f"inject-{j}", model.latent_shape).to(x0)
-            eps = eps.repeat_interleave(s.group, 0) if s.shared_noise else eps
-            value, metrics = self._loss(model, x0, eps, t, cond, r.to(x0))
-            yield Loss(value / s.n, metrics | {"reward": rewards.mean()}, "policy" if j == s.n - 1 else None)
-        decay = old_decay(rng.step, s.old_rate, s.old_most, s.old_from)
+        for part in range(s.minibatches):
+            chosen = list(range(part, len(prompts), s.minibatches))
+            if s.minibatches > 1:
+                with torch.no_grad():
+                    cond = model.encode_prompts([prompts[i] for i in chosen])
+            for j in range(s.n):
+                t = shift_time(1 - self._uniform(rng, of_groups, j), s.shift).to(x0)  # in (0, 1]
+                eps = self._noise(model, rng, of_groups, j, chosen).to(x0)
+                value, metrics = self._loss(model, x0[chosen], eps, t[chosen], cond, r.to(x0)[chosen])
+                yield Loss(value / s.n, metrics | {"reward": rewards.mean()}, "policy" if j == s.n - 1 else None)
+        decay = old_decay(rng.step * s.minibatches, s.old_rate, s.old_most, s.old_from)
         with torch.no_grad():
             self.old = [p + decay * (old.to(p) - p) for old, p in zip(self.old, parameters, strict=True)]
+
+    def _noise(self, model: Model, rng: Random, of_groups: Random, j: int, chosen: list[int]) -> Tensor:
+        """The j-th noise of each chosen image, (len(chosen), C, h, w)."""
+        if self.settings.shared_noise:
+            of_each = of_groups.normal(f"inject-{j}", model.latent_shape)
+            return of_each[[i // self.settings.group for i in chosen]]
+        return Random(rng.seed, rng.step, [rng.ids[i] for i in chosen]).normal(f"inject-{j}", model.latent_shape)
 
     def _uniform(self, rng: Random, of_groups: Random, j: int) -> Tensor:
         """The j-th of n uniform numbers in [0, 1) of each image, (B * group,)."""
@@ -217,7 +239,7 @@ def kl_of_released(kl: float, beta: float) -> float:
 
 
 def calls_per_update(settings: NFTSettings) -> dict[str, int]:
-    """Denoiser evaluations of one update per prompt of the batch, a guided call counted twice.
+    """Denoiser evaluations of one step (= `minibatches` updates) per prompt of the batch, a guided call counted twice.
 
     forward = group (steps g + n (3 with kl, else 2)),  backward = group n,  decode = reward = group,  g = 2 with
     guidance, else 1.

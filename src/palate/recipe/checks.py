@@ -52,6 +52,13 @@ class HasOldKeys(Protocol):
     old_keys: Mapping[str, str]
 
 
+@runtime_checkable
+class HasLaterKeys(Protocol):
+    """Settings with keys that came after the first runs: key -> the value that those runs have."""
+
+    later_keys: Mapping[str, Any]
+
+
 def validate(tree: Mapping[str, Any], mistakes: list[str]) -> Recipe | None:
     """The recipe of a tree, or None; what is wrong with it is added to `mistakes`."""
     rest = {key: value for key, value in tree.items() if not (value is None and key in SECTIONS)}

@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from palate.data import RecipeError, read_text
-from palate.recipe.checks import HasOldKeys, validate
+from palate.recipe.checks import HasLaterKeys, HasOldKeys, validate
 from palate.recipe.guard import identifying
 from palate.recipe.names import PYTHON, near
 from palate.recipe.paths import with_absolute_paths
@@ -131,6 +131,8 @@ def fingerprint(recipe: Recipe) -> str:
     tree["reward"]["source"] = {}  # where weights lie; what they are is in `recipe.identity`
     for section, key in (("prompts", "file"), ("prompts", "images"), ("prompts", "pairs"), ("prompts", "preview")):
         tree[section][key] = content_digest(tree[section][key])
+    later = recipe.algorithm.later_keys if isinstance(recipe.algorithm, HasLaterKeys) else {}
+    tree["algorithm"] = {k: v for k, v in tree["algorithm"].items() if k not in later or v != later[k]}
     if isinstance(recipe.algorithm, HasOldKeys):  # likewise: a key keeps its first name here
         first = {new: old for old, new in recipe.algorithm.old_keys.items()}
         tree["algorithm"] = {first.get(key, key): value for key, value in tree["algorithm"].items()}
