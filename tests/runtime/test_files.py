@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -105,3 +106,22 @@ def test_no_file_is_cut_at_the_separators_inside_a_prompt():
     files = sorted(Path(palate.__file__).parent.rglob("*.py"))
     assert len(files) > 150 and read.search('path.read_text("utf-8").splitlines()')
     assert [file.name for file in files if read.search(file.read_text("utf-8"))] == []
+
+
+def test_two_writers_of_one_file_leave_the_content_of_one_of_them_whole(tmp_path):
+    errors = []
+
+    def write(letter):
+        try:
+            for _ in range(50):
+                write_atomically(tmp_path / "file", letter * 100_000)
+                assert (tmp_path / "file").read_bytes() in (b"a" * 100_000, b"b" * 100_000)
+        except (OSError, AssertionError) as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(letter,)) for letter in (b"a", b"b")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and [path.name for path in tmp_path.iterdir()] == ["file"]

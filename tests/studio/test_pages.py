@@ -231,13 +231,16 @@ def test_steering_starts_the_quick_way_or_srpo_which_needs_both_sides(studio, mo
 def test_the_last_word_of_a_side_of_srpo_stays(studio, monkeypatch):
     _, found = studio
     plan = recipe.read("srpo-emoji", ["algorithm.positive=['3d','cartoon']", "algorithm.negative=['flat']"])
-    view = RunView("x", found.workspace.runs / "x", "running", "", plan, [], [])
+    folder = found.workspace.runs / "x"
+    folder.mkdir()
+    view = RunView("x", folder, "running", "", plan, [], [])
     said = []
     monkeypatch.setattr("palate.studio.steering.steer", lambda folder, **words: said.append(words))
     change(view, "positive", "3d", add=False)
     assert said == [{"positive": ["cartoon"], "negative": ["flat"]}]
     with pytest.raises(InputError, match="add another one before you take 'flat' away"):
         change(view, "negative", "flat", add=False)
+    folder.rmdir()
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,10 +43,15 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Replace the file at `path` by `data`: a reader, or a crash, sees the old content or the new, never a part."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    write_durably(temporary, data)
-    replace(temporary, path)
+    """Replace the file at `path` by `data`: a reader, or a crash, sees the old content or the new, never a part. Of two
+    writers at once the last one's content stays, whole."""
+    temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
+    try:
+        write_durably(temporary, data)
+        replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 

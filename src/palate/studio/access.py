@@ -121,7 +121,7 @@ class Access:
             return None
         left = urlencode([(key, value) for key, value in query if key != "token"])
         target = "/" + scope["path"].lstrip("/") + (f"?{left}" if left else "")
-        found = next((t for t in self._tokens if hmac.compare_digest(t.encode(), given[0].encode())), None)
+        found = next((t for t in tuple(self._tokens) if hmac.compare_digest(t.encode(), given[0].encode())), None)
         if found is None:
             return RedirectResponse(target, 303) if self._known(headers) else None
         if not self.lasting or found != self._token:

@@ -25,6 +25,7 @@ from palate.export import Lora, read_adapter
 from palate.models.emoji import EmojiModel
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
+from palate.runtime.exclusive import exclusive
 from palate.studio.artist import LOADING, Artist, png_of
 from palate.studio.undo import adapter_now
 from palate.studio.workspace import Workspace
@@ -63,7 +64,8 @@ class Comparing:
     def study(self, run: str, other: str = "") -> str:
         """The same study's name; its pictures are drawn if it is new."""
         name = self.name_of(run, other)
-        with self._lock:
+        self._folder(name).mkdir(parents=True, exist_ok=True)
+        with self._lock, exclusive(self._folder(name)):  # one order of pairs, whatever was answered in it
             if not (self._folder(name) / "study.json").is_file():
                 self._make(name, run, other)
         return name

@@ -34,11 +34,15 @@ class Processes:
         self._lock = threading.Lock()
 
     def train(self, recipe: str, name: str, overrides: Sequence[str] = ()) -> None:
-        """Begin a new run of that name. The recipe was checked before; what fails later stands in the log."""
+        """Begin a new run of that name. The recipe was checked before; what fails later stands in the log. InputError:
+        there is a run of that name."""
         folder = self.workspace.place(name)
         plan = recipes.read(recipe, [*overrides, f"run.folder={quoted(folder)}"])
-        folder.mkdir(parents=True, exist_ok=True)  # the page shows the run from now on
-        write_atomically(folder / "recipe.yaml", recipes.dump(plan).encode())
+        with self.workspace.turn():
+            if (folder / "recipe.yaml").exists():
+                raise InputError(f"{name} was begun in another window just now; look at it, or start once more")
+            folder.mkdir(parents=True, exist_ok=True)  # the page shows the run from now on
+            write_atomically(folder / "recipe.yaml", recipes.dump(plan).encode())
         self._start(name, ["train", recipe, *overrides, f"run.folder={quoted(folder)}"])
 
     def resume(self, name: str, overrides: Sequence[str] = ()) -> None:

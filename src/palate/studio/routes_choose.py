@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from typing import Annotated
 
@@ -71,9 +72,14 @@ def taste(request: Request) -> HTMLResponse:
 
 
 @router.post("/choose/settings")
-def settings(request: Request, mode: str = Form("fresh"), prompts: str = Form(""), source: str = Form("")) -> Response:
+def settings(
+    request: Request, mode: str = Form("fresh"), prompts: str = Form(""), source: str = Form(""), seen: str = Form("")
+) -> Response:
     """How pairs are chosen, prompts of one's own, one per line (words that the model does not know are refused), and
-    whose pictures: a run's of an earlier round, or PLAIN, the model's as it came; "" leaves it."""
+    whose pictures: a run's of an earlier round, or PLAIN, the model's as it came; "" leaves it.
+
+    seen: the settings that the form was shown with, JSON. What still says what it said then is left, since another
+    window may have changed it."""
     studio = studio_of(request)
     if mode not in MODES:
         raise InputError(f"expected {' or '.join(MODES)}")
@@ -85,12 +91,28 @@ def settings(request: Request, mode: str = Form("fresh"), prompts: str = Form(""
         raise InputError(f"{len(own)} prompts; at most {OWN_PROMPTS} at a time")
     for prompt in own:
         known_words(prompt)
-    before = studio.workspace.settings()
-    studio.workspace.set(mode=mode, prompts=own, **({"source": source.removeprefix(PLAIN)} if source else {}))
-    if any(studio.workspace.settings()[key] != before[key] for key in ("prompts", "source")):
-        studio.voting.forget_pair()
-    studio.artist.wake([prompt for prompt in own if prompt not in before["prompts"]])
+    given: dict[str, object] = {"mode": mode, "prompts": own}
+    if source:
+        given["source"] = source.removeprefix(PLAIN)
+    shown = _shown(seen)
+    changed = {key: value for key, value in given.items() if key not in shown or shown[key] != value}
+    with studio.workspace.turn():
+        before = studio.workspace.settings()
+        studio.workspace.set(**changed)
+        now = studio.workspace.settings()
+        if (now["prompts"], now["source"]) != (before["prompts"], before["source"]):
+            studio.voting.forget_pair()
+    studio.artist.wake([prompt for prompt in now["prompts"] if prompt not in before["prompts"]])
     return go_to("/choose", request)
+
+
+def _shown(seen: str) -> dict[str, object]:
+    """The settings that a form was shown with; none where it does not say."""
+    try:
+        tree = json.loads(seen)
+    except ValueError:
+        return {}
+    return tree if isinstance(tree, dict) else {}
 
 
 @router.post("/choose/upload")

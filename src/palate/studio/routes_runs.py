@@ -18,6 +18,7 @@ from palate.models.facts import facts_of
 from palate.report import write_report
 from palate.runs import trained_model
 from palate.runtime.errors import InputError
+from palate.runtime.exclusive import exclusive
 from palate.runtime.progress import printable
 from palate.runtime.runlock import require_free
 from palate.studio.artist import LOADING
@@ -59,9 +60,11 @@ def delete(request: Request, run: str, sure: str = Form("")) -> Response:
     if folder.is_symlink():
         raise InputError(f"{run} is a link to another folder; delete it there")
     shutil.rmtree(folder)
-    if studio.workspace.settings()["source"] == run:
-        studio.workspace.set(source="")
-        studio.voting.forget_pair()
+    with studio.workspace.turn():
+        if drawn_from := studio.workspace.settings()["source"] == run:
+            studio.workspace.set(source="")
+            studio.voting.forget_pair()
+    if drawn_from:
         studio.artist.wake()
     return go_to("/runs", request)
 
@@ -93,24 +96,24 @@ def export(request: Request, run: str, form: str) -> Response:
         if studio.processes.owner(run) is not None:
             raise InputError(f"{run} is training: it writes its LoRA at the end; stop it, or wait")
         adapter_now(folder)
-    target = folder / "export" / form
     makers: dict[str, Callable[[], Path]] = {"merged": lambda: merged(folder)}
-    if form == "merged" and target.exists():
-        shutil.rmtree(target)
     if form == "comfyui" and studio.view(run).recipe.model.name == "emoji":
         makers[form] = lambda: embedded_lora(folder)
-    written = makers.get(form, lambda: export_lora(folder, form))()
-    if form == "comfyui":
-        file = min(written.glob("*.safetensors"))
-        return FileResponse(file, media_type="application/octet-stream", filename=f"{run}.safetensors")
-    return Response(zipped(written, run), media_type="application/zip",
-                    headers={"Content-Disposition": f'attachment; filename="{run}-{form}.zip"'})  # fmt: skip
+    with exclusive(folder):  # another window may ask for the same files
+        written = makers.get(form, lambda: export_lora(folder, form))()
+        if form != "comfyui":
+            return Response(zipped(written, run), media_type="application/zip",
+                            headers={"Content-Disposition": f'attachment; filename="{run}-{form}.zip"'})  # fmt: skip
+    file = min(written.glob("*.safetensors"))
+    return FileResponse(file, media_type="application/octet-stream", filename=f"{run}.safetensors")
 
 
 def merged(folder: Path) -> Path:
     """The run's model with its LoRA in its weights; the folder written to."""
     with LOADING:
         model = trained_model(folder, warn=lambda text: None)[0]
+    if (earlier := folder / "export" / "merged").exists():
+        shutil.rmtree(earlier)
     return export_merged(folder, model)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import AsyncIterator
 
 import torch
@@ -70,7 +71,7 @@ def train(request: Request, text: str = Form(""), name: str = Form(""), steps: i
     overrides = [f"trainer.steps={steps}"] if steps > 0 else []
     recipes.parse(text, [*overrides, f"run.folder={quoted(studio.workspace.runs / name)}"])
     studio.workspace.recipes.mkdir(parents=True, exist_ok=True)
-    file = studio.workspace.recipes / f"{name}.yaml"
+    file = studio.workspace.recipes / f"{name}.{secrets.token_hex(4)}.yaml"  # not another window's of the same name
     file.write_text(text, encoding="utf-8")
     studio.processes.train(str(file), name, overrides)
     return go_to("/align", request, run=name)

@@ -170,9 +170,7 @@ def keep(request: Request, run: str) -> Response:
     if not view.one_step:
         raise InputError(f"{run} is no run of a one-step generator, and pictures to choose among are drawn by one")
     adapter_now(view.folder)
-    earlier = [name for name in studio.workspace.rounds() if name != run]
-    studio.workspace.write("rounds.json", {"runs": [*earlier, run]})
-    studio.workspace.set(source=run)
+    studio.workspace.begin_round(run)
     studio.voting.forget_pair()
     studio.artist.wake()
     return go_to("/choose", request)

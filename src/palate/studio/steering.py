@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import torch
 from palate.algorithms.srpo import SRPOSettings
 from palate.models.vocabulary import known_words, parse_prompt, vocabulary
 from palate.runtime.errors import InputError
+from palate.runtime.exclusive import exclusive
 from palate.studio.artist import Artist, read_picture
-from palate.studio.runview import RunView, Words
+from palate.studio.runview import RunView, Words, read_rows
 from palate.studio.workspace import Workspace
 from palate.train import steer
 
@@ -57,9 +59,12 @@ def waiting_words(folder: Path) -> dict[str, list[str]] | None:
 
 
 def wanted_words(view: RunView) -> Words:
-    """Those in force with those that wait for the next step, which have step -1."""
-    now = view.words()
+    """Those in force with those that wait for the next step, which have step -1.
+
+    The control file is read before the log: between the two the run may take up words, and they stand in one of both.
+    """
     waiting = waiting_words(view.folder) or {}
+    now = replace(view, rows=read_rows(view.folder / "metrics.jsonl")).words()
     sides = {side: dict(now.of(side)) for side in SIDES}
     for side, given in waiting.items():
         sides[side] = {word: sides[side].get(word, -1) for word in given}
@@ -67,23 +72,25 @@ def wanted_words(view: RunView) -> Words:
 
 
 def change(view: RunView, side: str, word: str, *, add: bool) -> None:
-    """Add a word to a side of a run at work, or take it away."""
+    """Add a word to a side of a run at work, or take it away. What another window does at once counts as well."""
     if side not in SIDES:
         raise InputError("a word is wanted (positive) or unwanted (negative)")
     if not view.steerable:
         raise InputError(f"{view.name} trains with {view.recipe.algorithm.name}, which has no control words")
     if view.state not in ("running", "waiting"):
         raise InputError(f"{view.name} is not training ({view.state}); start a run, or resume this one, then steer it")
-    words = wanted_words(view)
-    if add:
-        word = checked_word(word, words, embedded=view.recipe.model.name == "emoji")
-        new = [*words.of(side), word]
-    else:
-        new = [other for other in words.of(side) if other != word]
-        if not new and isinstance(view.recipe.algorithm, SRPOSettings):
-            raise InputError(f"SRPO compares wanted with unwanted words: add another one before you take {word!r} away")
-    both = {"positive": list(words.positive), "negative": list(words.negative)}
-    steer(view.folder, **(both | {side: new}))  # both, so that a word may change its side
+    with exclusive(view.folder):
+        words = wanted_words(view)
+        if add:
+            word = checked_word(word, words, embedded=view.recipe.model.name == "emoji")
+            new = [*words.of(side), word]
+        else:
+            new = [other for other in words.of(side) if other != word]
+            if not new and isinstance(view.recipe.algorithm, SRPOSettings):
+                raise InputError(f"SRPO compares wanted with unwanted words: add another one before you take {word!r} "
+                                 "away")  # fmt: skip
+        both = {"positive": list(words.positive), "negative": list(words.negative)}
+        steer(view.folder, **(both | {side: new}))  # both, so that a word may change its side
 
 
 class Draft:
@@ -101,13 +108,14 @@ class Draft:
     def change(self, side: str, word: str, *, add: bool) -> None:
         if side not in SIDES:
             raise InputError("a word is wanted (positive) or unwanted (negative)")
-        words = self.words()
-        sides = {s: list(words.of(s)) for s in SIDES}
-        if add:
-            sides[side].append(checked_word(word, words, embedded=True))
-        else:
-            sides[side] = [other for other in sides[side] if other != word]
-        self.workspace.write("steer.json", sides)
+        with self.workspace.turn():
+            words = self.words()
+            sides = {s: list(words.of(s)) for s in SIDES}
+            if add:
+                sides[side].append(checked_word(word, words, embedded=True))
+            else:
+                sides[side] = [other for other in sides[side] if other != word]
+            self.workspace.write("steer.json", sides)
 
 
 class Effects:

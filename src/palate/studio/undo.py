@@ -10,6 +10,7 @@ from palate.runs import adapter_of, trained_model, write_adapter
 from palate.runs.result import forget_adapter
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
+from palate.runtime.exclusive import exclusive
 from palate.runtime.runlock import owned
 from palate.runtime.runlog import rewind
 from palate.studio.artist import LOADING
@@ -22,7 +23,7 @@ def go_back(folder: Path, step: int) -> None:
     nothing is taken away. Later checkpoints, pictures and metrics are deleted.
     """
     checkpoints = folder / "checkpoints"
-    with owned(folder):
+    with exclusive(folder), owned(folder):  # owned by this process, and of its threads by this one
         if step not in checkpoint.steps(checkpoints):
             raise InputError(f"step {step} of {folder.name} was not kept; kept are {checkpoint.steps(checkpoints)}")
         checkpoint.load(checkpoints / checkpoint.name(step))  # every byte verified before anything goes
@@ -37,7 +38,8 @@ def go_back(folder: Path, step: int) -> None:
 
 def adapter_now(folder: Path) -> Path:
     """The adapter of the run's result; written first where the run was stopped without one. InputError: it trains."""
-    return adapter_of(folder, lambda: _result(folder))
+    with exclusive(folder):
+        return adapter_of(folder, lambda: _result(folder))
 
 
 def _result(folder: Path) -> Model:

@@ -7,7 +7,6 @@ is about, so that a key pressed twice counts once.
 from __future__ import annotations
 
 import secrets
-import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,7 +37,6 @@ class Voting:
     def __init__(self, workspace: Workspace, artist: Artist):
         self.workspace, self.artist = workspace, artist
         self.session = workspace.session()
-        self._lock = threading.RLock()
         self._rng = np.random.default_rng()
         self._features = KnownFeatures(artist, workspace.store.pictures)
         self._read: tuple[Any, list[Vote]] = (None, [])
@@ -55,26 +53,26 @@ class Voting:
             stamp = (file.stat().st_mtime_ns, file.stat().st_size)
         except FileNotFoundError:
             return []
-        with self._lock:
+        with self.workspace.turn():
             if self._read[0] != stamp:
                 self._read = (stamp, self.workspace.store.read())
             return self._read[1]
 
     def pair(self) -> Pair | None:
         """The pair on the screen; None while no picture is there yet."""
-        with self._lock:
+        with self.workspace.turn():
             return unanswered(self.workspace, self.votes()) or self._next(None)
 
     def forget_pair(self) -> None:
         """Let other settings count from now on, and not from the pair after the one on the screen."""
-        with self._lock:
+        with self.workspace.turn():
             (self.workspace.home / PAIR).unlink(missing_ok=True)
 
     def vote(self, pair_id: str, choice: str, ms: int | None) -> Vote | None:
         """Store the choice about that pair and bring the next one; None, and nothing stored, if the screen is older."""
         if choice not in CHOICES:
             raise InputError(f"choice: expected one of {', '.join(CHOICES)}, got {choice[:20]!r}")
-        with self._lock:
+        with self.workspace.turn():
             pair = self.pair()
             if pair is None or pair.id != pair_id:
                 return None
@@ -87,7 +85,7 @@ class Voting:
 
     def undo(self) -> Vote | None:
         """Take the newest vote back and show its pair again."""
-        with self._lock:
+        with self.workspace.turn():
             vote = self.workspace.store.undo()
             if vote is not None:
                 self._fitted = None
@@ -146,7 +144,7 @@ class Voting:
     def scaling(self, rows: Sequence[Drawn] | None = None) -> Scaling:
         """The features' constants: frozen at the first taste, so that a later pool does not move old votes."""
         path = self.workspace.home / SCALING
-        with self._lock:
+        with self.workspace.turn():
             if self._scaling is None and path.is_file():
                 self._scaling = Scaling.load(path, self.artist.features.probe())
             if self._scaling is not None:
@@ -182,7 +180,7 @@ class Voting:
         """What is known of the taste: counts at any time; accuracy, words and pictures from the first taste on."""
         votes = self.votes()
         stamp = (len(votes), votes[-1].id if votes else "", len(self.artist.rows()))
-        with self._lock:
+        with self.workspace.turn():
             if self._summary and self._summary[0] == stamp:
                 return self._summary[1]
             found: dict[str, Any] = {"votes": len(votes), "start": cards.START, "good": cards.GOOD, "taste": None}
@@ -225,8 +223,9 @@ class Voting:
         if (shown := self.summary()["taste"]) is not None:  # what the page says, of the pool and not of voted pictures
             said = {key: shown[key] for key in ("expected", "verdict", "learnt")}
             taste = replace(taste, card=taste.card | said)
-        number = 1 + max((int(p.name) for p in self.workspace.tastes.glob("*") if p.name.isdigit()), default=0)
-        return taste.save(self.workspace.tastes / str(number))
+        with self.workspace.turn():
+            number = 1 + max((int(p.name) for p in self.workspace.tastes.glob("*") if p.name.isdigit()), default=0)
+            return taste.save(self.workspace.tastes / str(number))
 
     def words(self) -> list[WordChoice]:
         card = self.summary()["taste"]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from palate.runtime.errors import InputError
+from palate.runtime.exclusive import exclusive
 from palate.runtime.files import write_atomically
 from palate.taste.votes import VoteStore
 
@@ -79,7 +82,16 @@ class Workspace:
         }
 
     def set(self, **changes: Any) -> None:
-        self.write("settings.json", self.settings() | changes)
+        with self.turn():
+            self.write("settings.json", self.settings() | changes)
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Inside, no other thread, window's studio or command is inside: what is read and written back here loses
+        nobody's change. Nests within a thread."""
+        self.home.mkdir(parents=True, exist_ok=True)
+        with exclusive(self.home):
+            yield
 
     def read(self, name: str) -> dict[str, Any]:
         """A JSON object of the studio's own; empty where there is none or it is damaged."""
@@ -98,6 +110,12 @@ class Workspace:
         """The runs whose model was drawn from, in order."""
         runs = self.read("rounds.json").get("runs")
         return [run for run in runs if isinstance(run, str)] if isinstance(runs, list) else []
+
+    def begin_round(self, run: str) -> None:
+        """Draw with that run's model from now on."""
+        with self.turn():
+            self.write("rounds.json", {"runs": [*(name for name in self.rounds() if name != run), run]})
+            self.set(source=run)
 
     def session(self) -> str:
         return secrets.token_hex(4)

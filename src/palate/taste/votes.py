@@ -21,6 +21,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from palate.runtime.errors import CheckpointError, InputError
+from palate.runtime.exclusive import exclusive
 
 CHOICES = ("left", "right", "tie", "both-bad")
 OUTCOMES = {"left": 1.0, "right": 0.0, "tie": 0.5, "both-bad": 0.5}  # y of the learner
@@ -112,11 +113,14 @@ class VoteStore:
 
     def undo(self) -> Vote | None:
         """Take back the newest vote in force, and return it."""
-        votes = self.read() if self.file.exists() else []
-        if not votes:
+        if not self.file.exists():
             return None
-        self._add({"undo": votes[-1].id})
-        return votes[-1]
+        with exclusive(self.folder):  # two who undo at once take back two votes
+            votes = self.read()
+            if not votes:
+                return None
+            self._add({"undo": votes[-1].id})
+            return votes[-1]
 
     def keep(self, content: bytes) -> str:
         """Store an encoded picture; the name of its file. InputError if it is not a picture, or too large."""
@@ -154,7 +158,7 @@ class VoteStore:
         line = json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.file, "ab+", buffering=0) as out:
+            with exclusive(self.folder), open(self.file, "ab+", buffering=0) as out:
                 size = out.seek(0, os.SEEK_END)
                 if size:  # a line cut short by a crash must not swallow this one
                     out.seek(size - 1)

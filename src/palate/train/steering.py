@@ -21,6 +21,7 @@ from palate.core import Model, Random, Reward, Steerable
 from palate.models.vocabulary import known_words
 from palate.runtime.distributed import Ranks
 from palate.runtime.errors import InputError
+from palate.runtime.exclusive import exclusive
 from palate.runtime.files import write_atomically
 from palate.runtime.runlog import METRICS, RunLog, read_metrics
 from palate.train.python_recipe import from_python
@@ -55,10 +56,11 @@ def steer(folder: str | Path, positive: Sequence[str] | None = None, negative: S
                 algorithm.steer(row.get("positive"), row.get("negative"))
         _check_words(recipe, algorithm, words)
     control = folder / CONTROL
-    with contextlib.suppress(FileNotFoundError, ValueError):  # what still waits for the next step is not lost
-        waiting = control_words(control.read_bytes())
-        words = {side: waiting[side] if given is None else given for side, given in words.items()}
-    write_atomically(control, json.dumps(words).encode())
+    with exclusive(folder):
+        with contextlib.suppress(FileNotFoundError, ValueError):  # what still waits for the next step is not lost
+            waiting = control_words(control.read_bytes())
+            words = {side: waiting[side] if given is None else given for side, given in words.items()}
+        write_atomically(control, json.dumps(words).encode())
 
 
 def _check_words(recipe: Any, algorithm: Steerable, words: Words) -> None:
@@ -177,9 +179,10 @@ class Steering:
 
     def _forget_control(self) -> None:
         """Delete the control file that was read; words that came since then stay, for the next step."""
-        with contextlib.suppress(FileNotFoundError):
-            if self.ranks.is_main and self.control.read_bytes() == self._read:
-                os.unlink(self.control)
+        if self.ranks.is_main:
+            with contextlib.suppress(FileNotFoundError), exclusive(self.control.parent):
+                if self.control.read_bytes() == self._read:
+                    os.unlink(self.control)
 
 
 @torch.no_grad()

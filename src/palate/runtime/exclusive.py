@@ -1,0 +1,43 @@
+"""One writer at a time: what is read from a folder and written back loses nobody's change, of threads and processes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)  # of some network disks
+
+_threads: dict[str, threading.RLock] = {}
+_held: set[str] = set()  # folders that a thread of this process holds
+
+
+@contextlib.contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Inside, nobody else is inside for the same folder: no other thread, no other process. Nests within a thread.
+
+    The folder itself is locked (flock), so no file is left behind, and the kernel gives the lock back when a process
+    ends, however it ends. On a disk without locks the threads of this process still wait for each other.
+    FileNotFoundError: there is no such folder.
+    """
+    key = os.path.realpath(folder)
+    with _threads.setdefault(key, threading.RLock()):
+        if key in _held:
+            yield
+            return
+        descriptor = os.open(key, os.O_RDONLY)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+            _held.add(key)
+            yield
+        finally:
+            _held.discard(key)
+            os.close(descriptor)
