@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from methods import parsed
 from PIL import Image
+from rows import write_table
 
 from palate import recipe
 from palate.cli.model_source import load_source
@@ -205,7 +206,7 @@ def main() -> None:
         }
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "blind_study.json").write_text(json.dumps(found, indent=1) + "\n")
-    (args.results / "blind_study.md").write_text(table(found))
+    write_table(args.results / "blind_study.md", table(found))
     print(table(found))
 
 

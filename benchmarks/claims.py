@@ -27,7 +27,7 @@ import numpy as np
 from comparison import at_best, best_kept, crossed, mean, student
 from frontier import share_above
 from methods import slug
-from rows import content, made, made_in
+from rows import content, made, made_in, write_table
 
 from palate.models.vocabulary import parse_prompt
 
@@ -549,7 +549,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = judge(args.results)
     (args.results / "claims.json").write_text(json.dumps(as_json(rows), indent=1) + "\n")
-    (args.results / "claims.md").write_text(table(rows))
+    write_table(args.results / "claims.md", table(rows))
     print(table(rows))
 
 

@@ -3,6 +3,8 @@
     python benchmarks/comparison.py tune                  # the same small search for each method and task, once
     python benchmarks/comparison.py [--tasks style jpeg] [--methods SRPO ...] [--seeds 0 1 2] [--jobs 2]
     python benchmarks/comparison.py plan                  # minutes of each row and hours of all that are left, here
+    python benchmarks/comparison.py table                 # the tables of the rows that are there
+    ... --minutes 110                                     # no row is begun later; the same command goes on
     python benchmarks/comparison.py --quick               # the mechanics, in minutes; its numbers mean nothing
 
 A run goes on until it saturates (no better value of the goal in the last STALL looks), until its loss is not finite,
@@ -13,7 +15,9 @@ intervals are over prompts and seeds at once (`crossed`), so that a result of on
 
 All of it is meant for one night of two cores, and `plan` says beforehand how long it takes here. So every method has
 the same cut: learning rates are searched on SEARCHED and carried to the other tasks, since Adam is blind to a reward's
-scale; tasks of three seeds have a smaller budget than the headline; each run is looked at LOOKS times.
+scale; tasks of three seeds have a smaller budget than the headline; each run is looked at LOOKS times. A search is
+three runs for everybody: at the recipe's rate, at twice as much, and at four times or at half as much, on from the
+better of the two. Rows are made seed by seed, so that tables of a part have all methods, with fewer seeds.
 
 Costs: denoiser forwards, the share of them with a gradient, images that the reward has looked at, and seconds of one
 processor in training alone. A row, a file in RESULTS, is not made again, so the command goes on where it was cut off;
@@ -38,8 +42,8 @@ import methods
 import numpy as np
 import torch
 from budget import Prices
-from methods import METHODS, RATES, Check, Referees, available, parsed, referees, settings, slug, small, watch
-from rows import Row, is_made, keep_tuned, made, measured
+from methods import METHODS, Check, Referees, available, parsed, referees, settings, slug, small, watch
+from rows import Row, is_made, keep_tuned, made, measured, write_table
 from scipy import stats
 from tasks import TASKS, missing, needs_gradient
 
@@ -51,11 +55,12 @@ STALL, LOST = 3, 0.05
 CONCEPTS = ("style", "absolute", "jpeg", "taste")  # tasks whose prompts name one thing that must stay right
 HEADLINE, SEEDS = (0, 1, 2, 3, 4), (0, 1, 2)
 BUDGETS = {"style": 12000, "absolute": 8000, "scenes": 12000, "jpeg": 8000, "taste": 8000}  # forwards of a run at most
-LOOKS, TUNE_BUDGET, TUNE_SEED = 6, 4000, 100
+LOOKS, PROMPTS, TUNE_BUDGET, TUNE_SEED = 6, 48, 4000, 100
+LOWEST, *BEGIN_WITH, HIGHEST = TRIED = (0.5, 1.0, 2.0, 4.0)  # times the recipe's learning rate; three of them each
 SEARCHED = ("style", "scenes")  # tasks with a search of their own; the others take the style's learning rates
 STAND_INS = ("Flow-GRPO", "Diffusion-DPO")  # left out unless named: their released and online forms stand for them
 ONLY = {"DRaFT-1": ("scenes",)}  # LeapAlign's nearest relative; elsewhere DRaFT-LV stands for it
-BESIDE = {"scenes": ("detector",)}  # task -> what judges it besides the model's own judges
+BESIDE = {"scenes": ("detector",), "taste": ("emoji-1step",)}  # task -> weights that it needs besides
 SHOWN = 6  # prompts whose pictures the first seed keeps
 MEASURES = ("concept", "style", "diversity", "cast", "detail", "again")
 Points = list[dict[str, Any]]
@@ -79,11 +84,17 @@ def why_ended(goals: Sequence[float], spent: bool) -> str:
     return "saturated" if stalled(goals) else "budget" if spent else "not finite"
 
 
+def looks_at(task: str, prompts: int) -> tuple[int, tuple[int, ...]]:
+    """How many prompts a look is at, and the seeds of their pictures; always `2 prompts` pictures. Two a prompt, by
+    which diversity is measured, but one of twice as many scenes: they differ more than two pictures of one do."""
+    return (2 * prompts, (0,)) if task == "scenes" else (prompts, (0, 1))
+
+
 def run(
     task: str, method: str, seed: int, prompts: int, budget: int, checks: int, overrides: list[str], pictures: bool
 ) -> dict[str, Any]:
     """The looks at one run, per prompt, with its costs, and why it ended."""
-    who = referees(prompts, (0, 1), False, task)
+    who = referees(*looks_at(task, prompts), False, task)
     goals: list[float] = []
 
     def done(check: Check) -> bool:
@@ -106,10 +117,11 @@ def run(
 
 
 def _looking(who: Referees, shown: list[str]) -> Any:
-    """Keeps the pictures of the first prompts at each look, as one PNG beside each other, in base64."""
+    """Keeps the pictures of a few prompts at each look, as one PNG beside each other, in base64."""
+    prompts = recipe.evenly_spaced(who.prompts, SHOWN)
 
     def look(model: Any, weights: str) -> None:
-        images = to_pixels(quantise(generate(model, who.prompts[:SHOWN], (0,), weights=weights)))
+        images = to_pixels(quantise(generate(model, prompts, (0,), weights=weights)))
         sheet = np.concatenate(list(images), axis=1)
         shown.append(base64.b64encode(encode_png(sheet)).decode())
 
@@ -126,29 +138,38 @@ def rate(method: str, task: str, results: Path) -> float:
 
 
 def rows_of(args: argparse.Namespace) -> list[Row]:
-    """Every row of the comparison, headline seeds where the task is `style`."""
+    """Every row of the comparison, headline seeds where the task is `style`. All methods of a seed come before the next
+    seed, so that a comparison which was cut off has as many seeds of each."""
     rows = []
     for task in args.tasks:
-        for method in (name for name in args.methods if applies(name, task)):
-            overrides = [f"trainer.lr={rate(method, task, args.results)}", *args.override]
-            overrides += small(method) if args.quick else []
-            spent = args.budget or BUDGETS[task]
-            for seed in args.seeds or (HEADLINE if task == "style" else SEEDS):
-                arguments = (task, method, seed, args.prompts, spent, args.checks, overrides, seed == 0)
-                path = args.results / f"{slug('comparison', task, method, seed, spent)}.json"
-                rows.append(Row(path, run, arguments, BESIDE.get(task, ()), settings(method, task)))
+        overrides = {
+            method: [f"trainer.lr={rate(method, task, args.results)}", *args.override]
+            + (small(method) if args.quick else [])
+            for method in args.methods
+            if applies(method, task)
+        }
+        spent = args.budget or BUDGETS[task]
+        for seed, method in itertools.product(args.seeds or seeds_of(task), overrides):
+            arguments = (task, method, seed, args.prompts, spent, args.checks, overrides[method], seed == 0)
+            path = args.results / f"{slug('comparison', task, method, seed, spent)}.json"
+            rows.append(Row(path, run, arguments, BESIDE.get(task, ()), settings(method, task)))
     return rows
 
 
-def standing(args: argparse.Namespace, rows: Sequence[Row]) -> list[Row]:
-    """These rows and all others of the comparison that are there with the same settings, so that a table of some tasks
-    or methods does not take the others' place."""
+def seeds_of(task: str) -> tuple[int, ...]:
+    """Five for the headline, three elsewhere."""
+    return HEADLINE if task == "style" else SEEDS
+
+
+def standing(args: argparse.Namespace, rows: Sequence[Row] = ()) -> list[Row]:
+    """Those of these rows, and all others of the comparison, that are there with the same settings, so that a table of
+    some tasks or methods does not take the others' place."""
     paths, others = {row.path for row in rows}, []
     for task, name in itertools.product(TASKS, available()):
         if any(args.results.glob(f"{slug('comparison', task, name)}-*.json")):  # a recipe is slow to read
             one = argparse.Namespace(**{**vars(args), "tasks": [task], "methods": [name], "seeds": None})
-            others += [row for row in rows_of(one) if row.path not in paths and is_made(row)]
-    return [*rows, *others]
+            others += [row for row in rows_of(one) if row.path not in paths]
+    return [row for row in (*rows, *others) if is_made(row)]
 
 
 def try_rate(task: str, method: str, lr: float, budget: int, prompts: int, more: list[str]) -> dict[str, Any]:
@@ -159,35 +180,47 @@ def try_rate(task: str, method: str, lr: float, budget: int, prompts: int, more:
             "concept_base": found[0].mean("concept"), "finite": found[-1].forwards >= budget}  # fmt: skip
 
 
-def search_rows(args: argparse.Namespace) -> list[Row]:
-    """Every row of the search: the tasks of SEARCHED, three learning rates for each method."""
-    rows = []
-    for task, method in _searched(args):
-        for factor in RATES:
-            lr = recipe.read(METHODS[method][0]).trainer.lr * factor
-            more = small(method) if args.quick else []
-            spent = args.budget or TUNE_BUDGET
-            path = args.results / f"{slug('comparison-tune', task, method, factor, spent)}.json"
-            arguments = (task, method, lr, spent, args.prompts, more)
-            rows.append(Row(path, try_rate, arguments, BESIDE.get(task, ()), settings(method, task)))
-    return rows
+def search_row(args: argparse.Namespace, task: str, method: str, factor: float) -> Row:
+    """The run of the search at so many times the recipe's learning rate."""
+    lr = recipe.read(METHODS[method][0]).trainer.lr * factor
+    more = small(method) if args.quick else []
+    spent = args.budget or TUNE_BUDGET
+    path = args.results / f"{slug('comparison-tune', task, method, factor, spent)}.json"
+    arguments = (task, method, lr, spent, args.prompts, more)
+    return Row(path, try_rate, arguments, BESIDE.get(task, ()), settings(method, task))
 
 
-def _searched(args: argparse.Namespace) -> list[tuple[str, str]]:
-    return [(task, name) for task in args.tasks if task in SEARCHED for name in args.methods if applies(name, task)]
+def search_rows(args: argparse.Namespace) -> list[list[Row]]:
+    """Three runs of the search for each task of SEARCHED and method: at the recipe's learning rate, at twice as much,
+    and on from the better of the two, as soon as they are made."""
+    return [_search(args, task, name) for task in args.tasks if task in SEARCHED
+            for name in args.methods if applies(name, task)]  # fmt: skip
+
+
+def _search(args: argparse.Namespace, task: str, method: str) -> list[Row]:
+    first = [search_row(args, task, method, factor) for factor in BEGIN_WITH]
+    found = [made(row.path) for row in first if is_made(row)]
+    higher = len(found) == len(first) and best_of(task, found) is found[-1]
+    return [*first, search_row(args, task, method, HIGHEST if higher else LOWEST)]
+
+
+def best_of(task: str, found: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The run with the highest goal that lost at most .1 of the concepts; if all lost more, the one that kept most;
+    None if none stayed finite."""
+    own = [row for row in found if row["finite"]]
+    kept = [row for row in own if task not in CONCEPTS or row["concept"] >= row["concept_base"] - 0.1]
+    return max(kept, key=lambda r: r["goal"]) if kept else max(own, key=lambda r: r["concept"], default=None)
 
 
 def tune(args: argparse.Namespace) -> dict[str, float]:
-    """The best of three learning rates for each method and task: the highest goal that lost at most .1 of the concepts;
-    if all lost more, the one that kept most."""
-    found, chosen = measured(search_rows(args), args.jobs), {}
-    for i, (task, method) in enumerate(_searched(args)):
-        own = [row for row in found[i * len(RATES) : (i + 1) * len(RATES)] if row["finite"]]
-        if not own:
-            raise ValueError(f"{method} on {task}: no learning rate stayed finite; lower trainer.lr of its recipe")
-        kept = [row for row in own if task not in CONCEPTS or row["concept"] >= row["concept_base"] - 0.1]
-        best = max(kept, key=lambda r: r["goal"]) if kept else max(own, key=lambda r: r["concept"])
-        chosen[f"{task}: {method}"] = best["lr"]
+    """The learning rate of the best of three runs for each method and task, kept for the rows that follow."""
+    for part in (slice(len(BEGIN_WITH)), slice(None)):
+        measured([row for own in search_rows(args) for row in own[part]], args.jobs, minutes=args.minutes)
+    best = {f"{own[0].arguments[0]}: {own[0].arguments[1]}": best_of(own[0].arguments[0], [made(r.path) for r in own])
+            for own in search_rows(args)}  # fmt: skip
+    chosen = keep_tuned(args.results, {name: found["lr"] for name, found in best.items() if found})
+    if broken := [name for name, found in best.items() if not found]:
+        raise ValueError(f"{', '.join(broken)}: no learning rate stayed finite; lower trainer.lr of the recipe")
     return chosen
 
 
@@ -302,12 +335,29 @@ def searched(found: Sequence[dict[str, Any]], results: Path) -> dict[str, str]:
         for method in dict.fromkeys(row["method"] for row in found if row["task"] == task):
             lr = chosen.get(f"{task}: {method}") or chosen.get(f"style: {method}") or chosen.get(method)
             factor = lr / recipe.read(METHODS[method][0]).trainer.lr if lr else 0.0
-            tried = [k for k, known in enumerate(RATES) if abs(factor - known) < 1e-6 * known]
-            where = {0: "the lowest tried", len(RATES) - 1: "the highest tried"}
+            tried = [k for k, known in enumerate(TRIED) if abs(factor - known) < 1e-6 * known]
+            where = {0: "the lowest tried", len(TRIED) - 1: "the highest tried"}
             place = where.get(tried[0], "") if tried else "not searched, the recipe's" if not lr else ""
             places.setdefault(place, []).append(method)
         ends = (f"{place}: {', '.join(names)}" for place, names in places.items() if place)
         told[task] = f"Learning rates, {'; '.join(ends) or 'all inside the search'}."
+    return told
+
+
+def lacking(found: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """By task a sentence on what is not measured: methods without rows, and those with fewer seeds than are meant."""
+    told = {}
+    for task in TASKS:
+        seeds = {name: {row["seed"] for row in found if (row["task"], row["method"]) == (task, name)}
+                 for name in available() if name not in STAND_INS and applies(name, task)}  # fmt: skip
+        without = [name for name, own in seeds.items() if not own]
+        meant = len(seeds_of(task))
+        fewer = [f"{name} ({len(own)})" for name, own in seeds.items() if 0 < len(own) < meant]
+        parts = [f"Not measured: {', '.join(without)}."] if without else []
+        parts += [f"Fewer than {meant} seeds: {', '.join(fewer)}."] if fewer else []
+        told[task] = " ".join(parts)
+        if len(without) == len(seeds):
+            told[task] = f"Not measured: `python benchmarks/comparison.py --tasks {task}`."
     return told
 
 
@@ -345,6 +395,34 @@ def spelled(value: Sequence[float], digits: int = 3) -> str:
     return f"{center} ({low} to {high})"
 
 
+def write(args: argparse.Namespace, rows: Sequence[Row] = ()) -> str:
+    """comparison.{json,md}, of these rows and of all others that are there; each table says what it lacks."""
+    found = [made(row.path) for row in standing(args, rows)]
+    result, rates, without = summary(found), searched(found, args.results), lacking(found)
+    notes = {task: f"{rates[task]} {without[task]}".strip() for task in result}
+    text = table(result, notes) if found else ""
+    for task in TASKS:
+        if task not in result:
+            text += f"\n**{TASKS[task].title}**: {missing(task) or without[task]}\n"
+    args.results.mkdir(parents=True, exist_ok=True)
+    (args.results / "comparison.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_table(args.results / "comparison.md", text)
+    return text
+
+
+def usual(results: Path) -> argparse.Namespace:
+    """The arguments of the command without options."""
+    return argparse.Namespace(results=results, seeds=None, budget=None, checks=LOOKS, prompts=PROMPTS, override=[],
+                              quick=False)  # fmt: skip
+
+
+def unsearched(args: argparse.Namespace) -> list[str]:
+    """Methods whose learning rate nothing was searched for on this model."""
+    known = methods.tuned(args.results)
+    return [name for name in args.methods if name not in known
+            and not any(f"{task}: {name}" in known for task in ("style", *args.tasks))]  # fmt: skip
+
+
 def plan(rows: Sequence[Row], search: Sequence[Row], jobs: int, prices: Prices) -> str:
     """How many rows are left, and their processor time at these prices if none saturates: per method a row's minutes on
     each task, and the hours of them all."""
@@ -378,14 +456,14 @@ def expected(row: Row, prices: Prices) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", nargs="?", choices=["run", "tune", "plan"], default="run")
+    parser.add_argument("what", nargs="?", choices=["run", "tune", "plan", "table"], default="run")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     usual = [name for name in available() if name not in STAND_INS]
     parser.add_argument("--methods", nargs="+", default=usual, choices=available())
     parser.add_argument("--seeds", type=int, nargs="+", help="else five of the style task, three of the others")
     parser.add_argument("--budget", type=int, help="denoiser forwards of a run at most; else BUDGETS, of tune 4,000")
     parser.add_argument("--checks", type=int, default=LOOKS, help="looks, evenly spread over the budget")
-    parser.add_argument("--prompts", type=int, default=48, help="two images each")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="two images each; for scenes twice as many of one")
     parser.add_argument("--override", nargs="*", default=[], help="for every method")
     args = parsed(parser)
     if args.quick:
@@ -397,23 +475,26 @@ def main() -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if args.what == "tune":
-        print(json.dumps(keep_tuned(args.results, tune(args))))
+        print(json.dumps(tune(args)))
         return
     rows = rows_of(args)
     if args.what == "plan":
-        print(plan(rows, search_rows(args), args.jobs, budget.measured_prices()))
+        search = [row for own in search_rows(args) for row in own]
+        print(plan(rows, search, max(args.jobs, 1), budget.measured_prices()))
         return
+    if args.what == "table":
+        print(write(args))
+        return
+    if not args.quick and (names := unsearched(args)):
+        print(f"No learning rate was searched for {', '.join(names)}: the recipes' hold. Rows that are made before "
+              "`tune` are refused after it.", flush=True)  # fmt: skip
 
     def show(found: dict[str, Any]) -> dict[str, Any]:
         last = found["points"][best_kept(found["points"], found["task"])]
         return {"ended": found["ended"], **{key: round(mean(last, key), 3) for key in ("heldout", "concept")}}
 
-    measured(rows, args.jobs, show)
-    found = [made(row.path) for row in standing(args, rows)]
-    result, rates = summary(found), searched(found, args.results)
-    (args.results / "comparison.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.results / "comparison.md").write_text(table(result, rates))
-    print(table(result, rates))
+    measured(rows, args.jobs, show, minutes=args.minutes)
+    print(write(args, rows))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from methods import (
     slug,
     whole,
 )
-from rows import ASSETS, Row, content, made, made_in, measured
+from rows import ASSETS, Row, content, made, made_in, measured, write_table
 from scipy import stats
 
 from palate import recipe
@@ -426,11 +426,11 @@ def main() -> None:
                     packaged(args.source),
                 )
             ],
-            1,
+            min(args.jobs, 1),
             lambda found: found["seconds"],
         )
     if args.what == "family":
-        measured(family_rows(args), args.jobs, lambda found: found["points"][-1])
+        measured(family_rows(args), args.jobs, lambda found: found["points"][-1], minutes=args.minutes)
     if args.what == "blackbox":
         quick = ["trainer.steps=1", "algorithm.head_first=2", "algorithm.head_queries=2",
                  "algorithm.assistant_warmup_steps=0"] if args.quick else []  # fmt: skip
@@ -438,7 +438,8 @@ def main() -> None:
         rows = [Row(args.results / f"{slug('distar', 'blackbox', seed)}.json", towards_a_black_box,
                     (source, seed, args.prompts, 8, more), packaged(source), settings("distar-emoji-blackbox"))
                 for seed in args.seeds]  # fmt: skip
-        measured(rows, args.jobs, lambda found: {"asked": found["asked"], "score": float(np.mean(found["score"]))})
+        measured(rows, args.jobs, lambda found: {"asked": found["asked"], "score": float(np.mean(found["score"]))},
+                 minutes=args.minutes)  # fmt: skip
     tables = {
         "distar-teacher": teacher_table(args.results),
         "distar-family": family_table(args),
@@ -447,7 +448,7 @@ def main() -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     for name, text in tables.items():
         if text:
-            (args.results / f"{name}.md").write_text(text + "\n")
+            write_table(args.results / f"{name}.md", text)
             print(text + "\n")
 
 

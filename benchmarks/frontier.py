@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 from methods import METHODS, RATES, available, parsed, rate, referees, scatter, settings, slug, small, watch
-from rows import Row, measured
+from rows import Row, measured, write_table
 
 PANELS = {
     "heldout": "held-out objective",
@@ -97,9 +97,10 @@ def clouds_of(args: argparse.Namespace) -> dict[str, list[dict]]:
         return {name: round(float(np.nanmean(points[-1][name])), 3) for name in ("reward", *PANELS)}
 
     clouds: dict[str, list[dict]] = {}
-    for (method, label, seed), found in zip(labels, measured(rows, args.jobs, show), strict=True):
+    found = measured(rows, args.jobs, show, minutes=args.minutes)
+    for (method, label, seed), points in zip(labels, found, strict=True):
         known = clouds.setdefault(method, [])
-        known += [{**point, "label": label, "seed": seed} for point in (found[1:] if known else found)]
+        known += [{**point, "label": label, "seed": seed} for point in (points[1:] if known else points)]
     return clouds
 
 
@@ -212,7 +213,7 @@ def main() -> None:
     clouds = clouds_of(args)
     result, text = summary(clouds)
     (args.results / "frontier.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.results / "frontier.md").write_text(text + "\n")
+    write_table(args.results / "frontier.md", text)
     print(text)
     plot(clouds, args.results)
 

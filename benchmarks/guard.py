@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from methods import FAIR, METHODS, WORDS, beside_eval, objective, parsed, rate, slug, whole
-from rows import Row, made_in, measured
+from rows import Row, made_in, measured, write_table
 
 from palate import recipe
 from palate.evaluate import bootstrap_interval, embedded_panel, generate, label_correct, pairs, quantise
@@ -298,8 +298,8 @@ def main() -> None:
         args.seeds, args.every, args.steps, args.prompts = args.seeds[:1], 1, 1, 4
         args.override += ["trainer.batch_size=2", "trainer.guard.prompts=4"]
     if args.measures == "images":
-        text = images_table(measured(image_rows(args), args.jobs), args.results)
-        (args.results / "guard-images.md").write_text(text + "\n")
+        text = images_table(measured(image_rows(args), args.jobs, minutes=args.minutes), args.results)
+        write_table(args.results / "guard-images.md", text)
         print(text)
         return
     rows = [
@@ -320,8 +320,8 @@ def main() -> None:
         for seed in args.seeds
         for method in args.methods
     ]
-    text = table(measured(rows, args.jobs))
-    (args.results / "guard.md").write_text(text + "\n")
+    text = table(measured(rows, args.jobs, minutes=args.minutes))
+    write_table(args.results / "guard.md", text)
     print(text)
 
 

@@ -373,7 +373,10 @@ def small(method: str) -> list[str]:
 
 
 def rate(method: str, results: Path) -> float:
-    return tuned(results).get(method) or recipe.read(METHODS[method][0]).trainer.lr
+    """The learning rate of a search for this objective, of `methods.py tune` or `comparison.py tune`; else the
+    recipe's."""
+    found = tuned(results)
+    return found.get(method) or found.get(f"style: {method}") or recipe.read(METHODS[method][0]).trainer.lr
 
 
 def slug(*parts: object) -> str:
@@ -454,7 +457,9 @@ def try_rate(method: str, lr: float, seed: int, budget: int, prompts: int) -> di
     }
 
 
-def tune(results: Path, methods: Sequence[str], seed: int, budget: int, prompts: int, jobs: int) -> dict[str, float]:
+def tune(
+    results: Path, methods: Sequence[str], seed: int, budget: int, prompts: int, jobs: int, minutes: float = math.inf
+) -> dict[str, float]:
     """The learning rate with the highest held-out objective after `budget` forwards among those that kept concept
     accuracy within .1 of the base (the limit of the recipes' guards); if none did, the one that kept most of it. A run
     that did not stay finite is out.
@@ -469,7 +474,7 @@ def tune(results: Path, methods: Sequence[str], seed: int, budget: int, prompts:
         for method in methods
         for factor in RATES
     ]
-    found, chosen = measured(rows, jobs), {}
+    found, chosen = measured(rows, jobs, minutes=minutes), {}
     for i, method in enumerate(methods):
         own = [row for row in found[i * len(RATES) : (i + 1) * len(RATES)] if row["finite"]]
         if not own:
@@ -483,7 +488,8 @@ def tune(results: Path, methods: Sequence[str], seed: int, budget: int, prompts:
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The arguments, with those that every benchmark takes; --quick leaves the real results alone."""
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--jobs", type=int, default=2, help="rows at once, a process of one thread each")
+    parser.add_argument("--jobs", type=int, default=2, help="rows at once, in processes of one thread; 0: in this one")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="no row is begun later than this")
     parser.add_argument("--quick", action="store_true", help="a few tiny runs; results go to a scratch folder")
     args = parser.parse_args()
     if args.quick:
@@ -501,7 +507,8 @@ def main() -> None:
     args = parsed(parser)
     if args.quick:
         args.budget, args.prompts = 60, 4
-    chosen = keep_tuned(args.results, tune(args.results, args.methods, args.seed, args.budget, args.prompts, args.jobs))
+    found = tune(args.results, args.methods, args.seed, args.budget, args.prompts, args.jobs, args.minutes)
+    chosen = keep_tuned(args.results, found)
     print(f"{len(RATES)} learning rates x 1 seed x {args.budget} forwards a method: {json.dumps(chosen)}")
 
 

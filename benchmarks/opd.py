@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from comparison import crossed, spelled
 from methods import PLAIN, parsed, slug, whole
-from rows import Row, measured
+from rows import Row, measured, write_table
 
 from palate import recipe
 from palate.evaluate import embedded_panel, generate, label_correct, pairs, quantise
@@ -147,10 +147,11 @@ def main() -> None:
     rows = [Row(args.results / f"{slug('opd', seed)}.json", row, (seed, args.prompts, args.override), recipe=settings())
             for seed in args.seeds]  # fmt: skip
     found = measured(rows, args.jobs, lambda made: {name: round(float(np.mean(told["concept"])), 3)
-                                                    for name, told in made["models"].items()})  # fmt: skip
+                                                    for name, told in made["models"].items()},
+                     minutes=args.minutes)  # fmt: skip
     result = summary(found)
     (args.results / "opd.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.results / "opd.md").write_text(table(result))
+    write_table(args.results / "opd.md", table(result))
     print(table(result))
 
 

@@ -4,7 +4,8 @@
 
 A page marks where a table belongs: `<!-- results: NAME -->` and, after it, `<!-- end -->`. What stands between them is
 replaced by RESULTS/NAME.md, which the comparisons write beside their rows, and by their pictures, which are copied to
-docs/images. A table that has not been measured leaves the page as it is.
+docs/images. A table that has not been measured leaves the page as it is; one of another embedded model than the
+package's is headed by a sentence that says so.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import shutil
 import textwrap
 from pathlib import Path
 
+from rows import table_of
+
 DOCS = Path(__file__).parent.parent / "docs"
 PICTURES = {  # table -> its pictures in RESULTS
     "time_to_preference": ["time_to_preference.svg"],
@@ -24,6 +27,10 @@ PICTURES = {  # table -> its pictures in RESULTS
     "distar-family": ["distar-family.svg"],
 }
 WIDTH = 100
+OTHER = (
+    "**Measured on an earlier embedded model**, not on the one in the package: not to be compared with tables that do "
+    "not say so."
+)
 MARK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -44,7 +51,8 @@ def filled(page: str, place: Path, results: Path, images: Path) -> str:
         table = results / f"{name}.md"
         if not table.is_file():
             return found[0]
-        parts = [wrapped(table.read_text("utf-8").strip())]
+        text, ours = table_of(table)
+        parts = [wrapped(text)] if ours else [wrapped(OTHER), wrapped(text)]
         for picture in PICTURES.get(name, ()):
             if (results / picture).is_file():
                 images.mkdir(parents=True, exist_ok=True)

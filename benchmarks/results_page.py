@@ -29,7 +29,7 @@ import numpy as np
 from claims import Judged
 from methods import available, slug
 from PIL import Image
-from rows import made_in, of_others
+from rows import made_in, of_others, write_table
 from tasks import TASKS
 
 matplotlib.use("svg")
@@ -209,10 +209,11 @@ def figures(rows: Sequence[Judged], images: Path) -> Iterator[str]:
 
 
 def write(results: Path, images: Path) -> Path:
-    """claims.{json,md}, and claim-figures.md with the figures and, where rows keep them, the pictures."""
+    """claims.{json,md}, comparison.{json,md}, and claim-figures.md with the figures and the pictures that rows keep."""
     judged = claims.judge(results)
     (results / "claims.json").write_text(json.dumps(claims.as_json(judged), indent=1) + "\n")
-    (results / "claims.md").write_text(claims.table(judged))
+    write_table(results / "claims.md", claims.table(judged))
+    comparison.write(comparison.usual(results))
     parts = list(figures(judged, images))
     for task in TASKS:
         name = "equal-reward" if task == "style" else f"equal-reward-{task}"
@@ -224,7 +225,7 @@ def write(results: Path, images: Path) -> Path:
                         both(name, f"{TASKS[task].title[0].upper()}{TASKS[task].title[1:]}. {found[1]}", "png")
                     )
     page = results / "claim-figures.md"
-    page.write_text("\n\n".join(parts) + "\n")
+    write_table(page, "\n\n".join(parts))
     return page
 
 

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -28,6 +30,8 @@ import torch
 ASSETS = Path(str(files("palate") / "assets"))
 MODEL = ("emoji", "judge", "reward-emoji", "reward-heldout", "prompts")  # what every row is drawn and judged with
 TUNED = "tuned.json"
+MARK = "<!-- of the embedded model {} -->"  # the first line of a table
+BEGAN = time.perf_counter()  # of the command
 
 
 class Row(NamedTuple):
@@ -136,29 +140,79 @@ def keep(path: Path, found: Any, arguments: Any = (), of: dict[str, str] | None 
     return json.loads(text)
 
 
-def measured(rows: Sequence[Row], jobs: int, show: Callable[[Any], Any] = lambda found: found) -> list[Any]:
-    """The JSON of every row, in order, `jobs` of them at once in processes of one thread. A row that fails does not
-    stop the others; the first error is raised when they are done."""
+class _Here(Executor):
+    """Makes each row at once, in this process."""
+
+    def submit(self, act: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future:
+        future: Future = Future()
+        try:
+            future.set_result(act(*arguments, **named))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def _begin() -> None:
+    """Of a process that makes rows: one thread, and it does not outlive the command, however that ends."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "rows are made in processes that a command began"
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def measured(
+    rows: Sequence[Row],
+    jobs: int,
+    show: Callable[[Any], Any] = lambda found: found,
+    *,
+    minutes: float = math.inf,
+) -> list[Any]:
+    """The JSON of every row, in order, `jobs` of them at once in processes of one thread (0: in this process). A row
+    that fails does not stop the others; the first error is raised when they are done. No row is begun later than
+    `minutes` after the command was: SystemExit then says how many are left."""
     missing = [row for row in rows if content(row.path) is None]
-    began, errors = time.perf_counter(), []
-
-    def tell(done: int, row: Row, text: str) -> None:
-        minutes = (time.perf_counter() - began) / 60
-        print(f"[{done} of {len(missing)}, {minutes:.1f} min] {row.path.stem}: {text}", flush=True)
-
-    if missing:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(jobs, len(missing)), context, torch.set_num_threads, (1,)) as pool:
-            futures = {pool.submit(stored, row): row for row in missing}
-            for done, future in enumerate(as_completed(futures), 1):
-                error = future.exception()
+    began, errors, done, waiting = time.perf_counter(), [], 0, list(missing)
+    context = multiprocessing.get_context("spawn")
+    running: dict[Future, Row] = {}
+    with ProcessPoolExecutor(min(jobs, len(missing)), context, _begin) if jobs and missing else _Here() as pool:
+        while True:
+            while waiting and len(running) < max(jobs, 1) and time.perf_counter() - BEGAN < 60 * minutes:
+                row = waiting.pop(0)
+                running[pool.submit(stored, row)] = row
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                row, error, done = running.pop(future), future.exception(), done + 1
                 if error is not None:
                     errors.append(error)
                 said = f"failed, {type(error).__name__}: {error}" if error else json.dumps(show(future.result()))
-                tell(done, futures[future], said)
+                spent = (time.perf_counter() - began) / 60
+                print(f"[{done} of {len(missing)}, {spent:.1f} min] {row.path.stem}: {said}", flush=True)
     if errors:
         raise errors[0]
+    if waiting:
+        left = f"{len(waiting)} of {len(rows)} rows are left after {minutes:g} minutes"
+        raise SystemExit(f"{left}; the same command goes on")
     return [stored(row) for row in rows]
+
+
+def write_table(path: Path, text: str) -> None:
+    """A table of rows of this model, for publish.py, which tells readers where one is of another."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{MARK.format(digest(*MODEL))}\n{text.rstrip()}\n", "utf-8")
+
+
+def table_of(path: Path) -> tuple[str, bool]:
+    """What `write_table` was given, and whether it is of this model."""
+    text = path.read_text("utf-8")
+    first, _, rest = text.partition("\n")
+    marked = first.startswith(MARK.partition("{")[0])
+    return (rest if marked else text).strip(), first == MARK.format(digest(*MODEL))
 
 
 def tuned(results: Path) -> dict[str, float]:

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from frontier import area, share_above
 from methods import RATES, about, parsed, rate, referees, scatter, settings, slug, small, watch, whole
-from rows import Row, content, made, made_in, measured
+from rows import Row, content, made, made_in, measured, write_table
 
 from palate import recipe
 from palate.evaluate import concept_accuracy, embedded_panel, generate, pairs, quantise
@@ -99,6 +99,7 @@ def trained_rows(group: str, args: argparse.Namespace) -> list[Row]:
         )
         for seed in args.seeds
         for name, (method, overrides) in runs(group, args).items()
+        if not args.only or name in args.only
     ]
 
 
@@ -342,6 +343,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=48, help="of emoji-eval, two images each")
     parser.add_argument("--oracles", nargs="+", default=list(ORACLES), choices=ORACLES)
     parser.add_argument("--consistency", type=Path, help="folder of a consistency model, else the one in the package")
+    parser.add_argument("--only", nargs="+", help="rows by name")
     parser.add_argument("--override", nargs="*", default=[], help="for every row, while tuning")
     args = parsed(parser)
     if args.quick:
@@ -356,14 +358,17 @@ def main() -> None:
             ]
     if args.what in ("sweep", "ablations"):
         measured(
-            trained_rows(args.what, args), args.jobs, lambda found: {key: round(found[-1][key], 3) for key in NAMES}
+            trained_rows(args.what, args),
+            args.jobs,
+            lambda found: {key: round(found[-1][key], 3) for key in NAMES},
+            minutes=args.minutes,
         )
     if args.what == "blackbox":
-        measured(black_box_rows(args), args.jobs)
+        measured(black_box_rows(args), args.jobs, minutes=args.minutes)
     text = tables(args)
     args.results.mkdir(parents=True, exist_ok=True)
     if text:
-        (args.results / "sqdf.md").write_text(text + "\n")
+        write_table(args.results / "sqdf.md", text)
     print(text)
 
 

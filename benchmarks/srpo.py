@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from methods import about, parsed, slug, whole, with_style
-from rows import Row, made_in, measured
+from rows import Row, made_in, measured, write_table
 from torch import Tensor
 
 from palate import recipe
@@ -194,7 +194,7 @@ def tell(results: Path) -> None:
     """Print the tables, and write them where publish.py finds them."""
     for group in RUNS:
         if text := table(group, results):
-            (results / f"srpo-{group}.md").write_text(text + "\n")
+            write_table(results / f"srpo-{group}.md", text)
             print(f"{text}\n")
 
 
@@ -224,6 +224,7 @@ def main() -> None:
             ],
             args.jobs,
             lambda row: {key: round(value, 3) for key, value in row.items() if isinstance(value, float)},
+            minutes=args.minutes,
         )
     tell(args.results)
 

@@ -151,6 +151,7 @@ def missing(task: str) -> str | None:
     return None
 
 
+@cache
 def needs_gradient(source: str) -> bool:
     """Whether the recipe's algorithm differentiates the reward."""
     kind = find(recipe.read(source).algorithm.name).load_class()

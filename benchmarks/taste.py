@@ -25,7 +25,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 import torch
 from methods import about, parsed, slug
-from rows import Row, measured
+from rows import Row, measured, write_table
 from torch import Tensor
 
 from palate import recipe
@@ -54,8 +54,13 @@ from palate.train import train
 
 RIGHT = 0.875  # of random pairs
 VOTES = (10, 20, 40, 80, 160)
-ANIMALS = {"dog", "cat", "fox", "lion", "tiger", "horse", "unicorn", "cow", "pig", "mouse", "rabbit", "hamster", "bear",
-           "panda", "koala", "monkey", "elephant", "owl", "penguin", "frog", "wolf", "chick", "parrot"}  # fmt: skip
+ANIMALS = {
+    "dog", "cat", "fox", "lion", "tiger", "horse", "unicorn", "cow", "pig", "sheep", "mouse", "rabbit", "hamster",
+    "squirrel", "bear", "panda", "koala", "raccoon", "wolf", "frog", "monkey", "elephant", "rhino", "giraffe", "zebra",
+    "deer", "camel", "hedgehog", "bat", "penguin", "owl", "swan", "duck", "chicken", "chick", "bird", "flamingo",
+    "peacock", "parrot", "turtle", "snake", "crocodile", "dragon", "dinosaur", "whale", "dolphin", "fish", "shark",
+    "octopus", "crab", "snail", "butterfly", "bee", "ladybug", "spider", "scorpion",
+}  # fmt: skip
 Utility = Callable[[Tensor, list[str]], Tensor]
 UNCONDITIONAL = ("warm3d", "large", "contrast", "pastel", "darkline")  # of what the features measure
 PEOPLE = (*UNCONDITIONAL, "toonzoo", "symmetric", "round", "low", "leftish", "few-colours", "soft-edges")
@@ -118,9 +123,13 @@ class Pool:
     prompts: list[str]
     hidden: list[str]
     raw: np.ndarray
+    known: dict[Utility, np.ndarray] = field(default_factory=dict)
 
     def utilities(self, utility: Utility) -> np.ndarray:
-        return in_parts(utility, self.images, self.prompts)
+        """Of every picture; a person looks at each once, however often is asked."""
+        if utility not in self.known:
+            self.known[utility] = in_parts(utility, self.images, self.prompts)
+        return self.known[utility]
 
 
 def draw_pool(model: Any, sampler: Any, features: Features, *, concepts: int, each: int, seed: int) -> Pool:
@@ -459,7 +468,8 @@ def main() -> None:
         cells = [(name, seed) for seed in seeds for name in names]
         wanted = [Row(results / f"{slug('taste', what, *cell)}.json", make, (*cell, *more, *size), recipe=settings())
                   for cell in cells]  # fmt: skip
-        made = measured(wanted, given.jobs, lambda found: [round(row[shown], 3) for row in found])
+        made = measured(wanted, given.jobs, lambda found: [round(row[shown], 3) for row in found],
+                        minutes=given.minutes)  # fmt: skip
         return [row for found in made for row in found]
 
     if given.what in ("accuracy", "all"):
@@ -469,11 +479,11 @@ def main() -> None:
     if given.what == "golden":
         found = measured([Row(results / f"{slug('taste', 'golden', seed)}.json", golden_row,
                               (seed, given.concepts, given.quick), recipe=settings()) for seed in seeds],
-                         given.jobs)  # fmt: skip
+                         given.jobs, minutes=given.minutes)  # fmt: skip
         for row in found:
             print(row)
     for name, text in tables.items():
-        (results / f"{name}.md").write_text(text + "\n")
+        write_table(results / f"{name}.md", text)
         print(text)
 
 

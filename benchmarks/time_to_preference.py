@@ -1,16 +1,17 @@
 """How much network each method needs until the pictures show what was asked for.
 
     python benchmarks/time_to_preference.py [--seeds 0 1 2] [--methods SRPO Flow-GRPO ...] [--budget 8000] [--jobs 2]
+    python benchmarks/time_to_preference.py --compared    # of the rows that comparison.py has, without any training
     python benchmarks/time_to_preference.py --quick       # the mechanics, in a few minutes; its numbers mean nothing
 
 Denoiser forwards (batch rows x network evaluations, counted at model.predict) until, on fixed prompts that name no
 style, the judge sees the target style in .8 of the images while concept accuracy is within .03 of the base model's; a
 run stops there, or when it has lost .2 of the concepts, which is taken as lost for good. A method that does not get
 there within the budget is reported as never. The way to .2, .4 and .6 is reported as well, and to rises of the
-optimised objective whatever the concepts do, which slow methods reach too: linear between two checks. Concepts are
-those of the later check, so that a run which kept them only in between counts as never, and with 48 images one of them
-is .02. Every check draws from the same noise. Seconds are of this machine, training only. Run `methods.py tune` first
-for tuned learning rates; otherwise the recipes' hold.
+optimised objective whatever the concepts do, shares of the largest that a method has: linear between two checks.
+Concepts are those of the later check, so that a run which kept them only in between counts as never, and with 48
+images one of them is .02. Every check draws from the same noise. Seconds are of this machine, training only. Run
+`comparison.py tune` first for tuned learning rates; otherwise the recipes' hold.
 
 Writes RESULTS/time_to_preference.svg: style share over forwards, one curve a method (mean over seeds).
 """
@@ -26,12 +27,12 @@ from pathlib import Path
 import numpy as np
 from figures import STYLE as CSS
 from methods import STYLE, Check, about, available, parsed, rate, referees, settings, slug, small, watch
-from rows import Row, measured
+from rows import Row, made_in, measured, write_table
 
 from palate.report import Line, chart
 
 LEVELS, CONCEPT_LOSS, LOST = (0.2, 0.4, 0.6, 0.8), 0.03, 0.2
-RISES = (0.02, 0.05, 0.2)  # of the optimised objective
+RISES = (0.2, 0.5, 0.8)  # of the optimised objective, as shares of the largest rise that a method has on average
 
 
 def reached(check: Check, base_concept: float) -> bool:
@@ -50,6 +51,33 @@ def forwards_to(checks: list[dict], level: float, key: str = "style") -> float:
             share = left / rise if left > 0 else 1.0
             return before["forwards"] + share * (after["forwards"] - before["forwards"])
     return math.inf
+
+
+def goals_of(rows: list[dict]) -> list[tuple[float, str]]:
+    """What ways are measured to: shares of the style, and rises of the objective, to two digits."""
+    rises: dict[str, list[float]] = {}
+    for row in rows:
+        start = row["checks"][0]["reward"]
+        rises.setdefault(row["method"], []).append(max(check["reward"] for check in row["checks"]) - start)
+    largest = max(float(np.mean(own)) for own in rises.values())
+    wanted = [float(f"{share * largest:.2g}") for share in RISES] if largest > 0 else []
+    return [(level, "style") for level in LEVELS] + [(rise, "reward") for rise in wanted]
+
+
+def compared(results: Path, methods: list[str]) -> list[dict]:
+    """The style rows of comparison.py in the form of `run`, those of a method at its largest budget."""
+    found: dict[str, dict[int, list[dict]]] = {}
+    for path, row in made_in(results, f"{slug('comparison', 'style')}-*.json"):
+        if row["method"] not in methods:
+            continue
+        keys = ("style", "concept", "reward", "heldout")
+        checks = [{"forwards": point["forwards"], **{key: float(np.mean(point[key])) for key in keys}}
+                  for point in row["points"]]  # fmt: skip
+        last = row["points"][-1]
+        told = {"method": row["method"], "seed": row["seed"], "seconds": last["processor_seconds"], "checks": checks}
+        told |= {key: last[key] for key in ("forwards", "updates", "differentiated")}
+        found.setdefault(row["method"], {}).setdefault(int(path.stem.rpartition("-")[2]), []).append(told)
+    return [row for own in found.values() for row in own[max(own)]]
 
 
 def run(method: str, seed: int, prompts: int, budget: int, checks: int, overrides: list[str]) -> dict:
@@ -104,7 +132,7 @@ def table(rows: list[dict]) -> str:
         method: [row for row in rows if row["method"] == method]
         for method in dict.fromkeys(row["method"] for row in rows)
     }
-    goals = [(level, "style") for level in LEVELS] + [(rise, "reward") for rise in RISES]
+    goals = goals_of(rows)
     lines = [
         "| method | "
         + " | ".join(f"forwards to {level:g}" if key == "style" else f"to +{level:g} optimised" for level, key in goals)
@@ -136,15 +164,15 @@ def table(rows: list[dict]) -> str:
             f"| {mean('reward'):+.3f} ({up} of {len(own)}) | {mean('heldout'):+.3f} |"
         )
     if {"SRPO", "Flow-GRPO"} <= by.keys():
-        lines += ["", versus(by["Flow-GRPO"], by["SRPO"])]
+        lines += ["", versus(by["Flow-GRPO"], by["SRPO"], goals)]
     return "\n".join(lines)
 
 
-def versus(slow: list[dict], fast: list[dict]) -> str:
+def versus(slow: list[dict], fast: list[dict], goals: list[tuple[float, str]]) -> str:
     """Forwards of Flow-GRPO over SRPO to each goal that SRPO reaches on every seed, and the cost of an update."""
     cost = [sum(row["forwards"] for row in rows) / max(sum(row["updates"] for row in rows), 1) for rows in (slow, fast)]
     said = []
-    for level, key in [(level, "style") for level in LEVELS] + [(rise, "reward") for rise in RISES]:
+    for level, key in goals:
         if all(math.isfinite(forwards_to(row["checks"], level, key)) for row in fast):
             value, low, high, bound = ratio(slow, fast, level, key)
             goal = f"a share of {level:g}" if key == "style" else f"+{level:g} of the objective"
@@ -173,17 +201,8 @@ def plot(rows: list[dict], path: Path) -> None:
     print(path)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=available(), choices=available())
-    parser.add_argument("--budget", type=int, default=8000, help="denoiser forwards after which a run has failed")
-    parser.add_argument("--checks", type=int, default=4, help="measurements in a run, evenly spread over the budget")
-    parser.add_argument("--prompts", type=int, default=48, help="one image each")
-    parser.add_argument("--override", nargs="*", default=[], help="for every method")
-    args = parsed(parser)
-    if args.quick:
-        args.seeds, args.budget, args.checks, args.prompts = args.seeds[:1], 60, 1, 8
+def trained(args: argparse.Namespace) -> list[dict]:
+    """The runs of this program's own."""
     wanted = []
     for seed in args.seeds:
         for method in args.methods:
@@ -197,9 +216,27 @@ def main() -> None:
                     recipe=settings(method),
                 )
             )
-    rows = measured(wanted, args.jobs, lambda row: {k: v for k, v in row.items() if k != "checks"})
+    return measured(wanted, args.jobs, lambda row: {k: v for k, v in row.items() if k != "checks"},
+                    minutes=args.minutes)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=available(), choices=available())
+    parser.add_argument("--budget", type=int, default=8000, help="denoiser forwards after which a run has failed")
+    parser.add_argument("--checks", type=int, default=4, help="measurements in a run, evenly spread over the budget")
+    parser.add_argument("--prompts", type=int, default=48, help="one image each")
+    parser.add_argument("--compared", action="store_true", help="of comparison.py's rows; nothing is trained")
+    parser.add_argument("--override", nargs="*", default=[], help="for every method")
+    args = parsed(parser)
+    if args.quick:
+        args.seeds, args.budget, args.checks, args.prompts = args.seeds[:1], 60, 1, 8
+    rows = compared(args.results, args.methods) if args.compared else trained(args)
+    if not rows:
+        raise SystemExit("no rows of this model: python benchmarks/comparison.py --tasks style")
     text = table(rows)
-    (args.results / "time_to_preference.md").write_text(text + "\n")
+    write_table(args.results / "time_to_preference.md", text)
     print(text)
     plot(rows, args.results / "time_to_preference.svg")
 

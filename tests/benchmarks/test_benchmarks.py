@@ -1,13 +1,16 @@
-"""benchmarks/: the mathematics of the frontier, the counter, and (soak) the quick form of both comparisons."""
+"""benchmarks/: the mathematics of the frontier, the counter, rows, and (mostly soak) every program's quick form."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import subprocess
 import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from support import ROOT
@@ -106,18 +109,48 @@ def test_rows_are_made_once_and_one_that_fails_stops_no_other(tmp_path, capfd):
     ]
     rows.keep(tmp_path / "known.json", 5, [4.0])
     with pytest.raises(ValueError):
-        methods.measured(wanted, jobs=2)
+        methods.measured(wanted, jobs=1)
     assert rows.made(tmp_path / "threads.json") == 1 and not wanted[1].path.exists()
     assert "[2 of 2, " in capfd.readouterr().out
     assert methods.measured([wanted[0], wanted[2]], jobs=2) == [5, 1]
+    here = methods.Row(tmp_path / "here.json", math.sqrt, (9.0,))
+    with pytest.raises(SystemExit, match="1 of 2 rows are left after 0 minutes"):
+        methods.measured([wanted[0], here], jobs=0, minutes=0)
+    with pytest.raises(ValueError):
+        methods.measured([wanted[1], here], jobs=0)  # in this process, and no other row is stopped there either
+    assert rows.made(here.path) == 3
     with pytest.raises(ValueError, match=r"known.json was made with \[4.0\], not with \[9.0\]"):
         methods.measured([wanted[0]._replace(arguments=(9.0,))], jobs=1)
+
+
+@pytest.mark.slow
+def test_no_process_outlives_a_command_that_was_killed(tmp_path):
+    """A row that would take a minute, in a process of its own; the command is ended by force in the middle of it."""
+    code = f"""import sys, time
+sys.path.insert(0, {str(FOLDER)!r})
+import pathlib, rows
+if __name__ == "__main__":
+    rows.measured([rows.Row(pathlib.Path({str(tmp_path / "row.json")!r}), time.sleep, (60,))], 1)"""
+    command = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        end = time.monotonic() + 60
+        while not (made := psutil.Process(command.pid).children()) and time.monotonic() < end:
+            time.sleep(0.02)
+        while not any("spawn_main" in " ".join(child.cmdline()) for child in made) and time.monotonic() < end:
+            made = psutil.Process(command.pid).children()
+    finally:
+        command.kill()
+        command.wait()
+    left = psutil.wait_procs(made, timeout=40)[1]
+    for child in left:
+        child.kill()
+    assert made and not left
 
 
 def test_the_search_takes_the_best_that_kept_its_concepts(tmp_path, monkeypatch):
     def found(*runs):
         rows = [{"lr": lr, "heldout": h, "concept": c, "concept_base": 1.0, "finite": f} for lr, h, c, f in runs]
-        monkeypatch.setattr(methods, "measured", lambda wanted, jobs: rows)
+        monkeypatch.setattr(methods, "measured", lambda wanted, jobs, minutes: rows)
         return methods.tune(tmp_path, ["ReFL"], 100, 60, 4, 1)["ReFL"]
 
     assert found((1, 0.2, 1.0, True), (2, 0.3, 0.91, True), (4, 0.4, 0.8, True)) == 2
@@ -184,7 +217,7 @@ def test_forwards_to_a_share_and_their_ratio():
     assert value == pytest.approx((300 + 2 * 600) / 3 / 50) and low <= value <= high and bound
     assert not time_to.ratio(slow[:1], fast, 0.4)[3]
     text = time_to.table([*fast, *slow])
-    assert "| SRPO | 50 ± 0 | 100 ± 0 | never | never | 20 ± 0 | 50 ± 0 | never | never | 10.0 | 10 | 25% |" in text
+    assert "| SRPO | 50 ± 0 | 100 ± 0 | never | never | 20 ± 0 | 50 ± 0 | 80 ± 0 | never | 10.0 | 10 | 25% |" in text
     assert "| 0.40 | 0.70 (0.70) | +0.150 (3 of 3) |" in text
     assert "| Flow-GRPO | 300 (1 of 3 seeds) | 600 (1 of 3 seeds) | never | never |" in text
     assert "SRPO: to a share of 0.2 at least 10.0 (over seeds 6.0 to 12.0), = 1.7 in updates x 6.0 in for" in text
@@ -205,32 +238,49 @@ def test_forwards_to_a_rise_of_the_objective():
     assert time_to.forwards_to(checks, 0.4, "reward") == math.inf
 
 
-def quick(command, rows):
-    made = subprocess.run(
-        [sys.executable, str(FOLDER / command.split()[0]), *command.split()[1:], "--quick"],
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+@pytest.fixture
+def quick(monkeypatch, capsys):
+    """quick(command) -> what it prints; in this process, which then reads the models once for all commands."""
+
+    def run(command):
+        name, *arguments = command.split()
+        threads = torch.get_num_threads()
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        monkeypatch.setattr(sys, "argv", [name, *arguments, "--quick", "--jobs", "0"])
+        try:
+            importlib.import_module(name.removesuffix(".py")).main()
+        finally:
+            torch.set_num_threads(threads)
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_program_runs_by_itself_and_makes_its_rows_in_processes():
+    """From the command line to the table."""
+    program = str(FOLDER / "comparison.py")
+    command = [sys.executable, program, "--tasks", "jpeg", "--methods", "DDPO", "--quick"]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert made.returncode == 0, made.stderr[-2000:]
-    assert all(row in made.stdout for row in rows)
+    assert "| DDPO | 1 |" in made.stdout and "**small file**" in made.stdout
 
 
 @pytest.mark.parametrize(
     "command, rows",
     [
-        ("time_to_preference.py --methods SRPO Flow-GRPO", ["| SRPO |", "| Flow-GRPO |", "no ratio"]),
+        ("time_to_preference.py --methods SRPO Flow-GRPO", ["| SRPO |", "| Flow-GRPO |"]),
         ("frontier.py --methods ReFL", ["| ReFL |"]),
         ("guard.py --methods DRaFT-LV", ["| DRaFT-LV, seed 0 |"]),
         ("sqdf.py blackbox", ["| jpeg-size | 1 |"]),
-        ("comparison.py --tasks jpeg --methods DDPO", ["| DDPO | 1 |", "**small file**"]),
         ("distar.py blackbox --seeds 0", ["| 0 | "]),
         ("blind_study.py", ["| clear taste, few ties | 40 |"]),
     ],
 )
-def test_quick_comparison_of_a_method_or_two(command, rows):
-    """From the command to the table; with every method it is a soak test."""
-    quick(command, rows)
+def test_quick_comparison_of_a_method_or_two(quick, command, rows):
+    """To the table; with every method it is a soak test."""
+    told = quick(command)
+    assert all(row in told for row in rows)
 
 
 @pytest.mark.soak
@@ -257,8 +307,9 @@ def test_quick_comparison_of_a_method_or_two(command, rows):
         ("methods.py tune --methods ReFL", ["3 learning rates x 1 seed x 60 forwards"]),
     ],
 )
-def test_quick(command, rows):
-    quick(command, rows)
+def test_quick(quick, command, rows):
+    told = quick(command)
+    assert all(row in told for row in rows)
 
 
 def test_tables_go_where_the_page_marks_them(tmp_path):
@@ -269,7 +320,8 @@ def test_tables_go_where_the_page_marks_them(tmp_path):
     )
     results, images = tmp_path / "results", tmp_path / "docs/images"
     results.mkdir()
-    (results / "frontier.md").write_text("| a |\n|---|\n")
+    methods_table = "| a |\n|---|\n"
+    rows.write_table(results / "frontier.md", methods_table)
     (results / "frontier-drift.svg").write_text("<svg/>")
     once = publish.filled(page, tmp_path / "docs/algorithms", results, images)
     assert once == (
@@ -278,6 +330,10 @@ def test_tables_go_where_the_page_marks_them(tmp_path):
         "prose\n<!-- results: guard -->\n\nNot measured yet.\n<!-- end -->\n"
     )
     assert publish.filled(once, tmp_path / "docs/algorithms", results, images) == once
+    (results / "guard.md").write_text(f"<!-- of the embedded model 0123 -->\n{methods_table}")
+    (results / "frontier.md").write_text(methods_table)  # the first tables do not say of which
+    of_others = publish.filled(once, tmp_path / "docs/algorithms", results, images)
+    assert of_others.count("**Measured on an earlier embedded model**") == 2 and of_others.count("| a |\n|---|") == 2
     long = "word " * 30
     assert publish.wrapped(f"| {long}|\n\n{long}\n![{long}](x)") == (
         f"| {long}|\n\n" + "\n".join(["word " * 19 + "word", "word " * 9 + "word"]) + f"\n![{long}](x)"

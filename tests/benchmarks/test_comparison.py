@@ -24,6 +24,7 @@ import opd
 import results_page
 import rows
 import tasks
+import time_to_preference
 
 from palate import recipe
 from palate.models.vocabulary import Caption
@@ -116,7 +117,7 @@ def test_the_summary_pairs_seeds_and_names_what_it_cost(tmp_path):
     assert found["methods"]["DDPO"]["ended"] == {"saturated": 2}
     text = comparison.table({"style": found})
     assert "| SRPO | 3 | +0.500 (+0.500 to +0.500) |  | +0.00" in text and "| 500 (25%) | 50 | 10 | 3 budget" in text
-    rows.keep_tuned(tmp_path, {"style: SRPO": recipe.read("srpo-emoji").trainer.lr * 2})
+    rows.keep_tuned(tmp_path, {"style: SRPO": recipe.read("srpo-emoji").trainer.lr * 4})
     told = comparison.searched(runs, tmp_path)
     assert told == {"style": "Learning rates, the highest tried: SRPO; not searched, the recipe's: DDPO."}
     assert comparison.table({"style": found}, told).rstrip().endswith(told["style"])
@@ -262,19 +263,55 @@ def test_a_row_is_of_all_the_weights_that_it_needs(tmp_path):
     assert not rows.is_made(wanted) and list(rows.made_in(tmp_path, "*.json")) == []
 
 
-def test_a_table_of_one_task_keeps_the_others(tmp_path):
+def asked(folder, **more):
+    """The command's arguments."""
+    usual = vars(comparison.usual(folder)) | {"tasks": ["jpeg"], "methods": ["DDPO"], "jobs": 0, "minutes": np.inf}
+    return comparison.argparse.Namespace(**usual | more)
+
+
+def test_a_table_of_one_task_keeps_the_others_and_says_what_it_lacks(tmp_path):
     """comparison.py --tasks jpeg, after the style: the tables hold both, and no row of other settings."""
+    for wanted in comparison.rows_of(asked(tmp_path, tasks=["style"], methods=["SRPO"])):
+        rows.stored(wanted._replace(make=lambda task, method, seed, *_: row(method, seed, 0.5)))
+    wanted = comparison.rows_of(asked(tmp_path))
+    for one in wanted[:2]:  # cut off before the third seed
+        rows.stored(one._replace(make=lambda task, method, seed, *_: row(method, seed, 0.2, task=task)))
+    assert len(comparison.standing(asked(tmp_path), wanted)) == 2 + 5
+    assert comparison.standing(asked(tmp_path, prompts=24), wanted) == wanted[:2]
+    text = comparison.write(comparison.usual(tmp_path))
+    assert "| SRPO | 5 |" in text and "| DDPO | 2 |" in text and "Fewer than 3 seeds: DDPO (2)." in text
+    assert "Not measured: SQDF, ReFL, DRaFT-LV," in text
+    assert "**absolute reward**: Not measured: `python benchmarks/comparison.py --tasks absolute`." in text
+    assert rows.table_of(tmp_path / "comparison.md") == (text.strip(), True)
+    assert [found["seed"] for found in time_to_preference.compared(tmp_path, ["SRPO"])] == [0, 1, 2, 3, 4]
+    assert "| SRPO |" in time_to_preference.table(time_to_preference.compared(tmp_path, ["SRPO", "DDPO"]))
 
-    def asked(**more):
-        usual = {"tasks": ["jpeg"], "methods": ["DDPO"], "seeds": None, "results": tmp_path, "budget": None,
-                 "prompts": 48, "checks": 6, "override": [], "quick": False}  # fmt: skip
-        return comparison.argparse.Namespace(**usual | more)
 
-    for wanted in comparison.rows_of(asked(tasks=["style"], methods=["SRPO"])):
-        rows.stored(wanted._replace(make=lambda *arguments: {}))
-    wanted = comparison.rows_of(asked())
-    assert len(comparison.standing(asked(), wanted)) == len(wanted) + 5
-    assert comparison.standing(asked(prompts=24), wanted) == wanted
+def test_a_part_of_the_comparison_has_every_method_at_fewer_seeds(tmp_path):
+    order = [row.arguments[1:3] for row in comparison.rows_of(asked(tmp_path, methods=["DDPO", "DiffusionNFT"]))]
+    assert order == [(name, seed) for seed in comparison.SEEDS for name in ("DDPO", "DiffusionNFT")]
+
+
+@pytest.mark.parametrize(
+    ("goals", "lost", "tried", "chosen"),
+    [({1: 0.1, 2: 0.2, 4: 0.3}, 4, [1, 2, 4], 4), ({1: 0.1, 2: 0.2, 4: 0.1}, 2, [1, 2, 4], 2),
+     ({1: 0.2, 2: 0.1, 0.5: 0.1}, 2, [1, 2, 0.5], 1), ({1: 0.2, 2: 0.4, 0.5: 0.3}, 1, [1, 2, 0.5], 0.5)],
+)  # fmt: skip
+def test_a_search_goes_on_from_the_better_of_two_rates(tmp_path, monkeypatch, goals, lost, tried, chosen):
+    """Three runs for everybody; a rate above `lost` costs the concepts."""
+    usual, made = recipe.read("refl-emoji").trainer.lr, []
+
+    def run(task, method, lr, *_):
+        made.append(lr / usual)
+        factor = min(goals, key=lambda known: abs(known - lr / usual))
+        return {"lr": lr, "goal": goals[factor], "concept": 0.9 if factor <= lost else 0.5, "concept_base": 0.9,
+                "finite": True}  # fmt: skip
+
+    monkeypatch.setattr(comparison, "try_rate", run)
+    args = asked(tmp_path, tasks=["style", "jpeg"], methods=["ReFL"])
+    assert comparison.tune(args) == {"style: ReFL": pytest.approx(usual * chosen)} and made == pytest.approx(tried)
+    assert methods.rate("ReFL", tmp_path) == comparison.rate("ReFL", "absolute", tmp_path) == usual * chosen
+    assert comparison.unsearched(args) == [] and comparison.unsearched(asked(tmp_path)) == ["DDPO"]
 
 
 # --- the claims ---

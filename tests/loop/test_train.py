@@ -118,19 +118,31 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
 
 
 KILLED = """
-    import os, signal, sys
+    import os, signal, sys, traceback
     from pathlib import Path
     from palate.runtime import checkpoint, files
     from support.loop import run
-    folder, after = Path(sys.argv[1]), int(sys.argv[2])
-    count, sync = [0], files.sync
-    def kill(path):
-        count[0] += 1
-        if count[0] == after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        sync(path)
-    checkpoint.sync = files.sync = kill
-    run(folder, ema_decay=0.5, resume=(folder / "checkpoints").exists())
+
+    def train(folder, after):
+        count, sync = [0], files.sync
+        def kill(path):
+            count[0] += 1
+            if count[0] == after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            sync(path)
+        checkpoint.sync = files.sync = kill
+        run(folder, ema_decay=0.5, resume=(folder / "checkpoints").exists())
+
+    for after in sys.argv[2:]:  # processes of their own, begun after the imports and before any thread
+        child = os.fork()
+        if child == 0:
+            try:
+                train(Path(sys.argv[1]), int(after))
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -144,9 +156,9 @@ def test_killed_in_the_middle_of_saves_it_ends_bit_identical(tmp_path):
         "PYTHONPATH": os.pathsep.join(sys.path),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }  # bit for bit holds for one number of threads
-    for after, code in ((12, -signal.SIGKILL), (7, -signal.SIGKILL), (10**6, 0)):
-        ended = subprocess.run([sys.executable, "-c", script, str(tmp_path / "killed"), str(after)], env=environment)
-        assert ended.returncode == code
+    command = [sys.executable, "-c", script, str(tmp_path / "killed"), "12", "7", "1000000"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.stdout.split() == [str(-signal.SIGKILL.value)] * 2 + ["0"], ended.stderr
     assert same(tensors(tmp_path / "killed"), tensors(tmp_path / "whole"))
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
 

@@ -44,6 +44,14 @@ def test_a_file_beside_the_others_is_a_family_that_recipes_can_name(tmp_path, mo
     assert not {"folder", "training", "lora_rank"} & set(found.keys)
 
 
+def test_a_familys_file_that_changed_is_read_again(tmp_path):
+    """Its keys are kept between recipes, and not beyond the file's next version."""
+    file = tmp_path / "own.py"
+    for key in ("depth", "width_of"):
+        file.write_text(f"class Own:\n    @classmethod\n    def load(cls, folder, *, {key}): ...\n")
+        assert families.find(f"{file}:Own").keys == families.find(f"{file}:Own").keys == (key,)
+
+
 def test_every_other_file_of_the_folder_is_a_family_of_its_own_name():
     for name in families.names():
         found = families.find(name)

@@ -380,7 +380,7 @@ def test_an_endpoint():
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         oracle = http_oracle(f"http://127.0.0.1:{server.server_port}/score", 20)
         assert oracle(torch.rand(2, 3, 4, 4), ["a", "b"]) == [0.25, 0.25]

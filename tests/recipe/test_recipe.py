@@ -14,7 +14,7 @@ from PIL import Image
 import palate
 from palate import recipe
 from palate.data import load_images
-from palate.recipe import RecipeError, TrainerSettings
+from palate.recipe import RecipeError, TrainerSettings, reader
 
 GOOD = """
 run: {folder: runs/x}
@@ -130,6 +130,17 @@ def test_bad_input_is_named_in_a_few_lines(text, overrides, words):
     message = str(caught.value)
     assert all(word in message for word in words), message
     assert len(message.splitlines()) <= 4 and max(map(len, message.splitlines())) < 400, message
+
+
+def test_who_changes_what_was_read_changes_it_for_nobody_else():
+    """A text is read once; its tree belongs to whoever asked."""
+    text = "trainer: {steps: 2}\nprompts: {list: [a, b]}"
+    first = reader.read_yaml(text, "recipe")
+    first["trainer"]["steps"], first["prompts"]["list"][0] = 9, "c"
+    assert reader.read_yaml(text, "recipe") == {"trainer": {"steps": 2}, "prompts": {"list": ["a", "b"]}}
+    for _ in range(2):
+        with pytest.raises(RecipeError, match="trainer: given twice"):
+            reader.read_yaml("trainer: {}\ntrainer: {}", "recipe")
 
 
 def test_all_mistakes_come_at_once():

@@ -212,7 +212,7 @@ class Evil(BaseHTTPRequestHandler):
 @pytest.fixture
 def evil():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Evil)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     Evil.script, Evil.seen = [], []
     yield server.server_port
     server.shutdown()

@@ -40,7 +40,7 @@ def judge():
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     url = f"http://127.0.0.1:{server.server_address[1]}/v1/chat/completions"
     yield VLMReward(url, SECRET, model="owner/judge", patience=Patience(retries=0)), told
     server.shutdown()

@@ -106,27 +106,32 @@ def test_it_nests_in_one_process_and_leaves_no_empty_folder(tmp_path):
 
 
 def test_of_many_that_try_at_once_one_has_it(tmp_path):
+    """All four are there before the first tries, and who has it keeps it until the others have tried."""
     script = textwrap.dedent("""
         import sys, time
         from pathlib import Path
         from palate.runtime.errors import InputError
         from palate.runtime.runlock import owned
-        while time.time() < float(sys.argv[2]):
-            pass
+        folder, there, refused = map(Path, sys.argv[1:4])
+        def wait(place, count):
+            end = time.time() + 60
+            while len(list(place.iterdir())) < count and time.time() < end:
+                time.sleep(0.001)
+        (there / sys.argv[4]).touch()
+        wait(there, 4)
         try:
-            with owned(Path(sys.argv[1])):
-                Path(sys.argv[1], "x").touch()
+            with owned(folder):
+                (folder / "x").touch()
                 print("mine", flush=True)
-                time.sleep(3)
+                wait(refused, 3)
         except InputError:
+            (refused / sys.argv[4]).touch()
             print("refused", flush=True)
     """)
-    import time
-
-    at = str(time.time() + 2)
-    processes = [
-        subprocess.Popen([sys.executable, "-c", script, str(tmp_path), at], stdout=subprocess.PIPE, text=True)
-        for _ in range(4)
-    ]
+    folders = [tmp_path / name for name in ("run", "there", "refused")]
+    for folder in folders:
+        folder.mkdir()
+    command = [sys.executable, "-c", script, *map(str, folders)]
+    processes = [subprocess.Popen([*command, str(k)], stdout=subprocess.PIPE, text=True) for k in range(4)]
     said = sorted(process.communicate()[0].strip() for process in processes)
     assert said == ["mine", "refused", "refused", "refused"]

@@ -96,7 +96,7 @@ def serving(judge: FakeJudge) -> Iterator[FakeJudge]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     judge.url = f"http://127.0.0.1:{server.server_address[1]}/v1/chat/completions"
     try:

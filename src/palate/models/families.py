@@ -14,7 +14,7 @@ import ast
 import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -151,6 +151,13 @@ def _signature(module: str, kind: str) -> tuple[str, tuple[str, ...]]:
 
 
 def _signature_in(file: Path, kind: str) -> tuple[str, tuple[str, ...]]:
+    status = file.stat()
+    return _signature_as_of(file, kind, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=256)
+def _signature_as_of(file: Path, kind: str, modified: int, size: int) -> tuple[str, tuple[str, ...]]:
+    """Of a file that is read once, however many recipes are: each recipe asks every family for its keys."""
     try:
         classes = list(_classes(file.read_text("utf-8")))
     except (SyntaxError, UnicodeDecodeError):  # told when it is imported

@@ -10,7 +10,7 @@ import shlex
 import types
 import warnings
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints, runtime_checkable
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -134,10 +134,16 @@ def _algorithm(section: Any, mistakes: list[str]) -> AlgorithmSettings | None:
     return checked(kind, {key: value for key, value in section.items() if key != "name"}, "algorithm.", mistakes)
 
 
+@lru_cache(maxsize=128)
+def _adapter(kind: type) -> TypeAdapter:
+    """What checks values against a dataclass: its schema takes longer to make than a recipe to read."""
+    return TypeAdapter(kind)
+
+
 def checked(kind: type, values: Mapping[str, Any], prefix: str, mistakes: list[str]) -> Any:
     """An object of the dataclass `kind`, or None; what is wrong is added to `mistakes`, `prefix` before its key."""
     try:
-        return TypeAdapter(kind).validate_python(_as_meant(kind, values, prefix))
+        return _adapter(kind).validate_python(_as_meant(kind, values, prefix))
     except ValidationError as error:
         problems = error.errors(include_url=False)
         unknown = [problem for problem in problems if problem["type"] == "unexpected_keyword_argument"]

@@ -7,6 +7,7 @@ mapping in brackets as YAML has them, and every other text as it stands, number 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib.resources
 import json
@@ -160,6 +161,12 @@ def _with_code(tree: Any) -> Any:
 
 def read_yaml(text: str, what: str) -> Any:
     """The value of a YAML text. RecipeError: it is not YAML, or nests too deep, or uses aliases, or a key twice."""
+    return copy.deepcopy(_read_once(text, what))
+
+
+@lru_cache(maxsize=64)
+def _read_once(text: str, what: str) -> Any:
+    """The value of a text that is read for the first time; whoever gets it must not change it."""
     depth = 0
     for bracket in re.findall(r"[\[\]{}]", text):  # the scanner's time is quadratic in the depth
         depth += 1 if bracket in "[{" else -1
