@@ -84,14 +84,15 @@ def _label(match: re.Match) -> str:
 
 
 def labelled(tiles: list[list[Image.Image]], columns: list[str], rows: list[str], path: Path, zoom: int) -> None:
-    """A sheet of pictures with a name over each column and before each row; crisp at `zoom` times their size."""
-    gap, head, left = 8, 30, 205
+    """A sheet of pictures with a name over each column and before each row, whole; crisp at `zoom` times their size."""
+    font = ImageFont.load_default(17)
+    gap, head = 8, 30
+    left = 16 + round(max(font.getlength(line) for name in rows for line in name.splitlines()))
     side = tiles[0][0].width * zoom
     canvas = Image.new(
         "RGB", (left + len(columns) * (side + gap) - gap, head + len(rows) * (side + gap) - gap), "white"
     )
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(17)
     for c, name in enumerate(columns):
         draw.text((left + c * (side + gap) + side // 2, head // 2 - 2), name, "#1d1f24", font, anchor="mm")
     for r, name in enumerate(rows):

@@ -38,13 +38,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from palate.rewards.emoji import load_reward
 from palate.runtime.images import from_pixels
+from palate.studio.artist import POOL
+from palate.taste.features import features_of
 from palate.taste.learner import fit, leave_one_out
 from palate.taste.taste import SIDE_STD
 
 LIMITS = {"first pair, s": 10.0, "next pair, ms": 100.0, "fit, ms": 50.0, "page, bytes": 300_000}
 WAY = {"all, s": 240.0, "training, s": 60.0}
-COLUMNS = 51  # words + colour of the embedded reward
 ERRS = 0.1  # of the simulated person's choices
 MOST = 120  # votes
 
@@ -146,8 +148,8 @@ def by_browser(link: str, root: str, votes: int) -> list[float]:
 
 def fits(votes: int, repeats: int = 20) -> tuple[list[float], list[float]]:
     """Milliseconds of a refit with all priors, and of the leave-one-out refits, on made-up votes."""
-    rng = np.random.default_rng(0)
-    d, w = rng.normal(size=(votes, COLUMNS)), rng.normal(size=COLUMNS)
+    rng, columns = np.random.default_rng(0), len(features_of(load_reward("emoji"), "emoji").columns)
+    d, w = rng.normal(size=(votes, columns)), rng.normal(size=columns)
     y = (rng.random(votes) < 1 / (1 + np.exp(-(d @ w) / 4))).astype(float)
     found: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
@@ -193,11 +195,13 @@ def state_of(page: str) -> str:
     return found[1] if found else ""
 
 
-def trained(client: httpx.Client, runs: Path) -> dict[str, float]:
-    """Click on Align, and wait for the end of the run: seconds in all, of updates, of the guard, of the rest."""
+def trained(client: httpx.Client, runs: Path) -> tuple[str, dict[str, Any]]:
+    """Click on Align, and wait for the end of the run: its name, and seconds of loading, of training and of updates."""
     began = time.perf_counter()
-    target = client.post("/align/start", headers={"hx-request": "true"}).headers["hx-redirect"]
-    run = target.partition("run=")[2]
+    answer = client.post("/align/start", headers={"hx-request": "true"})
+    if "hx-redirect" not in answer.headers:
+        raise RuntimeError(f"no alignment is offered: {' '.join(re.sub('<[^>]*>', ' ', answer.text).split())}")
+    run = answer.headers["hx-redirect"].partition("run=")[2]
     until(lambda: state_of(client.get("/live", params={"run": run}).text) not in ("", "waiting"), 300)
     loaded = time.perf_counter()
     state = until(
@@ -211,7 +215,9 @@ def trained(client: httpx.Client, runs: Path) -> dict[str, float]:
         raise RuntimeError(f"the run {state}: {client.get(f'/runs/{run}/log').text[-300:]}")
     rows = [json.loads(line) for line in (runs / run / "metrics.jsonl").read_text("utf-8").splitlines()]
     steps = [row["step_seconds"] for row in rows if row.get("event") == "step"]
-    return {"loading": loaded - began, "training": ended - loaded, "updates": sum(steps), "steps": len(steps)}
+    stopped = [row["verdict"] for row in rows if row.get("event") == "guard" and row.get("action") == "stop"]
+    return run, {"loading": loaded - began, "training": ended - loaded, "updates": sum(steps), "steps": len(steps),
+                 "ended": f"by the guard: {stopped[-1]}" if stopped else "after all updates"}  # fmt: skip
 
 
 def the_way(studio: Studio, client: httpx.Client, runs: Path, person: Person, votes: int) -> None:
@@ -224,9 +230,8 @@ def the_way(studio: Studio, client: httpx.Client, runs: Path, person: Person, vo
         vote(client, person, 10)
         given += 10
     voting = time.perf_counter() - began
-    run = trained(client, runs)
+    name, run = trained(client, runs)
     began = time.perf_counter()
-    name = max(path.parent.name for path in runs.glob("align-*/recipe.yaml"))
     client.post("/compare/start", data={"run": name})
     drawn, looked = time.perf_counter() - began, person.looked
     while pair_of_study(page := client.get("/compare", params={"run": name}).text):
@@ -242,7 +247,8 @@ def the_way(studio: Studio, client: httpx.Client, runs: Path, person: Person, vo
     print(f"first pair {first:.1f} s after the command")
     print(f"{given} votes {voting:.1f} s, of which looking {looked:.1f}")
     print(f"align: loading {run['loading']:.1f} s, training {run['training']:.1f} s "
-          f"({run['steps']} updates in {run['updates']:.1f}, the rest guard, previews, checkpoints)")  # fmt: skip
+          f"({run['steps']} updates in {run['updates']:.1f}, the rest guard, previews, checkpoints), "
+          f"ended {run['ended']}")  # fmt: skip
     print(f"blind study: drawing {drawn:.1f} s, answering {verdict:.1f}, of which looking {person.looked - looked:.1f}")
     print(f"in all {total:.1f} s; {rate[2] if rate else 'no win rate'}")
 
@@ -257,7 +263,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--votes", type=int, default=40)
     parser.add_argument("--runs", type=Path, default=None, help="an empty folder; None = a temporary one")
-    parser.add_argument("--pool", type=int, default=480, help="pictures that are drawn before the voting begins")
+    parser.add_argument("--pool", type=int, default=POOL, help="pictures that are drawn before the voting begins")
     parser.add_argument("--browser", action="store_true")
     parser.add_argument("--way", action="store_true")
     parser.add_argument("--look", type=float, default=1.5, help="seconds that the person of --way looks at a pair")

@@ -14,7 +14,8 @@ conditional, which a linear utility cannot hold), six others are not expressed b
 
 Rounds: 20 votes by BALD on the pictures of the current generator, the taste fitted to all votes so far, 30 updates of
 `direct` under the guard, on from the current weights. Rivals at equal votes: the best of 8 pictures by the learned
-taste, words that the taste picks, and Diffusion-DPO on the voted pairs (on the base model, 60 updates). What counts is
+taste, words that the taste picks, and Diffusion-DPO on the voted pairs (on the base model, 60 updates). How both are
+trained is what the recipes taste-emoji and taste-emoji-dpo say, DPO without its guard. What counts is
 the true taste on prompts of the evaluation, in standard deviations of the pool; the win rate against the unaligned
 picture of the same noise; the share of right concepts; diversity against the base's.
 """
@@ -61,6 +62,7 @@ ANIMALS = {
     "peacock", "parrot", "turtle", "snake", "crocodile", "dragon", "dinosaur", "whale", "dolphin", "fish", "shark",
     "octopus", "crab", "snail", "butterfly", "bee", "ladybug", "spider", "scorpion",
 }  # fmt: skip
+GENERATOR = "emoji-1step"  # draws what is voted on; a row is of its weights as well
 Utility = Callable[[Tensor, list[str]], Tensor]
 UNCONDITIONAL = ("warm3d", "large", "contrast", "pastel", "darkline")  # of what the features measure
 PEOPLE = (*UNCONDITIONAL, "toonzoo", "symmetric", "round", "low", "leftish", "few-colours", "soft-edges")
@@ -275,15 +277,12 @@ class Bench:
         return generate(model, prompts, seeds, weights=weights, sampler=self.sampler)
 
     def align(self, model: Any, objective: TasteReward, seed: int) -> str:
-        """One round of training, with the guard; why it ended."""
-        changes = (
-            {"steps": 2, "guard": recipe.GuardSettings(every=0)} if self.quick else {"guard": self.plan.trainer.guard}
-        )
+        """One round of training as the recipe has it, with the guard; why it ended."""
+        changes = {"steps": 2, "guard": recipe.GuardSettings(every=0)} if self.quick else {}
         with tempfile.TemporaryDirectory() as folder:
             outcome = train(
                 model, self.algorithm, objective, recipe.prompts_of(self.plan)[0], folder=Path(folder) / "run",
-                preview=recipe.prompts_of(self.plan)[1], progress=False, batch_size=8, lr=2e-3, warmup=5,
-                seed=seed, checkpoint_every=0, **({"steps": 30} | changes),
+                preview=recipe.prompts_of(self.plan)[1], progress=False, **(of_recipe(self.plan, seed) | changes),
             )  # fmt: skip
         return outcome.reason
 
@@ -305,20 +304,26 @@ class Bench:
 
     def dpo(self, voter: Voter, utility: Utility, seed: int) -> dict[str, float]:
         """Diffusion-DPO on the voted pairs, on the base model; measured against the base model's own pictures."""
-        plan = recipe.read("dpo-emoji")
+        plan = recipe.read("taste-emoji-dpo")
         torch.manual_seed(seed)
-        model = recipe.build_model(plan)
-        algorithm = recipe.build_algorithm(recipe.read("taste-emoji-dpo"))
+        model, algorithm = recipe.build_model(plan), recipe.build_algorithm(plan)
+        changes = {"guard": recipe.GuardSettings(every=0)} | ({"steps": 1} if self.quick else {})
         with torch.no_grad():
             latents = torch.stack([model.encode(torch.stack([a, b])) for a, b, _ in voter.voted])
         with tempfile.TemporaryDirectory() as folder:
             train(model, algorithm, self.reward, [prompt for _, _, prompt in voter.voted], folder=Path(folder) / "run",
-                  latents=latents, steps=1 if self.quick else 60, batch_size=16, lr=1e-3, warmup=5, seed=seed,
-                  checkpoint_every=0, progress=False)  # fmt: skip
-        prompts = self.prompts[: 4 if self.quick else 52]
+                  latents=latents, progress=False, **(of_recipe(plan, seed) | changes))  # fmt: skip
+        prompts = recipe.evenly_spaced(self.prompts, 4 if self.quick else 52)
         shown, _ = pairs(prompts, (0, 1))
         images, base = (generate(model, prompts, (0, 1), weights=weights) for weights in ("policy", "reference"))
         return self.measured(utility, images, base, shown)
+
+
+def of_recipe(plan: Any, seed: int) -> dict[str, Any]:
+    """How the recipe trains, as arguments of `train`; without checkpoints or previews."""
+    t = plan.trainer
+    return {"steps": t.steps, "batch_size": t.batch_size, "lr": t.lr, "clip_norm": t.clip_norm, "warmup": t.warmup,
+            "guard": t.guard, "seed": seed, "checkpoint_every": 0}  # fmt: skip
 
 
 @cache
@@ -423,9 +428,13 @@ def accuracy_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def rounds_table(rows: Sequence[dict[str, Any]]) -> str:
-    """A line per person, round and way; means and standard deviations over seeds."""
+    """A line per person, round and way; means and standard deviations over seeds. Below, where all of them were
+    measured, the five together, whose taste a linear utility of the features can hold."""
     lines = ["| person | round | way | true taste, before -> after | blind win rate | concepts | diversity | held out "
              "| learnt |", "|---|--:|---|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+    together = [r | {"person": "the five"} for r in rows if r["person"] in UNCONDITIONAL]
+    if {r["person"] for r in rows} >= set(UNCONDITIONAL):
+        rows = [*rows, *together]
     for person, number, way in dict.fromkeys((r["person"], r["round"], r["way"]) for r in rows):
         own = [r for r in rows if (r["person"], r["round"], r["way"]) == (person, number, way)]
 
@@ -441,8 +450,8 @@ def rounds_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def settings() -> str:
-    """The fingerprint of what is trained, which a row keeps: strength and guard are the recipe's."""
-    return recipe.fingerprint(recipe.read("taste-emoji"))[:16]
+    """The fingerprints of what is trained, which a row keeps: strength, guard and updates are the recipes'."""
+    return " ".join(recipe.fingerprint(recipe.read(name))[:16] for name in ("taste-emoji", "taste-emoji-dpo"))
 
 
 def arguments() -> argparse.Namespace:
@@ -466,8 +475,8 @@ def main() -> None:
 
     def rows(what: str, make: Callable[..., Any], shown: str, *more: int) -> list[dict[str, Any]]:
         cells = [(name, seed) for seed in seeds for name in names]
-        wanted = [Row(results / f"{slug('taste', what, *cell)}.json", make, (*cell, *more, *size), recipe=settings())
-                  for cell in cells]  # fmt: skip
+        wanted = [Row(results / f"{slug('taste', what, *cell)}.json", make, (*cell, *more, *size), (GENERATOR,),
+                      settings()) for cell in cells]  # fmt: skip
         made = measured(wanted, given.jobs, lambda found: [round(row[shown], 3) for row in found],
                         minutes=given.minutes)  # fmt: skip
         return [row for found in made for row in found]
@@ -478,7 +487,7 @@ def main() -> None:
         tables["taste-rounds"] = rounds_table(rows("align", align_row, "taste", count, given.votes))
     if given.what == "golden":
         found = measured([Row(results / f"{slug('taste', 'golden', seed)}.json", golden_row,
-                              (seed, given.concepts, given.quick), recipe=settings()) for seed in seeds],
+                              (seed, given.concepts, given.quick), (GENERATOR,), settings()) for seed in seeds],
                          given.jobs, minutes=given.minutes)  # fmt: skip
         for row in found:
             print(row)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support import ROOT
 
+from palate import recipe
 from palate.evaluate import embedded_panel
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -56,3 +57,20 @@ def test_the_quick_form_gives_every_row_and_the_tables_name_them():
     assert [row["way"] for row in rows] == ["direct", "best-of-8", "words", "dpo"]
     assert all(0 <= row["win"] <= 1 and row["offered"] == rows[0]["offered"] for row in rows)
     assert "| 20 |" in bench.accuracy_table(votes) and "| warm3d | 1 | best-of-8 |" in bench.rounds_table(rows)
+
+
+def test_the_five_are_taken_together_once_all_of_them_are_there():
+    row = {"round": 3, "way": "direct", "seed": 0, "before": 0.0, "win": 0.9, "concept": 0.96, "concept_before": 0.98,
+           "diversity": 1.0, "held_out": 0.8, "offered": True}  # fmt: skip
+    rows = [row | {"person": name, "taste": k / 10} for k, name in enumerate(bench.UNCONDITIONAL)]
+    table = bench.rounds_table([*rows, row | {"person": "toonzoo", "taste": 9.0, "offered": False}])
+    assert "| the five | 3 | direct | +0.00 -> +0.20 ± 0.16 | 0.90 ± 0.00 | -0.020 ± 0.000 |" in table
+    assert "5 of 5" in table and "| toonzoo | 3 | direct |" in table and "| 0 of 1 |" in table
+    assert "the five" not in bench.rounds_table(rows[1:])
+
+
+def test_a_row_trains_as_its_recipe_says():
+    plan = recipe.read("taste-emoji", ["trainer.steps=7", "trainer.lr=0.5", "trainer.clip_norm=3.0"])
+    told = bench.of_recipe(plan, 4)
+    assert (told["steps"], told["lr"], told["clip_norm"], told["seed"]) == (7, 0.5, 3.0, 4)
+    assert told["guard"].every == 10 and len(bench.settings().split()) == 2

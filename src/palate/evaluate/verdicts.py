@@ -50,6 +50,11 @@ def _direction(metric: dict[str, float], few: bool = False) -> str:
     return "up" if metric["change_low"] > 0 else "down" if metric["change_high"] < 0 else "unchanged"
 
 
+def over_optimised(metrics: Metrics, heldout: str) -> bool:
+    """Whether the held-out reward says so; not where its fall is what a change of style makes of plain prompts."""
+    return bool(_about_heldout(metrics, heldout)[0])
+
+
 def _about_heldout(metrics: Metrics, heldout: str) -> tuple[list[str], list[str]]:
     """A held-out reward that fell means over-optimisation, unless its preference for the run's words rose by at least
     as much: the plain reward judges against prompts that name no style, so a change of style lowers it."""

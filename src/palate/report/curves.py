@@ -14,6 +14,7 @@ from palate.report.words import spell
 from palate.runtime import runlog
 from palate.runtime.errors import InputError
 
+STATISTICS = ("reward_std", "reward_gap", "reward_share")  # of rewards or of gradients: no objectives
 KEPT = ("concept", "background", "diversity", "saturation")  # shown as ratios to the base
 
 
@@ -71,7 +72,8 @@ def curves(rows: Sequence[dict[str, Any]], wanted: Sequence[str] = ()) -> list[t
 def _objective(training: Sequence[dict[str, Any]]) -> list[Line]:
     """Every reward that the steps log, smoothed; the first is the objective."""
     lines = []
-    for i, key in enumerate(sorted({key for row in training for key in row if key.startswith("reward")})):
+    keys = {key for row in training for key in row if key.startswith("reward") and key not in STATISTICS}
+    for i, key in enumerate(sorted(keys)):
         raw = points(training, key)
         width = len(raw) // 20
         if width:

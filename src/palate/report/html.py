@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from base64 import b64encode
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -28,9 +29,17 @@ def number(value: float | None) -> str:
     return f"{value:,.{places}f}".replace("-", "−")
 
 
-def signed(value: float) -> str:
+def signed(value: float | None) -> str:
     """`number` with its sign, + included."""
-    return number(value) if value <= 0 else "+" + number(value)
+    return number(value) if value is None or value <= 0 else "+" + number(value)
+
+
+def direction(metric: Mapping[str, float | None]) -> int:
+    """1 or -1 where the interval of a change excludes 0, else 0; also of a change that nothing could be measured of."""
+    low, high = metric["change_low"], metric["change_high"]
+    if low is None or high is None:
+        return 0
+    return 1 if low > 0 else -1 if high < 0 else 0
 
 
 def escape_controls(text: Any) -> str:
@@ -68,7 +77,7 @@ def environment() -> Environment:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_finalize,
         loader=FunctionLoader(_text),
     )  # fmt: skip
-    made.filters |= {"number": number, "signed": signed, "shorten": shorten}
+    made.filters |= {"number": number, "signed": signed, "shorten": shorten, "direction": direction}
     return made
 
 

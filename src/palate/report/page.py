@@ -12,7 +12,7 @@ from palate.report.curves import curves, event_marks, read_json
 from palate.report.html import flatten, render, write_page
 from palate.report.pictures import clearest_pairs, compare_grid, grid, preview_pairs, ranked_pairs
 from palate.report.story import gauges, sentence, wanted_styles
-from palate.report.tables import DRIFT, compare_table, headline_keys, metric_rows
+from palate.report.tables import DRIFT, HEADLINES, compare_table, headline_keys, metric_rows
 from palate.report.words import WordChange, history, spell, word_changes
 from palate.runs import on_common_rows, read_recipe
 from palate.runtime.result import evaluation_of
@@ -37,6 +37,7 @@ def write_report(run_folder: str | Path, *, compare: Sequence[str | Path] = ()) 
         pages=pages,
         grid=compare_grid(runs, [page["words"] for page in pages]),
         table=compare_table(measured),
+        headlines=HEADLINES,
         pictures=len(measured[0]["rows"]) if measured else 0,
     )
     return write_page(runs[0] / "compare.html", text)

@@ -6,12 +6,15 @@ Limits and warnings are those of the verdict (`palate.evaluate`); here they only
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from palate.evaluate import CONCEPT_LIMIT, DIVERSITY_LIMIT
+import torch
+
+from palate.evaluate import CONCEPT_LIMIT, DIVERSITY_LIMIT, mean_and_interval
+from palate.evaluate.verdicts import MIN_PROMPTS, over_optimised
 from palate.models.vocabulary import vocabulary
-from palate.report.html import number
+from palate.report.html import direction, number
 from palate.report.pictures import change
 from palate.report.tables import metric_name
 
@@ -50,7 +53,7 @@ def sentence(evaluation: dict[str, Any]) -> str:
         parts.append(f"{_count(evaluation, concept['value'], 'concept')} still show the right thing")
     elif (heldout := f"reward/{evaluation.get('heldout')}") in metrics and (won := pairs_won(evaluation, heldout)):
         parts.append(f"the held-out judge {evaluation['heldout']} prefers the new picture in {won}")
-    if cost := _variety(metrics.get("diversity")):
+    if not few(evaluation) and (cost := _variety(metrics.get("diversity"))):
         parts.append(cost)
     return f"{asked_for(evaluation)}: {'; '.join(part for part in parts if part)}."
 
@@ -68,15 +71,29 @@ def asked_for(evaluation: dict[str, Any]) -> str:
 
 
 def _wanted_clause(evaluation: dict[str, Any], styles: Sequence[str]) -> str:
-    metrics = evaluation["metrics"]
-    if styles:
-        now, before = (sum(metrics[f"style/{style}"].get(key) or 0.0 for style in styles) for key in ("value", "base"))
-        shown = _count(evaluation, now, "style/")
-        earlier = _count(evaluation, before, "style/").split()[0]
-        return f"{shown} pictures are {_listed(styles, 'or')} now, {earlier} before"
+    if (metric := _wanted_metric(evaluation, styles)) is not None:
+        now, before = (_count(evaluation, metric.get(key, 0.0), "style/") for key in ("value", "base"))
+        earlier = f", {before.split()[0]} before" if "base" in metric else ""
+        return f"{now} pictures are {_listed(styles, 'or')} now{earlier}"
     key = f"reward/{(evaluation.get('optimised') or [None])[0]}"
     won = pairs_won(evaluation, key)
     return f"the optimised reward prefers the new picture in {won}" if won else ""
+
+
+def _wanted_metric(evaluation: dict[str, Any], styles: Sequence[str]) -> dict[str, float] | None:
+    """The fraction of pictures in one of the wanted styles, as the metric of a single style; None where none is."""
+    if len(styles) <= 1:
+        return evaluation["metrics"][f"style/{styles[0]}"] if styles else None
+    rows = [row for row in evaluation["rows"] if "style_named" not in row]
+    now, before = (torch.tensor([float(side.get("style") in styles) for side in sides])
+                   for sides in (rows, [row.get("base", {}) for row in rows]))  # fmt: skip
+    has_base = all("base" in row for row in rows)
+    return mean_and_interval(now.double(), before.double() if has_base else None, [row["prompt"] for row in rows])
+
+
+def few(evaluation: dict[str, Any]) -> bool:
+    """Whether the pictures are of too few prompts to tell a change from chance, as in the verdict."""
+    return int(evaluation.get("prompts", MIN_PROMPTS)) < MIN_PROMPTS
 
 
 def _count(evaluation: dict[str, Any], share: float, key: str) -> str:
@@ -133,14 +150,10 @@ def _listed(words: Sequence[Any], last: str = "and") -> str:
 
 
 def gauges(evaluation: dict[str, Any]) -> list[Gauge]:
-    """Wanted, kept and cost, as far as they were measured."""
-    found = [_wanted_gauge(evaluation), _kept_gauge(evaluation), _cost_gauge(evaluation["metrics"])]
-    return [gauge for gauge in found if gauge]
-
-
-def direction(metric: dict[str, float]) -> int:
-    """1 or -1 where the interval of the change excludes 0, else 0."""
-    return 1 if metric["change_low"] > 0 else -1 if metric["change_high"] < 0 else 0
+    """Wanted, kept and cost, as far as they were measured; of a few prompts without a judgement."""
+    measured = [_wanted_gauge(evaluation), _kept_gauge(evaluation), _cost_gauge(evaluation["metrics"])]
+    found = [gauge for gauge in measured if gauge]
+    return [replace(gauge, state="none", word="too few to tell") for gauge in found] if few(evaluation) else found
 
 
 STATES = {1: ("good", "up"), 0: ("none", "unchanged"), -1: ("bad", "down")}
@@ -153,10 +166,9 @@ def _wanted_gauge(evaluation: dict[str, Any]) -> Gauge | None:
     moved = ""
     if objective and "change" in objective:
         moved = f"objective {number(objective['base'])} → {number(objective['value'])}"
-    if styles and "change" in metrics[f"style/{styles[0]}"]:
-        metric = metrics[f"style/{styles[0]}"]
+    if (metric := _wanted_metric(evaluation, styles)) is not None and "change" in metric:
         state, word = STATES[direction(metric)]
-        text = f"pictures in the wanted style, {metric['base']:.0%} before; {moved}".rstrip("; ")
+        text = f"pictures that are {_listed(styles, 'or')}, {metric['base']:.0%} before; {moved}".rstrip("; ")
         return Gauge("Wanted", f"{metric['value']:.0%}", state, word, metric["value"], metric["base"], None, text)
     if objective is None or "change" not in objective:
         return None
@@ -176,7 +188,11 @@ def _kept_gauge(evaluation: dict[str, Any]) -> Gauge | None:
     key = f"reward/{evaluation.get('heldout')}"
     if key not in metrics or "change" not in metrics[key]:
         return None
-    state, word = {1: ("good", "up"), 0: ("good", "kept"), -1: ("bad", "fell")}[direction(metrics[key])]
+    state, word = {1: ("good", "up"), 0: ("good", "kept"), -1: ("fair", "fell, as a new style makes it")}[
+        direction(metrics[key])
+    ]
+    if over_optimised(metrics, evaluation["heldout"]):
+        state, word = "bad", "fell" if direction(metrics[key]) < 0 else "likes the words less"
     share, held = win_share(_changes(evaluation, key)), metrics[key]
     text = f"pairs that the held-out {evaluation['heldout']} prefers; {number(held['base'])} → {number(held['value'])}"
     return Gauge("Kept", f"{share:.0%}", state, word, share, 0.5, None, text)
@@ -191,8 +207,10 @@ def _cost_gauge(metrics: dict[str, dict[str, float]]) -> Gauge | None:
     text = f"of the base model's variety per prompt is left; limit {DIVERSITY_LIMIT:.0%}"
     if same is not None:
         text += f"; within one style {same:.0%}"
-    if ratio >= DIVERSITY_LIMIT or metric["change_high"] >= 0:
+    if ratio >= DIVERSITY_LIMIT:
         state, word = "good", "small"
+    elif direction(metric) == 0:
+        state, word = "fair", "perhaps high"
     elif same is not None and same >= DIVERSITY_LIMIT:
         state, word = "fair", "fewer styles are mixed"
     else:

@@ -183,7 +183,8 @@ def sort_ranks(values: Sequence[float | None]) -> list[int]:
 
 
 def compare_table(measured: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Base and every run's value of each metric that all have, with the same meaning; empty for no evaluations."""
+    """Base and every run's value of each metric that all have, with the same meaning, the headlines first; empty for no
+    evaluations."""
     found = [{row["key"]: row for row in metric_rows(evaluation)} for evaluation in measured]
     if not found:
         return []

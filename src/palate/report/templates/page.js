@@ -8,11 +8,11 @@ const slider = dialog.querySelector("input");
 const buttons = () => [...document.querySelectorAll("button.zoom")];
 let current = null;
 
-function show(button) {
+function show(button, picked) {
   current = button;
   const own = [...button.querySelectorAll("img")];
   const row = button.closest("[data-row]");
-  const after = own[own.length - 1];
+  const after = own.indexOf(picked) > 0 ? picked : own[own.length - 1];  // a card of several runs: the one clicked
   const before = own.length > 1 ? own[0] : row ? row.querySelector("img") : after;
   for (const [shown, source] of [[under, before], [over, after]]) {
     shown.src = source.src;
@@ -42,7 +42,7 @@ function step(by) {
 
 document.addEventListener("click", event => {
   const button = event.target.closest("button.zoom");
-  if (button) show(button);
+  if (button) show(button, event.target);
 });
 dialog.addEventListener("click", event => { if (event.target === dialog) dialog.close(); });
 dialog.addEventListener("close", () => { if (current) current.focus(); });
