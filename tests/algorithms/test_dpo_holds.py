@@ -221,6 +221,31 @@ def test_ties_are_dropped_or_teach_indifference():
     torch.testing.assert_close(some, (forth + back) / 2, atol=1e-12, rtol=0)
 
 
+def test_an_absent_image_is_not_looked_at_and_in_no_mean():
+    """A like, a dislike and a pair: three networks' calls fewer than three pairs, and metrics of what is there. In
+    `prefers` an absent image counts as the reference denoises it, which is an excess of 0."""
+    settings, pairs, ids = DPOSettings(beta=3.0, loss="kto"), pairs_of(3), range(3)
+    model = model_of()
+    with torch.no_grad():
+        model.parameters()[0].fill_(0.2)
+    each = [run(settings, model=model, pairs=pairs[i : i + 1], ids=(i,))[1][0].metrics for i in ids]
+    better, worse = ([float(m[f"excess_{side}"]) for m in each] for side in ("preferred", "rejected"))
+    mixed = pairs.clone()
+    mixed[0, 1] = mixed[1, 0] = math.nan
+    model.forward = model.backward = 0
+    _, (loss,) = run(settings, model=model, pairs=mixed, ids=ids)
+    assert (model.forward, model.backward) == (2 * 4, 4)
+    found = {name: float(value) for name, value in loss.metrics.items()}
+    assert found["excess_preferred"] == pytest.approx((better[0] + better[2]) / 2, abs=1e-12)
+    assert found["excess_rejected"] == pytest.approx((worse[1] + worse[2]) / 2, abs=1e-12)
+    right = [better[0] < 0, worse[1] > 0, better[2] < worse[2]]
+    assert found["prefers"] == pytest.approx(sum(right) / 3) and 0 < sum(right) < 3
+    disliked = pairs.clone()
+    disliked[:, 0] = math.nan
+    _, (loss,) = run(DPOSettings(beta=3.0, loss="kto", safeguard="parameters"), model=model, pairs=disliked, ids=ids)
+    assert "excess_preferred" not in loss.metrics and float(loss.metrics["safe_scale"]) == 1.0  # nothing to protect
+
+
 def test_single_likes_and_dislikes():
     """kto of a pair is the sum of its two sides; a side that is NaN is absent, and only kto takes it."""
     pairs, settings = pairs_of(2), DPOSettings(beta=3.0, loss="kto")

@@ -12,6 +12,7 @@ from PIL import Image
 
 from palate import recipe
 from palate.data import (
+    Like,
     Pair,
     RecipeError,
     check_images,
@@ -22,6 +23,7 @@ from palate.data import (
     prompt_rows,
     read_prompts,
     read_rows,
+    single_likes,
 )  # fmt: skip
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -108,6 +110,49 @@ def test_hpdv2_pairs(tmp_path):
         Pair("a", tmp_path / "0.jpg", tmp_path / "1.jpg", 0.0),
         Pair("b", tmp_path / "2.jpg", tmp_path / "3.jpg", 0.75),
     ]
+
+
+@pytest.mark.parametrize("name", ["likes.jsonl", "likes.csv", "likes.parquet"])
+def test_single_likes(tmp_path, name):
+    values = {"likes.csv": ["true", "No", "1", "0.0"], "likes.jsonl": [True, False, 1, 0.0]}
+    images = [f"{i}.png" for i in range(4)]
+    given = values.get(name, [True, False] * 2)
+    rows = [{"prompt": f"a  fox {i}", "image": images[i], "like": given[i]} for i in range(4)]
+    expected = [Like(f"a fox {i}", tmp_path / images[i], i % 2 == 0) for i in range(4)]
+    if name == "likes.jsonl":
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif name == "likes.csv":
+        lines = [",".join(map(str, row.values())) for row in rows]
+        (tmp_path / name).write_text("\n".join(["prompt,image,like", *lines]))
+    else:  # pictures as the datasets library keeps them
+        kept = [row | {"image": {"bytes": png("red"), "path": "x.png"}} for row in rows]
+        parquet.write_table(pyarrow.Table.from_pylist(kept), tmp_path / name)
+        expected = [one._replace(image=png("red")) for one in expected]
+    assert list(single_likes(str(tmp_path / name))) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "image": "x.png"}, 'row 1: expected {"prompt": text, .*it lacks like'),
+        ({"prompt": "a", "image": "x.png", "like": 2}, "row 1: a like of '2'; expected true or false"),
+        ({"prompt": "a", "image": "../x.png", "like": True}, "leaves the folder"),
+        ({"prompt": "a", "image": 3, "like": True}, "row 1: expected a prompt in words, and an image as the name"),
+        ({"prompt": "a", "image_path": ["x", "y"], "human_preference": [1, 0]}, "give the file as prompts.pairs"),
+    ],
+)
+def test_bad_likes_name_the_row(tmp_path, row, message):
+    (tmp_path / "likes.jsonl").write_text(json.dumps(row))
+    with pytest.raises(RecipeError, match=message):
+        list(single_likes(str(tmp_path / "likes.jsonl")))
+    with pytest.raises(RecipeError, match="does not exist"):
+        list(single_likes(str(tmp_path / "absent.jsonl")))
+
+
+def test_likes_in_the_place_of_pairs_are_told_where_they_belong(tmp_path):
+    (tmp_path / "likes.jsonl").write_text(json.dumps({"prompt": "a", "image": "x.png", "like": True}))
+    with pytest.raises(RecipeError, match=r"give the file as prompts\.likes, with algorithm\.loss=kto"):
+        list(preference_pairs(str(tmp_path / "likes.jsonl")))
 
 
 BAD = [

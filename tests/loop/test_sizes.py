@@ -290,6 +290,11 @@ def pairs_file(folder):
     return folder / "train.json"
 
 
+def test_a_like_goes_to_the_size_of_its_one_picture(tmp_path):
+    files = [picture(tmp_path, "wide", 32, 64), picture(tmp_path, "square", 32, 32)]
+    assert assign(files, [(0, -1), (-1, 1), (-1, 0)], [32, (32, 64)]) == {0: [1], 1: [0, 2]}
+
+
 def of_pairs(tmp_path, *, sizes=None, image_size=32, **algorithm):
     prompts = {"pairs": str(pairs_file(tmp_path)), **({"sizes": sizes} if sizes else {})}
     return json.dumps({

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import resource
 import signal
 
@@ -12,10 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from palate.data import preference_pairs
+from palate import recipe
+from palate.data import preference_pairs, single_likes
+from palate.recipe.identity import identity
 from palate.runtime.errors import CheckpointError, InputError
 from palate.taste.readers import export_votes, import_votes
 from palate.taste.votes import Picture, Vote, VoteStore
+from palate.train import read_metrics
 
 
 def png(shade: int, size: int = 8) -> bytes:
@@ -202,6 +206,51 @@ def test_export_as_hpdv2_is_read_back_by_dpo_and_by_import(tmp_path):
     assert import_votes(tmp_path / "out" / "train.json", again) == 3
     assert [v.choice for v in again.read()] == ["tie", "left", "tie"]
     assert import_votes(tmp_path / "out", again) == 0  # the folder says the same
+
+
+def test_votes_become_likes_that_kto_trains_on(tmp_path, tiny, palate):
+    """The chosen picture is liked and the other one not, both bad is two dislikes, a tie is neither; and a recipe
+    trains on the file, each picture on its own side, from the command line."""
+    store = VoteStore(tmp_path / "votes")
+    for i, choice in enumerate(("left", "both-bad", "tie", "right")):
+        left, right = (Picture(store.keep(png(40 * i + 10 * k)), "a red fox") for k in (1, 2))
+        store.append(Vote("a red fox", left, right, choice))
+    code, out, _ = palate("votes", "export", "votes", "--out", "pairs", "--format", "likes")
+    assert code == 0 and out.startswith("3 votes")
+    likes = list(single_likes(str(tmp_path / "pairs" / "likes.jsonl")))
+    assert [one.image.read_bytes() for one in likes] == [png(shade) for shade in (10, 20, 50, 60, 130, 140)]
+    assert [one.like for one in likes] == [True, False, False, False, False, True]
+    recipe_of_likes = {
+        "run": {"folder": "runs/likes"}, "algorithm": {"name": "dpo", "loss": "kto", "beta": 10.0},
+        "reward": {"name": "emoji"}, "prompts": {"likes": "pairs/likes.jsonl"},
+        "trainer": {"steps": 2, "batch_size": 6, "preview_every": 0, "guard": {"every": 0}},
+    }  # fmt: skip
+    (tmp_path / "likes.yaml").write_text(json.dumps(recipe_of_likes))
+    assert palate("train", "likes.yaml")[0] == 0
+    steps = [row for row in read_metrics(tmp_path / "runs" / "likes" / "metrics.jsonl") if row["event"] == "step"]
+    assert len(steps) == 2 and {"prefers", "excess_preferred", "excess_rejected"} <= steps[0].keys()
+    parts = recipe.build(recipe.read("likes.yaml"))
+    absent = parts.latents.isnan().flatten(2).all(2)
+    assert absent.tolist() == [[not one.like, one.like] for one in likes] and parts.prompts == ["a red fox"] * 6
+    shades = parts.latents.nan_to_num().sum(1).mean((1, 2, 3))
+    assert shades.argsort().tolist() == list(range(6))
+    before = identity(recipe.read("likes.yaml")), recipe.fingerprint(recipe.read("likes.yaml"))
+    with (tmp_path / "pairs" / "likes.jsonl").open("a") as more:
+        more.write(json.dumps({"prompt": "a red fox", "image": "images/" + likes[0].image.name, "like": True}) + "\n")
+    after = identity(recipe.read("likes.yaml")), recipe.fingerprint(recipe.read("likes.yaml"))
+    assert before[0]["prompts.likes"] != after[0]["prompts.likes"] and before[1] != after[1]
+    for change, message in (
+        ("algorithm.loss=sigmoid", "prompts.likes: algorithm.loss=sigmoid compares two pictures"),
+        ("algorithm.safeguard=output", "algorithm.safeguard: output compares the two pictures"),
+        ("algorithm.noise=tracked", "which likes lack"),
+        ("algorithm.name=refl", "prompts.likes: refl does not read likes"),
+        ("prompts.file=emoji-train", "got prompts.file and prompts.likes"),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            recipe.read("likes.yaml", [change])
+    store.file.write_text("".join(line for line in store.file.read_text().splitlines(True) if '"tie"' in line))
+    code, _, error = palate("votes", "export", "votes", "--out", "none", "--format", "likes")
+    assert code == 2 and "ties only" in error
 
 
 def test_a_blind_study_is_read_through_its_key(tmp_path):

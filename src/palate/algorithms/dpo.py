@@ -34,7 +34,8 @@ Pairs come in one of these ways:
 - `Batch.latents` (B, 2, C, h, w): [:, 0] the preferred, [:, 1] the rejected image's latent. In a recipe: prompts.pairs,
   a file in the layout of HPDv2 or Pick-a-Pic (`palate.data.preference_pairs`), encoded once before training.
   (B, 4, C, h, w) has the noises that the two were made from as well, for noise = "tracked". A side that is NaN is
-  absent, which only loss = "kto" takes: a like, or a dislike, by itself.
+  absent, which only loss = "kto" takes: a like, or a dislike, by itself (in a recipe: prompts.likes). The networks
+  are not asked about it, and in `prefers` it counts as denoised as well as by the reference.
 - Without them, `candidates` samples are drawn for each prompt and the reward says which is the best and which the
   worst. pairs_from = "reference": of the frozen reference, the offline method on a data set labelled on the way.
   "policy": of the policy as it is, online DPO. refresh_every > 0 makes the policy the new reference every so many
@@ -157,24 +158,27 @@ class DPO:
             self.reference = sharded_like(self.reference, model.parameters("policy"))
         with torch.no_grad():
             pairs, metrics = self._pairs(model, reward, batch, rng)
-            cond = model.encode_prompts(self._captions(batch.prompts, rng) * 2)
-            x0, eps = self._noised(model, pairs, rng, drawn=batch.latents is None)
-            t = (1 - rng.uniform("level")).to(x0).repeat(2)
+            captions, there = self._captions(batch.prompts, rng) * 2, rows_present(pairs)
+            cond = model.encode_prompts([captions[i] for i in there.tolist()])
+            x0, eps = (both[there] for both in self._noised(model, pairs, rng, drawn=batch.latents is None))
+            t = (1 - rng.uniform("level")).to(x0).repeat(2)[there]
             xt = add_noise(x0, eps, *model.schedule(t))
             with self._speaks(model) as weights:
                 reference = model.predict(xt, t, cond, weights=weights).eps
         policy = model.predict(xt, t, cond).eps
-        preferred, rejected = excess_error(policy, reference, eps).chunk(2)
+        preferred, rejected = spread(excess_error(policy, reference, eps), there, len(captions)).chunk(2)
         if s.safeguard != "off":
-            scale = self._safe_scale(model, policy, eps, preferred, rejected, pairs)
+            errors = spread((policy - eps).detach().flatten(1), there, len(captions))
+            scale = self._safe_scale(model, errors, preferred, rejected, pairs)
             rejected = scaled_gradient(rejected, scale)
             metrics["safe_scale"] = scale.mean()
         losses, right = dpo_loss(preferred, rejected, s.beta, s.loss, pairs.preference, pairs.present)
-        metrics |= {
-            "prefers": right.mean(),
-            "excess_preferred": preferred.mean(),
-            "excess_rejected": rejected.mean(),
-        }
+        metrics["prefers"] = right.mean()
+        for name, excess, present in zip(
+            ("excess_preferred", "excess_rejected"), (preferred, rejected), pairs.present.unbind(1), strict=True
+        ):
+            if bool(present.any()):
+                metrics[name] = excess[present > 0].mean()
         losses = losses + pairs.present[:, 0] * kept_error(preferred, s.beta, s.keep)
         value = (pairs.weight * losses).mean()
         yield Loss(value, {name: number.detach() for name, number in metrics.items()}, "policy")
@@ -203,13 +207,11 @@ class DPO:
             x0, noise = torch.where(flip, x0.flip(-1), x0), torch.where(flip, noise.flip(-1), noise)
         return torch.cat([x0[:, 0], x0[:, 1]]), torch.cat([noise[:, 0], noise[:, 1]])
 
-    def _safe_scale(
-        self, model: Model, policy: Tensor, eps: Tensor, preferred: Tensor, rejected: Tensor, pairs: Pairs
-    ) -> Tensor:
-        """lambda (B,), detached."""
+    def _safe_scale(self, model: Model, errors: Tensor, preferred: Tensor, rejected: Tensor, pairs: Pairs) -> Tensor:
+        """lambda (B,), detached. errors: eps_theta - eps (2 B, D), first of all preferred images."""
         s = self.settings
         if s.safeguard == "output":
-            ours, theirs = (policy - eps).detach().flatten(1).chunk(2)
+            ours, theirs = errors.chunk(2)
             return safe_scale(ours, theirs, s.mu)
         with torch.no_grad():  # by how much each pair's own loss pulls at either error
             pull = pair_slope(preferred, rejected, s.beta, s.loss, pairs.preference, pairs.present)
@@ -293,6 +295,16 @@ def given_pairs(latents: Tensor, shape: tuple[int, ...], settings: DPOSettings) 
     noise = torch.nan_to_num(latents[:, 2:]) if sides == 4 else None
     ones = torch.ones(len(x0), dtype=x0.dtype, device=x0.device)
     return Pairs(x0, noise, ones, ones, present.to(x0))
+
+
+def rows_present(pairs: Pairs) -> Tensor:
+    """Which of the 2 B images, first all preferred ones, then all rejected ones, are there."""
+    return pairs.present.T.flatten().nonzero().flatten()
+
+
+def spread(values: Tensor, rows: Tensor, count: int) -> Tensor:
+    """(count, ...): the values at their rows, 0 elsewhere."""
+    return values.new_zeros(count, *values.shape[1:]).index_put((rows,), values)
 
 
 # The equations
@@ -386,6 +398,7 @@ class _named:
 
 def calls_per_update(settings: DPOSettings, *, given: bool = False) -> dict[str, int]:
     """Denoiser evaluations of one update per prompt of the batch, a guided call counted twice; `given`: pairs are.
+    A single like, of which one image is absent, costs half of 4 and 2.
 
     forward = 4 + (0 given, else candidates steps g),  backward = 2,  decode = reward = (0 given, else candidates),
     g = 2 with guidance.

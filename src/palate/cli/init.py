@@ -133,8 +133,8 @@ def changes_for(recipe: Recipe, answers: Answers) -> dict[str, Any]:
         read_prompts(answers.prompts)  # InputError: it is not there, or holds none
     if answers.prompts is not None or answers.prompt_list:
         changes |= {"prompts.file": answers.prompts, "prompts.list": list(answers.prompt_list) or None,
-                    "prompts.images": None, "prompts.pairs": None, "prompts.preview": None,
-                    "evaluate.file": None}  # fmt: skip
+                    "prompts.images": None, "prompts.pairs": None, "prompts.likes": None,
+                    "prompts.preview": None, "evaluate.file": None}  # fmt: skip
     return changes
 
 

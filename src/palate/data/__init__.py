@@ -8,11 +8,13 @@ Prompts come from .txt (one per line), .jsonl, .json, .csv, .tsv or .parquet. Th
     DrawBench         .csv or .parquet                   Prompts, Category
     GenEval           evaluation_metadata.jsonl          prompt, tag, include, exclude
     Pick-a-Pic        .parquet                           caption, jpg_0, jpg_1, label_0, label_1, has_label
+
+Single likes, which nobody publishes alike, are rows of prompt, image, like (true or false).
 """
 
 from __future__ import annotations
 
-from palate.data.pairs import Pair, preference_pairs
+from palate.data.pairs import Like, Pair, preference_pairs, single_likes
 from palate.data.pictures import (
     IMAGE_ENDINGS,
     captioned_images,
@@ -25,8 +27,9 @@ from palate.data.tables import RecipeError, read_rows, read_text
 from palate.runtime.deprecated import old_names
 
 __all__ = [
-    "IMAGE_ENDINGS", "Pair", "RecipeError", "captioned_images", "check_images", "encode_images", "evenly_spaced",
-    "geneval", "load_images", "preference_pairs", "prompt_rows", "read_prompts", "read_rows", "read_text",
+    "IMAGE_ENDINGS", "Like", "Pair", "RecipeError", "captioned_images", "check_images", "encode_images",
+    "evenly_spaced", "geneval", "load_images", "preference_pairs", "prompt_rows", "read_prompts", "read_rows",
+    "read_text", "single_likes",
 ]  # fmt: skip
 
 __getattr__ = old_names(__name__, {"spread": evenly_spaced})

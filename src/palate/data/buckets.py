@@ -49,9 +49,9 @@ def shape_of(image: Path | bytes) -> tuple[int, int]:
 def assign(
     images: Sequence[Path | bytes], samples: Sequence[Sequence[int]], sizes: Sequence[Size]
 ) -> dict[int, list[int]]:
-    """Place of a size -> the samples (numbers of images) that go to it, in their order; sizes without one are left
-    out."""
+    """Place of a size -> the samples (numbers of images, below 0 for an absent one) that go to it, in their order;
+    sizes without one are left out."""
     shapes, found = [shape_of(image) for image in images], dict[int, list[int]]()
     for row, sample in enumerate(samples):
-        found.setdefault(nearest([shapes[k] for k in sample], sizes), []).append(row)
+        found.setdefault(nearest([shapes[k] for k in sample if k >= 0], sizes), []).append(row)
     return dict(sorted(found.items()))

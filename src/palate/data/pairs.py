@@ -1,4 +1,4 @@
-"""Preference pairs as they are published: Pick-a-Pic and HPDv2."""
+"""Preference pairs as they are published, Pick-a-Pic and HPDv2; and single likes, a picture and a yes or no a row."""
 
 from __future__ import annotations
 
@@ -16,6 +16,17 @@ class Pair(NamedTuple):
     first: Path | bytes
     second: Path | bytes
     preference: float  # share of votes for the first: 1, 0, or 0.5 for a tie
+
+
+class Like(NamedTuple):
+    """An image, a file or its encoded bytes, and whether somebody likes it for the prompt."""
+
+    prompt: str
+    image: Path | bytes
+    like: bool
+
+
+LIKES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}  # as text, in lower case
 
 
 def preference_pairs(source: str) -> Iterator[Pair]:
@@ -36,11 +47,44 @@ def preference_pairs(source: str) -> Iterator[Pair]:
             first, second = (_picture_of(path, name) for name in names)
             votes = [float(vote) for vote in row["human_preference"]]
             yield Pair(row["prompt"], first, second, _share(path, number, votes[0] / sum(votes) if sum(votes) else 0.5))
+        elif {"image", "like"} <= row.keys():
+            raise RecipeError(
+                f"{path}, row {number}: one picture and a like, where a pair is expected; give the file as "
+                "prompts.likes, with algorithm.loss=kto"
+            )
         else:
             raise RecipeError(
                 f"{path}, row {number}: neither Pick-a-Pic (caption, jpg_0, jpg_1, label_0) nor HPDv2 "
                 f"(prompt, file_path, human_preference); got {', '.join(map(str, row))}"[:300]
             )
+
+
+def single_likes(source: str) -> Iterator[Like]:
+    """Rows {"prompt", "image", "like"} of a .jsonl, .json, .csv, .tsv or .parquet, in the file's order.
+
+    image: a file beside the list, or of .parquet its bytes. like: true or false, also 1 or 0, and as text yes or no.
+    """
+    path = Path(source)
+    if not path.is_file():
+        raise RecipeError(f'likes file {source!r} does not exist; give rows {{"prompt", "image", "like"}}, as .jsonl')
+    for number, row in enumerate(parquet_rows(path) if path.suffix.lower() == ".parquet" else read_rows(path), 1):
+        if row.keys() & {"jpg_0", "human_preference", "left"}:
+            raise RecipeError(
+                f"{path}, row {number}: a pair of pictures, where single likes are expected; give the file as "
+                "prompts.pairs"
+            )
+        if lacking := [key for key in ("prompt", "image", "like") if row.get(key) is None]:
+            raise RecipeError(
+                f'{path}, row {number}: expected {{"prompt": text, "image": FILE, "like": true or false}}; '
+                f"it lacks {lacking[0]}"
+            )
+        like = LIKES.get(str(row["like"]).strip().lower().removesuffix(".0"))
+        if like is None:
+            raise RecipeError(f"{path}, row {number}: a like of {str(row['like'])[:40]!r}; expected true or false")
+        image = row["image"]["bytes"] if isinstance(row["image"], dict) and "bytes" in row["image"] else row["image"]
+        if not isinstance(image, (str, bytes)) or not isinstance(row["prompt"], str):
+            raise RecipeError(f"{path}, row {number}: expected a prompt in words, and an image as the name of its file")
+        yield Like(" ".join(row["prompt"].split()), _picture_of(path, image) if isinstance(image, str) else image, like)
 
 
 def _share(path: Path, number: int, value: Any) -> float:

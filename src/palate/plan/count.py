@@ -119,10 +119,15 @@ def _counted_batch(recipe: Recipe) -> int:
 
 
 def _latents(recipe: Recipe, rng: Random) -> Tensor | None:
-    """Clean latents (B, 1, 2, 2) of offline training; (B, 2, 1, 2, 2) of pairs, (B, 2, 2, 2, 2) of their Gaussians."""
-    if recipe.prompts.pairs is not None:
+    """Clean latents (B, 1, 2, 2) of offline training; (B, 2, 1, 2, 2) of pairs, (B, 2, 2, 2, 2) of their Gaussians.
+
+    Of likes every other image is absent, and then the other one."""
+    if recipe.prompts.pairs is not None or recipe.prompts.likes is not None:
         sampled = isinstance(recipe.algorithm, SamplesPosterior) and recipe.algorithm.posterior
-        return torch.stack([rng.normal("x", (2 if sampled else 1, 2, 2))] * 2, 1)
+        pairs = torch.stack([rng.normal("x", (2 if sampled else 1, 2, 2))] * 2, 1)
+        if recipe.prompts.likes is not None:
+            pairs[::2, 1], pairs[1::2, 0] = torch.nan, torch.nan
+        return pairs
     return rng.normal("x", (1, 2, 2)) if recipe.prompts.images is not None else None
 
 

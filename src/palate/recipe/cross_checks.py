@@ -10,6 +10,7 @@ from palate.core import ChecksBatch, DrawsOtherSizes, TakesAnySize
 from palate.models import families
 from palate.recipe.model_checks import check_model
 from palate.recipe.names import near
+from palate.recipe.picture_checks import check_pictures, check_prompts
 from palate.recipe.settings import Recipe, RewardSettings
 from palate.rewards import table as rewards
 from palate.runtime.code import load_object, names_a_file
@@ -21,13 +22,6 @@ class NeedsRewardGradient(Protocol):
     """An algorithm that differentiates the reward, if the attribute is true."""
 
     needs_reward_gradient: bool
-
-
-@runtime_checkable
-class ReadsPairs(Protocol):
-    """An algorithm that learns from preference pairs, if the attribute is true."""
-
-    reads_pairs: bool
 
 
 @runtime_checkable
@@ -64,14 +58,6 @@ class ComparesParts(Protocol):
     def per_reward(self) -> bool: ...
 
 
-@runtime_checkable
-class TracksNoise(Protocol):
-    """Settings of an algorithm that may noise each picture with the noise that it was made from, noise = "tracked"."""
-
-    @property
-    def noise(self) -> str: ...
-
-
 def rewards_used(reward: RewardSettings) -> set[str]:
     """The names of the rewards that are optimised."""
     return {reward.name} if reward.name else set(reward.weights or ())
@@ -93,24 +79,13 @@ def trained_names(algorithm: str) -> tuple[str, ...]:
 def check_together(recipe: Recipe, mistakes: list[str]) -> None:
     """Add to `mistakes` what does not fit together."""
     check_model(recipe.model, mistakes)
-    _check_prompts(recipe, mistakes)
+    check_prompts(recipe.prompts, mistakes)
     _check_rewards(recipe, mistakes)
     if recipe.optimize is not None:
         _check_oracle(recipe, mistakes)
     if recipe.algorithm.name:
         _check_algorithm(recipe, mistakes)
         _check_sizes(recipe, mistakes)
-
-
-def _check_prompts(recipe: Recipe, mistakes: list[str]) -> None:
-    prompts = recipe.prompts
-    sources = {"file": prompts.file, "list": prompts.list, "images": prompts.images, "pairs": prompts.pairs}
-    given = [f"prompts.{key}" for key, value in sources.items() if value is not None]
-    if len(given) != 1:
-        mistakes.append(
-            "prompts: give exactly one of prompts.file, prompts.list, prompts.images, prompts.pairs; got "
-            f"{' and '.join(given) or 'none'}"
-        )
 
 
 def _check_sizes(recipe: Recipe, mistakes: list[str]) -> None:
@@ -168,7 +143,7 @@ def _check_rewards(recipe: Recipe, mistakes: list[str]) -> None:
 
 
 def _check_algorithm(recipe: Recipe, mistakes: list[str]) -> None:
-    settings, prompts = recipe.algorithm, recipe.prompts
+    settings = recipe.algorithm
     name, kind = settings.name, algorithms.find(settings.name).load_class()
     _check_reward_use(recipe.reward, settings, kind, mistakes)
     if isinstance(settings, ChecksBatch):
@@ -176,15 +151,7 @@ def _check_algorithm(recipe: Recipe, mistakes: list[str]) -> None:
             settings.check_batch(recipe.trainer.batch_size // recipe.trainer.micro_batches)
         except ValueError as error:
             mistakes.append(str(error))
-    reads_pairs = isinstance(kind, ReadsPairs) and kind.reads_pairs
-    if prompts.pairs is not None and not reads_pairs:
-        mistakes.append(f"prompts.pairs: {name} does not read pairs, only dpo does; give prompts.file")
-    if prompts.pairs is not None and isinstance(settings, TracksNoise) and settings.noise == "tracked":
-        mistakes.append("algorithm.noise: tracked needs the noise of each picture, which pairs lack; set it to fresh")
-    if prompts.images is not None and reads_pairs:
-        mistakes.append(
-            f"prompts.images: {name} reads pairs of images; give prompts.pairs, or prompts.file to draw them"
-        )
+    check_pictures(recipe.prompts, settings, kind, mistakes)
     if (
         isinstance(settings, ControlWords)
         and any(settings.positive)

@@ -23,9 +23,10 @@ WEIGHTS = "*.safetensors"
 
 
 def identity(recipe: Recipe) -> dict[str, str]:
-    """Key of the recipe -> SHA-256 of what it names: prompts, images, pairs, code, weights of rewards."""
+    """Key of the recipe -> SHA-256 of what it names: prompts, images, pairs, likes, code, weights of rewards."""
     prompts, found = recipe.prompts, {}
-    for key, path in (("file", prompts.file), ("images", prompts.images), ("pairs", prompts.pairs)):
+    named = {"file": prompts.file, "images": prompts.images, "pairs": prompts.pairs, "likes": prompts.likes}
+    for key, path in named.items():
         if path is not None and Path(path).exists():
             found[f"prompts.{key}"] = content_digest(path) or ""
     for key, name in (("model.name", recipe.model.name), ("algorithm.name", recipe.algorithm.name)):

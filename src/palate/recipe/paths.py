@@ -15,6 +15,7 @@ FILES = {  # key -> whether a file is meant; else a file or a folder
     ("prompts", "file"): True,
     ("prompts", "images"): False,
     ("prompts", "pairs"): True,
+    ("prompts", "likes"): True,
     ("prompts", "preview"): True,
     ("evaluate", "file"): True,
     ("optimize", "features_source"): False,

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from palate.core import EncodesPictures, Model
-from palate.data import Pair, RecipeError, captioned_images, encode_images, preference_pairs
+from palate.data import Like, Pair, RecipeError, captioned_images, encode_images, preference_pairs, single_likes
 from palate.data.buckets import Bucket, Size, assign
 from palate.models.sizes import at_size
 from palate.recipe.settings import Recipe
 from palate.runtime.errors import InputError
+
+ABSENT = -1  # in the place of a picture's number
 
 
 @runtime_checkable
@@ -45,7 +47,8 @@ class KnowsTies(Protocol):
 
 @dataclass(frozen=True)
 class Pictures:
-    """Given pictures: each file once, and the files of every sample, one or the preferred and the rejected one."""
+    """Given pictures: each file once, and the files of every sample, one or the preferred and the rejected one, of
+    which one may be ABSENT."""
 
     captions: list[str]  # of each sample
     files: list[Path | bytes]
@@ -59,16 +62,22 @@ class Pictures:
 
 
 def pictures_of(recipe: Recipe) -> Pictures | None:
-    """Those of prompts.images or of prompts.pairs; None without either. Nothing is decoded.
+    """Those of prompts.images, of prompts.pairs or of prompts.likes; None without any. Nothing is decoded.
 
-    A tie that is kept stands there in both orders and every other pair twice, so that all weigh alike.
+    A liked picture is a preferred one without a rejected one, a disliked one the other way round. A tie that is kept
+    stands there in both orders and every other pair twice, so that all weigh alike.
     """
     if recipe.prompts.images is not None:
         found = captioned_images(Path(recipe.prompts.images))
         return Pictures([text for _, text in found], [path for path, _ in found], [(k,) for k in range(len(found))])
+    settings = recipe.algorithm
+    mirrored = isinstance(settings, MirrorsPairs) and settings.flip
+    if recipe.prompts.likes is not None:
+        likes = kept_likes(recipe.prompts.likes)
+        sides = [(k, ABSENT) if one.like else (ABSENT, k) for k, one in enumerate(likes)]
+        return Pictures([one.prompt for one in likes], [one.image for one in likes], sides, mirrored)
     if recipe.prompts.pairs is None:
         return None
-    settings = recipe.algorithm
     pairs = kept_pairs(recipe.prompts.pairs, settings)
     files: list[Path | bytes] = []
     captions, samples = [], []
@@ -79,7 +88,6 @@ def pictures_of(recipe: Recipe) -> Pictures | None:
         orders = [forth if pair.preference > 0.5 else back] * again if pair.preference != 0.5 else [forth, back]
         samples += orders
         captions += [pair.prompt] * len(orders)
-    mirrored = isinstance(settings, MirrorsPairs) and settings.flip
     return Pictures(captions, files, samples, mirrored)
 
 
@@ -103,8 +111,24 @@ def kept_pairs(source: str, settings: object) -> list[Pair]:
     return decided
 
 
+def kept_likes(source: str) -> list[Like]:
+    """The likes of a file; says so where all of them are of one kind. RecipeError: there is none."""
+    likes = list(single_likes(source))
+    if not likes:
+        raise RecipeError(f"prompts.likes: {source} holds no like")
+    kinds = {one.like for one in likes}
+    if len(kinds) == 1:
+        here, missing = ("likes", "dislikes") if kinds == {True} else ("dislikes", "likes")
+        logging.getLogger("palate").warning(
+            "prompts.likes: all %d are %s; with some %s as well it is learnt what makes the difference",
+            len(likes), here, missing,
+        )  # fmt: skip
+    return likes
+
+
 def latents_of(model: Model, pictures: Pictures, settings: object) -> Tensor:
-    """(N, C, h, w) of images or (N, 2, C, h, w) of pairs, encoded once; twice as many channels with posterior."""
+    """(N, C, h, w) of images or (N, 2, C, h, w) of pairs and likes, encoded once; twice as many channels with
+    posterior. An absent picture is NaN."""
     return _encoded(model, pictures, range(len(pictures.samples)), settings)
 
 
@@ -123,12 +147,14 @@ def _encoded(model: Model, pictures: Pictures, rows: Sequence[int], settings: ob
     """Latents of some samples at the model's size, then of their mirror images; a picture is encoded once for each."""
     if not isinstance(model, EncodesPictures):
         raise InputError(
-            "prompts.images, prompts.pairs: the model has no image_size to fit pictures to; give prompts.file"
+            "prompts.images, prompts.pairs, prompts.likes: the model has no image_size to fit pictures to; give "
+            "prompts.file"
         )
     posterior = isinstance(settings, SamplesPosterior) and settings.posterior
-    used = sorted({k for row in rows for k in pictures.samples[row]})
-    places, files = {k: place for place, k in enumerate(used)}, [pictures.files[k] for k in used]
+    used = sorted({k for row in rows for k in pictures.samples[row]} - {ABSENT})
+    places, files = {k: place for place, k in enumerate(used)} | {ABSENT: len(used)}, [pictures.files[k] for k in used]
     chosen = torch.tensor([[places[k] for k in pictures.samples[row]] for row in rows])
     views: Sequence[bool] = (False, True) if pictures.mirrored else (False,)
-    latents = torch.cat([encode_images(model, files, posterior=posterior, mirrored=view)[chosen] for view in views])
+    encoded = (encode_images(model, files, posterior=posterior, mirrored=view) for view in views)
+    latents = torch.cat([torch.cat([found, torch.full_like(found[:1], torch.nan)])[chosen] for found in encoded])
     return latents[:, 0] if chosen.shape[1] == 1 else latents

@@ -119,7 +119,7 @@ def fingerprint(recipe: Recipe) -> str:
         del tree["trainer"][key]
     for section, key in (
         (tree["reward"], "relative"), (tree["reward"], "taste"), (tree["model"], "reference"),
-        (tree["model"], "quantize"), (tree["prompts"], "sizes"),
+        (tree["model"], "quantize"), (tree["prompts"], "sizes"), (tree["prompts"], "likes"),
     ):  # fmt: skip
         if section[key] is None:
             del section[key]  # so that runs from before this key can be resumed
@@ -130,8 +130,8 @@ def fingerprint(recipe: Recipe) -> str:
         del tree["reward"]["taste"]["allow_unlearnt"]  # whether it may begin, not what it does
     tree["optimize"] = None  # palate optimize has an identity of its own
     tree["reward"]["source"] = {}  # where weights lie; what they are is in `recipe.identity`
-    for section, key in (("prompts", "file"), ("prompts", "images"), ("prompts", "pairs"), ("prompts", "preview")):
-        tree[section][key] = content_digest(tree[section][key])
+    for key in {"file", "images", "pairs", "likes", "preview"} & tree["prompts"].keys():
+        tree["prompts"][key] = content_digest(tree["prompts"][key])
     later = recipe.algorithm.later_keys if isinstance(recipe.algorithm, HasLaterKeys) else {}
     tree["algorithm"] = {k: v for k, v in tree["algorithm"].items() if k not in later or v != later[k]}
     if isinstance(recipe.algorithm, HasOldKeys):  # likewise: a key keeps its first name here

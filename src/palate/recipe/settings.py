@@ -121,13 +121,14 @@ class RewardSettings:
 
 @dataclass(frozen=True)
 class PromptSettings:
-    """Where prompts come from: a file (a path, or a name in the package), a list, captioned images, or pairs."""
+    """Where prompts come from: a file (a path, or a name in the package), a list, captioned images, pairs, likes."""
 
     __pydantic_config__ = _STRICT
     file: str | None = None
     list: PromptList | None = None
     images: str | None = None  # a folder of captioned images: offline training on them
     pairs: str | None = None  # preference pairs for dpo: HPDv2's train.json or Pick-a-Pic's .parquet, ties left out
+    likes: str | None = None  # for dpo with loss = kto: rows {"prompt", "image", "like": true or false}
     preview: str | None = None  # a file as above; None = some of the training prompts, evenly spaced
     # to train on, each a side or [height, width]: every step draws one of them; None = model.image_size
     sizes: ImageSizes | None = None

@@ -182,8 +182,8 @@ class Comparing:
             if key not in self._models:
                 self._models[key] = EmojiModel.load(recipe.model.folder, training="none")
         sampler = recipes.sampler_of(recipes.build_algorithm(recipe))
-        if recipe.prompts.pairs or recipe.prompts.images:  # trained on pictures: their captions are no list of prompts
-            asked = recipe.prompts.preview
+        asked, given = recipe.prompts.preview, recipe.prompts
+        if given.pairs or given.likes or given.images:  # trained on pictures: their captions are no list of prompts
             preview = read_prompts(asked) if asked else self._drawn(run)
         else:
             _, preview = recipes.prompts_of(recipe)

@@ -215,16 +215,20 @@ def export_votes(
 
     reads: whether whoever is to read them understands a prompt; votes about other prompts are left out.
 
-    hpdv2: train.json beside its images, for `prompts.pairs` of dpo. json: rows of file names. Both write images/ with
-    the captions that `prompts.images` reads. InputError: another form, or no vote.
+    hpdv2: train.json beside its images, for `prompts.pairs` of dpo. likes: likes.jsonl, for `prompts.likes`; both
+    bad is two dislikes, and ties are left out. json: rows of file names. All write images/ with the captions that
+    `prompts.images` reads. InputError: another form, or no vote.
     """
     folder = Path(folder)
-    if form not in ("hpdv2", "json"):
-        raise InputError(f"--format: expected hpdv2 or json, got {form!r}")
+    if form not in ("hpdv2", "likes", "json"):
+        raise InputError(f"--format: expected hpdv2, likes or json, got {form!r}")
     votes, _ = store.with_pictures()
     if votes and not any(_understood(vote, reads) for vote in votes):
         raise InputError(f"{store.file} holds no vote about a prompt that the model reads; choose among its pictures")
     votes = [vote for vote in votes if _understood(vote, reads)]
+    if form == "likes" and votes and all(vote.choice == "tie" for vote in votes):
+        raise InputError(f"{store.file} holds ties only, which are neither likes nor dislikes")
+    votes = [vote for vote in votes if form != "likes" or vote.choice != "tie"]
     if not votes:
         raise InputError(f"{store.file} holds no vote whose pictures are there")
     (folder / "images").mkdir(parents=True, exist_ok=True)
@@ -239,9 +243,15 @@ def export_votes(
         if form == "json":
             rows.append({"id": vote.id, "prompt": vote.prompt, "left": paths[0], "right": paths[1],
                          "choice": vote.choice, "session": vote.session, "rater": vote.rater})  # fmt: skip
+        elif form == "likes":
+            rows += [{"prompt": vote.prompt, "image": path, "like": vote.choice == side}
+                     for path, side in zip(paths, ("left", "right"), strict=True)]  # fmt: skip
         else:
             share = {1.0: [1, 0], 0.0: [0, 1], 0.5: [0, 0]}[vote.outcome]
             rows.append({"prompt": vote.prompt, "image_path": paths, "human_preference": share})
-    name = "train.json" if form == "hpdv2" else "votes.json"
-    (folder / name).write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(rows, indent=1, ensure_ascii=False)
+    if form == "likes":
+        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    name = {"hpdv2": "train.json", "likes": "likes.jsonl", "json": "votes.json"}[form]
+    (folder / name).write_text(text + "\n", encoding="utf-8")
     return len(votes)

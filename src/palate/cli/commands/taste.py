@@ -51,11 +51,14 @@ def import_votes(
 
 @votes_app.command("export", epilog=examples(
     "palate votes export votes --out pairs && palate train taste-emoji-dpo prompts.pairs=pairs/train.json",
+    "palate votes export votes --out pairs --format likes    for dpo-emoji-likes: both bad is two dislikes",
 ))  # fmt: skip
 def export_votes(
     votes: Votes,
     out: Annotated[Path, typer.Option(help="The folder to write to.")] = Path("votes-export"),
-    form: Annotated[str, typer.Option("--format", help="hpdv2 (train.json, for dpo) or json.")] = "hpdv2",
+    form: Annotated[
+        str, typer.Option("--format", help="hpdv2 (train.json, for dpo), likes (likes.jsonl) or json.")
+    ] = "hpdv2",
 ) -> None:
     """Write votes where dpo and other programs read them."""
     from palate.taste import readers
