@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.resources import files
 
 import pytest
 from markupsafe import Markup
@@ -117,3 +118,31 @@ def test_a_comparison_shows_six_metrics_and_folds_the_rest(tmp_path):
     shown, folded = page.split("<h2>Numbers</h2>")[1].split("<details>")[:2]
     count = int(re.search(r"<summary>(\d+) more metrics", folded)[1])
     assert shown.count('<th scope="row">') == 6 and folded.split("</details>")[0].count('<th scope="row">') == count > 0
+
+
+def colours(sheet):
+    """The named colours of a style sheet, light and dark."""
+    text = files("palate").joinpath(sheet).read_text("utf-8")
+    return [
+        dict(re.findall(r"--([\w-]+): (#[0-9a-f]{6})", part)) for part in text.split("prefers-color-scheme: dark")[:2]
+    ]
+
+
+def luminance(colour):
+    """WCAG's relative luminance."""
+    parts = [int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_reports_have_the_studios_colours_and_can_be_read(scheme):
+    ours, studio = colours("report/templates/style.css")[scheme], colours("studio/static/studio.css")[scheme]
+    for name in ("paper", "card", "ink", "soft", "line", "accent", "good", "bad"):
+        assert ours[name] == studio[name], name
+    assert (ours["fair"], ours["amber"]) == (studio["amber"], studio["amber-bg"])
+    grounds = {"ink": ("paper", "card", "amber", "wash"), "soft": ("paper", "card")}
+    for name in ("ink", "soft", "accent", "good", "fair", "bad", "g0", "g1", "g2", "g3"):
+        for ground in grounds.get(name, ("paper",)):
+            dark, light = sorted((luminance(ours[name]), luminance(ours[ground])))
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, (name, ground)
