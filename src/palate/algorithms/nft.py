@@ -24,7 +24,7 @@ Deviations from the paper:
 - adaptive = True is its self-normalised x0 form of the square error, |x0+ - x0|^2 / stop_grad(mean |x0+ - x0|);
   False is the loss above. `velocity` is eps - x0 for every schedule, so it works for variance-preserving models.
 - z is in units of the group's standard deviation of R, and the mean is the group's. The program: z = 5, and the
-  standard deviation of all rewards (baseline = "batch").
+  standard deviation of all rewards (baseline = "batch": of a rank's own).
 - Its policy loss is 5 / beta times ours, so its KL weight is ours times 5 / beta: `kl_of_released` converts.
 - Times are uniform (then shifted), n for each image, where the program takes the sampler's own.
 - The program draws the parts of its `minibatches` at random; here image k of a group is of part k mod minibatches.
