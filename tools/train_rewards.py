@@ -40,6 +40,7 @@ from transformers import (
     CLIPModel,
     CLIPTextConfig,
     CLIPVisionConfig,
+    PreTrainedTokenizerFast,
     ResNetConfig,
     ResNetForImageClassification,
     SwinConfig,
@@ -115,6 +116,23 @@ def build(which: str, words: int) -> torch.nn.Module:
             label2id={label: k for k, label in enumerate(labels)},
         )
     )
+
+
+def begin_with(model: torch.nn.Module, folder: Path, tokenizer) -> None:
+    """Take over the weights of a reward of the same shape, which may know other words and fewer places: those that
+    both know are taken, the others stay as they are."""
+    earlier = PreTrainedTokenizerFast.from_pretrained(folder).get_vocab()
+    own = {name: value.clone() for name, value in model.state_dict().items()}
+    for name, value in type(model).from_pretrained(folder, dtype=torch.float32).state_dict().items():
+        if name.endswith(("word_embeddings.weight", "token_embedding.weight")):
+            for word, row in tokenizer.get_vocab().items():
+                if word in earlier:
+                    own[name][row] = value[earlier[word]]
+        elif name.endswith(("position_embeddings.weight", "position_embedding.weight")):
+            own[name][: len(value)] = value
+        else:
+            own[name] = value
+    model.load_state_dict(own)
 
 
 def features(model: torch.nn.Module, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -218,7 +236,7 @@ def main() -> None:
     parser.add_argument("--pool", type=Path, default=pool.POOL)
     parser.add_argument("--vae", type=Path, default=Path(".cache/autoencoder/vae"))
     parser.add_argument("--negatives", type=Path, help="of build_negatives.py; for the reward emoji")
-    parser.add_argument("--init", type=Path, help="a reward folder to start from")
+    parser.add_argument("--init", type=Path, help="a reward folder to start from, of this or of an earlier vocabulary")
     parser.add_argument("--work", type=Path, default=Path(".cache/rewards"))
     parser.add_argument("--assets", type=Path, default=ASSETS)
     args = parser.parse_args()
@@ -231,7 +249,7 @@ def main() -> None:
     rivals = Rivals.load(args.negatives, shown, held_out) if args.negatives else None
     model = build(args.which, len(tokenizer)).train()
     if args.init:
-        model.load_state_dict(load_file(args.init / "model.safetensors"))
+        begin_with(model, args.init, tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.02)
     run = Progress(args.work / f"{args.which}.pt", {"model": model, "optimizer": optimizer}, args.minutes)
 
