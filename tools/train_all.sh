@@ -13,7 +13,9 @@ minutes() { python -c "import sys; print(float(sys.argv[1]) * float(sys.argv[2])
 python tools/stage.py "$work/stage"
 export PYTHONPATH=$work/stage
 mkdir -p "$work/log" "$work/shipped"
-[ -d "$work/shipped/emoji" ] || cp -r src/palate/assets/emoji "$work/shipped/" # what the new model begins with
+for part in emoji reward-heldout; do # what the new ones begin with
+    [ -d "$work/shipped/$part" ] || cp -r "src/palate/assets/$part" "$work/shipped/"
+done
 assets=$work/stage/palate/assets pool=$work/pool vae=$work/autoencoder/polished
 judges=(--pool "$pool" --vae "$vae" --work "$work/rewards")
 run() { echo "$(date +%H:%M) $*"; python "$@"; }
@@ -28,16 +30,12 @@ run() { echo "$(date +%H:%M) $*"; python "$@"; }
     run tools/train_detector.py --minutes "$(minutes 25)" "${judges[@]}"
     run tools/train_rewards.py judge --minutes "$(minutes 25)" --seed 3 --lr 3e-3 "${judges[@]}"
     run tools/train_rewards.py emoji --minutes "$(minutes 40)" --batch 80 "${judges[@]}"
-    run tools/train_rewards.py heldout --minutes "$(minutes 40)" --batch 80 --seed 2 --lr 2e-3 "${judges[@]}"
+    run tools/train_rewards.py heldout --minutes "$(minutes 40)" --batch 80 --seed 2 --lr 2e-3 "${judges[@]}" \
+        --init "$work/shipped/reward-heldout"
     run tools/train_base.py --minutes "$(minutes 300)" --pool "$pool" --vae "$vae" --init "$work/shipped/emoji" \
         --work "$work/base"
     run tools/base_folder.py "$work/base/model" --out "$assets/emoji"
-    for round in 1 2; do # the second against the reward that the first made
-        negatives=$work/rewards/negatives-$round.safetensors
-        [ -f "$negatives" ] || run tools/build_negatives.py --steps 24 --samples 128 --seed $((4 + round)) --out "$negatives"
-        run tools/train_rewards.py emoji --negatives "$negatives" --init "$assets/reward-emoji" --lr 5e-4 --batch 80 \
-            --minutes "$(minutes 12)" --pool "$pool" --vae "$vae" --work "$work/rewards/round-$round"
-    done
+    # build_negatives.py and train_rewards.py --negatives are left out: as they stand they harm the reward (docs/log.md)
     run tools/train_consistency.py --minutes "$(minutes 12)" --lr 1.5e-3 --batch 16 --work "$work/consistency"
     mkdir -p "$assets/emoji-consistency"
     cp "$work/consistency/README.md" "$work/consistency/pytorch_lora_weights.safetensors" "$assets/emoji-consistency/"

@@ -50,5 +50,6 @@ def test_tiles_are_scaled_by_whole_pixels_and_stand_where_their_labels_say(tmp_p
     tiles = [[Image.new("RGB", (8, 8), colour) for colour in row] for row in (("red", "blue"), ("lime", "black"))]
     figures.labelled(tiles, ["one", "two"], ["first", "second"], tmp_path / "x/sheet.png", 3)
     sheet = np.asarray(Image.open(tmp_path / "x/sheet.png"))
-    assert sheet.shape[:2] == (30 + 2 * 32 - 8, 205 + 2 * 32 - 8)
-    assert (sheet[30:54, 205:229] == (255, 0, 0)).all() and (sheet[62:86, 237:261] == 0).all()
+    left = sheet.shape[1] - (2 * 32 - 8)  # what the longest name needs
+    assert sheet.shape[0] == 30 + 2 * 32 - 8 and (sheet[30:, left - 4 : left] == 255).all()
+    assert (sheet[30:54, left : left + 24] == (255, 0, 0)).all() and (sheet[62:86, left + 32 :] == 0).all()

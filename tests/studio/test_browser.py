@@ -153,10 +153,10 @@ def test_a_persons_whole_way(open_studio, show, tmp_path):
     pid = json.loads((tmp_path / "studio/processes/align-1.json").read_text())["pid"]
     os.kill(pid, signal.SIGSTOP)  # its thirty updates take ten seconds, less than this page on a slow machine
     page.get(server.root + "/steer")
-    get(page, "word-add").send_keys("sparkling")
+    get(page, "word-add").send_keys("watercolour")
     click(page, "word-wanted")
     assert "near" in wait_for(lambda: text(page, "refused"), 60, "the refusal")
-    wait_for(lambda: get(page, "word-add").get_property("value") == "sparkling", 60, "the refused word to come back")
+    wait_for(lambda: get(page, "word-add").get_property("value") == "watercolour", 60, "the refused word to come back")
     get(page, "word-add").clear()
     get(page, "word-add").send_keys("cartoon")
     click(page, "word-wanted")
