@@ -28,7 +28,6 @@ import methods  # noqa: E402
 import publish  # noqa: E402
 import rows  # noqa: E402
 import sqdf  # noqa: E402
-import tasks  # noqa: E402
 import time_to_preference as time_to  # noqa: E402
 
 
@@ -299,10 +298,9 @@ def test_quick_comparison_of_a_method_or_two(quick, command, rows):
         ("distar.py teacher emoji-1step", ["diversity inside a prompt"]),
         ("distar.py family emoji-1step", ["| DI* | 1 |"]),
         ("opd.py", ["| student | "]),
-        pytest.param(
+        (
             "comparison.py --tasks scenes --methods LeapAlign DDPO",
             ["**embedded GenEval**", "| LeapAlign | 1 |", "| DDPO | 1 |"],
-            marks=pytest.mark.skipif(bool(tasks.missing("scenes")), reason="these assets know no scenes"),
         ),
         ("methods.py tune --methods ReFL", ["3 learning rates x 1 seed x 60 forwards"]),
     ],

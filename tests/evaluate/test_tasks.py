@@ -36,18 +36,18 @@ def test_tasks_count_alike_whatever_their_number_of_prompts(drawn):
     assert tasks_json(found)["mean"]["base"] == 0.0
 
 
-def test_the_command_needs_assets_with_words_for_tasks(tmp_path):
-    """Until the vocabulary has them, a sentence says so, and nothing is drawn."""
-    from typer.testing import CliRunner
-
-    from palate.cli import app
+def test_a_vocabulary_of_single_drawings_has_no_tasks(tmp_path, monkeypatch):
+    """A sentence says so before anything is loaded or drawn."""
+    from palate.cli import evaluate_tasks as command
     from palate.models.vocabulary import vocabulary
+    from palate.rewards.tasks import task_prompts
+    from palate.runtime.errors import InputError
 
-    if vocabulary().counts:
-        pytest.skip("these assets have them")
-    (tmp_path / "recipe.yaml").write_text("model:\n  name: emoji\n")
-    result = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--tasks"])
-    assert result.exit_code != 0 and not (tmp_path / "tasks.json").exists()
+    single = vocabulary()._replace(counts=(), relations=(), paints=(), turnable=())
+    monkeypatch.setattr(command, "task_prompts", lambda: task_prompts(vocab=single))
+    with pytest.raises(InputError, match="no words for counts, places and colours"):
+        command.evaluate_with_tasks([tmp_path], 2, load=lambda run: pytest.fail("loaded"), as_json=False, quiet=True)
+    assert not (tmp_path / "tasks.json").exists()
 
 
 def test_the_command_writes_each_runs_scores(tmp_path, drawn, capsys):
