@@ -147,6 +147,8 @@ def measure(source: str, overrides: list[str], seed: int, count: int) -> dict:
     inside = [float(diversity(who.classifier.features(side), groups).nanmean()) for side in (images, asked)]
     row["diversity_of_style"] = inside[0] / inside[1]
     cast = drift(images, asked, who.classifier.features(images), who.classifier.features(asked))
+    own = evaluate_images(asked, words, seeds, who._replace(rewards={}, position=None)).summary["metrics"]
+    row["asked"] = {"style": own[f"style/{positive[0]}"]["value"], "concept": own["concept"]["value"]}
     row["cast"] = {key: cast[key] for key in ("saturation_ratio", "red_ratio", "green_ratio", "blue_ratio")}
     return row
 
@@ -154,9 +156,10 @@ def measure(source: str, overrides: list[str], seed: int, count: int) -> dict:
 def table(group: str, results: Path) -> str:
     """Mean over seeds, with the standard deviation behind it; "" if nothing has been measured."""
     lines = [
-        "| run | seeds | style share | concept change | background change | diversity / base | same style "
-        "| / base in that style | relative reward, optimised | held out | absolute reward, held out "
-        "| saturation; red, green, blue / base in that style | fine detail / base | seconds |",
+        "| run | seeds | style share; base asked for it | concept change; base asked for it | background change "
+        "| diversity / base | same style | / base in that style | relative reward, optimised | held out "
+        "| absolute reward, held out | saturation; red, green, blue / base in that style | fine detail / base "
+        "| seconds |",
         "|---" * 14 + "|",
     ]
     for name in RUNS[group]:
@@ -171,8 +174,9 @@ def table(group: str, results: Path) -> str:
                 [
                     name,
                     str(len(rows)),
-                    f"{base:.2f} -> " + about([r["style"] for r in rows], two),
-                    about([r["concept"] - r["concept_base"] for r in rows], "{:+.3f}"),
+                    f"{base:.2f} -> {about([r['style'] for r in rows], two)}; {rows[0]['asked']['style']:.2f}",
+                    f"{about([r['concept'] - r['concept_base'] for r in rows], '{:+.3f}')}; "
+                    f"{rows[0]['asked']['concept'] - rows[0]['concept_base']:+.3f}",
                     about([r["background"] - r["background_base"] for r in rows], "{:+.3f}"),
                     about([r["diversity"] for r in rows], two),
                     about([r["diversity_same_style"] for r in rows], two),
