@@ -42,7 +42,7 @@ import methods
 import numpy as np
 import torch
 from budget import Prices
-from methods import METHODS, Check, Referees, available, parsed, referees, settings, slug, small, watch
+from methods import METHODS, Check, Referees, available, first_rate, parsed, referees, settings, slug, small, watch
 from rows import Row, is_made, keep_tuned, made, measured, write_table
 from scipy import stats
 from tasks import TASKS, missing, needs_gradient
@@ -182,7 +182,7 @@ def try_rate(task: str, method: str, lr: float, budget: int, prompts: int, more:
 
 def search_row(args: argparse.Namespace, task: str, method: str, factor: float) -> Row:
     """The run of the search at so many times the recipe's learning rate."""
-    lr = recipe.read(METHODS[method][0]).trainer.lr * factor
+    lr = first_rate(method) * factor
     more = small(method) if args.quick else []
     spent = args.budget or TUNE_BUDGET
     path = args.results / f"{slug('comparison-tune', task, method, factor, spent)}.json"
@@ -334,7 +334,7 @@ def searched(found: Sequence[dict[str, Any]], results: Path) -> dict[str, str]:
         places: dict[str, list[str]] = {}
         for method in dict.fromkeys(row["method"] for row in found if row["task"] == task):
             lr = chosen.get(f"{task}: {method}") or chosen.get(f"style: {method}") or chosen.get(method)
-            factor = lr / recipe.read(METHODS[method][0]).trainer.lr if lr else 0.0
+            factor = lr / first_rate(method) if lr else 0.0
             tried = [k for k, known in enumerate(TRIED) if abs(factor - known) < 1e-6 * known]
             where = {0: "the lowest tried", len(TRIED) - 1: "the highest tried"}
             place = where.get(tried[0], "") if tried else "not searched, the recipe's" if not lr else ""
