@@ -73,8 +73,8 @@ QUICK = {
 FIXED = {
     "DRaFT-1": ["algorithm.n=0"],  # its recipe is DRaFT-LV
     "MixGRPO": ["algorithm.window_every=3"],  # its few updates then visit all levels, as its recipe's many do
-    # alpha is twice the rank that all have, as its 64 of 32. Its rate, 3e-4, belongs to a model of 2.5 billion parameters:
-    # in 4,000 forwards neither it nor twice as much moves this one. The search begins at the rate of grpo-emoji.
+    # alpha is twice the rank that all have, as its 64 of 32. Its rate of 3e-4 belongs to a model of 2.5 billion
+    # parameters: in 4,000 forwards neither it nor twice as much moves this one. The search begins at grpo-emoji's.
     "Flow-GRPO released": ["model.lora_alpha=8", "trainer.lr=4e-3"],
 }
 PLAIN = ["trainer.ema_decay=0", "trainer.guard.every=0", "trainer.preview_every=0", "trainer.checkpoint_every=0"]
