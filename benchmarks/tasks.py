@@ -122,7 +122,7 @@ TASKS = {
             f'algorithm.positive=["{STYLE}"]',
             f'algorithm.negative=["{NEGATIVE}"]',
             f"algorithm.k_denoise=[{K}, {K}]",
-            f"algorithm.k_inversion=[{K}, {K}]",
+            "algorithm.k_inversion=[0, 0]",  # with K it would be K times less of the concept, and none were left in all
             "algorithm.hinge=null",
         ],
         own_words=True,
