@@ -86,7 +86,7 @@ class SRPOSettings:
 
     preference: Literal["relative", "absolute"] = "relative"  # absolute: R("pos. p") alone, for ablations
     k_denoise: tuple[float, float] = (0.0, 0.0)  # the CFG-like reward's k: weight of the absolute reward
-    k_inversion: tuple[float, float] = (0.0, 0.0)
+    k_inversion: tuple[float, float] = (0.0, 0.0)  # pushes away from what both prompts name; released: .3 to .01
     discount: tuple[float, float] = (1.0, 1.0)  # lambda(t), multiplies the loss
     hinge: float | None = None  # loss max(0, hinge - r) in place of -r; 0.7 in the released program
     reference_penalty: float = 0.0  # weight of mean (x0_policy - x0_reference)^2, both predicted from the same x_s
