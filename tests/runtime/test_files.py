@@ -15,6 +15,7 @@ from palate.cli.app import exit_code_of
 from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.files import (
     file_digest,
+    folder_size,
     json_line,
     new_folder,
     read_json_lines,
@@ -125,3 +126,35 @@ def test_two_writers_of_one_file_leave_the_content_of_one_of_them_whole(tmp_path
     for thread in threads:
         thread.join()
     assert not errors and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_is_never_replaced_by_a_file(tmp_path):
+    (tmp_path / "runs/mine").mkdir(parents=True)
+    (tmp_path / "runs/mine/result").write_text("weeks of work")
+    with pytest.raises(InputError, match="is a folder, where a file is to be written"):
+        write_atomically(tmp_path / "runs", b"<html>")
+    assert (tmp_path / "runs/mine/result").read_text() == "weeks of work"
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.parametrize("path", ["file/below", "folder", "x" * 300])
+def test_a_path_that_cannot_be_used_is_named_with_its_remedy(tmp_path, path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError) as caught:
+        (tmp_path / path).write_text("")
+    assert exit_code_of(caught.value) == 4
+    said = capsys.readouterr().err
+    assert path[:40] in said and "name a" in said and "Errno" not in said
+
+
+def test_the_size_of_a_folder_that_changes_meanwhile_is_no_error(tmp_path, monkeypatch):
+    """A run that trains renames and deletes checkpoints under whoever lists it."""
+    for name in ("a", "b/c", "b/d"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"12345")
+    assert folder_size(tmp_path) == 15
+    plain = os.lstat
+    monkeypatch.setattr(os, "lstat", lambda path: plain(path if not str(path).endswith("c") else "gone"))
+    assert folder_size(tmp_path) == 10
+    assert folder_size(tmp_path / "never") == 0

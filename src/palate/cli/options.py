@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from palate.runtime.errors import InputError
+from palate.runtime.own_files import OWN_FILES
 
 if TYPE_CHECKING:
     from palate.recipe import Recipe
@@ -142,6 +143,28 @@ def belongs(option: str, used: bool, other: str, given: bool) -> None:
     """InputError where an option is used without the one that it belongs to."""
     if used and not given:
         raise InputError(f"{option} belongs to {other}; give both, or neither")
+
+
+def page_file(option: str, path: Path | None) -> None:
+    """InputError where the option's page cannot be written: said before anything is drawn for it."""
+    if path is not None and path.is_dir():
+        raise InputError(f"{option}: {path} is a folder; name the page in it, for example {path / 'page.html'}")
+    if path is not None and path.suffix.lower() in (".json", ".yaml", ".jsonl"):
+        raise InputError(f"{option}: {path} is no name of a page; give one that ends in .html")
+
+
+def new_place(option: str, path: Path | None) -> None:
+    """InputError where the option names a file, or a run, whose own files would be written over."""
+    if path is None:
+        return
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{option}: {path} is a file; name a folder")
+    whole = path.resolve()
+    for folder in (whole, *whole.parents):
+        if (folder / "metrics.jsonl").is_file() and (folder / "recipe.yaml").is_file():
+            first = whole.relative_to(folder).parts[:1]
+            if not first or (first[0] in OWN_FILES and first[0] != "export"):
+                raise InputError(f"{option}: {path} holds files of the run {folder.name}; name a folder outside it")
 
 
 def all_prompts(prompt: list[str] | None, prompts_file: str | None) -> list[str]:

@@ -11,7 +11,8 @@ from palate.report.curves import read_metrics
 from palate.report.page import run_words
 from palate.report.story import wanted_styles
 from palate.runs import read_recipe
-from palate.runtime.errors import InputError
+from palate.runtime.errors import InputError, PalateError
+from palate.runtime.files import folder_size
 from palate.runtime.progress import printable
 from palate.runtime.result import evaluation_of
 from palate.runtime.runlock import status
@@ -45,13 +46,13 @@ def find_runs(root: Path) -> list[Path]:
 
 def describe(folder: Path) -> RunRow:
     """One row; a folder that cannot be read is `broken`, with the reason as its headline."""
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+    size = folder_size(folder) / 1e6
     try:
         recipe = read_recipe(folder)
         rows = read_metrics(folder)
         evaluation = evaluation_of(folder)
         queries = read_queries(folder)
-    except InputError as error:
+    except (PalateError, OSError) as error:
         return RunRow(folder.name, str(folder), "broken", 0, None, "", str(error).splitlines()[0], round(size, 3), "")
     if (optimize := recipe.get("optimize")) is None:
         step, steps = max((row["step"] for row in rows), default=0), (recipe.get("trainer") or {}).get("steps")

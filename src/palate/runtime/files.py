@@ -31,6 +31,15 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "The name is too long for this disk: set run.folder to a shorter one",
     errno.EIO: "The disk reports an error: look at its health before you trust it again",
 }
+_OF_PATHS = {  # of any file that is read or written
+    errno.EACCES: "Its owner or its permissions forbid it: change them, or name another place",
+    errno.EPERM: "Its owner or its permissions forbid it: change them, or name another place",
+    errno.EROFS: "The disk is mounted read-only: name another place",
+    errno.EEXIST: "A file of that name is in the way: move it, or name another place",
+    errno.ENOTDIR: "A file stands where a folder is needed: move it, or name another place",
+    errno.EISDIR: "A folder stands where a file is needed: name a file",
+    errno.ENAMETOOLONG: "The name is too long for this disk: name a shorter one",
+}
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
@@ -44,11 +53,13 @@ def write_durably(path: Path, data: bytes) -> None:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace the file at `path` by `data`: a reader, or a crash, sees the old content or the new, never a part. Of two
-    writers at once the last one's content stays, whole."""
+    writers at once the last one's content stays, whole. InputError: a folder is there, which stays."""
+    if path.is_dir():
+        raise InputError(f"{path} is a folder, where a file is to be written; name a file in it")
     temporary = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
     try:
         write_durably(temporary, data)
-        replace(temporary, path)
+        os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
@@ -128,16 +139,30 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def folder_size(folder: Path) -> int:
+    """Bytes of the files below a folder; what goes away meanwhile, or cannot be looked at, counts nothing."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += os.lstat(os.path.join(place, name)).st_size
+    return total
+
+
 def json_digest(value: Any) -> str:
     """SHA-256 of a value's JSON text with sorted keys, in hexadecimal."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def with_remedy(error: OSError) -> str:
-    """The error's text; of a full disk, wherever it was met, with what to do."""
-    if error.errno in FULL and isinstance(error.filename, (str, bytes)):
-        return write_problem(Path(os.fsdecode(error.filename)), 0, error)
-    return str(error)
+    """The error's text, and what to do about a full disk, or a path that cannot be used, wherever it was met."""
+    if not isinstance(error.filename, (str, bytes)):
+        return str(error)
+    path = Path(os.fsdecode(error.filename))
+    if error.errno in FULL:
+        return write_problem(path, 0, error)
+    remedy = _OF_PATHS.get(error.errno or 0)
+    return f"{path}: {error.strerror}. {remedy}" if remedy else str(error)
 
 
 def write_problem(folder: Path, need: int, error: Exception) -> str:

@@ -18,6 +18,8 @@ from palate.cli.options import (
     all_prompts,
     belongs,
     finite,
+    new_place,
+    page_file,
     recipe_file,
     run_names,
 )
@@ -51,6 +53,7 @@ def sample(
     Writes single PNGs, index.jsonl, grid.png (a row per prompt, a column per seed or strength) and index.html.
     """
     prompts = all_prompts(prompt, prompts_file)
+    new_place("--out", out)
     if (run is None) == (model is None):
         raise InputError("give either a run folder or --model, for example --model emoji")
     with show_phases(ctx.obj["quiet"]):
@@ -103,6 +106,7 @@ def evaluate(
     folders = [Path(word) for word in runs if word not in overrides]
     if not folders:
         raise InputError("give at least one run, for example runs/mine")
+    page_file("--out", out)
     for run in folders:
         recipe_file(run)
     from palate.cli.evaluate import evaluate_and_print
@@ -140,6 +144,7 @@ def compare(
     """Show runs side by side, or let people choose blindly."""
     for option, value in (("--count", count), ("--seed", seed), ("--out", out)):
         belongs(option, value is not None, "--blind", blind)
+    page_file("--out", out)
     belongs("--key", key is not None, "--score", bool(score))
     belongs("--group", group is not None, "--format", form is not None)
     if blind + bool(score) + bool(form) > 1:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from palate.cli.app import SHARE, app, examples
-from palate.cli.options import Run, belongs, recipe_file
+from palate.cli.options import Run, belongs, new_place, recipe_file
 from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
 
@@ -32,6 +32,7 @@ def export(
 ) -> None:
     """Write a run's LoRA or generator for other programs."""
     recipe_file(run)
+    new_place("--out", out)
     belongs("--public", public, "--push-to-hub", push_to_hub is not None)
     belongs("--dry-run", dry_run, "--push-to-hub", push_to_hub is not None)
     from palate.cli.export import Hub, export_run
@@ -50,6 +51,9 @@ def merge(
     weights: Annotated[str | None, typer.Option(help="A number for each, for example 0.7,0.3; else the mean.")] = None,
 ) -> None:
     """Merge LoRAs into one, without training."""
+    new_place("--out", out)
+    if out.resolve() in [Path(adapter).resolve() for adapter in adapters]:
+        raise InputError(f"--out: {out} is one of the adapters; name another folder")
     try:
         numbers = [float(part) for part in weights.split(",")] if weights else [1 / len(adapters)] * len(adapters)
     except ValueError as error:
