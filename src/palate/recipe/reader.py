@@ -25,6 +25,7 @@ from palate.recipe.guard import identifying
 from palate.recipe.names import PYTHON, near
 from palate.recipe.paths import with_absolute_paths
 from palate.recipe.settings import RESUMABLE_FIELDS, Recipe
+from palate.recipe.unread import unread_overrides
 from palate.runtime.code import code_digest, names_a_file, short_name
 from palate.runtime.files import file_digest, json_digest
 
@@ -88,6 +89,8 @@ def parse(text: str, overrides: Sequence[str] = (), *, beside: Path | None = Non
     for override in overrides:
         _override(tree, override, mistakes)
     recipe = validate(with_absolute_paths(tree, beside), mistakes)
+    if recipe is not None:
+        mistakes += unread_overrides(recipe, overrides)
     if mistakes or recipe is None:
         raise RecipeError("\n".join(mistakes))
     return recipe

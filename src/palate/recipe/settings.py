@@ -150,7 +150,7 @@ class TrainerSettings:
     warmup: Count = 0  # steps over which the learning rate rises to lr
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0  # 0 = off; else previews and the result use the average
     ema_every: Positive = 1  # steps between two moves of that average
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     checkpoint_every: Count = 20  # 0 = only at the end
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2  # beside the guard's best
     preview_every: Count = 0  # 0 = never; otherwise before, every so many steps, and after

@@ -1,0 +1,87 @@
+"""Settings of an algorithm that nothing reads beside its other settings, so that an override of them does nothing.
+
+A recipe may hold them, as those do that a run writes; whoever asks for one on the command line is told.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from palate.recipe.settings import AlgorithmSettings, PromptSettings, Recipe
+
+
+class Unread(NamedTuple):
+    """Keys that are not read where `holds`; `why` says so, and by it what to change."""
+
+    keys: tuple[str, ...]
+    holds: Callable[[Any, PromptSettings], bool]
+    why: str
+
+
+RELEASED = ("timestep_length", "groundtruth_ratio", "train_timestep", "vis_sampling_step")
+ROLLOUT = ("rollout_steps", "rollout_guidance", "rollout_weights", "shared_noise", "noise")
+DRAWING = ("pairs_from", "candidates", "steps", "guidance", "shift", "tie_margin")
+TABLE: dict[str, tuple[Unread, ...]] = {
+    "srpo": (
+        Unread(RELEASED, lambda a, p: a.levels == "window", "algorithm.levels=window"),
+        Unread(("window", "step"), lambda a, p: a.levels == "released", "algorithm.levels=released"),
+        Unread(("k_denoise",), lambda a, p: "denoise" not in a.branches, "algorithm.branches without denoise"),
+        Unread(("k_inversion",), lambda a, p: "inversion" not in a.branches, "algorithm.branches without inversion"),
+        Unread(ROLLOUT, lambda a, p: p.images is not None, "prompts.images, which take the rollout's place"),
+    ),
+    "flow_grpo": (
+        Unread(("clip",), lambda a, p: a.trust == "kl", "algorithm.trust=kl"),
+        Unread(("kl_limit",), lambda a, p: a.trust == "clip", "algorithm.trust=clip"),
+        Unread(("window_every",), lambda a, p: a.window is None, "no algorithm.window"),
+        Unread(("fraction_rounding",), lambda a, p: a.fraction == 1, "algorithm.fraction=1"),
+        Unread(("kl_unit",), lambda a, p: a.beta == 0, "algorithm.beta=0"),
+        Unread(("baseline",), lambda a, p: a.per_reward, "algorithm.per_reward=true"),
+    ),
+    "distar": (
+        Unread(("c",), lambda a, p: a.distance == "l2", "algorithm.distance=l2"),
+        Unread(("cfg",), lambda a, p: a.alpha_cfg == 0, "algorithm.alpha_cfg=0"),
+        Unread(("reward_cap", "reward_start_step"), lambda a, p: a.reward_scale == 0, "algorithm.reward_scale=0"),
+        Unread(("head_memory", "head_first"), lambda a, p: a.head_queries == 0, "algorithm.head_queries=0"),
+    ),
+    "sqdf": (Unread(("buffer_size", "buffer_memory"), lambda a, p: a.buffer == "none", "algorithm.buffer=none"),),
+    "dpo": (
+        Unread(DRAWING, lambda a, p: bool(p.pairs or p.likes), "pictures that are given, so that none are drawn"),
+        Unread(("posterior",), lambda a, p: not (p.pairs or p.likes), "pictures that are drawn, not encoded"),
+        Unread(("mu",), lambda a, p: a.safeguard == "off", "algorithm.safeguard=off"),
+    ),
+    "nft": (Unread(("old_most", "old_from"), lambda a, p: a.old_rate == 0, "algorithm.old_rate=0"),),
+    "dgpo": (
+        Unread(("kl_guidance",), lambda a, p: a.kl == 0, "algorithm.kl=0"),
+        Unread(
+            ("old_rate", "old_most"),
+            lambda a, p: a.clip is None and a.reference == "frozen" and a.kl_old == 0,
+            "no algorithm.clip, algorithm.reference=frozen and algorithm.kl_old=0, without old weights",
+        ),
+    ),
+    "ddpo": (Unread(("enough",), lambda a, p: a.history == 0, "algorithm.history=0"),),
+    "leap_align": (
+        Unread(("nested",), lambda a, p: a.leaps == 1, "algorithm.leaps=1"),
+        Unread(("tau",), lambda a, p: not a.weighted, "algorithm.weighted=false"),
+    ),
+    "opd": (Unread(("target",), lambda a, p: a.eta > 0, "algorithm.eta above 0, where the KL is what is trained"),),
+}
+
+
+def unread_overrides(recipe: Recipe, overrides: Sequence[str]) -> Iterator[str]:
+    """A sentence for each override of an algorithm's setting that nothing reads beside the recipe's others; one that
+    asks for the default asks for nothing."""
+    settings = recipe.algorithm
+    given = [override.partition("=")[0].split(".")[1] for override in overrides if override.startswith("algorithm.")]
+    for rule in TABLE.get(settings.name, ()):
+        if rule.holds(settings, recipe.prompts):
+            for key in rule.keys:
+                if key in given and vars(settings)[key] != default_of(settings, key):
+                    yield f"algorithm.{key}: nothing reads it with {rule.why}; leave it out, or change that"
+
+
+def default_of(settings: AlgorithmSettings, key: str) -> Any:
+    """What the setting is where a recipe does not name it."""
+    kind: type = type(settings)
+    return next(field.default for field in dataclasses.fields(kind) if field.name == key)

@@ -1,0 +1,54 @@
+"""Settings that nothing reads beside others: whoever asks for one on the command line is told."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from palate import recipe
+from palate.algorithms import table as algorithms
+from palate.recipe import RecipeError
+from palate.recipe.unread import TABLE
+
+WORDS = "run: {{folder: runs/x}}\nalgorithm: {{name: {}}}\nreward: {{name: emoji}}\nprompts: {{list: [a dog]}}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "said"),
+    [
+        ("srpo", ["algorithm.groundtruth_ratio=0.5"], "algorithm.levels=window"),
+        ("srpo", ["algorithm.levels=released", "algorithm.step=0.01"], "algorithm.levels=released"),
+        ("srpo", ["algorithm.branches=[inversion]", "algorithm.k_denoise=[1, 1]"], "branches without denoise"),
+        ("flow_grpo", ["algorithm.window_every=3"], "no algorithm.window"),
+        ("flow_grpo", ["algorithm.trust=kl", "algorithm.clip=0.1"], "algorithm.trust=kl"),
+        ("flow_grpo", ["algorithm.kl_limit=0.1"], "algorithm.trust=clip"),
+        ("distar", ["algorithm.head_memory=100"], "algorithm.head_queries=0"),
+        ("distar", ["algorithm.cfg=out"], "algorithm.alpha_cfg=0"),
+        ("sqdf", ["algorithm.buffer=none", "algorithm.buffer_size=64"], "algorithm.buffer=none"),
+        ("dpo", ["algorithm.mu=0.5"], "algorithm.safeguard=off"),
+        ("dpo", ["algorithm.posterior=true"], "pictures that are drawn"),
+        ("leap_align", ["algorithm.leaps=1", "algorithm.nested=0.5"], "algorithm.leaps=1"),
+        ("ddpo", ["algorithm.history=0", "algorithm.enough=4"], "algorithm.history=0"),
+        ("nft", ["algorithm.old_rate=0", "algorithm.old_most=0.1"], "algorithm.old_rate=0"),
+    ],
+)
+def test_an_override_that_does_nothing_is_refused_with_what_it_depends_on(name, overrides, said):
+    with pytest.raises(RecipeError, match="nothing reads it with") as caught:
+        recipe.parse(WORDS.format(name), overrides)
+    assert said in str(caught.value) and str(caught.value).startswith(overrides[-1].partition("=")[0] + ":")
+
+
+def test_what_is_read_is_taken_and_so_is_a_recipe_that_names_everything():
+    """A run writes all keys of its recipe, read or not, and goes on from it; a default asks for nothing."""
+    read = recipe.parse(WORDS.format("flow_grpo"), ["algorithm.window=4", "algorithm.window_every=3"])
+    again = recipe.parse(recipe.dump(read), ["algorithm.window=null"])
+    assert again.algorithm.window_every == 3 and again.algorithm.window is None
+    recipe.parse(WORDS.format("flow_grpo"), ["algorithm.window_every=25"])
+
+
+def test_every_key_of_the_table_is_one_of_its_algorithm():
+    for name, rules in TABLE.items():
+        known = {field.name: field for field in dataclasses.fields(algorithms.find(name).settings_class())}
+        for key in (key for rule in rules for key in rule.keys):
+            assert known[key].default is not dataclasses.MISSING, (name, key)
