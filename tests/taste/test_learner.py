@@ -10,6 +10,7 @@ from scipy.optimize import brentq
 
 from palate.evaluate.intervals import wilson
 from palate.runtime.errors import InputError
+from palate.taste import learner
 from palate.taste.ask import next_pair
 from palate.taste.card import (
     accuracy,
@@ -257,3 +258,27 @@ def test_somebody_who_always_says_left_has_no_taste():
         columns, unseen = [str(k) for k in range(12)], unseen_pairs(z, ["a"] * 60)
         card = learn(rng.normal(size=(22, 12)), np.ones(22), [""] * 22, z, columns, unseen)[1]
         assert not learnt(card) and card["log_evidence"] > -22 * math.log(2)
+
+
+def test_many_votes_are_fitted_in_the_weights_to_the_same_posterior(monkeypatch):
+    """Above MANY votes the steps are taken in w and not in the kernel: the same maximum, evidence and side."""
+    rng = np.random.default_rng(3)
+    d = rng.normal(size=(60, 9))
+    y, c = rng.choice([0.0, 0.5, 1.0], 60), rng.uniform(0, 2, 60)
+    found = [fit(d, y, c, side_std=1.0)]
+    monkeypatch.setattr(learner, "MANY", 20)
+    found.append(fit(d, y, c, side_std=1.0))
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)  # where psi gains 1e-12 no more
+
+
+def test_of_many_votes_parts_are_left_out_and_none_predicts_itself(monkeypatch):
+    rng = np.random.default_rng(4)
+    d = rng.normal(size=(61, 3))
+    y = (d[:, 0] > 0).astype(float)
+    monkeypatch.setattr(learner, "MANY", 20)
+    found = leave_one_out(d, y)
+    out = np.arange(61) % 20 == 7
+    prior = fit(d, y).prior
+    np.testing.assert_allclose(found[out], fit(d[~out], y[~out], priors=(prior,)).probability(d[out]), rtol=1e-12)
+    assert ((found > 0.5) == (y > 0.5)).mean() > 0.9

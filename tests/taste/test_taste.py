@@ -255,3 +255,78 @@ def test_pairs_asked_together_use_each_picture_once(taste):
     found = telling_pairs(taste.posterior, z, ["a"] * 20, 8, np.random.default_rng(0))
     rows = [row for i, j, _ in found for row in (i, j)]
     assert len(found) == 8 and len(set(rows)) == 16
+
+
+def test_a_taste_stands_on_a_reward_with_two_towers_and_each_block_once():
+    with pytest.raises(InputError, match="warmth has none"):
+        features_of(lambda images, prompts: images.mean((1, 2, 3)), "warmth", ["colour"])
+    with pytest.raises(InputError, match=r"got 'colour'.*each once"):
+        features_of(Tower(), "clip-score", ["colour", "colour"])
+
+
+def test_votes_that_do_not_count_are_said(tmp_path, caplog):
+    from palate.taste.votes import Picture, Vote, VoteStore
+
+    store = VoteStore(tmp_path)
+    for k in range(3):
+        names = []
+        for side in (0, 1):
+            Image.fromarray(np.full((8, 8, 3), 40 * k + side, np.uint8)).save(tmp_path / "x.png")
+            names.append(store.keep((tmp_path / "x.png").read_bytes()))
+        store.append(Vote(PROMPT, *map(Picture, names), "tie"))
+    (store.pictures / names[0]).unlink()
+    found = fit_taste(store, base=Tower(), source="clip-score", blocks=["colour"])
+    assert "1 of 3 votes do not count" in caplog.text
+    assert found.card["liked"] == found.card["disliked"] == []  # ties like nothing better than anything else
+
+
+def test_a_picture_without_features_is_named():
+    thin = torch.rand(3, 1, 40)
+    with pytest.raises(InputError, match="a picture of 40 x 1 pixels"):
+        fit_taste([Choice(PROMPT, thin, PICTURES[0], "left")], base=Tower(), source="clip-score", blocks=["colour"])
+
+
+def test_pictures_of_many_sizes_keep_their_places_and_wait_by_the_batch(taste, monkeypatch):
+    from palate.taste import pictures
+
+    sizes = [8 + k % 3 for k in range(40)]
+    images = [torch.rand(3, size, size, generator=G) for size in sizes]
+    pairs = [Choice(PROMPT, images[i], images[(i + 7) % 40]) for i in range(40)]
+    whole = taste.predict(pairs)
+    seen = []
+    monkeypatch.setattr(pictures, "BATCH", 5)
+    plain = pictures.raw_features
+    monkeypatch.setattr(pictures, "raw_features", lambda f, x, p: seen.append(len(x)) or plain(f, x, p))
+    np.testing.assert_allclose(taste.predict(pairs), whole, rtol=1e-9)
+    assert max(seen) == 5 and sum(seen) == 40
+
+
+@pytest.mark.parametrize("weight", ["nan", "inf", "much"])
+def test_tastes_add_up_with_numbers_alone(weight):
+    with pytest.raises(InputError, match="expected FOLDER or FOLDER:WEIGHT"):
+        load_objective(f"tastes/a:{weight}")
+
+
+def test_pairs_that_are_asked_for_are_read_when_they_are_answered(tmp_path, monkeypatch, capsys):
+    """Their pictures are named from the list's own folder, as in every list, wherever the command was given."""
+    import json
+    from types import SimpleNamespace
+
+    from palate.cli import fit_taste as command
+    from palate.evaluate import write_samples
+    from palate.taste.readers import import_votes
+    from palate.taste.votes import VoteStore
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write_samples(tmp_path / "lists/s p", PICTURES[:4], ["a fox"] * 4, range(4), guidance=1.0, steps=1)
+    asked = SimpleNamespace(posterior=None, rows=lambda images, prompts: np.zeros((4, 2)))
+    monkeypatch.setattr(command, "_load", lambda folder, weights: asked)
+    out = tmp_path / "lists" / "next.jsonl"
+    command.ask(tmp_path, tmp_path / "lists/s p", count=2, out=out, seed=0, weights=None)
+    rows = [json.loads(line) | {"choice": "right"} for line in out.read_text().splitlines()]
+    out.write_text("\n".join(map(json.dumps, rows)))
+    assert import_votes(out, VoteStore(tmp_path / "votes")) == 2
+    assert "outside" not in capsys.readouterr().out
+    command.ask(tmp_path, tmp_path / "lists/s p", count=1, out=tmp_path / "new/next.jsonl", seed=0, weights=None)
+    assert "lie beside or above" in capsys.readouterr().out

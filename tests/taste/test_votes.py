@@ -17,7 +17,8 @@ from palate import recipe
 from palate.data import preference_pairs, single_likes
 from palate.recipe.identity import identity
 from palate.runtime.errors import CheckpointError, InputError
-from palate.taste.readers import export_votes, import_votes
+from palate.taste.exported import export_votes
+from palate.taste.readers import import_votes
 from palate.taste.votes import Picture, Vote, VoteStore
 from palate.train import read_metrics
 
@@ -274,3 +275,95 @@ def test_what_is_no_source_of_votes_is_said(tmp_path, name):
     with pytest.raises(InputError, match="win"):
         import_votes(tmp_path / name, VoteStore(tmp_path / "votes"))
     assert not (tmp_path / "votes").exists()
+
+
+# -------------------------------------------------------------------------------------------- files that people edited
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("ms", "fast"), ("ms", True), ("rater", ["a"]), ("rater", 5), ("session", {}), ("round", "x"), ("repeat_of", 3),
+     ("id", ["x"]), ("prompt", 5), ("left.prompt", 5), ("left.model", [1]), ("right.seed", "x")],
+)  # fmt: skip
+def test_a_value_of_another_kind_is_named_with_its_line(tmp_path, key, value):
+    """Whatever reads the votes after that may count, sort and divide them."""
+    store = store_with(tmp_path, 1)
+    row = json.loads(store.file.read_text())
+    side, _, name = key.rpartition(".")
+    (row[side] if side else row)[name] = value
+    store.file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(InputError, match=f"line 1: {name} must be"):
+        store.read()
+    (row[side] if side else row)[name] = None  # says nothing
+    if name not in ("prompt", "id") or side:
+        store.file.write_text(json.dumps(row) + "\n")
+        assert len(store.read()) == 1
+
+
+def test_a_list_from_another_program_is_read_as_it_is_meant(tmp_path):
+    """A byte order mark, other line ends, a choice with a capital, an accent in a caption, an empty rater."""
+    for shade in (1, 2):
+        (tmp_path / f"{shade}.png").write_bytes(png(shade))
+    rows = [f"renard é,1.png,2.png,{said},{who}" for said, who in (("Left", ""), ("both_bad", "ann"), ("Neither", ""))]
+    text = "\r\n".join(["prompt,left,right,choice,rater", *rows])
+    (tmp_path / "list.csv").write_bytes(text.encode("utf-8-sig"))
+    store = VoteStore(tmp_path / "store")
+    assert import_votes(tmp_path / "list.csv", store, rater="zoe") == 3
+    votes = store.read()
+    assert [vote.choice for vote in votes] == ["left", "both-bad", "both-bad"]
+    assert [vote.rater for vote in votes] == ["zoe", "ann", "zoe"] and votes[0].prompt == "renard é"
+    folders(tmp_path / "f", win={"a": 1}, lose={"a": 2})
+    (tmp_path / "f/win/a.txt").write_bytes("﻿ein Füchschen\r\n".encode())
+    captioned = VoteStore(tmp_path / "captioned")
+    import_votes(tmp_path / "f", captioned)
+    assert captioned.read()[0].prompt == "ein Füchschen"
+    (tmp_path / "f/win/a.txt").write_bytes("Füchschen".encode("latin-1"))
+    with pytest.raises(InputError, match=r"a\.txt is not UTF-8"):
+        import_votes(tmp_path / "f", captioned)
+
+
+@pytest.mark.parametrize(
+    "row", [{"prompt": ["x"]}, {"rater": ["x"]}, {"left": "\0"}, {"choice": "LEFTISH"}, {"left": ""}]
+)
+def test_a_row_that_says_nothing_is_named_and_no_vote_is_stored(tmp_path, row):
+    (tmp_path / "1.png").write_bytes(png(1))
+    good = {"prompt": "a fox", "left": "1.png", "right": "1.png", "choice": "left"}
+    (tmp_path / "list.json").write_text(json.dumps([good, good | row]))
+    store = VoteStore(tmp_path / "store")
+    with pytest.raises(InputError, match=r"row 2|cannot read the picture"):
+        import_votes(tmp_path / "list.json", store)
+    assert not store.file.exists()
+
+
+def test_votes_of_palate_are_read_from_a_json_list_too_and_each_counts_once(tmp_path):
+    store = store_with(tmp_path / "a", 2)
+    rows = [json.loads(line) for line in store.file.read_text().splitlines()]
+    (tmp_path / "a/all.json").write_text(json.dumps([*rows, rows[0]]))
+    other = VoteStore(tmp_path / "b")
+    assert import_votes(tmp_path / "a/all.json", other) == 2 == len(other.read())
+
+
+def test_pictures_that_pairs_by_name_leave_out_are_counted(tmp_path, caplog):
+    folders(tmp_path, win={"a": 1, "b": 2}, lose={"a": 3, "c": 4, "d": 5})
+    assert import_votes(tmp_path, VoteStore(tmp_path / "store")) == 1
+    assert "3 pictures are left out" in caplog.text
+
+
+def test_a_file_in_the_way_is_named_and_not_the_picture(tmp_path):
+    folders(tmp_path, win={"a": 1}, lose={"a": 2})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot write .*file.*name another folder"):
+        import_votes(tmp_path, VoteStore(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("size", [1, 4097])
+def test_a_picture_that_no_page_can_show_is_refused_by_its_size(tmp_path, size):
+    with pytest.raises(InputError, match=f"a picture of {size} x {size}; at"):
+        VoteStore(tmp_path).keep(png(3, size))
+
+
+def test_votes_that_are_left_out_of_an_export_are_counted(tmp_path, caplog):
+    store = store_with(tmp_path / "a")
+    store.path_of(store.read()[0].left).unlink()
+    assert export_votes(store, tmp_path / "out") == 2
+    assert "1 votes are left out" in caplog.text

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from palate.core import Reward
 from palate.evaluate import read_samples
 from palate.recipe import load_reward
 from palate.runtime.errors import InputError
+from palate.runtime.files import write_atomically
 from palate.runtime.progress import printable
 from palate.taste.ask import telling_pairs
 from palate.taste.saved import source_of
@@ -19,7 +21,7 @@ from palate.taste.words import FEWEST, GAIN, offered, with_words, word_gains
 
 def fit(votes: Path, out: Path, features: str, weights: str | None, blocks: str | None) -> None:
     """Learn a taste from the votes, save it and print what it is worth."""
-    base = load_reward(features, weights) if features != "emoji" else None
+    base = _reward(features, weights)
     names = [name.strip() for name in blocks.split(",")] if blocks else None
     taste = fit_taste(votes, base=base, source=features, blocks=names)
     taste.save(out)
@@ -40,11 +42,18 @@ def ask(folder: Path, pictures: Path, *, count: int, out: Path, seed: int, weigh
     pairs = telling_pairs(found.posterior, found.rows(images, prompts), prompts, count, np.random.default_rng(seed))
     if not pairs:
         raise InputError(f"{pictures} holds no two pictures of one prompt; draw several seeds of each")
+    folder = pictures.resolve()
+    inside = folder.is_relative_to(out.parent.resolve())
+    folder = folder.relative_to(out.parent.resolve()) if inside else folder  # as every list names its pictures
     lines = [
-        {"prompt": prompts[i], "left": str(pictures / rows[i]["file"]), "right": str(pictures / rows[j]["file"]),
+        {"prompt": prompts[i], "left": str(folder / rows[i]["file"]), "right": str(folder / rows[j]["file"]),
          "nats": round(nats, 4)} for i, j, nats in pairs
     ]  # fmt: skip
-    out.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, "".join(json.dumps(line) + "\n" for line in lines).encode())
+    if not inside:
+        print(f"{printable(str(pictures))} lies outside the folder of the list; palate votes import reads lists that "
+              "lie beside or above their pictures")  # fmt: skip
     print(f"{len(lines)} pairs, most telling first: {printable(str(out))}")
 
 
@@ -89,9 +98,21 @@ def print_card(taste: Taste) -> None:
             print(f"{perhaps}{title}:", *(printable(file) for file in files[:3]), sep="\n  ")
     raters = card.get("raters") or {}
     if len(raters) > 1:
+        if unfit := [printable(name) or "unnamed" for name, q in raters.items() if q == 0]:
+            print(f"the votes of {', '.join(unfit)} do not fit what the others like, and do not count; "
+                  "fit a taste of their own")  # fmt: skip
         print("quality of raters: " + ", ".join(f"{printable(name) or 'unnamed'} {q:g}" for name, q in raters.items()))
 
 
 def _load(folder: Path, weights: str | None) -> Taste:
     source = source_of(folder)
-    return Taste.load(folder, base=load_reward(source, weights) if source != "emoji" else None)
+    return Taste.load(folder, base=_reward(source, weights))
+
+
+def _reward(source: str, weights: str | None) -> Reward | None:
+    """The reward of that name; None for the embedded one. InputError: it cannot be loaded, or needs no weights."""
+    if source != "emoji":
+        return load_reward(source, weights)
+    if weights is not None:
+        raise InputError("--weights: the embedded reward has its own; leave the option out, or give --features too")
+    return None

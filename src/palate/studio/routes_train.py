@@ -15,7 +15,7 @@ from palate.studio.shared import Studio, go_to, studio_of
 from palate.studio.steering import Draft, change, wanted_words
 from palate.studio.undo import adapter_now, go_back
 from palate.taste.card import START
-from palate.taste.readers import export_votes
+from palate.taste.exported import export_votes
 from palate.taste.words import with_words
 
 router = APIRouter()

@@ -132,6 +132,8 @@ def telling_columns(posterior: Posterior, z: Array, columns: Sequence[str], coun
 
 def extremes(utilities: Array, names: Sequence[str], count: int = 6) -> dict[str, list[str]]:
     """The most and the least liked pictures by name, the strongest first; a picture without a name is passed over."""
+    if not np.ptp(utilities) > 0:  # nothing is liked better than anything else
+        return {"liked": [], "disliked": []}
     best: dict[str, float] = {}
     for value, name in zip(utilities, names, strict=True):
         if name:

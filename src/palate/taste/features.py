@@ -101,18 +101,17 @@ def features_of(reward: Reward, source: str, blocks: Sequence[str] | None = None
 
     `source` is the reward's name, which a saved taste keeps. InputError for a block that there is not.
     """
-    tower: TwoTower = reward  # type: ignore[assignment]
-    embedded = source == "emoji"
+    if not isinstance(reward, TwoTower):
+        raise InputError(f"a taste stands on image and text features, and {source} has none; take clip-score or hpsv2")
+    tower, embedded = reward, source == "emoji"
     names = list(blocks) if blocks is not None else ["words" if embedded else "pairs", "colour"]
     makers: dict[str, Callable[[], Block]] = {
         "colour": lambda: Block("colour", COLOUR_COLUMNS, lambda images, seen, prompts: colour(images)),
-        "pairs": lambda: _pairs_block(tower),
         "tower": lambda: _tower_block(tower),
+        "words" if embedded else "pairs": lambda: _words_block(reward) if embedded else _pairs_block(tower),  # type: ignore[arg-type]
     }
-    if embedded:
-        makers["words"] = lambda: _words_block(reward)  # type: ignore[arg-type]
-    if unknown := [name for name in names if name not in makers]:
-        raise InputError(f"features: got {unknown[0]!r}; of {source} there are {', '.join(makers)}")
+    if wrong := [name for name in names if name not in makers or names.count(name) > 1]:
+        raise InputError(f"features: got {wrong[0]!r}; of {source} there are {', '.join(makers)}, each once")
     return Features(tower, [makers[name]() for name in names], source=source)
 
 

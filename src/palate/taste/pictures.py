@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from palate.runtime.files import split_lines
 from palate.runtime.images import UNREADABLE, as_rgb, from_pixels, read_pixels
 from palate.taste.features import Features
 from palate.taste.learner import Array
-from palate.taste.votes import CHOICES, VoteStore
+from palate.taste.votes import VoteStore, choice_of
 
 BATCH = 64
 POOL = 240  # pictures of the studio's pool that are looked at
@@ -42,6 +43,10 @@ def read_choices(votes: str | Path | VoteStore | Sequence[Any]) -> list[Choice]:
         there, missing = votes.with_pictures()
         if not there and missing:
             raise InputError(f"the pictures of all {missing} votes are gone from {votes.pictures}; copy them back")
+        if missing:
+            logging.getLogger("palate").warning(
+                "%s: %d of %d votes do not count: a picture of them is gone", votes.file, missing, missing + len(there)
+            )
         paths = [(votes.path_of(v.left), votes.path_of(v.right)) for v in there]
         return [
             Choice(v.prompt, left, right, v.choice, v.rater, f"{left.name}{right.name}")
@@ -79,10 +84,8 @@ def as_choice(pair: Any) -> Choice:
     if isinstance(pair, Mapping):
         if not {"left", "right"} <= pair.keys():
             raise InputError(f"a pair needs left and right, got {', '.join(map(str, pair))}")
-        choice = str(pair.get("choice", "tie")).replace("neither", "both-bad")
-        if choice not in CHOICES:
-            raise InputError(f"choice: expected one of {', '.join(CHOICES)}, got {choice!r}")
-        return Choice(str(pair.get("prompt", "")), pair["left"], pair["right"], choice, str(pair.get("rater", "")))
+        choice = choice_of(pair.get("choice", "tie"))
+        return Choice(str(pair.get("prompt", "")), pair["left"], pair["right"], choice, str(pair.get("rater") or ""))
     if isinstance(pair, (tuple, list)) and len(pair) in (2, 3):
         return Choice(str(pair[2]) if len(pair) == 3 else "", pair[0], pair[1])
     raise InputError(f"expected pairs as (left, right, prompt) or mappings, got {type(pair).__name__}")
@@ -124,13 +127,27 @@ def features_of_choices(features: Features, choices: Sequence[Choice]) -> tuple[
                 wanted.append((picture, choice.prompt))
             places.append(index[key])
     rows: list[Array | None] = [None] * len(wanted)
-    by_size: dict[tuple[int, ...], list[int]] = {}
-    loaded = [as_image(picture) for picture, _ in wanted]
-    for i, image in enumerate(loaded):
-        by_size.setdefault(tuple(image.shape), []).append(i)
-    for members in by_size.values():
-        images = torch.stack([loaded[i] for i in members])
-        for i, row in zip(members, raw_features(features, images, [wanted[i][1] for i in members]), strict=True):
+    waiting: dict[tuple[int, ...], list[tuple[int, Tensor]]] = {}  # by size, of which at most a batch is in memory
+
+    def look(members: list[tuple[int, Tensor]]) -> None:
+        places, images = zip(*members, strict=True)
+        found = raw_features(features, torch.stack(images), [wanted[i][1] for i in places])
+        for i, row in zip(places, found, strict=True):
+            if not np.isfinite(row).all():
+                picture, shape = wanted[i][0], images[0].shape
+                name = picture if isinstance(picture, (str, Path)) else "a picture"
+                raise InputError(
+                    f"{name} of {shape[2]} x {shape[1]} pixels has no finite features; give one of 2 x 2 or more"
+                )
             rows[i] = row
+
+    for i, (picture, _) in enumerate(wanted):
+        image = as_image(picture)
+        own = waiting.setdefault(tuple(image.shape), [])
+        own.append((i, image))
+        if len(own) == BATCH:
+            look(waiting.pop(tuple(image.shape)))
+    for members in waiting.values():
+        look(members)
     table = np.stack([row for row in rows if row is not None])[places].reshape(len(choices), 2, -1)
     return table[:, 0], table[:, 1]

@@ -13,17 +13,20 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from palate.data import IMAGE_ENDINGS, Pair, preference_pairs, read_rows
+from palate.data import IMAGE_ENDINGS, Pair, preference_pairs, read_rows, read_text
 from palate.runtime.errors import InputError
-from palate.taste.votes import CHOICES, Picture, Vote, VoteStore
+from palate.runtime.files import file_digest
+from palate.taste.votes import PICTURES, Picture, Vote, VoteStore, choice_of, vote_of
 
 LISTS = ("train.json", "votes.json")  # in a folder, as `export_votes` writes them
 STUDY_KEYS = {"study", "session", "pair", "choice"}
+CAPTION_LIMIT = 64 * 1024  # bytes of a picture's caption
 
 
 def import_votes(
@@ -37,8 +40,8 @@ def import_votes(
 ) -> int:
     """Read the votes at `source`, whichever of the forms above it has, into the store; how many are new.
 
-    prompt: of pictures that come without one. key: of a blind study. InputError names what cannot be read; nothing is
-    stored then.
+    prompt, session, rater: of votes that come without one. key: of a blind study. InputError names what cannot be
+    read; no vote is stored then.
     """
     source = Path(source)
     if source.resolve() in (store.folder.resolve(), store.file.resolve()):
@@ -46,7 +49,7 @@ def import_votes(
     found = list(_read(source, store, prompt, key))
     if not found:
         raise InputError(f"{source} holds no vote")
-    named = [_named(vote, session or vote.session, rater or vote.rater) for vote in found]
+    named = [_named(vote, vote.session or session, vote.rater or rater) for vote in found]
     now = {old.id: new.id for old, new in zip(found, named, strict=True)}
     return store.extend(replace(vote, repeat_of=now.get(vote.repeat_of or "")) for vote in named)
 
@@ -62,13 +65,14 @@ def _named(vote: Vote, session: str, rater: str) -> Vote:
 def _read(source: Path, store: VoteStore, prompt: str, key: Path | None) -> Iterator[Vote]:
     if source.is_dir():
         if (source / "votes.jsonl").is_file():
-            yield from _of_store(VoteStore(source), store)
+            yield from _of_store(VoteStore(source).read(), source, store)
         elif lists := [source / name for name in LISTS if (source / name).is_file()]:
             yield from _read(lists[0], store, prompt, key)
         elif (source / "win").is_dir() and (source / "lose").is_dir():
             yield from _ranked([source / "win", source / "lose"], store, prompt)
         else:
-            ranks = sorted((p for p in source.iterdir() if p.is_dir() and p.name.isdigit()), key=lambda p: int(p.name))
+            numbered = (path for path in source.iterdir() if path.is_dir() and path.name.isdecimal())
+            ranks = sorted(numbered, key=lambda path: int(path.name))
             if len(ranks) < 2:
                 raise InputError(
                     f"{source}: expected win/ and lose/, ranked folders 1/ 2/ ..., or one of votes.jsonl, "
@@ -87,15 +91,19 @@ def _read(source: Path, store: VoteStore, prompt: str, key: Path | None) -> Iter
     elif rows and "image_path" in rows[0]:
         yield from _of_pairs(source, store)
     elif rows and isinstance(rows[0].get("left"), dict):
-        yield from _of_store(VoteStore(source), store)
+        if source.suffix == ".jsonl":  # with votes that were cut short or taken back
+            votes = VoteStore(source).read()
+        else:
+            votes = [vote_of(row, f"{source}, row {number}") for number, row in enumerate(rows, 1)]
+        yield from _of_store(votes, source.parent, store)
     else:
         yield from _of_rows(source, rows, store, prompt)
 
 
-def _of_store(other: VoteStore, store: VoteStore) -> Iterator[Vote]:
-    for vote in other.read():
+def _of_store(votes: list[Vote], folder: Path, store: VoteStore) -> Iterator[Vote]:
+    for vote in votes:
         for picture in (vote.left, vote.right):
-            _kept(store, other.path_of(picture))
+            _kept(store, folder / PICTURES / picture.file)
         yield vote
 
 
@@ -117,6 +125,11 @@ def _ranked(folders: list[Path], store: VoteStore, prompt: str) -> Iterator[Vote
         winners, losers = _pictures(better), _pictures(worse)
         by_name = {path.stem: path for path in losers}
         same = [(path, by_name[path.stem]) for path in winners if path.stem in by_name]
+        if same and (alone := len(winners) + len(losers) - 2 * len(same)):
+            logging.getLogger("palate").warning(
+                "%s and %s: %d pictures are left out, whose names only one of them has; rename them to pairs",
+                better, worse, alone,
+            )  # fmt: skip
         longer = max(len(winners), len(losers))
         crossed = [(winners[i % len(winners)], losers[i % len(losers)]) for i in range(longer)]
         for number, (first, second) in enumerate(same or crossed):
@@ -138,7 +151,7 @@ def _pictures(folder: Path) -> list[Path]:
 
 def _caption(path: Path) -> str:
     text = path.with_suffix(".txt")
-    return " ".join(text.read_text("utf-8").split()) if text.is_file() else ""
+    return " ".join(read_text(text, limit=CAPTION_LIMIT).split()) if text.is_file() else ""
 
 
 def _of_rows(source: Path, rows: list[dict[str, Any]], store: VoteStore, prompt: str) -> Iterator[Vote]:
@@ -146,16 +159,21 @@ def _of_rows(source: Path, rows: list[dict[str, Any]], store: VoteStore, prompt:
         where = f"{source}, row {number}"
         if lacking := [side for side in ("left", "right") if not isinstance(row.get(side), str)]:
             raise InputError(
-                f'{where}: expected {{"prompt", "left": FILE, "right": FILE, "choice"}}; it lacks {lacking[0]}'
+                f'{where}: expected {{"prompt", "left": FILE, "right": FILE, "choice"}}; it lacks {lacking[0]}, '
+                f"and has {', '.join(map(str, row))[:80] or 'nothing'}"
             )
-        choice = str(row.get("choice", "")).replace("neither", "both-bad").replace("both bad", "both-bad")
-        if choice not in CHOICES:
-            raise InputError(f"{where}: expected a choice of {', '.join(CHOICES)}; got {choice[:40]!r}")
+        for name in ("prompt", "rater", "session"):
+            if not isinstance(row.get(name) or "", (str, int)):
+                raise InputError(f"{where}: {name} must be text, got {str(row[name])[:40]!r}")
+        try:
+            choice = choice_of(row.get("choice"))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
         text = str(row.get("prompt") or prompt)
         files = {side: _inside(source.parent, row[side]) for side in ("left", "right")}
         left, right = (Picture(_kept(store, files[side]), text) for side in ("left", "right"))
         yield Vote(text, left, right, choice, id=str(row.get("id", number)),
-                   session=str(row.get("session", "")), rater=str(row.get("rater", "")))  # fmt: skip
+                   session=str(row.get("session") or ""), rater=str(row.get("rater") or ""))  # fmt: skip
 
 
 def _of_study(source: Path, rows: list[dict[str, Any]], store: VoteStore, key: Path | None) -> Iterator[Vote]:
@@ -171,22 +189,28 @@ def _of_study(source: Path, rows: list[dict[str, Any]], store: VoteStore, key: P
             study = tree
     if study is None:
         raise InputError(f"{source}: the key of its study is not beside it; name it with --key")
-    pairs = {pair["pair"]: pair for pair in study["pairs"]}
+    try:
+        pairs = {int(pair["pair"]): pair for pair in study["pairs"]}
+        _ = study["runs"]["a"], study["runs"]["b"], study["folders"]["a"], study["folders"]["b"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{source}: the key of its study is damaged; take it from a copy") from error
     for row in rows:
-        pair = pairs.get(row["pair"])
-        if pair is None or row["choice"] not in ("left", "right", "tie"):
+        pair = pairs.get(row["pair"]) if row.keys() >= STUDY_KEYS and isinstance(row["pair"], int) else None
+        if pair is None or row["study"] != study["study"] or row["choice"] not in ("left", "right", "tie"):
             raise InputError(f"{source}: {str(row)[:80]} is not a choice of this study")
         run = {"left": pair["left"], "right": "b" if pair["left"] == "a" else "a"}
         sides = {}
         for side, name in run.items():
             path = Path(study["folders"][name]) / Path(pair["files"][name]).name
+            if path.is_file() and file_digest(path) != pair.get("sha256", {}).get(name, file_digest(path)):
+                raise InputError(f"{path} was drawn anew since the study; its choices are about pictures that are gone")
             sides[side] = Picture(_kept(store, path), pair["prompt"], seed=pair["seed"], run=study["runs"][name])
         yield Vote(pair["prompt"], sides["left"], sides["right"], row["choice"], id=f"{row['session']}:{row['pair']}",
                    session=str(row["session"]))  # fmt: skip
 
 
 def _inside(folder: Path, name: str) -> Path:
-    path = (folder / name).resolve()
+    path = (folder / name.replace("\0", "")).resolve()  # of which no file's name has any
     if not path.is_relative_to(folder.resolve()):
         raise InputError(
             f"{folder}: the picture {name!r} leaves the folder of its list; put the list beside its pictures"
@@ -197,61 +221,10 @@ def _inside(folder: Path, name: str) -> Path:
 def _kept(store: VoteStore, path: Path) -> str:
     """The name of a picture's copy in the store. InputError names a file that cannot be read, or is no picture."""
     try:
-        return store.keep(path.read_bytes())
+        content = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read the picture {path}: {error.strerror or error}") from error
+    try:
+        return store.keep(content)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
-
-
-def _understood(vote: Vote, reads: Callable[[str], bool]) -> bool:
-    return all(reads(text) for text in (vote.prompt, *(p.prompt or vote.prompt for p in (vote.left, vote.right))))
-
-
-def export_votes(
-    store: VoteStore, folder: str | Path, form: str = "hpdv2", *, reads: Callable[[str], bool] = lambda prompt: True
-) -> int:
-    """Write the votes with their pictures where other programs read them; how many.
-
-    reads: whether whoever is to read them understands a prompt; votes about other prompts are left out.
-
-    hpdv2: train.json beside its images, for `prompts.pairs` of dpo. likes: likes.jsonl, for `prompts.likes`; both
-    bad is two dislikes, and ties are left out. json: rows of file names. All write images/ with the captions that
-    `prompts.images` reads. InputError: another form, or no vote.
-    """
-    folder = Path(folder)
-    if form not in ("hpdv2", "likes", "json"):
-        raise InputError(f"--format: expected hpdv2, likes or json, got {form!r}")
-    votes, _ = store.with_pictures()
-    if votes and not any(_understood(vote, reads) for vote in votes):
-        raise InputError(f"{store.file} holds no vote about a prompt that the model reads; choose among its pictures")
-    votes = [vote for vote in votes if _understood(vote, reads)]
-    if form == "likes" and votes and all(vote.choice == "tie" for vote in votes):
-        raise InputError(f"{store.file} holds ties only, which are neither likes nor dislikes")
-    votes = [vote for vote in votes if form != "likes" or vote.choice != "tie"]
-    if not votes:
-        raise InputError(f"{store.file} holds no vote whose pictures are there")
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    for picture in {p.file: p for vote in votes for p in (vote.left, vote.right)}.values():
-        (folder / "images" / picture.file).write_bytes(store.path_of(picture).read_bytes())
-    captions = {p.file: p.prompt or vote.prompt for vote in votes for p in (vote.left, vote.right)}
-    lines = [json.dumps({"file_name": name, "text": text}, ensure_ascii=False) for name, text in captions.items()]
-    (folder / "images" / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    rows: list[dict[str, Any]] = []
-    for vote in votes:
-        paths = [f"images/{vote.left.file}", f"images/{vote.right.file}"]
-        if form == "json":
-            rows.append({"id": vote.id, "prompt": vote.prompt, "left": paths[0], "right": paths[1],
-                         "choice": vote.choice, "session": vote.session, "rater": vote.rater})  # fmt: skip
-        elif form == "likes":
-            rows += [{"prompt": vote.prompt, "image": path, "like": vote.choice == side}
-                     for path, side in zip(paths, ("left", "right"), strict=True)]  # fmt: skip
-        else:
-            share = {1.0: [1, 0], 0.0: [0, 1], 0.5: [0, 0]}[vote.outcome]
-            rows.append({"prompt": vote.prompt, "image_path": paths, "human_preference": share})
-    text = json.dumps(rows, indent=1, ensure_ascii=False)
-    if form == "likes":
-        text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    name = {"hpdv2": "train.json", "likes": "likes.jsonl", "json": "votes.json"}[form]
-    (folder / name).write_text(text + "\n", encoding="utf-8")
-    return len(votes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +38,8 @@ def parts_of(source: str | None) -> list[Part]:
             continue
         try:
             found.append(Part(folder, float(weight)))
+            if not math.isfinite(found[-1].weight):
+                raise ValueError("a sum of tastes needs finite weights")
         except ValueError as error:
             raise InputError(f"reward.source.taste: {part!r}: expected FOLDER or FOLDER:WEIGHT") from error
     return found

@@ -161,8 +161,8 @@ def fit_taste(
 
     base, source: a two-tower reward and its name; None = the embedded one. blocks: names of feature blocks. pool:
     unlabelled (images, prompts) that the features are standardised on; None = those beside the studio's votes, else the
-    votes' own pictures. `scaling`: the constants of an earlier round, so that old votes keep their meaning. InputError:
-    no votes, or pictures are missing.
+    votes' own pictures. `scaling`: the constants of an earlier round, so that old votes keep their meaning. Votes whose
+    pictures are gone do not count, and are warned of. InputError: there are no others.
     """
     choices = read_choices(votes)
     if not choices:

@@ -6,30 +6,29 @@ the SHA-256 of their bytes, so that a vote keeps its meaning when the model that
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
-import io
 import json
 import os
 import re
 import secrets
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
 from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.exclusive import exclusive
+from palate.taste.encoded import picture_ending
 
 CHOICES = ("left", "right", "tie", "both-bad")
 OUTCOMES = {"left": 1.0, "right": 0.0, "tie": 0.5, "both-bad": 0.5}  # y of the learner
 FILE = "votes.jsonl"
 PICTURES = "pictures"
 LINE_LIMIT = 64 * 1024  # bytes of a line
-PICTURE_LIMIT = 32 * 1024 * 1024  # bytes of a picture's file
-SIDE_LIMIT = 4096  # pixels of a picture's side
+TEXTS = ("prompt", "id", "session", "rater", "repeat_of", "file", "model", "run")  # other values are numbers
+IN_THE_WAY = (errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EROFS)  # a file, or whom the folder belongs to
 _NAME = re.compile(r"[0-9a-f]{64}\.(png|jpg|webp|bmp)")
 
 
@@ -96,7 +95,7 @@ class VoteStore:
             if "undo" in row:
                 votes.pop(str(row["undo"]), None)
                 continue
-            vote = _vote(row, f"{self.file} line {number}")
+            vote = vote_of(row, f"{self.file} line {number}")
             votes[vote.id] = vote
         return list(votes.values())
 
@@ -105,9 +104,10 @@ class VoteStore:
         return vote
 
     def extend(self, votes: Iterable[Vote]) -> int:
+        """Append the votes whose ids are new, each once; how many."""
         known = {vote.id for vote in self.read()} if self.file.exists() else set()
-        new = [vote for vote in votes if vote.id not in known]
-        for vote in new:
+        new = {vote.id: vote for vote in votes if vote.id not in known}
+        for vote in new.values():
             self.append(vote)
         return len(new)
 
@@ -127,15 +127,16 @@ class VoteStore:
         ending = picture_ending(content)
         name = f"{hashlib.sha256(content).hexdigest()}.{ending}"
         target = self.pictures / name
-        if not target.exists():
-            self.pictures.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f".tmp-{secrets.token_hex(4)}-{name}")
-            try:
+        temporary = target.with_name(f".tmp-{secrets.token_hex(4)}-{name}")
+        try:
+            if not target.is_file():
+                self.pictures.mkdir(parents=True, exist_ok=True)
                 temporary.write_bytes(content)
                 os.replace(temporary, target)
-            except OSError as error:
+        except OSError as error:
+            with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-                raise _full(self.folder, error) from error
+            raise _full(self.folder, error) from error
         return name
 
     def path_of(self, picture: Picture) -> Path:
@@ -173,30 +174,18 @@ class VoteStore:
 
 
 def _full(path: Path, error: OSError) -> CheckpointError:
-    remedy = "; free some space: nothing that was stored before is lost" if error.errno == errno.ENOSPC else ""
+    remedy = "; name another folder" if error.errno in IN_THE_WAY else ""
+    if error.errno == errno.ENOSPC:
+        remedy = "; free some space: nothing that was stored before is lost"
     return CheckpointError(f"cannot write {path}: {error.strerror or error}{remedy}")
 
 
-def picture_ending(content: bytes) -> str:
-    """png, jpg, webp or bmp. InputError: not such a picture, damaged, or larger than the limits."""
-    if len(content) > PICTURE_LIMIT:
-        raise InputError(f"a picture of {len(content) >> 20} MiB; at most {PICTURE_LIMIT >> 20} MiB are allowed")
-    try:
-        with Image.open(io.BytesIO(content), formats=["PNG", "JPEG", "WEBP", "BMP"]) as image:
-            if max(image.size) > SIDE_LIMIT:
-                raise InputError(f"a picture of {image.size[0]} x {image.size[1]}; at most {SIDE_LIMIT} on a side")
-            ending = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp", "BMP": "bmp"}[image.format or ""]
-            image.load()
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"not a PNG, JPEG, WebP or BMP picture, or a damaged one ({str(error)[:80]})") from error
-    return ending
-
-
-def with_names(vote: Vote, *, session: str = "", rater: str = "") -> Vote:
-    """The same vote with a session or rater named, where it had none."""
-    return replace(vote, session=vote.session or session, rater=vote.rater or rater)
+def choice_of(said: Any) -> str:
+    """One of CHOICES, as a list of another program may spell it ("Left", "both_bad", "neither"). InputError: none."""
+    text = "-".join(str(said).lower().replace("_", " ").split()).replace("neither", "both-bad")
+    if text not in CHOICES:
+        raise InputError(f"choice: expected one of {', '.join(CHOICES)}, got {str(said)[:40]!r}")
+    return text
 
 
 def _rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
@@ -234,24 +223,32 @@ def _cut(lines: list[bytes], number: int) -> bool:
     return line.startswith(b"{") and (open_still or not line.rstrip().endswith(b"}")) and number < len(lines)
 
 
-def _vote(row: dict[str, Any], where: str) -> Vote:
+def vote_of(row: dict[str, Any], where: str) -> Vote:
+    """The vote that a row of JSON holds. InputError: it is none; `where` tells the user which row."""
     try:
         left, right = _picture(row["left"]), _picture(row["right"])
-        rest = {key: row[key] for key in ("id", "ms", "session", "rater", "round", "repeat_of") if key in row}
-        vote = Vote(prompt=row["prompt"], left=left, right=right, choice=row["choice"], **rest)
+        rest = _known(row, ("id", "ms", "session", "rater", "round", "repeat_of"))
+        vote = Vote(prompt=_known(row, ("prompt",))["prompt"], left=left, right=right, choice=row["choice"], **rest)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     except (KeyError, TypeError) as error:
         raise InputError(
             f"{where}: expected a vote with prompt, left, right and choice; it lacks {str(error)[:60]}"
         ) from error
-    if not isinstance(vote.prompt, str) or not isinstance(vote.id, str):
-        raise InputError(f"{where}: prompt and id must be text")
     return vote
 
 
 def _picture(row: Any) -> Picture:
     if not isinstance(row, dict) or not isinstance(row.get("file"), str) or not _NAME.fullmatch(row["file"]):
         raise InputError("a picture needs a file named by its SHA-256, as written by palate; use palate votes import")
-    known = {key: row[key] for key in Picture.__dataclass_fields__ if key in row}
-    return Picture(**known)
+    return Picture(**_known(row, tuple(Picture.__dataclass_fields__)))
+
+
+def _known(row: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
+    """What the row says of the keys; null says nothing. InputError: a value of another kind than the key takes."""
+    known = {key: row[key] for key in keys if row.get(key) is not None}
+    for key, value in known.items():
+        text, number = isinstance(value, str), isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (text if key in TEXTS else number):
+            raise InputError(f"{key} must be {'text' if key in TEXTS else 'a number'}, got {str(value)[:40]!r}")
+    return known

@@ -61,9 +61,9 @@ def export_votes(
     ] = "hpdv2",
 ) -> None:
     """Write votes where dpo and other programs read them."""
-    from palate.taste import readers
+    from palate.taste import exported
 
-    print(f"{readers.export_votes(readers.VoteStore(votes), out, form)} votes: {printable(str(out))}")
+    print(f"{exported.export_votes(exported.VoteStore(votes), out, form)} votes: {printable(str(out))}")
 
 
 @votes_app.command("show")
@@ -124,7 +124,7 @@ def ask(
     pictures: Annotated[Path, typer.Argument(help="A folder of samples: pictures and index.jsonl.")],
     count: Annotated[int, typer.Option(min=1, help="Pairs to choose.")] = 20,
     out: Annotated[Path, typer.Option("-o", "--out", help="The file to write.")] = Path("next.jsonl"),
-    seed: Annotated[int, typer.Option(help="Of the random candidates.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random candidates.")] = 0,
     weights: SourceWeights = None,
 ) -> None:
     """Choose the pairs whose answers tell most (BALD)."""
