@@ -12,6 +12,7 @@ import pytest
 from support.commands import short
 from support.pages import fake_run
 
+from palate import cli
 from palate.cli import compare_table
 from palate.cli import runs as runs_command
 from palate.cli.options import Seeds, Words
@@ -194,3 +195,50 @@ def test_phases_say_the_count_and_the_time_left(capsys):
         "drawing 0/4  0 %",
         "judging 0/4  0 %",
     ]  # no line per batch or twice
+
+
+def test_a_table_counts_each_run_once_and_mixes_no_bases(seeds, tmp_path):
+    """The same run twice is no two seeds; a run of another model has another base; a run may be called base."""
+    with pytest.raises(InputError, match="given twice"):
+        compare_table.compare_runs([seeds[0], seeds[0].parent / "." / seeds[0].name], None)
+    own = tmp_path / "base"
+    shutil.copytree(seeds[1], own)
+    groups, _, cells = compare_table.compare_runs([seeds[0], own], None)
+    assert groups == ["base", seeds[0].name, "base (run)"]
+    assert cells["base (run)"]["reward/emoji"].mean == values([own], "reward/emoji")[0]
+    evaluation = json.loads((own / "evaluation.json").read_text())
+    evaluation["metrics"]["reward/emoji"]["base"] += 1
+    (own / "evaluation.json").write_text(json.dumps(evaluation))
+    groups, _, cells = compare_table.compare_runs([seeds[0], own], None)
+    assert groups == [f"base of {seeds[0].name}", seeds[0].name, "base of base", "base"]
+    assert cells["base of base"]["reward/emoji"].mean == evaluation["metrics"]["reward/emoji"]["base"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "RUN", "--out", "PARENT"], ["evaluate", "RUN", "--out", "found.json"],
+        ["compare", "RUN", "RUN", "--blind", "--out", "PARENT"], ["export", "RUN", "--out", "RUN"],
+        ["export", "RUN", "--out", "RUN/adapter"], ["merge", "RUN", "RUN", "--out", "RUN/adapter"],
+        ["merge", "RUN/export/a", "RUN", "--out", "RUN/export/a"],
+        ["sample", "RUN", "--prompt", "a fox", "--out", "RUN/evaluation/result"],
+        ["sample", "RUN", "--prompt", "a fox", "--out", "RUN/recipe.yaml"],
+    ],
+)  # fmt: skip
+def test_a_place_that_holds_something_else_is_refused_before_any_work(seeds, arguments):
+    """An option that names a folder for a page, or a run's own files for something new, would write over them."""
+    run = seeds[0]
+    if not (run / "metrics.jsonl").exists():
+        (run / "metrics.jsonl").touch()
+    (run / "export/a").mkdir(parents=True, exist_ok=True)
+    places = {"RUN": str(run), "PARENT": str(run.parent)}
+    before = sorted(path for path in run.parent.rglob("*"))
+    given = [argument.replace("RUN", places["RUN"]).replace("PARENT", places["PARENT"]) for argument in arguments]
+    with pytest.raises(InputError, match="--out"):
+        cli.app(given, standalone_mode=False)
+    assert sorted(path for path in run.parent.rglob("*")) == before
+
+
+def test_what_exact_oracles_measure_takes_no_settings_of_drawing(seeds):
+    with pytest.raises(InputError, match=r"--tasks draws as the model does.*sample\.guidance=3"):
+        cli.app(["evaluate", str(seeds[0]), "--tasks", "sample.guidance=3"], standalone_mode=False)

@@ -196,7 +196,7 @@ def test_genevals_metadata_becomes_tasks(runs, tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(evaluate_command, "geneval_prompts", lambda rows: geneval_prompts(rows, SCENES))
     monkeypatch.setattr(
-        evaluate_command, "evaluate_with_tasks", lambda runs, seeds, *, prompts, as_json, quiet: seen.update(prompts)
+        evaluate_command, "evaluate_with_tasks", lambda runs, seeds, *, prompts, **rest: seen.update(prompts)
     )
     file = tmp_path / "evaluation_metadata.jsonl"
     row = {"tag": "counting", "include": [thing("dog", 3)], "prompt": "a photo of three dogs"}

@@ -16,6 +16,7 @@ from support.pages import HOSTILE, Page
 from palate import cli, evaluate, runs
 from palate.evaluate.intervals import wilson, win_rate_interval
 from palate.report import study
+from palate.runtime.errors import InputError
 
 
 def run(path, shade: float, prompts=("a dog", "an apple", "a fox"), seeds=(0, 1)):
@@ -230,3 +231,42 @@ def test_a_study_from_the_command_line(two, tmp_path, monkeypatch, capsys):
     ):
         code, _, err = palate(*arguments)
         assert code == 2 and err.startswith("palate: ") and "Traceback" not in err
+
+
+def test_a_file_that_is_no_text_is_no_choice_and_no_key(two, tmp_path):
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG\xff\xfe\n{}")
+    with pytest.raises(InputError, match="expected"):
+        study.read_choices([tmp_path / "picture.png"])
+    with pytest.raises(InputError, match="is not the key"):
+        study._read_key(tmp_path / "picture.png")
+    (tmp_path / "marked.jsonl").write_bytes(
+        json.dumps({"study": "s", "session": "1", "pair": 0, "choice": "tie"}).encode("utf-8-sig")
+    )
+    assert study.read_choices([tmp_path / "marked.jsonl"])[0]["choice"] == "tie"
+
+
+def test_pictures_that_were_only_begun_are_not_taken_for_whole(two):
+    """A drawing that breaks off over an older one leaves no index, so that nothing judges a mixture of both."""
+
+    def part(count):
+        yield torch.zeros(count, 3, 16, 16)
+        raise KeyboardInterrupt
+
+    folder = two[0] / "evaluation/result"
+    with pytest.raises(KeyboardInterrupt):
+        runs.write_samples(folder, part(2), *evaluate.pairs(["a dog"], range(6)), guidance=3.0, steps=8)
+    with pytest.raises(InputError, match="is missing"):
+        runs.read_index(folder)
+
+
+def test_choices_about_pictures_that_were_drawn_anew_are_no_votes(two, tmp_path):
+    from palate.taste.readers import import_votes
+    from palate.taste.votes import VoteStore
+
+    _, key = study.write_study(*two, count=2)
+    choice = {"study": json.loads(key.read_text())["study"], "session": "1", "pair": 0, "choice": "left"}
+    (tmp_path / "choices.jsonl").write_text(json.dumps(choice))
+    assert import_votes(tmp_path / "choices.jsonl", VoteStore(tmp_path / "votes"), key=key) == 1
+    run(two[1], 0.9)  # evaluated again after more training
+    with pytest.raises(InputError, match="drawn anew since the study"):
+        import_votes(tmp_path / "choices.jsonl", VoteStore(tmp_path / "more"), key=key)

@@ -6,18 +6,20 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from palate.report.curves import read_json
 from palate.report.html import flatten
 from palate.report.story import wanted_styles
 from palate.report.tables import headline_keys, metric_name
-from palate.runs import on_common_rows, read_recipe, same_meaning
+from palate.runs import on_common_rows, read_recipe, run_names, same_meaning
 from palate.runtime.errors import InputError
 from palate.runtime.result import evaluation_of
 
+ROUNDING = 1e-3  # of a metric of the same pictures, drawn on two machines
 FORMATS = ("markdown", "latex", "csv", "json")
 
 
@@ -32,8 +34,10 @@ class Cell(NamedTuple):
 def compare_runs(runs: Sequence[Path], group: str | None) -> tuple[list[str], list[str], dict[str, dict[str, Cell]]]:
     """(groups, metric keys, cells by group and key). Runs whose recipes differ only in `group` (for example seed, or
     trainer.seed) form one group, named by what else differs; without `group` each run is its own. The base model's
-    values, which all share, are the first group. InputError where a run was not evaluated or has no such key."""
-    evaluations = []
+    values are the first group, or one beside each where they differ. InputError where a run was not evaluated or has
+    no such key."""
+    evaluations: list[dict[str, Any]] = []
+    run_names(runs)  # each once
     for run in runs:
         found = evaluation_of(run)
         if found is None:
@@ -55,15 +59,23 @@ def compare_runs(runs: Sequence[Path], group: str | None) -> tuple[list[str], li
             "left out, because the runs were trained with different words or weights: %s",
             ", ".join(map(metric_name, different)),
         )
-    values: dict[str, dict[str, list[float]]] = {"base": {}}
-    for name, evaluation in zip(names, evaluations, strict=True):
+    bases = [{key: evaluation["metrics"][key].get("base") for key in keys} for evaluation in evaluations]
+    shared = all(_alike(base, bases[0]) for base in bases)  # else of several models, or drawn in several ways
+    values: dict[str, dict[str, list[float]]] = {"base": {}} if shared else {}
+    for name, evaluation, base in zip(names, evaluations, bases, strict=True):
+        own = f"{name} (run)" if name in values and name == "base" else name
         for key in keys:
-            metric = evaluation["metrics"][key]
-            values.setdefault(name, {}).setdefault(key, []).append(metric["value"])
-            if "base" in metric:
-                values["base"].setdefault(key, []).append(metric["base"])
+            if base[key] is not None:
+                values.setdefault("base" if shared else f"base of {name}", {}).setdefault(key, []).append(base[key])
+            values.setdefault(own, {}).setdefault(key, []).append(evaluation["metrics"][key]["value"])
     cells = {name: {key: _cell(column) for key, column in columns.items()} for name, columns in values.items()}
     return [name for name in cells if cells[name]], keys, cells
+
+
+def _alike(base: Mapping[str, float | None], other: Mapping[str, float | None]) -> bool:
+    """Whether two runs start from the same base: up to what another machine rounds."""
+    both = [(base[key] or 0.0, other[key] or 0.0) for key in base]
+    return all(math.isclose(one, two, rel_tol=ROUNDING, abs_tol=ROUNDING) for one, two in both)
 
 
 def _checklists(runs: Sequence[Path]) -> list[dict[str, dict[str, float]]]:
@@ -71,6 +83,9 @@ def _checklists(runs: Sequence[Path]) -> list[dict[str, dict[str, float]]]:
     found = [read_json(run / "checklist.json") or {} for run in runs]
     asked = [(answers.get("asked"), answers.get("judge"), answers.get("seeds")) for answers in found]
     if any(one != asked[0] for one in asked):
+        logging.getLogger("palate").warning(
+            "left out, because the runs were asked other questions, by other judges, or some not at all: checklist.json"
+        )
         return [{} for _ in runs]
     return [{f"checklist/{name}": metric for name, metric in answers.get("metrics", {}).items()} for answers in found]
 
@@ -93,7 +108,8 @@ def _group_names(runs: Sequence[Path], group: str | None) -> list[str]:
             raise InputError(f"--group: the recipe of {run} has no key {group!r}; for example trainer.seed")
         trees.append({key: value for key, value in tree.items() if key not in (*keys, "run.folder")})
     differing = sorted({key for tree in trees for key in tree if len({other.get(key) for other in trees}) > 1})
-    short = {key: key.rsplit(".", 1)[1] if "." in key else key for key in differing}
+    last = [key.rpartition(".")[2] for key in differing]
+    short = {key: name if last.count(name) == 1 else key for key, name in zip(differing, last, strict=True)}
     return [", ".join(f"{short[key]} {tree.get(key)}" for key in differing) or "all runs" for tree in trees]
 
 

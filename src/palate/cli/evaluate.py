@@ -30,6 +30,11 @@ from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
 
 
+def warn(text: str) -> None:
+    """To the log, whatever signs the text has."""
+    logging.getLogger("palate").warning("%s", text)
+
+
 def check(options: EvaluateOptions) -> None:
     """InputError for options that exclude each other."""
     if options.stored and (options.count or options.seeds or (options.prompts_file and not options.protocol)):
@@ -46,6 +51,8 @@ def check(options: EvaluateOptions) -> None:
         raise InputError("--judge belongs to --questions; give both, or neither")
     if options.tasks and (options.prompts_file or options.count or options.stored or options.out):
         raise InputError("--tasks has prompts of its own and draws; leave out --prompts-file, --count, --stored, --out")
+    if options.tasks and (drawn := [word for word in options.overrides if not word.startswith("model.")]):
+        raise InputError(f"--tasks draws as the model does and judges by exact oracles; leave out {drawn[0]}")
     if options.questions is not None and (options.prompts_file or options.count or options.out):
         raise InputError("--questions has prompts of its own; leave out --prompts-file, --count and --out")
 
@@ -57,7 +64,10 @@ def evaluate_and_print(runs: Sequence[Path], options: EvaluateOptions) -> None:
         _evaluate_strengths(runs, options.strengths, options)
     elif options.tasks:
         prompts = None if options.questions is None else geneval_prompts(geneval(options.questions))
-        evaluate_with_tasks(runs, options.seeds, prompts=prompts, as_json=options.as_json, quiet=options.quiet)
+        evaluate_with_tasks(
+            runs, options.seeds, prompts=prompts, as_json=options.as_json, quiet=options.quiet,
+            load=lambda run: RunFolder(run, options.overrides).model(warn),
+        )  # fmt: skip
     elif options.questions is not None:
         evaluate_with_questions(runs, options)
     else:
@@ -66,7 +76,6 @@ def evaluate_and_print(runs: Sequence[Path], options: EvaluateOptions) -> None:
 
 def _evaluate_rewards(runs: Sequence[Path], options: EvaluateOptions) -> None:
     """The recipe's evaluation or a paper's; writes the page."""
-    warn = logging.getLogger("palate").warning
     if options.protocol is not None:
         prompts = prompt_set(options.protocol, options.prompts_file)
         with show_phases(options.quiet):

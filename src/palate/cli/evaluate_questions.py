@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from palate.cli.evaluate_options import EvaluateOptions
-from palate.cli.model_source import load_run
 from palate.cli.phases import show_phases
 from palate.cli.result_tables import print_changes
 from palate.data.checklists import read_checklists
@@ -20,7 +19,7 @@ from palate.runtime.progress import printable
 EXAMPLE = "http://127.0.0.1:8000/v1/chat/completions#MODEL"
 
 
-def evaluate_with_questions(runs: Sequence[Path], options: EvaluateOptions, *, load: Load = load_run) -> None:
+def evaluate_with_questions(runs: Sequence[Path], options: EvaluateOptions, *, load: Load | None = None) -> None:
     """Write each run's checklist.json and print a table of it, or all as JSON. InputError: no judge is named."""
     assert options.questions is not None, "called for a file of questions"
     if options.judge is None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from palate.core import Model, Random, Sampleable, Sampler
+from palate.data.tables import TEXT_LIMIT, read_text
 from palate.evaluate.metrics import Images
 from palate.runtime.errors import InputError
 from palate.runtime.files import split_lines, write_atomically
@@ -138,6 +139,7 @@ def write_samples(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "index.jsonl").unlink(missing_ok=True)  # of a set that is cut short nothing is taken for whole
     parts = [images] if isinstance(images, Tensor) else images
     pixels = (array for part in parts for array in to_pixels(part))
     rows = []
@@ -155,7 +157,7 @@ def read_index(folder: str | Path) -> list[dict[str, Any]]:
     if not index.is_file():
         raise InputError(f"{index} is missing; expected a sample folder such as runs/NAME/samples/step-000000")
     rows = []
-    for number, line in enumerate(split_lines(index.read_text(encoding="utf-8")), 1):
+    for number, line in enumerate(split_lines(read_text(index, limit=TEXT_LIMIT)), 1):
         try:
             row = json.loads(line)
             file, prompt, seed = row["file"], row["prompt"], row["seed"]

@@ -29,7 +29,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}); write it again with palate evaluate") from error
 
 

@@ -18,7 +18,7 @@ from palate.report.html import render
 from palate.report.pictures import picture, preview_folders
 from palate.runs import common_rows, common_to_all, read_index, run_names
 from palate.runtime.errors import InputError
-from palate.runtime.files import split_lines
+from palate.runtime.files import file_digest, split_lines
 
 CHOICES = ("left", "right", "tie")
 
@@ -51,10 +51,12 @@ def write_study(
     for number, i in enumerate(order):
         left, right = ("a", "b") if _draw(seed, "side", i)[0] % 2 else ("b", "a")
         row = rows["a"][i]
+        both = {"left": picture(folders[left] / rows[left][i]["file"]),
+                "right": picture(folders[right] / rows[right][i]["file"])}  # fmt: skip
         pairs.append({"pair": number, "left": left, "prompt": row["prompt"], "seed": row["seed"], "files": {
-            side: rows[side][i]["file"] for side in folders}})  # fmt: skip
-        shown.append({"prompt": row["prompt"], "left": picture(folders[left] / rows[left][i]["file"]),
-                      "right": picture(folders[right] / rows[right][i]["file"])})  # fmt: skip
+            side: rows[side][i]["file"] for side in folders}, "sha256": {
+            side: file_digest(folders[side] / rows[side][i]["file"]) for side in folders}})  # fmt: skip
+        shown.append({"prompt": row["prompt"], **both})
     study = _draw(seed, "study", 0).hex()[:16]
     text = render("study.html", styles=("style.css", "study.css"), script="study.js", title="Which is better?",
                   study=study, pairs=shown)  # fmt: skip
@@ -102,7 +104,7 @@ def read_choices(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
     for path in map(Path, paths):
         if not path.is_file():
             raise InputError(f"{path} does not exist; expected the file that the page's download button saves")
-        for number, line in enumerate(split_lines(path.read_text(encoding="utf-8")), 1):
+        for number, line in enumerate(split_lines(path.read_bytes().decode("utf-8-sig", "replace")), 1):
             if not line.strip():
                 continue
             where = f"{path} line {number}"
@@ -153,7 +155,7 @@ def _read_key(path: Path) -> dict[str, Any]:
         _ = key["study"], key["runs"]["a"], key["runs"]["b"], [pair["left"] for pair in key["pairs"]]
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist; give the key that was written with the page") from error
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(
             f"{path} is not the key of a blind study; give the *-key.json that was written with the page"
         ) from error

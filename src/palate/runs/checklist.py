@@ -6,6 +6,7 @@ more training or after a crash, asks only what it has not asked before.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def evaluate_runs_by_questions(
 
 
 def _loaded(run: RunFolder, load: Load | None) -> tuple[Model, Sampler | None]:
-    return run.model() if load is None else load(run.path)
+    return run.model(logging.getLogger("palate").warning) if load is None else load(run.path)
 
 
 def _judged(run: RunFolder, checklists: Sequence[Checklist], judge: QuestionJudge) -> dict[str, Any]:

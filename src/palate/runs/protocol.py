@@ -43,7 +43,8 @@ def evaluate_protocol(
     Each evaluation has "protocol" besides: {"name", "rewards": {name: {"found": 0 or 1, "source" or "command"}},
     "categories": {category: {metric: as in metrics}}}. overrides: `reward.source.NAME` may name any published reward.
     InputError: no reward is left that none of the runs optimised and whose features measure diversity."""
-    runs = [RunFolder(folder) for folder in run_folders]
+    judging = [override for override in overrides if not override.startswith(SOURCE)]
+    runs = [RunFolder(folder, judging) for folder in run_folders]
     given, own = _split(overrides, runs)
     sources = {key: value for run in runs for key, value in run.recipe.reward.source.items()} | given
     found = standings(sources)

@@ -55,6 +55,9 @@ def evaluation_of(run: Path) -> dict[str, Any] | None:
 
 
 def _outdated(run: Path, measured: str | None) -> str:
+    for side in (run / "evaluation" / "base", run / "evaluation" / "result"):
+        if side.is_dir() and not (side / "index.jsonl").is_file():
+            return f"A later evaluation broke off while it drew: palate evaluate {run} makes its pictures whole."
     now = result_of(run)
     if measured is None or now is None or measured == now.checkpoint:
         return ""
