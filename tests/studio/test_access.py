@@ -155,3 +155,20 @@ def test_other_machines_need_a_token_file(tmp_path):
         serve(tmp_path, host="0.0.0.0", token_file=tmp_path / "short")
     with pytest.raises(InputError, match="cannot read"):
         serve(tmp_path, token_file=tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    "headers", [{"host": "[::1"}, {"host": "localhost:port"}, {"origin": "http://[x"}, {"content-length": "²"}]
+)
+def test_a_header_that_cannot_be_read_is_refused_and_breaks_nothing(headers):
+    access = Access(inner, token=SECRET, port=7)
+    refused = access._refusal({"method": "GET", "query_string": b"", "path": "/"}, {"host": "localhost"} | headers)
+    allowed = headers == {"host": "localhost:port"}  # a port that is no number: the name is this machine's
+    assert (refused is None) == allowed
+    assert access.invitation("localhost:port").startswith("http")
+
+
+def test_a_token_file_that_is_no_text_is_said(tmp_path):
+    (tmp_path / "token").write_bytes(b"\xff\xfe" * 20)
+    with pytest.raises(InputError, match=r"--token-file: .* is not text"):
+        serve(tmp_path, token_file=tmp_path / "token", browser=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import socket
 
@@ -20,6 +21,7 @@ from palate.runtime.errors import InputError
 from palate.studio import app as studio_app
 from palate.studio.app import make_app, opened_in_browser, serve
 from palate.studio.artist import Drawn
+from palate.studio.routes_compare import _wall
 from palate.studio.routes_train import _steered
 from palate.studio.runview import RunView, Words
 from palate.taste.votes import Picture
@@ -282,3 +284,93 @@ def test_a_port_in_use_and_no_display_are_said_beside_the_one_line_with_the_link
     assert f"port {port} is in use; taking" in err and "no browser could be opened here" in err and "ssh -L" in err
     serve(tmp_path, port=0, browser=False)
     assert not capsys.readouterr().err
+
+
+def test_a_fault_of_ours_is_said_on_the_page(studio, monkeypatch):
+    client, found = studio
+    quiet = TestClient(client.app, base_url="http://localhost", cookies=client.cookies, raise_server_exceptions=False)
+    monkeypatch.setattr(found, "seen", lambda: 1 / 0)
+    answer = quiet.get("/runs/list", headers={"hx-request": "true"})
+    assert answer.status_code == 500 and "fault of palate" in answer.text
+    assert answer.headers["HX-Retarget"] == "#notice"
+
+
+def test_one_run_that_cannot_be_read_hides_no_other(studio, monkeypatch):
+    _, found = studio
+    a_run(found, "good", "direct-emoji")
+    (found.workspace.runs / "bad").mkdir()
+    (found.workspace.runs / "bad/recipe.yaml").write_text("run: {folder: x}")
+    plain = found.view
+
+    def view(name):
+        if name == "bad":
+            raise PermissionError(13, "Permission denied", "bad/metrics.jsonl")
+        return plain(name)
+
+    monkeypatch.setattr(found, "view", view)
+    views, unreadable = found.seen()
+    assert [view.name for view in views] == ["good"] and list(unreadable) == ["bad"]
+
+
+def test_a_run_that_is_deleted_says_nothing_of_a_later_one_of_its_name(studio):
+    client, found = studio
+    a_run(found, "mine", "direct-emoji")
+    found.workspace.logs.mkdir()
+    found.processes.log_path("mine").write_text("palate: out of memory\n")
+    assert found.view("mine").state == "died"
+    assert client.post("/runs/mine/delete", data={"sure": "mine"}).status_code in (204, 303)
+    assert a_run(found, "mine", "direct-emoji").state == "stopped"
+    assert found.workspace.new_name("mine") == "mine-1"
+
+
+def test_what_was_counted_of_a_step_is_counted_again_when_it_is_drawn_anew(studio, monkeypatch):
+    """A run that went back draws the same steps again, with other words."""
+    _, found = studio
+    view = a_run(found, "mine", "direct-emoji", "")
+    folder = view.folder / "samples/step-000000"
+    effects, seen = found.effects, []
+    monkeypatch.setattr(effects, "_read", lambda images, prompts: seen.append(float(images.mean())) or {"": 1})
+    for time, shade in ((1, 10), (2, 200)):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "0000.png").write_bytes(picture(shade))
+        (folder / "index.jsonl").write_text('{"file": "0000.png", "prompt": "a dog", "seed": 0}\n')
+        os.utime(folder / "index.jsonl", ns=(time, time))
+        effects._count(view, 0)
+        effects._count(view, 0)
+    assert len(seen) == 2 and seen[0] != seen[1]
+
+
+def test_a_study_of_an_earlier_run_of_the_name_is_not_shown_as_one_of_this(studio, monkeypatch):
+    _, found = studio
+    a_run(found, "mine", "direct-emoji")
+    step = found.workspace.runs / "mine/checkpoints/step-000003"
+    step.mkdir(parents=True)
+    (step / "manifest.json").write_text("first")
+
+    def make(name, run, other):
+        made = found.comparing._made(run, other)
+        found.workspace.write(f"compare/{name}/study.json", {"run": run, "other": other, "made": made, "pairs": []})
+
+    monkeypatch.setattr(found.comparing, "_make", make)
+    first = found.comparing.study("mine")
+    assert found.comparing.existing("mine") == first == found.comparing.study("mine")
+    (step / "manifest.json").write_text("second")  # trained anew, as long as before
+    assert found.comparing.existing("mine") is None
+    assert found.comparing.study("mine") == found.comparing.existing("mine") != first
+    with pytest.raises(InputError, match="with itself"):
+        found.comparing.study("mine", "mine")
+
+
+def test_before_and_after_are_of_one_prompt_where_a_resumed_run_drew_others(studio):
+    _, found = studio
+    folder = a_run(found, "mine", "direct-emoji").folder / "samples"
+    for step, prompts in ((0, ("a dog", "a fox")), (9, ("a fox", "a cat", "a dog"))):
+        place = folder / f"step-{step:06d}"
+        place.mkdir(parents=True)
+        rows = [{"file": f"{prompt[2:]}{step}.png", "prompt": prompt, "seed": 0} for prompt in prompts]
+        (place / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wall = _wall(found.view("mine"), None)
+    assert wall["wall"] == [
+        {"prompt": "a dog", "before": "dog0.png", "after": "dog9.png"},
+        {"prompt": "a fox", "before": "fox0.png", "after": "fox9.png"},
+    ]

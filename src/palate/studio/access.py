@@ -6,6 +6,7 @@ nothing, requests have a largest size, and everything that can be judged before 
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import ipaddress
 import secrets
@@ -71,7 +72,7 @@ class Access:
     def invitation(self, host: str) -> str:
         """Such a link for another browser, from the Host (with its port) that this one came by: under the name by which
         other machines reach the studio, where they can."""
-        name, port = urlsplit("//" + host).hostname or "", urlsplit("//" + host).port
+        name, port = _place("//" + host)
         outside = sorted(self.hosts - {*LOOPBACK, *EVERYWHERE})
         if name in LOOPBACK and outside:
             name = outside[0]
@@ -96,11 +97,11 @@ class Access:
 
     def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
         """What is refused whoever asks: a foreign host, another origin, a body that is too large."""
-        name = urlsplit("//" + headers.get("host", "")).hostname or ""
+        name, _ = _place("//" + headers.get("host", ""))
         if name not in self.hosts and not (self.anywhere and _is_address(name)):
             return HTMLResponse(PLAIN.format(sentence=FOREIGN, form=""), 403)
         origin = headers.get("origin")
-        foreign = origin is not None and urlsplit(origin).netloc != headers.get("host")
+        foreign = origin is not None and origin.partition("://")[2] != headers.get("host")
         entry = (
             scope["method"] == "GET"
             and headers.get("sec-fetch-mode") == "navigate"
@@ -109,7 +110,7 @@ class Access:
         if foreign or (headers.get("sec-fetch-site") in ("cross-site", "same-site") and not entry):
             return HTMLResponse(PLAIN.format(sentence="Calls from another page are not allowed.", form=""), 403)
         length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > limit_of(scope["path"]):
+        if not length.isdecimal() or int(length) > limit_of(scope["path"]):
             return HTMLResponse(PLAIN.format(sentence="The request is too large.", form=""), 413)
         return None
 
@@ -167,6 +168,16 @@ class Access:
             if not begun:
                 page = HTMLResponse(PLAIN.format(sentence="The request is too large.", form=""), 413)
                 await page(scope, receive, _with_headers(send))
+
+
+def _place(url: str) -> tuple[str, int | None]:
+    """Host and port of a URL; "" and None where there is none that can be read."""
+    name, port = "", None
+    with contextlib.suppress(ValueError):  # a bracket that is not closed, a port that is no number
+        parts = urlsplit(url)
+        name, port = parts.hostname or "", None
+        port = parts.port
+    return name, port
 
 
 def _is_address(name: str) -> bool:

@@ -49,6 +49,7 @@ def make_app(runs: str | Path, *, token: str, hosts: tuple[str, ...] = (), lasti
     app.add_exception_handler(OSError, _mistake)
     app.add_exception_handler(HTTPException, _missing)
     app.add_exception_handler(RequestValidationError, _malformed)
+    app.add_exception_handler(Exception, _fault)
     studio.access = Access(app, token=token, hosts=hosts, lasting=lasting, port=port)
     return studio.access
 
@@ -68,6 +69,11 @@ def _answer(request: Request, sentence: str, status: int) -> Response:
 async def _mistake(request: Request, error: Exception) -> Response:
     said = with_remedy(error) if isinstance(error, OSError) else str(error)
     return _answer(request, printable(said), 422 if isinstance(error, InputError) else 500)
+
+
+async def _fault(request: Request, error: Exception) -> Response:
+    """An error of our own: said on the page, and its traceback stands in the terminal."""
+    return _answer(request, "This failed by a fault of palate; its terminal shows where.", 500)
 
 
 async def _missing(request: Request, error: Exception) -> Response:
@@ -125,6 +131,8 @@ def serve(
             token = token_file.read_text("utf-8").strip()
         except OSError as error:
             raise InputError(f"--token-file: cannot read {token_file}: {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"--token-file: {token_file} is not text; openssl rand -hex 16 makes a secret") from error
         if len(token) < SECRET_LENGTH:
             raise InputError(
                 f"--token-file: {token_file} holds {len(token)} characters; at least {SECRET_LENGTH} are needed"

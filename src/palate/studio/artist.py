@@ -6,6 +6,7 @@ plain pictures of a one-step generator are too much alike to be told apart. Each
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -25,7 +26,7 @@ from palate.runs import trained_model
 from palate.runtime import checkpoint, runlock
 from palate.runtime.errors import InputError, PalateError
 from palate.runtime.files import split_lines
-from palate.runtime.images import encode_png, from_pixels, quantise, read_pixels, to_pixels
+from palate.runtime.images import UNREADABLE, encode_png, from_pixels, quantise, read_pixels, to_pixels
 from palate.sampling import FewStepGenerator
 from palate.studio.workspace import Workspace
 from palate.taste.features import Features, features_of
@@ -126,9 +127,7 @@ class Artist:
         try:
             self._go_on()
         except Exception:  # a fault of ours: the pages say that nothing more comes, the terminal where it happened
-            self.problem = (
-                "No more pictures are drawn after a fault of palate, which its terminal shows. Start it again"
-            )
+            self.problem = "No more pictures are drawn after a fault of palate: its terminal shows it. Start it again"
             self.ready.set()
             raise
 
@@ -236,10 +235,12 @@ class Artist:
             if picture.model == self.fingerprint and (self.workspace.store.pictures / picture.file).is_file():
                 found.append((prompt, picture))
         for i in range(0, len(found), 64):
-            part = found[i : i + 64]
-            images = torch.stack([read_picture(self.workspace.store.path_of(picture)) for _, picture in part])
-            rows = self.look(images, [prompt for prompt, _ in part])
-            self.pool += [Drawn(p, picture, row) for (p, picture), row in zip(part, rows, strict=True)]
+            part: list[tuple[str, Picture, Tensor]] = []
+            for prompt, picture in found[i : i + 64]:
+                with contextlib.suppress(*UNREADABLE):  # damaged since; the others can be chosen among
+                    part.append((prompt, picture, read_picture(self.workspace.store.path_of(picture))))
+            rows = self.look(torch.stack([x for *_, x in part]), [prompt for prompt, *_ in part]) if part else ()
+            self.pool += [Drawn(p, picture, row) for (p, picture, _), row in zip(part, rows, strict=True)]
 
 
 def generator_sampler(folder: Path | None) -> FewStepGenerator:

@@ -26,6 +26,7 @@ from palate.models.emoji import EmojiModel
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
 from palate.runtime.exclusive import exclusive
+from palate.runtime.files import file_digest, json_digest
 from palate.studio.artist import LOADING, Artist, png_of
 from palate.studio.undo import adapter_now
 from palate.studio.workspace import Workspace
@@ -59,16 +60,32 @@ class Comparing:
 
     def existing(self, run: str, other: str = "") -> str | None:
         name = self.name_of(run, other)
+        made = self.workspace.read(f"compare/{name}/study.json").get("made")
+        if made not in (None, self._made(run, other)):  # of an earlier run of that name
+            name = f"{name}.{self._made(run, other)}"
         return name if (self._folder(name) / "study.json").is_file() else None
 
     def study(self, run: str, other: str = "") -> str:
         """The same study's name; its pictures are drawn if it is new."""
+        if run == other:
+            raise InputError(f"{run} would be compared with itself; choose another run, or what it began from")
+        if (found := self.existing(run, other)) is not None:
+            return found
         name = self.name_of(run, other)
+        if (self._folder(name) / "study.json").is_file():
+            name = f"{name}.{self._made(run, other)}"
         self._folder(name).mkdir(parents=True, exist_ok=True)
         with self._lock, exclusive(self._folder(name)):  # one order of pairs, whatever was answered in it
             if not (self._folder(name) / "study.json").is_file():
                 self._make(name, run, other)
         return name
+
+    def _made(self, run: str, other: str) -> str:
+        """What tells the results from those of earlier runs of the same names and steps."""
+        runs = [self.workspace.run(name) for name in (run, other) if name]
+        found = [folder / "checkpoints" / checkpoint.name(self._step(folder.name)) for folder in runs]
+        manifests = [folder / checkpoint.MANIFEST for folder in found]
+        return json_digest([file_digest(file) if file.is_file() else "" for file in manifests])[:8]
 
     def _step(self, run: str) -> int:
         found = checkpoint.steps(self.workspace.run(run) / "checkpoints")
@@ -89,7 +106,7 @@ class Comparing:
             files = {side: keep(png_of(images[i])) for side, images in sides.items()}
             left = secrets.choice("ab")
             pairs.append({"prompt": prompts[i], "left": left, "files": files})
-        tree = {"run": run, "other": other, "pairs": pairs}
+        tree = {"run": run, "other": other, "made": self._made(run, other), "pairs": pairs}
         self.workspace.write(f"compare/{name}/study.json", tree)
 
     def next(self, name: str) -> dict[str, Any] | None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
+import numpy as np
+
+from palate.runtime.images import UNREADABLE
 from palate.studio.artist import Artist, read_picture
 from palate.taste.learner import Array
 from palate.taste.votes import Picture
@@ -14,10 +18,10 @@ class KnownFeatures:
 
     def __init__(self, artist: Artist, pictures: Path):
         self.artist, self.pictures = artist, pictures
-        self._known: dict[tuple[str, str], Array] = {}
+        self._known: dict[tuple[str, str], Array | None] = {}
 
     def of(self, picture: Picture, prompt: str) -> Array | None:
-        """(D,), before scaling; None where the picture is gone."""
+        """(D,), before scaling; None where the picture is gone, damaged, or too small to have features."""
         key = (picture.file, prompt)
         if key not in self._known:
             for drawn in self.artist.pool:
@@ -26,5 +30,8 @@ class KnownFeatures:
             path = self.pictures / picture.file
             if not path.is_file():
                 return None
-            self._known[key] = self.artist.look(read_picture(path)[None], [prompt])[0]
+            self._known[key] = None
+            with contextlib.suppress(*UNREADABLE):
+                row = self.artist.look(read_picture(path)[None], [prompt])[0]
+                self._known[key] = row if np.isfinite(row).all() else None
         return self._known[key]

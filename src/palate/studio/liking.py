@@ -5,6 +5,8 @@ The reward of the training batches is no such thing: each batch has other prompt
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from palate.recipe import Recipe
@@ -13,6 +15,7 @@ from palate.runtime.errors import InputError
 from palate.studio.artist import Artist, read_picture
 from palate.studio.runview import RunView
 from palate.taste.reward import TasteReward
+from palate.taste.saved import FILE, parts_of
 from palate.taste.taste import load_objective
 
 
@@ -21,7 +24,7 @@ class Liking:
 
     def __init__(self, artist: Artist):
         self.artist = artist
-        self._tastes: dict[str, TasteReward | None] = {}
+        self._tastes: dict[tuple[str, tuple[int, ...]], TasteReward] = {}
         self._means: dict[tuple[str, int, int], float] = {}
 
     def of(self, view: RunView) -> list[tuple[int, float]]:
@@ -40,16 +43,18 @@ class Liking:
         source = recipe.reward.source.get("taste", "")
         if recipe.reward.name != "taste" or recipe.model.name != "emoji":
             return None
-        if source not in self._tastes:
-            try:
-                self._tastes[source] = load_objective(source, absolute=0.0, base=lambda name: self.artist.reward)
-            except InputError:  # its folder is gone, or of other features
-                self._tastes[source] = None
-        return self._tastes[source]
+        try:
+            files = [Path(folder) / FILE for folder, _ in parts_of(source)]
+            key = source, tuple(file.stat().st_mtime_ns for file in files)  # one that was fitted again is another
+            if key not in self._tastes:
+                self._tastes[key] = load_objective(source, absolute=0.0, base=lambda name: self.artist.reward)
+            return self._tastes[key]
+        except (InputError, OSError):  # its folder is gone, or of other features
+            return None
 
     def _mean(self, view: RunView, step: int, taste: TasteReward) -> float | None:
         rows = view.pictures(step)
-        key = (str(view.folder), step, len(rows))
+        key = view.drawn(step)
         if key not in self._means:
             try:
                 folder = view.folder / "samples" / checkpoint.name(step)

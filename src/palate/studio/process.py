@@ -102,6 +102,13 @@ class Processes:
             return "died", last_message(log)
         return "stopped", ""
 
+    def forget(self, name: str) -> None:
+        """Let a run that was deleted say nothing of a later one of its name, which another program may begin."""
+        self._children.pop(name, None)
+        (self.workspace.home / "processes" / f"{name}.json").unlink(missing_ok=True)
+        if self.log_path(name).is_file():
+            self.log_path(name).write_bytes(b"")  # the file stays: its name is taken
+
     def _status(self, name: str) -> runlock.RunStatus:
         child = self._children.get(name)
         if child is not None:

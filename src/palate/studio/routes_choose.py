@@ -85,8 +85,7 @@ def settings(
         raise InputError(f"expected {' or '.join(MODES)}")
     if source not in ("", PLAIN, *_sources(studio)):
         raise InputError(f"there is no round named {source[:64]!r}")
-    lines = ["".join(c if c.isprintable() else " " for c in line) for line in split_lines(prompts)]
-    own = [" ".join(line.split()) for line in lines if line.strip()]
+    own = [line for line in map(_plain, split_lines(prompts)) if line]
     if len(own) > OWN_PROMPTS:
         raise InputError(f"{len(own)} prompts; at most {OWN_PROMPTS} at a time")
     for prompt in own:
@@ -104,6 +103,11 @@ def settings(
             studio.voting.forget_pair()
     studio.artist.wake([prompt for prompt in now["prompts"] if prompt not in before["prompts"]])
     return go_to("/choose", request)
+
+
+def _plain(text: str) -> str:
+    """On one line, without signs that write backwards or not at all."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def _shown(seen: str) -> dict[str, object]:
@@ -126,7 +130,7 @@ async def upload(
     if len(better) + len(worse) > UPLOADED:
         raise InputError(f"at most {UPLOADED} pictures at once")
     contents = [[await file.read() for file in side if file.size] for side in (better, worse)]
-    await run_in_threadpool(studio_of(request).voting.add_pictures, " ".join(prompt.split())[:300], *contents)
+    await run_in_threadpool(studio_of(request).voting.add_pictures, _plain(prompt)[:300], *contents)
     return go_to("/choose", request)
 
 

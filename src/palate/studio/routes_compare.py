@@ -7,6 +7,7 @@ import base64
 from fastapi import APIRouter, Form, Request
 from fastapi.responses import FileResponse, HTMLResponse, Response
 
+from palate.runs import common_rows
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
 from palate.studio.comparing import ENOUGH, STRONGEST
@@ -33,8 +34,9 @@ def _wall(view: RunView, step: int | None) -> dict[str, object]:
     """Before and after of every previewed prompt, after being that step."""
     now = step if step in view.previews else (view.previews[-1] if view.previews else 0)
     before, after = (view.pictures(s) for s in (view.previews[0] if view.previews else 0, now))
-    pairs = [
-        {"prompt": a["prompt"], "before": a["file"], "after": b["file"]} for a, b in zip(before, after, strict=False)
+    pairs = [  # a resumed run may draw other prompts than before
+        {"prompt": before[i]["prompt"], "before": before[i]["file"], "after": after[j]["file"]}
+        for i, j in common_rows(before, after)
     ]
     return {"wall": pairs, "at": now, "first": view.previews[0] if view.previews else 0}
 

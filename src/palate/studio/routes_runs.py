@@ -60,6 +60,7 @@ def delete(request: Request, run: str, sure: str = Form("")) -> Response:
     if folder.is_symlink():
         raise InputError(f"{run} is a link to another folder; delete it there")
     shutil.rmtree(folder)
+    studio.processes.forget(run)
     with studio.workspace.turn():
         if drawn_from := studio.workspace.settings()["source"] == run:
             studio.workspace.set(source="")

@@ -14,7 +14,8 @@ from palate.algorithms.srpo import SRPOSettings
 from palate.evaluate import read_index
 from palate.recipe import Recipe
 from palate.runtime import checkpoint
-from palate.runtime.errors import CheckpointError, InputError
+from palate.runtime.errors import InputError
+from palate.runtime.files import folder_size
 from palate.runtime.result import evaluation_of
 from palate.runtime.runlog import read_metrics
 from palate.studio.process import Processes
@@ -152,6 +153,14 @@ class RunView:
     def prompts(self) -> list[str]:
         return [row["prompt"] for row in self.pictures(self.previews[0])] if self.previews else []
 
+    def drawn(self, step: int) -> tuple[str, int, int]:
+        """What tells these pictures of a step from others: a run that went back draws the same step anew."""
+        folder = self.folder / "samples" / checkpoint.name(step)
+        try:
+            return str(self.folder), step, (folder / "index.jsonl").stat().st_mtime_ns
+        except OSError:
+            return str(self.folder), step, 0
+
     def pictures(self, step: int) -> list[dict[str, Any]]:
         try:
             return read_index(self.folder / "samples" / checkpoint.name(step))
@@ -212,7 +221,7 @@ class RunView:
             return ""
 
     def size(self) -> str:
-        total = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file() and not path.is_symlink())
+        total = folder_size(self.folder)
         return f"{total / 2**20:.0f} MB" if total >= 2**20 else f"{total / 2**10:.0f} kB"
 
 
@@ -238,14 +247,6 @@ def smooth(points: Sequence[tuple[int, float]], window: int = 5) -> list[tuple[i
     values = [value for _, value in points]
     return [(step, sum(values[max(0, i - window + 1) : i + 1]) / len(values[max(0, i - window + 1) : i + 1]))
             for i, (step, _) in enumerate(points)]  # fmt: skip
-
-
-def newest_state(folder: Path) -> dict[str, Any]:
-    """The state of the newest good checkpoint; empty without one."""
-    try:
-        return checkpoint.load_newest(folder / "checkpoints", warn=lambda text: None).state
-    except CheckpointError:
-        return {}
 
 
 def _number(value: Any) -> bool:

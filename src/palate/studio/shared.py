@@ -11,7 +11,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from palate.models.vocabulary import vocabulary
-from palate.runtime.errors import InputError
+from palate.runtime.errors import PalateError
 from palate.studio.access import Access
 from palate.studio.artist import Artist
 from palate.studio.comparing import Comparing
@@ -65,7 +65,7 @@ class Studio:
         for name in self.workspace.names():
             try:
                 found.append(self.view(name))
-            except InputError as error:
+            except (PalateError, OSError) as error:
                 unreadable[name] = str(error).splitlines()[0]
         return found, unreadable
 

@@ -149,7 +149,7 @@ class Effects:
 
     def _count(self, view: RunView, step: int) -> dict[str, int]:
         rows = view.pictures(step)
-        key = (str(view.folder), step, len(rows))
+        key = view.drawn(step)
         if key not in self._counts and rows:
             images = torch.stack(
                 [read_picture(view.folder / "samples" / f"step-{step:06d}" / row["file"]) for row in rows]

@@ -37,10 +37,12 @@ class Workspace:
 
     def names(self) -> list[str]:
         """The runs, newest first: folders that hold a recipe."""
-        found = [
-            path for path in self.runs.iterdir() if (path / "recipe.yaml").is_file() and _NAME.fullmatch(path.name)
-        ]
-        return [path.name for path in sorted(found, key=lambda path: -(path / "recipe.yaml").stat().st_mtime)]
+        found: dict[str, float] = {}
+        for path in self.runs.iterdir():
+            with contextlib.suppress(OSError):  # deleted meanwhile, or not ours to read
+                if _NAME.fullmatch(path.name) and (path / "recipe.yaml").is_file():
+                    found[path.name] = (path / "recipe.yaml").stat().st_mtime
+        return sorted(found, key=lambda name: -found[name])
 
     def run(self, name: str) -> Path:
         """The folder of a run by name. InputError: there is none; a name never leads out of the folder of runs."""
