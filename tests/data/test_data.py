@@ -184,6 +184,12 @@ def test_bad_prompt_files_name_the_row(tmp_path, name, text, message):
     [
         ({"prompt": "a", "image_path": ["../x.jpg", "b.jpg"], "human_preference": [1, 0]}, "leaves the folder"),
         ({"prompt": "a", "image_path": ["x.jpg"], "human_preference": [1, 0]}, "row 1: expected two images"),
+        ({"prompt": "a", "image_path": "xy", "human_preference": [1, 0]}, "row 1: expected two images"),
+        ({"prompt": "a", "image_path": ["x", 2], "human_preference": [1, 0]}, "row 1: expected two images"),
+        ({"prompt": "a", "image_path": ["x", "y"], "human_preference": ["a", "b"]}, "row 1: expected two images"),
+        ({"prompt": "a", "image_path": ["x", "y"], "human_preference": 1}, "row 1: expected two images"),
+        ({"prompt": 5, "image_path": ["x", "y"], "human_preference": [1, 0]}, "a prompt in words"),
+        ({"caption": "a", "jpg_0": "x.jpg", "jpg_1": "y.jpg", "label_0": 1}, "row 1: expected two images as bytes"),
         ({"prompt": "a", "image_path": ["x.jpg", "y.jpg"], "human_preference": [2, -1]}, "row 1: a preference"),
         ({"prompt": "a"}, "neither Pick-a-Pic.*got prompt"),
     ],

@@ -154,6 +154,8 @@ def _unigenbench(rows: Rows) -> list[Checklist]:
             raise _BadRowError(
                 f'row {number}: {points_column} must be JSON with "Testpoints" and "Testpoint Description"'
             ) from error
+        if not isinstance(points, list) or not isinstance(texts, list):
+            raise _BadRowError(f'row {number}: "Testpoints" and "Testpoint Description" must be lists')
         if len(points) != len(texts) or not points:
             raise _BadRowError(f"row {number}: {len(points)} test points and {len(texts)} descriptions")
         prompt = _text(number, row, prompt_column)

@@ -40,10 +40,12 @@ def preference_pairs(source: str) -> Iterator[Pair]:
     for number, row in enumerate(parquet_rows(path) if path.suffix.lower() == ".parquet" else read_rows(path), 1):
         if {"caption", "jpg_0", "jpg_1", "label_0"} <= row.keys():
             if row.get("has_label", True) and row["jpg_0"] and row["jpg_1"]:
-                yield Pair(row["caption"], row["jpg_0"], row["jpg_1"], _share(path, number, row["label_0"]))
+                first, second = (image["bytes"] if isinstance(image, dict) and "bytes" in image else image
+                                 for image in (row["jpg_0"], row["jpg_1"]))  # fmt: skip
+                _check(path, number, row["caption"], [first, second], bytes, [])
+                yield Pair(row["caption"], first, second, _share(path, number, row["label_0"]))
         elif {"prompt", "human_preference"} <= row.keys() and (names := row.get("file_path") or row.get("image_path")):
-            if len(names) != 2 or len(row["human_preference"]) != 2:
-                raise RecipeError(f"{path}, row {number}: expected two images and two votes, as in HPDv2's train.json")
+            _check(path, number, row["prompt"], names, str, row["human_preference"])
             first, second = (_picture_of(path, name) for name in names)
             votes = [float(vote) for vote in row["human_preference"]]
             yield Pair(row["prompt"], first, second, _share(path, number, votes[0] / sum(votes) if sum(votes) else 0.5))
@@ -85,6 +87,15 @@ def single_likes(source: str) -> Iterator[Like]:
         if not isinstance(image, (str, bytes)) or not isinstance(row["prompt"], str):
             raise RecipeError(f"{path}, row {number}: expected a prompt in words, and an image as the name of its file")
         yield Like(" ".join(row["prompt"].split()), _picture_of(path, image) if isinstance(image, str) else image, like)
+
+
+def _check(path: Path, number: int, prompt: Any, images: Any, kind: type, votes: Any) -> None:
+    """RecipeError unless a pair is two images of the kind for a prompt in words, with two numbers or none as votes."""
+    good = isinstance(images, list) and len(images) == 2 and all(isinstance(image, kind) for image in images)
+    good = good and isinstance(votes, list) and len(votes) == (0 if kind is bytes else 2)
+    if not good or not isinstance(prompt, str) or not all(isinstance(vote, (int, float)) for vote in votes):
+        what = "two images as bytes" if kind is bytes else "two images by name and two votes, as in HPDv2's train.json"
+        raise RecipeError(f"{path}, row {number}: expected {what}, and a prompt in words")
 
 
 def _share(path: Path, number: int, value: Any) -> float:

@@ -163,7 +163,7 @@ def _in_weights(d: Array, y: Array, c: Array, a: float, columns: int) -> Posteri
             break
     bent = curvature(mean)
     evidence = float(psi - np.log(np.diag(np.linalg.cholesky(bent))).sum())
-    covariance = scale * np.linalg.inv(bent)
+    covariance = np.asarray(scale * np.linalg.inv(bent), np.float64)
     side = float(mean[columns] * d[0, columns]) if d.shape[1] > columns else 0.0
     return Posterior(mean[:columns], covariance[:columns, :columns], float(a), evidence, d @ mean, side)
 
