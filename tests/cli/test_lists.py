@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 import statistics
+from importlib.resources import files
+from pathlib import Path
 
 import pytest
 from support.commands import short
@@ -15,11 +18,15 @@ from support.pages import fake_run
 from palate import cli
 from palate.cli import compare_table
 from palate.cli import runs as runs_command
+from palate.cli.doctor import EMBEDDED
 from palate.cli.options import Seeds, Words
 from palate.cli.phases import Phases, line
+from palate.models.vocabulary import vocabulary
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
 from palate.runtime.phases import listening, tell
+
+ASSETS = Path(str(files("palate") / "assets"))
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +182,19 @@ def test_short_helps_are_whole_at_80_columns_and_every_command_has_two_lines_of_
 def test_seeds_and_words():
     assert Seeds("0-3,8") == (0, 1, 2, 3, 8) and str(Seeds("0-3,8")) == "0-3,8"
     assert Words(" 3d, glossy ,") == ("3d", "glossy")
+
+
+def test_every_word_of_the_embedded_model_is_listed(palate):
+    code, out, _ = palate("recipes", "--words")
+    told = [line for line in out.splitlines() if not line.startswith("synonyms")]
+    listed = set(re.findall(r"\w+", " ".join(line.partition(": ")[2] for line in told)))
+    joints = {"a", "at", "and", "background", "style", "on"}  # what holds a caption together
+    assert code == 0 and set(vocabulary().words) - listed == joints
+
+
+def test_doctor_looks_for_all_weights_of_the_package():
+    folders = {path.relative_to(ASSETS).parts[0] for path in ASSETS.rglob("*.safetensors")}
+    assert folders == set(EMBEDDED)
 
 
 def test_phases_say_the_count_and_the_time_left(capsys):

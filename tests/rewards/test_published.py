@@ -839,3 +839,4 @@ def test_missing_weights_say_how_to_get_them(key, what, tmp_path, monkeypatch):
         assert "convert" in message.lower() and "weights_only=True" in message
     elif what != "damaged":
         assert "hf download" in message or "github.com" in message or "hf " in message
+        assert key not in ("hpsv2", "aesthetic", "image-reward") or f"palate fetch {key}" in message

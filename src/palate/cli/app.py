@@ -1,7 +1,7 @@
 """The entry point: options that every command has, errors and their exit codes, the log, the groups of the help.
 
 Exit codes: 0 ok, 1 an error of our own or a replayed step that no longer fails, 2 bad input, 3 losses not finite,
-4 checkpoint or disk, 5 reward service or black-box objective, 6 out of memory, 7 another rank is lost, 130 and 143
+4 checkpoint or disk, 5 reward service or black-box objective, 6 out of memory, 7 another rank is lost, 129, 130 and 143
 signals.
 """
 

@@ -42,12 +42,15 @@ EXTRAS = {
     "trackio": "trackio",
     "bitsandbytes": "bitsandbytes",
 }
+EMBEDDED = (  # folders of palate/assets that hold weights
+    "emoji", "emoji-1step", "emoji-consistency", "reward-emoji", "reward-heldout", "judge", "detector",
+)  # fmt: skip
 
 
 class Finding(NamedTuple):
     """One line of `palate doctor`."""
 
-    state: str  # ok, note, bad
+    state: str  # ok, note, missing, bad
     text: str
 
 
@@ -137,16 +140,12 @@ def _weights() -> Iterator[Finding]:
     from palate.rewards.located import standings
 
     assets = Path(str(files("palate") / "assets"))
-    missing = [
-        name
-        for name in ("emoji", "reward-emoji", "reward-heldout", "judge")
-        if not any((assets / name).rglob("*.safetensors"))
-    ]
+    missing = [name for name in EMBEDDED if not any((assets / name).rglob("*.safetensors"))]
     yield Finding(
         "bad" if missing else "ok",
         f"embedded weights missing: {', '.join(missing)}; install Palate again"
         if missing
-        else "embedded model, rewards and judge are there",
+        else "embedded models, rewards, judge and detector are there",
     )
     absent = []
     for standing in standings({}):

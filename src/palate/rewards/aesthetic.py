@@ -18,8 +18,8 @@ from palate.rewards.files import pretrained, read_tensors, weights_file
 from palate.runtime.errors import InputError
 
 HOW = (
-    "Download sac+logos+ava1-l14-linearMSE.pth from github.com/christophschuhmann/improved-aesthetic-predictor, "
-    "convert it, and give the file"
+    "`palate fetch aesthetic` downloads sac+logos+ava1-l14-linearMSE.pth from "
+    "github.com/christophschuhmann/improved-aesthetic-predictor and converts it; give the file that it names"
 )
 
 

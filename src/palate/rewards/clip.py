@@ -142,7 +142,8 @@ def load_hpsv2(
     pads; SRPO's program crops; squares do not care.
     """
     how = (
-        "Download HPS_v2.1_compressed.pt (hf download xswu/HPSv2 HPS_v2.1_compressed.pt), convert it, and give the file"
+        "`palate fetch hpsv2` downloads it (as hf download xswu/HPSv2 HPS_v2.1_compressed.pt does) and converts it; "
+        "give the file that it names"
     )
     if source is None:
         raise InputError(f"reward.source.hpsv2: the weights are published as a pickle only. {how}")

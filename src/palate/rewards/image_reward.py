@@ -22,7 +22,10 @@ from palate.runtime.errors import InputError
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw score on the authors' images
 LENGTH = 35  # tokens of a prompt
-HOW = "Download ImageReward.pt (hf download zai-org/ImageReward ImageReward.pt), convert it, and give the file"
+HOW = (
+    "`palate fetch image-reward` downloads it (as hf download zai-org/ImageReward ImageReward.pt does) and converts "
+    "it; give the file that it names"
+)
 
 
 class ImageReward:

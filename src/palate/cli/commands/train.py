@@ -150,8 +150,13 @@ def recipes(
         from palate.models.vocabulary import vocabulary
 
         vocab = vocabulary()
-        for kind in ("styles", "colours", "sizes", "positions", "concepts"):
-            print(f"{kind}: {', '.join(getattr(vocab, kind))}")
+        sides = ("to the left of", "to the right of", *vocab.relations) if vocab.relations else ()
+        known_kinds = {"styles": vocab.styles, "colours": vocab.colours, "colours of things": vocab.paints,
+                       "sizes": vocab.sizes, "positions": vocab.positions, "one thing from another": sides,
+                       "numbers": vocab.counts, "concepts": vocab.concepts}  # fmt: skip
+        for kind, known_words in known_kinds.items():
+            if known_words:
+                print(f"{kind}: {', '.join(known_words)}")
         print("synonyms: " + ", ".join(f"{word} = {known}" for word, known in vocab.synonyms.items()))
         return
     from palate.recipe import published, text_of
