@@ -113,7 +113,7 @@ Overrides = Annotated[
 ]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Replace what is already in run.folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-Ranks = Annotated[int, typer.Option("--nproc", min=1, help="Ranks on this machine, one per GPU.")]
+Ranks = Annotated[int, typer.Option("--nproc", min=1, help="Processes that share a batch, one per GPU.")]
 StrengthsOption = Annotated[Strengths | None, typer.Option("--strength", parser=Strengths, metavar="NUMBERS",
                             show_default=False, help="How much of the LoRA: 0 = base, 1 = trained.")]  # fmt: skip
 WantedWords = Annotated[Words | None, typer.Option(parser=Words, metavar="WORDS", show_default=False,

@@ -19,7 +19,7 @@ TasteFolder = Annotated[Path, typer.Argument(help="The folder of a taste, for ex
 Runs = Annotated[Path, typer.Option("--runs", help="The folder of runs, votes and tastes.")]
 Port = Annotated[int, typer.Option("--port", min=0, max=65535, help="The next free one is taken if it is in use.")]
 Browser = Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in the browser.")]
-SourceName = Annotated[str, typer.Option(help="The two-tower reward whose features are used: emoji, clip-score, ...")]
+SourceName = Annotated[str, typer.Option(help="The reward that looks at the pictures: emoji, clip-score, ...")]
 SourceWeights = Annotated[str | None, typer.Option(help="Where that reward's weights are, as reward.source.")]
 
 votes_app = typer.Typer(help="Import, export and show votes.", no_args_is_help=True, rich_markup_mode=None)

@@ -112,7 +112,7 @@ def steer(run: Run, positive: WantedWords = None, negative: UnwantedWords = None
 def init(
     model: Annotated[str | None, typer.Option(help="The model's family, for example emoji, flux2, sdxl.")] = None,
     method: Annotated[str | None, typer.Option(help="For example srpo, sqdf, distar; srpo if left out.")] = None,
-    card: Annotated[str | None, typer.Option(help="For example rtx-4090, or GiB; this machine if left out.")] = None,
+    card: Annotated[str | None, typer.Option(help="A GPU, as rtx-4090, or its GiB; this machine if left out.")] = None,
     words: WantedWords = None,
     without: UnwantedWords = None,
     reward: Annotated[str | None, typer.Option(help="The reward to maximise, for example hpsv2.")] = None,
