@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -151,12 +152,14 @@ def recipes(
 
         vocab = vocabulary()
         sides = ("to the left of", "to the right of", *vocab.relations) if vocab.relations else ()
-        known_kinds = {"styles": vocab.styles, "colours": vocab.colours, "colours of things": vocab.paints,
-                       "sizes": vocab.sizes, "positions": vocab.positions, "one thing from another": sides,
-                       "numbers": vocab.counts, "concepts": vocab.concepts}  # fmt: skip
-        for kind, known_words in known_kinds.items():
-            if known_words:
-                print(f"{kind}: {', '.join(known_words)}")
+        kinds: dict[str, Collection[str]] = {
+            "styles": vocab.styles, "colours": vocab.colours, "colours of things": vocab.paints, "sizes": vocab.sizes,
+            "positions": vocab.positions, "one thing from another": sides, "numbers": vocab.counts,
+            "concepts": vocab.concepts,
+        }  # fmt: skip
+        for kind, listed in kinds.items():
+            if listed:
+                print(f"{kind}: {', '.join(listed)}")
         print("synonyms: " + ", ".join(f"{word} = {known}" for word, known in vocab.synonyms.items()))
         return
     from palate.recipe import published, text_of
