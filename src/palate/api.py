@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from palate.core import DrawsOwnSamples, Model, Sampler
 from palate.evaluate import generate, quantise
 from palate.models.autoencoder import ImageSize
 from palate.models.sizes import at_size
+from palate.recipe import SampleSettings
 from palate.recipe.names import PYTHON
 from palate.report import write_report
-from palate.runs import evaluate_run, load_result, read_recipe, trained_model
+from palate.runs import RunFolder, evaluate_run, load_result, read_recipe
 from palate.runtime.errors import InputError
 from palate.runtime.images import encode_png, grid
 
@@ -31,19 +32,25 @@ class LoadedRun:
     model: Model
     step: int | None  # of the checkpoint; None: of a run that a recipe describes, whose loader chose it
     sampler: Sampler | None = None
+    how: SampleSettings = field(default_factory=SampleSettings)  # the recipe's section `sample`
 
     def sample(
         self, prompts: Sequence[str], seeds: Sequence[int] = (0,), *, steps: int | None = None,
         guidance: float | None = None, weights: str = "policy", image_size: ImageSize | None = None,
     ) -> Images:  # fmt: skip
         """len(prompts) x len(seeds) images, all seeds of the first prompt first; weights="reference" is the base.
-        image_size: None = `sample.image_size` of the run's recipe, else the size that it trained at.
+        steps, guidance, image_size: None = those of `sample` in the run's recipe, as `palate sample` and `palate
+        evaluate` draw, else the model's own. InputError: steps or guidance for a generator, which has its own.
 
         The noise is a function of (seed, index of the prompt), so base and result can be compared in pairs.
         """
         if isinstance(prompts, str):
             prompts = [prompts]
         sampler = self.sampler if weights == "policy" else None
+        if sampler is not None and (steps is not None or guidance is not None):
+            raise InputError("steps, guidance: a generator draws as it was trained; leave them out")
+        steps = self.how.steps if steps is None else steps
+        guidance = self.how.guidance if guidance is None else guidance
         with at_size(self.model, image_size, "image_size"):
             drawn = generate(
                 self.model, prompts, seeds, steps=steps, guidance=guidance, weights=weights, sampler=sampler
@@ -85,8 +92,9 @@ def load(run: str | Path, *, model: Model | None = None, algorithm: Any = None) 
         return LoadedRun(folder, model, step, algorithm.sampler if isinstance(algorithm, DrawsOwnSamples) else None)
     if str((recipe.get("model") or {}).get("name", "")).startswith(PYTHON):
         raise InputError(f"{folder} was begun from Python; pass the model: palate.load({str(folder)!r}, model=...)")
-    found, sampler = trained_model(folder, warn=logger.warning)
-    return LoadedRun(folder, found, None, sampler)
+    own = RunFolder(folder)
+    found, sampler = own.model(logger.warning)
+    return LoadedRun(folder, found, None, sampler, own.recipe.sample)
 
 
 def evaluate(run: str | Path, *, model: Model | None = None, **options: Any) -> dict[str, Any]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import pydoc
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from support.loop import run, srpo
 
 import palate
+from palate import api
 from palate.models.emoji import EmojiModel
+from palate.recipe import SampleSettings
+from palate.runtime.errors import InputError
 from palate.testing import PROMPTS, TinyFlow
 from palate.testing import tiny_reward as reward
 
@@ -133,3 +138,20 @@ def test_a_reset_model_is_as_it_was_loaded(training):
     cond = model.encode_prompts(["a dog"])
     with torch.no_grad():
         assert torch.equal(model.predict(x, t, cond).x0, model.predict(x, t, cond, weights="reference").x0)
+
+
+def test_a_loaded_run_draws_as_its_recipe_says(monkeypatch):
+    """As `palate sample` and `palate evaluate` draw it; what a generator cannot follow is not ignored."""
+    drawn = []
+
+    def generate(model, prompts, seeds, **how):
+        drawn.append((how["steps"], how["guidance"]))
+        return torch.zeros(len(prompts) * len(seeds), 3, 4, 4)
+
+    monkeypatch.setattr(api, "generate", generate)
+    loaded = api.LoadedRun(Path("runs/x"), TinyFlow(), 3, None, SampleSettings(steps=7, guidance=1.5))
+    loaded.sample("a dog")
+    loaded.sample(["a dog"], steps=2, guidance=1.0)
+    assert drawn == [(7, 1.5), (2, 1.0)]
+    with pytest.raises(InputError, match="leave them out"):
+        dataclasses.replace(loaded, sampler=object()).sample(["a dog"], steps=2)

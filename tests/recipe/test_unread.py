@@ -8,7 +8,8 @@ import pytest
 
 from palate import recipe
 from palate.algorithms import table as algorithms
-from palate.recipe import RecipeError
+from palate.recipe import SECTIONS, RecipeError, unread
+from palate.recipe.guard import GuardSettings
 from palate.recipe.unread import TABLE
 
 WORDS = "run: {{folder: runs/x}}\nalgorithm: {{name: {}}}\nreward: {{name: emoji}}\nprompts: {{list: [a dog]}}\n"
@@ -30,6 +31,9 @@ WORDS = "run: {{folder: runs/x}}\nalgorithm: {{name: {}}}\nreward: {{name: emoji
         ("dpo", ["algorithm.posterior=true"], "pictures that are drawn"),
         ("leap_align", ["algorithm.leaps=1", "algorithm.nested=0.5"], "algorithm.leaps=1"),
         ("ddpo", ["algorithm.history=0", "algorithm.enough=4"], "algorithm.history=0"),
+        ("srpo", ["model.weights=full", "model.lora_rank=4"], "model.weights=full"),
+        ("srpo", ["trainer.ema_every=4"], "trainer.ema_decay=0"),
+        ("srpo", ["trainer.guard.rollbacks=5"], "action=rollback"),
         ("nft", ["algorithm.old_rate=0", "algorithm.old_most=0.1"], "algorithm.old_rate=0"),
     ],
 )
@@ -47,8 +51,11 @@ def test_what_is_read_is_taken_and_so_is_a_recipe_that_names_everything():
     recipe.parse(WORDS.format("flow_grpo"), ["algorithm.window_every=25"])
 
 
-def test_every_key_of_the_table_is_one_of_its_algorithm():
-    for name, rules in TABLE.items():
-        known = {field.name: field for field in dataclasses.fields(algorithms.find(name).settings_class())}
+def test_every_key_of_the_tables_is_one_of_its_section():
+    for name, rules in (TABLE | unread.SECTIONS).items():
+        kind = (
+            GuardSettings if name == "trainer.guard" else SECTIONS.get(name) or algorithms.find(name).settings_class()
+        )
+        known = {field.name: field for field in dataclasses.fields(kind)}
         for key in (key for rule in rules for key in rule.keys):
             assert known[key].default is not dataclasses.MISSING, (name, key)

@@ -1,4 +1,4 @@
-"""Settings of an algorithm that nothing reads beside its other settings, so that an override of them does nothing.
+"""Settings that nothing reads beside other settings of the recipe, so that an override of them does nothing.
 
 A recipe may hold them, as those do that a run writes; whoever asks for one on the command line is told.
 """
@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from palate.recipe.settings import AlgorithmSettings, PromptSettings, Recipe
+from palate.recipe.settings import PromptSettings, Recipe
 
 
 class Unread(NamedTuple):
@@ -69,19 +69,37 @@ TABLE: dict[str, tuple[Unread, ...]] = {
 }
 
 
+SECTIONS: dict[str, tuple[Unread, ...]] = {  # likewise, of the other sections
+    "model": (
+        Unread(("lora_rank", "lora_alpha", "lora_targets"), lambda a, p: a.weights == "full", "model.weights=full"),
+    ),
+    "trainer": (Unread(("ema_every",), lambda a, p: a.ema_decay == 0, "trainer.ema_decay=0"),),
+    "trainer.guard": (Unread(("rollbacks",), lambda a, p: a.action != "rollback", "no trainer.guard.action=rollback"),),
+    "optimize": (
+        Unread(("heads",), lambda a, p: a.surrogate != "bootstrap", "no optimize.surrogate=bootstrap"),
+        Unread(("exploration",), lambda a, p: a.surrogate != "ucb", "no optimize.surrogate=ucb"),
+    ),
+}
+
+
 def unread_overrides(recipe: Recipe, overrides: Sequence[str]) -> Iterator[str]:
-    """A sentence for each override of an algorithm's setting that nothing reads beside the recipe's others; one that
-    asks for the default asks for nothing."""
-    settings = recipe.algorithm
-    given = [override.partition("=")[0].split(".")[1] for override in overrides if override.startswith("algorithm.")]
-    for rule in TABLE.get(settings.name, ()):
-        if rule.holds(settings, recipe.prompts):
-            for key in rule.keys:
-                if key in given and vars(settings)[key] != default_of(settings, key):
-                    yield f"algorithm.{key}: nothing reads it with {rule.why}; leave it out, or change that"
+    """A sentence for each override of a setting that nothing reads beside the recipe's others; one that asks for the
+    default asks for nothing."""
+    given = {override.partition("=")[0] for override in overrides}
+    rules = {**SECTIONS, "algorithm": TABLE.get(recipe.algorithm.name, ())}
+    sections: dict[str, Any] = {
+        "algorithm": recipe.algorithm, "model": recipe.model, "trainer": recipe.trainer,
+        "trainer.guard": recipe.trainer.guard, "optimize": recipe.optimize,
+    }  # fmt: skip
+    for section, settings in sections.items():
+        for rule in rules[section] if settings is not None else ():
+            if rule.holds(settings, recipe.prompts):
+                for key in rule.keys:
+                    if f"{section}.{key}" in given and vars(settings)[key] != default_of(settings, key):
+                        yield f"{section}.{key}: nothing reads it with {rule.why}; leave it out, or change that"
 
 
-def default_of(settings: AlgorithmSettings, key: str) -> Any:
+def default_of(settings: Any, key: str) -> Any:
     """What the setting is where a recipe does not name it."""
     kind: type = type(settings)
     return next(field.default for field in dataclasses.fields(kind) if field.name == key)
