@@ -126,6 +126,8 @@ REFUSED = {
     "another origin": ({"Origin": "https://evil.example"}, BODY, 403),
     "no origin": ({"Origin": "null"}, BODY, 403),
     "rebound name": ({"Host": "evil.example"}, BODY, 403),
+    "a name that cannot be read": ({"Host": "[::1"}, BODY, 403),
+    "an origin that cannot be read": ({"Origin": "http://[x"}, BODY, 403),
     "a form": ({"Content-Type": "text/plain"}, BODY, 415),
     "too large": ({}, BODY | {"prompts": ["a" * 50_000]}, 413),
     "too many": ({}, BODY | {"prompts": ["a"] * 5, "images": [png((4, 4))] * 5}, 413),
@@ -290,6 +292,8 @@ def test_one_bad_piece_drops_the_whole_batch(evil):
     [
         ("ftp://127.0.0.1/x", SECRET, "expected a URL"),
         ("nonsense", SECRET, "expected a URL"),
+        ("http://[::1:8411/score", SECRET, "expected a URL"),
+        ("http://127.0.0.1:port/score", SECRET, "expected a URL"),
         ("http://me:pw@127.0.0.1/", SECRET, "without a password"),
         ("http://reward.example/score", SECRET, "in the clear"),
         ("http://127.0.0.1:1/score", "", TOKEN),

@@ -46,7 +46,7 @@ def preview_folders(run_folder: Path) -> list[Path]:
 def step_of(folder: Path) -> int:
     """The number in the name of a preview folder."""
     number = folder.name.removeprefix("step-")
-    return int(number) if number.isdigit() else 0
+    return int(number) if number.isdecimal() else 0
 
 
 def grid(run_folder: Path, changes: Sequence[WordChange] = ()) -> dict[str, Any] | None:

@@ -77,7 +77,7 @@ def spellings(answer: str) -> set[str]:
     word = plain(answer)
     if word in NUMBERS:
         return {word, str(NUMBERS.index(word))}
-    if word.isdigit() and int(word) < len(NUMBERS):
+    if word.isdecimal() and int(word) < len(NUMBERS):
         return {word, NUMBERS[int(word)]}
     return {word}
 
@@ -109,8 +109,8 @@ def _by_text(question: Question, text: str) -> Score:
     if answer in ("yes", "no"):
         said = next((word for word in words if word in ("yes", "no")), None)
         return Score(float(said == answer), said is not None)
-    numbers = [word for word in words if word in NUMBERS or word.isdigit()]
-    if answer in NUMBERS or answer.isdigit():
+    numbers = [word for word in words if word in NUMBERS or word.isdecimal()]
+    if answer in NUMBERS or answer.isdecimal():
         return Score(float(bool(numbers) and numbers[0] in spellings(answer)), bool(numbers))
     phrase = " ".join(re.findall(r"[^\W_]+", answer))
     return Score(float(f" {phrase} " in f" {' '.join(words)} "), bool(words))

@@ -45,12 +45,25 @@ class Patience(NamedTuple):
     again: tuple[int, ...] = AGAIN
 
 
+def place_of(url: str, *, strict: bool = False) -> tuple[str, int | None]:
+    """Host and port of a URL; "" and None where there is none that can be read. strict: a port that is no number leaves
+    no host either."""
+    name, port = "", None
+    try:  # a bracket may not be closed
+        parts = urlsplit(url)
+        name, port = parts.hostname or "", None
+        port = parts.port
+    except ValueError:
+        name = "" if strict else name
+    return name, port
+
+
 class JsonClient:
     """POSTs JSON to `url`. With a token, plain http is for the same machine only. `key` is what its errors name."""
 
     def __init__(self, url: str, token: str | None, patience: Patience, *, key: str):
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
+        name, _ = place_of(url, strict=True)
+        if not name or (parts := urlsplit(url)).scheme not in ("http", "https") or parts.username or parts.password:
             raise InputError(
                 f"{key}: got {url!r}; expected a URL without a password, for example http://127.0.0.1:8411/score"
             )

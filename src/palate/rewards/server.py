@@ -16,14 +16,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
 from PIL import Image
 
 from palate.core import Reward
-from palate.rewards.client import LOOPBACK, TOKEN
+from palate.rewards.client import LOOPBACK, TOKEN, place_of
 from palate.runtime.errors import InputError
 from palate.runtime.images import as_rgb, from_pixels
 
@@ -130,12 +129,12 @@ def serve(reward: Reward, *, host: str = "127.0.0.1", port: int = 8411, limits: 
 
 def _admit(headers: Any, token: str, hosts: Sequence[str], max_bytes: int) -> None:
     """What can be judged before a byte of the body is read."""
-    name = urlsplit("//" + headers.get("host", "")).hostname or ""
+    name, _ = place_of("//" + headers.get("host", ""))
     if name not in hosts:
         raise _Refused(403, "this host name is not allowed")
     origin = headers.get("origin")
     if origin is not None and (
-        urlsplit(origin).netloc != headers.get("host") or headers.get("sec-fetch-site") == "cross-site"
+        origin.partition("://")[2] != headers.get("host") or headers.get("sec-fetch-site") == "cross-site"
     ):
         raise _Refused(403, "calls from another origin are not allowed")
     given = headers.get("authorization", "")
@@ -144,7 +143,7 @@ def _admit(headers: Any, token: str, hosts: Sequence[str], max_bytes: int) -> No
     if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise _Refused(415, "expected application/json")
     length = headers.get("content-length", "0")
-    if not length.isdigit() or int(length) > max_bytes:
+    if not length.isdecimal() or int(length) > max_bytes:
         raise _Refused(413, f"the request is larger than {max_bytes} bytes")
 
 

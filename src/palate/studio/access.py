@@ -6,20 +6,19 @@ nothing, requests have a largest size, and everything that can be judged before 
 
 from __future__ import annotations
 
-import contextlib
 import hmac
 import ipaddress
 import secrets
 from collections.abc import Sequence
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
-from urllib.parse import parse_qsl, urlencode, urlsplit
+from urllib.parse import parse_qsl, urlencode
 
 from starlette.datastructures import Headers
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from palate.rewards.remote import LOOPBACK
+from palate.rewards.client import LOOPBACK, place_of
 
 BODY_LIMIT = 1 << 20  # bytes of an ordinary request
 UPLOAD_LIMIT = 64 << 20  # bytes of uploaded pictures
@@ -72,7 +71,7 @@ class Access:
     def invitation(self, host: str) -> str:
         """Such a link for another browser, from the Host (with its port) that this one came by: under the name by which
         other machines reach the studio, where they can."""
-        name, port = _place("//" + host)
+        name, port = place_of("//" + host)
         outside = sorted(self.hosts - {*LOOPBACK, *EVERYWHERE})
         if name in LOOPBACK and outside:
             name = outside[0]
@@ -97,7 +96,7 @@ class Access:
 
     def _refusal(self, scope: Scope, headers: Headers) -> Response | None:
         """What is refused whoever asks: a foreign host, another origin, a body that is too large."""
-        name, _ = _place("//" + headers.get("host", ""))
+        name, _ = place_of("//" + headers.get("host", ""))
         if name not in self.hosts and not (self.anywhere and _is_address(name)):
             return HTMLResponse(PLAIN.format(sentence=FOREIGN, form=""), 403)
         origin = headers.get("origin")
@@ -168,16 +167,6 @@ class Access:
             if not begun:
                 page = HTMLResponse(PLAIN.format(sentence="The request is too large.", form=""), 413)
                 await page(scope, receive, _with_headers(send))
-
-
-def _place(url: str) -> tuple[str, int | None]:
-    """Host and port of a URL; "" and None where there is none that can be read."""
-    name, port = "", None
-    with contextlib.suppress(ValueError):  # a bracket that is not closed, a port that is no number
-        parts = urlsplit(url)
-        name, port = parts.hostname or "", None
-        port = parts.port
-    return name, port
 
 
 def _is_address(name: str) -> bool:

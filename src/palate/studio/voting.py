@@ -224,7 +224,7 @@ class Voting:
             said = {key: shown[key] for key in ("expected", "verdict", "learnt")}
             taste = replace(taste, card=taste.card | said)
         with self.workspace.turn():
-            number = 1 + max((int(p.name) for p in self.workspace.tastes.glob("*") if p.name.isdigit()), default=0)
+            number = 1 + max((int(p.name) for p in self.workspace.tastes.glob("*") if p.name.isdecimal()), default=0)
             return taste.save(self.workspace.tastes / str(number))
 
     def words(self) -> list[WordChoice]:
