@@ -262,3 +262,12 @@ def test_a_place_that_holds_something_else_is_refused_before_any_work(seeds, arg
 def test_what_exact_oracles_measure_takes_no_settings_of_drawing(seeds):
     with pytest.raises(InputError, match=r"--tasks draws as the model does.*sample\.guidance=3"):
         cli.app(["evaluate", str(seeds[0]), "--tasks", "sample.guidance=3"], standalone_mode=False)
+
+
+def test_an_evaluation_that_is_none_is_said_and_hides_no_other_run(seeds, tmp_path):
+    for name in ("good", "odd"):
+        shutil.copytree(seeds[1], tmp_path / name)
+    (tmp_path / "odd/evaluation.json").write_text("{}")
+    rows = {row.name: row for row in map(runs_command.describe, runs_command.find_runs(tmp_path))}
+    assert rows["odd"].state == "broken" and "is no evaluation" in rows["odd"].headline
+    assert rows["good"].state != "broken"

@@ -16,6 +16,7 @@ from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.files import (
     file_digest,
     folder_size,
+    in_shell,
     json_line,
     new_folder,
     read_json_lines,
@@ -158,3 +159,13 @@ def test_the_size_of_a_folder_that_changes_meanwhile_is_no_error(tmp_path, monke
     monkeypatch.setattr(os, "lstat", lambda path: plain(path if not str(path).endswith("c") else "gone"))
     assert folder_size(tmp_path) == 10
     assert folder_size(tmp_path / "never") == 0
+
+
+def test_commands_to_copy_take_any_path():
+    """Every command that a message offers names its run as a shell reads it."""
+    assert in_shell(Path("runs/a b")) == "'runs/a b'" and in_shell("runs/mine") == "runs/mine"
+    verbs = "resume|evaluate|train|report|export|replay|optimize"
+    offered = re.compile(rf"palate (?:{verbs}) \{{(?!in_shell|printable\(in_shell|' ')")
+    files = Path(palate.__file__).parent.rglob("*.py")
+    found = [str(path) for path in files if offered.search(path.read_text("utf-8"))]
+    assert found == []

@@ -17,6 +17,7 @@ from palate.report.story import wanted_styles
 from palate.report.tables import headline_keys, metric_name
 from palate.runs import on_common_rows, read_recipe, run_names, same_meaning
 from palate.runtime.errors import InputError
+from palate.runtime.files import in_shell
 from palate.runtime.result import evaluation_of
 
 ROUNDING = 1e-3  # of a metric of the same pictures, drawn on two machines
@@ -41,7 +42,7 @@ def compare_runs(runs: Sequence[Path], group: str | None) -> tuple[list[str], li
     for run in runs:
         found = evaluation_of(run)
         if found is None:
-            raise InputError(f"{run} has no evaluation.json; run palate evaluate {' '.join(map(str, runs))}")
+            raise InputError(f"{run} has no evaluation.json; run palate evaluate {' '.join(map(in_shell, runs))}")
         if found["outdated"]:
             logging.getLogger("palate").warning("%s: %s", run, found["outdated"])
         evaluations.append(found)

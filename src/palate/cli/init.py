@@ -26,7 +26,7 @@ from palate.recipe.reader import literal, text_of
 from palate.rewards import table as rewards
 from palate.rewards.published import PUBLISHED
 from palate.runtime.errors import InputError
-from palate.runtime.files import write_atomically
+from palate.runtime.files import in_shell, write_atomically
 
 KEPT = 4.0  # of the absolute reward beside a relative one: with 1 concepts are lost before a style is there
 ROUNDS = 4  # changes that make a recipe fit, at most
@@ -203,7 +203,7 @@ def _check_free(path: Path) -> None:
 def _head(recipe: Recipe, path: Path, template: str, sentence: str) -> list[str]:
     lines = [
         f"# {recipe.algorithm.name} on {recipe.model.name}, begun with palate init from the published {template}",
-        f"# palate train {path} --dry-run    what is missing, what it takes; then the same without --dry-run",
+        f"# palate train {in_shell(path)} --dry-run    what is missing, what it takes; then the same without --dry-run",
     ]
     if recipe.model.name != "emoji":
         facts = facts_of(recipe.model.name)

@@ -12,6 +12,7 @@ from palate.cli.options import recipe_file
 from palate.recipe import Recipe
 from palate.runtime import checkpoint
 from palate.runtime.errors import CheckpointError, InputError
+from palate.runtime.files import in_shell
 
 
 def read_resumed(run: Path, overrides: Sequence[str]) -> Recipe:
@@ -20,15 +21,15 @@ def read_resumed(run: Path, overrides: Sequence[str]) -> Recipe:
     text = recipes.text_of(str(file := recipe_file(run)))
     started = recipes.parse(text, beside=file.absolute().parent)
     if started.optimize is not None:
-        raise InputError(f"{run} queries a black-box objective; continue it with `palate optimize {file}`")
+        raise InputError(f"{run} queries a black-box objective; continue it with `palate optimize {in_shell(file)}`")
     recipe = recipes.parse(text, overrides, beside=file.absolute().parent)
     recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, folder=str(run)))
     if recipes.fingerprint(started) != recipes.fingerprint(recipe):
         raise InputError(
             "these overrides would change the run itself; when resuming, only trainer.steps, previews, checkpoints, "
             "threads, evaluate and sample (sample.image_size only without a guard) may change. For the rest start a "
-            f"new run, from these weights if you like: palate train {file} run.folder=NEW {shlex.join(overrides)}"
-            + (f" model.start={run}" if recipe.model.weights == "lora" else "")
+            f"new run, from these weights if you like: palate train {in_shell(file)} run.folder=NEW "
+            + shlex.join([*overrides, *([f"model.start={run}"] if recipe.model.weights == "lora" else [])])
         )
     if not checkpoint.steps(run / "checkpoints"):
         raise CheckpointError(f"{run / 'checkpoints'} holds no checkpoint; start the run again with --fresh")

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from palate.runtime.errors import InputError
+from palate.runtime.files import in_shell
 from palate.runtime.own_files import foreign_files
 from palate.runtime.runlock import OWNER, owned
 
@@ -16,8 +17,8 @@ def check_room(folder: Path, fresh: bool) -> None:
         check_removable(folder)
     elif (folder / "metrics.jsonl").exists():
         raise InputError(
-            f"{folder} already holds a run: continue it with `palate resume {folder}`, choose another run.folder, "
-            "or replace it with --fresh"
+            f"{folder} already holds a run: continue it with `palate resume {in_shell(folder)}`, choose another "
+            "run.folder, or replace it with --fresh"
         )
     elif (folder / "queries.jsonl").exists():
         raise InputError(

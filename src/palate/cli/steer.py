@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from palate.runtime.errors import InputError
+from palate.runtime.files import in_shell
 from palate.runtime.progress import say
 from palate.runtime.runlock import status
 from palate.runtime.runlog import METRICS, read_metrics
@@ -20,7 +21,7 @@ def steer_and_wait(run: Path, positive: Sequence[str] | None, negative: Sequence
     if state != "running":
         done = max((row["step"] for row in seen), default=0)
         say(
-            f"{run}: this run is not running ({state}), so the words wait; `palate resume {run} "
+            f"{run}: this run is not running ({state}), so the words wait; `palate resume {in_shell(run)} "
             f"trainer.steps={2 * max(done, 1)}` takes them at its first step"
         )
         return

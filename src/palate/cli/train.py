@@ -18,6 +18,7 @@ from palate.recipe import Recipe
 from palate.report.pictures import preview_folders
 from palate.report.sheet import write_page_of
 from palate.runtime.checkpoint import check_space
+from palate.runtime.files import in_shell
 from palate.runtime.progress import say
 from palate.runtime.runlock import owned
 from palate.train import Job, Outcome, run_job
@@ -32,7 +33,7 @@ def train_recipe(recipe: Recipe, on_main: OnMain, *, resume: bool, fresh: bool, 
         outcome = _trained(recipe, on_main, resume=resume, fresh=fresh, quiet=quiet)
         on_main(lambda: _index_previews(folder))
     if outcome.exit_code:
-        on_main(lambda: say(f"continue with: palate resume {folder}"))
+        on_main(lambda: say(f"continue with: palate resume {in_shell(folder)}"))
         raise typer.Exit(outcome.exit_code)
     on_main(lambda: say(f"{outcome.reason} at step {outcome.step}: {folder}"))
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from palate.models.facts import Facts
 from palate.models.original import Lora, split
 from palate.runtime.errors import InputError
+from palate.runtime.files import in_shell
 
 FILE = "pytorch_lora_weights.safetensors"
 FILES = (FILE, "adapter_model.safetensors")  # diffusers', PEFT's
@@ -72,9 +73,7 @@ def find_file(source: Path | str, key: str) -> Path:
         if len(found) > 1:
             raise InputError(f"{key}: {folder} holds {len(found)} .safetensors files; name one of them")
     if (path / "checkpoints").is_dir():
-        raise InputError(
-            f"{key}: the run {path} holds no LoRA yet; `palate export {path}` writes that of its newest step"
-        )
+        raise InputError(f"{key}: the run {path} holds no LoRA yet; `palate export {in_shell(path)}` writes its newest")
     what = "does not exist" if not path.exists() else f"holds no {FILE}"
     raise InputError(f"{key}: {path} {what}; give the file of a LoRA, its folder, or the folder of a run")
 

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,6 +127,11 @@ def read_json_lines(path: Path, *, cut_short: bool = False) -> list[tuple[int, A
                 break
             raise InputError(f"{path}, line {number}: not JSON ({error})") from error
     return rows
+
+
+def in_shell(path: Path | str) -> str:
+    """The path as it stands in a command to copy: one with spaces in quotes."""
+    return shlex.quote(str(path))
 
 
 def canonical_json(value: Any) -> bytes:

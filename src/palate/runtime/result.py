@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
+from palate.runtime.files import in_shell
 from palate.runtime.runlock import RunStatus, status
 
 EVALUATION = "evaluation.json"
@@ -51,15 +52,18 @@ def evaluation_of(run: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_bytes())
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}); write it again with palate evaluate") from error
+    if not isinstance(found, dict) or not isinstance(found.get("metrics"), dict):
+        raise InputError(f"{path} is no evaluation; write it again with palate evaluate {in_shell(run)}")
     return {**found, "outdated": _outdated(run, found.get("checkpoint"))}
 
 
 def _outdated(run: Path, measured: str | None) -> str:
     for side in (run / "evaluation" / "base", run / "evaluation" / "result"):
         if side.is_dir() and not (side / "index.jsonl").is_file():
-            return f"A later evaluation broke off while it drew: palate evaluate {run} makes its pictures whole."
+            return f"A later evaluation broke off: palate evaluate {in_shell(run)} makes its pictures whole."
     now = result_of(run)
     if measured is None or now is None or measured == now.checkpoint:
         return ""
     step = int(measured.rpartition("-")[2])
-    return f"Measured at step {step}, and the run is at step {now.step} now: palate evaluate {run} measures it again."
+    again = f"palate evaluate {in_shell(run)} measures it again"
+    return f"Measured at step {step}, and the run is at step {now.step} now: {again}."

@@ -21,6 +21,7 @@ from palate.runtime import checkpoint, sharding
 from palate.runtime.distributed import Ranks
 from palate.runtime.environment import versions
 from palate.runtime.errors import CheckpointError, NonFiniteError
+from palate.runtime.files import in_shell
 from palate.runtime.runlog import RunLog
 from palate.train.batches import Batches, Samples
 from palate.train.python_recipe import from_python
@@ -66,14 +67,15 @@ class Failures:
         counters.bad_in_a_row += 1
         log.write({"step": counters.step, "event": "skip", "reason": problem, "in_a_row": counters.bad_in_a_row})
         bundle = self._bundle(problem, before, samples)
-        self.note(f"step {counters.step}: {problem}; this update is skipped. To see where: palate replay {bundle}")
+        where = f"palate replay {in_shell(bundle)}"
+        self.note(f"step {counters.step}: {problem}; this update is skipped. To see where: {where}")
         if counters.bad_in_a_row < MAX_BAD_STEPS:
             return
         save()
         raise NonFiniteError(
             f"stopped at step {counters.step}: {problem}, {counters.bad_in_a_row} times in a row. The weights of the "
             f"last good step are in {self.folder / 'checkpoints' / checkpoint.name(counters.step)}. See where it "
-            f"arises with `palate replay {bundle}`; lower trainer.lr or trainer.clip_norm, or look at the reward"
+            f"arises with `{where}`; lower trainer.lr or trainer.clip_norm, or look at the reward"
         )
 
     def _bundle(self, problem: str, before: Snapshot, samples: Samples) -> Path:

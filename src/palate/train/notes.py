@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from palate.core import Algorithm, Warns
+from palate.runtime.files import in_shell
 from palate.train.state import Counters, Weights
 
 
@@ -30,4 +31,4 @@ def how_to_continue(counters: Counters, folder: Path) -> str:
     """What may be done with a run that has ended."""
     if counters.finished != "finished":
         return f"its result can begin a new run with other settings: model.start={folder}"
-    return f"train on with `palate resume {folder} trainer.steps={counters.step * 2}`"
+    return f"train on with `palate resume {in_shell(folder)} trainer.steps={counters.step * 2}`"

@@ -17,7 +17,7 @@ from palate.runtime import checkpoint, sharding
 from palate.runtime.distributed import Ranks
 from palate.runtime.environment import environment, versions
 from palate.runtime.errors import CheckpointError, InputError
-from palate.runtime.files import write_atomically
+from palate.runtime.files import in_shell, write_atomically
 from palate.runtime.runlog import METRICS, RunLog, rewind
 from palate.train.guard import Guard
 from palate.train.python_recipe import from_python
@@ -51,7 +51,7 @@ class Saver:
         """The files that a run has before its first step. InputError: the folder holds a run."""
         if checkpoint.steps(self.checkpoints) or (self.folder / METRICS).exists():
             named = (self.folder / "recipe.yaml").exists() and not from_python(self.folder)
-            way = f"`palate resume {self.folder}`" if named else "train(..., resume=True)"
+            way = f"`palate resume {in_shell(self.folder)}`" if named else "train(..., resume=True)"
             raise InputError(
                 f"{self.folder} already holds a run: continue it with {way}, choose another folder, or replace it "
                 "(--fresh on the command line)"

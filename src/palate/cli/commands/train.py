@@ -22,6 +22,7 @@ from palate.cli.options import (
 )
 from palate.cli.run_folder import check_room
 from palate.runtime.errors import InputError
+from palate.runtime.files import in_shell
 from palate.runtime.progress import printable
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def init(
         model, method, card, tuple(words or ()), tuple(without or ()), reward, prompts, tuple(prompt or ())
     )
     path = write_recipe(answers, out)
-    print(f"{printable(str(path))}: look at it, then palate train {printable(str(path))} --dry-run")
+    print(f"{printable(str(path))}: look at it, then palate train {printable(in_shell(path))} --dry-run")
 
 
 @app.command(rich_help_panel=TRAIN, epilog=examples(
