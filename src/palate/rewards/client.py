@@ -67,13 +67,13 @@ class JsonClient:
             raise InputError(
                 f"{key}: got {url!r}; expected a URL without a password, for example http://127.0.0.1:8411/score"
             )
-        if token is not None and parts.scheme == "http" and parts.hostname not in LOOPBACK:
+        if token is not None and parts.scheme == "http" and name not in LOOPBACK:
             raise InputError(f"{key}: {url} would send the token in the clear; use https, or tunnel to 127.0.0.1")
         if token is not None and not token:
             raise InputError(
                 f"{key}: no token; set the environment variable {TOKEN} to the one the server was started with"
             )
-        self.url, self.patience, self._parts, self._host, self._token = url, patience, parts, parts.hostname, token
+        self.url, self.patience, self._parts, self._host, self._token = url, patience, parts, name, token
 
     def ask(self, content: dict[str, Any]) -> bytes:
         """The body of the answer to a POST of `content` as JSON; RemoteError when every try failed."""
