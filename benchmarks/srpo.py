@@ -43,7 +43,7 @@ ABSOLUTE = ["algorithm.preference=absolute", "algorithm.k_denoise=[0, 0]", "algo
 RUNS: dict[str, dict[str, tuple[str, list[str]]]] = {
     "pairs": {
         "3d against flat": ("srpo-emoji", []),
-        "cartoon against flat, outline": ("srpo-emoji-cartoon", []),
+        "cartoon against outline": ("srpo-emoji-cartoon", []),
         "outline against 3d": ("srpo-emoji-outline", []),
     },
     "ablations": {
