@@ -175,7 +175,7 @@ def picture_table(results: Path, theme: str, task: str = "style") -> tuple[Image
             axis.grid(visible=False)
             axis.spines[:].set_visible(False)
         stream = io.BytesIO()
-        figure.savefig(stream, format="png", dpi=150, metadata={"Software": None})
+        figure.savefig(stream, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
         plt.close(figure)
     text = (
         f"The same prompts and noise drawn by the base model and by {', '.join(name for name, _ in chosen[1:])}, each "
