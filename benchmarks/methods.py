@@ -71,7 +71,6 @@ QUICK = {
     "leap_align": ["algorithm.steps=3"],
 }  # --quick, by family
 FIXED = {
-    "SRPO": ["trainer.lr=4e-3"],  # where its search began; the recipe's is tuned for its hinge
     "DRaFT-1": ["algorithm.n=0"],  # its recipe is DRaFT-LV
     "MixGRPO": ["algorithm.window_every=3"],  # its few updates then visit all levels, as its recipe's many do
     # alpha is twice the rank that all have, as its 64 of 32. Its rate of 3e-4 belongs to a model of 2.5 billion
