@@ -42,7 +42,7 @@ SEEDS_PER_PROMPT = (0, 1)
 ABSOLUTE = ["algorithm.preference=absolute", "algorithm.k_denoise=[0, 0]", "algorithm.hinge=null"]
 RUNS: dict[str, dict[str, tuple[str, list[str]]]] = {
     "pairs": {
-        "3d against flat": ("srpo-emoji", []),
+        "3d against flat, outline": ("srpo-emoji", []),
         "cartoon against outline": ("srpo-emoji-cartoon", []),
         "outline against 3d": ("srpo-emoji-outline", []),
     },
