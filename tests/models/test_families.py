@@ -595,7 +595,6 @@ SMALL = [
     "model.device=cpu",
     "prompts={list: [a cat, two dogs]}",
     f"model.image_size={SIZE}",
-    "model.lora_rank=2",
 ]
 RECIPES = {"srpo-flux": "flux", "srpo-flux-released": "flux", "srpo-sd35": "sd3", "srpo-sdxl-24gb": "sdxl"}
 
@@ -604,6 +603,7 @@ RECIPES = {"srpo-flux": "flux", "srpo-flux-released": "flux", "srpo-sd35": "sd3"
 def test_published_recipes_make_two_steps(name, tmp_path):
     family = RECIPES[name]
     more = [] if family == "sdxl" else ["model.text_tokens=32"]
+    more += ["model.lora_rank=2"] if recipe.read(name).model.weights == "lora" else []
     folders = [f"model.folder={saved(family)[0]}", f"model.text_cache={tmp_path / 'text'}"]
     plan = recipe.read(name, [*FREE, *SMALL, *more, *folders])
     parts = recipe.build(plan)
