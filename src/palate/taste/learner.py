@@ -17,7 +17,7 @@ Everything is float64 numpy: the fit of 40 votes takes a few milliseconds.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -112,13 +112,8 @@ def _laplace(d: Array, y: Array, c: Array, a: float, side_std: float) -> Posteri
         factor = np.linalg.cholesky(np.eye(len(y)) + root[:, None] * gram * root)
         b = w * f + c * (y - p)
         step = b - root * _solve(factor, root * (gram @ b)) - alpha
-        size, better = 1.0, psi
-        while size > 1e-10:  # halving: psi is concave, so some part of the step goes up
-            better = _psi(alpha + size * step, gram @ (alpha + size * step), y, c)
-            if better >= psi:
-                break
-            size /= 2
-        alpha, gained, psi = alpha + size * step, better - psi, max(better, psi)
+        alpha, better = _uphill(lambda at: _psi(at, gram @ at, y, c), alpha, step, psi)
+        gained, psi = better - psi, max(better, psi)
         if gained < 1e-12:
             break
     f = gram @ alpha
@@ -152,13 +147,8 @@ def _in_weights(d: Array, y: Array, c: Array, a: float, columns: int) -> Posteri
     for _ in range(NEWTON_STEPS):
         slope = scale * d.T @ (c * (y - logistic(d @ mean))) - mean
         step = np.linalg.solve(curvature(mean), slope)
-        size, better = 1.0, psi
-        while size > 1e-10:
-            better = objective(mean + size * step)
-            if better >= psi:
-                break
-            size /= 2
-        mean, gained, psi = mean + size * step, better - psi, max(better, psi)
+        mean, better = _uphill(objective, mean, step, psi)
+        gained, psi = better - psi, max(better, psi)
         if gained < 1e-12:
             break
     bent = curvature(mean)
@@ -166,6 +156,18 @@ def _in_weights(d: Array, y: Array, c: Array, a: float, columns: int) -> Posteri
     covariance = np.asarray(scale * np.linalg.inv(bent), np.float64)
     side = float(mean[columns] * d[0, columns]) if d.shape[1] > columns else 0.0
     return Posterior(mean[:columns], covariance[:columns, :columns], float(a), evidence, d @ mean, side)
+
+
+def _uphill(objective: Callable[[Array], float], at: Array, step: Array, value: float) -> tuple[Array, float]:
+    """Where a step leads, and the objective there: halved until it is no lower, as some part of the step is where the
+    objective is concave."""
+    size, better = 1.0, value
+    while size > 1e-10:
+        better = objective(at + size * step)
+        if better >= value:
+            break
+        size /= 2
+    return at + size * step, better
 
 
 def _psi(alpha: Array, f: Array, y: Array, c: Array) -> float:
