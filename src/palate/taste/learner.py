@@ -146,7 +146,7 @@ def _in_weights(d: Array, y: Array, c: Array, a: float, columns: int) -> Posteri
     psi = objective(mean)
     for _ in range(NEWTON_STEPS):
         slope = scale * d.T @ (c * (y - logistic(d @ mean))) - mean
-        step = np.linalg.solve(curvature(mean), slope)
+        step = np.asarray(np.linalg.solve(curvature(mean), slope), np.float64)
         mean, better = _uphill(objective, mean, step, psi)
         gained, psi = better - psi, max(better, psi)
         if gained < 1e-12:
