@@ -41,3 +41,19 @@ def exclusive(folder: Path) -> Iterator[None]:
         finally:
             _held.discard(key)
             os.close(descriptor)
+
+
+def held_elsewhere(folder: Path) -> bool:
+    """Whether somebody is inside `exclusive(folder)`, another thread or another process; also where nobody can know,
+    because the disk has no locks or the folder went away."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False

@@ -32,6 +32,7 @@ from palate.studio.workspace import Workspace
 from palate.taste.features import Features, features_of
 from palate.taste.learner import Array
 from palate.taste.pictures import raw_features
+from palate.taste.staging import bring_in, staging
 from palate.taste.votes import Picture
 from palate.taste.words import hidden_prompt
 
@@ -206,17 +207,18 @@ class Artist:
 
     def add(self, prompts: Sequence[str], images: Tensor, hidden: Sequence[str], seeds: Sequence[int]) -> None:
         """Store pictures and put them into the pool."""
-        features = self.look(quantise(images), prompts)
-        rows = []
-        for prompt, image, text, seed, row in zip(prompts, images, hidden, seeds, features, strict=True):
-            name = self.workspace.store.keep(png_of(image))
-            picture = Picture(
-                name, text, self.fingerprint, seed, 1.0, self.sampler.steps, self._source or "", self._step
-            )
-            rows.append(Drawn(prompt, picture, row))
-        lines = "".join(json.dumps({"shown": d.prompt, **d.picture.__dict__}) + "\n" for d in rows)
-        with open(self.workspace.home / "pool.jsonl", "a", encoding="utf-8") as file:
-            file.write(lines)
+        features, rows, store = self.look(quantise(images), prompts), [], self.workspace.store
+        with staging(store) as staged:
+            for prompt, image, text, seed, row in zip(prompts, images, hidden, seeds, features, strict=True):
+                picture = Picture(staged.keep(png_of(image)), text, self.fingerprint, seed, 1.0, self.sampler.steps,
+                                  self._source or "", self._step)  # fmt: skip
+                rows.append(Drawn(prompt, picture, row))
+
+            def record() -> None:
+                with open(self.workspace.home / "pool.jsonl", "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps({"shown": d.prompt, **d.picture.__dict__}) + "\n" for d in rows)
+
+            bring_in(staged, store, record)
         with self.changed:
             self.pool += rows
             self.changed.notify_all()

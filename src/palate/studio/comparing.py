@@ -30,6 +30,7 @@ from palate.runtime.files import file_digest, json_digest
 from palate.studio.artist import LOADING, Artist, png_of
 from palate.studio.undo import adapter_now
 from palate.studio.workspace import Workspace
+from palate.taste.staging import bring_in, staging
 
 PAIRS = 24  # of a study
 SHOWN = 12  # pictures of the live grid
@@ -100,14 +101,13 @@ class Comparing:
         sides = {"a": self._draw(showing, prompts, [(1.0, self._lora(run))]),
                  "b": self._draw(second, prompts, [(1.0, self._lora(other))] if other else [])}  # fmt: skip
         order = sorted(range(len(prompts)), key=lambda i: secrets.token_bytes(4))
-        keep = self.workspace.store.keep
-        pairs = []
-        for i in order:
-            files = {side: keep(png_of(images[i])) for side, images in sides.items()}
-            left = secrets.choice("ab")
-            pairs.append({"prompt": prompts[i], "left": left, "files": files})
-        tree = {"run": run, "other": other, "made": self._made(run, other), "pairs": pairs}
-        self.workspace.write(f"compare/{name}/study.json", tree)
+        store, pairs = self.workspace.store, []
+        with staging(store) as staged:
+            for i in order:
+                files = {side: staged.keep(png_of(images[i])) for side, images in sides.items()}
+                pairs.append({"prompt": prompts[i], "left": secrets.choice("ab"), "files": files})
+            tree = {"run": run, "other": other, "made": self._made(run, other), "pairs": pairs}
+            bring_in(staged, store, lambda: self.workspace.write(f"compare/{name}/study.json", tree))
 
     def next(self, name: str) -> dict[str, Any] | None:
         """The first pair without an answer: {"number", "of", "prompt", "left", "right"} (files); None at the end."""

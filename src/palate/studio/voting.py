@@ -24,6 +24,7 @@ from palate.taste import card as cards
 from palate.taste.ask import RANDOM, REPEAT_EVERY, next_pair
 from palate.taste.features import Scaling, scaling_of
 from palate.taste.learner import Array, Posterior, fit
+from palate.taste.staging import bring_in, staging
 from palate.taste.taste import SIDE_STD, Taste, fit_taste, learn
 from palate.taste.votes import CHOICES, OUTCOMES, Picture, Vote
 from palate.taste.words import WordChoice, offered, word_gains
@@ -94,17 +95,19 @@ class Voting:
             return vote
 
     def add_pictures(self, prompt: str, better: Sequence[bytes], worse: Sequence[bytes]) -> int:
-        """Own pictures as votes: each of the better ones beat one of the worse ones, in turn; how many votes."""
+        """Own pictures as votes: each of the better ones beat one of the worse ones, in turn; how many votes.
+
+        InputError: a side has none, or one of them is no picture; nothing is stored then."""
         if not better or not worse:
             raise InputError("give at least one picture that you like and one that you do not")
-        store = self.workspace.store
-        kept = [[store.keep(content) for content in side] for side in (better, worse)]
-        count = max(map(len, kept))
-        for i in range(count):
-            liked, other = (Picture(side[i % len(side)], prompt) for side in kept)
-            left, right, choice = (liked, other, "left") if i % 2 == 0 else (other, liked, "right")
-            store.append(Vote(prompt, left, right, choice, session=self.session, round=self.round()))
-        return count
+        store, votes = self.workspace.store, []
+        with staging(store) as staged:
+            kept = [[staged.keep(content) for content in side] for side in (better, worse)]
+            for i in range(max(map(len, kept))):
+                liked, other = (Picture(side[i % len(side)], prompt) for side in kept)
+                left, right, choice = (liked, other, "left") if i % 2 == 0 else (other, liked, "right")
+                votes.append(Vote(prompt, left, right, choice, session=self.session, round=self.round()))
+            return bring_in(staged, store, lambda: store.extend(votes))
 
     def round(self) -> int:
         """1, and one more for each model that was aligned and is now drawn from."""

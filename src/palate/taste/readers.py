@@ -22,6 +22,7 @@ from typing import Any
 from palate.data import IMAGE_ENDINGS, Pair, preference_pairs, read_rows, read_text
 from palate.runtime.errors import InputError
 from palate.runtime.files import file_digest
+from palate.taste.staging import bring_in, staging
 from palate.taste.votes import PICTURES, Picture, Vote, VoteStore, choice_of, vote_of
 
 LISTS = ("train.json", "votes.json")  # in a folder, as `export_votes` writes them
@@ -41,17 +42,19 @@ def import_votes(
     """Read the votes at `source`, whichever of the forms above it has, into the store; how many are new.
 
     prompt, session, rater: of votes that come without one. key: of a blind study. InputError names what cannot be
-    read; no vote is stored then.
+    read; no vote and no picture is stored then.
     """
     source = Path(source)
     if source.resolve() in (store.folder.resolve(), store.file.resolve()):
         raise InputError(f"{source} holds the votes that you add to; name another source, or another folder with --to")
-    found = list(_read(source, store, prompt, key))
-    if not found:
-        raise InputError(f"{source} holds no vote")
-    named = [_named(vote, vote.session or session, vote.rater or rater) for vote in found]
-    now = {old.id: new.id for old, new in zip(found, named, strict=True)}
-    return store.extend(replace(vote, repeat_of=now.get(vote.repeat_of or "")) for vote in named)
+    with staging(store) as staged:
+        found = list(_read(source, staged, prompt, key))
+        if not found:
+            raise InputError(f"{source} holds no vote")
+        named = [_named(vote, vote.session or session, vote.rater or rater) for vote in found]
+        now = {old.id: new.id for old, new in zip(found, named, strict=True)}
+        votes = [replace(vote, repeat_of=now.get(vote.repeat_of or "")) for vote in named]
+        return bring_in(staged, store, lambda: store.extend(votes))
 
 
 def _named(vote: Vote, session: str, rater: str) -> Vote:

@@ -100,15 +100,15 @@ class VoteStore:
         return list(votes.values())
 
     def append(self, vote: Vote) -> Vote:
-        self._add(vote.to_json())
+        self._add([vote.to_json()])
         return vote
 
     def extend(self, votes: Iterable[Vote]) -> int:
-        """Append the votes whose ids are new, each once; how many."""
+        """Append the votes whose ids are new, each once, all or none; how many."""
         known = {vote.id for vote in self.read()} if self.file.exists() else set()
         new = {vote.id: vote for vote in votes if vote.id not in known}
-        for vote in new.values():
-            self.append(vote)
+        if new:
+            self._add([vote.to_json() for vote in new.values()])
         return len(new)
 
     def undo(self) -> Vote | None:
@@ -119,7 +119,7 @@ class VoteStore:
             votes = self.read()
             if not votes:
                 return None
-            self._add({"undo": votes[-1].id})
+            self._add([{"undo": votes[-1].id}])
             return votes[-1]
 
     def keep(self, content: bytes) -> str:
@@ -129,14 +129,15 @@ class VoteStore:
         target = self.pictures / name
         temporary = target.with_name(f".tmp-{secrets.token_hex(4)}-{name}")
         try:
-            if not target.is_file():
-                self.pictures.mkdir(parents=True, exist_ok=True)
-                temporary.write_bytes(content)
-                os.replace(temporary, target)
+            self.pictures.mkdir(parents=True, exist_ok=True)
+            with exclusive(self.folder):  # under which `staging.bring_in` takes away what failed to come in
+                if not target.is_file():
+                    temporary.write_bytes(content)
+                    os.replace(temporary, target)
         except OSError as error:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            raise _full(self.folder, error) from error
+            raise cannot_write(self.folder, error) from error
         return name
 
     def path_of(self, picture: Picture) -> Path:
@@ -155,25 +156,30 @@ class VoteStore:
         there = [v for v in votes if all((self.pictures / p.file).is_file() for p in (v.left, v.right))]
         return there, len(votes) - len(there)
 
-    def _add(self, row: dict[str, Any]) -> None:
-        line = json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+    def _add(self, rows: list[dict[str, Any]]) -> None:
+        lines = b"".join(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n" for row in rows)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with exclusive(self.folder), open(self.file, "ab+", buffering=0) as out:
                 size = out.seek(0, os.SEEK_END)
-                if size:  # a line cut short by a crash must not swallow this one
+                if size:  # a line cut short by a crash must not swallow the next one
                     out.seek(size - 1)
                     if out.read(1) != b"\n":
-                        line = b"\n" + line
-                if out.write(line) < len(line):
+                        lines = b"\n" + lines
+                try:
+                    if out.write(lines) < len(lines):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    os.fsync(out.fileno())
+                except BaseException:
                     os.ftruncate(out.fileno(), size)
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(out.fileno())
+                    if not size:
+                        self.file.unlink()
+                    raise
         except OSError as error:
-            raise _full(self.file, error) from error
+            raise cannot_write(self.file, error) from error
 
 
-def _full(path: Path, error: OSError) -> CheckpointError:
+def cannot_write(path: Path, error: OSError) -> CheckpointError:
     remedy = "; name another folder" if error.errno in IN_THE_WAY else ""
     if error.errno == errno.ENOSPC:
         remedy = "; free some space: nothing that was stored before is lost"
