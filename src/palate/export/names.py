@@ -22,11 +22,15 @@ FORMATS = ("diffusers", "kohya", "comfyui")
 
 
 def to_form(layers: Mapping[str, Lora], form: str, facts: Facts) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata in one of FORMATS. InputError: the form does not exist, or not for this family."""
+    """Tensors and metadata in one of FORMATS. InputError: the form does not exist, not for this family, or not for a
+    DoRA, whose rows ComfyUI divides by other norms than the weights were trained with: those along the inputs, or of
+    the unchanged weight."""
     if form not in FORMATS:
         raise InputError(f"--format: got {form!r}; expected one of {', '.join(FORMATS)}, merged")
     if form == "diffusers":
         return to_diffusers(layers, facts.denoiser)
+    if any(lora.magnitude is not None for lora in layers.values()):
+        raise InputError(f"--format {form}: this is a DoRA, which its readers draw otherwise; use diffusers or merged")
     if form == "comfyui" and facts.denoiser == "transformer":
         return to_comfyui(layers), {}
     return to_kohya(layers, facts), {}
@@ -45,8 +49,6 @@ def to_comfyui(layers: Mapping[str, Lora]) -> dict[str, Tensor]:
         stem = f"transformer.{name}"
         tensors |= {f"{stem}.lora_A.weight": lora.down, f"{stem}.lora_B.weight": lora.up}
         tensors[f"{stem}.alpha"] = torch.tensor(lora.alpha)
-        if lora.magnitude is not None:
-            tensors[f"{stem}.dora_scale"] = lora.magnitude.view(-1, *[1] * (lora.down.ndim - 1))
     return tensors
 
 
@@ -61,6 +63,4 @@ def to_kohya(layers: Mapping[str, Lora], facts: Facts) -> dict[str, Tensor]:
         stem = f"lora_unet_{name}"
         tensors |= {f"{stem}.lora_down.weight": lora.down, f"{stem}.lora_up.weight": lora.up}
         tensors[f"{stem}.alpha"] = torch.tensor(lora.alpha)
-        if lora.magnitude is not None:
-            tensors[f"{stem}.dora_scale"] = lora.magnitude.view(-1, *[1] * (lora.down.ndim - 1))
     return tensors

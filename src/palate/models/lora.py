@@ -27,7 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from palate.models.facts import Facts
-from palate.models.original import Lora, split
+from palate.models.original import Lora, row_norms, split
 from palate.runtime.errors import InputError
 from palate.runtime.files import in_shell
 
@@ -49,7 +49,7 @@ KINDS = {  # how a tensor's name ends -> what it is
     "alpha": "alpha",
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
-    "dora_scale": "magnitude",
+    "dora_scale": "dora_scale",  # LyCORIS'
 }
 TEXT_ENCODERS = re.compile(r"^(?:lora_te\d?_|text_encoder)")
 OTHER_METHODS = {"hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "diff": "a full difference", "ia3": "IA3"}
@@ -147,7 +147,7 @@ def read(
         if "down" not in parts or "up" not in parts:
             raise InputError(f"{key}: {path}: {stem} has no {'lora_B' if 'down' in parts else 'lora_A'} beside it")
         name, down, up = PREFIXES.sub("", stem), parts["down"], parts["up"]
-        magnitude = parts["magnitude"].flatten() if "magnitude" in parts else None
+        magnitude = row_norms(parts, f"{key}: {path}")
         alpha = float(parts["alpha"]) if "alpha" in parts else rates.alpha(name, down.shape[0])
         layers |= _named(name, Lora(down, up, alpha, magnitude), shapes, facts, f"{key}: {path}")
     if not layers:

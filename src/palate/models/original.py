@@ -29,11 +29,33 @@ class Lora(NamedTuple):
     def scale(self) -> float:
         return self.alpha / self.rank
 
+    def change(self, weight: Tensor) -> Tensor:
+        """What is added to a layer's weight (out, in, ...), in float32: d = (alpha / r) up @ down; of a DoRA
+        m (W + d) / |W + d| - W with the norm of each row (Liu et al. 2024, arXiv 2402.09353, eq. 5), so it is no
+        multiple of alpha, and two of them add up as changes of one weight only."""
+        base = weight.detach().float()
+        added = self.scale * (self.up.float().flatten(1) @ self.down.float().flatten(1)).view(base.shape)
+        if self.magnitude is None:
+            return added
+        rows = (base + added).flatten(1)
+        scaled = rows * (self.magnitude.float().flatten() / rows.norm(dim=1))[:, None]
+        return scaled.view(base.shape) - base
+
+
+def row_norms(parts: Mapping[str, Tensor], where: str) -> Tensor | None:
+    """The norms (out,) of a DoRA among a layer's tensors; None of a LoRA. InputError: LyCORIS can write norms of the
+    inputs, (1, in, ...), which is another method."""
+    scale = parts.get("dora_scale")
+    if scale is not None and scale.shape[0] != parts["up"].shape[0]:
+        raise InputError(f"{where} is a DoRA with norms of inputs; palate reads one with norms of outputs")
+    norms = parts.get("magnitude", scale)
+    return None if norms is None else norms.flatten()
+
 
 def fuse(layers: Mapping[str, Lora], kinds: Sequence[OriginalBlocks]) -> dict[str, Lora]:
     """Layers under the original program's names, BLOCKS_NUMBER_LAYER, which holds some of them in one.
 
-    InputError: a layer that has no name there, or a DoRA of layers that it fuses.
+    InputError: a layer that has no name there.
     """
     left, renamed = dict(layers), {}
     for kind in kinds:
@@ -61,8 +83,6 @@ def _stacked(parts: Sequence[Lora | None], rows: Sequence[int]) -> Lora:
     present = [lora for lora in parts if lora is not None]
     if len(parts) == 1:
         return present[0]
-    if any(lora.magnitude is not None for lora in present):
-        raise InputError("--format kohya: a DoRA of layers that the original program holds in one; use comfyui")
     scale = present[0].scale
     alike = all(lora.scale == scale for lora in present)  # then it stays outside: alpha still means what it says
     down = torch.cat([lora.down for lora in present])

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from palate.models import adapters
 from palate.models.original import Lora
@@ -113,18 +113,27 @@ class Adapters:
 
     @contextmanager
     def at_strength(self, strength: float) -> Iterator[None]:
-        """Inside, the policy's adapter counts so many times. InputError: there is none (full training)."""
+        """Inside, the policy's change of the weights counts so many times. InputError: there is none (full training).
+
+        A DoRA's change is no multiple of its scale, at 0 neither, so what it adds to a layer's output is multiplied.
+        """
         layers = adapters.adapted(self.network, "policy").values()
         if not layers:
             raise InputError("--strength: there is no LoRA here (a base model, or model.weights=full); leave it out")
         before = [layer.scaling["policy"] for layer in layers]
+        hooks = []
         try:
             for layer, scale in zip(layers, before, strict=True):
-                layer.scaling["policy"] = strength * scale
+                if "policy" not in layer.lora_magnitude_vector:
+                    layer.scaling["policy"] = strength * scale
+                elif strength != 1:
+                    hooks.append(layer.register_forward_hook(_scaled(strength), with_kwargs=True))
             yield
         finally:
             for layer, scale in zip(layers, before, strict=True):
                 layer.scaling["policy"] = scale
+            for hook in hooks:
+                hook.remove()
 
     def redraw(self, names: Sequence[str], seed: int) -> None:
         """The adapters of `names` as PEFT first draws them, from `seed`."""
@@ -134,3 +143,15 @@ class Adapters:
             for layer in layers:
                 for name in names:
                     layer.reset_lora_parameters(name, True)
+
+
+def _scaled(strength: float) -> Callable[..., Any]:
+    """A forward hook: what "policy" adds to the layer's output, so many times."""
+
+    def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        if layer.active_adapters != ["policy"]:
+            return output
+        base: Tensor = layer.base_layer(*args, **kwargs)
+        return base + strength * (output - base)
+
+    return hook

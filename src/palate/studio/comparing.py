@@ -227,7 +227,7 @@ class Comparing:
 def with_strength(model: Model, parts: Sequence[tuple[float, dict[str, Lora]]]) -> None:
     """Set the plain network of `model` to its base plus each LoRA times its strength.
 
-    The base weights are kept at the first call; a LoRA of a convolution is multiplied out like that of a linear layer.
+    The base weights are kept at the first call, and every change is of them: that of a DoRA depends on them.
     """
     network = model.weights.network  # type: ignore[attr-defined]
     kept: dict[str, Tensor] = model.__dict__.setdefault("studio_base", {})
@@ -238,6 +238,5 @@ def with_strength(model: Model, parts: Sequence[tuple[float, dict[str, Lora]]]) 
         for strength, loras in parts:
             for name, lora in loras.items():
                 weight = layers[name].weight
-                kept.setdefault(name, weight.detach().clone())
-                change = (lora.up.flatten(1) @ lora.down.flatten(1)).view(weight.shape)
-                weight.add_(change.to(weight), alpha=strength * lora.alpha / lora.rank)
+                base = kept.setdefault(name, weight.detach().clone())
+                weight.add_(lora.change(base).to(weight), alpha=strength)
