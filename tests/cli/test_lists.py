@@ -259,6 +259,24 @@ def test_a_place_that_holds_something_else_is_refused_before_any_work(seeds, arg
     assert sorted(path for path in run.parent.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("arguments", "other"),
+    [
+        (["doctor", "--device", "rtx-4090"], "--device belongs to a recipe"),
+        (["doctor", "--source", "weights"], "--source belongs to --reward"),
+        (["checkpoints", "RUN", "--keep", "3"], "--keep belongs to --prune"),
+    ],
+)
+def test_an_option_that_would_not_be_read_is_refused(seeds, arguments, other):
+    with pytest.raises(InputError, match=other):
+        cli.app([argument.replace("RUN", str(seeds[0])) for argument in arguments], standalone_mode=False)
+
+
+def test_names_in_a_latex_table_are_shown_as_they_are():
+    text = compare_table.as_text("latex", [r"a_b\c^2 ~"], [], {r"a_b\c^2 ~": {}})
+    assert r"a\_b\textbackslash{}c\textasciicircum{}2 \textasciitilde{}" in text
+
+
 def test_what_exact_oracles_measure_takes_no_settings_of_drawing(seeds):
     with pytest.raises(InputError, match=r"--tasks draws as the model does.*sample\.guidance=3"):
         cli.app(["evaluate", str(seeds[0]), "--tasks", "sample.guidance=3"], standalone_mode=False)

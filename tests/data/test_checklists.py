@@ -114,6 +114,26 @@ def test_of_a_prompt_that_comes_twice_dependent_questions_keep_their_parents(tmp
 @pytest.mark.parametrize(
     ("row", "match"),
     [
+        (dpg("a", 1, "0", "Is it wet?", "Another text"), "row 2: its item_id is that of row 1, which has another text"),
+        (dpg("", 1, "0", "Is it wet?"), "row 2: item_id must be a text"),
+    ],
+)
+def test_questions_that_belong_to_no_one_prompt_are_refused(tmp_path, row, match):
+    with pytest.raises(RecipeError, match=match):
+        read_checklists(table(tmp_path / "dpg.csv", dpg("a", 1, "0", "Is there a boat?"), row))
+
+
+def test_a_later_row_is_checked_as_the_first_is(tmp_path):
+    good = {"prompt": "a", "questions": ["x"]}
+    with pytest.raises(RecipeError, match='row 2: "questions" must be a list of at least one'):
+        read_checklists(jsonl(tmp_path / "plain.jsonl", good, {"prompt": "b"}))
+    with pytest.raises(RecipeError, match=r'row 2: "vqa_list" and "skills" must be lists .* at least one'):
+        read_checklists(jsonl(tmp_path / "geneval2.jsonl", COWS, COWS | {"vqa_list": [], "skills": []}))
+
+
+@pytest.mark.parametrize(
+    ("row", "match"),
+    [
         ({"prompt": "a", "questions": []}, 'row 1: "questions" must be a list of at least one'),
         ({"prompt": "", "questions": ["x"]}, "row 1: prompt must be a text"),
         ({"prompt": "a", "questions": [{"answer": "yes"}]}, 'row 1: expected {"question", "answer", "skill"}'),

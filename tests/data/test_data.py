@@ -166,6 +166,9 @@ BAD = [
     ("a.jsonl", '{"prompt": 3}', "prompt is int; expected text"),
     ("a.jsonl", '{"prompt": " "}', "holds no prompt"),
     ("a.csv", "", "holds no prompt"),
+    ("a.csv", 'prompt,Category\n"a dog",x\n"a cat, sitt', "a quotation mark is not closed; is the file cut short"),
+    ("a.csv", 'prompt\n"a fox\na dog\na cat\n', "a quotation mark is not closed"),
+    ("a.csv", "prompt\na dog\na fox, red, in snow\n", "row 2: more fields than the first line has names"),
     ("a.parquet", "PAR1 no", "not a readable parquet"),
     ("a.tsv", b"\xff\xfe\x00", "not UTF-8"),
 ]

@@ -13,6 +13,7 @@ from palate.cli import evaluate as evaluate_command
 from palate.data.checklists import Checklist, Question
 from palate.evaluate.checklists import evaluate_checklists
 from palate.models.vocabulary import vocabulary
+from palate.path import flow_schedule, from_x0
 from palate.rewards.chat import ChatModel
 from palate.rewards.checklist import QuestionJudge
 from palate.rewards.client import TOKEN, Patience
@@ -110,6 +111,43 @@ def test_runs_are_judged_in_pairs_and_what_they_share_is_asked_once(judge, runs)
     assert again == found and len(judge.asked) == 6
     with pytest.raises(ValueError, match="no stored picture is of a prompt of the file"):
         evaluate_runs_by_questions(runs, [Checklist("a bee", LISTS[0].questions)], judge.asks(), stored=True)
+
+
+class Shown:
+    """Its result shows a dog bright; the base, and every other prompt, stay dark."""
+
+    schedule = staticmethod(flow_schedule)
+    latent_shape, image_size, device = (3, 4, 4), 4, torch.device("cpu")
+    default_steps, default_guidance = 1, 1.0
+
+    def encode_prompts(self, prompts):
+        return list(prompts)
+
+    def encode(self, images):
+        return images
+
+    def decode(self, latents):
+        return latents
+
+    def predict(self, xt, t, cond, *, guidance=1.0, weights="policy"):
+        bright = torch.tensor([float(weights == "policy" and prompt == "a dog") for prompt in cond])
+        return from_x0(xt, bright[:, None, None, None].expand_as(xt), *self.schedule(t))
+
+    def parameters(self, weights="policy"):
+        return []
+
+
+def test_an_evaluation_stays_beside_the_pictures_of_the_questions(judge, runs):
+    """So that what was measured before can still be compared, and `stored` finds the pictures that were asked about."""
+    for run in runs:
+        (run / "evaluation.json").write_text("{}")
+    before = [path.read_bytes() for run in runs for path in sorted((run / "evaluation").glob("*/*"))]
+    drawn = evaluate_runs_by_questions(runs, LISTS, judge.asks(), seeds=[7], load=lambda run: (Shown(), None))
+    assert [path.read_bytes() for run in runs for path in sorted((run / "evaluation").glob("*/*"))] == before
+    assert (runs[0] / "evaluation.json").read_text() == "{}"
+    assert {row["seed"] for row in drawn["runs"]["one"]["rows"]} == {7}
+    again = evaluate_runs_by_questions(runs, LISTS, judge.asks(), stored=True)
+    assert again == drawn  # the newest of those with as many prompts
 
 
 # --- GenEval's metadata in the embedded model's words ---

@@ -382,6 +382,46 @@ def test_evaluate_run_measures_the_result_against_the_base_and_repeats_to_the_by
     assert again["metrics"] == result["metrics"]  # the stored images are the judged images
 
 
+def test_two_at_once_do_not_mix_their_pictures(tmp_path):
+    """Neither of one process nor of two."""
+    folder = run_folder(tmp_path / "a")
+
+    class Meanwhile(FakeModel):
+        def decode(self, latents):
+            with pytest.raises(InputError, match="is being evaluated by another process"):
+                runs.evaluate_run(folder, model=FakeModel(0.2), prompts=["apple"], seeds=[0], panel=panel())
+            return super().decode(latents)
+
+    found = runs.evaluate_run(folder, model=Meanwhile(0.2), prompts=["dog"], seeds=[0, 1], panel=panel())
+    assert found["images"] == 2
+    runs.evaluate_run(folder, model=FakeModel(0.2), prompts=["apple"], seeds=[0], panel=panel())
+
+
+def test_pictures_that_were_not_judged_have_no_step_of_an_earlier_evaluation(tmp_path):
+    """`stored` after a reward that failed: what evaluation.json says is of the pictures before."""
+    folder, ask = run_folder(tmp_path / "a"), {"prompts": ["dog", "apple"], "seeds": [0]}
+    checkpoints = folder / "checkpoints"
+    (checkpoints / "step-000050").mkdir(parents=True)
+    assert runs.evaluate_run(folder, model=FakeModel(0.2), panel=panel(), **ask)["checkpoint"].endswith("000050")
+    assert runs.evaluate_run(folder, panel=panel(), stored=True)["checkpoint"].endswith("000050")
+    (checkpoints / "step-000200").mkdir()
+    broken = panel()._replace(rewards={**panel().rewards, "emoji": lambda images, prompts: 1 / 0})
+    with pytest.raises(ZeroDivisionError):
+        runs.evaluate_run(folder, model=FakeModel(0.3), panel=broken, **ask)
+    assert runs.evaluate_run(folder, panel=panel(), stored=True)["checkpoint"] is None
+
+
+def test_a_single_text_is_not_taken_for_its_letters(tmp_path):
+    folder = run_folder(tmp_path / "a")
+    for ask in (
+        lambda: evaluate.generate(FakeModel(), "dog", [0]),
+        lambda: runs.evaluate_run(folder, model=FakeModel(), prompts="dog", seeds=[0], panel=panel()),
+        lambda: runs.evaluate_runs([folder], prompts="dog", seeds=[0], panel=panel(), load=load),
+    ):
+        with pytest.raises(InputError, match=r"expected a list of prompts, got the text 'dog'; write \['dog'\]"):
+            ask()
+
+
 ALGORITHM = "algorithm: {name: ddpo}\n"  # one without control words
 
 

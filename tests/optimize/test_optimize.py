@@ -326,6 +326,9 @@ def test_a_tampered_image_or_log_is_refused(tmp_path):
     (tmp_path / "queries.jsonl").write_text('{"query": 0}\nrubbish\n{"query": 1}\n')
     with pytest.raises(ValueError, match="line 2: not JSON"):
         Queries(tmp_path)
+    (tmp_path / "queries.jsonl").write_text('{"query": 7, "score": 1.0}\n')
+    with pytest.raises(ValueError, match=r"line 1: query 7 has no round; restore the file"):
+        Queries(tmp_path)
 
 
 # Kinds of oracle

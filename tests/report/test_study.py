@@ -194,6 +194,8 @@ def test_the_key_is_found_by_its_study(two, tmp_path, monkeypatch):
         study.find_key([choices])
     (tmp_path / "runs").mkdir()
     two[0].rename(tmp_path / "runs" / "alpha")
+    (tmp_path / "runs" / "aaa").mkdir()
+    (tmp_path / "runs" / "aaa" / "x-key.json").write_text("{")  # another study's, cut short
     assert study.find_key([choices]) == key
     choices.write_text(json.dumps(row(0, "left", study="other")) + "\n")
     with pytest.raises(ValueError, match="the key of study 'other'"):

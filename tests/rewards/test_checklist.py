@@ -200,7 +200,8 @@ def test_one_that_hangs_is_given_up(judge):
 
 @pytest.mark.parametrize(
     "raw", [b"", b"<html>", b"[]", b'{"choices": []}', b'{"choices": [{"message": {"content": null}}]}', b"[" * 9999,
-            b'{"choices": [{"message": {"content": "yes"}, "logprobs": {"content": [{"token": "yes"}]}}]}'],
+            b'{"choices": [{"message": {"content": "yes"}, "logprobs": {"content": [{"token": "yes"}]}}]}',
+            b'{"choices": [{"message": {"content": "a"}, "logprobs": {"content": [{"token": "a", "logprob": NaN}]}}]}'],
 )  # fmt: skip
 def test_an_answer_that_is_no_completion_ends_it(raw, judge, tmp_path):
     judge.raw = raw

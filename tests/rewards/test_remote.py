@@ -263,6 +263,7 @@ def test_passing_failures_are_retried_with_the_same_id(evil):
         (200, answer([float("inf")]), "bad answer"),
         (200, '{"id": "other", "scores": [0.1]}', "bad answer"),
         (200, "[" * 5000, "bad answer"),
+        (200, answer([10**400]), "bad answer"),
         (200, " " * (1 << 21), "larger than"),
     ],
 )
@@ -297,6 +298,10 @@ def test_one_bad_piece_drops_the_whole_batch(evil):
         ("http://me:pw@127.0.0.1/", SECRET, "without a password"),
         ("http://reward.example/score", SECRET, "in the clear"),
         ("http://127.0.0.1:1/score", "", TOKEN),
+        ("http://127.0.0.1:1/scöre", SECRET, "not ASCII"),
+        ("http://127.0.0.1:1/a score", SECRET, "spaces"),
+        ("http://127.0.0.1:1/score", SECRET + "\r", f"token in {TOKEN} has a line end"),
+        ("http://127.0.0.1:1/score", SECRET + "€", f"token in {TOKEN} has a line end or a sign that is not ASCII"),
         (None, SECRET, "expected a URL"),
     ],
 )

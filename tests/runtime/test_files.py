@@ -12,6 +12,12 @@ import pytest
 
 import palate
 from palate.cli.app import exit_code_of
+from palate.data import captioned_images, read_prompts
+from palate.evaluate import read_index
+from palate.optimize.queries import Queries
+from palate.report.curves import read_json
+from palate.report.study import find_key, read_choices
+from palate.rewards.answers import Answers
 from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.files import (
     file_digest,
@@ -24,7 +30,39 @@ from palate.runtime.files import (
     write_atomically,
     write_problem,
 )
+from palate.runtime.result import evaluation_of
 from palate.runtime.runlog import RunLog, read_metrics
+
+
+def choice_beside(path):
+    choices = path.with_name("choices.jsonl")
+    choices.write_text('{"study": "s", "session": "1", "pair": 0, "choice": "left"}\n')
+    return choices
+
+
+READERS = {  # of files that a run, a person or a server writes
+    "index.jsonl": lambda path: read_index(path.parent),
+    "metrics.jsonl": read_metrics,
+    "evaluation.json": lambda path: evaluation_of(path.parent),
+    "checklist.json": read_json,
+    "choices.jsonl": lambda path: read_choices([path]),
+    "study-key.json": lambda path: find_key([choice_beside(path)], path),
+    "metadata.jsonl": lambda path: captioned_images(path.parent),
+    "prompts.jsonl": lambda path: read_prompts(str(path)),
+    "prompts.json": lambda path: read_prompts(str(path)),
+    "answers.jsonl": Answers,
+    "queries.jsonl": lambda path: Queries(path.parent),
+}
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "1" * 5_000, "[1, 2]"], ids=["deep", "long number", "list"])
+@pytest.mark.parametrize("name", READERS)
+def test_json_that_python_cannot_read_is_a_sentence_about_its_file(tmp_path, name, text):
+    (tmp_path / "picture.png").touch()
+    (tmp_path / name).write_text(text + "\n\n")
+    with pytest.raises(InputError, match=name):
+        READERS[name](tmp_path / name)
+
 
 ODD = "a\u2028b\u0085c\x0cd\x1ce"
 

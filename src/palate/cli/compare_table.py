@@ -21,6 +21,9 @@ from palate.runtime.files import in_shell
 from palate.runtime.result import evaluation_of
 
 ROUNDING = 1e-3  # of a metric of the same pictures, drawn on two machines
+LATEX = {sign: "\\" + sign for sign in "&%$#_{}"} | {
+    "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}",
+}  # fmt: skip
 FORMATS = ("markdown", "latex", "csv", "json")
 
 
@@ -162,6 +165,4 @@ def _latex(groups: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _escaped(text: str) -> str:
-    for sign in "&%$#_{}":
-        text = text.replace(sign, "\\" + sign)
-    return text
+    return "".join(LATEX.get(sign, sign) for sign in text)

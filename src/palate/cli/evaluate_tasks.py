@@ -13,6 +13,7 @@ from palate.evaluate.tasks import SEEDS, evaluate_tasks, tasks_json
 from palate.rewards.tasks import TaskReward, task_prompts
 from palate.runs import run_names
 from palate.runs.evaluation import Load
+from palate.runtime.files import write_atomically
 
 
 def evaluate_with_tasks(
@@ -34,7 +35,7 @@ def evaluate_with_tasks(
             model, sampler = load(run)
             scores = evaluate_tasks(model, sampler=sampler, seeds=range(seeds or SEEDS), prompts=prompts, reward=reward)
         found[name] = tasks_json(scores)
-        (run / "tasks.json").write_text(json.dumps(found[name], indent=1) + "\n")
+        write_atomically(run / "tasks.json", (json.dumps(found[name], indent=1) + "\n").encode())
         if not as_json:
             print_changes(name, found[name])
     if as_json:

@@ -29,9 +29,10 @@ class Seeds(tuple[int, ...]):
         try:
             for part in text.split(","):
                 first, dash, last = part.partition("-")
-                numbers += range(int(first), int(last if dash else first) + 1)
-                if len(numbers) > MAX_SEEDS:
+                lowest, highest = int(first), int(last if dash else first)
+                if highest - lowest + len(numbers) >= MAX_SEEDS:  # before they are written out
                     raise ValueError
+                numbers += range(lowest, highest + 1)
         except ValueError as error:
             raise typer.BadParameter(
                 f"expected whole numbers, for example 0-15 or 1,5,9 (at most {MAX_SEEDS}), got {text!r}"

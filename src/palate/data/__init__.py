@@ -22,13 +22,13 @@ from palate.data.pictures import (
     encode_images,
     load_images,
 )
-from palate.data.prompts import evenly_spaced, geneval, prompt_rows, read_prompts
+from palate.data.prompts import evenly_spaced, geneval, listed, prompt_rows, read_prompts
 from palate.data.tables import RecipeError, read_rows, read_text
 from palate.runtime.deprecated import old_names
 
 __all__ = [
     "IMAGE_ENDINGS", "Like", "Pair", "RecipeError", "captioned_images", "check_images", "encode_images",
-    "evenly_spaced", "geneval", "load_images", "preference_pairs", "prompt_rows", "read_prompts", "read_rows",
+    "evenly_spaced", "geneval", "listed", "load_images", "preference_pairs", "prompt_rows", "read_prompts", "read_rows",
     "read_text", "single_likes",
 ]  # fmt: skip
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from palate.data.tables import RecipeError, read_rows
+from palate.runtime.files import parse_json
 
 Rows = Sequence[dict[str, Any]]
 
@@ -102,7 +103,7 @@ def _plain(rows: Rows) -> list[Checklist]:
     """A question may be {"question", "answer", "skill"}, [question, answer, skill] or a text that wants a yes."""
     found = []
     for number, row in enumerate(rows, 1):
-        asked = row["questions"]
+        asked = row.get("questions")
         if not isinstance(asked, list) or not asked:
             raise _BadRowError(f'row {number}: "questions" must be a list of at least one')
         questions = tuple(_plain_question(number, item) for item in asked)
@@ -128,8 +129,8 @@ def _geneval2(rows: Rows) -> list[Checklist]:
     found = []
     for number, row in enumerate(rows, 1):
         asked, skills = row.get("vqa_list"), row.get("skills")
-        if not isinstance(asked, list) or not isinstance(skills, list) or len(asked) != len(skills):
-            raise _BadRowError(f'row {number}: "vqa_list" and "skills" must be lists of the same length')
+        if not isinstance(asked, list) or not isinstance(skills, list) or len(asked) != len(skills) or not asked:
+            raise _BadRowError(f'row {number}: "vqa_list" and "skills" must be lists of the same length, at least one')
         if not all(isinstance(pair, list) and len(pair) == 2 for pair in asked):
             raise _BadRowError(f'row {number}: "vqa_list" must hold [question, answer] pairs')
         questions = tuple(
@@ -148,7 +149,7 @@ def _unigenbench(rows: Rows) -> list[Checklist]:
     found = []
     for number, row in enumerate(rows, 1):
         try:
-            told = json.loads(row[points_column])
+            told = parse_json(row[points_column])
             points, texts = told["Testpoints"], told["Testpoint Description"]
         except (ValueError, TypeError, KeyError) as error:
             raise _BadRowError(
@@ -172,10 +173,14 @@ def _dpg(rows: Rows) -> list[Checklist]:
     """A row per question. A question counts 0 where one that it depends on is answered no (dependency 0: on none)."""
     items: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for number, row in enumerate(rows, 1):
-        items.setdefault(str(row.get("item_id")), []).append((number, row))
+        items.setdefault(_text(number, row, "item_id"), []).append((number, row))
     found = []
     for own in items.values():
-        places = {str(row.get("proposition_id")).strip(): place for place, (_, row) in enumerate(own)}
+        prompt, places = _text(*own[0], "text"), {}
+        for place, (number, row) in enumerate(own):
+            if _text(number, row, "text") != prompt:
+                raise _BadRowError(f"row {number}: its item_id is that of row {own[0][0]}, which has another text")
+            places[str(row.get("proposition_id")).strip()] = place
         questions = []
         for number, row in own:
             on = [part.strip() for part in str(row.get("dependency") or "0").split(",")]
@@ -186,7 +191,7 @@ def _dpg(rows: Rows) -> list[Checklist]:
             questions.append(
                 Question(_text(number, row, "question_natural_language"), "yes", skill, parents=parents)
             )  # fmt: skip
-        found.append(Checklist(_text(own[0][0], own[0][1], "text"), tuple(questions)))
+        found.append(Checklist(prompt, tuple(questions)))
     return found
 
 

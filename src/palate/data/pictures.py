@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from torch import Tensor
 from palate.core import EncodesPictures, HasPosterior
 from palate.data.tables import TEXT_LIMIT, RecipeError, read_text
 from palate.runtime.errors import InputError
-from palate.runtime.files import split_lines
+from palate.runtime.files import parse_json, split_lines
 from palate.runtime.images import UNREADABLE, as_rgb, from_pixels
 
 ENCODED_TOGETHER = 32  # images
@@ -76,7 +75,7 @@ def _captions(folder: Path, images: list[Path]) -> dict[str, str]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 rows[str(row["file_name"])] = str(row["text"]).strip()
             except (ValueError, KeyError, TypeError) as error:
                 raise RecipeError(f'{file}, line {number}: expected {{"file_name": ..., "text": ...}}') from error

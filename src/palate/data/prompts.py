@@ -9,6 +9,7 @@ from typing import Any
 
 from palate.data.checklists import is_checklist, read_checklists
 from palate.data.tables import TABLES, TEXT_LIMIT, RecipeError, read_rows, read_text
+from palate.runtime.errors import InputError
 from palate.runtime.files import split_lines
 
 PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")  # case does not matter; the first that is there
@@ -70,6 +71,13 @@ def geneval(source: str) -> list[dict[str, Any]]:
             )
         rows.append({**row, "prompt": prompt})
     return rows
+
+
+def listed(prompts: Sequence[str]) -> list[str]:
+    """The prompts as a list. InputError: a single text, of which Python would make a list of letters."""
+    if isinstance(prompts, str):
+        raise InputError(f"prompts: expected a list of prompts, got the text {prompts!r}; write [{prompts!r}]")
+    return list(prompts)
 
 
 def evenly_spaced(prompts: Sequence[str], count: int = 256) -> list[str]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from palate.runtime.errors import InputError
-from palate.runtime.files import split_lines
+from palate.runtime.files import parse_json, split_lines
 
 TEXT_LIMIT = 64 * 1024 * 1024  # bytes of a prompt file
+MORE = "more fields"  # of a row, than the table has columns
+END = "\x1eend"  # put behind a table: what does not come back as a row of its own was swallowed by an open quotation
 
 
 class RecipeError(InputError):
@@ -49,17 +50,17 @@ def _jsonl(path: Path) -> Iterator[Any]:
     for number, line in enumerate(split_lines(read_text(path, limit=TEXT_LIMIT)), 1):
         if line.strip():
             try:
-                yield json.loads(line)
-            except (ValueError, RecursionError) as error:
+                yield parse_json(line)
+            except ValueError as error:
                 raise RecipeError(f"{path}, line {number}: not JSON ({str(error)[:80]})") from error
 
 
 def _json(path: Path) -> list[Any]:
     try:
-        tree = json.loads(read_text(path, limit=TEXT_LIMIT * 16))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, RecipeError):
-            raise
+        tree = parse_json(read_text(path, limit=TEXT_LIMIT * 16))
+    except RecipeError:
+        raise
+    except ValueError as error:
         raise RecipeError(f"{path}: not JSON ({str(error)[:80]})") from error
     if not isinstance(tree, list):
         raise RecipeError(f"{path}: expected a list of prompts or of mappings, got {type(tree).__name__}")
@@ -68,12 +69,23 @@ def _json(path: Path) -> list[Any]:
 
 def _csv(path: Path) -> Iterator[dict[str, Any]]:
     text = read_text(path, limit=TEXT_LIMIT)
+    if not text.strip():
+        return
+    # of .tsv the public sets know no quoting: a quotation mark is one
+    form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {"delimiter": ","}
     try:
-        # of .tsv the public sets know no quoting: a quotation mark is one
-        form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {"delimiter": ","}
-        yield from csv.DictReader(io.StringIO(text, newline=""), restkey="more", **form)
+        rows = list(csv.DictReader(io.StringIO(f"{text}\n{END}", newline=""), restkey=MORE, **form))
     except csv.Error as error:
         raise RecipeError(f"{path}: not a table ({error})") from error
+    if not rows or END not in rows.pop().values():
+        raise RecipeError(f"{path}: a quotation mark is not closed; is the file cut short?")
+    for number, row in enumerate(rows, 1):
+        if any(part and not part.isspace() for part in row.pop(MORE, ())):
+            raise RecipeError(
+                f"{path}, row {number}: more fields than the first line has names; put a text with a comma in double "
+                'quotation marks ("a fox, red")'
+            )
+        yield row
 
 
 def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -85,9 +85,12 @@ def _call(name: str, reward: Reward, images: Tensor, prompts: list[str]) -> tupl
         alone = [_call(name, reward, images[i : i + 1], prompts[i : i + 1]) for i in range(len(images))]
         return torch.cat([value for value, _ in alone]), {i: why[0] for i, (_, why) in enumerate(alone) if why}
     except (RuntimeError, OSError) as error:
-        raise type(error)(
-            f"reward {name!r} failed on {len(images)} images, the first of {prompts[0]!r}: {error}"
-        ) from error
+        text = f"reward {name!r} failed on {len(images)} images, the first of {prompts[0]!r}: {error}"
+        try:
+            told = type(error)(text)
+        except TypeError:  # a class of somebody else's, which takes more than a text
+            raise RuntimeError(text) from error
+        raise told from error
     if values.shape != (len(images),):
         raise InputError(
             f"reward {name!r} returned shape {tuple(values.shape)}; expected ({len(images)},), one value per image"

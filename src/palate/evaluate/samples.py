@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from palate.core import Model, Random, Sampleable, Sampler
+from palate.data.prompts import listed
 from palate.data.tables import TEXT_LIMIT, read_text
 from palate.evaluate.metrics import Images
 from palate.runtime.errors import InputError
-from palate.runtime.files import split_lines, write_atomically
+from palate.runtime.files import parse_json, split_lines, write_atomically
 from palate.runtime.images import UNREADABLE, encode_png, from_pixels, read_pixels, to_pixels
 from palate.runtime.phases import tell
 from palate.sampling import sample
@@ -61,7 +62,7 @@ def generate(
     """Images (len(prompts) * len(seeds), 3, H, W) on the CPU, in the order of `pairs`. The noise is a function of
     (seed, index of the prompt) alone: every model and batch size starts from the same. None = the model's default;
     a `sampler` takes the place of steps and guidance."""
-    repeated, _ = pairs(prompts, seeds)
+    repeated, _ = pairs(listed(prompts), seeds)
     rows = [Random(int(s), 0, [i]) for i in range(len(prompts)) for s in seeds]
     noises = noises_of(rows, "evaluate", model.latent_shape, sampler)
     return draw(model, repeated, noises, Drawing(steps, guidance, weights, batch_size, sampler))
@@ -159,10 +160,10 @@ def read_index(folder: str | Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(split_lines(read_text(index, limit=TEXT_LIMIT)), 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             file, prompt, seed = row["file"], row["prompt"], row["seed"]
-            good = isinstance(file, str) and isinstance(prompt, str) and isinstance(seed, int)
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            good = isinstance(file, str) and isinstance(prompt, str) and type(seed) is int
+        except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f'{index} line {number}: expected {{"file", "prompt", "seed", ...}}; got {line[:80]!r}'
             ) from error

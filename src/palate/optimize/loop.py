@@ -32,7 +32,7 @@ from palate.rewards.learned import Features
 from palate.rewards.oracles import Oracle
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
-from palate.runtime.files import json_line, read_json_lines, write_atomically
+from palate.runtime.files import json_line, new_folder, read_json_lines, write_atomically
 from palate.runtime.result import result_of
 from palate.train import Job, Outcome, restore_result, run_job
 
@@ -95,7 +95,8 @@ def optimize(search: Search, *, progress: bool = True, say: Callable[[str], None
             return outcome
         restore_result(model, round_folder, warn=say)
     if (round_folder / "adapter").is_dir():
-        shutil.copytree(round_folder / "adapter", folder / "adapter", dirs_exist_ok=True)
+        with new_folder(folder / "adapter") as whole:
+            shutil.copytree(round_folder / "adapter", whole, dirs_exist_ok=True)
     return Outcome(folder, queries.spent, "finished", 0)
 
 
@@ -124,9 +125,10 @@ def round_sizes(budget: int, rounds: int) -> list[int]:
 
     InputError when the first round has fewer than the two that a surrogate needs.
     """
-    least = 2 * (2**rounds - 1)
+    least = 2 * (2 ** min(rounds, 64) - 1)
     if budget < least:
-        raise InputError(f"optimize.budget = {budget} is too small for {rounds} rounds; expected at least {least}")
+        more = f"expected at least {least}, or fewer optimize.rounds"
+        raise InputError(f"optimize.budget = {budget} is too small for {rounds} rounds; {more}")
     ends = [budget * (2**k - 1) // (2**rounds - 1) for k in range(rounds + 1)]
     return [b - a for a, b in itertools.pairwise(ends)]
 

@@ -25,6 +25,7 @@ from palate.rewards.oracles import BUILT_IN, Oracle
 from palate.rewards.remote import RemoteReward
 from palate.runtime.code import load_module_object, load_object, names_a_file
 from palate.runtime.errors import InputError
+from palate.runtime.files import parse_json
 from palate.runtime.images import encode_png, to_pixels
 
 MAX_ANSWER = 1 << 20  # bytes of a program's answer
@@ -161,7 +162,7 @@ def _scores(data: bytes) -> Any:
     if len(data) > MAX_ANSWER:
         raise InputError(f"the answer is longer than {MAX_ANSWER >> 10} KiB")
     try:
-        return json.loads(data)["scores"]
+        return parse_json(data)["scores"]
     except (ValueError, KeyError, TypeError) as error:
         got = data[:60].decode("utf-8", "replace")
         raise InputError(f'expected {{"scores": [...]}} as JSON, got {got!r}') from error

@@ -17,6 +17,8 @@ from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.files import json_line, read_json_lines, write_atomically
 from palate.runtime.images import encode_png, from_pixels, read_pixels, to_pixels
 
+ASKED = ("round", "index", "prompt", "file", "sha256")  # of a query, written before its answer
+
 
 class Queries:
     """queries.jsonl and queries/*.png: {"query", "round", "index", "prompt", "file", "sha256"} before a query,
@@ -31,6 +33,10 @@ class Queries:
             if not isinstance(row, dict) or not isinstance(row.get("query"), int):
                 raise InputError(f"{self.log}, line {place}: not a query")
             self.rows.setdefault(row["query"], {}).update(row)
+            lacking = [key for key in ASKED if key not in self.rows[row["query"]]]
+            if lacking or not isinstance(row.get("score", 0.0), (int, float)):
+                why = f"has no {lacking[0]}" if lacking else f"has the score {row['score']!r}, which is no number"
+                raise InputError(f"{self.log}, line {place}: query {row['query']} {why}; restore the file")
         write_atomically(self.log, b"".join(json_line(row) for _, row in rows))
 
     @property

@@ -95,8 +95,7 @@ def table(
 ) -> str:
     """The plan as lines of text. device: a name of DEVICES, "cpu", None = this machine; price: per GPU and hour."""
     name, card = find_device(device)
-    if not 0 < utilisation <= 1:
-        raise InputError(f"--utilisation: got {utilisation}; expected above 0 and at most 1")
+    _check_utilisation(utilisation)
     lines = [
         f"{recipe.algorithm.name} on {recipe.model.name}, {recipe.model.weights}, batch {recipe.trainer.batch_size}, "
         f"{made.gpus} x {name}",
@@ -118,9 +117,13 @@ def table(
     return "\n".join([*lines, *([""] if made.notes else []), *(f"note: {note}" for note in made.notes)])
 
 
-def as_json(recipe: Recipe, made: Plan, *, device: str | None, utilisation: float = 0.35) -> str:
-    """The plan for scripts: bytes and FLOPs of an update, its seconds on the device, whether it fits."""
+def as_json(
+    recipe: Recipe, made: Plan, *, device: str | None, utilisation: float = 0.35, price: float | None = None
+) -> str:
+    """The plan for scripts: bytes and FLOPs of an update, its seconds on the device, whether it fits; with a price per
+    GPU and hour the cost of the run."""
     name, card = find_device(device)
+    _check_utilisation(utilisation)
     seconds = made.seconds(card.tflops, utilisation)
     found = {
         "device": name, "device_gib": card.gib, "gpus": made.gpus, "fits": fits(made, card),
@@ -129,7 +132,18 @@ def as_json(recipe: Recipe, made: Plan, *, device: str | None, utilisation: floa
         "notes": list(made.notes),
         "savings_bytes": {} if fits(made, card) else dict(memory_savings(recipe, made)),
     }  # fmt: skip
+    if price is not None:
+        found["cost"] = _cost(made, seconds * recipe.trainer.steps, price)
     return json.dumps(found, indent=1)
+
+
+def _check_utilisation(utilisation: float) -> None:
+    if not 0 < utilisation <= 1:
+        raise InputError(f"--utilisation: got {utilisation}; expected above 0 and at most 1")
+
+
+def _cost(made: Plan, seconds: float, price: float) -> float:
+    return price * made.gpus * seconds / 3600
 
 
 def _parts(made: Plan) -> list[str]:
@@ -150,7 +164,7 @@ def _parts(made: Plan) -> list[str]:
 def _time(recipe: Recipe, made: Plan, card: Device, utilisation: float, price: float | None) -> list[str]:
     seconds = made.seconds(card.tflops, utilisation)
     whole = seconds * recipe.trainer.steps
-    cost = "" if price is None else f"; {price * made.gpus * whole / 3600:.2f} at {price:g} per GPU and hour"
+    cost = "" if price is None else f"; {_cost(made, whole, price):.2f} at {price:g} per GPU and hour"
     return [
         f"per update: {made.flops / 1e12:.3f} TFLOP = {made.passes:.1f} denoiser forwards; "
         f"{seconds:.3g} s at {utilisation:.0%} of {card.tflops:g} TFLOP/s",

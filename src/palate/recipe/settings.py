@@ -182,7 +182,7 @@ class EvaluateSettings:
     __pydantic_config__ = _STRICT
     file: str | None = None  # as prompts.file; None = prompts.preview, else the training prompts
     prompts: Positive = 64
-    seeds: Positive = 4
+    seeds: Annotated[int, Field(ge=1, le=4096)] = 4
     heldout: HeldOutName | None = None  # judges models other than emoji; None = the first that is not optimised
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,10 @@ from palate.report.curves import read_metrics
 from palate.report.pictures import COLUMNS, picture
 from palate.rewards.oracles import exact_reward
 from palate.runtime.errors import InputError
+from palate.runtime.files import parse_json, read_json_lines
 from palate.runtime.images import UNREADABLE, from_pixels, read_pixels
+
+WAYS = ("name", "function", "command", "url", "checklist")  # to reach an objective, keys of optimize.oracle
 
 
 def read_rounds(run_folder: Path) -> list[dict[str, Any]]:
@@ -37,10 +39,10 @@ def read_queries(run_folder: Path) -> list[dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(path.read_text("utf-8").split("\n") if path.is_file() else (), 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             found.setdefault(row["query"], {}).update(row)
             file = found[row["query"]]["file"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             break  # the line that a crash cut short is the last
         if Path(file).parts != ("queries", Path(file).name):
             raise InputError(f"{path} line {number}: expected a file in queries/, got {file[:60]!r}")
@@ -106,7 +108,7 @@ def noiseless_scores(
 
 def _rounds(run_folder: Path) -> list[dict[str, Any]]:
     path = run_folder / "rounds.jsonl"
-    return [json.loads(line) for line in path.read_text("utf-8").split("\n") if line] if path.is_file() else []
+    return [row for _, row in read_json_lines(path)] if path.is_file() else []
 
 
 def query_grid(run_folder: Path, queries: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -129,7 +131,7 @@ def query_summary(run_folder: Path, queries: Sequence[dict[str, Any]], recipe: d
     """Which objective, how many queries, and how far the surrogate could follow."""
     settings = recipe.get("optimize") or {}
     oracle = settings.get("oracle") or {}
-    who = next((f"{key} {oracle[key]}" for key in ("name", "function", "command", "url") if oracle.get(key)), "unknown")
+    who = next((f"{key} {oracle[key]}" for key in WAYS if oracle.get(key)), "unknown")
     num_failed, num_answered = (sum(key in row for row in queries) for key in ("failed", "score"))
     pairs = [
         ("Objective", who.removeprefix("name ")),

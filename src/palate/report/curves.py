@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from palate.report.chart import Line, Mark, chart
 from palate.report.words import spell
 from palate.runtime import runlog
 from palate.runtime.errors import InputError
+from palate.runtime.files import parse_json
 
 STATISTICS = ("reward_std", "reward_gap", "reward_share")  # of rewards or of gradients: no objectives
 KEPT = ("concept", "background", "diversity", "saturation")  # shown as ratios to the base
@@ -28,9 +28,12 @@ def read_json(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}); write it again with palate evaluate") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds {type(found).__name__}, where an object is expected; delete it")
+    return found
 
 
 def curves(rows: Sequence[dict[str, Any]], wanted: Sequence[str] = ()) -> list[tuple[str, str, Markup]]:

@@ -6,6 +6,7 @@ side is in the key alone; sides and order come from a secret seed, and pictures 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import secrets
@@ -18,7 +19,7 @@ from palate.report.html import render
 from palate.report.pictures import picture, preview_folders
 from palate.runs import common_rows, common_to_all, read_index, run_names
 from palate.runtime.errors import InputError
-from palate.runtime.files import file_digest, split_lines
+from palate.runtime.files import file_digest, parse_json, split_lines, write_atomically
 
 CHOICES = ("left", "right", "tie")
 
@@ -63,8 +64,8 @@ def write_study(
     key = {"study": study, "seed": seed, "runs": dict(zip("ab", names, strict=True)), "pairs": pairs,
            "folders": {side: str(folder) for side, folder in folders.items()}}  # fmt: skip
     page.parent.mkdir(parents=True, exist_ok=True)
-    key_path.write_text(json.dumps(key, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    page.write_text(text, encoding="utf-8")
+    write_atomically(page, text.encode())  # first: a key without its page would stand in the way of the next try
+    write_atomically(key_path, (json.dumps(key, indent=1, sort_keys=True) + "\n").encode())
     return page, key_path
 
 
@@ -109,10 +110,10 @@ def read_choices(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
                 continue
             where = f"{path} line {number}"
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 mark = (str(row["study"]), str(row["session"]), row["pair"])
                 good = row["choice"] in CHOICES and type(row["pair"]) is int
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError) as error:
                 raise InputError(
                     f'{where}: expected {{"study", "session", "pair", "choice"}}; got {line[:80]!r}'
                 ) from error
@@ -141,9 +142,10 @@ def find_key(
         return _read_key(Path(key))
     places = [Path(choices[0]).parent, *([Path(run)] if run else []), *sorted(Path("runs").glob("*/"))]
     for path in [path for place in places for path in sorted(place.glob("*-key.json"))]:
-        found = _read_key(path)
-        if found["study"] == study:
-            return found
+        with contextlib.suppress(InputError):  # a broken key of another study
+            found = _read_key(path)
+            if found["study"] == study:
+                return found
     raise InputError(
         f"the key of study {str(study)[:40]!r} is not in {', '.join(map(str, places[:3]))}; name it with --key"
     )
@@ -151,7 +153,7 @@ def find_key(
 
 def _read_key(path: Path) -> dict[str, Any]:
     try:
-        key = json.loads(path.read_text(encoding="utf-8"))
+        key = parse_json(path.read_text(encoding="utf-8"))
         _ = key["study"], key["runs"]["a"], key["runs"]["b"], [pair["left"] for pair in key["pairs"]]
     except FileNotFoundError as error:
         raise InputError(f"{path} does not exist; give the key that was written with the page") from error

@@ -6,12 +6,12 @@ The transport of `vlm-judge` and of checklists: vLLM, SGLang, llama.cpp's server
 from __future__ import annotations
 
 import base64
-import json
 import math
 from typing import Any, NamedTuple
 
 from palate.rewards.client import JsonClient, Patience, RemoteError
 from palate.runtime.errors import InputError
+from palate.runtime.files import parse_json
 
 
 class Reply(NamedTuple):
@@ -59,7 +59,7 @@ class ChatModel:
 
 def reply_of(answer: bytes) -> Reply:
     """The first choice of a chat completion. ValueError, LookupError or TypeError: it is none."""
-    choice = json.loads(answer)["choices"][0]
+    choice = parse_json(answer)["choices"][0]
     text = choice["message"]["content"]
     if not isinstance(text, str):
         raise TypeError(f"content is {type(text).__name__}, not a text")
@@ -77,4 +77,6 @@ def _place(place: dict[str, Any]) -> tuple[tuple[str, float], ...]:
 
 
 def _probability(logprob: float) -> float:
-    return math.exp(min(0.0, float(logprob)))
+    if math.isnan(logprob):
+        raise ValueError("a probability that is no number")
+    return math.exp(min(0.0, logprob))

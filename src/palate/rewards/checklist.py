@@ -178,7 +178,7 @@ class QuestionJudge:
         answer = self.chat.ask(png, key[1], max_tokens=MAX_TOKENS, top_tokens=TOP_TOKENS)
         try:
             reply = as_kept(reply_of(answer))
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise RemoteError(
                 f"checklist {self.chat.url}: a bad answer; expected a chat completion, got {answer[:80]!r}"
             ) from error

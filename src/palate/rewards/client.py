@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from palate.runtime.errors import InputError, RewardServiceError
+from palate.runtime.files import parse_json
 
 TOKEN = "PALATE_REWARD_TOKEN"  # the environment variable of both sides
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -69,10 +70,14 @@ class JsonClient:
             )
         if token is not None and parts.scheme == "http" and name not in LOOPBACK:
             raise InputError(f"{key}: {url} would send the token in the clear; use https, or tunnel to 127.0.0.1")
+        if not url.isascii() or not url.isprintable() or " " in url:
+            raise InputError(f"{key}: got {url!r}; write signs that are not ASCII, and spaces, as %20 and the like")
         if token is not None and not token:
             raise InputError(
                 f"{key}: no token; set the environment variable {TOKEN} to the one the server was started with"
             )
+        if token is not None and not (token.isascii() and token.isprintable()):
+            raise InputError(f"{key}: the token in {TOKEN} has a line end or a sign that is not ASCII; set it again")
         self.url, self.patience, self._parts, self._host, self._token = url, patience, parts, name, token
 
     def ask(self, content: dict[str, Any]) -> bytes:
@@ -133,6 +138,6 @@ def _hang_up(connection: http.client.HTTPConnection) -> None:
 
 def _error_of(answer: bytes) -> str:
     try:
-        return str(json.loads(answer)["error"])[:200]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        return str(parse_json(answer)["error"])[:200]
+    except (ValueError, KeyError, TypeError):
         return answer[:80].decode("utf-8", "replace")

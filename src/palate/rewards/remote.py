@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from palate.rewards.client import LOOPBACK, TOKEN, JsonClient, Patience, RemoteError
+from palate.runtime.files import parse_json
 from palate.runtime.images import encode_png, to_pixels
 
 __all__ = ["LOOPBACK", "TOKEN", "Patience", "RemoteError", "RemoteReward", "load_remote"]
@@ -68,7 +69,7 @@ class RemoteReward:
 
     def _checked(self, answer: bytes, name: str, count: int) -> list[float]:
         try:
-            tree = json.loads(answer)
+            tree = parse_json(answer)
             scores = tree["scores"]
             good = (
                 tree["id"] == name
@@ -76,7 +77,7 @@ class RemoteReward:
                 and len(scores) == count
                 and all(isinstance(s, (int, float)) and not isinstance(s, bool) and math.isfinite(s) for s in scores)
             )
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             good = False
         if not good:
             raise RemoteError(

@@ -8,7 +8,6 @@ import base64
 import hashlib
 import hmac
 import io
-import json
 import math
 import os
 import threading
@@ -24,6 +23,7 @@ from PIL import Image
 from palate.core import Reward
 from palate.rewards.client import LOOPBACK, TOKEN, place_of
 from palate.runtime.errors import InputError
+from palate.runtime.files import parse_json
 from palate.runtime.images import as_rgb, from_pixels
 
 
@@ -149,9 +149,9 @@ def _admit(headers: Any, token: str, hosts: Sequence[str], max_bytes: int) -> No
 
 def _parsed(body: bytes, limits: Limits) -> tuple[str, list[str], list[Image.Image]]:
     try:
-        tree = json.loads(body)
+        tree = parse_json(body)
         name, prompts, images = tree["id"], tree["prompts"], tree["images"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise _Refused(400, 'expected {"id", "prompts", "images"}') from error
     texts = (
         isinstance(prompts, list) and isinstance(images, list) and all(isinstance(t, str) for t in [*prompts, *images])

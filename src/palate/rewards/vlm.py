@@ -60,7 +60,7 @@ class VLMReward:
         answer = self.chat.ask(encode_png(pixels, compress_level=1), text, max_tokens=512)
         try:
             return parse(reply_of(answer).text)
-        except (ValueError, LookupError, TypeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
             raise RemoteError(
                 f"vlm-judge {self.chat.url}: a bad answer; expected a chat completion that says Score: N, N from 1 "
                 f"to 5, got {answer[:80]!r}. Nothing of this batch is used"

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from palate.core import DrawsReference, Model, Sampleable, Sampler
-from palate.data import evenly_spaced, read_prompts
+from palate.data import evenly_spaced, listed, read_prompts
 from palate.evaluate.measurement import evaluate_samples, to_json
 from palate.evaluate.panel import EvaluationPanel
 from palate.evaluate.samples import Drawing, check_same, generate_parts, pairs, read_index, write_samples
@@ -25,8 +26,9 @@ from palate.recipe.objective import ORACLE
 from palate.recipe.settings import Recipe
 from palate.recipe.start import reference_of
 from palate.runs.comparison import between
-from palate.runs.folder import RunFolder, run_names
+from palate.runs.folder import RECIPE, RunFolder, run_names
 from palate.runtime.errors import InputError
+from palate.runtime.exclusive import alone
 from palate.runtime.files import json_digest, replace, write_atomically
 from palate.runtime.result import evaluation_of, result_of
 
@@ -50,18 +52,24 @@ def evaluate_run(
     the latter. None = what the recipe's evaluate section says. `stored`: judge the images that lie there already."""
     run = run_folder if isinstance(run_folder, RunFolder) else RunFolder(run_folder)
     panel = panel or evaluators.panel_of(run.recipe)
-    objective = run.objective()
-    rewards, optimised = objective.rewards(panel.rewards, panel.heldout)
-    if stored:
-        check_stored(run)
-    else:
-        prompts = prompts_of(run.recipe) if prompts is None else list(prompts)
-        seeds = seeds_of(run.recipe) if seeds is None else list(seeds)
-        if model is None:
-            model, sampler = run.model()
-        draw_sides(run, model, sampler, prompts, seeds)
-    folder = run.path / "evaluation"
-    result = evaluate_samples(folder / "result", base_folder=folder / "base", panel=panel._replace(rewards=rewards))
+    rewards, optimised = run.objective().rewards(panel.rewards, panel.heldout)
+    with evaluating(run):
+        if stored:
+            check_stored(run)
+        else:
+            prompts = prompts_of(run.recipe) if prompts is None else listed(prompts)
+            seeds = seeds_of(run.recipe) if seeds is None else list(seeds)
+            if model is None:
+                model, sampler = run.model()
+            make_current(run.path, evaluation_key(*pairs(prompts, seeds)))
+            draw_sides(run, run.path, model, sampler, prompts, seeds)
+        return _judged(run, panel._replace(rewards=rewards), optimised, stored)
+
+
+def _judged(run: RunFolder, panel: EvaluationPanel, optimised: list[str], stored: bool) -> dict[str, Any]:
+    """Write what the panel says of the pictures that lie in the run, and return it."""
+    folder, objective = run.path / "evaluation", run.objective()
+    result = evaluate_samples(folder / "result", base_folder=folder / "base", panel=panel)
     positive, negative = run.words()
     result |= {
         "optimised": optimised,
@@ -146,7 +154,7 @@ def prompts_of(recipe: Recipe, prompts: Sequence[str] | None = None, count: int 
         raise InputError(
             "the recipe names no prompts to evaluate on; set evaluate.file to a text file, one prompt per line"
         )
-    return evenly_spaced(prompts, count or len(prompts))
+    return evenly_spaced(listed(prompts), count or len(prompts))
 
 
 def seeds_of(recipe: Recipe) -> list[int]:
@@ -183,9 +191,12 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _measured(run: RunFolder, stored: bool) -> str | None:
-    """The checkpoint that the images are of, as evaluation.json keeps it; None where that is not known."""
+    """The checkpoint that the images are of, as evaluation.json keeps it; None where that is not known: without it, or
+    where it is older than they are, because what should have judged them then broke off."""
     if stored:
-        return (evaluation_of(run.path) or {}).get("checkpoint")
+        known, drawn = run.path / "evaluation.json", run.path / "evaluation" / "result" / "index.jsonl"
+        whole = known.is_file() and known.stat().st_mtime_ns >= drawn.stat().st_mtime_ns
+        return (evaluation_of(run.path) or {}).get("checkpoint") if whole else None
     found = result_of(run.path)
     return None if found is None else found.checkpoint
 
@@ -193,12 +204,18 @@ def _measured(run: RunFolder, stored: bool) -> str | None:
 # --- parts ----------------------------------------------------------------------------------------------------------
 
 
+def evaluating(run: RunFolder) -> AbstractContextManager[None]:
+    """Inside, this process alone draws and judges the run's pictures. InputError: another one does."""
+    return alone(
+        run.path / RECIPE,
+        f"{run.path} is being evaluated by another process, and the pictures of the two would be mixed; wait for it",
+    )
+
+
 def draw_sides(
-    run: RunFolder, model: Model, sampler: Sampler | None, prompts: Sequence[str], seeds: Sequence[int]
+    run: RunFolder, into: Path, model: Model, sampler: Sampler | None, prompts: Sequence[str], seeds: Sequence[int]
 ) -> None:
-    """Write the pictures of base and result on prompts x seeds into evaluation/{base,result}; an evaluation on other
-    rows moves to evaluations/KEY first."""
-    make_current(run.path, evaluation_key(*pairs(prompts, seeds)))
+    """Write the pictures of base and result on prompts x seeds into `into`/evaluation/{base,result}."""
     assert isinstance(model, Sampleable), "a run's model can be sampled"
     how = run.recipe.sample
     steps = how.steps or model.default_steps
@@ -210,7 +227,7 @@ def draw_sides(
         scale, count = (1.0, own.steps) if own else (guidance, steps)
         with at_size(model, how.image_size):  # the images are drawn as they are written
             images = generate_parts(model, prompts, seeds, Drawing(steps, guidance, weights, sampler=own))
-            write_samples(run.path / "evaluation" / side, images, *pairs(prompts, seeds), guidance=scale, steps=count)
+            write_samples(into / "evaluation" / side, images, *pairs(prompts, seeds), guidance=scale, steps=count)
 
 
 def _common_panel(runs: Sequence[RunFolder], names: Sequence[str]) -> EvaluationPanel:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from palate.core import HasStrength, Sampleable
+from palate.data import listed
 from palate.evaluate.measurement import evaluate_samples, to_json
 from palate.evaluate.panel import EvaluationPanel
 from palate.evaluate.samples import generate, pairs, write_samples
 from palate.recipe import evaluators
-from palate.runs.evaluation import prompts_of, seeds_of
+from palate.runs.evaluation import evaluating, prompts_of, seeds_of
 from palate.runs.folder import RunFolder
 from palate.runtime.errors import InputError
 from palate.runtime.files import write_atomically
@@ -41,8 +42,16 @@ def evaluate_strengths(
     panel = panel or evaluators.panel_of(run.recipe)
     rewards, optimised = run.objective().rewards(panel.rewards, panel.heldout)
     panel = panel._replace(rewards=rewards)
-    prompts = prompts_of(run.recipe) if prompts is None else list(prompts)
+    prompts = prompts_of(run.recipe) if prompts is None else listed(prompts)
     seeds = seeds_of(run.recipe) if seeds is None else list(seeds)
+    with evaluating(run):
+        return _at_strengths(run, strengths, prompts, seeds, panel, optimised)
+
+
+def _at_strengths(
+    run: RunFolder, strengths: Sequence[float], prompts: Sequence[str], seeds: Sequence[int], panel: EvaluationPanel,
+    optimised: list[str],
+) -> dict[str, Any]:  # fmt: skip
     model, sampler = run.model()
     if not isinstance(model, HasStrength) or not isinstance(model, Sampleable):
         raise InputError(f"--strength: the model of {run.path} has none")

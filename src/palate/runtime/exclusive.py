@@ -10,10 +10,30 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from palate.runtime.errors import InputError
+
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF)  # of some network disks
 
 _threads: dict[str, threading.RLock] = {}
 _held: set[str] = set()  # folders that a thread of this process holds
+
+
+@contextlib.contextmanager
+def alone(file: Path, refusal: str) -> Iterator[None]:
+    """Inside, nobody else is inside for the same file, which is there and is only locked. InputError with the sentence
+    `refusal`: somebody is. For work that takes long; on a disk without locks nobody is kept out."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(refusal) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

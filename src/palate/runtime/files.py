@@ -107,6 +107,14 @@ def json_line(row: Any) -> bytes:
     return json.dumps(row).encode() + b"\n"
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text. ValueError: it is none, or nests deeper than Python reads."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
 def read_json_lines(path: Path, *, cut_short: bool = False) -> list[tuple[int, Any]]:
     """(line number, value) of each line that is not empty. InputError: a line that is not JSON.
 
@@ -121,7 +129,7 @@ def read_json_lines(path: Path, *, cut_short: bool = False) -> list[tuple[int, A
         if not line.strip():
             continue
         try:
-            rows.append((number, json.loads(line)))
+            rows.append((number, parse_json(line)))
         except ValueError as error:
             if cut_short and number == len(lines):
                 break

@@ -6,13 +6,12 @@ evaluation.json names the checkpoint that it measured.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
-from palate.runtime.files import in_shell
+from palate.runtime.files import in_shell, parse_json
 from palate.runtime.runlock import RunStatus, status
 
 EVALUATION = "evaluation.json"
@@ -49,10 +48,11 @@ def evaluation_of(run: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(path.read_bytes())
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}); write it again with palate evaluate") from error
-    if not isinstance(found, dict) or not isinstance(found.get("metrics"), dict):
+    metrics = found.get("metrics") if isinstance(found, dict) else None
+    if not isinstance(metrics, dict) or not all(isinstance(metric, dict) for metric in metrics.values()):
         raise InputError(f"{path} is no evaluation; write it again with palate evaluate {in_shell(run)}")
     return {**found, "outdated": _outdated(run, found.get("checkpoint"))}
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from palate.runtime.errors import CheckpointError, InputError
-from palate.runtime.files import json_line, read_json_lines, write_atomically, write_problem
+from palate.runtime.files import json_line, parse_json, read_json_lines, write_atomically, write_problem
 
 METRICS, STEERING = "metrics.jsonl", "steering.json"
 
@@ -76,7 +76,7 @@ def rewind(folder: Path, step: int) -> list[dict[str, Any]]:
     rows = read_metrics(log)
     events = {row["step"]: row for row in rows if row.get("event") == "steer" and row["step"] > step}
     try:
-        events = {row["step"]: row for row in json.loads(waiting.read_bytes()) if row["step"] > step} | events
+        events = {row["step"]: row for row in parse_json(waiting.read_bytes()) if row["step"] > step} | events
     except FileNotFoundError:
         pass
     except (ValueError, TypeError, KeyError) as error:

@@ -16,10 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from palate.core import Algorithm, GuardMeasure, Model, Reward
+from palate.data import listed
 from palate.models.autoencoder import ImageSize
 from palate.recipe import SampleSettings, TrainerSettings, evenly_spaced
 from palate.runtime import distributed
-from palate.runtime.errors import InputError
 from palate.runtime.runlock import owned
 from palate.runtime.signals import stop_signals
 from palate.train.job import Job, Outcome, check_settings
@@ -57,14 +57,13 @@ def train(
     Inside `palate.runtime.distributed.process_group` every rank calls this with the same arguments, and `batch_size` is
     what all of them work on together. InputError: what was given cannot work.
     """
-    if isinstance(prompts, str):
-        raise InputError(f"prompts: expected a list of prompts, got the text {prompts!r}; write [{prompts!r}]")
+    prompts = listed(prompts)
     sample, identity = _renamed_options(sample, changes)
     settings = check_settings(trainer, changes)
     how = sample or SampleSettings()
     job = Job(
-        model, algorithm, reward, list(prompts), Path(folder), settings,
-        list(preview) if preview else evenly_spaced(prompts), how, latents, check, identity, sizes=list(sizes),
+        model, algorithm, reward, prompts, Path(folder), settings,
+        listed(preview) if preview else evenly_spaced(prompts), how, latents, check, identity, sizes=list(sizes),
     )  # fmt: skip
     job.check()
     text = describe_job(model, algorithm, reward, job.prompts, str(folder), settings, how)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from palate.cli.app import CHECK, app, examples
-from palate.cli.options import Json, Overrides, RecipeName, Run, finite, read_recipe
+from palate.cli.options import Json, Overrides, RecipeName, Run, belongs, finite, read_recipe
 from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.progress import printable
 
@@ -35,7 +35,7 @@ def plan_recipe(
 
     made = planner.plan(read, gpus=gpus)
     if as_json:
-        print(planner.as_json(read, made, device=device, utilisation=utilisation))
+        print(planner.as_json(read, made, device=device, utilisation=utilisation, price=price))
     else:
         print(planner.table(read, made, device=device, utilisation=utilisation, price=price))
     if not planner.can_fit(read, made, device):
@@ -62,6 +62,8 @@ def doctor(
 
     Exit code 2 where something is bad or missing.
     """
+    belongs("--device", device is not None, "a recipe", recipe is not None)
+    belongs("--source", source is not None, "--reward", reward is not None)
     from palate.cli import doctor as doctors
 
     found = list(doctors.findings())  # first of all: what is imported below may be what is broken
@@ -122,14 +124,17 @@ def fetch(
 def checkpoints(
     run: Run,
     prune: Annotated[bool, typer.Option("--prune", help="Delete all but the newest and the guard's best.")] = False,
-    keep: Annotated[int, typer.Option(min=1, help="With --prune: how many of the newest good ones stay.")] = 1,
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="With --prune: how many of the newest good ones stay, else 1.")
+    ] = None,
 ) -> None:
     """List the checkpoints of a run and verify every byte."""
+    belongs("--keep", keep is not None, "--prune", prune)
     from palate.cli.checkpoints import print_checkpoints, prune_checkpoints
 
     there, damaged = print_checkpoints(run)
     if prune:
-        prune_checkpoints(run, keep)
+        prune_checkpoints(run, keep or 1)
     elif damaged:
         raise CheckpointError(f"{damaged} of {there} checkpoints are damaged; resuming passes them over")
 

@@ -10,6 +10,7 @@ import typer
 from palate.cli.app import LOOK, app, examples
 from palate.cli.evaluate_options import EvaluateOptions
 from palate.cli.options import (
+    MAX_SEEDS,
     Json,
     Run,
     Seeds,
@@ -81,7 +82,7 @@ def evaluate(
     ],
     prompts_file: Annotated[str | None, typer.Option(help="One prompt per line; else the recipe's.")] = None,
     count: Annotated[int | None, typer.Option(min=1, help="Prompts to use at most.")] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Images per prompt.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, max=MAX_SEEDS, help="Images per prompt.")] = None,
     stored: Annotated[bool, typer.Option("--stored", help="Judge the images of the last evaluation.")] = False,
     out: Annotated[Path | None, typer.Option(help="The page; else evaluation.html in the first run.")] = None,
     tasks: Annotated[
