@@ -7,6 +7,9 @@ A policy is trained hard (relative reward alone, twice the recipe's learning rat
 another, and sampled half-way and at its end: with SRPO for every ordered pair of styles, with each other method for
 every style once. The base model is sampled with style words. Each image is kept with the caption it was to fulfil, in
 .cache/rewards/negatives.safetensors and .json; `train_rewards.py emoji` trains against them.
+
+The samples of each policy are kept in .cache/rewards/negatives/ as soon as they are drawn: the same command goes on
+where it stopped. With other settings, or other weights of the base model or of the reward, they are drawn anew.
 """
 
 from __future__ import annotations
@@ -16,16 +19,21 @@ import itertools
 import json
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from data import save_grid
+from data import ASSETS, save_grid
+from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from palate import recipe
 from palate.evaluate import generate, quantise
 from palate.models.vocabulary import vocabulary
+from palate.recipe.identity import weights_digest
 from palate.rewards.combine import semantic_relative, with_control
+from palate.runtime.files import json_digest
 from palate.train import train
 
 WORDS = "srpo-emoji"  # its control words are what is relative; the others take a relative reward
@@ -55,6 +63,61 @@ def hard(method: str, wanted: str, unwanted: str, steps: int, rate: float, seed:
     )
 
 
+Samples = tuple[Tensor, list[str]]  # images (N, 3, H, W) uint8, and the caption that each was to fulfil
+
+
+def drawn(model, words: Sequence[str], seed: int, weights: str = "policy") -> Tensor:
+    return (quantise(generate(model, words, [seed], weights=weights)) * 255).round().byte()
+
+
+def kept(path: Path, made_of: str, make: Callable[[], Samples]) -> Samples:
+    """What `path` holds, if it was made of the same; else what `make` gives, written to a draft first, so that a kill
+    leaves the file whole or absent."""
+    if path.is_file():
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("made_of") == made_of:
+                return file.get_tensor("images"), json.loads(metadata["captions"])
+    images, captions = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".part")
+    save_file({"images": images}, draft, {"made_of": made_of, "captions": json.dumps(captions)})
+    draft.rename(path)
+    return images, captions
+
+
+def policy_samples(plan: recipe.Recipe, number: int, taste: tuple[str, str], prompts: list[str], count: int) -> Samples:
+    """Train one policy as the plan says, and sample it half-way and at its end: `count` images."""
+    method, (wanted, unwanted), seed = plan.algorithm.name, taste, plan.trainer.seed
+    torch.manual_seed(seed)
+    parts = recipe.build(plan)
+    reward = parts.reward if method == "srpo" else semantic_relative(parts.reward, wanted, unwanted)
+    images, captions = [], []
+    for part in range(2):
+        with tempfile.TemporaryDirectory() as folder:
+            train(
+                parts.model,
+                parts.algorithm,
+                reward,
+                parts.prompts,
+                folder=folder,
+                progress=False,
+                **{**vars(plan.trainer), "steps": plan.trainer.steps // 2, "seed": seed + 100 * part},
+            )
+        first = (2 * number + part) * count // 2
+        chosen = [prompts[(first + k) % len(prompts)] for k in range(count // 2)]
+        images.append(drawn(parts.model, chosen, 1 + part))
+        captions += with_control(wanted, chosen)
+    return torch.cat(images), captions
+
+
+def base_samples(plan: recipe.Recipe, prompts: list[str], count: int) -> Samples:
+    """What the base model draws when it is asked for every style in turn."""
+    styles = vocabulary().styles
+    styled = [f"{styles[k % len(styles)]}. {prompts[k % len(prompts)]}" for k in range(count)]
+    return drawn(recipe.build(plan).model, styled, 7, "reference"), styled
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=30, help="updates of each over-optimised policy")
@@ -66,41 +129,24 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path(".cache/rewards/negatives.safetensors"))
     args = parser.parse_args()
-    styles, start = vocabulary().styles, time.time()
-    prompts = recipe.read_prompts("emoji-train")
+    start, folder, prompts = time.time(), args.out.with_suffix(""), recipe.read_prompts("emoji-train")
+    weights = [weights_digest(str(ASSETS / part)) for part in ("emoji/unet", "emoji/vae", "reward-emoji")]
     images, captions = [], []
 
-    def keep(model, words: list[str], texts: list[str], seed: int, weights: str = "policy") -> None:
-        images.append((quantise(generate(model, words, [seed], weights=weights)) * 255).round().byte())
-        captions.extend(texts)
+    def keep(name: str, plan: recipe.Recipe, number: int, make: Callable[[], Samples]) -> None:
+        made_of = json_digest([recipe.fingerprint(plan), args.steps, args.samples, number, prompts, weights])
+        found = kept(folder / f"{name}.safetensors", made_of, make)
+        images.append(found[0])
+        captions.extend(found[1])
+        print(f"{name}: {(time.time() - start) / 60:.1f} min", flush=True)
 
-    policies = [(method, *taste) for method in args.methods for taste in tastes(method)]
-    for number, (method, wanted, unwanted) in enumerate(policies):
-        seed = args.seed + number
-        plan = hard(method, wanted, unwanted, args.steps, args.rate, seed)
-        torch.manual_seed(seed)
-        parts = recipe.build(plan)
-        reward = parts.reward if method == WORDS else semantic_relative(parts.reward, wanted, unwanted)
-        for part in range(2):
-            with tempfile.TemporaryDirectory() as folder:
-                train(
-                    parts.model,
-                    parts.algorithm,
-                    reward,
-                    parts.prompts,
-                    folder=folder,
-                    progress=False,
-                    **{**vars(plan.trainer), "steps": args.steps // 2, "seed": args.seed + 100 * part + number},
-                )
-            first = (2 * number + part) * args.samples // 2
-            chosen = [prompts[(first + k) % len(prompts)] for k in range(args.samples // 2)]
-            keep(parts.model, chosen, with_control(wanted, chosen), seed=1 + part)
-        print(f"{method} +{wanted} -{unwanted}: {(time.time() - start) / 60:.1f} min", flush=True)
-    chosen = [prompts[k % len(prompts)] for k in range(4 * args.samples)]
-    styled = [f"{styles[k % len(styles)]}. {prompt}" for k, prompt in enumerate(chosen)]
-    keep(parts.model, styled, styled, seed=7, weights="reference")
+    policies = [(method, taste) for method in args.methods for taste in tastes(method)]
+    for number, (method, taste) in enumerate(policies):
+        plan = hard(method, *taste, args.steps, args.rate, args.seed + number)
+        keep(f"{method}+{taste[0]}-{taste[1]}", plan, number,
+             lambda p=plan, n=number, t=taste: policy_samples(p, n, t, prompts, args.samples))  # fmt: skip
+    keep("base", plan, len(policies), lambda: base_samples(plan, prompts, 4 * args.samples))
 
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     pool = torch.cat(images)
     save_file({"images": pool}, args.out)
     args.out.with_suffix(".json").write_text(json.dumps(captions))

@@ -7,21 +7,22 @@ Consistency distillation (Song et al. 2023, arXiv 2303.01469) on the flow's ODE 
 2310.04378): the student's x0 at t must be its own moving average's x0 one guided Euler step closer to the data. The
 boundary f(x, 0) = x holds by itself, because x0 = x - t velocity. Prints the error of x0 against the ODE solved with 20
 steps at ten noise levels, before and after; writes pytorch_lora_weights.safetensors (float16), errors.json and a card.
+State is saved every three minutes; the same command resumes, and --minutes counts in all.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from data import Atlas, Composer, held_out_pairs
+from progress import Progress
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from palate.models.emoji import EmojiModel
 from palate.path import add_noise, move
@@ -66,7 +67,7 @@ def distil(model: EmojiModel, x0: Tensor, eps: Tensor, t: Tensor, cond: Tensor, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--minutes", type=float, default=20, help="of training in all, resumed time included")
     parser.add_argument("--steps", type=int, help="stop after so many, whatever the time")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=3e-4)
@@ -97,9 +98,9 @@ def main() -> None:
     truth = [ode(model, x, t, cond, args.guidance) for x, t in starts]
     before = errors(model, x0, eps, cond, truth, "reference")
 
-    began, step, losses = time.time(), 0, []
-    while time.time() - began < 60 * args.minutes and (args.steps is None or step < args.steps):
-        step += 1
+    parts = {"student": nn.ParameterList(student), "target": nn.ParameterList(target), "optimizer": optimizer}
+    progress = Progress(args.work / f"state-{model.fingerprint()[:8]}.pt", parts, args.minutes)  # of this base
+    for step in progress:
         x0_now, eps_now, cond_now = draw(0, step, args.batch)
         t = torch.rand(args.batch, generator=torch.Generator().manual_seed(args.seed + step)).clamp_min(0.005)
         loss = distil(model, x0_now, eps_now, t, cond_now, args.guidance, c=0.03)
@@ -110,9 +111,10 @@ def main() -> None:
             group["lr"] = args.lr * min(1.0, step / 50)
         optimizer.step()
         average(target, student, DECAY)
-        losses.append(float(loss.detach()))
-        if step % 100 == 0:
-            print(f"step {step}: loss {np.mean(losses[-100:]):.4f}, {time.time() - began:.0f} s", flush=True)
+        progress.log({"loss": loss.detach()})
+        if args.steps is not None and step >= args.steps:
+            progress.save()
+            break
 
     model.weights.save(args.work, "target")
     with safe_open(args.work / NAME, framework="pt") as file:
@@ -122,7 +124,7 @@ def main() -> None:
     shipped.load_consistency(args.work)
     after = errors(shipped, x0, eps, cond, truth, "consistency")
     result = {
-        "steps": step,
+        "steps": progress.step,
         "guidance": args.guidance,
         "levels": LEVELS,
         "before": before,
@@ -130,7 +132,7 @@ def main() -> None:
         "base": model.fingerprint(),
     }
     (args.work / "errors.json").write_text(json.dumps(result, indent=1) + "\n")
-    text = card(args, step, (args.work / NAME).stat().st_size, before, after)
+    text = card(args, progress.step, (args.work / NAME).stat().st_size, before, after)
     (args.work / "README.md").write_text(text)
     print(text)
 

@@ -21,6 +21,7 @@ from palate.runtime.errors import InputError
 from palate.studio import app as studio_app
 from palate.studio.app import make_app, opened_in_browser, serve
 from palate.studio.artist import Drawn
+from palate.studio.process import Processes
 from palate.studio.routes_compare import _wall
 from palate.studio.routes_train import _steered
 from palate.studio.runview import RunView, Words
@@ -284,6 +285,21 @@ def test_a_port_in_use_and_no_display_are_said_beside_the_one_line_with_the_link
     assert f"port {port} is in use; taking" in err and "no browser could be opened here" in err and "ssh -L" in err
     serve(tmp_path, port=0, browser=False)
     assert not capsys.readouterr().err
+
+
+def test_palate_demo_begins_a_run_of_its_own_beside_that_of_make_demo(tmp_path, monkeypatch, capsys):
+    """`make demo` leaves a finished srpo-emoji run named demo; called again, palate demo says that its own is there."""
+    begun = []
+    monkeypatch.setattr(studio_app.uvicorn.Server, "run", lambda self, sockets: [s.close() for s in sockets])
+    monkeypatch.setattr(Processes, "_start", lambda self, name, arguments: begun.append((name, arguments[:2])))
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "recipe.yaml").write_text(recipe.dump(recipe.read("srpo-emoji")))
+    for said in ("", "demo-studio was begun before"):
+        serve(tmp_path, port=0, browser=False, first_run="direct-emoji")
+        out, err = capsys.readouterr()
+        assert "/steer?run=demo-studio&token=" in out and said in err and bool(said) == bool(err)
+    assert begun == [("demo-studio", ["train", "direct-emoji"])]
+    assert recipe.read(str(tmp_path / "demo" / "recipe.yaml")).algorithm.name == "srpo"
 
 
 def test_a_fault_of_ours_is_said_on_the_page(studio, monkeypatch):

@@ -28,6 +28,7 @@ from palate.studio.access import EVERYWHERE, SECRET_LENGTH, Access
 from palate.studio.shared import Studio, studio_of
 
 PORT, TRIES = 8420, 20
+FIRST = "demo-studio"  # the run of `palate demo`; "demo" is that of `make demo`, which begins its own anew
 
 
 def make_app(runs: str | Path, *, token: str, hosts: tuple[str, ...] = (), lasting: bool = False, port: int = 0) -> Any:
@@ -123,7 +124,7 @@ def serve(
 ) -> None:
     """Serve the studio on a folder of runs until interrupted; prints one line with the link. InputError as `listen`.
 
-    first_run: a recipe that is begun as the run "demo", unless there is one of that name.
+    first_run: a recipe that is begun as the run FIRST, whose page is opened; where it was begun before, it is shown.
     """
     token = secrets.token_urlsafe(24)
     if token_file is not None:
@@ -148,9 +149,11 @@ def serve(
     page = "/"
     if first_run:
         studio = app.app.state.studio
-        if "demo" not in studio.workspace.names():
-            studio.processes.train(first_run, "demo")
-        page = "/steer?run=demo"
+        if FIRST in studio.workspace.names():
+            print(f"palate: {FIRST} was begun before and is shown; delete it under Runs for another", file=sys.stderr)
+        else:
+            studio.processes.train(first_run, FIRST)
+        page = f"/steer?run={FIRST}"
     url = f"http://{f'[{named}]' if ':' in named else named}:{own}{page}"
     url += "" if token_file else f"{'&' if '?' in page else '?'}token={token}"
     print(f"Palate Studio: {url}", flush=True)
