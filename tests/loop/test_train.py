@@ -22,6 +22,7 @@ from support.ranks import MAKE
 
 import palate
 from palate.algorithms.dpo import DPO, DPOSettings
+from palate.algorithms.nft import NFT, NFTSettings
 from palate.core import Loss
 from palate.recipe import GuardSettings
 from palate.runtime import checkpoint
@@ -574,6 +575,18 @@ def test_the_guard_rolls_back_with_half_the_rate_and_then_stops(tmp_path):
     assert outcome.step == 6 and "guard" in outcome.reason
     assert same(tensors(tmp_path, 4), tensors(tmp_path, 2)) and same(tensors(tmp_path, 6), tensors(tmp_path, 2))
     assert [row["lr"] for row in rows(tmp_path) if row["event"] == "step"] == pytest.approx([1e-2] * 4 + [5e-3] * 2)
+
+
+def test_a_rollback_takes_the_algorithms_memory_back_too(tmp_path):
+    """Else DiffusionNFT would go on drawing its samples with old weights that stand beyond the limit, and be mirrored
+    about them, and DPO be held to a reference from there."""
+    slow = NFT(NFTSettings(group=2, steps=2, n=1, old_rate=1.0, old_most=0.9))
+    guard = GuardSettings(every=2, action="rollback", rollbacks=1)
+    run(tmp_path, algorithm=slow, guard=guard, check=Checks(1.0, 1.0, 0.0, 1.0), steps=6, checkpoint_every=2)
+    before, after, later = (tensors(tmp_path, step) for step in (2, 4, 6))
+    old, weights = ([t for k, t in before.items() if k.startswith(p)] for p in ("algorithm/", "weights/"))
+    assert old and not all(torch.equal(a, b) for a, b in zip(old, weights, strict=True))
+    assert same(before, after) and not same(after, later)
 
 
 def test_the_guard_can_only_warn(tmp_path):

@@ -103,8 +103,11 @@ class Saver:
         self.ranks.on_main(write)
 
     def load_weights(self, step: int) -> None:
-        """Weights, average and optimizer of the checkpoint of `step`; words, counters and prompts go on."""
-        self.weights.load_state_dict(checkpoint.load(self.checkpoints / checkpoint.name(step)))
+        """Weights, average, optimizer and what the algorithm remembers (old policies, a moving reference, a replay
+        buffer) of the checkpoint of `step`; words, counters and prompts go on."""
+        saved = checkpoint.load(self.checkpoints / checkpoint.name(step))
+        self.weights.load_state_dict(saved)
+        self.replicas.load(saved, words=False)
 
     def resume(self, notes: list[str]) -> list[dict[str, Any]]:
         """Load the newest good checkpoint; returns the steering events that come after it. `notes` gets remarks."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from palate.core import Algorithm, Model, Stateful
+from palate.core import Algorithm, Model, Stateful, Steerable
 from palate.recipe import TrainerSettings
 from palate.runtime import checkpoint, sharding
 from palate.runtime.distributed import Ranks
@@ -170,8 +170,9 @@ class Replicas:
             tensors |= theirs
         return {"shares": total, "algorithm": {}, "algorithms": self._of_all(trees)}
 
-    def load(self, saved: checkpoint.Checkpoint) -> None:
-        """Take a checkpoint's. InputError: it is of another number of replicas."""
+    def load(self, saved: checkpoint.Checkpoint, *, words: bool = True) -> None:
+        """Take a checkpoint's. InputError: it is of another number of replicas. words: also of those that are steered;
+        without, they keep the words in force."""
         each, mine = saved.state.get("algorithms"), len(self.algorithms)
         if each and len(each) != self.ranks.size * mine:
             raise InputError(
@@ -180,7 +181,7 @@ class Replicas:
             )
         for k, algorithm in enumerate(self.algorithms):
             tree = each[self.ranks.rank * mine + k] if each else saved.state["algorithm"]
-            if tree and isinstance(algorithm, Stateful):
+            if tree and isinstance(algorithm, Stateful) and (words or not isinstance(algorithm, Steerable)):
                 algorithm.load_state_dict(checkpoint.unflatten_state(tree, saved.tensors))
 
     def _of_all(self, own: list[Any]) -> list[Any]:
