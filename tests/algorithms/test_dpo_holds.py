@@ -126,6 +126,26 @@ def test_one_small_step_never_raises_the_preferred_error_and_a_plain_one_does(mu
     assert raised["parameters"] == 0 and raised["off"] > 10
 
 
+@pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo", "kto"])
+def test_the_scale_counts_how_strongly_each_loss_pulls_at_either_side(loss):
+    """A constant network, whose gradients in its parameters are those in its output: there the proxy is exact. kto pulls
+    at the two sides with forces of its own, and ipo past its margin the other way round."""
+    raised = {"off": 0, "output": 0}
+    for step in range(1, 61):
+        pairs = torch.randn(1, 2, *SHAPE, dtype=D, generator=torch.Generator().manual_seed(step))
+        pairs[:, 1] = 1.3 * pairs[:, 0] + 0.05 * pairs[:, 1]
+        for safeguard in raised:
+            model = model_of()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(0.6 * torch.randn(p.shape, dtype=D, generator=torch.Generator().manual_seed(100 + step)))
+            before = preferred_error(model, pairs, (0,), step)
+            settings = DPOSettings(beta=20.0, loss=loss, safeguard=safeguard, mu=0.1)
+            run(settings, model=model, ids=(0,), pairs=pairs, reward=never, step=step, lr=1e-6)
+            raised[safeguard] += preferred_error(model, pairs, (0,), step) > before + 1e-15
+    assert raised["output"] == 0 and raised["off"] > 30
+
+
 @pytest.mark.slow
 def test_the_safeguard_holds_over_a_run_at_ten_times_the_rate_at_which_plain_dpo_fails():
     """Gradient descent on pairs that are alike, 200 updates; the preferred error on noise and times of no update, 0 at
@@ -219,6 +239,27 @@ def test_ties_are_dropped_or_teach_indifference():
     (forth,), _ = run(DPOSettings(**settings), model=model)
     (back,), _ = run(DPOSettings(**settings), model=model, reward=lambda images, prompts: -linear(images, prompts))
     torch.testing.assert_close(some, (forth + back) / 2, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("safeguard", ["output", "parameters"])
+def test_a_pair_that_is_left_out_is_in_no_mean_and_protected_by_nobody(safeguard):
+    """Of two drawn pairs one is a tie: gradient and metrics are those of the other one alone, the mean aside."""
+    settings = {"beta": 2.0, "steps": 2, "guidance": 1.0, "safeguard": safeguard, "mu": 0.9}
+    model = model_of(trains=("velocity", "linear"))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.4 * torch.randn(p.shape, dtype=D, generator=torch.Generator().manual_seed(6)))
+    (_, (tied,)), (own, (alone,)) = (run(DPOSettings(**settings), model=model, ids=(i,)) for i in (0, 1))
+    close, far = float(tied.metrics["reward_gap"]), float(alone.metrics["reward_gap"])
+    assert close < far
+    both, (loss,) = run(DPOSettings(tie_margin=close, **settings), model=model, ids=(0, 1))
+    assert float(loss.metrics["ties"]) == 0.5
+    for name in ("prefers", "excess_preferred", "excess_rejected", "safe_scale"):
+        assert float(loss.metrics[name]) == pytest.approx(float(alone.metrics[name]), abs=1e-12), name
+    for mean, single in zip(both, own, strict=True):
+        torch.testing.assert_close(mean, single / 2, atol=1e-12, rtol=0)
+    _, (loss,) = run(DPOSettings(tie_margin=far, **settings), model=model, ids=(0, 1))
+    assert set(loss.metrics) == {"reward", "reward_gap", "ties"}
 
 
 def test_an_absent_image_is_not_looked_at_and_in_no_mean():

@@ -167,18 +167,14 @@ class DPO:
                 reference = model.predict(xt, t, cond, weights=weights).eps
         policy = model.predict(xt, t, cond).eps
         preferred, rejected = spread(excess_error(policy, reference, eps), there, len(captions)).chunk(2)
+        of_pairs = {}
         if s.safeguard != "off":
             errors = spread((policy - eps).detach().flatten(1), there, len(captions))
-            scale = self._safe_scale(model, errors, preferred, rejected, pairs)
+            scale = of_pairs["safe_scale"] = self._safe_scale(model, errors, preferred, rejected, pairs)
             rejected = scaled_gradient(rejected, scale)
-            metrics["safe_scale"] = scale.mean()
         losses, right = dpo_loss(preferred, rejected, s.beta, s.loss, pairs.preference, pairs.present)
-        metrics["prefers"] = right.mean()
-        for name, excess, present in zip(
-            ("excess_preferred", "excess_rejected"), (preferred, rejected), pairs.present.unbind(1), strict=True
-        ):
-            if bool(present.any()):
-                metrics[name] = excess[present > 0].mean()
+        of_pairs |= {"prefers": right, "excess_preferred": preferred, "excess_rejected": rejected}
+        metrics |= means_of(of_pairs, pairs)
         losses = losses + pairs.present[:, 0] * kept_error(preferred, s.beta, s.keep)
         value = (pairs.weight * losses).mean()
         yield Loss(value, {name: number.detach() for name, number in metrics.items()}, "policy")
@@ -210,15 +206,15 @@ class DPO:
     def _safe_scale(self, model: Model, errors: Tensor, preferred: Tensor, rejected: Tensor, pairs: Pairs) -> Tensor:
         """lambda (B,), detached. errors: eps_theta - eps (2 B, D), first of all preferred images."""
         s = self.settings
+        # by how much each pair's own loss pulls at either error
+        pull = pair_slope(preferred, rejected, s.beta, s.loss, pairs.preference, pairs.present)
         if s.safeguard == "output":
-            ours, theirs = errors.chunk(2)
-            return safe_scale(ours, theirs, s.mu)
-        with torch.no_grad():  # by how much each pair's own loss pulls at either error
-            pull = pair_slope(preferred, rejected, s.beta, s.loss, pairs.preference, pairs.present)
+            return safe_scale(*errors.chunk(2), s.mu, pull)
+        with torch.no_grad():
             pull = pull[0] + pairs.present[:, 0] * s.keep * s.beta / 2 * (preferred > 0), pull[1]
         weight = pairs.weight / len(preferred)
         own = model.parameters("policy")
-        protected = torch.autograd.grad(preferred.mean(), own, retain_graph=True)
+        protected = torch.autograd.grad((pairs.weight * preferred).mean(), own, retain_graph=True)
         mine = torch.autograd.grad((weight * pull[0] * preferred).sum(), own, retain_graph=True)
         others = torch.autograd.grad((weight * pull[1] * rejected).sum(), own, retain_graph=True)
         lift, drag = (
@@ -297,6 +293,17 @@ def given_pairs(latents: Tensor, shape: tuple[int, ...], settings: DPOSettings) 
     return Pairs(x0, noise, ones, ones, present.to(x0))
 
 
+def means_of(values: dict[str, Tensor], pairs: Pairs) -> dict[str, Tensor]:
+    """The mean of each (B,) over the pairs that are not left out; of an error, over the images that are there."""
+    found = {}
+    for name, each in values.items():
+        present = {"excess_preferred": pairs.present[:, 0], "excess_rejected": pairs.present[:, 1]}.get(name)
+        counted = (pairs.weight if present is None else pairs.weight * present) > 0
+        if bool(counted.any()):
+            found[name] = each[counted].mean()
+    return found
+
+
 def rows_present(pairs: Pairs) -> Tensor:
     """Which of the 2 B images, first all preferred ones, then all rejected ones, are there."""
     return pairs.present.T.flatten().nonzero().flatten()
@@ -361,10 +368,20 @@ def kept_error(preferred: Tensor, beta: float, keep: float) -> Tensor:
     return keep * beta / 2 * preferred.relu()
 
 
-def safe_scale(error_preferred: Tensor, error_rejected: Tensor, mu: float) -> Tensor:
-    """lambda (B,) from the errors eps_theta - eps of both images, (B, D), to which the gradients are proportional."""
-    square = error_preferred.square().sum(1)
-    return bounded(square, (error_preferred * error_rejected).sum(1), mu)
+def safe_scale(
+    error_preferred: Tensor, error_rejected: Tensor, mu: float, pull: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """lambda (B,) from the errors eps_theta - eps of both images, (B, D), to which the gradients are proportional.
+
+    pull: the loss's slopes in either error, (B,) each; None = equal and opposite, as those of one margin are. kto's are
+    not, and ipo's turn round past its margin.
+    """
+    lift, drag = error_preferred.square().sum(1), (error_preferred * error_rejected).sum(1)
+    if pull is not None:
+        size = torch.where(pull[0] == 0, torch.ones_like(lift), pull[0].abs())
+        idle = (pull[0] == 0) & (pull[1] == 0)  # there is no gradient to scale
+        lift, drag = (torch.where(idle, x, f / size * x) for x, f in ((lift, pull[0]), (drag, -pull[1])))
+    return bounded(lift, drag, mu)
 
 
 def bounded(lift: Tensor, drag: Tensor, mu: float) -> Tensor:
