@@ -128,8 +128,8 @@ def test_one_small_step_never_raises_the_preferred_error_and_a_plain_one_does(mu
 
 @pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo", "kto"])
 def test_the_scale_counts_how_strongly_each_loss_pulls_at_either_side(loss):
-    """A constant network, whose gradients in its parameters are those in its output: there the proxy is exact. kto pulls
-    at the two sides with forces of its own, and ipo past its margin the other way round."""
+    """A constant network, whose gradients in its parameters are those in its output: there the proxy is exact. kto
+    pulls at the two sides with forces of its own, and ipo past its margin the other way round."""
     raised = {"off": 0, "output": 0}
     for step in range(1, 61):
         pairs = torch.randn(1, 2, *SHAPE, dtype=D, generator=torch.Generator().manual_seed(step))

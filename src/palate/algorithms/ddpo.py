@@ -22,6 +22,7 @@ Deviations from the paper and its program:
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -124,7 +125,9 @@ class DDPO:
         values = standardised(rewards)
         if s.history:
             for prompt, value in zip(prompts, rewards.tolist(), strict=True):
-                self.seen.setdefault(prompt, deque(maxlen=s.history)).append(value)
+                kept = self.seen.setdefault(prompt, deque(maxlen=s.history))
+                if math.isfinite(value):  # else this update is skipped, and is not to spoil later ones
+                    kept.append(value)
             for i, prompt in enumerate(prompts):
                 if len(self.seen[prompt]) >= s.enough:
                     own = torch.tensor(self.seen[prompt], dtype=torch.float64)

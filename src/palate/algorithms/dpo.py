@@ -255,6 +255,7 @@ class DPO:
         tie = gap <= s.tie_margin
         preference = torch.where(tie, 0.5, 1.0).to(x0)
         weight = (~tie).to(x0) if s.ties == "drop" else torch.ones_like(preference)
+        weight = weight + 0 * gap.to(x0)  # a reward that is not finite orders nothing: nan, so the update is skipped
         metrics = {"reward": scores.mean(), "reward_gap": gap.mean(), "ties": tie.to(x0).mean()}
         return Pairs(x0, noise, preference, weight, torch.ones(len(x0), 2, **kind)), metrics
 

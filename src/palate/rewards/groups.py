@@ -1,6 +1,7 @@
 """Rewards of a group of images of one prompt, compared with each other: what every group-relative method begins with.
 
-All take rewards (B * group,), a group's images in a row, and return as many numbers.
+All take rewards (B * group,), a group's images in a row, and return as many numbers. A reward that is not finite makes
+its group's scores nan, so that the loop sees it and skips the update.
 """
 
 from __future__ import annotations
@@ -25,13 +26,15 @@ def differences(rewards: Tensor, group: int) -> Tensor:
     grouped = rewards.view(-1, group)
     apart = grouped - grouped[:, :1]  # equal rewards become exact zeros; their mean would be rounded
     tolerance = ROUNDING * torch.finfo(rewards.dtype).eps * grouped.abs().amax(1, keepdim=True)
-    return torch.where(apart.abs().amax(1, keepdim=True) <= tolerance, torch.zeros_like(apart), apart)
+    equal = (apart.abs().amax(1, keepdim=True) <= tolerance) & tolerance.isfinite()
+    return torch.where(equal, torch.zeros_like(apart), apart)
 
 
 def divided(centred: Tensor, scale: Tensor) -> Tensor:
     """centred / scale with a floor in proportion to the scale; 0 where the scale is 0."""
     floored = scale + (1e-4 * scale).clamp_max(FLOOR)
-    return torch.where(floored > 0, centred / torch.where(floored > 0, floored, torch.ones_like(floored)), 0.0)
+    still = floored == 0
+    return torch.where(still, 0.0, centred / torch.where(still, torch.ones_like(floored), floored))
 
 
 def standard_scores(rewards: Tensor, group: int, *, baseline: str = "group", unbiased: bool = False) -> Tensor:
