@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
+import re
 
 import pytest
 import torch
-from support.ranks import MAKE, Networks
+import yaml
+from support import ROOT
+from support.ranks import MAKE, TEACHERS, Networks
 
 from palate.algorithms.table import OWN, find
 from palate.core import Batch, Random, Stateful
+from palate.rewards.learned import BlackBox
 from palate.testing import PROMPTS, tiny_reward
 
 
@@ -29,6 +34,58 @@ def test_every_algorithm_states_what_an_update_calls(name):
         needed = {"teachers": {"a": module.Teacher("")}}
     told = module.calls_per_update(entry.settings_class()(**needed))
     assert told.get("forward", told.get("predict", 0)) > 0 and all(count >= 0 for count in told.values())
+
+
+def page_of(name):
+    """The text of docs/algorithms that is about the algorithm."""
+    own = ROOT / f"docs/algorithms/{name}.md"
+    return (own if own.exists() else own.with_name("baselines.md")).read_text("utf-8")
+
+
+def as_read(cell):
+    """What a cell says: "[0, 1], null, off" is three values, of which only null, true, false and numbers are no text."""
+    if isinstance(cell, list):
+        return [as_read(each) for each in cell]
+    if cell in ("null", "true", "false"):
+        return {"null": None, "true": True, "false": False}[cell]
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_the_page_of_a_method_has_every_setting_with_its_default(name):
+    table = page_of(name).split(f"| setting of `{name}` | default | meaning |\n")[1].split("\n\n")[0]
+    stated = {}
+    for row in table.splitlines()[1:]:
+        keys, defaults = (cell.strip() for cell in row.split("|")[1:3])
+        keys = re.findall(r"`(\w+)`", keys)
+        values = [[]] if keys[0] in ("generator", "teachers") else as_read(yaml.load(f"[{defaults}]", yaml.BaseLoader))
+        stated |= dict(zip(keys, values, strict=True))
+    fields = dataclasses.fields(find(name).settings_class())
+    assert set(stated) == {field.name for field in fields}
+    for field in fields:
+        if field.default is not dataclasses.MISSING:
+            default = list(field.default) if isinstance(field.default, tuple) else field.default
+            assert stated[field.name] == default, field.name
+
+
+def test_every_metric_is_on_the_page_of_its_method():
+    names = {find(name).load_class(): name for name in OWN}
+    for key, make in MAKE.items():
+        algorithm = make()
+        others = {"distar": ("assistant",), "opd": tuple(TEACHERS)}.get(names[type(algorithm)], ())
+        model, prompts = Networks(others=others), PROMPTS[:4]
+        asked = (
+            BlackBox(tiny_reward, lambda images, prompts: images.mean((2, 3))) if key == "distar-head" else tiny_reward
+        )
+        batch = Batch(prompts, model.encode_prompts(prompts), torch.arange(4))
+        page = page_of(names[type(algorithm)])
+        page = page.replace("distance_NAME", "distance_warm` `distance_cold").replace("_*`", "_denoise`")
+        for loss in algorithm.step(model, asked, batch, Random(0, 1, range(4))):
+            for metric in loss.metrics:
+                assert f"`{metric.replace('_inversion', '_denoise')}`" in page, (key, metric)
 
 
 WITHOUT = ("opd", "distar-head", "sqdf")  # asks no reward; ends the run with a sentence; leaves the trajectory out
