@@ -54,8 +54,8 @@ class CountingGaussian(GaussianModel):
 
 
 def text_vector(prompt: str, size: int) -> Tensor:
-    """A vector (size,) in [-1, 1] that is the mean of its words' hashes: equal prompts have equal vectors, and the empty
-    prompt of guidance has one too."""
+    """A vector (size,) in [-1, 1] that is the mean of its words' hashes: equal prompts have equal vectors. The empty
+    prompt has one too."""
     digests = [hashlib.sha256(word.encode()).digest() for word in prompt.split() or [""]]
     return torch.stack([torch.tensor([digest[i] / 127.5 - 1 for i in range(size)]) for digest in digests]).mean(0)
 

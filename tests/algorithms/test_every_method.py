@@ -43,7 +43,7 @@ def page_of(name):
 
 
 def as_read(cell):
-    """What a cell says: "[0, 1], null, off" is three values, of which only null, true, false and numbers are no text."""
+    """What a cell says: "[0, 1], null, off" is three values; what is not null, true, false or a number is text."""
     if isinstance(cell, list):
         return [as_read(each) for each in cell]
     if cell in ("null", "true", "false"):
