@@ -428,13 +428,14 @@ def accuracy_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def rounds_table(rows: Sequence[dict[str, Any]]) -> str:
-    """A line per person, round and way; means and standard deviations over seeds. Below, where all of them were
-    measured, the five together, whose taste a linear utility of the features can hold."""
+    """A line per person and way after the last round; means and standard deviations over seeds. Below, where all of them
+    were measured, each round of the five together, whose taste a linear utility of the features can hold."""
     lines = ["| person | round | way | true taste, before -> after | blind win rate | concepts | diversity | held out "
              "| learnt |", "|---|--:|---|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
     together = [r | {"person": "the five"} for r in rows if r["person"] in UNCONDITIONAL]
-    if {r["person"] for r in rows} >= set(UNCONDITIONAL):
-        rows = [*rows, *together]
+    whole = {r["person"] for r in rows} >= set(UNCONDITIONAL)
+    last = max(r["round"] for r in rows)
+    rows = [*(r for r in rows if r["round"] == last), *(together if whole else ())]
     for person, number, way in dict.fromkeys((r["person"], r["round"], r["way"]) for r in rows):
         own = [r for r in rows if (r["person"], r["round"], r["way"]) == (person, number, way)]
 
