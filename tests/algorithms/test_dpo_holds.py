@@ -301,6 +301,29 @@ def test_single_likes_and_dislikes():
         run(DPOSettings(), pairs=liked, reward=never)
 
 
+def test_a_like_and_a_dislike_count_by_their_weights():
+    """lambda_D times the like's gradient and lambda_U times the dislike's (KTO, eq. 7), and so in what the safeguard
+    lets pass of the dislike: a drag twice as large, half the scale; lift as well, the same."""
+    pairs = pairs_of(2, apart=0.2)
+    model = model_of()
+    with torch.no_grad():
+        model.parameters()[0].fill_(0.1)
+
+    def gradient(pairs=pairs, **settings):
+        (found,), losses = run(DPOSettings(beta=3.0, loss="kto", **settings), model=model, pairs=pairs, reward=never)
+        return found, float(losses[0].metrics.get("safe_scale", 0))
+
+    liked, disliked = pairs.clone(), pairs.clone()
+    liked[:, 1], disliked[:, 0] = math.nan, math.nan
+    expected = 0.5 * gradient(liked)[0] + 3 * gradient(disliked)[0]
+    weighed = gradient(desirable_weight=0.5, undesirable_weight=3.0)[0]
+    torch.testing.assert_close(weighed, expected, atol=1e-12, rtol=0)
+    plain = gradient(safeguard="parameters")[1]
+    assert 0 < plain < 1
+    assert gradient(safeguard="parameters", undesirable_weight=2.0)[1] == pytest.approx(plain / 2)
+    assert gradient(safeguard="parameters", undesirable_weight=2.0, desirable_weight=2.0)[1] == pytest.approx(plain)
+
+
 # ---------------------------------------------------------------- pairs
 
 
@@ -456,6 +479,8 @@ def test_calls(changes):
         {"ties": "equal", "loss": "kto"},
         {"refresh_every": -1},
         {"caption_dropout": 1},
+        {"desirable_weight": 0},
+        {"undesirable_weight": -1},
     ],
 )
 def test_settings_are_checked(wrong):

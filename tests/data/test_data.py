@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from palate import recipe
+from palate.algorithms.dpo import DPOSettings
 from palate.data import (
     Like,
     Pair,
@@ -25,6 +26,7 @@ from palate.data import (
     read_rows,
     single_likes,
 )  # fmt: skip
+from palate.recipe.pictures import kept_likes
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -147,6 +149,30 @@ def test_bad_likes_name_the_row(tmp_path, row, message):
         list(single_likes(str(tmp_path / "likes.jsonl")))
     with pytest.raises(RecipeError, match="does not exist"):
         list(single_likes(str(tmp_path / "absent.jsonl")))
+
+
+@pytest.mark.parametrize(("liked", "disliked"), [(8, 2), (2, 8), (3, 5), (5, 4)])
+def test_the_weight_of_the_rarer_kind_is_told_as_ktos_authors_set_it(tmp_path, caplog, liked, disliked):
+    """Either end of what is told makes lambda_D n_D / (lambda_U n_U) 1 or 4/3, and then nothing is told."""
+    kinds = [True] * liked + [False] * disliked
+    rows = [json.dumps({"prompt": "a", "image": "x.png", "like": like}) for like in kinds]
+    (tmp_path / "x.png").write_bytes(b"")
+    (tmp_path / "likes.jsonl").write_text("\n".join(rows))
+
+    def told(**weights):
+        caplog.clear()
+        kept_likes(str(tmp_path / "likes.jsonl"), DPOSettings(loss="kto", **weights))
+        return caplog.text
+
+    found = re.search(r"algorithm\.(\w+) between (\S+) and (\S+)", told())
+    if liked / disliked == 1.25:
+        assert found is None
+        return
+    assert f"{liked} likes and {disliked} dislikes" in caplog.text
+    for value in map(float, found.groups()[1:]):
+        weights = {"desirable_weight": 1.0, "undesirable_weight": 1.0, found[1]: value}
+        ratio = weights["desirable_weight"] * liked / (weights["undesirable_weight"] * disliked)
+        assert min(abs(ratio - 1), abs(ratio - 4 / 3)) < 0.01 and not told(**weights)
 
 
 def test_likes_in_the_place_of_pairs_are_told_where_they_belong(tmp_path):

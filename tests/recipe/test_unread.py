@@ -29,6 +29,7 @@ WORDS = "run: {{folder: runs/x}}\nalgorithm: {{name: {}}}\nreward: {{name: emoji
         ("sqdf", ["algorithm.buffer=none", "algorithm.buffer_size=64"], "algorithm.buffer=none"),
         ("dpo", ["algorithm.mu=0.5"], "algorithm.safeguard=off"),
         ("dpo", ["algorithm.posterior=true"], "pictures that are drawn"),
+        ("dpo", ["algorithm.undesirable_weight=2"], "an algorithm.loss but kto"),
         ("leap_align", ["algorithm.leaps=1", "algorithm.nested=0.5"], "algorithm.leaps=1"),
         ("ddpo", ["algorithm.history=0", "algorithm.enough=4"], "algorithm.history=0"),
         ("srpo", ["model.weights=full", "model.lora_rank=4"], "model.weights=full"),

@@ -56,10 +56,10 @@ Deviations from the papers and their programs:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -95,9 +95,14 @@ class DPOSettings:
     ties: Literal["drop", "equal"] = "drop"
     refresh_every: int = 0  # steps after which the policy becomes the reference; 0 = never
 
+    desirable_weight: float = 1.0  # lambda_D and lambda_U of loss = "kto": how much a like and a dislike count
+    undesirable_weight: float = 1.0
+
     caption_dropout: float = 0.0  # share of pairs trained without their prompt (the authors' program: .2)
     flip: bool = False  # mirror half of the pairs (the authors' program does); of prompts.pairs before encoding
     posterior: bool = False  # draw given images' latents from the encoder's Gaussian, anew each time (the program does)
+
+    later_keys: ClassVar[Mapping[str, float]] = {"desirable_weight": 1.0, "undesirable_weight": 1.0}
 
     def __post_init__(self) -> None:
         require(
@@ -119,6 +124,8 @@ class DPOSettings:
                 self.ties == "equal" and self.loss == "kto",
             ),
             ("refresh_every: at least 0", self.refresh_every < 0),
+            ("desirable_weight: above 0", not self.desirable_weight > 0),
+            ("undesirable_weight: above 0", not self.undesirable_weight > 0),
             ("caption_dropout: at least 0 and below 1", not 0 <= self.caption_dropout < 1),
         )
 
@@ -172,7 +179,7 @@ class DPO:
             errors = spread((policy - eps).detach().flatten(1), there, len(captions))
             scale = of_pairs["safe_scale"] = self._safe_scale(model, errors, preferred, rejected, pairs)
             rejected = scaled_gradient(rejected, scale)
-        losses, right = dpo_loss(preferred, rejected, s.beta, s.loss, pairs.preference, pairs.present)
+        losses, right = dpo_loss(preferred, rejected, s.beta, s.loss, pairs.preference, side_weights(pairs, s))
         of_pairs |= {"prefers": right, "excess_preferred": preferred, "excess_rejected": rejected}
         metrics |= means_of(of_pairs, pairs)
         losses = losses + pairs.present[:, 0] * kept_error(preferred, s.beta, s.keep)
@@ -207,7 +214,7 @@ class DPO:
         """lambda (B,), detached. errors: eps_theta - eps (2 B, D), first of all preferred images."""
         s = self.settings
         # by how much each pair's own loss pulls at either error
-        pull = pair_slope(preferred, rejected, s.beta, s.loss, pairs.preference, pairs.present)
+        pull = pair_slope(preferred, rejected, s.beta, s.loss, pairs.preference, side_weights(pairs, s))
         if s.safeguard == "output":
             return safe_scale(*errors.chunk(2), s.mu, pull)
         with torch.no_grad():
@@ -310,6 +317,12 @@ def rows_present(pairs: Pairs) -> Tensor:
     return pairs.present.T.flatten().nonzero().flatten()
 
 
+def side_weights(pairs: Pairs, settings: DPOSettings) -> Tensor:
+    """(B, 2): how much either image of a pair counts where each is judged by itself; 0 of an absent one."""
+    weights = settings.desirable_weight, settings.undesirable_weight
+    return pairs.present * pairs.present.new_tensor(weights)
+
+
 def spread(values: Tensor, rows: Tensor, count: int) -> Tensor:
     """(count, ...): the values at their rows, 0 elsewhere."""
     return values.new_zeros(count, *values.shape[1:]).index_put((rows,), values)
@@ -334,7 +347,7 @@ def pair_loss(
     beta: float,
     loss: PairLoss = "sigmoid",
     preference: Tensor | float = 1.0,
-    present: Tensor | None = None,
+    sides: Tensor | None = None,
 ) -> Tensor:
     """(B,), of s = -beta/2 (m_w - m_l): preference l(s) + (1 - preference) l(-s), with l(s) one of
 
@@ -342,11 +355,12 @@ def pair_loss(
     hinge    max(0, 1 - s)       SLiC, arXiv 2305.10425
     ipo      (s - 1/2)^2         IPO, arXiv 2310.12036
     kto has two terms that do not see each other, 1/2 [1 - sigmoid(-beta/2 m_w)] + 1/2 [1 - sigmoid(beta/2 m_l)]
-    (Diffusion-KTO, arXiv 2404.04465, with the reference as the reference point); `present` (B, 2) leaves a side out.
+    (Diffusion-KTO, arXiv 2404.04465, with the reference as the reference point); `sides` (B, 2) are how much either
+    counts, lambda_D and lambda_U (KTO, arXiv 2402.01306, eq. 7), 0 of an absent one.
     """
     if loss == "kto":
         each = torch.stack([torch.sigmoid(beta / 2 * preferred), torch.sigmoid(-beta / 2 * rejected)], 1)
-        return (each if present is None else each * present).sum(1) / 2
+        return (each if sides is None else each * sides).sum(1) / 2
     s = -beta / 2 * (preferred - rejected)
     forth, back = {
         "sigmoid": (-F.logsigmoid(s), -F.logsigmoid(-s)),

@@ -45,6 +45,17 @@ class KnowsTies(Protocol):
     def ties(self) -> str: ...
 
 
+@runtime_checkable
+class WeighsLikes(Protocol):
+    """Settings of an algorithm in which a like and a dislike may count differently."""
+
+    @property
+    def desirable_weight(self) -> float: ...
+
+    @property
+    def undesirable_weight(self) -> float: ...
+
+
 @dataclass(frozen=True)
 class Pictures:
     """Given pictures: each file once, and the files of every sample, one or the preferred and the rejected one, of
@@ -73,7 +84,7 @@ def pictures_of(recipe: Recipe) -> Pictures | None:
     settings = recipe.algorithm
     mirrored = isinstance(settings, MirrorsPairs) and settings.flip
     if recipe.prompts.likes is not None:
-        likes = kept_likes(recipe.prompts.likes)
+        likes = kept_likes(recipe.prompts.likes, settings)
         sides = [(k, ABSENT) if one.like else (ABSENT, k) for k, one in enumerate(likes)]
         return Pictures([one.prompt for one in likes], [one.image for one in likes], sides, mirrored)
     if recipe.prompts.pairs is None:
@@ -111,19 +122,37 @@ def kept_pairs(source: str, settings: object) -> list[Pair]:
     return decided
 
 
-def kept_likes(source: str) -> list[Like]:
-    """The likes of a file; says so where all of them are of one kind. RecipeError: there is none."""
+def kept_likes(source: str, settings: object) -> list[Like]:
+    """The likes of a file; says so where all of them are of one kind, or one kind counts too little.
+
+    RecipeError: there is none.
+    """
     likes = list(single_likes(source))
     if not likes:
         raise RecipeError(f"prompts.likes: {source} holds no like")
-    kinds = {one.like for one in likes}
-    if len(kinds) == 1:
-        here, missing = ("likes", "dislikes") if kinds == {True} else ("dislikes", "likes")
-        logging.getLogger("palate").warning(
+    liked = sum(one.like for one in likes)
+    said = logging.getLogger("palate").warning
+    if liked in (0, len(likes)):
+        here, missing = ("likes", "dislikes") if liked else ("dislikes", "likes")
+        said(
             "prompts.likes: all %d are %s; with some %s as well it is learnt what makes the difference",
             len(likes), here, missing,
         )  # fmt: skip
+    elif isinstance(settings, WeighsLikes) and (advice := rarer_weight(liked, len(likes) - liked, settings)):
+        said("prompts.likes: %d likes and %d dislikes; KTO's authors let the rarer count more: %s",
+             liked, len(likes) - liked, advice)  # fmt: skip
     return likes
+
+
+def rarer_weight(liked: int, disliked: int, settings: WeighsLikes) -> str:
+    """Which weight to set, and to what, for lambda_D n_D / (lambda_U n_U) to be in [1, 4/3] (KTO, arXiv 2402.01306,
+    eq. 8); "" where it is, but for 1 % of rounding, and where likes and dislikes are as many."""
+    desired, undesired = settings.desirable_weight * liked, settings.undesirable_weight * disliked
+    if liked == disliked or 0.99 <= desired / undesired <= 1.35:
+        return ""
+    if liked < disliked:
+        return f"algorithm.desirable_weight between {undesired / liked:.3g} and {4 / 3 * undesired / liked:.3g}"
+    return f"algorithm.undesirable_weight between {0.75 * desired / disliked:.3g} and {desired / disliked:.3g}"
 
 
 def latents_of(model: Model, pictures: Pictures, settings: object) -> Tensor:

@@ -50,6 +50,7 @@ TABLE: dict[str, tuple[Unread, ...]] = {
         Unread(DRAWING, lambda a, p: bool(p.pairs or p.likes), "pictures that are given, so that none are drawn"),
         Unread(("posterior",), lambda a, p: not (p.pairs or p.likes), "pictures that are drawn, not encoded"),
         Unread(("mu",), lambda a, p: a.safeguard == "off", "algorithm.safeguard=off"),
+        Unread(("desirable_weight", "undesirable_weight"), lambda a, p: a.loss != "kto", "an algorithm.loss but kto"),
     ),
     "nft": (Unread(("old_most", "old_from"), lambda a, p: a.old_rate == 0, "algorithm.old_rate=0"),),
     "dgpo": (
