@@ -428,8 +428,8 @@ def accuracy_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def rounds_table(rows: Sequence[dict[str, Any]]) -> str:
-    """A line per person and way after the last round; means and standard deviations over seeds. Below, where all of them
-    were measured, each round of the five together, whose taste a linear utility of the features can hold."""
+    """A line per person and way after the last round; means and standard deviations over seeds. Below, where all of
+    them were measured, each round of the five together, whose taste a linear utility of the features can hold."""
     lines = ["| person | round | way | true taste, before -> after | blind win rate | concepts | diversity | held out "
              "| learnt |", "|---|--:|---|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
     together = [r | {"person": "the five"} for r in rows if r["person"] in UNCONDITIONAL]
