@@ -19,6 +19,7 @@ from palate.recipe.names import PYTHON
 from palate.report import write_report
 from palate.runs import RunFolder, evaluate_run, load_result, read_recipe
 from palate.runtime.errors import InputError
+from palate.runtime.files import write_file
 from palate.runtime.images import encode_png, grid
 
 logger = logging.getLogger("palate")
@@ -73,7 +74,7 @@ class Images:
 
     def save(self, path: str | Path) -> None:
         """Write all of them as one PNG."""
-        Path(path).write_bytes(self._repr_png_())
+        write_file(Path(path), self._repr_png_())
 
     def _repr_png_(self) -> bytes:
         return encode_png(grid(self.tensor, self.columns, gap=2))

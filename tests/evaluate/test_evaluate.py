@@ -254,6 +254,21 @@ def picky(images, prompts):
     return torch.where(images.mean((1, 2, 3)) > 0.2, images.mean((1, 2, 3)), math.nan)
 
 
+def test_a_reward_may_raise_an_error_that_takes_more_than_a_text():
+    """As those of the hub, which are OSErrors: what it says must not be lost to how it is made."""
+
+    class TheirError(RuntimeError):
+        def __init__(self, text, *, response):
+            super().__init__(text)
+
+    def broken(images, prompts):
+        raise TheirError("no such weights", response=404)
+
+    own = panel()._replace(rewards={**panel().rewards, "mine": broken})
+    with pytest.raises(RuntimeError, match=r"reward 'mine' failed on 1 images, the first of 'dog': no such weights"):
+        evaluate.evaluate_images(torch.rand(1, 3, 8, 8), ["dog"], [0], own)
+
+
 def test_images_that_a_reward_fails_on_are_named_and_left_out_on_both_sides():
     images = torch.stack([flat_image(g, g, g) for g in (0.5, 0.6, 0.1, 0.8)])
     base = torch.stack([flat_image(g, g, g) for g in (0.3, 0.3, 0.3, 0.1)])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import resource
+import signal
 import threading
 from pathlib import Path
 
@@ -14,12 +16,16 @@ import palate
 from palate.cli.app import exit_code_of
 from palate.data import captioned_images, read_prompts
 from palate.evaluate import read_index
+from palate.export import load_one_step
+from palate.models.lora import Rates
 from palate.optimize.queries import Queries
+from palate.recipe.identity import changes
 from palate.report.curves import read_json
 from palate.report.study import find_key, read_choices
 from palate.rewards.answers import Answers
 from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.files import (
+    append,
     file_digest,
     folder_size,
     in_shell,
@@ -27,17 +33,27 @@ from palate.runtime.files import (
     new_folder,
     read_json_lines,
     split_lines,
+    with_remedy,
     write_atomically,
+    write_durably,
+    write_file,
     write_problem,
 )
 from palate.runtime.result import evaluation_of
 from palate.runtime.runlog import RunLog, read_metrics
+from palate.train.steering import control_words
 
 
 def choice_beside(path):
     choices = path.with_name("choices.jsonl")
     choices.write_text('{"study": "s", "session": "1", "pair": 0, "choice": "left"}\n')
     return choices
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b"1" * 5_000, b"[1, 2]"])
+def test_such_words_for_a_run_are_refused_and_do_not_end_it(text):
+    with pytest.raises(ValueError):
+        control_words(text)
 
 
 READERS = {  # of files that a run, a person or a server writes
@@ -52,6 +68,9 @@ READERS = {  # of files that a run, a person or a server writes
     "prompts.json": lambda path: read_prompts(str(path)),
     "answers.jsonl": Answers,
     "queries.jsonl": lambda path: Queries(path.parent),
+    "adapter_config.json": lambda path: Rates({}, path.with_name("adapter.safetensors")),
+    "identity.json": lambda path: changes(path.parent, None),
+    "generator.json": lambda path: load_one_step(path.parent),
 }
 
 
@@ -136,8 +155,31 @@ def test_a_full_disk_met_anywhere_has_the_remedy(tmp_path, capsys):
     assert exit_code_of(full) == CheckpointError.exit_code
     said = capsys.readouterr().err
     assert "Free some space" in said and "samples" in said and "need about" not in said
+    for write in (write_file, write_durably, append):  # write(2) tells no name: the error gets it
+        with pytest.raises(OSError, match="/dev/full") as full:
+            write(Path("/dev/full"), b"x" * 9999)
+        assert exit_code_of(full.value) == CheckpointError.exit_code
+        assert "cannot write /dev/full" in (said := capsys.readouterr().err) and "Free some space" in said
+    assert "a disk is full: free some space" in with_remedy(OSError(28, os.strerror(28)))
     other = OSError(2, os.strerror(2), "gone.txt")
     assert exit_code_of(other) == CheckpointError.exit_code and "Free" not in capsys.readouterr().err
+
+
+def test_a_row_for_which_there_is_no_room_is_taken_back(tmp_path):
+    """A raw write that fits in part raises nothing, and the next row would go on in the middle of this one."""
+    path = tmp_path / "rows.jsonl"
+    append(path, b"one\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"rows.jsonl"):
+            append(path, b"two\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    append(path, b"three\n")
+    assert path.read_bytes() == b"one\nthree\n"
 
 
 def test_no_file_is_cut_at_the_separators_inside_a_prompt():

@@ -38,9 +38,10 @@ def evaluate_with_questions(runs: Sequence[Path], options: EvaluateOptions, *, l
     if options.as_json:
         print(to_json(found), end="")
         return
+    print(printable(f"asked now: {judge.asked} questions; the others were answered before; judge {judge.chat.model}"))
     for name, result in found["runs"].items():
         print(printable(f"{name}: {result['prompts']} prompts, {result['images']} pictures, {2 * result['questions']} "
-                        f"questions, {judge.asked} asked now; judge {result['judge']}"))  # fmt: skip
+                        "questions"))  # fmt: skip
         if unclear := sum(result["unclear"].values()):
             print(f"{unclear} answers could not be read and count as wrong")
         print_changes(name, result["metrics"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from palate.models.emoji import EmojiModel
 from palate.models.facts import facts_of
 from palate.runs import trained_model
 from palate.runtime.errors import InputError
+from palate.runtime.files import parse_json
 from palate.runtime.hub import hub_file
 
 INDEX = "model_index.json"
@@ -75,7 +75,7 @@ def _index(source: str) -> dict[str, Any]:
     try:
         if not path.is_file():
             path = hub_file(source, INDEX)
-        found = json.loads(path.read_text("utf-8"))
+        found = parse_json(path.read_text("utf-8"))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise InputError(

@@ -21,7 +21,7 @@ from palate.data.prompts import listed
 from palate.data.tables import TEXT_LIMIT, read_text
 from palate.evaluate.metrics import Images
 from palate.runtime.errors import InputError
-from palate.runtime.files import parse_json, split_lines, write_atomically
+from palate.runtime.files import parse_json, split_lines, write_atomically, write_file
 from palate.runtime.images import UNREADABLE, encode_png, from_pixels, read_pixels, to_pixels
 from palate.runtime.phases import tell
 from palate.sampling import sample
@@ -145,7 +145,7 @@ def write_samples(
     pixels = (array for part in parts for array in to_pixels(part))
     rows = []
     for i, (array, prompt, seed) in enumerate(zip(pixels, prompts, seeds, strict=True)):
-        (folder / f"{i:04d}.png").write_bytes(encode_png(array))
+        write_file(folder / f"{i:04d}.png", encode_png(array))
         rows.append({"file": f"{i:04d}.png", "prompt": prompt, "seed": int(seed), "guidance": guidance, "steps": steps})
         if strengths is not None:
             rows[-1]["strength"] = strengths[i]

@@ -19,7 +19,7 @@ from palate.models import families
 from palate.models.parts import LoadedModel
 from palate.path import flow_schedule
 from palate.runtime.errors import InputError
-from palate.runtime.files import write_atomically
+from palate.runtime.files import parse_json, write_atomically
 
 
 def export_one_step(model: Any, settings: Any, folder: Path | str) -> Path:
@@ -101,7 +101,7 @@ def load_one_step(folder: Path) -> tuple[Any, Any]:
     """
     file = folder / "generator.json"
     try:
-        record = json.loads(file.read_text("utf-8"))
+        record = parse_json(file.read_text("utf-8"))
         generator = Generator(**{key: record.pop(key) for key in ("t_init", "input_scale", "steps")})
         family = str(record.pop("family", "emoji"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:

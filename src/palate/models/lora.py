@@ -29,7 +29,7 @@ from torch import Tensor
 from palate.models.facts import Facts
 from palate.models.original import Lora, row_norms, split
 from palate.runtime.errors import InputError
-from palate.runtime.files import in_shell
+from palate.runtime.files import in_shell, parse_json, write_atomically
 
 FILE = "pytorch_lora_weights.safetensors"
 FILES = (FILE, "adapter_model.safetensors")  # diffusers', PEFT's
@@ -87,7 +87,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + size :])
+    write_atomically(path, len(text).to_bytes(8, "little") + text + raw[8 + size :])
 
 
 def peft_config(layers: Mapping[str, Lora], prefix: str = "") -> dict[str, Any]:
@@ -217,12 +217,11 @@ class Rates:
     def __init__(self, metadata: Mapping[str, str], path: Path):
         beside = path.parent / "adapter_config.json"
         try:
-            if METADATA in metadata:
-                config = json.loads(metadata[METADATA])
-            else:
-                config = json.loads(beside.read_text("utf-8")) if beside.is_file() else {}
+            config = parse_json(metadata.get(METADATA) or (beside.read_text("utf-8") if beside.is_file() else "{}"))
         except ValueError as error:
             raise InputError(f"{path}: what it says of its rank and alpha is not JSON ({error})") from error
+        if not isinstance(config, dict):
+            raise InputError(f"{path}: what it says of its rank and alpha is no mapping")
         self.config = {re.sub(r"^(transformer|unet)\.", "", key): value for key, value in config.items()}
 
     @classmethod

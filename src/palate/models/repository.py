@@ -7,7 +7,6 @@ Weights come from safetensors alone.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +37,7 @@ from palate.models.repository_checks import (
 )
 from palate.models.source import absent, from_hub, loader_place, locate
 from palate.runtime.errors import InputError
+from palate.runtime.files import parse_json
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 
@@ -227,7 +227,7 @@ def _files_in(path: Path) -> list[str] | None:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text("utf-8"))
+        found = parse_json(file.read_text("utf-8"))
     except ValueError as error:
         raise InputError(f"{file} is not valid JSON ({str(error)[:100]}); download it again") from error
     if not isinstance(found, dict):

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from palate.runtime.errors import InputError
+from palate.runtime.files import write_file
 from palate.runtime.phases import tell
 
 Encode = Callable[[str], dict[str, Tensor]]  # one prompt -> its tensors, without a batch axis
@@ -118,7 +119,7 @@ class TextCache:
         path = self._path(prompt)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(f".{os.getpid()}.part")
-        save_file(tensors, part)
+        write_file(part, save(tensors))
         os.replace(part, path)
         return tensors
 

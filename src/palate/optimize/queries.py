@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from palate.runtime.errors import CheckpointError, InputError
-from palate.runtime.files import json_line, read_json_lines, write_atomically
+from palate.runtime.files import append, json_line, read_json_lines, write_atomically, write_file
 from palate.runtime.images import encode_png, from_pixels, read_pixels, to_pixels
 
 ASKED = ("round", "index", "prompt", "file", "sha256")  # of a query, written before its answer
@@ -55,7 +54,7 @@ class Queries:
         rows: list[dict[str, Any]] = []
         for k, (i, image, prompt) in enumerate(zip(ids, images, prompts, strict=True)):
             data, file = encode_png(to_pixels(image)), f"queries/{first + k:06d}.png"
-            (self.folder / file).write_bytes(data)
+            write_file(self.folder / file, data)
             rows.append(
                 {
                     "query": first + k,
@@ -92,10 +91,7 @@ class Queries:
         return [self.rows[k] for k in sorted(self.rows) if "score" in self.rows[k] and self.rows[k]["round"] <= last]
 
     def _append(self, rows: list[dict[str, Any]]) -> None:
-        with open(self.log, "ab") as file:
-            file.write(b"".join(json_line(row) for row in rows))
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.log, b"".join(json_line(row) for row in rows), durably=True)
         for row in rows:
             self.rows.setdefault(row["query"], {}).update(row)
 

@@ -16,7 +16,7 @@ from palate.recipe.settings import Recipe
 from palate.rewards import table as rewards
 from palate.runtime.code import code_digest, names_a_file, short_name
 from palate.runtime.errors import InputError
-from palate.runtime.files import file_digest, json_digest
+from palate.runtime.files import file_digest, json_digest, parse_json
 
 FILE = "identity.json"
 WEIGHTS = "*.safetensors"
@@ -68,11 +68,13 @@ def identity_text(recipe: Recipe) -> str:
 def changes(folder: Path, recipe: Recipe) -> list[str]:
     """What has changed since the run in `folder` began, a sentence each; empty for a run that kept no identity."""
     try:
-        before = json.loads((folder / FILE).read_bytes())
+        before = parse_json((folder / FILE).read_bytes())
+        if not isinstance(before, dict) or not all(isinstance(digest, str) for digest in before.values()):
+            raise ValueError("expected texts by name")
     except FileNotFoundError:
         return []
     except ValueError as error:
-        raise InputError(f"{folder / FILE}: not JSON ({error}); delete it to go on without it") from error
+        raise InputError(f"{folder / FILE}: not what a run keeps ({error}); delete it to go on without it") from error
     now = identity(recipe)
     return [
         f"{key}: what it names has changed since the run began ({before[key][:12]}, now {now[key][:12]})"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from palate.rewards.chat import Reply
 from palate.runtime.errors import InputError
-from palate.runtime.files import json_line, read_json_lines
+from palate.runtime.files import append, json_line, read_json_lines
 
 Key = tuple[str, str, str]  # image, question, judge
 KEPT = 8  # places of the answer whose tokens are kept and scored
@@ -53,8 +53,7 @@ class Answers:
         with self._lock:
             self._found[key] = reply
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab", buffering=0) as file:
-                file.write(json_line(row))
+            append(self.path, json_line(row))
 
     def _read(self, file: Path) -> None:
         for number, row in read_json_lines(file, cut_short=True):

@@ -7,7 +7,6 @@ byte before anything is used; `load_newest` falls back to the newest good one. N
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -21,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from palate.runtime.errors import CheckpointError
-from palate.runtime.files import canonical_json, file_digest, replace, sync, write_durably, write_problem
+from palate.runtime.files import canonical_json, file_digest, parse_json, replace, sync, write_durably, write_problem
 
 SCHEMA = 1
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
@@ -83,7 +82,7 @@ def load(path: Path) -> Checkpoint:
         if got != expected:
             raise CheckpointError(f"{path / part}: the content does not match its SHA-256 in {MANIFEST}")
     try:
-        state = json.loads((path / STATE).read_bytes())
+        state = parse_json((path / STATE).read_bytes())
         tensors = load_file(str(path / TENSORS))
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path}: unreadable ({error})") from error
@@ -174,7 +173,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     try:
         raw = file.read_bytes()
-        manifest = json.loads(raw)
+        manifest = parse_json(raw)
         whole = isinstance(manifest, dict) and canonical_json(manifest) == raw
         whole = whole and set(manifest["files"]) == {STATE, TENSORS}
         known = whole and manifest["schema"] == SCHEMA

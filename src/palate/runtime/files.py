@@ -44,9 +44,39 @@ _OF_PATHS = {  # of any file that is read or written
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An error of the disk inside that names no file, as that of a full one, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write the file; OSError names it."""
+    with naming(path):
+        path.write_bytes(data)
+
+
+def append(path: Path, data: bytes, *, durably: bool = False) -> None:
+    """Append all of the data, or nothing where the disk has no room for it; OSError names the file.
+
+    durably: wait until the disk has it."""
+    with naming(path), open(path, "ab", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if file.write(data) < len(data):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if durably:
+            os.fsync(file.fileno())
+
+
 def write_durably(path: Path, data: bytes) -> None:
-    """Write the file and wait until the disk has it."""
-    with open(path, "wb") as file:
+    """Write the file and wait until the disk has it; OSError names it."""
+    with naming(path), open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -171,7 +201,8 @@ def json_digest(value: Any) -> str:
 def with_remedy(error: OSError) -> str:
     """The error's text, and what to do about a full disk, or a path that cannot be used, wherever it was met."""
     if not isinstance(error.filename, (str, bytes)):
-        return str(error)
+        full = "a disk is full: free some space, or name another place; what was saved before is intact"
+        return full if error.errno in FULL else str(error)
     path = Path(os.fsdecode(error.filename))
     if error.errno in FULL:
         return write_problem(path, 0, error)

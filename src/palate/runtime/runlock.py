@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from palate.runtime.errors import CheckpointError, InputError
-from palate.runtime.files import write_problem
+from palate.runtime.files import parse_json, write_problem
 
 OWNER = ".owner"
 PATIENCE_SECONDS = 1.0  # a command that only looks holds the lock for an instant
@@ -165,7 +165,7 @@ def _look(path: Path) -> tuple[Owner | None, bool]:
 
 def _read(path: Path) -> Owner | None:
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(path.read_bytes())
         return Owner(str(found["host"]), int(found["pid"]), str(found["started"]), str(found["since"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None  # empty (ended in order), or cut short by a crash while it was written
@@ -211,7 +211,7 @@ def _newest_state(folder: Path) -> tuple[bool, bool]:
     if not steps:
         return False, (folder / "metrics.jsonl").exists()
     try:
-        return bool(json.loads(steps[-1].read_bytes())["finished"]), True
+        return bool(parse_json(steps[-1].read_bytes())["finished"]), True
     except (OSError, ValueError, KeyError, TypeError):
         return False, True
 

@@ -6,7 +6,6 @@ Which picture is whose lies in a file that no page sends; pictures are named by 
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import threading
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from palate.models.emoji import EmojiModel
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
 from palate.runtime.exclusive import exclusive
-from palate.runtime.files import file_digest, json_digest
+from palate.runtime.files import append, file_digest, json_digest
 from palate.studio.artist import LOADING, Artist, png_of
 from palate.studio.undo import adapter_now
 from palate.studio.workspace import Workspace
@@ -125,9 +124,7 @@ class Comparing:
         if number in self.answers(name):
             return  # the screen is older; the first answer counts
         line = b"\n" + json.dumps({"pair": number, "choice": choice}).encode() + b"\n"  # after one that was cut short
-        with open(self._folder(name) / "choices.jsonl", "ab", buffering=0) as file:
-            file.write(line)
-            os.fsync(file.fileno())
+        append(self._folder(name) / "choices.jsonl", line, durably=True)
 
     def answers(self, name: str) -> dict[int, str]:
         path = self._folder(name) / "choices.jsonl"

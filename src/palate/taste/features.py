@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from palate.core import Reward, TwoTower
@@ -27,6 +27,7 @@ from palate.models.vocabulary import parse_prompt, vocabulary
 from palate.rewards.clip import ClipReward
 from palate.rewards.simple import border, colourfulness, luma, saturation
 from palate.runtime.errors import InputError
+from palate.runtime.files import write_atomically
 
 EDGE, SOFT = 0.15, 40.0  # distance from the border's colour at which the drawing begins; steepness of that edge
 FEW_PIXELS = 16.0  # added to the drawing's mass in a division by it
@@ -220,9 +221,8 @@ class Scaling:
 
     def save(self, path: Path, probe: Tensor) -> None:
         """Write the constants with the features' probe, whole or not at all."""
-        temporary = path.with_name(f".tmp-{path.name}")
-        save_file({"mean": self.mean, "gain": self.gain, "covariance": self.covariance, "probe": probe}, temporary)
-        temporary.replace(path)
+        tensors = {"mean": self.mean, "gain": self.gain, "covariance": self.covariance, "probe": probe}
+        write_atomically(path, save(tensors))
 
     @classmethod
     def load(cls, path: Path, probe: Tensor) -> Scaling | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from palate.runtime.errors import InputError
-from palate.runtime.files import split_lines
+from palate.runtime.files import parse_json, split_lines
 from palate.runtime.images import UNREADABLE, as_rgb, from_pixels, read_pixels
 from palate.taste.features import Features
 from palate.taste.learner import Array
@@ -65,7 +64,7 @@ def pool_beside(votes: str | Path | VoteStore | Sequence[Any]) -> tuple[Tensor, 
     path = store.folder / "pool.jsonl"
     for line in split_lines(path.read_text("utf-8", "replace")) if path.is_file() else ():
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             found.append((store.pictures / str(row["file"]), str(row["shown"])))
         except (ValueError, TypeError, KeyError):
             continue  # a line that was cut short

@@ -21,7 +21,7 @@ from typing import Any
 
 from palate.data import IMAGE_ENDINGS, Pair, preference_pairs, read_rows, read_text
 from palate.runtime.errors import InputError
-from palate.runtime.files import file_digest
+from palate.runtime.files import file_digest, parse_json
 from palate.taste.staging import bring_in, staging
 from palate.taste.votes import PICTURES, Picture, Vote, VoteStore, choice_of, vote_of
 
@@ -185,7 +185,7 @@ def _of_study(source: Path, rows: list[dict[str, Any]], store: VoteStore, key: P
     study = None
     for path in places:
         try:
-            tree = json.loads(path.read_text("utf-8"))
+            tree = parse_json(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{path} is not the key of a blind study ({str(error)[:60]})") from error
         if isinstance(tree, dict) and tree.get("study") == rows[0]["study"]:

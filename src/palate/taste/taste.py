@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from palate.core import Reward
@@ -94,9 +94,8 @@ class Taste:
             "columns": self.features.columns, "prior": self.posterior.prior, "votes": self.digest,
             "log_evidence": self.posterior.log_evidence, "absolute": self.base is not None, "card": self.card,
         }  # fmt: skip
-        temporary = folder / f".tmp-{FILE}"
-        save_file({k: v.double().contiguous() for k, v in tensors.items()}, temporary, {"taste": json.dumps(about)})
-        temporary.replace(folder / FILE)
+        whole = {k: v.double().contiguous() for k, v in tensors.items()}
+        write_atomically(folder / FILE, save(whole, {"taste": json.dumps(about)}))
         write_atomically(folder / CARD, (json.dumps(self.card, indent=1, ensure_ascii=False) + "\n").encode())
         return folder
 

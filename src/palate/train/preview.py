@@ -14,7 +14,7 @@ from palate.models.sizes import at_size
 from palate.recipe import SampleSettings
 from palate.runtime import checkpoint, sharding
 from palate.runtime.distributed import Ranks
-from palate.runtime.files import new_folder
+from palate.runtime.files import new_folder, write_file
 from palate.runtime.images import encode_png, grid
 from palate.train.checks import require_sampleable
 from palate.train.state import Weights
@@ -50,7 +50,7 @@ class Previews:
         def write() -> None:
             with new_folder(self.folder / "samples" / checkpoint.name(step)) as temporary:
                 write_samples(temporary, images, prompts, seeds, guidance=guidance, steps=steps)
-                (temporary / "grid.png").write_bytes(encode_png(grid(images, round(len(images) ** 0.5))))
+                write_file(temporary / "grid.png", encode_png(grid(images, round(len(images) ** 0.5))))
 
         self.ranks.on_main(write)
         return images

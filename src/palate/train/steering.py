@@ -22,7 +22,7 @@ from palate.models.vocabulary import known_words
 from palate.runtime.distributed import Ranks
 from palate.runtime.errors import InputError
 from palate.runtime.exclusive import exclusive
-from palate.runtime.files import write_atomically
+from palate.runtime.files import parse_json, write_atomically
 from palate.runtime.runlog import METRICS, RunLog, read_metrics
 from palate.train.python_recipe import from_python
 from palate.train.state import Replicas
@@ -89,7 +89,7 @@ def await_words(folder: Path, seen: int, seconds: float) -> dict[str, Any] | Non
 
 def control_words(text: bytes) -> Words:
     """The content of a control file. ValueError: it is something else."""
-    words = json.loads(text)
+    words = parse_json(text)
     if not isinstance(words, dict) or set(words) != {"positive", "negative"}:
         raise InputError("expected the keys positive and negative")
     if not all(v is None or (isinstance(v, list) and all(isinstance(w, str) for w in v)) for v in words.values()):
