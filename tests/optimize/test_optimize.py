@@ -293,6 +293,7 @@ def test_failures_are_retried_within_the_budget(tmp_path):
     ("fault", "message"),
     [
         (OSError("gone"), "OSError: gone"),
+        (SystemExit("no key"), r"it ended itself by sys.exit\('no key'\)"),
         (lambda scores: [math.inf] * len(scores), "not a finite number"),
         (lambda scores: scores[:-1], "expected 4 numbers, one per image, got 3"),
         (lambda scores: 0.5, "got float"),
@@ -306,6 +307,13 @@ def test_an_oracle_that_goes_on_failing_stops_the_run_with_everything_kept(tmp_p
     assert exit_code_of(error.value) == 5
     go(tmp_path, oracle)  # mended: goes on where it stopped, and the failures stay spent
     assert len(oracle.seen) == 14 and len(Queries(tmp_path).evaluated(2)[1]) == 6
+
+
+def test_a_budget_that_failures_have_used_up_says_why(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"only 0 queries were answered in 14 \(the last that failed: ValueError: no GPU"
+    ):
+        go(tmp_path, Oracle({call: ValueError("no GPU\nat all") for call in range(1, 20)}), retries=99)
 
 
 def test_an_oracle_that_hangs(tmp_path):

@@ -218,10 +218,11 @@ class Rates:
         beside = path.parent / "adapter_config.json"
         try:
             config = parse_json(metadata.get(METADATA) or (beside.read_text("utf-8") if beside.is_file() else "{}"))
+            if not isinstance(config, dict):
+                raise ValueError("no mapping")
         except ValueError as error:
-            raise InputError(f"{path}: what it says of its rank and alpha is not JSON ({error})") from error
-        if not isinstance(config, dict):
-            raise InputError(f"{path}: what it says of its rank and alpha is no mapping")
+            told = path if METADATA in metadata else beside
+            raise InputError(f"{told}: what it says of rank and alpha is not JSON of a mapping ({error})") from error
         self.config = {re.sub(r"^(transformer|unet)\.", "", key): value for key, value in config.items()}
 
     @classmethod

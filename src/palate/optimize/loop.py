@@ -106,8 +106,10 @@ def _fit(
     """The surrogate of all answers up to round `number`, and that round's row of rounds.jsonl."""
     images, prompts, scores, rounds = queries.evaluated(number)
     if len(scores) < 2:
+        failed = [str(row["failed"]).splitlines()[0] for row in queries.rows.values() if row.get("failed")]
+        why = f" (the last that failed: {failed[-1]})" if failed else ""
         raise InputError(
-            f"only {len(scores)} queries were answered in {queries.spent}; fix the oracle, and "
+            f"only {len(scores)} queries were answered in {queries.spent}{why}; fix the oracle, and "
             "raise optimize.budget in another run.folder"
         )
     # rewards in standard deviations of the base model's own answers: alpha_kl is per one of them

@@ -138,6 +138,8 @@ def call_with_timeout(timeout: float, oracle: Oracle, images: Tensor, prompts: S
     if not found:
         raise TimeoutError(f"no answer in {timeout:g} s")
     answer, error = found[0]
+    if isinstance(error, SystemExit):  # of the user's code: it must not end the run without a word
+        raise RuntimeError(f"it ended itself by sys.exit({error.code!r})") from error
     if error is not None:
         raise error
     return answer
