@@ -269,6 +269,8 @@ def test_the_reward_is_the_mean_over_the_prompts_questions(judge, tmp_path, monk
         load_checklist(judge.source)
     oracle = load_oracle(recipe.OracleSettings(checklist=f"{file} {judge.source}"))
     assert oracle(images, ["a dog", "a dog"]).tolist() == pytest.approx([0.6, 0.6])
+    with pytest.raises(ValueError, match=r"^optimize.oracle.checklist: its file has no questions"):
+        oracle(images, ["a cat", "a dog"])
 
 
 def test_a_recipe_takes_it_where_no_gradient_is_needed(tmp_path, monkeypatch):

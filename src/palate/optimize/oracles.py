@@ -44,7 +44,7 @@ def load_oracle(settings: OracleSettings, *, seed: int = 0) -> Oracle:
             raise InputError(f"optimize.oracle.command: there is no program {settings.command[0]!r}")
         return command_oracle(settings.command, settings.timeout)
     if settings.checklist is not None:
-        return load_checklist(settings.checklist)
+        return load_checklist(settings.checklist, key="optimize.oracle.checklist")
     if settings.url is not None and (token := os.environ.get(TOKEN)):  # a reward service: with its id and token
         return RemoteReward(
             settings.url,

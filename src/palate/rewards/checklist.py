@@ -204,7 +204,8 @@ def connect(source: str, *, key: str = KEY, answers: Answers | None = None) -> Q
 class ChecklistReward:
     """(images, prompts) -> (B,) float32 in [0, 1]: the arithmetic mean over the prompt's questions. No gradient."""
 
-    def __init__(self, checklists: Sequence[Checklist], judge: QuestionJudge):
+    def __init__(self, checklists: Sequence[Checklist], judge: QuestionJudge, *, key: str = KEY):
+        self.key = key  # what errors name
         self.questions = {item.prompt: item.questions for item in checklists}
         self.judge = judge
 
@@ -213,7 +214,8 @@ class ChecklistReward:
         for pixels, prompt in zip(to_pixels(images), prompts, strict=True):
             if prompt not in self.questions:
                 raise InputError(
-                    f"{KEY}: its file has no questions for the prompt {prompt[:80]!r}; set prompts.file to that file"
+                    f"{self.key}: its file has no questions for the prompt {prompt[:80]!r}; set prompts.file to that "
+                    "file"
                 )
             asked += [(pixels, question) for question in self.questions[prompt]]
         scores = self.judge.scores(asked)
@@ -225,11 +227,12 @@ class ChecklistReward:
         return torch.tensor(values, dtype=torch.float32, device=images.device)
 
 
-def load_checklist(source: str | None) -> ChecklistReward:
-    """`source` is the file of questions and the judge: questions.jsonl http://127.0.0.1:8000/v1/...#MODEL."""
+def load_checklist(source: str | None, *, key: str = KEY) -> ChecklistReward:
+    """`source` is the file of questions and the judge: questions.jsonl http://127.0.0.1:8000/v1/...#MODEL. key: what
+    errors name."""
     file, _, url = (source or "").rpartition(" ")
     if not file.strip():
         raise InputError(
-            f"{KEY}: got {source!r}; expected a file and a URL, as questions.jsonl http://HOST/v1/...#MODEL"
+            f"{key}: got {source!r}; expected a file and a URL, as questions.jsonl http://HOST/v1/...#MODEL"
         )
-    return ChecklistReward(read_checklists(file.strip()), connect(url))
+    return ChecklistReward(read_checklists(file.strip()), connect(url, key=key), key=key)
