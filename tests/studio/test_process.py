@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
 from support.studio import wait_for
 
+from palate.runtime import runlock
 from palate.runtime.errors import InputError
 from palate.studio import process
 from palate.studio.process import Processes, began, last_message
@@ -24,7 +26,16 @@ if how == "bad":
     sys.exit("palate: reward.source.taste: nowhere holds no taste")
 stopped = []
 signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+if how == "loading":
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(143))  # as one does that has no step to save
+    parent = os.getppid()
+    with owned(folder):
+        while os.getppid() == parent:
+            time.sleep(0.02)
+if how == "importing":
+    os.kill(os.getpid(), signal.SIGKILL)
 with owned(folder):
+    print("step 1 of 60", flush=True)
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 1, "event": "step"}) + "\\n")
     checkpoint = folder / "checkpoints" / "step-000001"
     checkpoint.mkdir(parents=True, exist_ok=True)
@@ -106,6 +117,53 @@ def test_a_run_that_cannot_begin_shows_its_last_message(start):
     processes, folder = start("bad")
     until(processes, folder, "died")
     assert processes.state(folder)[1] == "reward.source.taste: nowhere holds no taste"
+
+
+def test_who_was_killed_says_nothing_and_no_error_of_an_earlier_start(start, monkeypatch):
+    """One log for all starts of a run: the first could not begin, the second is killed in its first step."""
+    processes, folder = start("bad")
+    until(processes, folder, "died")
+    monkeypatch.setenv("HOW", "long")
+    processes.resume("a")
+    until(processes, folder, "running")
+    wait_for(lambda: "step 1 of 60" in processes.log("a"), 30, "its first line")
+    os.kill(processes.owner("a"), signal.SIGKILL)
+    until(processes, folder, "died")
+    for studio in (processes, Processes(processes.workspace)):
+        assert studio.state(folder)[1].startswith("its process ended without a word")
+    processes.resume("a")
+    until(processes, folder, "running")
+    processes.stop("a")
+    until(processes, folder, "stopped")
+    assert Processes(processes.workspace).state(folder) == ("stopped", "")
+
+
+def test_a_stop_reaches_the_process_that_has_just_taken_the_run_of_a_dead_one(start, monkeypatch):
+    """It holds the lock, and the file still names the dead one."""
+    processes, folder = start("long")
+    until(processes, folder, "running")
+    living = processes.owner("a")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    owner = runlock.status(folder).owner._replace(pid=dead.pid)
+    monkeypatch.setattr(processes, "_status", lambda name: runlock.RunStatus("running", owner))
+    assert processes.owner("a") == living
+    monkeypatch.undo()
+
+
+def test_a_run_that_was_stopped_while_it_loaded_did_not_die(start):
+    """It ends at once, having no step to save, so its owner is not taken out of the folder."""
+    processes, folder = start("loading")
+    until(processes, folder, "running")
+    assert processes.stop("a")
+    until(processes, folder, "stopped")
+    assert Processes(processes.workspace).state(folder) == ("stopped", "")
+
+
+def test_a_run_that_was_killed_before_it_owned_its_folder_died_for_a_later_studio_too(start):
+    processes, folder = start("importing")
+    until(processes, folder, "died")
+    assert Processes(processes.workspace).state(folder)[0] == "died"
 
 
 def test_last_words_and_numbers_used_again():

@@ -19,6 +19,7 @@ from palate.models.vocabulary import vocabulary
 from palate.runtime import runlock
 from palate.runtime.errors import InputError
 from palate.studio import app as studio_app
+from palate.studio import routes_runs
 from palate.studio.app import make_app, opened_in_browser, serve
 from palate.studio.artist import Drawn
 from palate.studio.process import Processes
@@ -326,6 +327,46 @@ def test_one_run_that_cannot_be_read_hides_no_other(studio, monkeypatch):
     monkeypatch.setattr(found, "view", view)
     views, unreadable = found.seen()
     assert [view.name for view in views] == ["good"] and list(unreadable) == ["bad"]
+
+
+def test_pictures_that_another_window_takes_away_are_no_fault(studio, monkeypatch):
+    """Counted words and the taste's chart read previews; going back to a step deletes them, file by file."""
+    _, found = studio
+    view = a_run(found, "mine", "direct-emoji", "")
+    folder = view.folder / "samples/step-000000"
+    folder.mkdir(parents=True)
+    (folder / "index.jsonl").write_text(json.dumps({"file": "0.png", "prompt": "fox", "seed": 0}) + "\n")
+    monkeypatch.setattr(found.effects, "_read", lambda images, prompts: {"": 1})
+    for content in (None, b"", b"\x89PNG\r\n\x1a\n cut"):
+        if content is not None:
+            (folder / "0.png").write_bytes(content)
+        assert found.effects._count(found.view("mine"), 0) == {}
+        assert found.liking._mean(found.view("mine"), 0, lambda images, prompts: images.mean((1, 2, 3))) is None
+    Image.new("RGB", (4, 4)).save(folder / "0.png")
+    assert found.effects._count(found.view("mine"), 0) == {"": 1}
+
+
+def test_nobody_takes_a_run_that_is_being_deleted(studio, monkeypatch):
+    """What another window's start would meet, looked at from inside the deletion."""
+    client, found = studio
+    folder, seen = a_run(found, "mine", "direct-emoji").folder, []
+    monkeypatch.setattr(routes_runs.shutil, "rmtree", lambda path: seen.append((runlock.status(path).state, path)))
+    client.post("/runs/mine/delete", data={"sure": "mine"})
+    assert seen == [("running", folder)]
+
+
+def test_what_is_said_of_the_taste_follows_the_pictures_that_are_chosen_among(studio, monkeypatch):
+    """Two rounds whose pools are full have as many pictures."""
+    _, found = studio
+    said = []
+    monkeypatch.setattr(found.voting, "_card", lambda: said.append(1) or {"round": len(said)})
+    monkeypatch.setattr("palate.studio.voting.cards.START", 0)
+    found.artist.ready.set()
+    found.artist.pool = [1, 2]
+    for name, expected in (("a", 1), ("a", 1), ("b", 2)):
+        drawn = [Drawn("fox", Picture(f"{name}{k}.png"), np.zeros(1)) for k in range(2)]
+        monkeypatch.setattr(found.artist, "rows", lambda drawn=drawn: drawn)
+        assert found.voting.summary()["taste"] == {"round": expected}
 
 
 def test_a_run_that_is_deleted_says_nothing_of_a_later_one_of_its_name(studio):

@@ -1,12 +1,17 @@
-"""Features of the pictures that a person has voted on, each looked at once."""
+"""Pictures looked at: the features of those that a person has voted on, each once, and a run's previews."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from palate.runtime import checkpoint
 from palate.runtime.images import UNREADABLE
 from palate.studio.artist import Artist, read_picture
 from palate.taste.learner import Array
@@ -35,3 +40,13 @@ class KnownFeatures:
                 row = self.artist.look(read_picture(path)[None], [prompt])[0]
                 self._known[key] = row if np.isfinite(row).all() else None
         return self._known[key]
+
+
+def previews(run: Path, step: int, rows: Sequence[dict[str, Any]]) -> Tensor | None:
+    """(N, 3, H, W) in [0, 1] of the pictures that the rows of a step name; None where there are none, of several sizes,
+    or where they are being written, or taken away in another window."""
+    folder = run / "samples" / checkpoint.name(step)
+    try:
+        return torch.stack([read_picture(folder / row["file"]) for row in rows])
+    except (*UNREADABLE, RuntimeError):
+        return None

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from palate.recipe import Recipe
-from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
-from palate.studio.artist import Artist, read_picture
+from palate.studio.artist import Artist
+from palate.studio.known import previews
 from palate.studio.runview import RunView
 from palate.taste.reward import TasteReward
 from palate.taste.saved import FILE, parts_of
@@ -56,10 +56,8 @@ class Liking:
         rows = view.pictures(step)
         key = view.drawn(step)
         if key not in self._means:
-            try:
-                folder = view.folder / "samples" / checkpoint.name(step)
-                images = torch.stack([read_picture(folder / row["file"]) for row in rows])
-            except (OSError, RuntimeError):  # being written, or none
+            images = previews(view.folder, step, rows)
+            if images is None:
                 return None
             with torch.no_grad():
                 self._means[key] = float(taste(images, [row["prompt"] for row in rows]).mean())

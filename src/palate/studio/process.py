@@ -43,7 +43,12 @@ class Processes:
                 raise InputError(f"{name} was begun in another window just now; look at it, or start once more")
             folder.mkdir(parents=True, exist_ok=True)  # the page shows the run from now on
             write_atomically(folder / "recipe.yaml", recipes.dump(plan).encode())
-        self._start(name, ["train", recipe, *overrides, f"run.folder={quoted(folder)}"])
+        try:
+            self._start(name, ["train", recipe, *overrides, f"run.folder={quoted(folder)}"])
+        except OSError:  # a full disk, no memory for another process: there is no run then
+            (folder / "recipe.yaml").unlink()
+            folder.rmdir()
+            raise
 
     def resume(self, name: str, overrides: Sequence[str] = ()) -> None:
         self._start(name, ["resume", str(self.workspace.runs / name), *overrides])
@@ -55,18 +60,23 @@ class Processes:
             self.workspace.logs.mkdir(parents=True, exist_ok=True)
             log = self.log_path(name)
             with open(log, "ab") as out:
+                begins = out.tell()  # what earlier starts printed is before
                 child = subprocess.Popen(
                     [*COMMAND, *arguments], stdin=subprocess.DEVNULL, stdout=out,
                     stderr=subprocess.STDOUT, start_new_session=True, env={**os.environ, "NO_COLOR": "1"},
                 )  # fmt: skip
             self._children[name] = child
-            self.workspace.write(f"processes/{name}.json", {"pid": child.pid, "began": began(child.pid)})
+            tree = {"pid": child.pid, "began": began(child.pid), "log": begins}
+            self.workspace.write(f"processes/{name}.json", tree)
 
     def stop(self, name: str) -> bool:
         """Ask the run's process to save and end; False when none is at work."""
         pid = self.owner(name)
         if pid is None:
             return False
+        tree = self.workspace.read(f"processes/{name}.json")
+        if tree.get("pid") == pid:
+            self.workspace.write(f"processes/{name}.json", tree | {"asked": True})
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
         return True
@@ -75,7 +85,10 @@ class Processes:
         """The process that trains the run, or that loads its model, if it lives on this machine."""
         found = self._status(name)
         if found.state == "running" and found.owner is not None:
-            return found.owner.pid if found.owner.host == socket.gethostname() else None
+            if found.owner.host != socket.gethostname():
+                return None
+            if lives(found.owner.pid):  # else the next owner has not written its name over that of a dead one yet
+                return found.owner.pid
         child = self._children.get(name)
         if child is not None:
             return child.pid if child.poll() is None else None
@@ -94,13 +107,15 @@ class Processes:
         if found.state == "finished":
             text = str(newest(folder).get("finished", ""))
             return "finished", "" if text == "finished" else text
-        child = self._children.get(name)
-        log = self.log(name)
-        said = any(line.startswith("palate: ") for line in log.splitlines()[-12:])  # an error, in its last lines
-        failed = child.returncode not in (0, *STOPS) if child else said
-        if found.state == "died" or failed:
-            return "died", last_message(log)
-        return "stopped", ""
+        child, tree = self._children.get(name), self.workspace.read(f"processes/{name}.json")
+        log = self.log(name, begins if isinstance(begins := tree.get("log"), int) else 0)
+        said = [line for line in log.splitlines()[-12:] if line.startswith("palate: ")]  # an error, in its last lines
+        asked = tree.get("asked") is True if child is None else child.returncode in STOPS
+        if found.state == "died" and not (asked and found.owner and found.owner.pid == tree.get("pid")):
+            return "died", last_message("\n".join(said))  # it was killed; its last line is how far it was, not why
+        begun = found.state == "new" and "pid" in tree  # here, and left nothing
+        failed = child.returncode not in (0, *STOPS) if child else not asked and (begun or bool(said))
+        return ("died", last_message(log)) if failed else ("stopped", "")
 
     def forget(self, name: str) -> None:
         """Let a run that was deleted say nothing of a later one of its name, which another program may begin."""
@@ -125,12 +140,12 @@ class Processes:
     def log_path(self, name: str) -> Path:
         return self.workspace.logs / f"{name}.log"
 
-    def log(self, name: str) -> str:
-        """The end of what the run printed."""
+    def log(self, name: str, begins: int = 0) -> str:
+        """The end of what the run printed, from a place in the file on."""
         try:
             with open(self.log_path(name), "rb") as file:
                 size = file.seek(0, os.SEEK_END)
-                file.seek(max(0, size - LOG_TAIL))
+                file.seek(max(begins, size - LOG_TAIL))
                 return file.read().decode("utf-8", "replace")
         except OSError:
             return ""
@@ -147,6 +162,17 @@ def newest(folder: Path) -> dict[str, Any]:
         if isinstance(tree, dict):
             return tree
     return {}
+
+
+def lives(pid: int) -> bool:
+    """Whether there is a process of that number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def began(pid: int) -> str:

@@ -20,7 +20,7 @@ from palate.runs import trained_model
 from palate.runtime.errors import InputError
 from palate.runtime.exclusive import exclusive
 from palate.runtime.progress import printable
-from palate.runtime.runlock import require_free
+from palate.runtime.runlock import owned, require_free
 from palate.studio.artist import LOADING
 from palate.studio.shared import go_to, studio_of
 from palate.studio.undo import adapter_now
@@ -59,7 +59,8 @@ def delete(request: Request, run: str, sure: str = Form("")) -> Response:
                          f"{'it' if len(later) == 1 else 'them'} first")  # fmt: skip
     if folder.is_symlink():
         raise InputError(f"{run} is a link to another folder; delete it there")
-    shutil.rmtree(folder)
+    with exclusive(folder), owned(folder):  # nobody exports or resumes it in another window meanwhile
+        shutil.rmtree(folder)
     studio.processes.forget(run)
     with studio.workspace.turn():
         if drawn_from := studio.workspace.settings()["source"] == run:
@@ -105,8 +106,9 @@ def export(request: Request, run: str, form: str) -> Response:
         if form != "comfyui":
             return Response(zipped(written, run), media_type="application/zip",
                             headers={"Content-Disposition": f'attachment; filename="{run}-{form}.zip"'})  # fmt: skip
-    file = min(written.glob("*.safetensors"))
-    return FileResponse(file, media_type="application/octet-stream", filename=f"{run}.safetensors")
+        content = min(written.glob("*.safetensors")).read_bytes()
+    return Response(content, media_type="application/octet-stream",
+                    headers={"Content-Disposition": f'attachment; filename="{run}.safetensors"'})  # fmt: skip
 
 
 def merged(folder: Path) -> Path:

@@ -14,7 +14,8 @@ from palate.algorithms.srpo import SRPOSettings
 from palate.models.vocabulary import known_words, parse_prompt, vocabulary
 from palate.runtime.errors import InputError
 from palate.runtime.exclusive import exclusive
-from palate.studio.artist import Artist, read_picture
+from palate.studio.artist import Artist
+from palate.studio.known import previews
 from palate.studio.runview import RunView, Words, read_rows
 from palate.studio.workspace import Workspace
 from palate.train import steer
@@ -142,7 +143,7 @@ class Effects:
             holds = newest + 1 if since < 0 else max(since, 1)  # the first update that knows the word
             earlier = [step for step in view.previews if step < holds] or view.previews
             before, now = self._count(view, earlier[-1]), self._count(view, newest)
-            if known and known[-1] in now:
+            if known and known[-1] in now:  # nothing is in it while its pictures are being written, or taken away
                 found[word] = {"before": before.get(known[-1], 0), "of": now[""],
                                "now": now[known[-1]] if newest >= holds else None}  # fmt: skip
         return found
@@ -151,9 +152,9 @@ class Effects:
         rows = view.pictures(step)
         key = view.drawn(step)
         if key not in self._counts and rows:
-            images = torch.stack(
-                [read_picture(view.folder / "samples" / f"step-{step:06d}" / row["file"]) for row in rows]
-            )
+            images = previews(view.folder, step, rows)
+            if images is None:
+                return {}
             self._counts[key] = self._read(images, [row["prompt"] for row in rows])
         return self._counts.get(key, {})
 

@@ -181,8 +181,9 @@ class Voting:
 
     def summary(self) -> dict[str, Any]:
         """What is known of the taste: counts at any time; accuracy, words and pictures from the first taste on."""
-        votes = self.votes()
-        stamp = (len(votes), votes[-1].id if votes else "", len(self.artist.rows()))
+        votes, rows = self.votes(), self.artist.rows()
+        newest = rows[-1].picture.file if rows else ""  # two rounds have as many pictures each when both are full
+        stamp = (len(votes), votes[-1].id if votes else "", len(rows), newest)
         with self.workspace.turn():
             if self._summary and self._summary[0] == stamp:
                 return self._summary[1]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from palate.runtime.errors import InputError
+from palate.runtime.files import write_atomically
 from palate.taste.votes import Vote, VoteStore
 
 
@@ -46,7 +47,7 @@ def export_votes(
         (folder / "images" / picture.file).write_bytes(store.path_of(picture).read_bytes())
     captions = {p.file: p.prompt or vote.prompt for vote in votes for p in (vote.left, vote.right)}
     lines = [json.dumps({"file_name": name, "text": text}, ensure_ascii=False) for name, text in captions.items()]
-    (folder / "images" / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_atomically(folder / "images" / "metadata.jsonl", ("\n".join(lines) + "\n").encode())
     rows: list[dict[str, Any]] = []
     for vote in votes:
         paths = [f"images/{vote.left.file}", f"images/{vote.right.file}"]
@@ -63,5 +64,5 @@ def export_votes(
     if form == "likes":
         text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     name = {"hpdv2": "train.json", "likes": "likes.jsonl", "json": "votes.json"}[form]
-    (folder / name).write_text(text + "\n", encoding="utf-8")
+    write_atomically(folder / name, (text + "\n").encode())  # last, and whole: a run may be reading the one before
     return len(votes)
