@@ -216,7 +216,8 @@ class DPO:
         # by how much each pair's own loss pulls at either error
         pull = pair_slope(preferred, rejected, s.beta, s.loss, pairs.preference, side_weights(pairs, s))
         if s.safeguard == "output":
-            return safe_scale(*errors.chunk(2), s.mu, pull)
+            ours, theirs = errors.chunk(2)
+            return safe_scale(ours, theirs, s.mu, pull)
         with torch.no_grad():
             pull = pull[0] + pairs.present[:, 0] * s.keep * s.beta / 2 * (preferred > 0), pull[1]
         weight = pairs.weight / len(preferred)
