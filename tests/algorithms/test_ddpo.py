@@ -188,6 +188,15 @@ def test_advantages_use_a_prompts_own_history_once_it_is_long_enough():
     torch.testing.assert_close(standardised(torch.tensor([1.0, 3.0])), torch.tensor([-1.0, 1.0]))
 
 
+def test_a_reward_that_is_not_finite_shows_and_is_in_no_history():
+    """Not even where a prompt's own rewards were all equal, whose scores are 0."""
+    algorithm = DDPO(settings_of(history=4, enough=2))
+    for value in (2.0, 2.0, math.nan, math.inf, -math.inf, 2.0):
+        got = algorithm.advantages(["a", "b"], torch.tensor([value, 2.0]))
+        assert bool(torch.isfinite(got[0])) == math.isfinite(value)
+    assert list(algorithm.seen["a"]) == [2.0] * 3 and got.tolist() == [0.0, 0.0]
+
+
 @pytest.mark.parametrize("minibatches, guidance", [(1, 1.0), (2, 3.0)])
 def test_calls(minibatches, guidance):
     model, settings = model_of(), settings_of(minibatches=minibatches, guidance=guidance, steps=5)

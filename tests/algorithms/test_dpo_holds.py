@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.gaussian import VP, D, linear, model_of
 
+from palate import recipe
 from palate.algorithms.dpo import (
     DPO,
     DPOSettings,
@@ -21,6 +22,7 @@ from palate.algorithms.dpo import (
 )
 from palate.core import Batch, Random
 from palate.path import add_noise, flow_schedule
+from palate.runtime.errors import InputError
 from palate.sampling import sample
 
 SHAPE = (1, 2, 2)
@@ -124,6 +126,18 @@ def test_one_small_step_never_raises_the_preferred_error_and_a_plain_one_does(mu
             run(settings, model=model, pairs=pairs, reward=never, step=step, lr=1e-6)
             raised[safeguard] += preferred_error(model, pairs, (0, 1), step) > before + 1e-15
     assert raised["parameters"] == 0 and raised["off"] > 10
+
+
+def test_gradients_of_a_network_that_is_cut_are_refused(monkeypatch):
+    """FSDP2's pieces are in no graph: torch would end the run in the middle of its first step."""
+    full = ["model.weights=full", "trainer.sharding=full"]
+    with pytest.raises(InputError, match=r"trainer\.sharding cuts them"):
+        recipe.read("dpo-emoji", [*full, "algorithm.safeguard=parameters"])
+    recipe.read("dpo-emoji", [*full, "algorithm.safeguard=output"])
+    monkeypatch.setattr("palate.algorithms.dpo.is_cut", lambda weight: True)
+    with pytest.raises(InputError, match=r"trainer\.sharding cuts them"):
+        run(DPOSettings(safeguard="parameters"), pairs=pairs_of(2), reward=never)
+    run(DPOSettings(safeguard="output"), pairs=pairs_of(2), reward=never)
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo", "kto"])

@@ -163,6 +163,20 @@ def test_weights_say_how_well_leap_and_rollout_agree():
         torch.testing.assert_close(got, mixed, atol=1e-12, rtol=0)
 
 
+def test_a_finer_grid_mends_no_leap():
+    """A leap is as long whatever the steps; with few of them, more leaps are the rollout's own steps."""
+    ids = range(200)
+    model, prompts = model_of(), ["cat"] * len(ids)
+    batch = Batch(prompts, model.encode_prompts(prompts), torch.tensor(list(ids)))
+    weights = []
+    for steps in (4, 25):
+        loss = next(
+            LeapAlign(settings_of(steps=steps, shift=3.0)).step(model, differentiable, batch, Random(0, 1, ids))
+        )
+        weights.append(float(loss.metrics["leap_weight"]))
+    assert weights[0] > 0.8 and weights[1] < 0.7
+
+
 def test_every_pair_of_steps_is_drawn_equally_often():
     k, j = drawn_steps(settings_of(), Random(0, 1, range(4000)))
     pairs, counts = torch.unique(torch.stack([k, j], 1), dim=0, return_counts=True)

@@ -132,7 +132,8 @@ class DDPO:
                 if len(self.seen[prompt]) >= s.enough:
                     own = torch.tensor(self.seen[prompt], dtype=torch.float64)
                     equal = not bool(differences(own.to(rewards.dtype), len(own)).any())
-                    values[i] = 0.0 if equal else divided(rewards[i] - own.mean(), own.std(correction=0))
+                    apart = rewards[i] - (rewards[i] if equal else own.mean())  # nan where the reward is not finite
+                    values[i] = apart if equal else divided(apart, own.std(correction=0))
         return values.clamp(-s.advantage_clip, s.advantage_clip)
 
 

@@ -69,8 +69,13 @@ from palate.algorithms.snapshot import sharded_like, taken, using
 from palate.core import Batch, Loss, Model, Random, Reward, require
 from palate.path import add_noise
 from palate.runtime.errors import InputError
+from palate.runtime.sharding import is_cut
 from palate.sampling import sample, state_kind
 
+CUT = (
+    "algorithm.safeguard: parameters compares gradients of whole networks, and trainer.sharding cuts them; "
+    "set algorithm.safeguard=output, or trainer.sharding=none"
+)
 PairLoss = Literal["sigmoid", "hinge", "ipo", "kto"]
 
 
@@ -222,6 +227,8 @@ class DPO:
             pull = pull[0] + pairs.present[:, 0] * s.keep * s.beta / 2 * (preferred > 0), pull[1]
         weight = pairs.weight / len(preferred)
         own = model.parameters("policy")
+        if is_cut(own[0]):  # the graph is of the whole parameters, which are gone by now
+            raise InputError(CUT)
         protected = torch.autograd.grad((pairs.weight * preferred).mean(), own, retain_graph=True)
         mine = torch.autograd.grad((weight * pull[0] * preferred).sum(), own, retain_graph=True)
         others = torch.autograd.grad((weight * pull[1] * rejected).sum(), own, retain_graph=True)

@@ -10,7 +10,7 @@ from palate.core import ChecksBatch, DrawsOtherSizes, TakesAnySize
 from palate.models import families
 from palate.recipe.model_checks import check_model
 from palate.recipe.names import near
-from palate.recipe.picture_checks import check_pictures, check_prompts
+from palate.recipe.picture_checks import ComparesErrors, check_pictures, check_prompts
 from palate.recipe.settings import Recipe, RewardSettings
 from palate.rewards import table as rewards
 from palate.runtime.code import load_object, names_a_file
@@ -163,6 +163,15 @@ def _check_algorithm(recipe: Recipe, mistakes: list[str]) -> None:
         )
     if recipe.trainer.optimizer == "adamw8bit" and recipe.trainer.sharding != "none":
         mistakes.append("trainer.optimizer: adamw8bit keeps its moments whole on each rank; set trainer.sharding=none")
+    if (
+        recipe.trainer.sharding != "none"
+        and isinstance(settings, ComparesErrors)
+        and settings.safeguard == "parameters"
+    ):
+        mistakes.append(
+            "algorithm.safeguard: parameters compares gradients of whole networks, and trainer.sharding cuts them; "
+            "set it to output, or trainer.sharding=none"
+        )
     trained = trained_names(name)
     for key in sorted(set(recipe.trainer.lrs or ()) - set(trained)):
         mistakes.append(f"trainer.lrs.{key}: {name} trains {', '.join(trained)}{near(key, trained, 'trainer.lrs.')}")

@@ -24,7 +24,8 @@ class ChoosesLoss(Protocol):
 
 @runtime_checkable
 class ComparesErrors(Protocol):
-    """Settings of an algorithm with a safeguard, which as "output" compares the errors of a pair."""
+    """Settings of an algorithm with a safeguard, which as "output" compares the errors of a pair, as "parameters" the
+    gradients of the network."""
 
     @property
     def safeguard(self) -> str: ...

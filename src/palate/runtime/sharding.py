@@ -73,13 +73,18 @@ def shard_like(value: Tensor, target: Tensor) -> Tensor:
     return value
 
 
+def is_cut(weight: Tensor) -> bool:
+    """Whether a parameter is this rank's piece of one that is cut over the ranks."""
+    return isinstance(weight, DTensor)
+
+
 def max_over_ranks(calls: int, weight: Tensor) -> int:
     """The largest `calls` of all ranks if `weight` is cut over them, else `calls` as it is.
 
     A sharded network gathers its pieces in every call, so a rank that has no work left must call it as often as the
     others; what it computes then is thrown away. All ranks ask at the same place, before the calls.
     """
-    return max(ranks().all_gather_json(calls)) if isinstance(weight, DTensor) else calls
+    return max(ranks().all_gather_json(calls)) if is_cut(weight) else calls
 
 
 def global_norm(gradients: Sequence[Tensor]) -> float:
