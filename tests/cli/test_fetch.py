@@ -16,7 +16,7 @@ from palate import recipe
 from palate.cli import fetch, requirements
 from palate.data import published
 from palate.plan import Unit, plan
-from palate.rewards import located
+from palate.rewards import client, located
 from palate.runtime.errors import InputError
 
 
@@ -123,6 +123,14 @@ def test_doctor_reports_a_reward_that_cannot_load_beside_all_others(palate):
     found = json.loads(out)
     assert code == 2 and found[-1]["state"] == "bad" and "published as a pickle" in found[-1]["text"]
     assert any(finding["text"].startswith("torch ") for finding in found)
+
+
+def test_doctor_reports_a_service_that_does_not_answer_beside_all_others(palate, monkeypatch):
+    monkeypatch.setenv(client.TOKEN, "a-token-of-twenty-six-bytes")
+    monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
+    code, out, _ = palate("doctor", "--reward", "remote", "--source", "http://127.0.0.1:1/score", "--json")
+    found = json.loads(out)
+    assert code == 2 and found[-1]["state"] == "bad" and "no answer" in found[-1]["text"] and len(found) > 5
 
 
 def test_prompt_sets_are_fetched_where_their_licence_allows_it(palate, monkeypatch, tmp_path):

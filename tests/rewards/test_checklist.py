@@ -148,9 +148,11 @@ def test_a_row_that_a_crash_cut_is_asked_again_and_the_file_stays_whole(judge, t
     assert len(answers) == 2
     asking(judge, answers).scores([(pixels, YES) for pixels in shades(3)])
     assert len(judge.asked) == 4 and sorted(path.read_bytes().splitlines()) == sorted(whole.splitlines())
-    path.write_text('{"image": 3}\n')
-    with pytest.raises(ValueError, match=r"answers.jsonl, line 1: not an answer of a judge"):
-        Answers(path)
+    kept = '{"image": "i", "question": "q", "judge": "j", "text": "a", "places": %s}'
+    for broken in ('{"image": 3}', kept % "[[]]", kept % '[[["a", NaN]]]', kept % '[[["a", 2]]]'):
+        path.write_text(broken + "\n")
+        with pytest.raises(ValueError, match=r"answers.jsonl, line 1: not an answer of a judge"):
+            Answers(path)
 
 
 def test_a_kept_reply_scores_as_a_fresh_one():

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from packaging.version import Version
 
-from palate.runtime.errors import InputError
+from palate.runtime.errors import InputError, RewardServiceError
 
 FLOORS = {
     "torch": "2.10",
@@ -162,10 +162,11 @@ def _weights() -> Iterator[Finding]:
 
 
 def try_reward(name: str, source: str | None) -> list[Finding]:
-    """What trying a reward says; one that cannot load is a finding too, so that the others are still reported."""
+    """What trying a reward says; one that cannot load, or whose service does not answer, is a finding too, so that the
+    others are still reported."""
     try:
         return list(check_reward(name, source))
-    except InputError as error:
+    except (InputError, RewardServiceError) as error:
         return [Finding("bad", f"{name}: {error}")]
 
 

@@ -15,7 +15,15 @@ from palate.runtime.progress import printable
 from palate.runtime.runlock import owned
 
 
-def optimize_recipe(recipe: Recipe, *, fresh: bool) -> None:
+def _print(text: str) -> None:
+    print(printable(text), flush=True)
+
+
+def _silent(text: str) -> None:
+    """What stands in rounds.jsonl too."""
+
+
+def optimize_recipe(recipe: Recipe, *, fresh: bool, quiet: bool) -> None:
     """Query and train as the owner of the run's folder. typer.Exit with the outcome's code."""
     require_room(recipe)
     folder = Path(recipe.run.folder)
@@ -23,7 +31,7 @@ def optimize_recipe(recipe: Recipe, *, fresh: bool) -> None:
         if fresh:
             recipes.prompts_of(recipe)  # a missing file must not cost the old scores
             remove_run(folder)
-        outcome = from_recipe(recipe, say=lambda text: print(printable(text), flush=True))
+        outcome = from_recipe(recipe, progress=not quiet, say=_silent if quiet else _print)
     if outcome.exit_code:
         print("continue with the same command")
         raise typer.Exit(outcome.exit_code)

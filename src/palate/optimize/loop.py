@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -93,7 +94,7 @@ def optimize(search: Search, *, progress: bool = True, say: Callable[[str], None
         outcome = run_job(job, resume=resume, progress=progress)
         if outcome.exit_code:
             return outcome
-        restore_result(model, round_folder, warn=say)
+        restore_result(model, round_folder, warn=logging.getLogger("palate").warning)
     if (round_folder / "adapter").is_dir():
         with new_folder(folder / "adapter") as whole:
             shutil.copytree(round_folder / "adapter", whole, dirs_exist_ok=True)

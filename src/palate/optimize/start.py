@@ -22,8 +22,9 @@ from palate.runtime.files import json_digest, write_atomically
 from palate.train import Outcome
 
 
-def from_recipe(recipe: Recipe, *, say: Callable[[str], None] = print) -> Outcome:
-    """What `palate optimize` does with a checked recipe that has an `optimize` section."""
+def from_recipe(recipe: Recipe, *, progress: bool = True, say: Callable[[str], None] = print) -> Outcome:
+    """What `palate optimize` does with a checked recipe that has an `optimize` section. progress: of each round's
+    training; `say` gets a sentence for each round."""
     folder, settings = Path(recipe.run.folder), recipe.optimize
     assert settings is not None, "asked of a recipe with that section"
     checkpoint.check_space(folder, need=1 << 20)
@@ -63,7 +64,7 @@ def from_recipe(recipe: Recipe, *, say: Callable[[str], None] = print) -> Outcom
         preview=preview,
         identity=identity_of(recipe),
     )
-    return optimize(search, say=say)
+    return optimize(search, progress=progress, say=say)
 
 
 def identity_of(recipe: Recipe) -> str:

@@ -59,6 +59,8 @@ class Answers:
         for number, row in read_json_lines(file, cut_short=True):
             try:
                 places = tuple(tuple((str(token), float(chance)) for token, chance in place) for place in row["places"])
+                if not all(place and all(0 <= chance <= 1 for _, chance in place) for place in places):
+                    raise ValueError("a place without tokens, or a probability that is none")
                 self._found[row["image"], row["question"], row["judge"]] = Reply(str(row["text"]), places)
             except (KeyError, TypeError, ValueError) as error:
                 raise InputError(

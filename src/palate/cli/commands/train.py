@@ -82,7 +82,7 @@ def resume(
     "palate optimize optimize-emoji",
     "palate optimize optimize-emoji optimize.oracle='{function: my_score:score}' optimize.budget=500",
 ))  # fmt: skip
-def optimize(recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = False) -> None:
+def optimize(ctx: typer.Context, recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = False) -> None:
     """Train towards a score that can only be queried.
 
     The same command continues what was interrupted; scores that were paid for are never queried again.
@@ -92,7 +92,7 @@ def optimize(recipe: RecipeName, overrides: Overrides = None, fresh: Fresh = Fal
         raise InputError("optimize: this recipe has no such section; use `palate train`, or give optimize.oracle.name")
     from palate.cli.optimize import optimize_recipe
 
-    optimize_recipe(read, fresh=fresh)
+    optimize_recipe(read, fresh=fresh, quiet=ctx.obj["quiet"])
 
 
 @app.command(rich_help_panel=TRAIN, epilog=examples(
