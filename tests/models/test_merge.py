@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from palate.models import lora
 from palate.models.merge import merge_adapters, merged
 from palate.models.original import Lora
+from palate.models.saved import read_saved
 
 
 def layer(seed, rank=2, alpha=3.0, shape=(5, 4)):
@@ -61,6 +62,12 @@ def test_what_cannot_be_merged_is_said(tmp_path):
         merge_adapters([one], [1, 1], tmp_path / "out")
     with pytest.raises(ValueError, match="does not exist"):
         merge_adapters([one, tmp_path / "nothing"], [1, 1], tmp_path / "out")
+    cut = write(tmp_path / "cut", {"x": layer(0)}) / lora.FILE
+    cut.write_bytes(cut.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"merge: .*cut.* is damaged or incomplete"):
+        merge_adapters([one, tmp_path / "cut"], [1, 1], tmp_path / "out")
+    with pytest.raises(ValueError, match=r"cut.* is damaged or incomplete"):  # an adapter of named weights, likewise
+        read_saved(tmp_path / "cut", "policy", {}, training="lora", reference=torch.nn.Identity())
     dora = layer(0)._replace(magnitude=torch.ones(5))
     with pytest.raises(ValueError, match="DoRA"):
         merged([{"x": dora}], [1.0])

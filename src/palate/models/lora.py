@@ -132,7 +132,7 @@ def read(
     config: the network's, by which diffusers translates names of other programs that Palate does not know. InputError:
     no LoRA, one of another model, of another method, or of text encoders alone.
     """
-    tensors, metadata = _open(path, key)
+    tensors, metadata = open_file(path, key)
     own = {name: value for name, value in tensors.items() if not TEXT_ENCODERS.match(name)}
     if tensors and not own:
         raise InputError(f"{key}: {path} is a LoRA of text encoders alone; it has no layer of this network")
@@ -190,7 +190,8 @@ def _translated(tensors: Mapping[str, Tensor], loader: Any, config: Mapping[str,
     return {**state, **{name: torch.as_tensor(float(alpha)) for name, alpha in alphas.items()}}
 
 
-def _open(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+def open_file(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a .safetensors file. InputError: it is cut short, or none."""
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in list(file.keys())}, file.metadata() or {}

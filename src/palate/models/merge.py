@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from palate.models import lora
 from palate.models.original import Lora
@@ -59,16 +58,15 @@ def merge_adapters(sources: Sequence[Path | str], weights: Sequence[float], out:
 
 def shapes_in(path: Path) -> dict[str, tuple[int, int]]:
     """Layer -> (out, in) of the weights that a LoRA file in PEFT's names changes."""
-    with safe_open(path, "pt") as file:
-        keys = list(file.keys())
-        ends = (".lora_A.weight", ".lora_B.weight")
-        names = {lora.PREFIXES.sub("", key.removesuffix(ends[0])): key for key in keys if key.endswith(ends[0])}
-        if not names:
-            raise InputError(f"merge: {path} has no lora_A; palate merge reads adapters of runs and PEFT's own files")
-        found = {}
-        for name, key in names.items():
-            other = key.removesuffix(ends[0]) + ends[1]
-            if other not in keys:
-                raise InputError(f"merge: {path}: {name} has no lora_B beside it")
-            found[name] = (file.get_slice(other).get_shape()[0], file.get_slice(key).get_shape()[1])
+    tensors, _ = lora.open_file(path, "merge")
+    ends = (".lora_A.weight", ".lora_B.weight")
+    names = {lora.PREFIXES.sub("", key.removesuffix(ends[0])): key for key in tensors if key.endswith(ends[0])}
+    if not names:
+        raise InputError(f"merge: {path} has no lora_A; palate merge reads adapters of runs and PEFT's own files")
+    found = {}
+    for name, key in names.items():
+        other = tensors.get(key.removesuffix(ends[0]) + ends[1])
+        if other is None:
+            raise InputError(f"merge: {path}: {name} has no lora_B beside it")
+        found[name] = (other.shape[0], tensors[key].shape[1])
     return found

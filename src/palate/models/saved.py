@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from palate.models import adapters, delta, lora
@@ -39,7 +38,7 @@ def read_saved(
     """
     path = adapter_file(folder, training)
     packed = path.name == delta.FILE
-    saved = delta.load(Path(folder), reference.state_dict()) if packed else load_file(path)
+    saved = delta.load(Path(folder), reference.state_dict()) if packed else lora.open_file(path, "adapter")[0]
     if training == "lora":
         saved = {_named(key, name): tensor for key, tensor in saved.items()}
     if {n: p.shape for n, p in own.items()} != {n: t.shape for n, t in saved.items()}:
