@@ -426,6 +426,19 @@ def test_pictures_that_were_not_judged_have_no_step_of_an_earlier_evaluation(tmp
     assert runs.evaluate_run(folder, panel=panel(), stored=True)["checkpoint"] is None
 
 
+def test_nothing_to_draw_is_said_before_an_evaluation_is_touched(tmp_path):
+    folder = run_folder(tmp_path / "a")
+    runs.evaluate_run(folder, model=FakeModel(0.2), prompts=["dog"], seeds=[0], panel=panel())
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for prompts, seeds in (([], [0]), (["dog"], [])):
+        with pytest.raises(InputError, match="give at least one of each"):
+            runs.evaluate_run(folder, model=FakeModel(0.2), prompts=prompts, seeds=seeds, panel=panel())
+    for steps in (0, -1):  # 0 is not "the model's own"
+        with pytest.raises(InputError, match=f"steps is {steps}; expected 1 or more"):
+            evaluate.generate(FakeModel(), ["dog"], [0], steps=steps)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 def test_a_single_text_is_not_taken_for_its_letters(tmp_path):
     folder = run_folder(tmp_path / "a")
     for ask in (

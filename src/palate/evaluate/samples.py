@@ -44,7 +44,9 @@ class Drawing(NamedTuple):
 
 
 def pairs(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[int]]:
-    """The rows of prompts x seeds, all seeds of the first prompt first, as `generate` draws them."""
+    """The rows of prompts x seeds, all seeds of the first prompt first, as `generate` draws them. InputError: none."""
+    if not len(prompts) or not len(seeds):
+        raise InputError(f"got {len(prompts)} prompts and {len(seeds)} seeds; give at least one of each")
     return [p for p in prompts for _ in seeds], [int(s) for _ in prompts for s in seeds]
 
 
@@ -105,13 +107,15 @@ def drawn(model: Model, prompts: Sequence[str], noises: Sequence[Tensor], how: D
     guidance = default_guidance if how.guidance is None else how.guidance
     if not math.isfinite(guidance):
         raise InputError(f"guidance is {guidance}; expected a finite number, 1 = off")
+    steps = default_steps if how.steps is None else how.steps
+    if steps < 1:
+        raise InputError(f"steps is {steps}; expected 1 or more")
     found = []
     for start in range(0, len(prompts), how.batch_size):
         tell("drawing", start, len(prompts))
         cond = model.encode_prompts(list(prompts[start : start + how.batch_size]))
         parts = [noise[start : start + how.batch_size].to(device) for noise in noises]
         if how.sampler is None:
-            steps = how.steps or default_steps
             latents = sample(model, cond, parts[0], steps, guidance=guidance, weights=how.weights)
         else:
             latents = how.sampler(model, cond, parts, weights=how.weights)

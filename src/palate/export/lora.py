@@ -117,7 +117,10 @@ def read_adapter(folder: Path) -> dict[str, Lora]:
             metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in list(file.keys())}
         config = json.loads(metadata[METADATA])
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise InputError(f"{path} is not a LoRA that a run wrote ({error or type(error).__name__})") from error
+        raise InputError(
+            f"{path} is not a LoRA that a run wrote ({error or type(error).__name__}); delete {folder}, and "
+            "palate export makes it again from the newest checkpoint"
+        ) from error
     if config.get("use_rslora"):
         raise InputError(f"{path} is a rank-stabilised LoRA; only plain ones and DoRA can be exported")
     alphas = config.get("alpha_pattern") or {}
