@@ -11,11 +11,13 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support.judge import SECRET, FakeJudge, serving
 
 from palate import recipe
 from palate.data.checklists import Question
 from palate.optimize.oracles import load_oracle
+from palate.rewards import checklist
 from palate.rewards.answers import Answers, as_kept
 from palate.rewards.chat import ChatModel, Reply
 from palate.rewards.checklist import QuestionJudge, Score, load_checklist, means, request_text, score_of
@@ -137,6 +139,36 @@ def test_nothing_is_asked_twice_in_one_call_or_in_the_next(judge, tmp_path):
     other = ChatModel(judge.url, SECRET, "another/judge", key="checklist")  # its answers are its own
     QuestionJudge(other, answers=Answers(tmp_path / "answers.jsonl")).scores(asked[:1])
     assert len(judge.asked) == 7
+
+
+def test_pictures_in_files_are_read_one_by_one_and_scored_as_their_pixels(judge, tmp_path, monkeypatch):
+    """Of a benchmark's thousands of pictures none is held: at most those that are on their way to the judge."""
+    held, most, real = [], [], checklist.read_pixels
+
+    class Held(np.ndarray):
+        def __del__(self):
+            if self.base is None:
+                held.pop()
+
+    def read(path):
+        pixels = real(path)
+        own = np.ndarray.__new__(Held, pixels.shape, pixels.dtype)
+        own[:] = pixels
+        held.append(path)
+        most.append(len(held))
+        return own
+
+    monkeypatch.setattr(checklist, "read_pixels", read)
+    judge.say = lambda pixels, question: {"yes": 0.5 + pixels[0, 0, 0] / 100, "no": 0.1}
+    files = [tmp_path / f"{i}.png" for i in range(12)]
+    for file, pixels in zip(files, shades(12), strict=True):
+        Image.fromarray(pixels).save(file)
+    found = asking(judge, concurrency=2).scores([(file, question) for file in files for question in (YES, NO)])
+    assert found == asking(judge).scores([(pixels, question) for pixels in shades(12) for question in (YES, NO)])
+    assert len(most) == 36 and max(most) <= 4  # each for its digest and for two questions
+    files[3].write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"3.png cannot be read .*draw it again, without --stored"):
+        asking(judge).scores([(files[3], YES)])
 
 
 def test_a_row_that_a_crash_cut_is_asked_again_and_the_file_stays_whole(judge, tmp_path):

@@ -11,24 +11,24 @@ from torch import Tensor
 
 from palate.data.checklists import Checklist
 from palate.evaluate.measurement import mean_and_interval, round_floats
-from palate.rewards.checklist import QuestionJudge, Score, means
+from palate.rewards.checklist import Picture, QuestionJudge, Score, means
 from palate.runtime.errors import InputError, RewardServiceError
 from palate.runtime.files import json_digest
 from palate.runtime.images import to_pixels
 
 
 def evaluate_checklists(
-    images: Tensor | Sequence[np.ndarray],
+    images: Tensor | Sequence[Picture],
     prompts: Sequence[str],
     seeds: Sequence[int],
     checklists: Sequence[Checklist],
     judge: QuestionJudge,
     *,
-    base: Tensor | Sequence[np.ndarray] | None = None,
+    base: Tensor | Sequence[Picture] | None = None,
 ) -> dict[str, Any]:
-    """Images (N, 3, H, W), or their pixels (H, W, 3), image i drawn for prompts[i] with seeds[i], as JSON values:
-    "metrics" like an evaluation's, "by_prompt", "rows" (per image, with its questions' scores in the order of the
-    file), "unclear" answers by side.
+    """Images (N, 3, H, W), or the pixels (H, W, 3) or file of each, image i drawn for prompts[i] with seeds[i], as JSON
+    values: "metrics" like an evaluation's, "by_prompt", "rows" (per image, with its questions' scores in the order of
+    the file), "unclear" answers by side.
 
     Metrics, 95 % intervals over prompts: arithmetic and geometric, the means over images of a prompt's two means;
     skill/NAME, the mean over all questions of a skill; arithmetic/KIND and geometric/KIND, of the prompts of a kind.

@@ -15,6 +15,7 @@ import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ from palate.rewards.answers import Answers, as_kept
 from palate.rewards.chat import ChatModel, Reply, reply_of
 from palate.rewards.client import AGAIN, TOKEN, Patience, RemoteError
 from palate.runtime.errors import InputError
-from palate.runtime.images import encode_png, to_pixels
+from palate.runtime.images import UNREADABLE, encode_png, read_pixels, to_pixels
 from palate.runtime.phases import tell
 
 KEY = "reward.source.checklist"
@@ -37,6 +38,7 @@ SURE = 0.5  # of the judge's probability that must be on yes and no together
 PATIENT = Patience(timeout=300.0, retries=5, wait=1.0, again=(*AGAIN, 500))
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 BEFORE = ("", "answer", "the", "is")  # what may stand before an answer
+Picture = np.ndarray | Path  # pixels (H, W, 3), uint8, or a file of them
 
 
 class Score(NamedTuple):
@@ -152,13 +154,15 @@ class QuestionJudge:
         self.chat, self.answers, self.concurrency = chat, answers, concurrency
         self.asked = 0  # of the server, by this object
 
-    def scores(self, asked: Sequence[tuple[np.ndarray, Question]]) -> list[Score]:
-        """A score for each (pixels (H, W, 3), question). RemoteError: the judge failed; what it answered is kept."""
+    def scores(self, asked: Sequence[tuple[Picture, Question]]) -> list[Score]:
+        """A score for each (picture, question); a file is read when it is asked about, so that many need no memory.
+        RemoteError: the judge failed; what it answered is kept. InputError names a file that cannot be read."""
         texts = [request_text(question) for _, question in asked]
         digests: dict[int, str] = {}
-        for pixels, _ in asked:
-            digests.setdefault(id(pixels), digest_of(pixels))
-        keys = [(digests[id(pixels)], text, self.chat.model) for (pixels, _), text in zip(asked, texts, strict=True)]
+        for picture, _ in asked:
+            if id(picture) not in digests:
+                digests[id(picture)] = digest_of(pixels_of(picture))
+        keys = [(digests[id(picture)], text, self.chat.model) for (picture, _), text in zip(asked, texts, strict=True)]
         replies = {key: found for key in keys if self.answers and (found := self.answers.get(key)) is not None}
         missing = {key: place for place, key in enumerate(keys) if key not in replies}
         with ThreadPoolExecutor(self.concurrency) as pool:
@@ -172,9 +176,9 @@ class QuestionJudge:
                 raise
         return [score_of(question, replies[key]) for (_, question), key in zip(asked, keys, strict=True)]
 
-    def _ask(self, pixels: np.ndarray, key: tuple[str, str, str]) -> Reply:
+    def _ask(self, picture: Picture, key: tuple[str, str, str]) -> Reply:
         self.asked += 1
-        png = encode_png(pixels, compress_level=1)
+        png = encode_png(pixels_of(picture), compress_level=1)
         answer = self.chat.ask(png, key[1], max_tokens=MAX_TOKENS, top_tokens=TOP_TOKENS)
         try:
             reply = as_kept(reply_of(answer))
@@ -185,6 +189,16 @@ class QuestionJudge:
         if self.answers is not None:
             self.answers.add(key, reply)
         return reply
+
+
+def pixels_of(picture: Picture) -> np.ndarray:
+    """The pixels (H, W, 3) of a picture. InputError names a file that cannot be read."""
+    if isinstance(picture, np.ndarray):
+        return picture
+    try:
+        return read_pixels(picture)
+    except UNREADABLE as error:
+        raise InputError(f"image {picture} cannot be read ({error}); draw it again, without --stored") from error
 
 
 def digest_of(pixels: np.ndarray) -> str:

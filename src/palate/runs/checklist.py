@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from palate.core import Model, Sampler
 from palate.data.checklists import Checklist
 from palate.evaluate.checklists import evaluate_checklists
@@ -25,7 +23,6 @@ from palate.runs.evaluation import Load, check_stored, draw_sides, evaluating, e
 from palate.runs.folder import RunFolder, run_names
 from palate.runtime.errors import InputError
 from palate.runtime.files import write_atomically
-from palate.runtime.images import UNREADABLE, read_pixels
 
 ANSWERS, RESULT = "answers.jsonl", "checklist.json"
 INDEX = "evaluation/result/index.jsonl"
@@ -92,16 +89,9 @@ def _judged(place: Path, checklists: Sequence[Checklist], judge: QuestionJudge) 
     known = {item.prompt for item in checklists}
     there = [i for i, row in enumerate(rows) if row["prompt"] in known]
     prompts, seeds = [rows[i]["prompt"] for i in there], [rows[i]["seed"] for i in there]
-    images = [_pixels(folders["result"] / rows[i]["file"]) for i in there]
-    base = [_pixels(folders["base"] / base_rows[i]["file"]) for i in there]
+    images = [folders["result"] / rows[i]["file"] for i in there]
+    base = [folders["base"] / base_rows[i]["file"] for i in there]
     found = evaluate_checklists(images, prompts, seeds, checklists, judge, base=base)
     for row, i in zip(found["rows"], there, strict=True):
         row["file"] = rows[i]["file"]
     return found
-
-
-def _pixels(path: Path) -> np.ndarray:
-    try:
-        return read_pixels(path)
-    except UNREADABLE as error:
-        raise InputError(f"image {path} cannot be read ({error}); evaluate without --stored") from error
