@@ -180,9 +180,9 @@ class VoteStore:
 
 
 def cannot_write(path: Path, error: OSError) -> CheckpointError:
-    remedy = "; name another folder" if error.errno in IN_THE_WAY else ""
-    if error.errno == errno.ENOSPC:
-        remedy = "; free some space: nothing that was stored before is lost"
+    """The error for a store that cannot be written to, with the remedy."""
+    full = "; free some space: nothing that was stored before is lost" if error.errno == errno.ENOSPC else ""
+    remedy = "; name another folder" if error.errno in IN_THE_WAY else full
     return CheckpointError(f"cannot write {path}: {error.strerror or error}{remedy}")
 
 
