@@ -209,6 +209,14 @@ def test_a_taste_must_expect_enough_of_pairs_that_nobody_voted_on():
     assert learnt(card_of(evidence=8.0) | {"expected": 0.6}) and not learnt(card_of(evidence=7.9) | {"expected": 0.6})
 
 
+def test_held_out_votes_beyond_doubt_take_the_expectation_s_place():
+    """Somebody who errs in one choice of ten, near or far, makes a taste unsure of itself that is right all the same."""
+    unsure = card_of(120) | {"expected": 0.66}
+    assert learnt(unsure | {"low": 0.63}) and not learnt(unsure | {"low": 0.62})
+    assert not learnt(unsure | {"low": 0.63, "log_evidence": -0.1 - 120 * math.log(2)})
+    assert "no taste" not in verdict(unsure | {"low": 0.63})
+
+
 def test_the_expectation_is_the_mean_confidence_over_unseen_pairs_of_one_prompt():
     sure = Posterior(np.array([math.log(3.0)]), np.zeros((1, 1)), 1.0, 0.0, np.zeros(0))
     unseen = np.array([[1.0]] * 20 + [[-1.0]] * 20 + [[0.0]] * 7)  # three to one on either side; nothing to choose

@@ -15,6 +15,7 @@ START, GOOD = 20, 40  # votes after which a first taste is shown, and after whic
 LEARNT = 0.60  # held-out accuracy above which alignment is offered, if the evidence and EXPECTED agree
 EXPECTED, SLACK = 0.70, 1.6  # of unseen pairs, a taste must expect to order EXPECTED - SLACK / votes rightly
 SURE = 8.0  # nats over chance from which that is not asked
+HOLDS = 0.62  # nor is it where the held-out accuracy's interval lies above this
 UNSEEN, FEW = 2000, 30  # pairs that the expectation is taken over, and below which the held-out votes stand in
 MORE = 20  # votes that are asked for while a taste is not learnt
 AGREEMENT, REPEATS = 0.60, 5  # below this share, of at least so many pairs asked twice, the votes disagree
@@ -52,9 +53,11 @@ def learnt(card: Mapping[str, Any]) -> bool:
 
 
 def expects_enough(card: Mapping[str, Any]) -> bool:
-    """Whether the taste is sure enough of pairs that nobody voted on; a card of before this was asked passes."""
+    """Whether the taste is sure enough of pairs that nobody voted on, or beyond doubt of those that were voted on; a
+    card of before this was asked passes."""
     expected = card.get("expected")
-    return expected is None or expected > EXPECTED - SLACK / card["votes"] or over_chance(card) >= SURE
+    sure = expected is None or expected > EXPECTED - SLACK / card["votes"]
+    return sure or over_chance(card) >= SURE or (card.get("low") or 0.0) > HOLDS
 
 
 def expected_accuracy(posterior: Posterior, unseen: Array, predicted: Array) -> float:
