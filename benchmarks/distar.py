@@ -71,7 +71,7 @@ FAMILY = {
     "SIM (no reward)": ["algorithm.divergence=distar", "algorithm.reward_scale=0"],
 }
 JUDGED = ("concept", "style_named", "background", "correct", "reward/emoji-heldout", "reward/emoji")
-BARS = {"concept": -0.05, "style_named": -0.05, "reward/emoji-heldout": 0.0}  # least change against the teacher
+BARS = {"concept": -0.02, "style_named": -0.03, "reward/emoji-heldout": 0.0}  # least change against the teacher
 KEYS = ("reward", "heldout", "concept", "background", "diversity", "frechet")
 
 
