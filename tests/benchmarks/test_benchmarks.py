@@ -343,6 +343,7 @@ def test_tables_go_where_the_page_marks_them(tmp_path):
         "blind_study",
         "guard-images",
         "taste-accuracy",
+        "taste-rounds",
         "claim-figures",
         "claims",
         "comparison",

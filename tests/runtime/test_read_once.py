@@ -1,4 +1,4 @@
-"""A command opens the recipe of each run that it takes once, however many of its parts ask for it."""
+"""A command reads the recipe of each run that it takes once, however many of its parts ask for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from palate.recipe import reader
 pytestmark = pytest.mark.slow
 
 opened: list[str] = []
-sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" and watching else None)
+
+
+def listen(event: str, args: tuple) -> None:
+    """A mode is what `open` has; os.open has none, by which an evaluation locks the file without reading it."""
+    if event == "open" and watching and args[1] is not None:
+        opened.append(str(args[0]))
+
+
+sys.addaudithook(listen)
 watching: list[bool] = []  # an audit hook cannot be taken away again: it listens while this is not empty
 
 RECIPE = """

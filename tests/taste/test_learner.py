@@ -210,7 +210,7 @@ def test_a_taste_must_expect_enough_of_pairs_that_nobody_voted_on():
 
 
 def test_held_out_votes_beyond_doubt_take_the_expectation_s_place():
-    """Somebody who errs in one choice of ten, near or far, makes a taste unsure of itself that is right all the same."""
+    """Who errs in one choice of ten, near or far, makes a taste unsure of itself that is right all the same."""
     unsure = card_of(120) | {"expected": 0.66}
     assert learnt(unsure | {"low": 0.63}) and not learnt(unsure | {"low": 0.62})
     assert not learnt(unsure | {"low": 0.63, "log_evidence": -0.1 - 120 * math.log(2)})
