@@ -181,6 +181,12 @@ def test_likes_in_the_place_of_pairs_are_told_where_they_belong(tmp_path):
         list(preference_pairs(str(tmp_path / "likes.jsonl")))
 
 
+def test_columns_without_a_name_are_no_open_quotation(tmp_path):
+    """As a table with an index and a comma at the end of its lines has them, which used to read as cut short."""
+    (tmp_path / "a.csv").write_text(',prompt,\n0,"a fox, red",\n1,a dog,\n')
+    assert read_prompts(str(tmp_path / "a.csv")) == ["a fox, red", "a dog"]
+
+
 BAD = [
     ("a.jsonl", '{"prompt": "x"}\n{broken', "line 2: not JSON"),
     ("a.jsonl", "3\n", "row 1: expected a prompt or a mapping"),

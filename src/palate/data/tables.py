@@ -74,10 +74,11 @@ def _csv(path: Path) -> Iterator[dict[str, Any]]:
     # of .tsv the public sets know no quoting: a quotation mark is one
     form = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix.lower() == ".tsv" else {"delimiter": ","}
     try:
-        rows = list(csv.DictReader(io.StringIO(f"{text}\n{END}", newline=""), restkey=MORE, **form))
+        *_, last = csv.reader(io.StringIO(f"{text}\n{END}", newline=""), **form)
+        rows = list(csv.DictReader(io.StringIO(text, newline=""), restkey=MORE, **form))
     except csv.Error as error:
         raise RecipeError(f"{path}: not a table ({error})") from error
-    if not rows or END not in rows.pop().values():
+    if last != [END]:
         raise RecipeError(f"{path}: a quotation mark is not closed; is the file cut short?")
     for number, row in enumerate(rows, 1):
         if any(part and not part.isspace() for part in row.pop(MORE, ())):
