@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -504,13 +505,13 @@ def judge(results: Path) -> list[Judged]:
 
 
 def told(found: Measured | None) -> str:
-    """ "at least 2.2 (1.4 to 2.7)"."""
+    """ "at least 2.2 (1.4 to 2.7)"; of one seed, which has no interval, "2.2 (no interval)"."""
     if found is None:
         return ""
-    values = (f"{x:.3g}" if np.isfinite(x) else "?" for x in (found.value, found.low, found.high))
-    center, low, high = values
+    center, low, high = (f"{x:.3g}" if np.isfinite(x) else "?" for x in (found.value, found.low, found.high))
+    interval = f"{low} to {high}" if np.isfinite([found.low, found.high]).any() else "no interval"
     how = {(True, False): "at least ", (False, True): "at most ", (True, True): "about "}
-    return f"{how.get((found.bound, found.short), '')}{center} ({low} to {high})"
+    return f"{how.get((found.bound, found.short), '')}{center} ({interval})"
 
 
 def table(rows: Sequence[Judged]) -> str:
@@ -523,9 +524,9 @@ def table(rows: Sequence[Judged]) -> str:
         elif row.verdict != "holds" and claim.tried:
             verdict += f"; tried: {claim.tried}"
         lines.append(f"| {claim.paper} | {claim.text} | {claim.bar:g} {claim.unit} | {told(row.found)} | {verdict} |")
-    counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in
-              ("holds", "fails", "open", "not measured")}  # fmt: skip
-    said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    counts = Counter(row.verdict for row in rows)
+    words = {"holds": "hold", "fails": "fail", "open": "are open", "not measured": "are not measured"}
+    said = ", ".join(f"{counts[verdict]} {word}" for verdict, word in words.items() if counts[verdict])
     return "\n".join([*lines, "", f"Of {len(rows)} claims: {said}."]) + "\n"
 
 

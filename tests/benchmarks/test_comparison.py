@@ -347,7 +347,7 @@ def test_a_fast_method_that_does_not_get_there_holds_nothing(tmp_path):
 def test_methods_that_raise_nothing_are_open_and_not_unmeasured(tmp_path):
     keep(tmp_path, *(row(name, s, 0.0) for name in ("SRPO", "Flow-GRPO") for s in range(2)))
     found = verdicts(tmp_path)["srpo-flow"]
-    assert found.verdict == "open" and claims.told(found.found) == "? (? to ?)"
+    assert found.verdict == "open" and claims.told(found.found) == "? (no interval)"
     assert claims.as_json([found])["srpo-flow"]["low"] is None  # JSON has no infinity
 
 
@@ -499,7 +499,7 @@ def test_the_claims_table_says_what_was_tried_and_how_to_measure(tmp_path):
     text = claims.table(claims.judge(tmp_path))
     assert "| 75 times the forwards | 1 (1 to 1) | **fails**; tried: learning rates of both searched alike" in text
     assert "**not measured**: `python benchmarks/srpo.py ablations`" in text
-    assert f"Of {len(claims.CLAIMS)} claims: 2 fails, {len(claims.CLAIMS) - 2} not measured" in text  # and srpo-style
+    assert f"Of {len(claims.CLAIMS)} claims: 2 fail, {len(claims.CLAIMS) - 2} are not measured" in text  # and srpo-style
     waiting = claims.missing(claims.judge(tmp_path))
     assert any(line.startswith("python benchmarks/srpo.py ablations  # srpo-inversion, srpo-inv") for line in waiting)
     assert len({line.split("  # ")[0] for line in waiting}) == len(waiting)
