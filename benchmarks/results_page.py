@@ -105,21 +105,26 @@ def _curves(axes: Any, row: Judged, colours: dict[str, str]) -> None:
 
 
 def _bars(axes: Any, row: Judged, colours: dict[str, str]) -> None:
-    """Mean of both sides, a dot per seed, and what was found in words."""
+    """Mean of both sides, a dot per seed, and what was found in words. Where the difference is small beside the values
+    the axis does not begin at 0, and a mean is a stroke: a bar's length would say something else."""
     found = row.found
     assert found is not None and found.series is not None
-    names = list(found.series["bars"])
-    for k, (name, colour) in enumerate(zip(names, _colours(colours), strict=True)):
-        values = found.series["bars"][name]
-        axes.barh(k, np.mean(values), height=0.55, color=colour, alpha=0.35)
-        axes.plot(values, [k] * len(values), "o", color=colour, ms=5)
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
+    sides = found.series["bars"]
+    values = np.concatenate([list(side) for side in sides.values()])
+    low, high = values.min(), values.max()
+    cut = low > 0 and 0 < high - low < low / 2
+    for k, (side, colour) in enumerate(zip(sides.values(), _colours(colours), strict=True)):
+        if cut:
+            axes.vlines(np.mean(side), k - 0.28, k + 0.28, color=colour, alpha=0.35, lw=5)
+        else:
+            axes.barh(k, np.mean(side), height=0.55, color=colour, alpha=0.35)
+        axes.plot(side, [k] * len(side), "o", color=colour, ms=5)
+    axes.set_yticks(range(len(sides)), list(sides))
+    axes.set_ylim(len(sides) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
-    low = min(min(values) for values in found.series["bars"].values())
-    high = max(max(values) for values in found.series["bars"].values())
-    if low > 0 and 0 < high - low < low / 2:  # the difference is what matters, so bars do not begin at 0
-        axes.set_xlim(low - (high - low), high + (high - low) / 2)
+    if cut:
+        axes.set_xlim(low - (high - low) / 2, high + (high - low) / 2)
+    axes.locator_params(axis="x", nbins=6)
     axes.set_xlabel(f"{row.claim.unit}: {claims.told(found)}")
 
 
