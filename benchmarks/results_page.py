@@ -125,7 +125,7 @@ def _bars(axes: Any, row: Judged, colours: dict[str, str]) -> None:
     if cut:
         axes.set_xlim(low - (high - low) / 2, high + (high - low) / 2)
     axes.locator_params(axis="x", nbins=6)
-    axes.set_xlabel(f"{row.claim.unit}: {claims.told(found)}")
+    axes.set_xlabel(f"found: {claims.told(found)} {row.claim.unit}")
 
 
 def _frontier(axes: Any, row: Judged, colours: dict[str, str]) -> None:
