@@ -499,7 +499,7 @@ def test_the_claims_table_says_what_was_tried_and_how_to_measure(tmp_path):
     text = claims.table(claims.judge(tmp_path))
     assert "| 75 times the forwards | 1 (1 to 1) | **fails**; tried: learning rates of both searched alike" in text
     assert "**not measured**: `python benchmarks/srpo.py ablations`" in text
-    assert f"Of {len(claims.CLAIMS)} claims: 2 fail, {len(claims.CLAIMS) - 2} are not measured" in text  # and srpo-style
+    assert f"Of {len(claims.CLAIMS)} claims: 2 fail, {len(claims.CLAIMS) - 2} are not measured" in text
     waiting = claims.missing(claims.judge(tmp_path))
     assert any(line.startswith("python benchmarks/srpo.py ablations  # srpo-inversion, srpo-inv") for line in waiting)
     assert len({line.split("  # ")[0] for line in waiting}) == len(waiting)

@@ -14,7 +14,8 @@ GOOD = "run: {folder: runs/x}\nalgorithm: {name: srpo}\nreward: {name: emoji}\np
 
 TEXTS = [
     "exp #2", "a: b", "*star", "&anchor", "@x", "`x`", "!tag", "- a", "| x", "> x", "%x", "a, b", "x # y # z", "?",
-    "'half", '"half', "it's", "C:/runs/x", "2024-01-01", "12:30", "yes please", "ключ", "a\tb",
+    "'half", '"half', "it's", "C:/runs/x", "2024-01-01", "12:30", "yes please", "ключ", "a\tb", "no",
+    "off", "Yes", "on",
 ]  # fmt: skip
 
 
@@ -36,7 +37,10 @@ def test_a_text_is_taken_as_it_stands(key, text):
         ("sample.guidance=null", ("sample", "guidance"), None),
         ("sample.guidance=", ("sample", "guidance"), None),
         ("model.gradient_checkpointing=false", ("model", "gradient_checkpointing"), False),
+        ("model.gradient_checkpointing=off", ("model", "gradient_checkpointing"), False),
+        ("model.gradient_checkpointing=yes", ("model", "gradient_checkpointing"), True),
         ("algorithm.positive=[3d, flat]", ("algorithm", "positive"), ("3d", "flat")),
+        ("algorithm.positive=[on, no]", ("algorithm", "positive"), ("on", "no")),
         ("algorithm.positive=3d, glossy photo", ("algorithm", "positive"), ("3d", "glossy photo")),
         ("algorithm.branches=denoise", ("algorithm", "branches"), ("denoise",)),
         ("run.folder='exp #2'", ("run", "folder"), "exp #2"),
@@ -49,6 +53,12 @@ def test_values_of_every_kind(override, where, value):
     extra = ["model.name=stable-diffusion", "model.folder=x"] if "gradient" in override else []
     made = recipe.parse(GOOD, [*extra, override])
     assert vars(vars(made)[where[0]]).get(where[1]) == value
+
+
+def test_a_choice_that_older_yaml_takes_for_a_boolean_needs_no_quotes():
+    assert recipe.read("dpo-emoji-online", ["algorithm.safeguard=off"]).algorithm.safeguard == "off"
+    text = GOOD.replace("{name: srpo}", "{name: dpo, safeguard: off}")
+    assert recipe.parse(text).algorithm.safeguard == "off"
 
 
 @pytest.mark.parametrize("key", ["run.folder", "model.text_cache", "model.start", "prompts.file"])

@@ -31,6 +31,19 @@ from palate.runtime.files import file_digest, json_digest
 
 YAML_LIMIT = 256 * 1024  # bytes; a recipe is a page of text
 YAML_DEPTH = 100
+BOOLEAN = "tag:yaml.org,2002:bool"
+
+
+class Loader(yaml.SafeLoader):
+    """YAML whose booleans are true and false, as in its version 1.2: `off`, `no` and `on` are words."""
+
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in found if tag != BOOLEAN]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+Loader.add_implicit_resolver(BOOLEAN, re.compile("(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 def published() -> dict[str, str]:
@@ -176,13 +189,13 @@ def _read_once(text: str, what: str) -> Any:
         if depth > YAML_DEPTH:
             raise RecipeError(f"the {what} is YAML nested deeper than {YAML_DEPTH} levels; a recipe has three")
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=Loader)):
             raise RecipeError(
                 f"the {what} uses YAML aliases (*name), which can grow without limit; write the values out"
             )
-        if twice := _repeated_key(yaml.compose(text, Loader=yaml.SafeLoader)):
+        if twice := _repeated_key(yaml.compose(text, Loader=Loader)):
             raise RecipeError(f"{twice.value}: given twice (line {twice.start_mark.line + 1} of the {what}); keep one")
-        return yaml.safe_load(text)
+        return Loader(text).get_single_data()
     except RecipeError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -248,7 +261,7 @@ def literal(text: str, what: str) -> Any:
             return read_yaml(text, what)
         except RecipeError:
             return text  # quotation marks inside a sentence
-    loader = yaml.SafeLoader("")
+    loader = Loader("")
     tag = loader.resolve(yaml.ScalarNode, text, (True, False))
     plain = ":" not in text and tag.rpartition(":")[2] in ("null", "bool", "int", "float")  # no dates, no 12:30
     return loader.construct_object(yaml.ScalarNode(tag, text)) if plain else text

@@ -59,7 +59,7 @@ class RunFolder:
     def tree(self) -> dict[str, Any]:
         """The recipe as plain values, unchecked: of a run that an older or a newer version wrote, too."""
         try:
-            tree = yaml.safe_load(self.text)
+            tree = reader.Loader(self.text).get_single_data()
         except yaml.YAMLError as error:
             raise InputError(f"{self.path / RECIPE} is not YAML: {error}") from error
         if not isinstance(tree, dict):
