@@ -614,6 +614,9 @@ def test_a_change_of_style_is_not_over_optimisation_because_the_plain_held_out_r
     assert "preference for the words fell: over-optimised" in evaluate.verdict(hacked, ["r"], "h")["warnings"][0]
     dearer = run | {"reward/h": metric(0.785, 0.60)}  # the fall is larger than the rise of the preference
     assert "over-optimised" in evaluate.verdict(dearer, ["r"], "h")["warnings"][0]
+    assert evaluate.verdict(dearer, ["r"], "h", may_fall=0.2)["warnings"] == []  # a taste has no words to prefer
+    assert "guard lets it" in evaluate.verdict(dearer, ["r"], "h", may_fall=0.2)["notes"][0]
+    assert "over-optimised" in evaluate.verdict(dearer, ["r"], "h", may_fall=0.1)["warnings"][0]
     narrow = run | {"diversity_same_style": metric(0.047, 0.030, 0.001)}  # variety is lost within the style too
     assert "less than 0.85" in evaluate.verdict(narrow, ["r"], "h")["warnings"][0]
 

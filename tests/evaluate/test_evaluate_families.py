@@ -12,6 +12,7 @@ from support.tiny_families import save_clip, saved
 from palate import cli, recipe, runs
 from palate.evaluate import published_panel
 from palate.recipe import RecipeError
+from palate.recipe.evaluators import allowed_fall
 from palate.rewards.table import HELD_OUT_CANDIDATES
 
 
@@ -100,3 +101,12 @@ def test_its_features_are_the_image_tower(towers):
     panel = published_panel("clip-score", reward)
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(panel.classifier.features(images), reward.image_features(images)) and not panel.classifier.styles
+
+
+def test_the_held_out_reward_of_a_taste_may_fall_as_far_as_its_guard_lets_it():
+    def allowed(name, *overrides):
+        return allowed_fall(recipe.read(name, list(overrides)))
+
+    assert allowed("taste-emoji") == 0.08 and allowed("taste-emoji", "trainer.guard.heldout_drop=0.02") == 0.02
+    assert allowed("taste-emoji", "trainer.guard.every=0") == 0.0  # nobody watched it
+    assert allowed("direct-emoji") == 0.0  # its words are what it is judged by

@@ -18,6 +18,7 @@ from palate import runs as folders
 from palate.report import Line, Mark, tables
 from palate.report.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, separate_labels, ticks
 from palate.report.html import number, signed
+from palate.report.pictures import clearest_pairs, preview_pairs
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +166,28 @@ def test_previews_of_more_or_fewer_prompts_stand_side_by_side(tmp_path):
     (folder / "samples/step-000040/index.jsonl").write_text(index.read_text())
     page = Page(report.write_report(folder).read_text(encoding="utf-8"))
     assert page.tags.count("img") == 2 * 2 + 2 * 5 + 2
+
+
+def test_the_pairs_of_a_run_that_is_not_measured_are_those_that_changed_most(tmp_path):
+    folder = fake_run(tmp_path / "a", prompts=[f"thing {k}" for k in range(6)])
+    first, last = (folder / f"samples/step-{step:06d}" for step in (0, 40))
+    for k, shade in enumerate((0, 40, 10, 30, 0, 20)):
+        Image.new("RGB", (64, 64)).save(first / f"{k:04d}.png")
+        Image.new("RGB", (64, 64), (shade, shade, shade)).save(last / f"{k:04d}.png")
+    assert [pair["prompt"] for pair in preview_pairs(folder)] == ["thing 1", "thing 3", "thing 5", "thing 2"]
+
+
+def test_the_pairs_of_a_taste_are_those_that_it_likes_better(tmp_path):
+    """The held-out reward judges prompts, and sees nothing of what a taste changes."""
+    folder = fake_run(tmp_path / "a")
+    found = json.loads((folder / "evaluation.json").read_text())
+    heldout = [pair["prompt"] for pair in clearest_pairs(folder, found, ())]
+    for row in found["rows"]:
+        order = heldout.index(row["prompt"])
+        row["reward/taste"], row["base"]["reward/taste"] = float(order), 0.0
+        row["correct"] = row["concept"] = row["base"]["concept"] = 1.0
+    found["optimised"] = ["taste"]
+    assert [pair["prompt"] for pair in clearest_pairs(folder, found, ())] == heldout[::-1]
 
 
 def evaluated(*paths):

@@ -71,6 +71,30 @@ def test_gauges_alarm_where_the_verdict_does_and_nowhere_else():
     assert kept(prompts=2, reward__held=metric(2.0, 1.997, 0.001)) == "none"
 
 
+def test_a_taste_is_asked_for_in_its_own_words_and_may_change_what_prompts_leave_open():
+    """An objective has a number, a taste likes a picture better; the guard's limit is the alarm's."""
+    found = evaluation(positive=(), reward__taste=metric(6.4, 6.5), reward__held=metric(0.745, 0.742, 0.001))
+    found |= {"words": {}, "optimised": ["taste"]}
+    for i, row in enumerate(found["rows"]):
+        row["reward/taste"], row["base"]["reward/taste"] = float(i < 77), 0.5
+    said = "Asked for what the taste likes: it prefers the new picture in 77 of 100 pairs; 96 of 100 still show the"
+    assert sentence(found).startswith(said)
+    assert gauges(found)[0].text == "pairs that the taste prefers; taste 6.40 → 6.50"
+    del found["metrics"]["concept"]
+    for limit, state in ((0.0, "bad"), (0.08, "fair")):
+        warned = verdict(found["metrics"], ["taste"], "held", may_fall=limit)["warnings"]
+        kept = {g.title: g for g in gauges(found | {"heldout_may_fall": limit})}["Kept"]
+        assert kept.state == state and ("over-optimised" in "".join(warned)) == (state == "bad")
+
+
+def test_a_cost_is_what_went_and_not_what_is_left():
+    cost = gauges(evaluation(diversity=metric(0.06, 0.045)))[-1]
+    assert (cost.figure, cost.base) == ("25%", 0.0) and cost.value == pytest.approx(0.25)
+    assert cost.text == "of the base model's variety per prompt went; limit 15%"
+    grown = gauges(evaluation(diversity=metric(0.06, 0.07)))[-1]
+    assert (grown.figure, grown.value, grown.state) == ("0%", 0.0, "good")
+
+
 def test_a_few_prompts_colour_no_gauge_and_cost_no_variety():
     few = evaluation(prompts=2, concept=metric(0.97, 0.5))
     assert {g.state for g in gauges(few)} == {"none"} and "variety" not in sentence(few)

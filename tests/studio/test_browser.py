@@ -15,6 +15,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from support.studio import HOSTILE, wait_for
 
+from palate import recipe
 from palate.studio.shared import PAGES
 from palate.taste.votes import Picture, Vote, VoteStore
 
@@ -241,6 +242,62 @@ def test_own_pictures_are_added_by_a_form(open_studio, tmp_path):
     page.find_element(By.NAME, "worse").submit()
     wait_for(lambda: votes(page) == 1, 60, "the vote")
     assert [v.choice for v in VoteStore(tmp_path / "runs/studio").read()] == ["left"]
+    assert not complaints(page, server.root)
+
+
+def test_pictures_are_enlarged_turned_and_held_without_a_keyboard(open_studio, tmp_path, show):
+    """A phone has neither arrow keys nor a B to hold; what is shown while a button is held is said."""
+    folder = tmp_path / "mine"
+    for step, shade in ((0, 10), (5, 200)):
+        place = folder / f"samples/step-{step:06d}"
+        place.mkdir(parents=True)
+        rows = [{"file": f"{k:04d}.png", "prompt": f"a {name}", "seed": 0} for k, name in enumerate(("dog", "owl"))]
+        (place / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for k in range(2):
+            Image.new("RGB", (64, 64), (shade, 90 * k, 90)).save(place / f"{k:04d}.png")
+    (folder / "recipe.yaml").write_text(recipe.dump(recipe.read("direct-emoji", [f"run.folder='{folder}'"])))
+    page, server = open_studio(tmp_path, width=390, height=844)
+    page.get(server.root + "/compare?run=mine")
+    page.find_element(By.CSS_SELECTOR, "[data-lightbox]").click()
+
+    def shown():
+        image = page.find_element(By.ID, "lightbox-image").get_attribute("src")
+        return image.split("/mine/")[1], page.find_element(By.ID, "lightbox-text").text
+
+    assert shown() == ("5/0000.png", "a dog")
+    page.find_element(By.CSS_SELECTOR, "[data-turn='1']").click()
+    assert shown() == ("5/0001.png", "an owl")
+    hold = page.find_element(By.CSS_SELECTOR, "dialog [data-hold]")
+    ActionChains(page).click_and_hold(hold).perform()
+    assert shown() == ("0/0001.png", "an owl (before)")
+    ActionChains(page).release().perform()
+    assert shown() == ("5/0001.png", "an owl")
+    page.execute_script("arguments[0].focus()", hold)
+    ActionChains(page).key_down(Keys.ENTER).perform()
+    assert shown()[0] == "0/0001.png"
+    ActionChains(page).key_up(Keys.ENTER).perform()
+    assert shown()[0] == "5/0001.png"
+    for width, height in ((390, 844), (1200, 620)):
+        show(page, width, height)
+        bottom = page.execute_script("return document.querySelector('dialog .bar').getBoundingClientRect().bottom")
+        assert bottom <= height, (width, bottom)
+    assert not complaints(page, server.root)
+
+
+def test_two_presses_start_one_run_and_a_long_link_stays_on_the_screen(open_studio, tmp_path):
+    page, server = open_studio(tmp_path, width=390, height=844)
+    page.get(server.root + "/")
+    page.execute_script("for (const part of document.querySelectorAll('details')) part.open = true;")
+    page.find_element(By.CSS_SELECTOR, "[hx-post='/invite']").click()
+    wait_for(lambda: "token=" in page.find_element(By.ID, "invitation").text, 60, "the link")
+    assert page.execute_script("return document.documentElement.scrollWidth - innerWidth") <= 0
+    page.get(server.root + "/steer")
+    get(page, "word-add").send_keys("cartoon", Keys.ENTER)
+    wait_for(lambda: text(page, "word-chip"), 60, "the word")
+    start = get(page, "steer-start")
+    page.execute_script("arguments[0].click(); arguments[0].click();", start)
+    wait_for(lambda: "run=steer-1" in page.current_url, 60, "the run's page")
+    assert [path.name for path in tmp_path.glob("steer-*")] == ["steer-1"]
     assert not complaints(page, server.root)
 
 

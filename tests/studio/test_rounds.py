@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from palate.studio.process import Processes
 from palate.studio.routes_compare import _wall
 from palate.studio.routes_train import _steered
 from palate.studio.runview import RunView, Words
+from palate.studio.shared import readable
 from palate.taste.votes import Picture
 
 TOKEN = "a-token-of-the-tests"
@@ -80,7 +82,7 @@ def test_the_guard_says_that_it_counts_over_all_rounds_and_when_nothing_is_left_
     assert said(second, 0).endswith("More rounds of this taste would cost more than they give.")
     assert said(second, 20).endswith("The run ended there; its result is step 20.")
     row["verdict"] = "concept fell from 1 to 0.9, more than 0.03; diversity fell from 1 to 0.1, below 0.85 of it"
-    assert "lost of pictures that show what was asked for and of variety (concept fell" in said(first, 20)
+    assert "lost of pictures that show the right thing and of variety (concept fell" in said(first, 20)
     row["verdict"] = "drift is 1.2 of the base's spread, more than 1"
     assert "the pictures changed more than they may (drift is 1.2" in said(first, 20)
 
@@ -431,3 +433,66 @@ def test_before_and_after_are_of_one_prompt_where_a_resumed_run_drew_others(stud
         {"prompt": "a dog", "before": "dog0.png", "after": "dog9.png"},
         {"prompt": "a fox", "before": "fox0.png", "after": "fox9.png"},
     ]
+
+
+def drew(folder, pictures):
+    """Previews of a run: {step: [(prompt, shade), ...]}."""
+    for step, drawn in pictures.items():
+        place = folder / "samples" / f"step-{step:06d}"
+        place.mkdir(parents=True)
+        for k, (_, shade) in enumerate(drawn):
+            (place / f"{k:04d}.png").write_bytes(picture(shade))
+        rows = [{"file": f"{k:04d}.png", "prompt": prompt, "seed": 0} for k, (prompt, _) in enumerate(drawn)]
+        (place / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_two_runs_are_shown_beside_each_other_prompt_by_prompt(studio):
+    """What is held is the other run's newest picture, not the model as it came."""
+    client, found = studio
+    for name, last in (("one", 90), ("two", 200)):
+        drew(a_run(found, name, "direct-emoji").folder, {0: [("a dog", 1), ("a fox", 2)], 5: [("a fox", last)]})
+    page = client.get("/compare?run=one&other=two").text
+    assert 'data-before="/sample/two/5/0000.png" data-after="/sample/one/5/0000.png"' in page
+    assert 'data-held="two"' in page and "Hold to see two" in page
+    assert client.get("/sample/two/5/0000.png").content == picture(200)
+    alone = client.get("/compare?run=one").text
+    assert 'data-before="/sample/one/0/0001.png"' in alone and "Hold to see before" in alone
+
+
+def test_a_run_says_what_it_waits_for_while_no_step_ends(studio):
+    _, found = studio
+    view = a_run(found, "mine", "direct-emoji", "", "trainer.steps=4")
+
+    def at(state, step):
+        rows = [{"event": "step", "step": k, "step_seconds": 2.0} for k in range(1, step + 1)]
+        made = replace(view, state=state, rows=rows)
+        return made.waits_for, made.time_left
+
+    assert "Loading" in at("waiting", 0)[0] and "before the first step" in at("running", 0)[0]
+    assert at("running", 2) == ("", "4 seconds left")
+    assert at("running", 4) == ("A last look; then it is saved.", "")  # not "0 seconds left" for as long as that takes
+    assert at("finished", 4) == ("", "")
+
+
+def test_runs_are_told_in_words_that_are_no_names_of_methods(studio):
+    client, found = studio
+    words = ("algorithm.positive=[cartoon, large]", "algorithm.negative=[outline]")
+    assert a_run(found, "steer-1", "direct-emoji", "", *words).aim == "Your words: + cartoon, + large, − outline"
+    assert a_run(found, "align-1", "taste-emoji").aim == "Your taste"
+    drew(found.workspace.runs / "align-1", {0: [("a dog on a orange background", 9)]})
+    page = client.get("/runs").text
+    assert "direct" not in page and 'alt="a dog on an orange background"' in page
+    assert readable("a owl, a unicorn and a hourglass") == "an owl, a unicorn and an hourglass"
+
+
+def test_the_page_align_shows_the_run_that_is_watched_first_and_runs_of_words_elsewhere(studio, monkeypatch):
+    client, found = studio
+    a_run(found, "align-1", "taste-emoji")
+    os.utime(a_run(found, "steer-1", "direct-emoji").folder / "recipe.yaml", (2e9, 2e9))  # the newer one
+    page = client.get("/align").text
+    assert 'data-run="align-1"' in page and page.index('data-testid="align-start"') < page.index('data-run="align-1"')
+    watched = client.get("/align?run=align-1").text
+    assert watched.index('data-run="align-1"') < watched.index('data-testid="align-start"')
+    monkeypatch.setattr(Processes, "state", lambda self, folder: ("running", ""))
+    busy = client.get("/align").text
+    assert busy.index('data-testid="step"') < busy.index('data-testid="align-start"')

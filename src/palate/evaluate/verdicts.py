@@ -19,9 +19,12 @@ def verdict(
     failed: Sequence[dict[str, Any]] = (),
     *,
     num_prompts: int | None = None,
+    may_fall: float = 0.0,
 ) -> dict[str, Any]:
     """{"text", "warnings", "notes"} from paired metrics. Only a change whose interval excludes 0 is "up" or "down" or
-    warned of; of fewer than MIN_PROMPTS prompts nothing is, since such an interval says too little."""
+    warned of; of fewer than MIN_PROMPTS prompts nothing is, since such an interval says too little.
+
+    may_fall: how far the held-out reward may fall without a warning, in its own units."""
     few = num_prompts is not None and num_prompts < MIN_PROMPTS
     first = metrics.get(f"reward/{optimised[0]}") if optimised else None
     held = metrics[f"reward/{heldout}"]
@@ -38,7 +41,7 @@ def verdict(
     warnings: list[str] = []
     notes = [f"Measured on {num_prompts} prompts, too few to tell a change from chance; use 8 or more."] if few else []
     if not few:
-        for side in (_about_heldout(metrics, heldout), _about_concept(concept), _about_diversity(metrics)):
+        for side in (_about_heldout(metrics, heldout, may_fall), _about_concept(concept), _about_diversity(metrics)):
             warnings += side[0]
             notes += side[1]
     return {"text": text[0].upper() + text[1:] + ".", "warnings": warnings + _about_failures(failed), "notes": notes}
@@ -50,14 +53,15 @@ def _direction(metric: dict[str, float], few: bool = False) -> str:
     return "up" if metric["change_low"] > 0 else "down" if metric["change_high"] < 0 else "unchanged"
 
 
-def over_optimised(metrics: Metrics, heldout: str) -> bool:
+def over_optimised(metrics: Metrics, heldout: str, may_fall: float = 0.0) -> bool:
     """Whether the held-out reward says so; not where its fall is what a change of style makes of plain prompts."""
-    return bool(_about_heldout(metrics, heldout)[0])
+    return bool(_about_heldout(metrics, heldout, may_fall)[0])
 
 
-def _about_heldout(metrics: Metrics, heldout: str) -> tuple[list[str], list[str]]:
+def _about_heldout(metrics: Metrics, heldout: str, may_fall: float) -> tuple[list[str], list[str]]:
     """A held-out reward that fell means over-optimisation, unless its preference for the run's words rose by at least
-    as much: the plain reward judges against prompts that name no style, so a change of style lowers it."""
+    as much: the plain reward judges against prompts that name no style, so a change of style lowers it. So does a
+    taste, which has no words to be judged by: its fall counts from `may_fall` on."""
     held, preferred = metrics[f"reward/{heldout}"], metrics.get(f"reward/{heldout}-relative")
     fell = _direction(held) == "down"
     if preferred and _direction(preferred) == "down":
@@ -70,6 +74,11 @@ def _about_heldout(metrics: Metrics, heldout: str) -> tuple[list[str], list[str]
             f"The held-out reward of the plain prompts fell ({held['base']:.3g} to {held['value']:.3g}), as a change "
             "of style makes it: these prompts name no style. Its preference for the words rose "
             f"({preferred['base']:.3g} to {preferred['value']:.3g}), so the change is not the optimised reward's alone."
+        ]
+    if -held["change"] <= may_fall:
+        return [], [
+            f"The held-out reward of the plain prompts fell ({held['base']:.3g} to {held['value']:.3g}), by no more "
+            f"than the {may_fall:.3g} that the run's guard lets it: a taste changes what these prompts leave open."
         ]
     return [f"The held-out reward fell ({held['base']:.3g} to {held['value']:.3g}): over-optimised; take an earlier "
             "checkpoint or regularise more."], []  # fmt: skip

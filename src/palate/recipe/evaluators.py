@@ -29,6 +29,14 @@ def panel_of(recipe: Recipe) -> EvaluationPanel:
     return published_panel(name, reward)
 
 
+def allowed_fall(recipe: Recipe) -> float:
+    """How far the held-out reward of a run towards a taste may fall: as far as its guard lets it, since a taste changes
+    what plain prompts leave open and has no words to be judged by; 0 for every other run."""
+    guard = recipe.trainer.guard
+    judged = bool(guard.every) and recipe.model.name == "emoji" and guard.measures != "images"
+    return guard.heldout_drop if judged and recipe.reward.name == "taste" else 0.0
+
+
 def guard_measure(recipe: Recipe, tower: EmbedsImages | None = None) -> GuardMeasure | None:
     """What the guard of a run measures; None = the embedded model's judges, which `palate.train` asks by itself.
 

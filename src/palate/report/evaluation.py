@@ -57,7 +57,7 @@ def judged_run(run: Path, name: str, evaluation: dict[str, Any]) -> dict[str, An
         ("Optimised", ", ".join(evaluation.get("optimised") or ["nothing"])),
         ("Held out", evaluation.get("heldout")),
         ("Words", spell(words) if words.get("positive") or words.get("negative") else None),
-        ("Sampling", f"{how.get('steps')} steps, guidance {how.get('guidance')}"),
+        ("Sampling", f"{how.get('steps')} step{'' if how.get('steps') == 1 else 's'}, guidance {how.get('guidance')}"),
     ]
     return {
         "name": name,

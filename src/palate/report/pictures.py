@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from palate.report.words import WordChange, words_at
@@ -149,8 +150,9 @@ def change(row: dict[str, Any], key: str | None) -> float | None:
 def clearest_pairs(run_folder: Path, evaluation: dict[str, Any], styles: Sequence[str]) -> list[dict[str, Any]]:
     """Up to PAIRS pairs, a prompt each, that changed as was asked and still show what the prompt names.
 
-    With `styles` that the judge knows: first those that turned to one of them. The rest by `preference`."""
-    key = preference(evaluation)
+    With `styles` that the judge knows: first those that turned to one of them. The rest by `preference`; a taste is no
+    change that the held-out reward would see, so the pairs of one are those that it likes better now."""
+    key = "reward/taste" if (evaluation.get("optimised") or [""])[0] == "taste" else preference(evaluation)
 
     def rank(row: dict[str, Any]) -> tuple[bool, bool, float]:
         right = row.get("correct", row.get("concept", 1.0)) > 0 and row["base"].get("concept", 1.0) > 0
@@ -187,23 +189,30 @@ def ranked_pairs(run_folder: Path, evaluation: dict[str, Any]) -> list[dict[str,
 
 
 def preview_pairs(run_folder: Path) -> list[dict[str, Any]]:
-    """Pairs of the first and the last preview, for a run without an evaluation."""
+    """Pairs of the first and the last preview, for a run without an evaluation: a prompt each, most changed first."""
     folders = preview_folders(run_folder)
     if len(folders) < 2:
         return []
     ends = [folders[0], folders[-1]]
     before, after = _shared([read_index(folder) for folder in ends], ends)
-    found: dict[str, dict[str, Any]] = {}
+    first: dict[str, tuple[Path, Path, int]] = {}
     for old, new in zip(before, after, strict=True):
-        pair = {"prompt": old["prompt"], "seed": old["seed"], "change": None}
-        if old["prompt"] not in found:
-            found[old["prompt"]] = pair | {
-                "base": picture(folders[0] / old["file"]),
-                "result": picture(folders[-1] / new["file"]),
-            }
-        if len(found) == PAIRS:
-            break
-    return list(found.values())
+        first.setdefault(old["prompt"], (folders[0] / old["file"], folders[-1] / new["file"], old["seed"]))
+    most = sorted(first, key=lambda prompt: _distance(*first[prompt][:2]), reverse=True)[:PAIRS]
+    return [
+        {"prompt": prompt, "seed": seed, "change": None, "base": picture(old), "result": picture(new)}
+        for prompt, (old, new, seed) in ((prompt, first[prompt]) for prompt in most)
+    ]
+
+
+def _distance(*files: Path) -> float:
+    """How far two pictures are apart, looked at coarsely; 0 where one cannot be read, which `picture` says."""
+    try:
+        with Image.open(files[0]) as one, Image.open(files[1]) as two:
+            a, b = (np.asarray(as_rgb(image).resize((32, 32)), dtype=np.float32) for image in (one, two))
+    except (FileNotFoundError, *UNREADABLE):
+        return 0.0
+    return float(np.abs(a - b).mean())
 
 
 def _pair(run_folder: Path, row: dict[str, Any], key: str | None) -> dict[str, Any]:

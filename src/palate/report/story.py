@@ -18,6 +18,7 @@ from palate.report.html import direction, number
 from palate.report.pictures import change
 from palate.report.tables import metric_name
 
+TASTE = "taste"  # the reward's name where a person's taste was optimised
 FEW = 50  # pictures below which a sentence counts them instead of saying "of 100"
 PORTIONS = ((0.1, "a tenth"), (0.2, "a fifth"), (0.25, "a quarter"), (1 / 3, "a third"), (0.4, "two fifths"),
             (0.5, "half"), (2 / 3, "two thirds"), (0.75, "three quarters"), (0.9, "nine tenths"))  # fmt: skip
@@ -67,6 +68,8 @@ def asked_for(evaluation: dict[str, Any]) -> str:
     if positive or negative:
         return f"Asked for {positive}" if positive else f"Asked for less of {negative}"
     optimised = evaluation.get("optimised") or []
+    if optimised[:1] == [TASTE]:
+        return "Asked for what the taste likes"
     return f"Asked for a higher {metric_name('reward/' + optimised[0])}" if optimised else "Base and result"
 
 
@@ -77,7 +80,8 @@ def _wanted_clause(evaluation: dict[str, Any], styles: Sequence[str]) -> str:
         return f"{now} pictures are {_listed(styles, 'or')} now{earlier}"
     key = f"reward/{(evaluation.get('optimised') or [None])[0]}"
     won = pairs_won(evaluation, key)
-    return f"the optimised reward prefers the new picture in {won}" if won else ""
+    who = "it" if key == f"reward/{TASTE}" else "the optimised reward"
+    return f"{who} prefers the new picture in {won}" if won else ""
 
 
 def _wanted_metric(evaluation: dict[str, Any], styles: Sequence[str]) -> dict[str, float] | None:
@@ -163,9 +167,9 @@ def _wanted_gauge(evaluation: dict[str, Any]) -> Gauge | None:
     metrics, styles = evaluation["metrics"], wanted_styles(evaluation)
     optimised = (evaluation.get("optimised") or [None])[0]
     objective = metrics.get(f"reward/{optimised}")
-    moved = ""
+    moved, name = "", TASTE if optimised == TASTE else "objective"
     if objective and "change" in objective:
-        moved = f"objective {number(objective['base'])} → {number(objective['value'])}"
+        moved = f"{name} {number(objective['base'])} → {number(objective['value'])}"
     if (metric := _wanted_metric(evaluation, styles)) is not None and "change" in metric:
         state, word = STATES[direction(metric)]
         text = f"pictures that are {_listed(styles, 'or')}, {metric['base']:.0%} before; {moved}".rstrip("; ")
@@ -174,7 +178,7 @@ def _wanted_gauge(evaluation: dict[str, Any]) -> Gauge | None:
         return None
     state, word = STATES[direction(objective)]
     share = win_share(_changes(evaluation, f"reward/{optimised}"))
-    return Gauge("Wanted", f"{share:.0%}", state, word, share, 0.5, None, f"pairs that the objective prefers; {moved}")
+    return Gauge("Wanted", f"{share:.0%}", state, word, share, 0.5, None, f"pairs that the {name} prefers; {moved}")
 
 
 def _kept_gauge(evaluation: dict[str, Any]) -> Gauge | None:
@@ -191,7 +195,7 @@ def _kept_gauge(evaluation: dict[str, Any]) -> Gauge | None:
     state, word = {1: ("good", "up"), 0: ("good", "kept"), -1: ("fair", "fell, as a new style makes it")}[
         direction(metrics[key])
     ]
-    if over_optimised(metrics, evaluation["heldout"]):
+    if over_optimised(metrics, evaluation["heldout"], evaluation.get("heldout_may_fall", 0.0)):
         state, word = "bad", "fell" if direction(metrics[key]) < 0 else "likes the words less"
     share, held = win_share(_changes(evaluation, key)), metrics[key]
     text = f"pairs that the held-out {evaluation['heldout']} prefers; {number(held['base'])} → {number(held['value'])}"
@@ -204,9 +208,10 @@ def _cost_gauge(metrics: dict[str, dict[str, float]]) -> Gauge | None:
         return None
     ratio, inside = metric["value"] / metric["base"], metrics.get("diversity_same_style")
     same = inside["value"] / inside["base"] if inside and inside.get("base") else None
-    text = f"of the base model's variety per prompt is left; limit {DIVERSITY_LIMIT:.0%}"
+    lost, limit = max(0.0, 1 - ratio), 1 - DIVERSITY_LIMIT
+    text = f"of the base model's variety per prompt went; limit {limit:.0%}"
     if same is not None:
-        text += f"; within one style {same:.0%}"
+        text += f"; within one style {max(0.0, 1 - same):.0%}"
     if ratio >= DIVERSITY_LIMIT:
         state, word = "good", "small"
     elif direction(metric) == 0:
@@ -215,4 +220,4 @@ def _cost_gauge(metrics: dict[str, dict[str, float]]) -> Gauge | None:
         state, word = "fair", "fewer styles are mixed"
     else:
         state, word = "bad", "high"
-    return Gauge("Cost", f"{ratio:.0%}", state, word, min(ratio, 1.0), 1.0, DIVERSITY_LIMIT, text)
+    return Gauge("Cost", f"{lost:.0%}", state, word, lost, 0.0, limit, text)

@@ -70,16 +70,17 @@ def _judged(run: RunFolder, panel: EvaluationPanel, optimised: list[str], stored
     """Write what the panel says of the pictures that lie in the run, and return it."""
     folder, objective = run.path / "evaluation", run.objective()
     result = evaluate_samples(folder / "result", base_folder=folder / "base", panel=panel)
-    positive, negative = run.words()
+    (positive, negative), fall = run.words(), evaluators.allowed_fall(run.recipe)
     result |= {
         "optimised": optimised,
         "heldout": panel.heldout,
+        **({"heldout_may_fall": fall} if fall else {}),
         "objective": objective.description(),
         "checkpoint": _measured(run, stored),
         **({"reference": reference} if (reference := reference_of(run.recipe)) else {}),
         "words": {"positive": positive, "negative": negative} | ({"k": objective.k} if objective.k else {}),
         "verdict": verdict(
-            result["metrics"], optimised, panel.heldout, result["failed"], num_prompts=result["prompts"]
+            result["metrics"], optimised, panel.heldout, result["failed"], num_prompts=result["prompts"], may_fall=fall
         ),
     }
     if f"{ORACLE}hidden-judge" in optimised:
@@ -255,6 +256,5 @@ def _rows(prompts: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def _how_drawn(run: RunFolder) -> str:
-    """How the base images of an evaluation were drawn."""
     row = read_index(run.path / "evaluation" / "base")[0]
     return ", ".join(f"{key} {row[key]:g}" for key in ("guidance", "steps") if key in row)

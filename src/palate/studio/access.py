@@ -25,6 +25,10 @@ UPLOAD_LIMIT = 64 << 20  # bytes of uploaded pictures
 UPLOADS = ("/choose/upload",)
 EVERYWHERE = ("0.0.0.0", "::")  # all addresses of this machine, under any of which a phone may call
 FOREIGN = "This name of the machine is not allowed. Open the link that palate studio printed, or start it with --host."
+ONCE = (
+    "Open the link that palate studio printed; it works once. If it was used already, stop palate studio in its "
+    "terminal and start it again: it prints a new link, and nothing that you chose is lost."
+)
 SECRET_LENGTH = 16  # characters that a token file must hold at least
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
@@ -87,7 +91,7 @@ class Access:
         answer = self._refusal(scope, headers) or self._exchange(scope, headers)
         if answer is None and not scope["path"].startswith("/static/") and not self._known(headers):
             asks = FORM if self.lasting else ""
-            how = "Enter the token." if self.lasting else "Open the link that palate studio printed; it works once."
+            how = "Enter the token." if self.lasting else ONCE
             answer = HTMLResponse(PLAIN.format(sentence=f"This browser is not let in. {how}", form=asks), 401)
         if answer is not None:
             await answer(scope, receive, _with_headers(send))

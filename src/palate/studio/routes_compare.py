@@ -26,19 +26,20 @@ def compare(request: Request, run: str | None = None, other: str = "", step: int
     if view is not None:
         second = studio.view(other) if other else None  # LoRAs of two models do not add up
         values["mixes"] = second is not None and second.recipe.model.folder == view.recipe.model.folder
-        values |= _wall(view, step) | _study(studio, view.name, other)
+        values |= _wall(view, step, second) | _study(studio, view.name, other)
     return studio.render(request, "compare.html", **values)
 
 
-def _wall(view: RunView, step: int | None) -> dict[str, object]:
-    """Before and after of every previewed prompt, after being that step."""
+def _wall(view: RunView, step: int | None, second: RunView | None = None) -> dict[str, object]:
+    """Every previewed prompt at that step, and before training, or as the newest pictures of a second run show it."""
     now = step if step in view.previews else (view.previews[-1] if view.previews else 0)
-    before, after = (view.pictures(s) for s in (view.previews[0] if view.previews else 0, now))
+    first = (second.previews[-1:] if second else view.previews[:1]) or [0]
+    before, after = (second or view).pictures(first[0]), view.pictures(now)
     pairs = [  # a resumed run may draw other prompts than before
         {"prompt": before[i]["prompt"], "before": before[i]["file"], "after": after[j]["file"]}
         for i, j in common_rows(before, after)
     ]
-    return {"wall": pairs, "at": now, "first": view.previews[0] if view.previews else 0}
+    return {"wall": pairs, "at": now, "first": first[0], "beside": second.name if second else ""}
 
 
 def _study(studio: Studio, run: str, other: str) -> dict[str, object]:

@@ -30,7 +30,7 @@ def recipe_names() -> dict[str, str]:
 @router.get("/")
 def start(request: Request) -> HTMLResponse:
     studio = studio_of(request)
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: the embedded model trains here"
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "it needs no GPU"
     return studio.render(request, "start.html", recipes=recipe_names(), machine=machine, runs=studio.views()[:3],
                          votes=len(studio.voting.votes()))  # fmt: skip
 

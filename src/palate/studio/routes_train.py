@@ -9,6 +9,7 @@ from fastapi.responses import HTMLResponse, Response
 
 from palate.models.vocabulary import known_words
 from palate.runtime.errors import InputError
+from palate.studio.curves import curves_of
 from palate.studio.process import quoted
 from palate.studio.runview import RunView
 from palate.studio.shared import Studio, go_to, studio_of
@@ -20,13 +21,13 @@ from palate.taste.words import with_words
 
 router = APIRouter()
 WAYS = {  # recipe -> what the person reads
-    "taste-emoji": "Quick: the one-step model, a minute",
-    "taste-emoji-srpo": "Fine: the base model by SRPO, some minutes",
-    "taste-emoji-dpo": "Straight from the pairs, without a taste (DPO)",
+    "taste-emoji": "Quick, about a minute: the model that draws in one step",
+    "taste-emoji-srpo": "Fine, some minutes: the model that draws in many steps, by SRPO",
+    "taste-emoji-dpo": "Straight from your pairs, without a taste between them, by DPO",
 }
 STEER_WAYS = {
-    "direct-emoji": "Quick: the one-step model, half a minute",
-    "srpo-emoji": "Fine: the base model by SRPO, some minutes; it needs a wanted and an unwanted word",
+    "direct-emoji": "Quick, about a minute: the model that draws in one step",
+    "srpo-emoji": "Fine, some minutes, with a wanted and an unwanted word: the model that draws in many steps, by SRPO",
 }
 OFTEN = (
     "trainer.preview_every=5",
@@ -41,7 +42,7 @@ MORE = 30  # steps of going on
 def align(request: Request, run: str | None = None) -> HTMLResponse:
     studio = studio_of(request)
     summary = studio.voting.summary()
-    return studio.render(request, "align.html", summary=summary, ways=WAYS, start=START,
+    return studio.render(request, "align.html", summary=summary, ways=WAYS, start=START, asked=bool(run),
                          examples=_word_examples(studio), **_live(studio, studio.chosen(run)))  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def _live(studio: Studio, view: RunView | None) -> dict[str, object]:
         return {"view": None, "words": None, "effects": {}, "refused": "", "curves": []}
     words = wanted_words(view)
     effects = studio.effects.of(view, words)
-    curves = view.curves(studio.liking.of(view))
+    curves = curves_of(view, studio.liking.of(view))
     return {"view": view, "words": words, "effects": effects, "refused": view.refusal(), "curves": curves}
 
 

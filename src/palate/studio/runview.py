@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from palate.algorithms.direct import DirectSettings
 from palate.algorithms.srpo import SRPOSettings
 from palate.evaluate import read_index
 from palate.recipe import Recipe
+from palate.report import sentence
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
 from palate.runtime.files import folder_size
@@ -22,11 +22,11 @@ from palate.studio.process import Processes
 
 STATES = {"waiting": "Starting", "running": "Running", "stopped": "Stopped", "died": "Died", "finished": "Finished"}
 LOST = {  # figure of the guard -> what a person lost when it broke its limit
-    "concept": "pictures that show what was asked for",
+    "concept": "pictures that show the right thing",
     "background": "the backgrounds that were asked for",
     "fit": "what the prompts ask for",
-    "heldout": "the held-out reward",
-    "heldout_fall": "the held-out reward",
+    "heldout": "the fit to the prompt, as a second judge sees it",
+    "heldout_fall": "the fit to the prompt, as a second judge sees it",
     "diversity": "variety",
     "variety": "variety",
 }
@@ -73,7 +73,9 @@ class RunView:
     @property
     def seconds_left(self) -> float | None:
         times = [float(row["step_seconds"]) for row in self.of("step")[-RECENT:] if "step_seconds" in row]
-        return None if not times or self.state != "running" else sum(times) / len(times) * (self.steps - self.step)
+        if not times or self.state != "running" or self.step >= self.steps:
+            return None
+        return sum(times) / len(times) * (self.steps - self.step)
 
     @property
     def time_left(self) -> str:
@@ -81,6 +83,15 @@ class RunView:
         if seconds is None:
             return ""
         return f"{math.ceil(seconds)} seconds left" if seconds < 90 else f"{round(seconds / 60)} minutes left"
+
+    @property
+    def waits_for(self) -> str:
+        """What goes on while no step ends; "" while steps do."""
+        if self.state == "waiting":
+            return "Loading the model; the first step follows."
+        if self.state != "running" or 0 < self.step < self.steps:
+            return ""
+        return "Looking at the pictures before the first step." if self.step == 0 else "A last look; then it is saved."
 
     @property
     def steerable(self) -> bool:
@@ -98,6 +109,13 @@ class RunView:
     def page(self) -> str:
         """Where it is watched: with its words where it has some."""
         return "/steer" if self.steerable and self.recipe.reward.name != "taste" else "/align"
+
+    @property
+    def aim(self) -> str:
+        """What it trains for, in a few words: your taste, the words in force, or a reward's name."""
+        words = self.words()
+        said = [f"+ {word}" for word in words.positive] + [f"− {word}" for word in words.negative]
+        return f"Your words: {', '.join(said)}" if said and self.page == "/steer" else self.reward_name
 
     @property
     def reward_name(self) -> str:
@@ -133,9 +151,10 @@ class RunView:
     def guard_sentence(self) -> str:
         rows = self.of("guard")
         if not rows:
-            return "The guard has not looked yet." if self.recipe.trainer.guard.every else "This run has no guard."
+            waits = "The guard, which ends a run that loses too much, has not looked yet."
+            return waits if self.recipe.trainer.guard.every else "This run has no guard."
         last = rows[-1]
-        kept = f"{100 * last['concept']:.0f} of 100 pictures show what was asked for" if "concept" in last else ""
+        kept = f"{100 * last['concept']:.0f} of 100 pictures show the right thing" if "concept" in last else ""
         if last["verdict"] in ("ok", "base"):
             when = "before training" if last["step"] == 0 else f"at step {last['step']}"
             return f"Guard {when}: all is well; {kept}." if kept else f"Guard {when}: all is well."
@@ -183,40 +202,15 @@ class RunView:
             before = now
         return found
 
-    def curves(self, liking: Sequence[tuple[int, float]] = ()) -> list[dict[str, Any]]:
-        """Charts: the objective, and what is not optimised as a ratio to the base; [{"title", "lines", ...}].
-
-        `liking`: (step, taste) on the fixed pictures, which then takes the place of the training batches' reward.
-        `marks`: from there other words are optimised, so that values before and after do not compare.
-        """
-        steps, guard = self.of("step"), self.of("guard")
-        reward = [(r["step"], r[key]) for r in steps for key in ("reward", "reward_denoise") if _number(r.get(key))]
-        lines = []
-        base = guard[0] if guard else {}
-        for key, label in (("heldout", "held-out reward"), ("concept", "right thing shown"), ("diversity", "variety")):
-            if _number(base.get(key)) and base[key] > 0:
-                lines.append(
-                    {"label": label, "points": [(r["step"], r[key] / base[key]) for r in guard if _number(r.get(key))]}
-                )
-        return [
-            {
-                "title": "Your taste of these pictures, in standard deviations (optimised)"
-                if liking
-                else f"{'Your words' if self.page == '/steer' else self.reward_name} (optimised)",
-                "lines": [{"label": "", "points": list(liking) or smooth(reward)}],
-                "ratio": False,
-                "marks": self.marks(),
-            },
-            {"title": "Not optimised, 1 = before", "lines": lines, "ratio": True, "marks": self.marks()},
-        ]
-
     def checkpoints(self) -> list[int]:
         return checkpoint.steps(self.folder / "checkpoints")
 
     def verdict(self) -> str:
+        """What its evaluation says, if there is one, in words."""
         try:
             found = evaluation_of(self.folder)
-            return f"{found['verdict']['text']} {found['outdated']}".strip() if found else ""
+            said = [sentence(found), *found["verdict"]["warnings"], found["outdated"]] if found else []
+            return " ".join(part for part in said if part)
         except (OSError, ValueError, KeyError, TypeError):
             return ""
 
@@ -240,14 +234,3 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return read_metrics(path)
     except (InputError, OSError):
         return []
-
-
-def smooth(points: Sequence[tuple[int, float]], window: int = 5) -> list[tuple[int, float]]:
-    """The running mean of the last `window` values: single batches are noisy."""
-    values = [value for _, value in points]
-    return [(step, sum(values[max(0, i - window + 1) : i + 1]) / len(values[max(0, i - window + 1) : i + 1]))
-            for i, (step, _) in enumerate(points)]  # fmt: skip
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -26,6 +27,11 @@ PAGES = (("/", "Start"), ("/choose", "Choose"), ("/align", "Align"), ("/steer", 
          ("/runs", "Runs"))  # fmt: skip
 
 
+def readable(prompt: str) -> str:
+    """A prompt as it is written in English, "on an orange background"; the models read both alike."""
+    return re.sub(r"\ba (?=[aeio]|um|hour)", "an ", prompt)
+
+
 class Studio:
     """What the routes use. Nothing in it is the page's state: that is in the workspace."""
 
@@ -39,6 +45,7 @@ class Studio:
         self.liking = Liking(self.artist)
         self.pages = Environment(loader=PackageLoader("palate.studio", "templates"), autoescape=True,
                                  undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+        self.pages.filters["readable"] = readable
         self.access: Access | None = None
 
     @property
@@ -70,11 +77,13 @@ class Studio:
         return found, unreadable
 
     def chosen(self, name: str | None, *, steerable: bool = False) -> RunView | None:
-        """The run of that name; without one the run at work, else the newest."""
+        """The run of that name; without one the run at work, else the newest: of those that are steered, or of those
+        that are watched on the page Align."""
         if name:
             return self.view(name)
         views = [view for view in self.views() if view.steerable or not steerable]
-        return next((view for view in views if view.state in ("running", "waiting")), views[0] if views else None)
+        newest = next((view for view in views if steerable or view.page == "/align"), None)
+        return next((view for view in views if view.state in ("running", "waiting")), newest)
 
 
 def studio_of(request: Request) -> Studio:

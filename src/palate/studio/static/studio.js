@@ -60,9 +60,15 @@ document.addEventListener("keydown", (event) => {
 const hold = (on) => {
   document.body.classList.toggle("holding", on);
   const image = find("#lightbox-image");
-  if (find("#lightbox").open && current >= 0) image.src = tiles()[current].dataset[on ? "before" : "after"];
+  if (!find("#lightbox").open || current < 0) return;
+  const { before, after, text } = tiles()[current].dataset;
+  image.src = on ? before : after;
+  find("#lightbox-text").textContent = on ? `${text} (${heldName()})` : text;
 };
-document.addEventListener("keyup", (event) => { if (event.key === "b" || event.key === "B") hold(false); });
+const heldName = () => tiles()[current]?.closest("[data-held]")?.dataset.held ?? "before";
+const presses = (event) => [" ", "Enter"].includes(event.key) && event.target.closest("[data-hold]");
+document.addEventListener("keydown", (event) => { if (presses(event)) { event.preventDefault(); hold(true); } });
+document.addEventListener("keyup", (event) => { if (event.key === "b" || event.key === "B" || presses(event)) hold(false); });
 document.addEventListener("pointerdown", (event) => { if (event.target.closest("[data-hold]")) hold(true); });
 for (const kind of ["pointerup", "pointercancel", "blur"]) window.addEventListener(kind, () => hold(false));
 
@@ -77,11 +83,14 @@ const enlarge = (index) => {
   const { after, text } = list[current].dataset;
   Object.assign(find("#lightbox-image"), { src: after, alt: text });
   find("#lightbox-text").textContent = text;
+  find("#lightbox-held").textContent = heldName();
   if (!find("#lightbox").open) find("#lightbox").showModal();
 };
 document.addEventListener("click", (event) => {
   const tile = event.target.closest("[data-lightbox]");
   if (tile) enlarge(tiles().indexOf(tile));
+  const turn = event.target.closest("[data-turn]");
+  if (turn) enlarge(current + Number(turn.dataset.turn));
   if (event.target.closest("[data-dismiss]")) find("#notice").replaceChildren();
 });
 find("#lightbox").addEventListener("keydown", (event) => {
