@@ -449,12 +449,12 @@ def drew(folder, pictures):
 def test_two_runs_are_shown_beside_each_other_prompt_by_prompt(studio):
     """What is held is the other run's newest picture, not the model as it came."""
     client, found = studio
-    for name, last in (("one", 90), ("two", 200)):
-        drew(a_run(found, name, "direct-emoji").folder, {0: [("a dog", 1), ("a fox", 2)], 5: [("a fox", last)]})
+    for name, last in (("one", [("a fox", 90)]), ("two", [("a cat", 7), ("a fox", 200)])):
+        drew(a_run(found, name, "direct-emoji").folder, {0: [("a dog", 1), ("a fox", 2)], 5: last})
     page = client.get("/compare?run=one&other=two").text
-    assert 'data-before="/sample/two/5/0000.png" data-after="/sample/one/5/0000.png"' in page
+    assert 'data-before="/sample/two/5/0001.png" data-after="/sample/one/5/0000.png"' in page
     assert 'data-held="two"' in page and "Hold to see two" in page
-    assert client.get("/sample/two/5/0000.png").content == picture(200)
+    assert client.get("/sample/two/5/0001.png").content == picture(200)
     alone = client.get("/compare?run=one").text
     assert 'data-before="/sample/one/0/0001.png"' in alone and "Hold to see before" in alone
 

@@ -54,19 +54,20 @@ def run_page(run: Path) -> dict[str, Any]:
     wanted = styles or [word for change in changes for word in change.positive]
     table = metric_rows(evaluation) if evaluation else []
     headline = headline_keys(evaluation, styles) if evaluation else []
+    pairs = clearest_pairs(run, evaluation, styles) if evaluation else preview_pairs(run)
     return {
         "name": run.resolve().name,
         "words": spell(changes[-1]._asdict()) if changes else "",
         "lede": f"{sentence(evaluation)} {evaluation['outdated']}".strip()
         if evaluation
-        else unjudged(recipe, changes, last),
+        else unjudged(recipe, changes, last) + (" The pairs below changed most." if pairs else ""),
         "gauges": gauges(evaluation) if evaluation else [],
         "summary": summary(recipe, changes) + (query_summary(run, queries, recipe) if recipe.get("optimize") else []),
         "queries": query_grid(run, queries),
         "last_step": last,
         "evaluation": evaluation,
         "verdict": (evaluation or {}).get("verdict") or {},
-        "pairs": clearest_pairs(run, evaluation, styles) if evaluation else preview_pairs(run),
+        "pairs": pairs,
         "grid": grid(run, changes),
         "charts": (query_curves(run, queries, recipe) if queries else []) + curves(rows, wanted),
         "notes": [
