@@ -251,11 +251,13 @@ def simulated(kind, seed, count=40):
 
 @pytest.mark.slow
 def test_one_taste_is_learnt_and_two_in_one_or_none_are_not():
-    """Forty votes by BALD, ten people of each kind. The accuracy alone would call eight of the last twenty learnt."""
-    cards = {kind: [simulated(kind, seed) for seed in range(10)] for kind in ("one", "two", "none")}
-    assert sum(map(learnt, cards["one"])) >= 8
-    assert sum(map(learnt, cards["two"] + cards["none"])) <= 2
-    assert sum(card["accuracy"] > 0.6 for card in cards["two"] + cards["none"]) >= 6
+    """Forty votes by BALD, thirty people of each kind: three quarters of the first are learnt and a seventh of the
+    others. Which ones depends on the last bits of a processor's sums, so that the bounds are three deviations wide."""
+    cards = {kind: [simulated(kind, seed) for seed in range(30)] for kind in ("one", "two", "none")}
+    others = cards["two"] + cards["none"]
+    assert sum(map(learnt, cards["one"])) >= 16
+    assert sum(map(learnt, others)) <= 17
+    assert sum(card["accuracy"] > 0.6 for card in others) >= 18  # the accuracy alone would let these pass
 
 
 def test_somebody_who_always_says_left_has_no_taste():
