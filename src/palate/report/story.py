@@ -19,6 +19,7 @@ from palate.report.pictures import change
 from palate.report.tables import metric_name
 
 TASTE = "taste"  # the reward's name where a person's taste was optimised
+STAYED = 0.05  # of the base's variety, by which it may change and is still said to have stayed
 FEW = 50  # pictures below which a sentence counts them instead of saying "of 100"
 PORTIONS = ((0.1, "a tenth"), (0.2, "a fifth"), (0.25, "a quarter"), (1 / 3, "a third"), (0.4, "two fifths"),
             (0.5, "half"), (2 / 3, "two thirds"), (0.75, "three quarters"), (0.9, "nine tenths"))  # fmt: skip
@@ -138,7 +139,7 @@ def _variety(metric: dict[str, float] | None) -> str:
     if not metric or not metric.get("base"):
         return ""
     lost = 1 - metric["value"] / metric["base"]
-    if abs(lost) < 0.05 or (metric["change_low"] <= 0 <= metric["change_high"]):
+    if abs(lost) < STAYED or (metric["change_low"] <= 0 <= metric["change_high"]):
         return "the variety stayed"
     if lost < 0:
         return f"the variety grew by {-lost:.0%}".replace("%", " %")
@@ -210,6 +211,8 @@ def _cost_gauge(metrics: dict[str, dict[str, float]]) -> Gauge | None:
     same = inside["value"] / inside["base"] if inside and inside.get("base") else None
     lost, limit = max(0.0, 1 - ratio), 1 - DIVERSITY_LIMIT
     text = f"of the base model's variety per prompt went; limit {limit:.0%}"
+    if lost >= STAYED and direction(metric) == 0:
+        text += "; it may be chance"
     if same is not None:
         text += f"; within one style {max(0.0, 1 - same):.0%}"
     if ratio >= DIVERSITY_LIMIT:

@@ -256,5 +256,6 @@ def _rows(prompts: Sequence[str], seeds: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def _how_drawn(run: RunFolder) -> str:
+    """How the base images of an evaluation were drawn."""
     row = read_index(run.path / "evaluation" / "base")[0]
     return ", ".join(f"{key} {row[key]:g}" for key in ("guidance", "steps") if key in row)
