@@ -13,9 +13,10 @@ set so that they are right on 87.5 % of random pairs. Six tastes are made of wha
 conditional, which a linear utility cannot hold), six others are not expressed by any feature directly.
 
 Rounds: 20 votes by BALD on the pictures of the current generator, the taste fitted to all votes so far, 30 updates of
-`direct` under the guard, on from the current weights. Rivals at equal votes: the best of 8 pictures by the learned
+`direct` under the guard, on from the current weights; a taste that picks another background than before is begun with
+60 updates that teach the generator to draw by it unasked, and 10 of the reward. Rivals at equal votes: the best of 8 pictures by the learned
 taste, words that the taste picks, and Diffusion-DPO on the voted pairs (on the base model, 60 updates). How both are
-trained is what the recipes taste-emoji and taste-emoji-dpo say, DPO without its guard. What counts is
+trained is what the recipes taste-emoji, taste-emoji-words and taste-emoji-dpo say, DPO without its guard. What counts is
 the true taste on prompts of the evaluation, in standard deviations of the pool; the win rate against the unaligned
 picture of the same noise; the share of right concepts; diversity against the base's.
 """
@@ -40,7 +41,7 @@ from torch import Tensor
 from palate import recipe
 from palate.core import Random
 from palate.evaluate import diversity, embedded_panel, generate, pairs
-from palate.models.vocabulary import parse_prompt, vocabulary
+from palate.models.vocabulary import parse_prompt, vocabulary, with_words
 from palate.rewards.simple import border, luma, saturation, warmth
 from palate.studio.voting import REFIT_PRIOR
 from palate.taste.ask import RANDOM, next_pair
@@ -50,7 +51,7 @@ from palate.taste.learner import PRIORS, Posterior, fit, leave_one_out
 from palate.taste.pictures import raw_features
 from palate.taste.reward import TasteReward
 from palate.taste.taste import SIDE_STD
-from palate.taste.words import hidden_prompt, offered, with_words, word_gains
+from palate.taste.words import WordChoice, hidden_prompt, offered, unasked, word_gains
 from palate.train import train
 
 RIGHT = 0.875  # of random pairs
@@ -229,8 +230,8 @@ class Bench:
         self.reward = self.panel.rewards["emoji"]
         self.features = features_of(self.reward, "emoji", blocks)
         self.plan = recipe.read("taste-emoji")
-        self.model, self.algorithm = recipe.build_model(self.plan), recipe.build_algorithm(self.plan)
-        self.sampler = recipe.sampler_of(self.algorithm)
+        self.model = recipe.build_model(self.plan)
+        self.sampler = recipe.sampler_of(recipe.build_algorithm(self.plan))
         self.size = {"concepts": 12, "each": 6} if quick else {"concepts": concepts, "each": 10}
         self.first = draw_pool(self.model, self.sampler, self.features, **self.size, seed=1)
         self.scaling = scaling_of(torch.from_numpy(self.first.raw), self.first.prompts, self.features.sizes)
@@ -276,27 +277,31 @@ class Bench:
     ) -> Tensor:
         return generate(model, prompts, seeds, weights=weights, sampler=self.sampler)
 
-    def align(self, model: Any, objective: TasteReward, seed: int) -> str:
-        """One round of training as the recipe has it, with the guard; why it ended."""
+    def words(self, voter: Voter) -> list[WordChoice]:
+        """The words that the taste picks on the pictures of the unaligned generator."""
+        assert voter.posterior is not None
+        z = self.scaling(torch.from_numpy(self.first.raw)).numpy()
+        std = self.scaling.std(torch.from_numpy(voter.posterior.mean))
+        return offered(word_gains(z @ voter.posterior.mean, self.first.hidden, std))
+
+    def align(self, model: Any, objective: TasteReward, seed: int, context: Sequence[str]) -> str:
+        """One round of training as the recipe has it, with the guard; why it ended. context: words to be learnt."""
+        given = [f"algorithm.context=[{', '.join(context)}]"] if context else []
+        plan = recipe.read("taste-emoji-words" if context else "taste-emoji", given)
         changes = {"steps": 2, "guard": recipe.GuardSettings(every=0)} if self.quick else {}
         with tempfile.TemporaryDirectory() as folder:
             outcome = train(
-                model, self.algorithm, objective, recipe.prompts_of(self.plan)[0], folder=Path(folder) / "run",
-                preview=recipe.prompts_of(self.plan)[1], progress=False, **(of_recipe(self.plan, seed) | changes),
+                model, recipe.build_algorithm(plan), objective, recipe.prompts_of(plan)[0], folder=Path(folder) / "run",
+                preview=recipe.prompts_of(plan)[1], progress=False, **(of_recipe(plan, seed) | changes),
             )  # fmt: skip
         return outcome.reason
 
     def rivals(self, voter: Voter, objective: TasteReward) -> dict[str, Tensor]:
         """Without training: the best of 8 by the learned taste, and the words that it picks."""
-        assert voter.posterior is not None
         with torch.no_grad():
             scores = torch.stack([objective(images, self.shown) for images in self.candidates])
         best = self.candidates[scores.argmax(0), torch.arange(len(self.shown))]
-        z = self.scaling(torch.from_numpy(self.first.raw)).numpy()
-        gains = word_gains(
-            z @ voter.posterior.mean, self.first.hidden, self.scaling.std(torch.from_numpy(voter.posterior.mean))
-        )
-        words = [choice.word for choice in offered(gains)]
+        words = [choice.word for choice in self.words(voter)]
         named = [
             with_words(prompt, words) if parse_prompt(prompt).background is None else prompt for prompt in self.prompts
         ]
@@ -371,17 +376,20 @@ def align_row(name: str, seed: int, rounds: int, votes: int, concepts: int, quic
     model = recipe.build_model(here.plan)
     voter, pool = Voter(utility, here.first, here.scaling, seed), here.first
     about_: dict[str, Any] = {}
+    known: list[str] = []  # words that the model draws by already
     for number in range(1, rounds + 1):
         voter.vote(pool, votes, bald=True)
         found = voter.held_out()
         about_ = {"person": name, "seed": seed, "round": number, "votes": len(voter.y), "held_out": found["accuracy"],
                   "low": found["low"], "offered": learnt(found)}  # fmt: skip
+        words = unasked(here.words(voter))
         objective = reward_of(voter, here.features, here.reward, here.plan.reward.taste.absolute)
         began = time.process_time()
-        ended = here.align(model, objective, seed)
+        ended = here.align(model, objective, seed, words if words != known else [])
+        known = words or known
         seconds = time.process_time() - began
         images = here.pictures(model, here.prompts)
-        rows.append(about_ | {"way": "direct", "ended": ended, "cpu_seconds": seconds,
+        rows.append(about_ | {"way": "direct", "ended": ended, "context": words, "cpu_seconds": seconds,
                               **here.measured(utility, images, here.base, here.shown)})  # fmt: skip
         rows += [about_ | {"way": way} | here.measured(utility, found, here.base, here.shown)
                  for way, found in here.rivals(voter, objective).items()]  # fmt: skip
@@ -403,7 +411,7 @@ def golden_row(seed: int, concepts: int, quick: bool) -> dict[str, Any]:
     voter.vote(here.first, 40, bald=False)
     assert voter.posterior is not None
     began = time.process_time()
-    ended = here.align(model, reward_of(voter, here.features, here.reward, 4.0), seed)
+    ended = here.align(model, reward_of(voter, here.features, here.reward, 4.0), seed, [])
     seconds = time.process_time() - began
     found = here.measured(utility, here.pictures(model, here.prompts), here.base, here.shown)
     return {"seed": seed, "prior": voter.posterior.prior, "log_evidence": voter.posterior.log_evidence,
@@ -452,7 +460,9 @@ def rounds_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def settings() -> str:
     """The fingerprints of what is trained, which a row keeps: strength, guard and updates are the recipes'."""
-    return " ".join(recipe.fingerprint(recipe.read(name))[:16] for name in ("taste-emoji", "taste-emoji-dpo"))
+    return " ".join(
+        recipe.fingerprint(recipe.read(name))[:16] for name in ("taste-emoji", "taste-emoji-words", "taste-emoji-dpo")
+    )
 
 
 def arguments() -> argparse.Namespace:

@@ -8,14 +8,14 @@ import torch
 from PIL import Image
 
 from palate import Taste, fit_taste
-from palate.models.vocabulary import vocabulary
+from palate.models.vocabulary import vocabulary, with_words
 from palate.rewards.combine import score_pair
 from palate.runtime.errors import InputError
 from palate.taste.ask import next_pair, telling_pairs
 from palate.taste.features import COLOUR_COLUMNS, features_of
 from palate.taste.pictures import Choice, as_image
 from palate.taste.taste import load_objective, mixed
-from palate.taste.words import offered, with_words, word_gains
+from palate.taste.words import offered, word_gains
 
 G = torch.Generator().manual_seed(5)
 PICTURES = (torch.rand(60, 3, 8, 8, generator=G) * 0.5 + torch.rand(60, 3, 1, 1, generator=G) * 0.5).clamp(0, 1)

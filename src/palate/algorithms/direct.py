@@ -15,6 +15,13 @@ update on the embedded generator: a person sees the model move.
 Wanted and unwanted words are rotated, a pair per step. With a reward that reads the prompt in one part only (a taste
 plus lambda R) the difference cancels the other part and k keeps it: k = 1 leaves it at its full weight.
 
+Where the words that somebody likes are known, a prompt has them at once and a gradient finds them slowly. So the first
+`context_steps` updates may teach the generator to draw what it draws with the words when they are not said, from the
+same noise (context distillation: "A General Language Assistant as a Laboratory for Alignment", Askell et al. 2021,
+arXiv 2112.00861, for pictures); no reward is asked then.
+
+    loss = mean |G_theta(z, c) - G_ref(z, c with words)|^2                                        `context_distance`
+
 Unregularised by design: run it under a guard. A generator of K > 1 evaluations carries gradient through the last one.
 """
 
@@ -24,7 +31,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from palate.core import Batch, Loss, Model, Random, Reward
+import torch
+from torch import Tensor
+
+from palate.core import Batch, Loss, Model, PutsWords, Random, Reward, require
 from palate.rewards.combine import TEMPLATE, control_texts, relative, score_pair, with_control
 from palate.runtime.errors import InputError
 from palate.sampling import FewStepGenerator, state_kind
@@ -39,14 +49,17 @@ class DirectSettings:
     negative: tuple[str, ...] = ()  # each index modulo its list's length; none on both sides: the plain reward
     k: float = 1.0  # with words: weight of the absolute reward beside the relative one
     template: str = TEMPLATE
+    context: tuple[str, ...] = ()  # words that the generator first learns to draw by without being told
+    context_steps: int = 60  # of the run's updates: the first, which the reward has no part in
 
     def __post_init__(self) -> None:
-        for name in ("positive", "negative"):
+        for name in ("positive", "negative", "context"):
             object.__setattr__(self, name, word_list(name, vars(self)[name]))
         if overlap := sorted(set(self.positive) & set(self.negative)):
             raise InputError(f"DirectSettings: {overlap[0]!r} is wanted and unwanted at once; keep it on one side")
         if not self.k >= 0:
             raise InputError(f"DirectSettings expected k >= 0; got k = {self.k}")
+        require(self, ("context_steps: at least 1", self.context_steps < 1))
         if "{control}" not in self.template or "{prompt}" not in self.template:
             raise InputError(
                 f"DirectSettings expected a template with {{control}} and {{prompt}}; got {self.template!r}"
@@ -77,6 +90,18 @@ class Direct:
         """What the reward is asked about a prompt, for each control word in force."""
         return control_texts({"positive": self.positive, "negative": self.negative}, prompt, self.settings.template)
 
+    def other_prompts(self, model: Model, prompts: Sequence[str]) -> list[str]:
+        """The prompts with the context's words, as the reference is asked them; none without a context."""
+        s = self.settings
+        if not s.context:
+            return []
+        try:
+            if isinstance(model, PutsWords):
+                return [model.with_words(prompt, s.context) for prompt in prompts]
+            return with_control(", ".join(s.context), prompts, s.template)
+        except InputError as error:
+            raise InputError(f"algorithm.context: {error}") from error
+
     def state_dict(self) -> dict[str, Any]:
         return {"positive": list(self.positive), "negative": list(self.negative)}
 
@@ -87,6 +112,13 @@ class Direct:
         """One update: a batch drawn by the generator, and the reward's gradient through it."""
         s, kind = self.settings, state_kind(model)
         noises = [rng.normal(f"noise-{k}", model.latent_shape).to(**kind) for k in range(s.generator.steps)]
+        if s.context and rng.step <= s.context_steps:
+            with torch.no_grad():  # before the policy's call: a switch of adapters after it would lose its gradient
+                cond = model.encode_prompts(self.other_prompts(model, batch.prompts))
+                told = s.generator(model, cond, noises, weights="reference")
+            distance = context_distance(s.generator(model, batch.cond, noises), told).mean()
+            yield Loss(distance, {"context_distance": distance.detach()}, "policy")
+            return
         images = model.decode(s.generator(model, batch.cond, noises))
         if not self.positive and not self.negative:
             r = reward(images, batch.prompts)
@@ -98,6 +130,11 @@ class Direct:
         r = relative(favoured, other, s.k)
         metrics = {"reward": r.mean(), "positive": favoured.mean(), "negative": other.mean()}
         yield Loss(-r.mean(), {name: value.detach() for name, value in metrics.items()}, "policy")
+
+
+def context_distance(x0: Tensor, told: Tensor) -> Tensor:
+    """mean |x0 - told|^2 per element of the latents, (B,)."""
+    return (x0 - told).square().flatten(1).mean(1)
 
 
 def word_of(words: Sequence[str], step: int) -> str:
@@ -117,5 +154,8 @@ def word_list(side: str, words: Sequence[str] | str) -> tuple[str, ...]:
 
 
 def calls_per_update(settings: DirectSettings) -> dict[str, int]:
-    """Denoiser evaluations of one update per prompt of the batch: forward = K, backward = decode = reward = 1."""
+    """Denoiser evaluations of one update per prompt of the batch: forward = K, backward = decode = reward = 1.
+
+    An update of the context has forward = 2 K and neither a decode nor a reward.
+    """
     return {"forward": settings.generator.steps, "backward": 1, "decode": 1, "reward": 1}

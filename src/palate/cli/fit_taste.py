@@ -9,6 +9,7 @@ import numpy as np
 
 from palate.core import Reward
 from palate.evaluate import read_samples
+from palate.models.vocabulary import with_words
 from palate.recipe import load_reward
 from palate.runtime.errors import InputError
 from palate.runtime.files import write_atomically
@@ -16,7 +17,7 @@ from palate.runtime.progress import printable
 from palate.taste.ask import telling_pairs
 from palate.taste.saved import source_of
 from palate.taste.taste import Taste, fit_taste
-from palate.taste.words import FEWEST, GAIN, offered, with_words, word_gains
+from palate.taste.words import FEWEST, GAIN, offered, word_gains
 
 
 def fit(votes: Path, out: Path, features: str, weights: str | None, blocks: str | None) -> None:

@@ -8,16 +8,17 @@ an object for a member that no protocol lists.
 
     a model may be      Sampleable, EncodesPictures, HasPosterior, PublishedGrid, Fingerprinted, TextCached,
                         SavesAdapter, LoadsAdapter, TakesConsistency, TrainsOtherwise, DrawsOtherSizes,
-                        HasStrength, HasNetworks                                                     models.py
+                        HasStrength, HasNetworks, PutsWords                                          models.py
     a reward may be     TwoTower, EmbedsImages, HasFeatures                                rewards.py
     an algorithm may be Stateful, Steerable, ComparesWords, DrawsOwnSamples, DrawsReference, Warns,
-                        ChecksBatch, TakesAnySize                                          algorithms.py
+                        ChecksBatch, TakesAnySize, AsksOtherPrompts                        algorithms.py
 """
 
 from __future__ import annotations
 
 from palate.core.algorithms import (
     Algorithm,
+    AsksOtherPrompts,
     Batch,
     ChecksBatch,
     ComparesWords,
@@ -43,6 +44,7 @@ from palate.core.models import (
     Model,
     Networks,
     PublishedGrid,
+    PutsWords,
     Sampleable,
     SavesAdapter,
     TakesConsistency,
@@ -54,10 +56,10 @@ from palate.core.rewards import EmbedsImages, HasFeatures, Reward, TwoTower
 from palate.core.settings import require
 
 __all__ = [
-    "Algorithm", "Batch", "ChecksBatch", "ComparesWords", "Cond", "DrawsOtherSizes", "DrawsOwnSamples",
+    "Algorithm", "AsksOtherPrompts", "Batch", "ChecksBatch", "ComparesWords", "Cond", "DrawsOtherSizes", "DrawsOwnSamples",
     "DrawsReference", "EmbedsImages", "EncodesPictures", "Fingerprinted", "GuardMeasure", "HasFeatures",
     "HasNetworks", "HasPosterior", "HasStrength", "LoadsAdapter", "Loss", "Model", "Networks", "PublishedGrid",
-    "Random", "Reward", "Sampleable", "Sampler", "SavesAdapter", "Stateful", "Steerable", "TakesAnySize",
+    "PutsWords", "Random", "Reward", "Sampleable", "Sampler", "SavesAdapter", "Stateful", "Steerable", "TakesAnySize",
     "TakesConsistency", "TextCached", "TrainsOtherwise", "TwoTower", "Warns", "prompt_order", "require",
     "used_prompts",
 ]  # fmt: skip

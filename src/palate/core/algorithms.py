@@ -101,6 +101,14 @@ class DrawsReference(Protocol):
 
 
 @runtime_checkable
+class AsksOtherPrompts(Protocol):
+    """An algorithm that gives the model prompts of its own making besides the batch's."""
+
+    def other_prompts(self, model: Model, prompts: Sequence[str]) -> list[str]:
+        """Those that it makes of the batch's prompts. InputError: they cannot be made."""
+
+
+@runtime_checkable
 class Warns(Protocol):
     """An algorithm that knows when its settings are at odds; the loop says each sentence once."""
 

@@ -111,6 +111,14 @@ class TextCached(Protocol):
 
 
 @runtime_checkable
+class PutsWords(Protocol):
+    """A model that knows where words stand in its prompts, and which of them a prompt rules out."""
+
+    def with_words(self, prompt: str, words: Sequence[str]) -> str:
+        """The prompt with those words that say what it leaves open. InputError for a word that is not known."""
+
+
+@runtime_checkable
 class SavesAdapter(Protocol):
     """A model that writes what was trained in the form in which others read it."""
 

@@ -22,7 +22,7 @@ from palate.models import delta
 from palate.models.facts import Facts
 from palate.models.options import Options, place_of
 from palate.models.quiet import quietly
-from palate.models.vocabulary import known_words
+from palate.models.vocabulary import known_words, with_words
 from palate.models.weights import NamedWeights
 from palate.path import Prediction, flow_schedule, from_velocity
 from palate.runtime.errors import InputError
@@ -155,6 +155,10 @@ class EmojiModel:
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """(B, words, width). ValueError for words outside the vocabulary; "" is the unconditional prompt."""
         return self._encode(prompts)
+
+    def with_words(self, prompt: str, words: Sequence[str]) -> str:
+        """The prompt with the words of style, size and background whose kind it does not name."""
+        return with_words(prompt, words, replacing=False)
 
     def encode(self, images: Tensor) -> Tensor:
         return self.vae.encode(images * 2 - 1).latents

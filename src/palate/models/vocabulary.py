@@ -177,3 +177,54 @@ def parse_prompt(prompt: str) -> Caption:
         found.get("relation"),
         things[1] if len(things) > 1 else None,
     )
+
+
+def with_words(prompt: str, words: Sequence[str], *, replacing: bool = True) -> str:
+    """The prompt with known words of style, size and background put in, in place of those of the same kind.
+
+    replacing=False leaves a kind alone that the prompt names. InputError for a prompt or a word that the vocabulary
+    does not know.
+    """
+    for word in words:
+        kind, known = kind_of(word)
+        there = parse_prompt(prompt)._asdict()[kind]
+        if there is not None and not replacing:
+            continue
+        if there is None:
+            prompt = (
+                f"{prompt} on {with_article(known)} background" if kind == "background" else f"{known} {_bare(prompt)}"
+            )
+        else:
+            tokens = prompt.split()
+            last = max(i for i, token in enumerate(tokens) if _words_of(token) == [there])
+            tokens[last] = known
+            if last and tokens[last - 1] in ("a", "an"):
+                tokens[last - 1 : last + 1] = with_article(known).split()
+            prompt = " ".join(tokens)
+    return prompt
+
+
+def kind_of(word: str) -> tuple[str, str]:
+    """(style, background or size; the word as the vocabulary has it). InputError for any other word."""
+    vocab, known = vocabulary(), known_words(word)
+    for kind, there in (("style", vocab.styles), ("size", vocab.sizes), ("background", list(vocab.colours))):
+        found = next((name for name in known if name in there), None)
+        if found is not None:
+            return kind, found
+    raise InputError(
+        f"{word!r} is no word of style, size or background; expected one of "
+        f"{', '.join([*vocab.styles, *vocab.sizes, *vocab.colours])}"
+    )
+
+
+def _bare(prompt: str) -> str:
+    """The prompt without an article at its beginning."""
+    first, _, rest = prompt.partition(" ")
+    return rest if rest and first.lower() in ("a", "an", "the") else prompt
+
+
+def _words_of(token: str) -> list[str]:
+    try:
+        return known_words(token)
+    except InputError:
+        return []

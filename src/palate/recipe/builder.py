@@ -14,6 +14,7 @@ from torch import Tensor
 from palate.algorithms import table as algorithms
 from palate.core import (
     Algorithm,
+    AsksOtherPrompts,
     DrawsOwnSamples,
     EmbedsImages,
     Model,
@@ -87,17 +88,19 @@ def build(recipe: Recipe, *, before_model: Callable[[], None] = lambda: None) ->
     model = build_model(recipe)
     load_consistency(recipe, model)
     load_teachers(recipe, model)
+    algorithm = build_algorithm(recipe)
     if isinstance(model, TextCached):
         trainer = recipe.trainer  # of a long list, a short run uses only a part
         every = len(prompts) if recipe.prompts.sizes else trainer.steps * trainer.batch_size
         used = used_prompts(prompts, trainer.seed, every)
-        model.cache_prompts([*used, *preview])
+        other = algorithm.other_prompts(model, used) if isinstance(algorithm, AsksOtherPrompts) else []
+        model.cache_prompts([*used, *other, *preview])
     latents, buckets, sizes = None, [], recipe.prompts.sizes
     if pictures and pictures.files and sizes:
         buckets = buckets_of(model, pictures, recipe.algorithm, sizes)
     elif pictures and pictures.files:
         latents = latents_of(model, pictures, recipe.algorithm)
-    return Parts(model, build_algorithm(recipe), reward, list(prompts), preview, latents, tower, buckets)
+    return Parts(model, algorithm, reward, list(prompts), preview, latents, tower, buckets)
 
 
 def sampler_of(algorithm: Algorithm) -> Sampler | None:

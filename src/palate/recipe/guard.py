@@ -20,6 +20,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 LATER = (
     "background_drop", "measures", "steps", "cast_shift", "saturation_shift", "detail_shift", "drift", "latent_drift",
     "variety_ratio", "fit_ratio", "duplicates_rise", "heldout_fall", "base",
+    "after",
 )  # fmt: skip
 # ^ came after the first release; at their defaults they are no part of what a resumed run must share
 
@@ -30,6 +31,7 @@ class GuardSettings:
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     every: Count = 10  # steps between checks; 0 = off
+    after: Count = 0  # the first step that is looked at: while algorithm.context is learnt, pictures lie in between
     prompts: Positive = 48  # images at each look, two of a prompt
     # what "before training" is. start: the weights that this run begins with; reference: those that the policy is held
     # to, which are the model without any LoRA: what earlier rounds lost, whose result is model.start, counts as well

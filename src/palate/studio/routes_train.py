@@ -7,7 +7,7 @@ import json
 from fastapi import APIRouter, Form, Request
 from fastapi.responses import HTMLResponse, Response
 
-from palate.models.vocabulary import known_words
+from palate.models.vocabulary import known_words, with_words
 from palate.runtime.errors import InputError
 from palate.studio.curves import curves_of
 from palate.studio.process import quoted
@@ -17,7 +17,6 @@ from palate.studio.steering import Draft, change, wanted_words
 from palate.studio.undo import adapter_now, go_back
 from palate.taste.card import START
 from palate.taste.exported import export_votes
-from palate.taste.words import with_words
 
 router = APIRouter()
 WAYS = {  # recipe -> what the person reads

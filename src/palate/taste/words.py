@@ -1,7 +1,8 @@
 """The third way to a taste, without training: known words of style, background and size that its pictures have.
 
-Where a taste has a word, the word beats every alignment at once; but it takes the choice of a background from the
-person, and a style may cost what the prompt asks for. So words are offered, and shown beside.
+Where a taste has a word, the word beats the reward's gradient at once; but it takes the choice of a background from
+the person, and a style may cost what the prompt asks for. So words are offered, and shown beside; the generator can
+learn to draw by a background where the prompt leaves it open (`unasked`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from palate.models.vocabulary import Caption, known_words, parse_prompt, vocabulary
+from palate.models.vocabulary import Caption, parse_prompt, vocabulary, with_words
 from palate.runtime.errors import InputError
 from palate.taste.learner import Array
 
@@ -55,24 +56,12 @@ def offered(gains: Sequence[WordChoice], count: int = 3) -> list[WordChoice]:
     return list(best.values())[:count]
 
 
-def with_words(prompt: str, words: Sequence[str]) -> str:
-    """The prompt with known words of style, size and background put in, in place of those of the same kind.
+def unasked(choices: Sequence[WordChoice]) -> list[str]:
+    """Of the offered words those that a generator may learn to draw by without being told (`direct`'s context).
 
-    InputError for a prompt or a word that the vocabulary does not know.
+    Backgrounds alone: a style or a size draws the thing anew, which costs concepts, and the reward finds them too.
     """
-    for word in words:
-        kind, known = kind_of(word)
-        there = parse_prompt(prompt)._asdict()[kind]
-        if there is None:
-            prompt = f"{prompt} on {article(known)} background" if kind == "background" else f"{known} {_bare(prompt)}"
-        else:
-            tokens = prompt.split()
-            last = max(i for i, token in enumerate(tokens) if _words_of(token) == [there])
-            tokens[last] = known
-            if last and tokens[last - 1] in ("a", "an"):
-                tokens[last - 1 : last + 1] = article(known).split()
-            prompt = " ".join(tokens)
-    return prompt
+    return [choice.word for choice in choices if choice.kind == "background"]
 
 
 def hidden_prompt(prompt: str, rng: np.random.Generator) -> str:
@@ -88,37 +77,6 @@ def hidden_prompt(prompt: str, rng: np.random.Generator) -> str:
         return with_words(prompt, chosen)
     except InputError:  # longer than the model reads
         return prompt
-
-
-def kind_of(word: str) -> tuple[str, str]:
-    """(style, background or size; the word as the vocabulary has it). InputError for any other word."""
-    vocab, known = vocabulary(), known_words(word)
-    for kind, there in (("style", vocab.styles), ("size", vocab.sizes), ("background", list(vocab.colours))):
-        found = next((name for name in known if name in there), None)
-        if found is not None:
-            return kind, found
-    raise InputError(
-        f"{word!r} is no word of style, size or background; expected one of "
-        f"{', '.join([*vocab.styles, *vocab.sizes, *vocab.colours])}"
-    )
-
-
-def article(word: str) -> str:
-    """The word with a or an before it."""
-    return f"{'an' if word[:1] in 'aeiou' else 'a'} {word}"
-
-
-def _bare(prompt: str) -> str:
-    """The prompt without an article at its beginning."""
-    first, _, rest = prompt.partition(" ")
-    return rest if rest and first.lower() in ("a", "an", "the") else prompt
-
-
-def _words_of(token: str) -> list[str]:
-    try:
-        return known_words(token)
-    except InputError:
-        return []
 
 
 def _caption(prompt: str) -> Caption:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from palate.core import Fingerprinted, Random
+from palate.core import AsksOtherPrompts, Fingerprinted, Random
 from palate.models.sizes import at_size
 from palate.runtime import distributed, sharding
 from palate.runtime.errors import InputError
@@ -166,7 +166,7 @@ class Run:
     def _scheduled(self, step: int) -> None:
         """Guard, preview, checkpoint, in this order: a checkpoint holds what the guard decided."""
         s = self.settings
-        if s.guard.every and step % s.guard.every == 0:
+        if s.guard.every and step % s.guard.every == 0 and step >= s.guard.after:
             self._guard(step)
         last = step == s.steps or bool(self.counters.finished)
         if s.preview_every and step % s.preview_every == 0 and not last:
@@ -209,7 +209,9 @@ class Run:
         """Find now what would end the run later: unknown words, a reward of the wrong shape, a full disk."""
         s, job = self.settings, self.job
         used = self.batches.used_prompts(s.steps)
-        encode_all(job.model, used, job.preview if s.preview_every or s.guard.every else [])
+        asks = isinstance(job.algorithm, AsksOtherPrompts)
+        other = job.algorithm.other_prompts(job.model, used) if asks else []
+        encode_all(job.model, [*used, *other], job.preview if s.preview_every or s.guard.every else [])
         job.check_sizes()
         with torch.no_grad():
             self.reward = check_reward(job.reward, noise_images(job.model, s.seed, 2), [used[0], used[-1]])
