@@ -14,11 +14,11 @@ conditional, which a linear utility cannot hold), six others are not expressed b
 
 Rounds: 20 votes by BALD on the pictures of the current generator, the taste fitted to all votes so far, 30 updates of
 `direct` under the guard, on from the current weights; a taste that picks another background than before is begun with
-60 updates that teach the generator to draw by it unasked, and 10 of the reward. Rivals at equal votes: the best of 8 pictures by the learned
-taste, words that the taste picks, and Diffusion-DPO on the voted pairs (on the base model, 60 updates). How both are
-trained is what the recipes taste-emoji, taste-emoji-words and taste-emoji-dpo say, DPO without its guard. What counts is
-the true taste on prompts of the evaluation, in standard deviations of the pool; the win rate against the unaligned
-picture of the same noise; the share of right concepts; diversity against the base's.
+60 updates that teach the generator to draw by it unasked, and 10 of the reward. Rivals at equal votes: the best of 8
+pictures by the learned taste, words that the taste picks, and Diffusion-DPO on the voted pairs (on the base model, 60
+updates). How both are trained is what the recipes taste-emoji, taste-emoji-words and taste-emoji-dpo say, DPO without
+its guard. What counts is the true taste on prompts of the evaluation, in standard deviations of the pool; the win rate
+against the unaligned picture of the same noise; the share of right concepts; diversity against the base's.
 """
 
 from __future__ import annotations

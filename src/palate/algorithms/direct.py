@@ -27,9 +27,9 @@ Unregularised by design: run it under a guard. A generator of K > 1 evaluations 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ from palate.sampling import FewStepGenerator, state_kind
 @dataclass(frozen=True)
 class DirectSettings:
     """Hyperparameters of the direct maximisation of a reward through a few-step generator."""
+
+    later_keys: ClassVar[Mapping[str, Any]] = {"context": [], "context_steps": 60}  # than the first runs
 
     generator: FewStepGenerator = field(default_factory=FewStepGenerator)
     positive: tuple[str, ...] = ()  # wanted words, rotated: the pair of step i is (POS[i], NEG[i]),

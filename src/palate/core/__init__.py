@@ -56,10 +56,10 @@ from palate.core.rewards import EmbedsImages, HasFeatures, Reward, TwoTower
 from palate.core.settings import require
 
 __all__ = [
-    "Algorithm", "AsksOtherPrompts", "Batch", "ChecksBatch", "ComparesWords", "Cond", "DrawsOtherSizes", "DrawsOwnSamples",
-    "DrawsReference", "EmbedsImages", "EncodesPictures", "Fingerprinted", "GuardMeasure", "HasFeatures",
-    "HasNetworks", "HasPosterior", "HasStrength", "LoadsAdapter", "Loss", "Model", "Networks", "PublishedGrid",
-    "PutsWords", "Random", "Reward", "Sampleable", "Sampler", "SavesAdapter", "Stateful", "Steerable", "TakesAnySize",
-    "TakesConsistency", "TextCached", "TrainsOtherwise", "TwoTower", "Warns", "prompt_order", "require",
-    "used_prompts",
+    "Algorithm", "AsksOtherPrompts", "Batch", "ChecksBatch", "ComparesWords", "Cond", "DrawsOtherSizes",
+    "DrawsOwnSamples", "DrawsReference", "EmbedsImages", "EncodesPictures", "Fingerprinted", "GuardMeasure",
+    "HasFeatures", "HasNetworks", "HasPosterior", "HasStrength", "LoadsAdapter", "Loss", "Model", "Networks",
+    "PublishedGrid", "PutsWords", "Random", "Reward", "Sampleable", "Sampler", "SavesAdapter", "Stateful",
+    "Steerable", "TakesAnySize", "TakesConsistency", "TextCached", "TrainsOtherwise", "TwoTower", "Warns",
+    "prompt_order", "require", "used_prompts",
 ]  # fmt: skip
