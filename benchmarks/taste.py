@@ -65,6 +65,8 @@ ANIMALS = {
 }  # fmt: skip
 GENERATOR = "emoji-1step"  # draws what is voted on; a row is of its weights as well
 Utility = Callable[[Tensor, list[str]], Tensor]
+ROUNDS = ("taste-emoji", "taste-emoji-words", "taste-emoji-dpo")  # the recipes of a row of rounds
+FIRST = ROUNDS[::2]  # of the other rows, which the second, added later, has no part in
 UNCONDITIONAL = ("warm3d", "large", "contrast", "pastel", "darkline")  # of what the features measure
 PEOPLE = (*UNCONDITIONAL, "toonzoo", "symmetric", "round", "low", "leftish", "few-colours", "soft-edges")
 
@@ -458,11 +460,9 @@ def rounds_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def settings() -> str:
-    """The fingerprints of what is trained, which a row keeps: strength, guard and updates are the recipes'."""
-    return " ".join(
-        recipe.fingerprint(recipe.read(name))[:16] for name in ("taste-emoji", "taste-emoji-words", "taste-emoji-dpo")
-    )
+def settings(*names: str) -> str:
+    """The fingerprints of recipes, which a row keeps: strength, guard and updates are theirs."""
+    return " ".join(recipe.fingerprint(recipe.read(name))[:16] for name in names)
 
 
 def arguments() -> argparse.Namespace:
@@ -484,21 +484,23 @@ def main() -> None:
     results, tables = given.results, {}
     size = (given.concepts, given.quick)
 
-    def rows(what: str, make: Callable[..., Any], shown: str, *more: int) -> list[dict[str, Any]]:
+    def rows(
+        what: str, recipes: Sequence[str], make: Callable[..., Any], shown: str, *more: int
+    ) -> list[dict[str, Any]]:
         cells = [(name, seed) for seed in seeds for name in names]
         wanted = [Row(results / f"{slug('taste', what, *cell)}.json", make, (*cell, *more, *size), (GENERATOR,),
-                      settings()) for cell in cells]  # fmt: skip
+                      settings(*recipes)) for cell in cells]  # fmt: skip
         made = measured(wanted, given.jobs, lambda found: [round(row[shown], 3) for row in found],
                         minutes=given.minutes)  # fmt: skip
         return [row for found in made for row in found]
 
     if given.what in ("accuracy", "all"):
-        tables["taste-accuracy"] = accuracy_table(rows("accuracy", accuracy_row, "unseen"))
+        tables["taste-accuracy"] = accuracy_table(rows("accuracy", FIRST, accuracy_row, "unseen"))
     if given.what in ("align", "all"):
-        tables["taste-rounds"] = rounds_table(rows("align", align_row, "taste", count, given.votes))
+        tables["taste-rounds"] = rounds_table(rows("align", ROUNDS, align_row, "taste", count, given.votes))
     if given.what == "golden":
         found = measured([Row(results / f"{slug('taste', 'golden', seed)}.json", golden_row,
-                              (seed, given.concepts, given.quick), (GENERATOR,), settings()) for seed in seeds],
+                              (seed, given.concepts, given.quick), (GENERATOR,), settings(*FIRST)) for seed in seeds],
                          given.jobs, minutes=given.minutes)  # fmt: skip
         for row in found:
             print(row)

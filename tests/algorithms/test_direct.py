@@ -121,3 +121,58 @@ def test_a_generator_of_two_evaluations_carries_gradient_through_the_last():
     for got, want in zip(grads, torch.autograd.grad(value, model.parameters(), allow_unused=True), strict=True):
         assert want is None or torch.allclose(got, want, rtol=0, atol=1e-12)
     assert calls_per_update(settings) == {"forward": 2, "backward": 1, "decode": 1, "reward": 1}
+
+
+# ------------------------------------------------------------------------------------------------------ the context
+
+
+def never(images, prompts):
+    raise AssertionError("the reward has no part in the updates of the context")
+
+
+def told_of(word):
+    """The base's mean of "cat" is .2, and that of "cat" with the word .9."""
+    model = model_of()
+    model.means = {word: torch.full((1, 2, 2), 0.9, dtype=D)}
+    return model
+
+
+def test_the_context_is_learnt_by_the_distance_to_what_the_reference_draws_with_the_words():
+    """Of N(mu, s^2) the evaluation's x0 moves with mu by f = sigma^2 / (alpha^2 s^2 + sigma^2), and with the trained
+    velocity by -sigma / (alpha + sigma) = -sigma."""
+    model, s = told_of("dark. cat"), 0.6
+    settings = DirectSettings(generator=GENERATOR, context=("dark",), context_steps=4)
+    (grad,), loss = run(Direct(settings), model=model, reward=never, step=4)
+    alpha, sigma = 0.3, 0.7
+    apart = sigma**2 / (alpha**2 * s**2 + sigma**2) * (0.2 - 0.9)
+    assert float(loss.value.detach()) == pytest.approx(apart**2, rel=1e-12)
+    assert torch.allclose(grad, torch.full_like(grad, -2 * sigma * apart / grad.numel()), rtol=0, atol=1e-12)
+    assert float(loss.metrics["context_distance"]) == pytest.approx(apart**2, rel=1e-12)
+    assert (model.forward, model.backward, model.decoded) == (6, 3, 0)
+
+
+def test_after_the_context_the_reward_is_followed_and_without_one_from_the_first_update():
+    settings = DirectSettings(generator=GENERATOR, context=("dark",), context_steps=4)
+    model = told_of("dark. cat")
+    plain, loss = run(Direct(DirectSettings(generator=GENERATOR)), model=model, step=5)
+    after, later = run(Direct(settings), model=model, step=5)
+    assert torch.equal(plain[0], after[0]) and loss.metrics == later.metrics
+    assert Direct(DirectSettings()).other_prompts(model, ["cat"]) == []
+
+
+def test_a_model_that_knows_its_words_puts_the_context_in_and_names_the_key_of_one_that_it_does_not_know():
+    class Words:
+        def with_words(self, prompt, words):
+            if "xyzzy" in words:
+                raise InputError("unknown word 'xyzzy'")
+            return prompt if "blue" in prompt else f"{prompt} on {words[0]}"
+
+    def made(*words):
+        return Direct(DirectSettings(context=words)).other_prompts
+
+    assert made("black")(Words(), ["cat", "cat on blue"]) == ["cat on black", "cat on blue"]
+    assert made("dark", "large")(model_of(), ["cat"]) == ["dark, large. cat"]
+    with pytest.raises(InputError, match=r"algorithm\.context: unknown word"):
+        made("xyzzy")(Words(), ["cat"])
+    with pytest.raises(InputError, match="context_steps"):
+        DirectSettings(context_steps=0)

@@ -94,3 +94,14 @@ def test_a_start_outside_the_limits_is_refused_before_a_step():
         guard.begin({"concept": 0.97}, {"concept": 0.90})
     assert guard.begin({"concept": 0.97}, {"concept": 0.94})[1]["verdict"] == "ok"
     assert guard.decide(10, {"concept": 0.92}).broken, "the start's .94 is not what counts"
+
+
+def test_a_guard_looks_from_the_step_on_that_it_is_given(tmp_path):
+    """Before it every picture may be broken; the limits hold at the first look."""
+    for after, reason in ((3, "finished"), (2, "guard: concept fell from 1 ")):
+        shares = iter([1.0, 0.2, 1.0, 1.0] if after == 2 else [1.0, 1.0, 1.0])
+        guard = GuardSettings(every=1, after=after, prompts=4, concept_drop=0.1)
+        _, outcome = run(tmp_path / str(after), check=lambda *_: {"concept": next(shares)}, guard=guard, steps=4,
+                         preview_every=0)  # fmt: skip
+        looked = [row["step"] for row in rows(tmp_path / str(after)) if row.get("event") == "guard"]
+        assert outcome.reason.startswith(reason) and looked == ([0, 3, 4] if after == 3 else [0, 2])

@@ -31,10 +31,12 @@ WORDS = "run: {{folder: runs/x}}\nalgorithm: {{name: {}}}\nreward: {{name: emoji
         ("dpo", ["algorithm.posterior=true"], "pictures that are drawn"),
         ("dpo", ["algorithm.undesirable_weight=2"], "an algorithm.loss but kto"),
         ("leap_align", ["algorithm.leaps=1", "algorithm.nested=0.5"], "algorithm.leaps=1"),
+        ("direct", ["algorithm.context_steps=20"], "no algorithm.context"),
         ("ddpo", ["algorithm.history=0", "algorithm.enough=4"], "algorithm.history=0"),
         ("srpo", ["model.weights=full", "model.lora_rank=4"], "model.weights=full"),
         ("srpo", ["trainer.ema_every=4"], "trainer.ema_decay=0"),
         ("srpo", ["trainer.guard.rollbacks=5"], "action=rollback"),
+        ("srpo", ["trainer.guard.every=0", "trainer.guard.after=5"], "trainer.guard.every=0"),
         ("nft", ["algorithm.old_rate=0", "algorithm.old_most=0.1"], "algorithm.old_rate=0"),
     ],
 )

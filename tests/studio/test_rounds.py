@@ -25,10 +25,11 @@ from palate.studio.app import make_app, opened_in_browser, serve
 from palate.studio.artist import Drawn
 from palate.studio.process import Processes
 from palate.studio.routes_compare import _wall
-from palate.studio.routes_train import _steered
+from palate.studio.routes_train import _steered, _unasked
 from palate.studio.runview import RunView, Words
 from palate.studio.shared import readable
 from palate.taste.votes import Picture
+from palate.taste.words import WordChoice
 
 TOKEN = "a-token-of-the-tests"
 
@@ -185,6 +186,37 @@ def test_a_run_that_cannot_be_read_is_said(studio):
     for path in ("/runs", "/runs/list"):
         page = client.get(path).text
         assert "<strong>old</strong>: " in page and "srpo" in page and "No run yet" not in page
+
+
+def test_a_round_begins_with_the_background_that_the_taste_likes_unless_the_model_draws_it_already(studio, monkeypatch):
+    client, found = studio
+    begun = []
+    monkeypatch.setattr(found.processes, "train", lambda *given: begun.append(given))
+    offered = [WordChoice("3d", "style", 2.0, 9), WordChoice("black", "background", 1.5, 9)]
+    taste = {"learnt": True, "verdict": "", "expected": 0.8, "words": {}, "offered": offered}
+    monkeypatch.setattr(found.voting, "summary", lambda: {"votes": 30, "start": 20, "good": 40, "taste": taste})
+    monkeypatch.setattr(found.voting, "learn_taste", lambda: found.workspace.home)
+    monkeypatch.setattr(found.voting, "votes", lambda: [None] * 30)
+
+    def started():
+        answer = client.post("/align/start", data={"way": "taste-emoji"})
+        assert answer.status_code == 204, answer.text
+        kind, _, overrides = begun[-1]
+        return kind, [given for given in overrides if given.startswith("algorithm.")]
+
+    assert started() == ("taste-emoji-words", ['algorithm.context=["black"]'])
+    assert "will have a black one" in client.get("/align").text
+    a_run(found, "align-7", "taste-emoji-words", "", "algorithm.context=[black]")
+    a_run(found, "align-8", "taste-emoji", "align-7")
+    (found.workspace.runs / "align-8" / "adapter").mkdir()
+    found.workspace.set(source="align-8")
+    monkeypatch.setattr("palate.studio.routes_train.adapter_now", lambda folder: folder / "adapter")
+    assert _unasked(found) == [] and started() == ("taste-emoji", [])
+    assert "will have a" not in client.get("/align").text
+    offered[1] = WordChoice("white", "background", 1.5, 9)
+    assert started() == ("taste-emoji-words", ['algorithm.context=["white"]'])
+    del offered[1]
+    assert started() == ("taste-emoji", [])
 
 
 def test_own_pictures_that_the_model_has_no_words_for_are_no_training_pairs(studio, monkeypatch, tmp_path):

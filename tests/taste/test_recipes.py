@@ -136,6 +136,7 @@ def test_the_command_line_says_a_taste_in_words(tastes, coin, tmp_path):
     ask = ["taste", "words", str(tastes / "red"), str(tmp_path), "--prompt", f"a {PROMPT}"]
     said = CliRunner().invoke(app, ask).output
     assert f"{colour} (background): +" in said and said.rstrip().endswith(f"a {PROMPT} on a {colour} background")
+    assert f"palate train taste-emoji-words reward.source.taste={tastes / 'red'} 'algorithm.context=[{colour}]'" in said
     said = CliRunner().invoke(app, ["taste", "words", str(tastes / "green"), str(tmp_path)]).output
     assert said.startswith(f"no word is worth 0.5 standard deviations; the best is {colour} with -")
     said = CliRunner().invoke(app, ["taste", "words", str(coin), str(tmp_path)]).output

@@ -15,7 +15,7 @@ from palate.taste.ask import next_pair, telling_pairs
 from palate.taste.features import COLOUR_COLUMNS, features_of
 from palate.taste.pictures import Choice, as_image
 from palate.taste.taste import load_objective, mixed
-from palate.taste.words import offered, word_gains
+from palate.taste.words import WordChoice, offered, unasked, word_gains
 
 G = torch.Generator().manual_seed(5)
 PICTURES = (torch.rand(60, 3, 8, 8, generator=G) * 0.5 + torch.rand(60, 3, 1, 1, generator=G) * 0.5).clamp(0, 1)
@@ -231,6 +231,9 @@ def test_a_word_that_the_taste_has_is_offered_and_put_into_a_prompt():
     assert with_words(text, [other]).split().count(other) == 1 and colour not in with_words(text, [other]).split()
     with pytest.raises(InputError, match="no word of style"):
         with_words(f"a {concept}", [vocab.concepts[1]])
+    assert with_words(text, [other, vocab.sizes[0]], replacing=False) == f"{vocab.sizes[0]} {text}"
+    choices = [WordChoice(style, "style", 2.0, 9), WordChoice(colour, "background", 1.0, 9)]
+    assert unasked(choices) == [colour] and unasked(choices[:1]) == []
 
 
 def test_the_next_pair_is_of_one_prompt_new_and_the_most_telling_of_its_candidates(taste):

@@ -12,12 +12,12 @@ from palate.evaluate import read_samples
 from palate.models.vocabulary import with_words
 from palate.recipe import load_reward
 from palate.runtime.errors import InputError
-from palate.runtime.files import write_atomically
+from palate.runtime.files import in_shell, write_atomically
 from palate.runtime.progress import printable
 from palate.taste.ask import telling_pairs
 from palate.taste.saved import source_of
 from palate.taste.taste import Taste, fit_taste
-from palate.taste.words import FEWEST, GAIN, offered, word_gains
+from palate.taste.words import FEWEST, GAIN, offered, unasked, word_gains
 
 
 def fit(votes: Path, out: Path, features: str, weights: str | None, blocks: str | None) -> None:
@@ -78,6 +78,9 @@ def words(folder: Path, pictures: Path, *, prompt: str, weights: str | None) -> 
     if not chosen:
         best = gains[0]
         print(f"no word is worth {GAIN} standard deviations; the best is {best.word} with {best.gain:+.2f}")
+    if source_of(folder) == "emoji" and (learnable := unasked(chosen)):
+        print(f"to learn that background where a prompt names none: palate train taste-emoji-words "
+              f"reward.source.taste={in_shell(folder)} {in_shell(f'algorithm.context=[{learnable[0]}]')}")  # fmt: skip
     if prompt:
         print(printable(with_words(prompt, [choice.word for choice in chosen])))
 

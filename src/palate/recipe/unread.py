@@ -61,6 +61,7 @@ TABLE: dict[str, tuple[Unread, ...]] = {
             "no algorithm.clip, algorithm.reference=frozen and algorithm.kl_old=0, without old weights",
         ),
     ),
+    "direct": (Unread(("context_steps",), lambda a, p: not a.context, "no algorithm.context"),),
     "ddpo": (Unread(("enough",), lambda a, p: a.history == 0, "algorithm.history=0"),),
     "leap_align": (
         Unread(("nested",), lambda a, p: a.leaps == 1, "algorithm.leaps=1"),
@@ -75,7 +76,10 @@ SECTIONS: dict[str, tuple[Unread, ...]] = {  # likewise, of the other sections
         Unread(("lora_rank", "lora_alpha", "lora_targets"), lambda a, p: a.weights == "full", "model.weights=full"),
     ),
     "trainer": (Unread(("ema_every",), lambda a, p: a.ema_decay == 0, "trainer.ema_decay=0"),),
-    "trainer.guard": (Unread(("rollbacks",), lambda a, p: a.action != "rollback", "no trainer.guard.action=rollback"),),
+    "trainer.guard": (
+        Unread(("rollbacks",), lambda a, p: a.action != "rollback", "no trainer.guard.action=rollback"),
+        Unread(("after",), lambda a, p: a.every == 0, "trainer.guard.every=0"),
+    ),
     "optimize": (
         Unread(("heads",), lambda a, p: a.surrogate != "bootstrap", "no optimize.surrogate=bootstrap"),
         Unread(("exploration",), lambda a, p: a.surrogate != "ucb", "no optimize.surrogate=ucb"),

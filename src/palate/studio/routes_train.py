@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 
 from fastapi import APIRouter, Form, Request
 from fastapi.responses import HTMLResponse, Response
 
+from palate.algorithms.direct import DirectSettings
 from palate.models.vocabulary import known_words, with_words
 from palate.runtime.errors import InputError
 from palate.studio.curves import curves_of
@@ -17,6 +19,7 @@ from palate.studio.steering import Draft, change, wanted_words
 from palate.studio.undo import adapter_now, go_back
 from palate.taste.card import START
 from palate.taste.exported import export_votes
+from palate.taste.words import unasked
 
 router = APIRouter()
 WAYS = {  # recipe -> what the person reads
@@ -42,7 +45,8 @@ def align(request: Request, run: str | None = None) -> HTMLResponse:
     studio = studio_of(request)
     summary = studio.voting.summary()
     return studio.render(request, "align.html", summary=summary, ways=WAYS, start=START, asked=bool(run),
-                         examples=_word_examples(studio), **_live(studio, studio.chosen(run)))  # fmt: skip
+                         learns=_unasked(studio), examples=_word_examples(studio),
+                         **_live(studio, studio.chosen(run)))  # fmt: skip
 
 
 def _live(studio: Studio, view: RunView | None) -> dict[str, object]:
@@ -89,7 +93,7 @@ def start(request: Request, way: str = Form("taste-emoji")) -> Response:
         raise InputError(studio.artist.problem or "the model is still loading; try again in a moment")
     if not taste["learnt"]:
         raise InputError(taste["verdict"])
-    name = studio.workspace.new_name("align")
+    name, made = studio.workspace.new_name("align"), way
     overrides = [] if way == "taste-emoji-dpo" else [f"reward.source.taste={quoted(studio.voting.learn_taste())}"]
     if way != "taste-emoji":
         pairs = studio.workspace.home / "pairs" / name
@@ -104,7 +108,10 @@ def start(request: Request, way: str = Form("taste-emoji")) -> Response:
         overrides.append(f"model.start={quoted(adapter_now(studio.workspace.run(source)))}")
         if _steered(studio, source):  # words may cost more than a taste: what they cost was asked for
             overrides.append("trainer.guard.base=start")
-    studio.processes.train(way, name, overrides)
+    if way == "taste-emoji" and (words := _unasked(studio)):
+        made = "taste-emoji-words"
+        overrides.append(f"algorithm.context={json.dumps(words)}")
+    studio.processes.train(made, name, overrides)
     return go_to("/align", request, run=name)
 
 
@@ -116,16 +123,27 @@ def _reads(prompt: str) -> bool:
         return False
 
 
+def _unasked(studio: Studio) -> list[str]:
+    """The words that the next alignment begins with: those of the taste, unless the model draws by them already."""
+    words = unasked(studio.voting.words())
+    earlier = (view.recipe.algorithm for view in _rounds(studio, studio.workspace.settings()["source"]))
+    known = next((list(a.context) for a in earlier if isinstance(a, DirectSettings) and a.context), [])
+    return [] if words == known else words
+
+
 def _steered(studio: Studio, run: str) -> bool:
     """Whether words, and not tastes alone, led from the plain model to that run's result."""
+    return any(view.recipe.reward.name != "taste" for view in _rounds(studio, run))
+
+
+def _rounds(studio: Studio, run: str) -> Iterator[RunView]:
+    """The run, the one whose result it began with, and so on back to the plain model; none for ""."""
     seen: set[str] = set()
     while run and run not in seen:
         seen.add(run)
         view = studio.view(run)
-        if view.recipe.reward.name != "taste":
-            return True
+        yield view
         run = view.began_with if view.began_with in studio.workspace.names() else ""
-    return False
 
 
 @router.post("/runs/{run}/stop")
