@@ -96,12 +96,10 @@ def test_a_start_outside_the_limits_is_refused_before_a_step():
     assert guard.decide(10, {"concept": 0.92}).broken, "the start's .94 is not what counts"
 
 
-def test_a_guard_looks_from_the_step_on_that_it_is_given(tmp_path):
+@pytest.mark.parametrize(("after", "measured", "looked"), [(3, [1, 1, 1], [0, 3, 4]), (2, [1, 0.2], [0, 2])])
+def test_a_guard_looks_from_the_step_on_that_it_is_given(tmp_path, after, measured, looked):
     """Before it every picture may be broken; the limits hold at the first look."""
-    for after, reason in ((3, "finished"), (2, "guard: concept fell from 1 ")):
-        shares = iter([1.0, 0.2, 1.0, 1.0] if after == 2 else [1.0, 1.0, 1.0])
-        guard = GuardSettings(every=1, after=after, prompts=4, concept_drop=0.1)
-        _, outcome = run(tmp_path / str(after), check=lambda *_: {"concept": next(shares)}, guard=guard, steps=4,
-                         preview_every=0)  # fmt: skip
-        looked = [row["step"] for row in rows(tmp_path / str(after)) if row.get("event") == "guard"]
-        assert outcome.reason.startswith(reason) and looked == ([0, 3, 4] if after == 3 else [0, 2])
+    guard, shares = GuardSettings(every=1, after=after, prompts=4, concept_drop=0.1), iter(measured)
+    _, outcome = run(tmp_path, check=lambda *_: {"concept": next(shares)}, guard=guard, steps=4, preview_every=0)
+    assert [row["step"] for row in rows(tmp_path) if row.get("event") == "guard"] == looked
+    assert outcome.reason.startswith("finished" if looked[-1] == 4 else "guard: concept fell from 1 ")
