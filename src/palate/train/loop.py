@@ -209,9 +209,9 @@ class Run:
         """Find now what would end the run later: unknown words, a reward of the wrong shape, a full disk."""
         s, job = self.settings, self.job
         used = self.batches.used_prompts(s.steps)
-        asks = isinstance(job.algorithm, AsksOtherPrompts)
-        other = job.algorithm.other_prompts(job.model, used) if asks else []
-        encode_all(job.model, [*used, *other], job.preview if s.preview_every or s.guard.every else [])
+        preview = job.preview if s.preview_every or s.guard.every else []
+        other = job.algorithm.other_prompts(job.model, used) if isinstance(job.algorithm, AsksOtherPrompts) else []
+        encode_all(job.model, [*used, *other], preview)
         job.check_sizes()
         with torch.no_grad():
             self.reward = check_reward(job.reward, noise_images(job.model, s.seed, 2), [used[0], used[-1]])
