@@ -139,12 +139,13 @@ def told_of(word):
 
 def test_the_context_is_learnt_by_the_distance_to_what_the_reference_draws_with_the_words():
     """Of N(mu, s^2) the evaluation's x0 moves with mu by f = sigma^2 / (alpha^2 s^2 + sigma^2), and with the trained
-    velocity by -sigma / (alpha + sigma) = -sigma."""
+    velocity, here .1, by -sigma / (alpha + sigma) = -sigma: the reference's does not."""
     model, s = told_of("dark. cat"), 0.6
+    model.parameters()[0].data.fill_(0.1)
     settings = DirectSettings(generator=GENERATOR, context=("dark",), context_steps=4)
     (grad,), loss = run(Direct(settings), model=model, reward=never, step=4)
     alpha, sigma = 0.3, 0.7
-    apart = sigma**2 / (alpha**2 * s**2 + sigma**2) * (0.2 - 0.9)
+    apart = sigma**2 / (alpha**2 * s**2 + sigma**2) * (0.2 - 0.9) - 0.1 * sigma
     assert float(loss.value.detach()) == pytest.approx(apart**2, rel=1e-12)
     assert torch.allclose(grad, torch.full_like(grad, -2 * sigma * apart / grad.numel()), rtol=0, atol=1e-12)
     assert float(loss.metrics["context_distance"]) == pytest.approx(apart**2, rel=1e-12)

@@ -12,14 +12,17 @@ from palate.core import used_prompts
 LONG = 300
 
 
-def recipe_of(home, **trainer):
+SRPO = "{name: srpo, rollout_steps: 1, shift: 1.0, preference: absolute}"
+
+
+def recipe_of(home, algorithm=SRPO, **trainer):
     (home / "prompts.txt").write_text("".join(f"a dog {i}\n" for i in range(LONG)))
     settings = {"name": "sdxl", "folder": str(saved("sdxl")[0]), "lora_rank": 4, "dtype": "float32", "device": "cpu",
                 "image_size": SIZE, "text_cache": str(home / "text"), **FAMILIES["sdxl"].load}  # fmt: skip
     return recipe.parse(
         "run: {folder: x}\n"
         f"model: {settings}\n"
-        "algorithm: {name: srpo, rollout_steps: 1, shift: 1.0, preference: absolute}\n"
+        f"algorithm: {algorithm}\n"
         "reward: {name: brightness}\n"
         f"prompts: {{file: '{home / 'prompts.txt'}'}}\n"
         f"trainer: { {'guard': {'every': 0}, **trainer} }\n"
@@ -41,3 +44,12 @@ def test_of_a_long_list_the_prompts_of_the_run_are_embedded(tmp_path, monkeypatc
     assert set(read) == used and len(used) <= steps * batch + len(parts.preview_prompts) < LONG
     stored = list((tmp_path / "text").rglob("*.safetensors"))
     assert 0 < len(stored) <= len(used) + 1  # and the empty one
+
+
+def test_what_an_algorithm_asks_besides_is_embedded_too(tmp_path, monkeypatch):
+    made, read = recipe_of(tmp_path, "{name: direct, context: [dark]}", steps=1, batch_size=2), []
+    kind = type(recipe.build_model(made))
+    monkeypatch.setattr(kind, "cache_prompts", lambda self, prompts: read.extend(prompts))
+    parts = recipe.build(made)
+    used = used_prompts(parts.prompts, made.trainer.seed, 2)
+    assert {f"dark. {prompt}" for prompt in used} == set(read) - set(used) - set(parts.preview_prompts)

@@ -143,6 +143,14 @@ def test_the_command_line_says_a_taste_in_words(tastes, coin, tmp_path):
     assert said.startswith("The words are a guess, because this taste is not learnt yet")
 
 
+def test_a_guard_that_waits_for_words_asks_for_them(tastes):
+    """Else the reward would be followed unwatched for as long."""
+    given = [f"reward.source.taste={tastes / 'red'}"]
+    with pytest.raises(InputError, match=r"algorithm\.context: name what the 60 updates .* train taste-emoji"):
+        recipe.build(recipe.read("taste-emoji-words", given))
+    assert recipe.build(recipe.read("taste-emoji-words", [*given, "algorithm.context=[red]"])).algorithm
+
+
 def test_every_recipe_for_rounds_is_guarded_against_the_model_that_they_began_with():
     for name in recipe.published():
         if name.startswith(("taste-", "direct-")):

@@ -67,6 +67,17 @@ class SharesRollouts(Protocol):
         """Updates that a rollout serves."""
 
 
+@runtime_checkable
+class LearnsContext(Protocol):
+    """Settings of an algorithm whose first updates teach what words would draw."""
+
+    @property
+    def context(self) -> Sequence[str]: ...
+
+    @property
+    def context_steps(self) -> int: ...
+
+
 def build(recipe: Recipe, *, before_model: Callable[[], None] = lambda: None) -> Parts:
     """Load everything the recipe names. `before_model` is called once all that is small has been checked and loaded."""
     if (lr := recipe.trainer.lr) >= LARGE_LR:
@@ -80,6 +91,7 @@ def build(recipe: Recipe, *, before_model: Callable[[], None] = lambda: None) ->
     check_folder(recipe)
     check_start(recipe)
     check_taste(recipe.reward)
+    check_context(recipe)
     with torch.random.fork_rng(devices=[]):  # first, for its missing files; the LoRA's first weights do not see it
         reward, tower = reward_and_tower(recipe.reward)
         if isinstance(recipe.algorithm, AsksBlackBox) and recipe.algorithm.head_queries:
@@ -101,6 +113,16 @@ def build(recipe: Recipe, *, before_model: Callable[[], None] = lambda: None) ->
     elif pictures and pictures.files:
         latents = latents_of(model, pictures, recipe.algorithm)
     return Parts(model, algorithm, reward, list(prompts), preview, latents, tower, buckets)
+
+
+def check_context(recipe: Recipe) -> None:
+    """InputError: the guard waits for a context to be learnt, and none is named."""
+    algorithm, after = recipe.algorithm, recipe.trainer.guard.after
+    if isinstance(algorithm, LearnsContext) and not algorithm.context and after >= algorithm.context_steps:
+        raise InputError(
+            f"algorithm.context: name what the {after} updates before the guard's first look teach, as [black] "
+            "(palate taste words TASTE SAMPLES says which background a taste likes); without any, train taste-emoji"
+        )
 
 
 def sampler_of(algorithm: Algorithm) -> Sampler | None:
