@@ -277,6 +277,15 @@ def test_names_in_a_latex_table_are_shown_as_they_are():
     assert r"a\_b\textbackslash{}c\textasciicircum{}2 \textasciitilde{}" in text
 
 
+def test_numbers_in_a_latex_table_are_mathematics():
+    """A minus and not a hyphen, powers of ten and not an e."""
+    cells = {"a": compare_table.Cell(-0.25, None, 1), "b": compare_table.Cell(7.4031e-5, 12345678.0, 2)}
+    text = compare_table.as_text(
+        "latex", ["a", "b"], ["reward/emoji"], {name: {"reward/emoji": cell} for name, cell in cells.items()}
+    )
+    assert r" & $-0.250$ & $7.403 \times 10^{-5} \pm 1.235 \times 10^{7}$ \\" in text
+
+
 def test_what_exact_oracles_measure_takes_no_settings_of_drawing(seeds):
     with pytest.raises(InputError, match=r"--tasks draws as the model does.*sample\.guidance=3"):
         cli.app(["evaluate", str(seeds[0]), "--tasks", "sample.guidance=3"], standalone_mode=False)

@@ -141,14 +141,20 @@ def as_text(form: str, groups: Sequence[str], keys: Sequence[str], cells: dict[s
 def _spelled(cell: Cell | None, form: str) -> str:
     if cell is None:
         return ""
-    mean = _rounded(cell.mean)
-    if cell.std is None:
-        return mean
-    return f"${mean} \\pm {_rounded(cell.std)}$" if form == "latex" else f"{mean} ± {_rounded(cell.std)}"
+    numbers = [value for value in (cell.mean, cell.std) if value is not None]
+    if form != "latex":
+        return " ± ".join(map(_rounded, numbers))
+    return "$" + " \\pm ".join(map(_in_powers, map(_rounded, numbers))) + "$"
 
 
 def _rounded(value: float) -> str:
     return f"{value:.4g}" if abs(value) >= 1000 or (value and abs(value) < 5e-4) else f"{value:.3f}"
+
+
+def _in_powers(number: str) -> str:
+    """7.4e-05 as mathematics writes it."""
+    digits, _, exponent = number.partition("e")
+    return f"{digits} \\times 10^{{{int(exponent)}}}" if exponent else digits
 
 
 def _markdown(groups: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
