@@ -284,7 +284,7 @@ class Bench:
         assert voter.posterior is not None
         z = self.scaling(torch.from_numpy(pool.raw)).numpy()
         std = self.scaling.std(torch.from_numpy(voter.posterior.mean))
-        return offered(word_gains(z @ voter.posterior.mean, pool.hidden, std))
+        return offered(word_gains(z, pool.hidden, voter.posterior, std))
 
     def align(self, model: Any, objective: TasteReward, seed: int, context: Sequence[str]) -> str:
         """One round of training as the recipe has it, with the guard; why it ended. context: words to be learnt."""
@@ -384,10 +384,10 @@ def align_row(name: str, seed: int, rounds: int, votes: int, concepts: int, quic
         found = voter.held_out()
         about_ = {"person": name, "seed": seed, "round": number, "votes": len(voter.y), "held_out": found["accuracy"],
                   "low": found["low"], "offered": learnt(found)}  # fmt: skip
-        words = unasked(here.words(voter, pool))  # as the studio does: of what the model in use draws
+        words = unasked(here.words(voter, pool), known)  # as the studio does: of what the model in use draws
         objective = reward_of(voter, here.features, here.reward, here.plan.reward.taste.absolute)
         began = time.process_time()
-        ended = here.align(model, objective, seed, words if words != known else [])
+        ended = here.align(model, objective, seed, words)
         known = words or known
         seconds = time.process_time() - began
         images = here.pictures(model, here.prompts)
