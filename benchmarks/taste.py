@@ -279,12 +279,12 @@ class Bench:
     ) -> Tensor:
         return generate(model, prompts, seeds, weights=weights, sampler=self.sampler)
 
-    def words(self, voter: Voter) -> list[WordChoice]:
-        """The words that the taste picks on the pictures of the unaligned generator."""
+    def words(self, voter: Voter, pool: Pool) -> list[WordChoice]:
+        """The words that the taste picks on a pool's pictures."""
         assert voter.posterior is not None
-        z = self.scaling(torch.from_numpy(self.first.raw)).numpy()
+        z = self.scaling(torch.from_numpy(pool.raw)).numpy()
         std = self.scaling.std(torch.from_numpy(voter.posterior.mean))
-        return offered(word_gains(z @ voter.posterior.mean, self.first.hidden, std))
+        return offered(word_gains(z, pool.hidden, voter.posterior, std))
 
     def align(self, model: Any, objective: TasteReward, seed: int, context: Sequence[str]) -> str:
         """One round of training as the recipe has it, with the guard; why it ended. context: words to be learnt."""
@@ -303,7 +303,7 @@ class Bench:
         with torch.no_grad():
             scores = torch.stack([objective(images, self.shown) for images in self.candidates])
         best = self.candidates[scores.argmax(0), torch.arange(len(self.shown))]
-        words = [choice.word for choice in self.words(voter)]
+        words = [choice.word for choice in self.words(voter, self.first)]
         named = [
             with_words(prompt, words) if parse_prompt(prompt).background is None else prompt for prompt in self.prompts
         ]
@@ -384,10 +384,10 @@ def align_row(name: str, seed: int, rounds: int, votes: int, concepts: int, quic
         found = voter.held_out()
         about_ = {"person": name, "seed": seed, "round": number, "votes": len(voter.y), "held_out": found["accuracy"],
                   "low": found["low"], "offered": learnt(found)}  # fmt: skip
-        words = unasked(here.words(voter))
+        words = unasked(here.words(voter, pool), known)  # as the studio does: of what the model in use draws
         objective = reward_of(voter, here.features, here.reward, here.plan.reward.taste.absolute)
         began = time.process_time()
-        ended = here.align(model, objective, seed, words if words != known else [])
+        ended = here.align(model, objective, seed, words)
         known = words or known
         seconds = time.process_time() - began
         images = here.pictures(model, here.prompts)

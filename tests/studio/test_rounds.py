@@ -215,6 +215,8 @@ def test_a_round_begins_with_the_background_that_the_taste_likes_unless_the_mode
     assert "will have a" not in client.get("/align").text
     offered[1] = WordChoice("white", "background", 1.5, 9)
     assert started() == ("taste-emoji-words", ['algorithm.context=["white"]'])
+    offered[1] = WordChoice("white", "background", 1.5, 9, error=1.1)  # not clearly better than the black
+    assert started() == ("taste-emoji", [])
     del offered[1]
     assert started() == ("taste-emoji", [])
 

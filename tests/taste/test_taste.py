@@ -13,6 +13,7 @@ from palate.rewards.combine import score_pair
 from palate.runtime.errors import InputError
 from palate.taste.ask import next_pair, telling_pairs
 from palate.taste.features import COLOUR_COLUMNS, features_of
+from palate.taste.learner import Posterior
 from palate.taste.pictures import Choice, as_image
 from palate.taste.taste import load_objective, mixed
 from palate.taste.words import WordChoice, offered, unasked, word_gains
@@ -220,9 +221,11 @@ def test_a_word_that_the_taste_has_is_offered_and_put_into_a_prompt():
     colour, style = next(iter(vocab.colours)), vocab.styles[0]
     concept = vocab.concepts[0]
     prompts = [concept] * 6 + [f"{concept} on a {colour} background"] * 6 + [f"{style} {concept}"] * 2
-    utilities = np.array([0.0] * 6 + [2.0] * 6 + [0.0] * 2)
-    gains = word_gains(utilities, prompts, 1.0)
-    assert [(g.word, g.kind, g.gain, g.pictures) for g in gains] == [(colour, "background", 2.0, 6)]
+    z = np.array([[0.0, 1.0]] * 6 + [[2.0, 4.0]] * 6 + [[0.0, 1.0]] * 2)
+    posterior = Posterior(np.array([2.0, 0.0]), np.diag([0.25, 1.0]), 1.0, 0.0, np.zeros(0))
+    (best,) = gains = word_gains(z, prompts, posterior, 2.0)
+    assert best[:4] == (colour, "background", pytest.approx(2.0), 6)
+    assert best.error == pytest.approx((2.0**2 * 0.25 + 3.0**2) ** 0.5 / 2)
     assert all(g.word != style for g in gains)  # two pictures are too few
     assert [w.word for w in offered(gains)] == [colour]
     text = with_words(f"a {concept}", [f"{colour} background", style])
@@ -234,6 +237,9 @@ def test_a_word_that_the_taste_has_is_offered_and_put_into_a_prompt():
     assert with_words(text, [other, vocab.sizes[0]], replacing=False) == f"{vocab.sizes[0]} {text}"
     choices = [WordChoice(style, "style", 2.0, 9), WordChoice(colour, "background", 1.0, 9)]
     assert unasked(choices) == [colour] and unasked(choices[:1]) == []
+    assert unasked(choices, [colour]) == [] and unasked(choices, [other]) == [colour]
+    doubtful = WordChoice(colour, "background", 1.0, 9, error=0.6)  # .4 with a standard deviation less
+    assert unasked([doubtful]) == [colour] and unasked([doubtful], [other]) == []
 
 
 def test_the_next_pair_is_of_one_prompt_new_and_the_most_telling_of_its_candidates(taste):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from palate.core import Reward
 from palate.evaluate import read_samples
@@ -63,7 +64,8 @@ def words(folder: Path, pictures: Path, *, prompt: str, weights: str | None) -> 
     found = _load(folder, weights)
     images, rows = read_samples(pictures)
     prompts = [row["prompt"] for row in rows]
-    gains = word_gains(found.utility(images, prompts).double().numpy(), prompts, 1.0)
+    std = found.scaling.std(torch.from_numpy(found.posterior.mean))
+    gains = word_gains(found.rows(images, prompts), prompts, found.posterior, std)
     if not gains:
         raise InputError(
             f"{pictures}: words are told from at least {FEWEST} pictures of plain prompts and {FEWEST} of prompts "

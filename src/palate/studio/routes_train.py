@@ -125,10 +125,9 @@ def _reads(prompt: str) -> bool:
 
 def _unasked(studio: Studio) -> list[str]:
     """The words that the next alignment begins with: those of the taste, unless the model draws by them already."""
-    words = unasked(studio.voting.words())
     earlier = (view.recipe.algorithm for view in _rounds(studio, studio.workspace.settings()["source"]))
     known = next((list(a.context) for a in earlier if isinstance(a, DirectSettings) and a.context), [])
-    return [] if words == known else words
+    return unasked(studio.voting.words(), known)
 
 
 def _steered(studio: Studio, run: str) -> bool:

@@ -205,7 +205,7 @@ class Voting:
         place = {vote.id: i for i, vote in enumerate(votes)}
         repeats = [(place[v.repeat_of], i) for i, v in enumerate(votes) if v.repeat_of in place]
         std = scaling.std(torch.from_numpy(posterior.mean))
-        gains = word_gains(utilities, [drawn.picture.prompt for drawn in rows], std)
+        gains = word_gains(z, [drawn.picture.prompt for drawn in rows], posterior, std)
         return card | {
             "offered": offered(gains), "gone": len(self.votes()) - len(votes), "older": self._of_another_model(votes),
             "repeats": cards.agreement([float(v) for v in y], repeats),

@@ -14,36 +14,39 @@ import numpy as np
 
 from palate.models.vocabulary import Caption, parse_prompt, vocabulary, with_words
 from palate.runtime.errors import InputError
-from palate.taste.learner import Array
+from palate.taste.learner import Array, Posterior
 
 GAIN = 0.5  # standard deviations above plain prompts from which a word is offered
 FEWEST = 3  # pictures of a word before its mean counts
 
 
 class WordChoice(NamedTuple):
-    """A word that a taste prefers, and how sure it is."""
+    """A word that a taste prefers, and how sure that is."""
 
     word: str
     kind: str  # style, background, size
     gain: float  # of the taste over plain prompts, in standard deviations of the pool
     pictures: int
+    error: float = 0.0  # of the gain: a standard deviation of what the votes leave open
 
 
-def word_gains(utilities: Array, prompts: Sequence[str], std: float) -> list[WordChoice]:
-    """What each word adds to the taste's mean: pictures whose prompts name it against those that name no such word.
+def word_gains(z: Array, prompts: Sequence[str], posterior: Posterior, std: float) -> list[WordChoice]:
+    """What each word adds to the taste: pictures whose prompts name it against those that name no such word.
 
-    utilities (N,) w'z of pictures drawn for `prompts`; best first. Words with fewer than FEWEST pictures are left out.
+    z (N, D) standardised features of pictures drawn for `prompts`, std the taste's standard deviation; best first.
+    Words with fewer than FEWEST pictures are left out.
     """
     captions = [_caption(prompt)._asdict() for prompt in prompts]
     found = []
     vocab = vocabulary()
     for kind, words in (("style", vocab.styles), ("background", list(vocab.colours)), ("size", vocab.sizes)):
         named = np.array([caption[kind] or "" for caption in captions])
-        plain = utilities[named == ""]
+        plain = z[named == ""]
         for word in words:
-            own = utilities[named == word]
+            own = z[named == word]
             if len(own) >= FEWEST and len(plain) >= FEWEST:
-                found.append(WordChoice(word, kind, float(own.mean() - plain.mean()) / std, len(own)))
+                mean, variance = posterior.difference(own.mean(0)[None] - plain.mean(0))
+                found.append(WordChoice(word, kind, float(mean[0]) / std, len(own), float(variance[0]) ** 0.5 / std))
     return sorted(found, key=lambda choice: -choice.gain)
 
 
@@ -56,12 +59,15 @@ def offered(gains: Sequence[WordChoice], count: int = 3) -> list[WordChoice]:
     return list(best.values())[:count]
 
 
-def unasked(choices: Sequence[WordChoice]) -> list[str]:
-    """Of the offered words those that a generator may learn to draw by without being told (`direct`'s context).
+def unasked(choices: Sequence[WordChoice], known: Sequence[str] = ()) -> list[str]:
+    """Of the offered words those that a generator is to learn to draw by without being told (`direct`'s context).
 
     Backgrounds alone: a style or a size draws the thing anew, which costs concepts, and the reward finds them too.
+    known: what it draws by already, which gives way only to a clearly better background, one whose gain less one
+    standard deviation is still worth offering: most pictures that were chosen among have the known one.
     """
-    return [choice.word for choice in choices if choice.kind == "background"]
+    new = [choice for choice in choices if choice.kind == "background" and choice.word not in known]
+    return [choice.word for choice in new if not known or choice.gain - choice.error > GAIN]
 
 
 def hidden_prompt(prompt: str, rng: np.random.Generator) -> str:
