@@ -71,21 +71,28 @@ def test_what_words_cost_is_not_held_against_a_taste_that_goes_on_from_there(stu
 def test_the_guard_says_that_it_counts_over_all_rounds_and_when_nothing_is_left_to_give(studio):
     _, found = studio
     first, second = a_run(found, "a", "taste-emoji"), a_run(found, "b", "taste-emoji", "a")
-    row = {"step": 10, "event": "guard", "verdict": "concept fell from 0.99 to 0.94, more than 0.04", "action": "stop"}
+    base = {"step": 0, "event": "guard", "verdict": "base", "concept": 0.99, "diversity": 0.4}
+    row = {"step": 10, "event": "guard", "verdict": "concept fell from 0.99 to 0.94, more than 0.04", "action": "stop",
+           "concept": 0.94, "diversity": 0.04, "variety": 0.5}  # fmt: skip
 
     def said(view, best):
         return RunView(
-            view.name, view.folder, "finished", "", view.recipe, [row | {"best_step": best}], []
+            view.name, view.folder, "finished", "", view.recipe, [base, row | {"best_step": best}], []
         ).guard_sentence()
 
-    assert "over all rounds" not in said(first, 0) and "and changed nothing." in said(first, 0)
-    assert "over all rounds (concept fell" in said(second, 0)
+    assert said(first, 0).startswith(
+        "The guard at step 10: too much was lost of pictures that show the right thing (94 of 100 now, 99 before). "
+    )
+    assert "and changed nothing." in said(first, 0)
+    assert said(second, 0).startswith("The guard at step 10 over all rounds: too much")
     assert said(second, 0).endswith("More rounds of this taste would cost more than they give.")
     assert said(second, 20).endswith("The run ended there; its result is step 20.")
     row["verdict"] = "concept fell from 1 to 0.9, more than 0.03; diversity fell from 1 to 0.1, below 0.85 of it"
-    assert "lost of pictures that show the right thing and of variety (concept fell" in said(first, 20)
+    assert "thing (94 of 100 now, 99 before) and of variety (10 % is left)." in said(first, 20)
+    row["verdict"] = "variety is 0.5 of the base's, below 0.6; heldout fell from 0.9 to 0.7, more than 0.1"
+    assert "of variety (50 % is left) and of the fit to the prompt, as a second judge sees it." in said(first, 20)
     row["verdict"] = "drift is 1.2 of the base's spread, more than 1"
-    assert "the pictures changed more than they may (drift is 1.2" in said(first, 20)
+    assert "step 10: the pictures changed more than they may." in said(first, 20)
 
 
 def test_the_pictures_to_choose_among_are_those_of_any_round_or_of_the_model_as_it_came(studio):

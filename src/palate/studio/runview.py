@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,20 @@ LOST = {  # figure of the guard -> what a person lost when it broke its limit
     "variety": "variety",
 }
 RECENT = 10  # steps whose time tells how long the rest takes
+
+
+def _left(key: str, row: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+    """What is left of a figure of the guard, in brackets; "" where it has no unit that says anything."""
+    now, base = row.get(key), before.get(key)
+    if not isinstance(now, (int, float)):  # not measured, or not a number, which a log holds as a word
+        return ""
+    if key in ("fit", "variety"):  # ratios already
+        return f" ({100 * now:.0f} % is left)"
+    if not isinstance(base, (int, float)):
+        return ""
+    if key in ("concept", "background"):
+        return f" ({100 * now:.0f} of 100 now, {100 * base:.0f} before)"
+    return f" ({100 * now / base:.0f} % is left)" if key == "diversity" and base else ""
 
 
 @dataclass(frozen=True)
@@ -164,10 +179,15 @@ class RunView:
                 " More rounds of this taste would cost more than they give." if self.began_with else ""
             )
         broken = [part.partition(" ")[0] for part in last["verdict"].split("; ")]
-        lost = list(dict.fromkeys(LOST[key] for key in broken if key in LOST))
-        what = f"too much was lost of {' and of '.join(lost)}" if lost else "the pictures changed more than they may"
+        base: dict[str, Any] = next((row for row in rows if row["verdict"] == "base"), {})
+        lost = {LOST[key]: LOST[key] + _left(key, last, base) for key in broken if key in LOST}
+        what = (
+            f"too much was lost of {' and of '.join(lost.values())}"
+            if lost
+            else ("the pictures changed more than they may")
+        )
         since = " over all rounds" if self.began_with and self.recipe.trainer.guard.base == "reference" else ""
-        return f"The guard at step {last['step']}: {what}{since} ({last['verdict']}).{back}"
+        return f"The guard at step {last['step']}{since}: {what}.{back}"
 
     def prompts(self) -> list[str]:
         return [row["prompt"] for row in self.pictures(self.previews[0])] if self.previews else []
