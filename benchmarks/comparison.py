@@ -239,6 +239,12 @@ def best_kept(points: Points, task: str) -> int:
     return max(kept, key=lambda i: mean(points[i], "heldout"))
 
 
+def how_ended(found: dict[str, Any]) -> str:
+    """As the row says, but "never rose" of a run that stopped with no look above its start."""
+    rose = best_kept(found["points"], found["task"]) > 0
+    return "never rose" if found["ended"] == "saturated" and not rose else str(found["ended"])
+
+
 def crossed(values: np.ndarray) -> tuple[float, float, float]:
     """Mean of values (seeds, prompts) and its 95 % interval over both, for seeds and prompts that were not tried.
 
@@ -300,6 +306,7 @@ def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
         told = {}
         for method, own in runs.items():
             ends = [r["points"][best_kept(r["points"], task)] for r in own]
+            why = [how_ended(r) for r in own]
             last = [r["points"][-1] for r in own]
             told[method] = {
                 "seeds": len(own),
@@ -310,7 +317,7 @@ def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 "to_best": {key: float(np.mean([end[key] for end in ends]))
                             for key in ("forwards", "differentiated", "scored", "processor_seconds")},
                 "spent": float(np.mean([end["forwards"] for end in last])),
-                "ended": {why: sum(r["ended"] == why for r in own) for why in dict.fromkeys(r["ended"] for r in own)},
+                "ended": {reason: why.count(reason) for reason in dict.fromkeys(why)},
             }  # fmt: skip
         leader = max(told, key=lambda method: told[method]["goal"][0])
         for method, own in runs.items():

@@ -115,6 +115,8 @@ def test_the_summary_pairs_seeds_and_names_what_it_cost(tmp_path):
     assert found["leader"] == "SRPO" and found["methods"]["SRPO"]["goal"] == pytest.approx((0.5, 0.5, 0.5))
     assert found["methods"]["DDPO"]["less than SRPO"] == pytest.approx((0.3, 0.3, 0.3))
     assert found["methods"]["DDPO"]["ended"] == {"saturated": 2}
+    flat = [row("DDPO", 0, rise, ended=why) for rise, why in ((0.0, "saturated"), (0.0, "budget"), (0.1, "saturated"))]
+    assert [comparison.how_ended(run) for run in flat] == ["never rose", "budget", "saturated"]
     text = comparison.table({"style": found})
     assert "| SRPO | 3 | +0.500 (+0.500 to +0.500) |  | +0.00" in text and "| 500 (25%) | 50 | 10 | 3 budget" in text
     rows.keep_tuned(tmp_path, {"style: SRPO": comparison.first_rate("SRPO") * 4})
