@@ -21,7 +21,16 @@ from palate.taste.card import (
     unseen_pairs,
     verdict,
 )
-from palate.taste.learner import PRIORS, Posterior, entropy, fit, leave_one_out, logistic, rater_qualities
+from palate.taste.learner import (
+    PRIORS,
+    Posterior,
+    entropy,
+    fit,
+    leave_one_out,
+    logistic,
+    pair_of_votes,
+    rater_qualities,
+)
 from palate.taste.taste import learn
 
 
@@ -258,6 +267,28 @@ def test_one_taste_is_learnt_and_two_in_one_or_none_are_not():
     assert sum(map(learnt, cards["one"])) >= 16
     assert sum(map(learnt, others)) <= 17
     assert sum(card["accuracy"] > 0.6 for card in others) >= 18  # the accuracy alone would let these pass
+
+
+@pytest.mark.parametrize(("pairs", "each"), [(5, 8), (20, 2), (13, 3)])
+def test_votes_that_agree_about_a_pair_do_not_predict_each_other(pairs, each):
+    """A coin for each pair, on which all its votes agree, with the sides exchanged or not: a vote that is left out is
+    not foretold by the others of its pair, and they count as one pair."""
+    cards = []
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        z = rng.normal(size=(200, 24))
+        i, j = rng.permutation(200)[: 2 * pairs].reshape(2, pairs)
+        side = rng.choice([1.0, -1.0], size=pairs * each)
+        d, y = np.repeat(z[i] - z[j], each, 0) * side[:, None], np.repeat(rng.integers(0, 2, pairs), each)
+        order = rng.permutation(len(y))
+        d, y = d[order], np.where(side > 0, y, 1 - y)[order].astype(float)
+        assert len(np.unique(pair_of_votes(d))) == pairs and pair_of_votes(d)[0] == 0
+        columns, unseen = [str(k) for k in range(24)], unseen_pairs(z, [str(k % 10) for k in range(200)])
+        cards.append(learn(d, y, [""] * len(y), z, columns, unseen)[1])
+    assert {card["pairs"] for card in cards} == {pairs}
+    assert np.mean([card["accuracy"] for card in cards]) < 0.75  # of pairs that were seen it is 1
+    assert min(card["high"] - card["low"] for card in cards) > 0.8 / pairs**0.5
+    assert sum(map(learnt, cards)) <= 2
 
 
 def test_somebody_who_always_says_left_has_no_taste():

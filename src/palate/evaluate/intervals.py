@@ -9,7 +9,7 @@ from statistics import NormalDist
 HALVINGS = 60  # of the search for a bound: past the precision of a double
 
 
-def wilson(successes: float, n: int, level: float = 0.95) -> tuple[float, float]:
+def wilson(successes: float, n: float, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval (1927) of a share successes / n, inside [0, 1] for any n > 0."""
     z = NormalDist().inv_cdf((1 + level) / 2)
     share, shrink = successes / n, 1 + z * z / n

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from palate.evaluate.intervals import wilson
+from palate.evaluate.intervals import design_effect, wilson
 from palate.taste.learner import Array, Posterior
 
 START, GOOD = 20, 40  # votes after which a first taste is shown, and after which one is worth aligning to
@@ -22,16 +22,18 @@ AGREEMENT, REPEATS = 0.60, 5  # below this share, of at least so many pairs aske
 BINS = 10  # of the calibration error
 
 
-def accuracy(probabilities: Array, outcomes: Array) -> dict[str, Any]:
+def accuracy(probabilities: Array, outcomes: Array, pairs: Array | None = None) -> dict[str, Any]:
     """How often held-out choices were predicted: {"accuracy", "low", "high", "of"}. Ties predict nothing and are left
-    out; a prediction of exactly one half counts as half right. None where there is no choice."""
+    out; a prediction of exactly one half counts as half right. None where there is no choice. `pairs` (n,): which pair
+    each vote is about; several votes on one make the interval no narrower than they tell more."""
     decided = outcomes != 0.5
     p, y = probabilities[decided], outcomes[decided]
     if not len(y):
         return {"accuracy": None, "low": None, "high": None, "of": 0}
-    right = float(np.where(p == 0.5, 0.5, (p > 0.5) == (y > 0.5)).sum())
-    low, high = wilson(right, len(y))
-    return {"accuracy": right / len(y), "low": low, "high": high, "of": len(y)}
+    right = np.where(p == 0.5, 0.5, (p > 0.5) == (y > 0.5))
+    count = len(y) / (1.0 if pairs is None else design_effect(right.tolist(), pairs[decided].tolist()))
+    low, high = wilson(float(right.mean()) * count, count)
+    return {"accuracy": float(right.mean()), "low": low, "high": high, "of": len(y)}
 
 
 def learnt(card: Mapping[str, Any]) -> bool:
@@ -83,9 +85,10 @@ def unseen_pairs(z: Array, groups: Sequence[str], voted: int = 0) -> Array:
 def over_chance(card: Mapping[str, Any]) -> float:
     """Log evidence of the taste over that of answers without one, in nats: the logarithm of their Bayes factor.
 
-    Answers without a taste are tosses of a fair coin, or of one that favours a side if that explains them better.
+    Answers without a taste are tosses of a fair coin, or of one that favours a side if that explains them better. A
+    pair counts once, however many votes it has: those agree about one pair, and not about what pairs have in common.
     """
-    coin = -int(card["votes"]) * math.log(2)
+    coin = -int(card.get("pairs", card["votes"])) * math.log(2)
     return float(card["log_evidence"]) - max(coin, float(card.get("log_evidence_of_sides", coin)))
 
 

@@ -178,17 +178,34 @@ def _solve(factor: Array, b: Array) -> Array:
     return np.linalg.solve(factor.T, np.linalg.solve(factor, b))
 
 
-def leave_one_out(differences: Array, outcomes: Array, weights: Array | None = None, **options: object) -> Array:
-    """P(left is better) of each vote, (n,), by the posterior of all other votes: exact refits at the prior chosen on
-    all of them. Of more than MANY votes those of one of MANY parts are left out together. The side's constant is not
-    part of the prediction: it says nothing about the pictures."""
+def pair_of_votes(differences: Array) -> Array:
+    """Which pair each vote is about, (n,), 0 the first: votes on the same two pictures have the same differences
+    (n, D), or the opposite ones where the sides were exchanged."""
+    d = np.asarray(differences, np.float64)
+    if not d.size:
+        return np.arange(len(d))
+    leading = np.take_along_axis(d, (d != 0).argmax(1)[:, None], 1)
+    _, begins, pairs = np.unique(np.where(leading < 0, -d, d) + 0.0, axis=0, return_index=True, return_inverse=True)
+    return begins.argsort().argsort()[pairs.reshape(-1)]
+
+
+def leave_one_out(
+    differences: Array, outcomes: Array, weights: Array | None = None, pairs: Array | None = None, **options: object
+) -> Array:
+    """P(left is better) of each vote, (n,), by the posterior of all votes on other pairs: exact refits at the prior
+    chosen on all of them. `pairs`: which pair each is about; None = `pair_of_votes`. Of more than MANY pairs those of
+    one of MANY parts are left out together. The side's constant is not part of the prediction: it says nothing about
+    the pictures."""
     d, y = np.asarray(differences, np.float64), np.asarray(outcomes, np.float64)
+    places = pair_of_votes(d) if pairs is None else pairs
     c = np.ones(len(y)) if weights is None else np.asarray(weights, np.float64)
     side_std = float(options.get("side_std", 0.0))  # type: ignore[arg-type]
     prior = fit(d, y, c, **options).prior  # type: ignore[arg-type]
     found = np.full(len(y), 0.5)
     for part in range(min(len(y), MANY)):
-        out = np.arange(len(y)) % MANY == part
+        out = places % MANY == part
+        if not out.any():
+            break
         if not out.all():
             found[out] = fit(d[~out], y[~out], c[~out], priors=(prior,), side_std=side_std).probability(d[out])
     return found

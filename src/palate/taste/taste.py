@@ -21,7 +21,7 @@ from palate.runtime.errors import InputError
 from palate.runtime.files import write_atomically
 from palate.taste import card as cards
 from palate.taste.features import Features, Scaling, features_of, scaling_of
-from palate.taste.learner import Array, Posterior, fit, leave_one_out, rater_qualities
+from palate.taste.learner import Array, Posterior, fit, leave_one_out, pair_of_votes, rater_qualities
 from palate.taste.pictures import as_choice, features_of_choices, pool_beside, raw_features, read_choices
 from palate.taste.reward import ABSOLUTE, TasteReward
 from palate.taste.saved import CARD, FILE, parts_of, source_of
@@ -197,14 +197,17 @@ def learn(
     quality = rater_qualities(differences, outcomes, raters, side_std=SIDE_STD)
     scaled = differences * np.array([quality[name] for name in raters])[:, None]
     posterior = fit(scaled, outcomes, side_std=SIDE_STD)
-    predicted = leave_one_out(scaled, outcomes, side_std=SIDE_STD)
-    sides = fit(np.zeros_like(scaled), outcomes, side_std=SIDE_STD)
-    found = cards.accuracy(predicted, outcomes)
+    pairs = pair_of_votes(differences)
+    predicted = leave_one_out(scaled, outcomes, pairs=pairs, side_std=SIDE_STD)
+    share = 1 / np.bincount(pairs)[pairs]  # of a pair's evidence, which counts once
+    told = posterior if (share == 1).all() else fit(scaled, outcomes, share, side_std=SIDE_STD)
+    sides = fit(np.zeros_like(scaled), outcomes, share, side_std=SIDE_STD)
+    found = cards.accuracy(predicted, outcomes, pairs)
     card: dict[str, Any] = {
-        "votes": len(outcomes), "ties": int((outcomes == 0.5).sum()), **found,
+        "votes": len(outcomes), "pairs": int(pairs.max(initial=-1)) + 1, "ties": int((outcomes == 0.5).sum()), **found,
         "calibration_error": cards.calibration_error(predicted, outcomes),
         "expected": cards.expected_accuracy(posterior, unseen, predicted), "prior": posterior.prior,
-        "log_evidence": posterior.log_evidence, "log_evidence_of_sides": sides.log_evidence, "side": posterior.side,
+        "log_evidence": told.log_evidence, "log_evidence_of_sides": sides.log_evidence, "side": posterior.side,
         "words": cards.telling_columns(posterior, z, columns), "raters": quality,
     }  # fmt: skip
     return posterior, card | {"verdict": cards.verdict(card), "learnt": cards.learnt(card)}
