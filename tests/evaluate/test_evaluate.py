@@ -527,6 +527,25 @@ def test_what_one_run_optimised_is_asked_of_all(tmp_path):
     assert found["runs"]["a"]["optimised"] == ["warmth"] and "reward/warmth" in found["between"]["b"]
 
 
+def test_a_run_is_asked_its_own_reward_where_another_has_one_of_that_name(tmp_path):
+    """As two tastes have, or two files: each run by its own, one that optimised neither by the first's."""
+    for code, value in (("one", 0.25), ("two", 0.75)):
+        (tmp_path / code).mkdir()
+        code_text = f"def nice(x, prompts):\n    return 0 * x.mean((1, 2, 3)) + {value}\n"
+        (tmp_path / code / "score.py").write_text(code_text)
+    rewards = {"a": f"{tmp_path}/one/score.py:nice", "b": f"{tmp_path}/two/score.py:nice", "c": "emoji"}
+    rewards["d"] = rewards["a"]
+    text = "reward: {{name: {0}}}\nprompts: {{list: [dog, apple]}}\n"
+    folders = [run_folder(tmp_path / name, text.format(reward)) for name, reward in rewards.items()]
+    found = runs.evaluate_runs(folders, panel=panel(), load=lambda folder: (FakeModel(0.2), None))
+    (key,) = (key for key in found["runs"]["a"]["metrics"] if key.endswith("nice"))
+    assert {name: one["metrics"][key]["value"] for name, one in found["runs"].items()} == {
+        "a": 0.25, "b": 0.75, "c": 0.25, "d": 0.25}  # fmt: skip
+    assert [key in found["between"][name] for name in "bcd"] == [False, True, True]
+    kept = [json.loads((folder / "evaluation.json").read_text()) for folder in folders]
+    assert not runs.same_meaning(kept[:2], key) and runs.same_meaning([kept[0], *kept[2:]], key)
+
+
 def test_runs_on_other_prompts_or_seeds_are_refused_before_anything_is_drawn(tmp_path):
     def never(folder):
         raise AssertionError("drawn")

@@ -60,7 +60,7 @@ def compare_runs(runs: Sequence[Path], group: str | None) -> tuple[list[str], li
     if different := [key for key in keys if not same_meaning(evaluations, key)]:
         keys = [key for key in keys if key not in different]
         logging.getLogger("palate").warning(
-            "left out, because the runs were trained with different words or weights: %s",
+            "left out, because the runs were trained with different words, weights or tastes: %s",
             ", ".join(map(metric_name, different)),
         )
     bases = [{key: evaluation["metrics"][key].get("base") for key in keys} for evaluation in evaluations]

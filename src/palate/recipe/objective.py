@@ -8,13 +8,17 @@ from typing import Any
 
 from palate.core import EmbedsImages, Reward
 from palate.recipe.cross_checks import ControlWords
+from palate.recipe.identity import weights_digest
+from palate.recipe.reader import content_digest
 from palate.recipe.settings import Recipe, RewardSettings, TasteSettings
 from palate.rewards.combine import noised_relative, normalised, semantic_relative, weighted
 from palate.rewards.load import load_reward
 from palate.rewards.oracles import exact_reward
-from palate.runtime.code import short_name
+from palate.rewards.table import find
+from palate.runtime.code import code_digest, names_a_file, short_name
+from palate.runtime.files import json_digest
 from palate.taste.reward import TasteReward
-from palate.taste.saved import check_learnt
+from palate.taste.saved import check_learnt, parts_of
 from palate.taste.taste import load_objective
 
 ORACLE = "oracle-"  # begins the name under which a built-in oracle is a reward of an evaluation
@@ -50,6 +54,19 @@ class Term:
                 base=lambda name: load_reward(name, self.sources.get(name), self.dtype),
             )  # fmt: skip
         return load_reward(self.name, self.source, self.dtype)
+
+    def digest(self) -> str | None:
+        """What tells its reward from another of that label: a digest of a file's code, of a taste, of a checklist; the
+        address of a service. None where the name says it all, wherever the weights lie."""
+        if self.name == "taste":
+            how = self.taste or TasteSettings()
+            tastes = [[weights_digest(folder), weight] for folder, weight in parts_of(self.source)]
+            return json_digest([tastes, how.absolute, how.confidence])
+        if names_a_file(self.name):
+            return code_digest(self.name)
+        if self.name == "checklist" and self.source:
+            return content_digest(self.source.rpartition(" ")[0])
+        return self.source if not self.name.startswith(ORACLE) and find(self.name).kind == "service" else None
 
     def part(self, reward: Reward) -> Reward:
         """The reward as it is weighed."""

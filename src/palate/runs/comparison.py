@@ -87,7 +87,8 @@ def between(first: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str,
 
 
 def same_meaning(evaluations: Sequence[dict[str, Any]], key: str) -> bool:
-    """Whether a metric of this name measures the same in all of them: relative rewards depend on the control words."""
+    """Whether a metric of this name measures the same in all of them: relative rewards depend on the control words, and
+    two tastes have one name."""
     return all(_meaning(evaluation, key) == _meaning(evaluations[0], key) for evaluation in evaluations)
 
 
@@ -95,9 +96,11 @@ def _meaning(evaluation: dict[str, Any], key: str) -> Any:
     """What a metric of this name measures in this evaluation; None where the name says it all."""
     if key == f"reward/{evaluation.get('heldout')}-relative":
         return evaluation.get("words")
+    digests = evaluation.get("digests", {})
     if key == "reward/weighted" or key.endswith("-relative"):
-        return [evaluation.get("words"), evaluation.get("objective")]
-    return None
+        parts = evaluation.get("objective", {}).get("weights", {})
+        return [evaluation.get("words"), evaluation.get("objective"), {part: digests.get(part) for part in parts}]
+    return digests.get(key.removeprefix("reward/"))
 
 
 def column(evaluation: dict[str, Any], key: str, of_prompts: bool = False, *, base: bool = False) -> Tensor:

@@ -8,7 +8,7 @@ for again.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from palate.evaluate.verdicts import verdict
 from palate.models.sizes import at_size
 from palate.recipe import builder, evaluators
 from palate.recipe.cross_checks import heldout_of
-from palate.recipe.objective import ORACLE
+from palate.recipe.objective import ORACLE, Term
 from palate.recipe.settings import Recipe
 from palate.recipe.start import reference_of
 from palate.runs.comparison import between
@@ -46,10 +46,12 @@ def evaluate_run(
     panel: EvaluationPanel | None = None,
     sampler: Sampler | None = None,
     stored: bool = False,
+    others: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Base model against the run's result on prompts x seeds from the same noise: every reward with the optimised one
     marked, a verdict, the images. Writes evaluation/{base,result}/ and evaluation.json into the run folder and returns
-    the latter. None = what the recipe's evaluate section says. `stored`: judge the images that lie there already."""
+    the latter. None = what the recipe's evaluate section says. `stored`: judge the images that lie there already.
+    `others`: the digests of the panel's rewards that other runs optimise, by label (`digests`)."""
     run = run_folder if isinstance(run_folder, RunFolder) else RunFolder(run_folder)
     panel = panel or evaluators.panel_of(run.recipe)
     rewards, optimised = run.objective().rewards(panel.rewards, panel.heldout)
@@ -63,10 +65,12 @@ def evaluate_run(
                 model, sampler = run.model()
             make_current(run.path, evaluation_key(*pairs(prompts, seeds)))
             draw_sides(run, run.path, model, sampler, prompts, seeds)
-        return _judged(run, panel._replace(rewards=rewards), optimised, stored)
+        return _judged(run, panel._replace(rewards=rewards), optimised, stored, others or {})
 
 
-def _judged(run: RunFolder, panel: EvaluationPanel, optimised: list[str], stored: bool) -> dict[str, Any]:
+def _judged(
+    run: RunFolder, panel: EvaluationPanel, optimised: list[str], stored: bool, others: Mapping[str, str]
+) -> dict[str, Any]:
     """Write what the panel says of the pictures that lie in the run, and return it."""
     folder, objective = run.path / "evaluation", run.objective()
     result = evaluate_samples(folder / "result", base_folder=folder / "base", panel=panel)
@@ -76,6 +80,7 @@ def _judged(run: RunFolder, panel: EvaluationPanel, optimised: list[str], stored
         "heldout": panel.heldout,
         **({"heldout_may_fall": fall} if fall else {}),
         "objective": objective.description(),
+        "digests": {**others, **digests(objective.terms)},
         "checkpoint": _measured(run, stored),
         **({"reference": reference} if (reference := reference_of(run.recipe)) else {}),
         "words": {"positive": positive, "negative": negative} | ({"k": objective.k} if objective.k else {}),
@@ -125,15 +130,21 @@ def evaluate_runs(
         asked.append(mine)
         check_same(_rows(*(asked[0] or mine)), _rows(*mine), names[0], names[len(asked) - 1])
     panel = panel or _common_panel(runs, names)
+    shared: dict[str, Term] = {}  # of rewards with one label, as two tastes, all are asked the first; a run its own too
     for run in runs:
+        shared = {term.label: term for term in run.objective().terms} | shared
         panel = panel._replace(rewards=run.objective().load(panel.rewards))
-    found = {}
+    told, found = digests(shared.values()), {}
     for name, run, given in zip(names, runs, asked, strict=True):
+        own = {t.label: t.load() for t in run.objective().terms if t.digest() != shared[t.label].digest()}
+        judges = panel._replace(rewards=dict(panel.rewards) | own)
         if given is None:
-            found[name] = evaluate_run(run, panel=panel, stored=True)
+            found[name] = evaluate_run(run, panel=judges, stored=True, others=told)
             continue
         model, sampler = run.model(warn) if load is None else load(run.path)
-        found[name] = evaluate_run(run, model=model, sampler=sampler, panel=panel, prompts=given[0], seeds=given[1])
+        found[name] = evaluate_run(
+            run, model=model, sampler=sampler, panel=judges, prompts=given[0], seeds=given[1], others=told
+        )
     first, ways = names[0], [_how_drawn(run) for run in runs]
     for name, way in zip(names, ways, strict=True):
         if way != ways[0]:
@@ -142,6 +153,11 @@ def evaluate_runs(
                 "give both the same sample.guidance and sample.steps"
             )
     return {"first": first, "runs": found, "between": {name: between(found[first], found[name]) for name in names[1:]}}
+
+
+def digests(terms: Iterable[Term]) -> dict[str, str]:
+    """What tells rewards of the same label apart, by label; without those whose name says it all."""
+    return {term.label: digest for term in terms if (digest := term.digest()) is not None}
 
 
 def prompts_of(recipe: Recipe, prompts: Sequence[str] | None = None, count: int | None = None) -> list[str]:

@@ -178,7 +178,7 @@ def _solve(factor: Array, b: Array) -> Array:
     return np.linalg.solve(factor.T, np.linalg.solve(factor, b))
 
 
-def pair_of_votes(differences: Array) -> Array:
+def pair_of_votes(differences: Array) -> NDArray[np.intp]:
     """Which pair each vote is about, (n,), 0 the first: votes on the same two pictures have the same differences
     (n, D), or the opposite ones where the sides were exchanged."""
     d = np.asarray(differences, np.float64)
