@@ -15,11 +15,13 @@ from palate import cli, recipe
 from palate.evaluate import read_index
 from palate.report import write_report
 from palate.runs import RunFolder, adapter_of, load_result
-from palate.runtime import checkpoint, runlock
+from palate.runtime import checkpoint, runlock, runlog
 from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.result import evaluation_of, result_of
+from palate.runtime.runlog import RunLog, rewind
 from palate.studio.undo import adapter_now, go_back
-from palate.train import Job, run_job
+from palate.train import Job, run_job, steer
+from palate.train.steering import CONTROL
 
 SMALL = [
     "trainer.batch_size=2", "algorithm.rollout_steps=1", "algorithm.n=1", "trainer.guard.every=0",
@@ -124,6 +126,30 @@ def test_going_back_is_an_answer_too(run):
     assert all(
         torch.equal(a, b) for a, b in zip(adapter_tensors(run / "again"), adapter_tensors(run / "adapter"), strict=True)
     )
+
+
+def test_going_back_takes_later_words_away(run, monkeypatch):
+    """Those that a resumed run would replay, and those that wait for the step after the newest one."""
+    words = {"positive": ["cartoon"], "negative": ["flat"]}
+
+    def write_words():
+        with RunLog(run) as log:
+            log.write({"step": 4, "event": "steer", **words})
+
+    write_words()
+    assert len(rewind(run, 3)) == 1  # resumed from step 3, it comes to step 4 again
+    write_words()
+    (run / CONTROL).write_text(json.dumps(words))
+    with monkeypatch.context() as patch:  # a crash before the log is cut: it can be gone back again
+        patch.setattr(runlog, "write_atomically", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception, match="killed"):
+            go_back(run, 3)
+    assert runlog.read_metrics(run / "metrics.jsonl")[-1]["step"] == 4
+    go_back(run, 3)
+    assert rewind(run, 3) == [] and not (run / CONTROL).exists()
+    steer(run, **words)
+    go_back(run, 3)  # nothing is later: what waits was given at that step
+    assert (run / CONTROL).exists()
 
 
 def test_a_running_run_says_so_or_is_refused(run, capsys):
