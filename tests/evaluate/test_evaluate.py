@@ -633,6 +633,34 @@ def test_words_in_force_follow_the_steering(tmp_path):
     assert run.objective().pairs == (("outline", "flat"),)
 
 
+STEERED = "algorithm: {name: srpo, positive: [3d], negative: [flat]}\nreward: {name: emoji}\nprompts: {list: [dog]}\n"
+
+
+def test_words_that_the_result_never_saw_are_not_its_words(tmp_path):
+    """Those that were steered to after the step that the guard went back to, or after the newest checkpoint."""
+    folder = run_folder(tmp_path / "run", STEERED)
+    (folder / "checkpoints" / "step-000050").mkdir(parents=True)
+    steer = [{"event": "steer", "step": step, "positive": [word]} for step, word in ((45, "outline"), (55, "noto"))]
+    for action, words in ({}, "outline"), ({"action": "stop"}, "3d"), ({"action": "rollback"}, "3d"):
+        guard = {"event": "guard", "step": 50, "verdict": "ok", "best_step": 40} | action
+        rows = (steer[0], guard, steer[1])
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        run = runs.RunFolder(folder)
+        assert run.words() == runs.words_in_force(folder, run.tree) == ([words], ["flat"])
+        assert run.objective().pairs == ((words, "flat"),) and run.words(60)[0] == ["noto"]
+
+
+def test_stored_pictures_are_judged_with_the_words_of_their_step(tmp_path):
+    folder = run_folder(tmp_path / "run", STEERED)
+    (folder / "checkpoints" / "step-000050").mkdir(parents=True)
+    runs.evaluate_run(folder, model=FakeModel(0.2), prompts=["dog"], seeds=[0], panel=panel())
+    before = (folder / "evaluation.json").read_bytes()
+    (folder / "checkpoints" / "step-000060").mkdir()
+    (folder / "metrics.jsonl").write_text('{"event": "steer", "step": 55, "positive": ["outline"]}\n')
+    found = runs.evaluate_run(folder, panel=panel(), stored=True)
+    assert found["words"]["positive"] == ["3d"] and (folder / "evaluation.json").read_bytes() == before
+
+
 def test_the_relative_reward_of_a_recipe_is_evaluated_as_it_was_optimised(tmp_path):
     text = "reward: {name: emoji, relative: {positive: 3d, k: 0.5}}\nprompts: {list: [dog]}\n"
     run = runs.RunFolder(run_folder(tmp_path / "run", text))

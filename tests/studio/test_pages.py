@@ -209,6 +209,15 @@ def test_the_chart_marks_where_words_changed(steered):
     assert not Labels(page).problems and "<b>red" not in page
 
 
+def test_words_of_a_run_that_its_guard_ended_are_those_of_its_result(steered):
+    _, found, folder = steered
+    assert found.view("steer-9").words().positive == {"cartoon": 4}
+    with open(folder / "metrics.jsonl", "a") as log:
+        log.write(json.dumps({"event": "guard", "step": 8, "action": "stop", "best_step": 5, "verdict": "x"}) + "\n")
+    words = found.view("steer-9").words()
+    assert (words.positive, words.negative) == ({"cartoon": 4}, {})  # not those of step 7
+
+
 def test_steering_starts_the_quick_way_or_srpo_which_needs_both_sides(studio, monkeypatch):
     client, found = studio
     begun = []

@@ -30,7 +30,7 @@ from palate.runs.folder import RECIPE, RunFolder, run_names
 from palate.runtime.errors import InputError
 from palate.runtime.exclusive import alone
 from palate.runtime.files import json_digest, replace, write_atomically
-from palate.runtime.result import evaluation_of, result_of
+from palate.runtime.result import evaluation_of, result_of, step_of
 
 SIDES = ("base", "result")
 CURRENT = ("evaluation", "evaluation.json")
@@ -52,31 +52,34 @@ def evaluate_run(
     the latter. None = what the recipe's evaluate section says. `stored`: judge the images that lie there already."""
     run = run_folder if isinstance(run_folder, RunFolder) else RunFolder(run_folder)
     panel = panel or evaluators.panel_of(run.recipe)
-    rewards, optimised = run.objective().rewards(panel.rewards, panel.heldout)
     with evaluating(run):
         if stored:
             check_stored(run)
-        else:
+        measured = _measured(run, stored)
+        step = None if measured is None else step_of(measured)
+        rewards, optimised = run.objective(step).rewards(panel.rewards, panel.heldout)
+        if not stored:
             prompts = prompts_of(run.recipe) if prompts is None else listed(prompts)
             seeds = seeds_of(run.recipe) if seeds is None else list(seeds)
             if model is None:
                 model, sampler = run.model()
             make_current(run.path, evaluation_key(*pairs(prompts, seeds)))
             draw_sides(run, run.path, model, sampler, prompts, seeds)
-        return _judged(run, panel._replace(rewards=rewards), optimised, stored)
+        return _judged(run, panel._replace(rewards=rewards), optimised, measured)
 
 
-def _judged(run: RunFolder, panel: EvaluationPanel, optimised: list[str], stored: bool) -> dict[str, Any]:
+def _judged(run: RunFolder, panel: EvaluationPanel, optimised: list[str], measured: str | None) -> dict[str, Any]:
     """Write what the panel says of the pictures that lie in the run, and return it."""
-    folder, objective = run.path / "evaluation", run.objective()
+    step = None if measured is None else step_of(measured)
+    folder, objective = run.path / "evaluation", run.objective(step)
     result = evaluate_samples(folder / "result", base_folder=folder / "base", panel=panel)
-    (positive, negative), fall = run.words(), evaluators.allowed_fall(run.recipe)
+    (positive, negative), fall = run.words(step), evaluators.allowed_fall(run.recipe)
     result |= {
         "optimised": optimised,
         "heldout": panel.heldout,
         **({"heldout_may_fall": fall} if fall else {}),
         "objective": objective.description(),
-        "checkpoint": _measured(run, stored),
+        "checkpoint": measured,
         **({"reference": reference} if (reference := reference_of(run.recipe)) else {}),
         "words": {"positive": positive, "negative": negative} | ({"k": objective.k} if objective.k else {}),
         "verdict": verdict(

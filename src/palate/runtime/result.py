@@ -41,6 +41,11 @@ def result_of(run: Path) -> Result | None:
     return Result(run, saved[-1], step, status(run))
 
 
+def step_of(name: str) -> int:
+    """The step of a checkpoint, by its path inside the run's folder."""
+    return int(name.rpartition("-")[2])
+
+
 def evaluation_of(run: Path) -> dict[str, Any] | None:
     """What evaluation.json holds, and "outdated": a sentence where the result has changed since, else "". None without
     one. InputError: it is not JSON."""
@@ -64,6 +69,5 @@ def _outdated(run: Path, measured: str | None) -> str:
     now = result_of(run)
     if measured is None or now is None or measured == now.checkpoint:
         return ""
-    step = int(measured.rpartition("-")[2])
     again = f"palate evaluate {in_shell(run)} measures it again"
-    return f"Measured at step {step}, and the run is at step {now.step} now: {again}."
+    return f"Measured at step {step_of(measured)}, and the run is at step {now.step} now: {again}."
