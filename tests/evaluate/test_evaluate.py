@@ -659,6 +659,10 @@ def test_stored_pictures_are_judged_with_the_words_of_their_step(tmp_path):
     (folder / "metrics.jsonl").write_text('{"event": "steer", "step": 55, "positive": ["outline"]}\n')
     found = runs.evaluate_run(folder, panel=panel(), stored=True)
     assert found["words"]["positive"] == ["3d"] and (folder / "evaluation.json").read_bytes() == before
+    (folder / "evaluation.json").write_text(json.dumps({**found, "manifest": "of other weights of that step"}))
+    (folder / "metrics.jsonl").write_text('{"event": "steer", "step": 45, "positive": ["outline"]}\n')
+    again = runs.evaluate_run(folder, panel=panel(), stored=True)
+    assert again["words"]["positive"] == ["3d"] and again["manifest"] == "of other weights of that step"
 
 
 def test_the_relative_reward_of_a_recipe_is_evaluated_as_it_was_optimised(tmp_path):

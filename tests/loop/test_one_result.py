@@ -128,6 +128,23 @@ def test_going_back_is_an_answer_too(run):
     )
 
 
+def test_an_evaluation_from_before_going_back_is_not_of_the_new_weights(run):
+    """The run comes to the step of the evaluation again, on another way."""
+    measured = json.loads((run / "evaluation.json").read_text()) | result_of(run).measured()
+    (run / "evaluation.json").write_text(json.dumps(measured))
+    assert evaluation_of(run)["outdated"] == ""
+    go_back(run, 3)
+    saved = checkpoint.load(run / "checkpoints/step-000003")
+    tensors = {key: value + 1 for key, value in saved.tensors.items()}
+    checkpoint.save(
+        run / "checkpoints", 4, tensors, {k: v for k, v in saved.state.items() if k not in ("schema", "step")}
+    )
+    assert "Measured at step 4, to which the run came anew" in evaluation_of(run)["outdated"]
+    assert "Measured at step 4" in write_report(run).read_text("utf-8")
+    (run / "evaluation.json").write_text(json.dumps({k: v for k, v in measured.items() if k != "manifest"}))
+    assert evaluation_of(run)["outdated"] == ""  # an older version kept no digest
+
+
 def test_going_back_takes_later_words_away(run, monkeypatch):
     """Those that a resumed run would replay, and those that wait for the step after the newest one."""
     words = {"positive": ["cartoon"], "negative": ["flat"]}

@@ -55,9 +55,8 @@ def evaluate_run(
     with evaluating(run):
         if stored:
             check_stored(run)
-        measured = _measured(run, stored)
-        step = None if measured is None else step_of(measured)
-        rewards, optimised = run.objective(step).rewards(panel.rewards, panel.heldout)
+        measured, words = _measured(run, stored)
+        rewards, optimised = run.objective().with_words(*words).rewards(panel.rewards, panel.heldout)
         if not stored:
             prompts = prompts_of(run.recipe) if prompts is None else listed(prompts)
             seeds = seeds_of(run.recipe) if seeds is None else list(seeds)
@@ -65,21 +64,23 @@ def evaluate_run(
                 model, sampler = run.model()
             make_current(run.path, evaluation_key(*pairs(prompts, seeds)))
             draw_sides(run, run.path, model, sampler, prompts, seeds)
-        return _judged(run, panel._replace(rewards=rewards), optimised, measured)
+        return _judged(run, panel._replace(rewards=rewards), optimised, measured, words)
 
 
-def _judged(run: RunFolder, panel: EvaluationPanel, optimised: list[str], measured: str | None) -> dict[str, Any]:
+def _judged(
+    run: RunFolder, panel: EvaluationPanel, optimised: list[str], measured: dict[str, Any],
+    words: tuple[list[str], list[str]],
+) -> dict[str, Any]:  # fmt: skip
     """Write what the panel says of the pictures that lie in the run, and return it."""
-    step = None if measured is None else step_of(measured)
-    folder, objective = run.path / "evaluation", run.objective(step)
+    folder, objective = run.path / "evaluation", run.objective()
     result = evaluate_samples(folder / "result", base_folder=folder / "base", panel=panel)
-    (positive, negative), fall = run.words(step), evaluators.allowed_fall(run.recipe)
+    (positive, negative), fall = words, evaluators.allowed_fall(run.recipe)
     result |= {
         "optimised": optimised,
         "heldout": panel.heldout,
         **({"heldout_may_fall": fall} if fall else {}),
         "objective": objective.description(),
-        "checkpoint": measured,
+        **measured,
         **({"reference": reference} if (reference := reference_of(run.recipe)) else {}),
         "words": {"positive": positive, "negative": negative} | ({"k": objective.k} if objective.k else {}),
         "verdict": verdict(
@@ -194,15 +195,21 @@ def _move(source: Path, target: Path) -> None:
             replace(source / name, target / name)
 
 
-def _measured(run: RunFolder, stored: bool) -> str | None:
-    """The checkpoint that the images are of, as evaluation.json keeps it; None where that is not known: without it, or
-    where it is older than they are, because what should have judged them then broke off."""
-    if stored:
-        known, drawn = run.path / "evaluation.json", run.path / "evaluation" / "result" / "index.jsonl"
-        whole = known.is_file() and known.stat().st_mtime_ns >= drawn.stat().st_mtime_ns
-        return (evaluation_of(run.path) or {}).get("checkpoint") if whole else None
-    found = result_of(run.path)
-    return None if found is None else found.checkpoint
+def _measured(run: RunFolder, stored: bool) -> tuple[dict[str, Any], tuple[list[str], list[str]]]:
+    """The checkpoint that the images are of, as evaluation.json keeps it, and the words that it was trained with last.
+    None where that is not known: without a checkpoint, or where evaluation.json is older than the images, because what
+    should have judged them then broke off."""
+    if not stored:
+        now = result_of(run.path)
+        return {"checkpoint": None} if now is None else now.measured(), run.words()
+    known, drawn = run.path / "evaluation.json", run.path / "evaluation" / "result" / "index.jsonl"
+    whole = known.is_file() and known.stat().st_mtime_ns >= drawn.stat().st_mtime_ns
+    found = (evaluation_of(run.path) or {}) if whole else {}
+    measured = {"checkpoint": found.get("checkpoint")}
+    if "manifest" in found:  # the run may have gone back since, and come to that step with other words
+        words = found["words"]["positive"], found["words"]["negative"]
+        return {**measured, "manifest": found["manifest"]}, words
+    return measured, run.words(None if measured["checkpoint"] is None else step_of(measured["checkpoint"]))
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------

@@ -78,9 +78,9 @@ class RunFolder:
         last: the recipe's, changed by the steering events."""
         return steered(control_words(self.recipe), self.metrics, _result_step(self.path) if step is None else step)
 
-    def objective(self, step: int | None = None) -> Objective:
-        """What the run optimised, with the words of `step` as `words` gives them."""
-        return objective_of(self.recipe).with_words(*self.words(step))
+    def objective(self) -> Objective:
+        """What the run optimised, with the words of its result."""
+        return objective_of(self.recipe).with_words(*self.words())
 
     def model(self, warn: Callable[[str], None] = warnings.warn) -> tuple[Model, Sampler | None]:
         """The recipe's model with the weights of the run's newest good checkpoint (of `palate optimize`: its newest
