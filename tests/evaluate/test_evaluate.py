@@ -182,6 +182,14 @@ def test_bootstrap_is_paired_seeded_and_resamples_whole_groups():
     assert evaluate.bootstrap_interval(with_gap) == pytest.approx(evaluate.bootstrap_interval(base), abs=1e-9)
 
 
+def test_where_one_prompt_alone_asks_the_interval_is_that_of_its_pictures():
+    """Whether the others were asked something else, or are not there at all."""
+    values = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    alone = evaluate.bootstrap_interval(values, groups=["a"] * 4)
+    among = evaluate.bootstrap_interval(torch.cat([values, torch.full((4,), math.nan)]), groups=[*"aaaabbcc"])
+    assert alone == among == evaluate.bootstrap_interval(values) and among[0] < among[1]
+
+
 def test_concept_accuracy_reads_the_judge():
     images = torch.stack(
         [flat_image(0.9, 0.9, 0.9), flat_image(0.9, 0.1, 0.1), flat_image(0.1, 0.9, 0.1), flat_image(0.1, 0.9, 0.9)]
