@@ -16,6 +16,7 @@ from palate.evaluate import samples as sample_files
 from palate.evaluate.samples import Drawing, generate_parts
 from palate.models.emoji import EmojiModel
 from palate.path import Prediction, flow_schedule
+from palate.runs import protocol
 from palate.runtime.errors import InputError
 
 
@@ -558,6 +559,23 @@ def test_runs_on_other_prompts_or_seeds_are_refused_before_anything_is_drawn(tmp
     (a / "evaluation/result/0001.png").unlink()
     with pytest.raises(ValueError, match=r"0001.png is missing"):
         runs.evaluate_runs([a], panel=panel(), stored=True)
+
+
+def test_a_source_goes_to_the_runs_whose_recipes_name_its_reward(tmp_path, monkeypatch):
+    text = "reward: {name: %s}\nprompts: {list: [dog]}\n"
+    folders = [run_folder(tmp_path / name, text % reward) for name, reward in (("a", "pickscore"), ("b", "hpsv2"))]
+    count = lambda images, prompts: images.mean((1, 2, 3))  # noqa: E731
+    asked = panel()._replace(rewards={**panel().rewards, "pickscore": count, "hpsv2": count})
+    given = ["evaluate.seeds=1", "reward.source.pickscore=x", "reward.source.hpsv2=y"]
+    found = runs.evaluate_runs(folders, panel=asked, load=load, overrides=given)["runs"]
+    assert [found[name]["optimised"] for name in "ab"] == [["pickscore"], ["hpsv2"]] and found["a"]["images"] == 1
+    with pytest.raises(InputError, match=r"reward.source.aesthetic: aesthetic is in neither reward.name"):
+        runs.evaluate_runs(folders, panel=asked, load=load, overrides=["reward.source.aesthetic=z"])
+    monkeypatch.setattr(protocol, "protocol_panel", lambda runs, found: asked)
+    monkeypatch.setattr(runs.RunFolder, "model", lambda run, warn: load(run.path))
+    more = [*given, "reward.source.aesthetic=z"]  # published, and so asked of both
+    found = runs.evaluate_protocol(folders, "drawbench", {"dog": ""}, overrides=more)["runs"]
+    assert [found[name]["optimised"] for name in "ab"] == [["pickscore"], ["hpsv2"]]
 
 
 def test_runs_of_one_name_are_told_apart_by_their_path(tmp_path):

@@ -26,7 +26,7 @@ from palate.recipe.objective import ORACLE
 from palate.recipe.settings import Recipe
 from palate.recipe.start import reference_of
 from palate.runs.comparison import between
-from palate.runs.folder import RECIPE, RunFolder, run_names
+from palate.runs.folder import RECIPE, RunFolder, open_runs, run_names
 from palate.runtime.errors import InputError
 from palate.runtime.exclusive import alone
 from palate.runtime.files import json_digest, replace, write_atomically
@@ -115,10 +115,10 @@ def evaluate_runs(
     prompts, count (at most so many), seeds: None = each recipe's own, which must then agree. InputError before any
     image is drawn where they do not. `load`: folder -> model, sampler; None = `RunFolder.model`. `warn` gets a
     sentence for each run whose base model was drawn in other steps or with other guidance. `overrides`: as of
-    `RunFolder`.
+    `open_runs`.
     """
     names = run_names([Path(folder) for folder in run_folders])
-    runs = [RunFolder(folder, overrides) for folder in run_folders]
+    runs = open_runs(run_folders, overrides)
     asked: list[tuple[list[str], list[int]] | None] = []
     for run in runs:
         if stored:

@@ -14,6 +14,7 @@ import yaml
 
 from palate.core import Model, Sampler
 from palate.recipe import builder, reader
+from palate.recipe.cross_checks import rewards_placed
 from palate.recipe.identity import changes
 from palate.recipe.objective import Objective, control_words, objective_of
 from palate.recipe.settings import Recipe
@@ -23,8 +24,9 @@ from palate.runtime.result import result_of
 from palate.runtime.runlog import METRICS, read_metrics
 
 RECIPE = "recipe.yaml"
+SOURCE = "reward.source."
 # What a finished run may be judged with, other than its recipe says; nothing of it changes the run.
-JUDGING = ("evaluate.", "sample.", "reward.source.", "model.device", "model.text_cache")
+JUDGING = ("evaluate.", "sample.", SOURCE, "model.device", "model.text_cache")
 
 
 class RunFolder:
@@ -93,6 +95,25 @@ class RunFolder:
         model = builder.build_model(looked_at(self.recipe))
         load_result(model, self.path, warn=warn)
         return model, builder.sampler_of(builder.build_algorithm(self.recipe))
+
+
+def open_runs(run_folders: Sequence[str | Path], overrides: Sequence[str] = ()) -> list[RunFolder]:
+    """Each run with the overrides. One of `reward.source.NAME` goes to those runs alone whose recipes have a use for
+    that reward; where none has, to all, whose recipes refuse it."""
+    judging = [override for override in overrides if not override.startswith(SOURCE)]
+    if len(judging) == len(overrides):
+        return [RunFolder(folder, overrides) for folder in run_folders]
+    known = [rewards_placed(RunFolder(folder, judging).recipe) for folder in run_folders]
+    anywhere = set().union(*known)
+    return [
+        RunFolder(folder, [o for o in overrides if o in judging or source_name(o) not in anywhere - own])
+        for folder, own in zip(run_folders, known, strict=True)
+    ]
+
+
+def source_name(override: str) -> str:
+    """NAME of `reward.source.NAME=...`."""
+    return override.partition("=")[0].removeprefix(SOURCE)
 
 
 def looked_at(recipe: Recipe) -> Recipe:
