@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 from palate import recipe
+from palate.cli.options import Strengths
 from palate.models.emoji import EmojiModel
+from palate.runs import RunFolder
+from palate.runs.strength import evaluate_strengths
 from palate.runtime.errors import InputError
 from palate.testing import TinyFlow
 
@@ -62,6 +66,18 @@ def test_strengths_are_drawn_and_judged_side_by_side(run, palate):
     assert code == 0 and "base" in out and "grid.png" in out
     code, _, err = palate("evaluate", "run", "--strength", "1", "--stored")
     assert code == 2 and "--strength draws and judges by itself" in err
+
+
+def test_minus_nothing_is_the_base_model(tmp_path, monkeypatch):
+    """On the command line and from Python: its numbers stand under "0"."""
+    assert str([*Strengths("-0,0,-0.5")]) == "[0.0, -0.5]"
+    (tmp_path / "recipe.yaml").write_text("algorithm: {name: ddpo}\nreward: {name: emoji}\nprompts: {list: [a dog]}\n")
+    run, model = RunFolder(tmp_path), recipe.build_model(recipe.read("srpo-emoji", ["model.lora_rank=2"]))
+    monkeypatch.setattr(RunFolder, "model", lambda run: (model, None))
+    monkeypatch.setattr("palate.runs.strength.generate", lambda *_, **__: torch.zeros(1, 3, 64, 64))
+    monkeypatch.setattr("palate.runs.strength.evaluate_samples", lambda *_, **__: {})
+    found = evaluate_strengths(run, [-0.0, 1.0], prompts=["a dog"], seeds=[0])
+    assert list(found["strengths"]) == ["0", "1"]
 
 
 def test_what_has_no_strength_is_a_sentence(palate, tmp_path, monkeypatch):

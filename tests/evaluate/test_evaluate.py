@@ -16,6 +16,7 @@ from palate.evaluate import samples as sample_files
 from palate.evaluate.samples import Drawing, generate_parts
 from palate.models.emoji import EmojiModel
 from palate.path import Prediction, flow_schedule
+from palate.runs import protocol
 from palate.runtime.errors import InputError
 
 
@@ -180,6 +181,14 @@ def test_bootstrap_is_paired_seeded_and_resamples_whole_groups():
     assert grouped == pytest.approx(evaluate.bootstrap_interval(base), abs=1e-9)
     with_gap = torch.cat([base, torch.tensor([math.nan])])
     assert evaluate.bootstrap_interval(with_gap) == pytest.approx(evaluate.bootstrap_interval(base), abs=1e-9)
+
+
+def test_where_one_prompt_alone_asks_the_interval_is_that_of_its_pictures():
+    """Whether the others were asked something else, or are not there at all."""
+    values = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    alone = evaluate.bootstrap_interval(values, groups=["a"] * 4)
+    among = evaluate.bootstrap_interval(torch.cat([values, torch.full((4,), math.nan)]), groups=[*"aaaabbcc"])
+    assert alone == among == evaluate.bootstrap_interval(values) and among[0] < among[1]
 
 
 def test_concept_accuracy_reads_the_judge():
@@ -571,6 +580,23 @@ def test_runs_on_other_prompts_or_seeds_are_refused_before_anything_is_drawn(tmp
         runs.evaluate_runs([a], panel=panel(), stored=True)
 
 
+def test_a_source_goes_to_the_runs_whose_recipes_name_its_reward(tmp_path, monkeypatch):
+    text = "reward: {name: %s}\nprompts: {list: [dog]}\n"
+    folders = [run_folder(tmp_path / name, text % reward) for name, reward in (("a", "pickscore"), ("b", "hpsv2"))]
+    count = lambda images, prompts: images.mean((1, 2, 3))  # noqa: E731
+    asked = panel()._replace(rewards={**panel().rewards, "pickscore": count, "hpsv2": count})
+    given = ["evaluate.seeds=1", "reward.source.pickscore=x", "reward.source.hpsv2=y"]
+    found = runs.evaluate_runs(folders, panel=asked, load=load, overrides=given)["runs"]
+    assert [found[name]["optimised"] for name in "ab"] == [["pickscore"], ["hpsv2"]] and found["a"]["images"] == 1
+    with pytest.raises(InputError, match=r"reward.source.aesthetic: aesthetic is in neither reward.name"):
+        runs.evaluate_runs(folders, panel=asked, load=load, overrides=["reward.source.aesthetic=z"])
+    monkeypatch.setattr(protocol, "protocol_panel", lambda runs, found: asked)
+    monkeypatch.setattr(runs.RunFolder, "model", lambda run, warn: load(run.path))
+    more = [*given, "reward.source.aesthetic=z"]  # published, and so asked of both
+    found = runs.evaluate_protocol(folders, "drawbench", {"dog": ""}, overrides=more)["runs"]
+    assert [found[name]["optimised"] for name in "ab"] == [["pickscore"], ["hpsv2"]]
+
+
 def test_runs_of_one_name_are_told_apart_by_their_path(tmp_path):
     assert runs.run_names([tmp_path / "x/a", tmp_path / "b"]) == ["a", "b"]
     assert runs.run_names([tmp_path / "x/a", tmp_path / "y/a"]) == [str(tmp_path / "x/a"), str(tmp_path / "y/a")]
@@ -650,6 +676,38 @@ def test_words_in_force_follow_the_steering(tmp_path):
     run = runs.RunFolder(folder)
     assert run.words() == runs.words_in_force(folder, run.tree) == (["outline"], ["flat"])
     assert run.objective().pairs == (("outline", "flat"),)
+
+
+STEERED = "algorithm: {name: srpo, positive: [3d], negative: [flat]}\nreward: {name: emoji}\nprompts: {list: [dog]}\n"
+
+
+def test_words_that_the_result_never_saw_are_not_its_words(tmp_path):
+    """Those that were steered to after the step that the guard went back to, or after the newest checkpoint."""
+    folder = run_folder(tmp_path / "run", STEERED)
+    (folder / "checkpoints" / "step-000050").mkdir(parents=True)
+    steer = [{"event": "steer", "step": step, "positive": [word]} for step, word in ((45, "outline"), (55, "noto"))]
+    for action, words in ({}, "outline"), ({"action": "stop"}, "3d"), ({"action": "rollback"}, "3d"):
+        guard = {"event": "guard", "step": 50, "verdict": "ok", "best_step": 40} | action
+        rows = (steer[0], guard, steer[1])
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        run = runs.RunFolder(folder)
+        assert run.words() == runs.words_in_force(folder, run.tree) == ([words], ["flat"])
+        assert run.objective().pairs == ((words, "flat"),) and run.words(60)[0] == ["noto"]
+
+
+def test_stored_pictures_are_judged_with_the_words_of_their_step(tmp_path):
+    folder = run_folder(tmp_path / "run", STEERED)
+    (folder / "checkpoints" / "step-000050").mkdir(parents=True)
+    runs.evaluate_run(folder, model=FakeModel(0.2), prompts=["dog"], seeds=[0], panel=panel())
+    before = (folder / "evaluation.json").read_bytes()
+    (folder / "checkpoints" / "step-000060").mkdir()
+    (folder / "metrics.jsonl").write_text('{"event": "steer", "step": 55, "positive": ["outline"]}\n')
+    found = runs.evaluate_run(folder, panel=panel(), stored=True)
+    assert found["words"]["positive"] == ["3d"] and (folder / "evaluation.json").read_bytes() == before
+    (folder / "evaluation.json").write_text(json.dumps({**found, "manifest": "of other weights of that step"}))
+    (folder / "metrics.jsonl").write_text('{"event": "steer", "step": 45, "positive": ["outline"]}\n')
+    again = runs.evaluate_run(folder, panel=panel(), stored=True)
+    assert again["words"]["positive"] == ["3d"] and again["manifest"] == "of other weights of that step"
 
 
 def test_the_relative_reward_of_a_recipe_is_evaluated_as_it_was_optimised(tmp_path):

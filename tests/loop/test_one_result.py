@@ -15,11 +15,13 @@ from palate import cli, recipe
 from palate.evaluate import read_index
 from palate.report import write_report
 from palate.runs import RunFolder, adapter_of, load_result
-from palate.runtime import checkpoint, runlock
+from palate.runtime import checkpoint, runlock, runlog
 from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.result import evaluation_of, result_of
+from palate.runtime.runlog import RunLog, rewind
 from palate.studio.undo import adapter_now, go_back
-from palate.train import Job, run_job
+from palate.train import Job, run_job, steer
+from palate.train.steering import CONTROL
 
 SMALL = [
     "trainer.batch_size=2", "algorithm.rollout_steps=1", "algorithm.n=1", "trainer.guard.every=0",
@@ -124,6 +126,47 @@ def test_going_back_is_an_answer_too(run):
     assert all(
         torch.equal(a, b) for a, b in zip(adapter_tensors(run / "again"), adapter_tensors(run / "adapter"), strict=True)
     )
+
+
+def test_an_evaluation_from_before_going_back_is_not_of_the_new_weights(run):
+    """The run comes to the step of the evaluation again, on another way."""
+    measured = json.loads((run / "evaluation.json").read_text()) | result_of(run).measured()
+    (run / "evaluation.json").write_text(json.dumps(measured))
+    assert evaluation_of(run)["outdated"] == ""
+    go_back(run, 3)
+    saved = checkpoint.load(run / "checkpoints/step-000003")
+    tensors = {key: value + 1 for key, value in saved.tensors.items()}
+    checkpoint.save(
+        run / "checkpoints", 4, tensors, {k: v for k, v in saved.state.items() if k not in ("schema", "step")}
+    )
+    assert "Measured at step 4, to which the run came anew" in evaluation_of(run)["outdated"]
+    assert "Measured at step 4" in write_report(run).read_text("utf-8")
+    (run / "evaluation.json").write_text(json.dumps({k: v for k, v in measured.items() if k != "manifest"}))
+    assert evaluation_of(run)["outdated"] == ""  # an older version kept no digest
+
+
+def test_going_back_takes_later_words_away(run, monkeypatch):
+    """Those that a resumed run would replay, and those that wait for the step after the newest one."""
+    words = {"positive": ["cartoon"], "negative": ["flat"]}
+
+    def write_words():
+        with RunLog(run) as log:
+            log.write({"step": 4, "event": "steer", **words})
+
+    write_words()
+    assert len(rewind(run, 3)) == 1  # resumed from step 3, it comes to step 4 again
+    write_words()
+    (run / CONTROL).write_text(json.dumps(words))
+    with monkeypatch.context() as patch:  # a crash before the log is cut: it can be gone back again
+        patch.setattr(runlog, "write_atomically", lambda *_: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception, match="killed"):
+            go_back(run, 3)
+    assert runlog.read_metrics(run / "metrics.jsonl")[-1]["step"] == 4
+    go_back(run, 3)
+    assert rewind(run, 3) == [] and not (run / CONTROL).exists()
+    steer(run, **words)
+    go_back(run, 3)  # nothing is later: what waits was given at that step
+    assert (run / CONTROL).exists()
 
 
 def test_a_running_run_says_so_or_is_refused(run, capsys):

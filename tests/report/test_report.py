@@ -18,6 +18,7 @@ from palate import runs as folders
 from palate.report import Line, Mark, tables
 from palate.report.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, separate_labels, ticks
 from palate.report.html import number, signed
+from palate.report.page import run_page
 from palate.report.pictures import clearest_pairs, preview_pairs
 
 
@@ -83,6 +84,15 @@ def test_columns_after_steering_say_under_which_words_they_were_made(runs):
     first, second = "+3d −flat, outline", "+outline −3d"
     assert columns == [("0", ""), ("10", first), ("20", second), ("30", second), ("40", second)]
     assert f"{first} → step 20: {second}" in page
+
+
+def test_pictures_of_weights_that_the_guard_went_back_from_have_the_earlier_words(tmp_path):
+    run = fake_run(tmp_path / "a")
+    with open(run / "metrics.jsonl", "a") as log:
+        log.write(json.dumps({"event": "guard", "step": 40, "action": "stop", "best_step": 15, "verdict": "x"}) + "\n")
+    page = report.write_report(run).read_text(encoding="utf-8")
+    assert re.findall(r"step (\d+)<span class=\"words\"><bdi>(.*?)</bdi>", page)[-1] == ("40", "+3d −flat, outline")
+    assert run_page(run)["words"] == "+3d −flat, outline"
 
 
 def test_hostile_pictures_of_any_size_are_embedded_whole(tmp_path):

@@ -209,6 +209,15 @@ def test_the_chart_marks_where_words_changed(steered):
     assert not Labels(page).problems and "<b>red" not in page
 
 
+def test_words_of_a_run_that_its_guard_ended_are_those_of_its_result(steered):
+    _, found, folder = steered
+    assert found.view("steer-9").words().positive == {"cartoon": 4}
+    with open(folder / "metrics.jsonl", "a") as log:
+        log.write(json.dumps({"event": "guard", "step": 8, "action": "stop", "best_step": 5, "verdict": "x"}) + "\n")
+    words = found.view("steer-9").words()
+    assert (words.positive, words.negative) == ({"cartoon": 4}, {})  # not those of step 7
+
+
 def test_steering_starts_the_quick_way_or_srpo_which_needs_both_sides(studio, monkeypatch):
     client, found = studio
     begun = []
@@ -367,22 +376,33 @@ def test_the_taste_chart_is_of_the_fixed_pictures(studio):
     learned = fit_taste(pairs * 2, blocks=["colour"])
     learned.save(taste)
     plan = recipe.read("taste-emoji", [f"reward.source.taste='{taste}'", f"run.folder='{folder}'"])
+    shown = [prompts[i] for i in order[:3]]
     for step, chosen in ((0, order[:3]), (5, order[10:13]), (10, order[-3:])):
         samples = folder / "samples" / f"step-{step:06d}"
         samples.mkdir(parents=True)
         for k, i in enumerate(chosen):
             (samples / f"{k:04d}.png").write_bytes(png_of(images[i]))
-        index = [{"file": f"{k:04d}.png", "prompt": prompts[i], "seed": k} for k, i in enumerate(chosen)]
+        index = [{"file": f"{k:04d}.png", "prompt": shown[k], "seed": k} for k in range(3)]
+        if step == 10:  # a resumed run that draws one more prompt, and those in another order
+            index = [
+                {"file": "0000.png", "prompt": "a fox", "seed": 9},
+                *index[:0:-1],
+                {**index[0], "file": "0003.png"},
+            ]
+            (samples / "0003.png").write_bytes((samples / "0000.png").read_bytes())
         (samples / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in index))
     (folder / "recipe.yaml").write_text(recipe.dump(plan))
     (folder / "metrics.jsonl").write_text("".join(
         json.dumps({"step": k, "event": "step", "loss": 0.0, "reward": -k}) + "\n" for k in range(1, 11)))  # fmt: skip
     points = found.liking.of(found.view("align-9"))
     groups = (order[:3], order[10:13], order[-3:])
-    exact = [learned.utility(images[chosen], [prompts[i] for i in chosen]).mean() for chosen in groups]
+    exact = [learned.utility(images[chosen], shown).mean() for chosen in groups]
     assert [step for step, _ in points] == [0, 5, 10] and points[0][1] == 0.0
     assert [value for _, value in points[1:]] == pytest.approx([float(e - exact[0]) for e in exact[1:]], abs=1e-4)
     assert points[2][1] > points[1][1] > 0
     page = client.get("/align?run=align-9").text
+    tiles = re.findall(r'data-before="/sample/align-9/(\S+)" data-after="/sample/align-9/(\S+)"', page)
+    assert tiles == [("10/0000.png",) * 2, *((f"0/000{k}.png", f"10/000{k or 3}.png") for k in (2, 1, 0))]
+    assert page.count('class="crisp before"') == 3  # a picture without an earlier one of its prompt stays
     assert "Your taste of these pictures" in page and f"to {points[2][1]:.3g}" in page
     shutil.rmtree(folder)

@@ -264,7 +264,9 @@ def test_what_a_word_did_is_counted_from_the_last_pictures_without_it(studio, mo
     styles, large = vocabulary().styles, vocabulary().sizes[-1]
     view = a_run(found, "s", "direct-emoji")
     view = RunView("s", view.folder, "running", "", view.recipe, [], [0, 5, 10, 15])
-    monkeypatch.setattr(found.effects, "_count", lambda view, step: dict.fromkeys([*styles, large], step) | {"": 16})
+    monkeypatch.setattr(
+        found.effects, "_count", lambda view, step, rows: dict.fromkeys([*styles, large], step) | {"": 16}
+    )
     found.artist.ready.set()
     words = Words({styles[0]: 0, large: 10}, {styles[1]: 16, styles[2]: -1})
     told = {word: (row["before"], row["now"], row["of"]) for word, row in found.effects.of(view, words).items()}
@@ -274,6 +276,24 @@ def test_what_a_word_did_is_counted_from_the_last_pictures_without_it(studio, mo
         styles[1]: (15, None, 16),  # no picture since
         styles[2]: (15, None, 16),  # it waits for the next step
     }
+
+
+def test_what_a_word_did_is_counted_on_the_pictures_that_both_steps_have(studio, monkeypatch):
+    """A resumed run may draw other prompts than before."""
+    _, found = studio
+    style, view = vocabulary().styles[0], a_run(found, "s", "direct-emoji")
+    for step, prompts in ((0, ["a dog", "a cat"]), (5, ["a fox", "a dog", "a cow"])):
+        folder = view.folder / f"samples/step-{step:06d}"
+        folder.mkdir(parents=True)
+        rows = [{"file": f"{k}.png", "prompt": prompt, "seed": 0} for k, prompt in enumerate(prompts)]
+        (folder / "index.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for row in rows:
+            (folder / row["file"]).write_bytes(picture(9))
+    monkeypatch.setattr(
+        found.effects, "_read", lambda images, prompts: {"": len(prompts), style: prompts.count("a dog")}
+    )
+    found.artist.ready.set()
+    assert found.effects.of(found.view("s"), Words({style: 1})) == {style: {"before": 1, "now": 1, "of": 1}}
 
 
 def test_a_run_goes_on_where_its_words_are_and_a_many_step_model_draws_no_pairs(studio, monkeypatch):
@@ -383,10 +403,10 @@ def test_pictures_that_another_window_takes_away_are_no_fault(studio, monkeypatc
     for content in (None, b"", b"\x89PNG\r\n\x1a\n cut"):
         if content is not None:
             (folder / "0.png").write_bytes(content)
-        assert found.effects._count(found.view("mine"), 0) == {}
-        assert found.liking._mean(found.view("mine"), 0, lambda images, prompts: images.mean((1, 2, 3))) is None
+        assert found.effects._count(found.view("mine"), 0, view.pictures(0)) == {}
+        assert found.liking._known(found.view("mine"), 0, lambda images, prompts: images.mean((1, 2, 3))) is None
     Image.new("RGB", (4, 4)).save(folder / "0.png")
-    assert found.effects._count(found.view("mine"), 0) == {"": 1}
+    assert found.effects._count(found.view("mine"), 0, view.pictures(0)) == {"": 1}
 
 
 def test_nobody_takes_a_run_that_is_being_deleted(studio, monkeypatch):
@@ -435,8 +455,8 @@ def test_what_was_counted_of_a_step_is_counted_again_when_it_is_drawn_anew(studi
         (folder / "0000.png").write_bytes(picture(shade))
         (folder / "index.jsonl").write_text('{"file": "0000.png", "prompt": "a dog", "seed": 0}\n')
         os.utime(folder / "index.jsonl", ns=(time, time))
-        effects._count(view, 0)
-        effects._count(view, 0)
+        effects._count(view, 0, view.pictures(0))
+        effects._count(view, 0, view.pictures(0))
     assert len(seen) == 2 and seen[0] != seen[1]
 
 

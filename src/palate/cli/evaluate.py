@@ -23,7 +23,7 @@ from palate.report.sheet import write_sheet
 from palate.rewards.tasks import geneval_prompts
 from palate.runs import evaluate_runs
 from palate.runs.evaluation import prompts_of
-from palate.runs.folder import RunFolder
+from palate.runs.folder import RunFolder, open_runs
 from palate.runs.protocol import evaluate_protocol
 from palate.runs.strength import FOLDER, evaluate_strengths
 from palate.runtime.errors import InputError
@@ -105,8 +105,7 @@ def _evaluate_strengths(runs: Sequence[Path], strengths: Sequence[float], option
     """Each run's LoRA at each strength: a table with a column per strength, and a sheet of the pictures."""
     own = read_prompts(options.prompts_file) if options.prompts_file else None
     found = {}
-    for path in runs:
-        run = RunFolder(path, options.overrides)
+    for path, run in zip(runs, open_runs(runs, options.overrides), strict=True):
         with show_phases(options.quiet):
             found[str(path)] = evaluate_strengths(
                 run, strengths, prompts=prompts_of(run.recipe, own, options.count), seeds=options.seed_range

@@ -53,7 +53,7 @@ class Strengths(tuple[float, ...]):
     def __new__(cls, text: str) -> Strengths:
         """Raises typer.BadParameter where the text is not a list of numbers between -10 and 10."""
         try:
-            numbers = [float(part) for part in text.split(",")]
+            numbers = [float(part) + 0.0 for part in text.split(",")]  # -0 is 0
         except ValueError:
             numbers = []
         if not numbers or not all(-10 <= number <= 10 for number in numbers):

@@ -143,13 +143,15 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of values (N,), or of values - base in pairs. NaNs are left out.
 
-    With two or more `groups` whole groups are resampled (images of one prompt are not independent)."""
+    Whole `groups` are resampled (images of one prompt are not independent) where two or more have a value."""
     data = np.asarray(values, dtype=np.float64) - (0.0 if base is None else np.asarray(base, dtype=np.float64))
-    labels = np.arange(len(data)) if groups is None or len(set(groups)) < 2 else labels_of(groups)
+    labels = np.arange(len(data)) if groups is None else labels_of(groups)
     labels, data = labels[~np.isnan(data)], data[~np.isnan(data)]
     if not len(data):
         return math.nan, math.nan
-    _, labels = np.unique(labels, return_inverse=True)
+    found, labels = np.unique(labels, return_inverse=True)
+    if len(found) < 2:
+        labels = np.arange(len(data))
     sums, counts = np.bincount(labels, data), np.bincount(labels)
     drawn = np.random.default_rng(seed).integers(0, len(sums), (resamples, len(sums)))
     means = sums[drawn].sum(1) / counts[drawn].sum(1)

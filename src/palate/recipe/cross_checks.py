@@ -63,6 +63,13 @@ def rewards_used(reward: RewardSettings) -> set[str]:
     return {reward.name} if reward.name else set(reward.weights or ())
 
 
+def rewards_placed(recipe: Recipe) -> set[str]:
+    """The names that `reward.source` may give a place: of rewards that are optimised or judge the result."""
+    used = rewards_used(recipe.reward)
+    bases = set(rewards.HELD_OUT_CANDIDATES) if "taste" in used else set()  # a taste may stand on one of them
+    return used | bases | {heldout_of(recipe) or ""}
+
+
 def heldout_of(recipe: Recipe) -> str | None:
     """The reward that judges the recipe's results and is not optimised; None where the recipe optimises them all."""
     if recipe.model.name == "emoji":
@@ -117,15 +124,13 @@ def _check_rewards(recipe: Recipe, mistakes: list[str]) -> None:
                 f"evaluate.heldout: {recipe.evaluate.heldout} is what is optimised; give another of "
                 f"{', '.join(rewards.HELD_OUT_CANDIDATES)}"
             )
-    judged = used | {heldout_of(recipe) or ""}
     if "taste" in used:
-        judged |= {*rewards.HELD_OUT_CANDIDATES}  # it may stand on one of them
         if "taste" not in reward.source:
             mistakes.append("reward.source.taste: name the folder of a taste, for example tastes/mine")
     elif reward.taste is not None:
         mistakes.append("reward.taste: the reward taste is in neither reward.name nor reward.weights")
     for key, names, known in (
-        ("source", reward.source, judged),
+        ("source", reward.source, rewards_placed(recipe)),
         ("scale", reward.scale, used),
         ("noised", reward.noised, used),
     ):

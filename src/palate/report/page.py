@@ -10,10 +10,18 @@ from typing import Any
 from palate.report.blackbox import query_curves, query_grid, query_summary, read_queries, read_rounds
 from palate.report.curves import curves, event_marks, read_json
 from palate.report.html import flatten, render, write_page
-from palate.report.pictures import clearest_pairs, compare_grid, grid, preview_pairs, ranked_pairs
+from palate.report.pictures import (
+    clearest_pairs,
+    compare_grid,
+    grid,
+    preview_folders,
+    preview_pairs,
+    ranked_pairs,
+    step_of,
+)
 from palate.report.story import gauges, sentence, wanted_styles
 from palate.report.tables import DRIFT, HEADLINES, compare_table, headline_keys, metric_rows
-from palate.report.words import WordChange, history, spell, word_changes
+from palate.report.words import WordChange, history, word_changes, words_at
 from palate.runs import on_common_rows, read_recipe
 from palate.runtime.result import evaluation_of
 from palate.runtime.runlock import status
@@ -50,6 +58,7 @@ def run_page(run: Path) -> dict[str, Any]:
     changes = word_changes(recipe, rows)
     drift = (evaluation or {}).get("drift") or {}
     last = max((row["step"] for row in rows), default=0)
+    shown = max(map(step_of, preview_folders(run)), default=last)
     styles = wanted_styles(evaluation) if evaluation else []
     wanted = styles or [word for change in changes for word in change.positive]
     table = metric_rows(evaluation) if evaluation else []
@@ -57,7 +66,7 @@ def run_page(run: Path) -> dict[str, Any]:
     pairs = clearest_pairs(run, evaluation, styles) if evaluation else preview_pairs(run)
     return {
         "name": run.resolve().name,
-        "words": spell(changes[-1]._asdict()) if changes else "",
+        "words": words_at(changes, rows, shown) if changes else "",
         "lede": f"{sentence(evaluation)} {evaluation['outdated']}".strip()
         if evaluation
         else unjudged(recipe, changes, last) + (" The pairs below changed most." if pairs else ""),
@@ -68,7 +77,7 @@ def run_page(run: Path) -> dict[str, Any]:
         "evaluation": evaluation,
         "verdict": (evaluation or {}).get("verdict") or {},
         "pairs": pairs,
-        "grid": grid(run, changes),
+        "grid": grid(run, changes, rows),
         "charts": (query_curves(run, queries, recipe) if queries else []) + curves(rows, wanted),
         "notes": [
             *_still_running(run, last),

@@ -50,7 +50,7 @@ def step_of(folder: Path) -> int:
     return int(number) if number.isdecimal() else 0
 
 
-def grid(run_folder: Path, changes: Sequence[WordChange] = ()) -> dict[str, Any] | None:
+def grid(run_folder: Path, changes: Sequence[WordChange], metrics: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """Pictures of the first prompts and seeds at up to COLUMNS previews, the first and the last among them. Where the
     words changed during the run, each column says under which it was made."""
     folders = preview_folders(run_folder)
@@ -65,7 +65,7 @@ def grid(run_folder: Path, changes: Sequence[WordChange] = ()) -> dict[str, Any]
     heads = []
     for name, folder in zip(names, chosen, strict=True):
         step = step_of(folder)
-        words = words_at(changes, step) if len(changes) > 1 and step > 0 else ""
+        words = words_at(changes, metrics, step) if len(changes) > 1 and step > 0 else ""
         heads.append({"name": name, "step": f"step {step}", "words": words})
     return {"heads": heads, "rows": grid_rows(rows, heads, list(zip(chosen, indices, strict=True)))}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from palate.runs import tree_words
+from palate.runs import trained_to, tree_words
 
 
 class WordChange(NamedTuple):
@@ -34,9 +34,9 @@ def word_changes(recipe: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list
     return [] if all(not (change.positive or change.negative) for change in found) else found
 
 
-def words_at(changes: Sequence[WordChange], step: int) -> str:
-    """The words that the last update before a picture of `step` was made with."""
-    last = [change for change in changes if change.step <= step][-1]
+def words_at(changes: Sequence[WordChange], rows: Sequence[dict[str, Any]], step: int) -> str:
+    """The words that the last update before a picture of `step` was made with; rows: of metrics.jsonl."""
+    last = [change for change in changes if change.step <= trained_to(rows, step)][-1]
     return spell(last._asdict())
 
 

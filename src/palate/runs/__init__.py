@@ -15,6 +15,7 @@ from palate.runs.folder import (
     read_recipe,
     run_names,
     trained_model,
+    trained_to,
     tree_words,
     words_in_force,
 )
@@ -26,5 +27,5 @@ __all__ = [
     "evaluate_protocol", "evaluate_run", "evaluate_runs",
     "evaluate_runs_by_questions", "evaluate_samples", "evaluation_key", "load_result",
     "on_common_rows", "read_index", "read_recipe", "read_samples", "run_names", "same_meaning", "trained_model",
-    "tree_words", "words_in_force", "write_adapter", "write_samples",
+    "trained_to", "tree_words", "words_in_force", "write_adapter", "write_samples",
 ]  # fmt: skip

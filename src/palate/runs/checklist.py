@@ -20,7 +20,7 @@ from palate.rewards.answers import Answers
 from palate.rewards.checklist import QuestionJudge
 from palate.runs.comparison import between
 from palate.runs.evaluation import Load, check_stored, draw_sides, evaluating, evaluation_key, seeds_of
-from palate.runs.folder import RunFolder, run_names
+from palate.runs.folder import RunFolder, open_runs, run_names
 from palate.runtime.errors import InputError
 from palate.runtime.files import write_atomically
 
@@ -45,7 +45,7 @@ def evaluate_runs_by_questions(
 
     RemoteError: the judge failed; what it has answered is kept, and the same call goes on from there."""
     names = run_names([Path(folder) for folder in run_folders])
-    runs = [RunFolder(folder, overrides) for folder in run_folders]
+    runs = open_runs(run_folders, overrides)
     kept = [run.path / ANSWERS for run in runs]
     prompts = [item.prompt for item in checklists]
     found = {}

@@ -26,11 +26,11 @@ from palate.recipe.objective import ORACLE, Term
 from palate.recipe.settings import Recipe
 from palate.recipe.start import reference_of
 from palate.runs.comparison import between
-from palate.runs.folder import RECIPE, RunFolder, run_names
+from palate.runs.folder import RECIPE, RunFolder, open_runs, run_names
 from palate.runtime.errors import InputError
 from palate.runtime.exclusive import alone
 from palate.runtime.files import json_digest, replace, write_atomically
-from palate.runtime.result import evaluation_of, result_of
+from palate.runtime.result import evaluation_of, result_of, step_of
 
 SIDES = ("base", "result")
 CURRENT = ("evaluation", "evaluation.json")
@@ -54,34 +54,36 @@ def evaluate_run(
     `others`: the digests of the panel's rewards that other runs optimise, by label (`digests`)."""
     run = run_folder if isinstance(run_folder, RunFolder) else RunFolder(run_folder)
     panel = panel or evaluators.panel_of(run.recipe)
-    rewards, optimised = run.objective().rewards(panel.rewards, panel.heldout)
     with evaluating(run):
         if stored:
             check_stored(run)
-        else:
+        measured, words = _measured(run, stored)
+        rewards, optimised = run.objective().with_words(*words).rewards(panel.rewards, panel.heldout)
+        if not stored:
             prompts = prompts_of(run.recipe) if prompts is None else listed(prompts)
             seeds = seeds_of(run.recipe) if seeds is None else list(seeds)
             if model is None:
                 model, sampler = run.model()
             make_current(run.path, evaluation_key(*pairs(prompts, seeds)))
             draw_sides(run, run.path, model, sampler, prompts, seeds)
-        return _judged(run, panel._replace(rewards=rewards), optimised, stored, others or {})
+        told = measured | {"digests": {**(others or {}), **digests(run.objective().terms)}}
+        return _judged(run, panel._replace(rewards=rewards), optimised, told, words)
 
 
 def _judged(
-    run: RunFolder, panel: EvaluationPanel, optimised: list[str], stored: bool, others: Mapping[str, str]
-) -> dict[str, Any]:
+    run: RunFolder, panel: EvaluationPanel, optimised: list[str], told: dict[str, Any],
+    words: tuple[list[str], list[str]],
+) -> dict[str, Any]:  # fmt: skip
     """Write what the panel says of the pictures that lie in the run, and return it."""
     folder, objective = run.path / "evaluation", run.objective()
     result = evaluate_samples(folder / "result", base_folder=folder / "base", panel=panel)
-    (positive, negative), fall = run.words(), evaluators.allowed_fall(run.recipe)
+    (positive, negative), fall = words, evaluators.allowed_fall(run.recipe)
     result |= {
         "optimised": optimised,
         "heldout": panel.heldout,
         **({"heldout_may_fall": fall} if fall else {}),
         "objective": objective.description(),
-        "digests": {**others, **digests(objective.terms)},
-        "checkpoint": _measured(run, stored),
+        **told,
         **({"reference": reference} if (reference := reference_of(run.recipe)) else {}),
         "words": {"positive": positive, "negative": negative} | ({"k": objective.k} if objective.k else {}),
         "verdict": verdict(
@@ -116,10 +118,10 @@ def evaluate_runs(
     prompts, count (at most so many), seeds: None = each recipe's own, which must then agree. InputError before any
     image is drawn where they do not. `load`: folder -> model, sampler; None = `RunFolder.model`. `warn` gets a
     sentence for each run whose base model was drawn in other steps or with other guidance. `overrides`: as of
-    `RunFolder`.
+    `open_runs`.
     """
     names = run_names([Path(folder) for folder in run_folders])
-    runs = [RunFolder(folder, overrides) for folder in run_folders]
+    runs = open_runs(run_folders, overrides)
     asked: list[tuple[list[str], list[int]] | None] = []
     for run in runs:
         if stored:
@@ -207,15 +209,21 @@ def _move(source: Path, target: Path) -> None:
             replace(source / name, target / name)
 
 
-def _measured(run: RunFolder, stored: bool) -> str | None:
-    """The checkpoint that the images are of, as evaluation.json keeps it; None where that is not known: without it, or
-    where it is older than they are, because what should have judged them then broke off."""
-    if stored:
-        known, drawn = run.path / "evaluation.json", run.path / "evaluation" / "result" / "index.jsonl"
-        whole = known.is_file() and known.stat().st_mtime_ns >= drawn.stat().st_mtime_ns
-        return (evaluation_of(run.path) or {}).get("checkpoint") if whole else None
-    found = result_of(run.path)
-    return None if found is None else found.checkpoint
+def _measured(run: RunFolder, stored: bool) -> tuple[dict[str, Any], tuple[list[str], list[str]]]:
+    """The checkpoint that the images are of, as evaluation.json keeps it, and the words that it was trained with last.
+    None where that is not known: without a checkpoint, or where evaluation.json is older than the images, because what
+    should have judged them then broke off."""
+    if not stored:
+        now = result_of(run.path)
+        return {"checkpoint": None} if now is None else now.measured(), run.words()
+    known, drawn = run.path / "evaluation.json", run.path / "evaluation" / "result" / "index.jsonl"
+    whole = known.is_file() and known.stat().st_mtime_ns >= drawn.stat().st_mtime_ns
+    found = (evaluation_of(run.path) or {}) if whole else {}
+    measured = {"checkpoint": found.get("checkpoint")}
+    if "manifest" in found:  # the run may have gone back since, and come to that step with other words
+        words = found["words"]["positive"], found["words"]["negative"]
+        return {**measured, "manifest": found["manifest"]}, words
+    return measured, run.words(None if measured["checkpoint"] is None else step_of(measured["checkpoint"]))
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------

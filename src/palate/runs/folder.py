@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,16 +14,19 @@ import yaml
 
 from palate.core import Model, Sampler
 from palate.recipe import builder, reader
+from palate.recipe.cross_checks import rewards_placed
 from palate.recipe.identity import changes
 from palate.recipe.objective import Objective, control_words, objective_of
 from palate.recipe.settings import Recipe
 from palate.runs.result import load_result
 from palate.runtime.errors import InputError
+from palate.runtime.result import result_of
 from palate.runtime.runlog import METRICS, read_metrics
 
 RECIPE = "recipe.yaml"
+SOURCE = "reward.source."
 # What a finished run may be judged with, other than its recipe says; nothing of it changes the run.
-JUDGING = ("evaluate.", "sample.", "reward.source.", "model.device", "model.text_cache")
+JUDGING = ("evaluate.", "sample.", SOURCE, "model.device", "model.text_cache")
 
 
 class RunFolder:
@@ -71,12 +75,13 @@ class RunFolder:
         """The rows of metrics.jsonl."""
         return read_metrics(self.path / METRICS)
 
-    def words(self) -> tuple[list[str], list[str]]:
-        """The (positive, negative) control words at the end: the recipe's, changed by the steering events."""
-        return steered(control_words(self.recipe), self.metrics)
+    def words(self, step: int | None = None) -> tuple[list[str], list[str]]:
+        """The (positive, negative) control words that the weights of `step` (None = the result's) were trained with
+        last: the recipe's, changed by the steering events."""
+        return steered(control_words(self.recipe), self.metrics, _result_step(self.path) if step is None else step)
 
     def objective(self) -> Objective:
-        """What the run optimised, with the words in force at its end."""
+        """What the run optimised, with the words of its result."""
         return objective_of(self.recipe).with_words(*self.words())
 
     def model(self, warn: Callable[[str], None] = warnings.warn) -> tuple[Model, Sampler | None]:
@@ -92,16 +97,47 @@ class RunFolder:
         return model, builder.sampler_of(builder.build_algorithm(self.recipe))
 
 
+def open_runs(run_folders: Sequence[str | Path], overrides: Sequence[str] = ()) -> list[RunFolder]:
+    """Each run with the overrides. One of `reward.source.NAME` goes to those runs alone whose recipes have a use for
+    that reward; where none has, to all, whose recipes refuse it."""
+    judging = [override for override in overrides if not override.startswith(SOURCE)]
+    if len(judging) == len(overrides):
+        return [RunFolder(folder, overrides) for folder in run_folders]
+    known = [rewards_placed(RunFolder(folder, judging).recipe) for folder in run_folders]
+    anywhere = set().union(*known)
+    return [
+        RunFolder(folder, [o for o in overrides if o in judging or source_name(o) not in anywhere - own])
+        for folder, own in zip(run_folders, known, strict=True)
+    ]
+
+
+def source_name(override: str) -> str:
+    """NAME of `reward.source.NAME=...`."""
+    return override.partition("=")[0].removeprefix(SOURCE)
+
+
 def looked_at(recipe: Recipe) -> Recipe:
     """The recipe whose model draws what is looked at: `sample.image_size` in the place of `model.image_size`."""
     size = recipe.sample.image_size
     return recipe if size is None else replace(recipe, model=replace(recipe.model, image_size=size))
 
 
-def steered(words: dict[str, list[str]], rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[str]]:
-    """The (positive, negative) words after the steering events among the rows of metrics.jsonl."""
+def trained_to(rows: Sequence[dict[str, Any]], step: int) -> int:
+    """The last update that is in the weights of `step`: an earlier one where the guard went back to it there."""
     for row in rows:
-        if row.get("event") == "steer":
+        if row.get("event") == "guard" and row["step"] == step and row.get("action") in ("rollback", "stop"):
+            return int(row.get("best_step", step))
+    return step
+
+
+def steered(
+    words: dict[str, list[str]], rows: Sequence[dict[str, Any]], step: int | None
+) -> tuple[list[str], list[str]]:
+    """The (positive, negative) words after those steering events among the rows of metrics.jsonl that the weights of
+    `step` have seen; None = after all."""
+    last = math.inf if step is None else trained_to(rows, step)
+    for row in rows:
+        if row.get("event") == "steer" and row["step"] <= last:
             words = words | {side: list(row[side]) for side in words if row.get(side) is not None}
     return words["positive"], words["negative"]
 
@@ -124,8 +160,14 @@ def tree_words(tree: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def words_in_force(run_folder: str | Path, tree: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """The (positive, negative) words at the end of a run whose recipe is given as plain values."""
-    return steered(tree_words(tree), read_metrics(Path(run_folder) / METRICS))
+    """The (positive, negative) words of a run's result; its recipe is given as plain values."""
+    run = Path(run_folder)
+    return steered(tree_words(tree), read_metrics(run / METRICS), _result_step(run))
+
+
+def _result_step(run: Path) -> int | None:
+    found = result_of(run)
+    return None if found is None else found.step
 
 
 def read_recipe(run_folder: str | Path) -> dict[str, Any]:

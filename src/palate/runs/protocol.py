@@ -15,17 +15,15 @@ from palate.core import Reward, TwoTower
 from palate.data import evenly_spaced
 from palate.evaluate.measurement import mean_and_interval, round_floats, to_json
 from palate.evaluate.panel import EvaluationPanel, embedded_panel, published_panel
-from palate.recipe.cross_checks import heldout_of, rewards_used
+from palate.recipe.cross_checks import heldout_of, rewards_placed, rewards_used
 from palate.rewards.load import load_reward
 from palate.rewards.located import Standing, standings
 from palate.rewards.table import HELD_OUT_CANDIDATES
 from palate.runs.comparison import column
 from palate.runs.evaluation import evaluate_runs
-from palate.runs.folder import RunFolder
+from palate.runs.folder import SOURCE, RunFolder, source_name
 from palate.runtime.errors import InputError
 from palate.runtime.files import write_atomically
-
-SOURCE = "reward.source."
 
 
 def evaluate_protocol(
@@ -119,13 +117,6 @@ def _standing_json(standing: Standing) -> dict[str, Any]:
 
 def _split(overrides: Sequence[str], runs: Sequence[RunFolder]) -> tuple[dict[str, str], list[str]]:
     """The sources that overrides name, and the overrides that the runs' own recipes understand."""
-    given, own = {}, []
-    known = {name for run in runs for name in (*rewards_used(run.recipe.reward), heldout_of(run.recipe))}
-    for override in overrides:
-        key, _, value = override.partition("=")
-        name = key.removeprefix(SOURCE)
-        if key.startswith(SOURCE):
-            given[name] = value
-        if not key.startswith(SOURCE) or name in known:
-            own.append(override)
-    return given, own
+    given = {source_name(o): o.partition("=")[2] for o in overrides if o.startswith(SOURCE)}
+    known = {name for run in runs for name in rewards_placed(run.recipe)}
+    return given, [o for o in overrides if not o.startswith(SOURCE) or source_name(o) in known]

@@ -38,7 +38,7 @@ def evaluate_strengths(
     the run has no LoRA, or draws by a generator of its own that has no strength.
     """
     run = run_folder if isinstance(run_folder, RunFolder) else RunFolder(run_folder)
-    strengths = list(dict.fromkeys(strengths))
+    strengths = list(dict.fromkeys(strength + 0.0 for strength in strengths))  # -0 is 0
     panel = panel or evaluators.panel_of(run.recipe)
     rewards, optimised = run.objective().rewards(panel.rewards, panel.heldout)
     panel = panel._replace(rewards=rewards)

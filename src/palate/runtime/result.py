@@ -1,7 +1,8 @@
 """Which weights are a run's result now, and whether what was measured is of them: read from its folder alone.
 
 They are those of the newest good checkpoint, its average where one is kept; of `palate optimize`, of the newest round.
-evaluation.json names the checkpoint that it measured.
+evaluation.json names the checkpoint that it measured, and keeps the digest of its manifest: a run that went back comes
+to the same step with other weights.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
-from palate.runtime.files import in_shell, parse_json
+from palate.runtime.files import file_digest, in_shell, parse_json
 from palate.runtime.runlock import RunStatus, status
 
 EVALUATION = "evaluation.json"
@@ -30,6 +31,11 @@ class Result(NamedTuple):
         """Its path inside the run's folder, as evaluation.json keeps it."""
         return (self.folder / "checkpoints" / checkpoint.name(self.step)).relative_to(self.run).as_posix()
 
+    def measured(self) -> dict[str, Any]:
+        """What evaluation.json keeps of it: "checkpoint", and "manifest" where it has one."""
+        manifest = self.run / self.checkpoint / checkpoint.MANIFEST
+        return {"checkpoint": self.checkpoint} | ({"manifest": file_digest(manifest)} if manifest.is_file() else {})
+
 
 def result_of(run: Path) -> Result | None:
     """The result of the run in that folder as it is now; None where nothing was saved so far."""
@@ -39,6 +45,11 @@ def result_of(run: Path) -> Result | None:
         return None
     step = checkpoint.steps(saved[-1] / "checkpoints")[-1]
     return Result(run, saved[-1], step, status(run))
+
+
+def step_of(name: str) -> int:
+    """The step of a checkpoint, by its path inside the run's folder."""
+    return int(name.rpartition("-")[2])
 
 
 def evaluation_of(run: Path) -> dict[str, Any] | None:
@@ -54,16 +65,19 @@ def evaluation_of(run: Path) -> dict[str, Any] | None:
     metrics = found.get("metrics") if isinstance(found, dict) else None
     if not isinstance(metrics, dict) or not all(isinstance(metric, dict) for metric in metrics.values()):
         raise InputError(f"{path} is no evaluation; write it again with palate evaluate {in_shell(run)}")
-    return {**found, "outdated": _outdated(run, found.get("checkpoint"))}
+    return {**found, "outdated": _outdated(run, found.get("checkpoint"), found.get("manifest"))}
 
 
-def _outdated(run: Path, measured: str | None) -> str:
+def _outdated(run: Path, measured: str | None, manifest: str | None) -> str:
     for side in (run / "evaluation" / "base", run / "evaluation" / "result"):
         if side.is_dir() and not (side / "index.jsonl").is_file():
             return f"A later evaluation broke off: palate evaluate {in_shell(run)} makes its pictures whole."
     now = result_of(run)
-    if measured is None or now is None or measured == now.checkpoint:
+    if measured is None or now is None:
         return ""
-    step = int(measured.rpartition("-")[2])
     again = f"palate evaluate {in_shell(run)} measures it again"
-    return f"Measured at step {step}, and the run is at step {now.step} now: {again}."
+    if measured == now.checkpoint:
+        if manifest is None or now.measured().get("manifest", manifest) == manifest:
+            return ""
+        return f"Measured at step {step_of(measured)}, to which the run came anew since, with other weights: {again}."
+    return f"Measured at step {step_of(measured)}, and the run is at step {now.step} now: {again}."

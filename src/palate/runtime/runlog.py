@@ -10,7 +10,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -85,8 +85,23 @@ def rewind(folder: Path, step: int) -> list[dict[str, Any]]:
         ) from error
     replay = [events[number] for number in sorted(events)]
     write_atomically(waiting, json.dumps(replay).encode())
-    write_atomically(log, b"".join(json_line(row) for row in rows if row["step"] <= step))
+    _cut(log, rows, step)
     return replay
+
+
+def cut_for_good(folder: Path, step: int) -> None:
+    """Cut metrics.jsonl back to `step`; no steering event after it is replayed by a resumed run.
+
+    Those that wait for it go first: a crash in between leaves a log that is not cut yet, and can be cut again.
+    """
+    log = folder / METRICS
+    rows = read_metrics(log)
+    (folder / STEERING).unlink(missing_ok=True)
+    _cut(log, rows, step)
+
+
+def _cut(log: Path, rows: Sequence[dict[str, Any]], step: int) -> None:
+    write_atomically(log, b"".join(json_line(row) for row in rows if row["step"] <= step))
 
 
 def _json_number(value: Any) -> Any:

@@ -10,6 +10,7 @@ from fastapi.responses import HTMLResponse, Response
 
 from palate.algorithms.direct import DirectSettings
 from palate.models.vocabulary import known_words, with_words
+from palate.runs import common_rows
 from palate.runtime.errors import InputError
 from palate.studio.curves import curves_of
 from palate.studio.process import quoted
@@ -52,11 +53,24 @@ def align(request: Request, run: str | None = None) -> HTMLResponse:
 def _live(studio: Studio, view: RunView | None) -> dict[str, object]:
     """What the live part of a page shows of a run."""
     if view is None:
-        return {"view": None, "words": None, "effects": {}, "refused": "", "curves": []}
+        return {"view": None, "words": None, "effects": {}, "refused": "", "curves": [], "wall": []}
     words = wanted_words(view)
     effects = studio.effects.of(view, words)
     curves = curves_of(view, studio.liking.of(view))
-    return {"view": view, "words": words, "effects": effects, "refused": view.refusal(), "curves": curves}
+    return {"view": view, "words": words, "effects": effects, "refused": view.refusal(), "curves": curves,
+            "wall": _wall(view)}  # fmt: skip
+
+
+def _wall(view: RunView) -> list[dict[str, object]]:
+    """The newest pictures, each with the first one of its prompt and seed; `before` is None where there is none."""
+    if not view.previews:
+        return []
+    first, newest = view.pictures(view.previews[0]), view.pictures(view.previews[-1])
+    pairs = dict(common_rows(newest, first))  # a resumed run may draw other prompts than before
+    return [
+        {"prompt": row["prompt"], "before": first[pairs[k]]["file"] if k in pairs else None, "after": row["file"]}
+        for k, row in enumerate(newest)
+    ]
 
 
 def _word_examples(studio: Studio) -> list[dict[str, str]]:

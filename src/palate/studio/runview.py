@@ -14,6 +14,7 @@ from palate.algorithms.srpo import SRPOSettings
 from palate.evaluate import read_index
 from palate.recipe import Recipe
 from palate.report import sentence
+from palate.runs import trained_to
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
 from palate.runtime.files import folder_size
@@ -139,10 +140,13 @@ class RunView:
         )
 
     def words(self) -> Words:
-        """Those of the recipe, then those of each steering event; a word that stays keeps its step."""
+        """Those of the recipe, then those of each steering event that the result of a run ended by its guard has seen;
+        a word that stays keeps its step."""
         now = {side: dict.fromkeys(getattr(self.recipe.algorithm, side, ()), 0) for side in ("positive", "negative")}
+        ended = [row.get("action") for row in self.of("guard")][-1:] == ["stop"]  # its result is an earlier step
+        last = trained_to(self.rows, self.step) if ended else self.step
         for row in self.of("steer"):
-            for side in now:
+            for side in now if row["step"] <= last else ():
                 if row.get(side) is not None:
                     now[side] = {word: now[side].get(word, int(row["step"])) for word in row[side]}
         return Words(**now)

@@ -12,6 +12,7 @@ import torch
 
 from palate.algorithms.srpo import SRPOSettings
 from palate.models.vocabulary import known_words, parse_prompt, vocabulary
+from palate.runs import common_rows
 from palate.runtime.errors import InputError
 from palate.runtime.exclusive import exclusive
 from palate.studio.artist import Artist
@@ -124,7 +125,7 @@ class Effects:
 
     def __init__(self, artist: Artist):
         self.artist = artist
-        self._counts: dict[tuple[str, int, int], dict[str, int]] = {}
+        self._counts: dict[tuple[str | int, ...], dict[str, int]] = {}
 
     def of(self, view: RunView, words: Words) -> dict[str, dict[str, Any]]:
         """word -> {"before", "now", "of"}, `now` None while there is no picture since the word holds; words that are no
@@ -142,15 +143,17 @@ class Effects:
             newest = view.previews[-1]
             holds = newest + 1 if since < 0 else max(since, 1)  # the first update that knows the word
             earlier = [step for step in view.previews if step < holds] or view.previews
-            before, now = self._count(view, earlier[-1]), self._count(view, newest)
+            rows = view.pictures(earlier[-1]), view.pictures(newest)
+            shared = common_rows(*rows)  # a resumed run may draw other prompts than before
+            before = self._count(view, earlier[-1], [rows[0][i] for i, _ in shared])
+            now = self._count(view, newest, [rows[1][j] for _, j in shared])
             if known and known[-1] in now:  # nothing is in it while its pictures are being written, or taken away
                 found[word] = {"before": before.get(known[-1], 0), "of": now[""],
                                "now": now[known[-1]] if newest >= holds else None}  # fmt: skip
         return found
 
-    def _count(self, view: RunView, step: int) -> dict[str, int]:
-        rows = view.pictures(step)
-        key = view.drawn(step)
+    def _count(self, view: RunView, step: int, rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+        key = (*view.drawn(step), *(row["file"] for row in rows))
         if key not in self._counts and rows:
             images = previews(view.folder, step, rows)
             if images is None:

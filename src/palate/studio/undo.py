@@ -12,15 +12,17 @@ from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
 from palate.runtime.exclusive import exclusive
 from palate.runtime.runlock import owned
-from palate.runtime.runlog import rewind
+from palate.runtime.runlog import METRICS, cut_for_good, read_metrics
 from palate.studio.artist import LOADING
+from palate.train.steering import CONTROL
 
 
 def go_back(folder: Path, step: int) -> None:
     """Make `step` the newest of the run in `folder`: its weights become the result.
 
     InputError: there is no checkpoint of that step, or a process trains the run. CheckpointError: it is damaged; then
-    nothing is taken away. Later checkpoints, pictures and metrics are deleted.
+    nothing is taken away. Later checkpoints, pictures, metrics and words are deleted, words that wait for the next of
+    the later steps too.
     """
     checkpoints = folder / "checkpoints"
     with exclusive(folder), owned(folder):  # owned by this process, and of its threads by this one
@@ -32,7 +34,9 @@ def go_back(folder: Path, step: int) -> None:
             for later in checkpoint.steps(folder / kind):
                 if later > step:
                     shutil.rmtree(folder / kind / checkpoint.name(later))
-        rewind(folder, step)
+        if any(row["step"] > step for row in read_metrics(folder / METRICS)):
+            (folder / CONTROL).unlink(missing_ok=True)
+        cut_for_good(folder, step)
         write_adapter(folder, _result(folder))
 
 
