@@ -52,7 +52,7 @@ class LoadedRun:
             raise InputError("steps, guidance: a generator draws as it was trained; leave them out")
         steps = self.how.steps if steps is None else steps
         guidance = self.how.guidance if guidance is None else guidance
-        with at_size(self.model, image_size, "image_size"):
+        with at_size(self.model, self.how.image_size if image_size is None else image_size, "image_size"):
             drawn = generate(
                 self.model, prompts, seeds, steps=steps, guidance=guidance, weights=weights, sampler=sampler
             )
@@ -90,7 +90,8 @@ def load(run: str | Path, *, model: Model | None = None, algorithm: Any = None) 
     recipe = read_recipe(folder)
     if model is not None:
         step = load_result(model, folder, warn=logger.warning)
-        return LoadedRun(folder, model, step, algorithm.sampler if isinstance(algorithm, DrawsOwnSamples) else None)
+        sampler = algorithm.sampler if isinstance(algorithm, DrawsOwnSamples) else None
+        return LoadedRun(folder, model, step, sampler, SampleSettings(**(recipe.get("sample") or {})))
     if str((recipe.get("model") or {}).get("name", "")).startswith(PYTHON):
         raise InputError(f"{folder} was begun from Python; pass the model: palate.load({str(folder)!r}, model=...)")
     own = RunFolder(folder)

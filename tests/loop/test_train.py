@@ -22,6 +22,7 @@ from support.ranks import MAKE
 
 import palate
 from palate.algorithms.dpo import DPO, DPOSettings
+from palate.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings
 from palate.algorithms.nft import NFT, NFTSettings
 from palate.core import Loss
 from palate.recipe import GuardSettings
@@ -387,6 +388,29 @@ def test_a_loss_without_gradient_is_refused_with_its_likely_cause(tmp_path):
     with pytest.raises(ValueError, match=r"does not read the prompt.*algorithm.preference=absolute"):
         run(tmp_path / "e", reward=lambda images, prompts: images.mean((1, 2, 3)))
     run(tmp_path / "f", reward=lambda images, prompts: images.mean((1, 2, 3)), algorithm=srpo(preference="absolute"))
+
+
+def test_rewards_that_are_all_alike_end_no_run_that_compares_them(tmp_path):
+    """A group without a best image has no gradient; from the next step on there may be one."""
+    algorithm = FlowGRPO(FlowGRPOSettings(group=2, steps=2, guidance=1.0))
+    for kind, none in (("tensor", lambda x, prompts: torch.zeros(len(x))), ("list", lambda x, prompts: [0.0] * len(x))):
+        outcome = run(tmp_path / kind, algorithm=algorithm, reward=none, steps=2, batch_size=1)[1]
+        assert outcome.step == 2
+
+
+def test_the_first_look_stands_once_in_the_log_of_a_run_that_died_before_its_second_checkpoint(tmp_path):
+    def dies(images, prompts):
+        if (tmp_path / "died" / "checkpoints").exists():  # in the first step
+            raise KeyboardInterrupt
+        return reward(images, prompts)
+
+    looks = {"guard": GuardSettings(every=2, prompts=2), "check": lambda model, prompts, i: {"diversity": 1.0}}
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "died", reward=dies, steps=2, checkpoint_every=2, **looks)
+    assert [path.name for path in (tmp_path / "died" / "checkpoints").iterdir()] == [checkpoint.name(0)]
+    run(tmp_path / "died", steps=2, checkpoint_every=2, resume=True, **looks)
+    run(tmp_path / "whole", steps=2, checkpoint_every=2, **looks)
+    assert rows(tmp_path / "died") == rows(tmp_path / "whole")
 
 
 def test_the_reward_of_the_page_on_adding_trains(tmp_path):

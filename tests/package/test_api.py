@@ -63,7 +63,7 @@ def test_looking_at_the_names_does_not_import_torch():
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
     folder = tmp_path_factory.mktemp("python") / "run"
-    model, _ = run(folder, steps=3, preview_every=3, preview_prompts=2)
+    model, _ = run(folder, steps=3, preview_every=3, preview_prompts=2, sample=SampleSettings(steps=3))
     return folder, model
 
 
@@ -76,6 +76,7 @@ def test_a_run_from_python_can_be_loaded_drawn_and_reported(begun):
     assert len(images) == 4 and images._repr_png_().startswith(b"\x89PNG")
     base = loaded.sample(PROMPTS[:2], seeds=(0, 1), weights="reference")
     assert not torch.equal(images.tensor, base.tensor)
+    assert loaded.how.steps == 3 and torch.equal(loaded.sample(["a"], steps=3).tensor, loaded.sample(["a"]).tensor)
     page = palate.report(folder)
     text = page.read_text("utf-8")
     assert page.name == "report.html" and "python:palate.algorithms.srpo.SRPO" in text and PROMPTS[0] in text

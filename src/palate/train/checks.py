@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from palate.core import ComparesWords, HasNetworks, Model, Reward, Sampleable
 from palate.recipe import TrainerSettings
+from palate.recipe.cross_checks import NeedsRewardGradient
 from palate.rewards.combine import as_scores, as_tensor_reward
 from palate.runtime.distributed import Ranks
 from palate.runtime.errors import InputError, OutOfMemoryError
@@ -106,15 +107,17 @@ def shard_networks(model: Model, sharding: str, ranks: Ranks) -> list[nn.Module]
 def gradient_cause(
     model: Model, algorithm: Any, reward: Reward, prompt: str, policy: Sequence[nn.Parameter], seed: int
 ) -> str:
-    """Ask the parts, one after the other, which of them loses the gradient."""
+    """Ask the parts, one after the other, which of them loses the gradient; "" where none does and the algorithm does
+    not differentiate the reward: rewards that are all alike give it no gradient."""
+    differentiates = isinstance(algorithm, NeedsRewardGradient) and algorithm.needs_reward_gradient
     prompts = [prompt] * 2
     device = policy[0].device
     latents = torch.zeros((2, *model.latent_shape), device=device, requires_grad=True)
     images = model.decode(latents)
-    if not images.requires_grad:
+    if differentiates and not images.requires_grad:
         return "model.decode returns images without gradient (run under no_grad, or detached)"
     images = torch.full_like(images, 0.5).requires_grad_()
-    if not reward(images, prompts).requires_grad:
+    if differentiates and not reward(images, prompts).requires_grad:
         return "the reward is not differentiable (a black box such as jpeg_size); use a differentiable one"
     if not any(p.requires_grad for p in policy):
         return "no policy parameter requires a gradient (an adapter switched off or frozen)"
@@ -127,7 +130,7 @@ def gradient_cause(
             "the reward does not read the prompt, so the relative preference is always 0: set "
             "algorithm.preference=absolute, with reward.noised (combine.noised_relative) for a negative"
         )
-    return "a reward past its hinge, fully saturated pixels, or a step length of zero"
+    return "a reward past its hinge, fully saturated pixels, or a step length of zero" if differentiates else ""
 
 
 @torch.no_grad()

@@ -110,7 +110,7 @@ class Run:
             counters.finished = ""
             self.ranks.on_main(self.saver.remove_adapter)
             self.warnings.say(counters.step)
-            if counters.step == 0:
+            if counters.step == 0 and not resume:  # a checkpoint of step 0 was saved after this
                 if self.job.reference:
                     self.log.write({"step": 0, "event": "reference", "reference": self.job.reference})
                 self._first_look()
@@ -226,7 +226,7 @@ class Run:
 
     def _gradient_cause(self) -> str:
         job, policy = self.job, self.weights.parameters["policy"]
-        return gradient_cause(job.model, job.algorithm, job.reward, job.prompts[0], policy, self.settings.seed)
+        return gradient_cause(job.model, job.algorithm, self.reward, job.prompts[0], policy, self.settings.seed)
 
     def _first_look(self) -> None:
         if self.settings.preview_every:

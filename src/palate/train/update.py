@@ -146,7 +146,8 @@ class Updater:
         if loss.value.requires_grad:
             loss.value.backward()
         elif self.check_gradient:
-            raise InputError(f"the loss of step 1 carries no gradient. Likely cause: {self.diagnose()}")
+            cause = self.diagnose() or "its values are detached from the policy"
+            raise InputError(f"the loss of step 1 carries no gradient. Likely cause: {cause}")
 
     def _optimize(self, name: str, step: int, scale: float, problem: str) -> tuple[float, str]:
         """Clip and update the named weights unless something is not finite: (gradient norm, what is wrong or "")."""
@@ -157,10 +158,11 @@ class Updater:
         if not problem and not math.isfinite(norm):
             problem = f"the norm of the {name} gradient is {norm}"
         if not problem and self.check_gradient and norm == 0.0:
-            raise InputError(
-                f"the {name} gradient of step 1 is zero in all {len(parameters)} tensors. "
-                f"Likely cause: {self.diagnose()}"
-            )
+            cause = self.diagnose() or ("" if gradients else "the loss does not depend on these weights")
+            if cause:
+                raise InputError(
+                    f"the {name} gradient of step 1 is zero in all {len(parameters)} tensors. Likely cause: {cause}"
+                )
         if not problem:
             clip = self.weights.settings.clip_norm
             if clip and norm > clip:
