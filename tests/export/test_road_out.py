@@ -53,9 +53,9 @@ NODES = {
 }  # fmt: skip
 
 
-def plan(model: str, **sample):
+def plan(model: str, *, told=None, **sample):
     tree = {
-        "model": {"name": model, "folder": "owner/base", "image_size": [768, 1280]},
+        "model": {"name": model, "folder": "owner/base", **({"image_size": [768, 1280]} if told is None else told)},
         "algorithm": {"name": "srpo", "positive": ["a"], "negative": ["b"]},
         "reward": {"name": "pickscore"}, "prompts": {"list": ["a cat"]}, "sample": sample,
     }  # fmt: skip
@@ -88,10 +88,38 @@ def test_a_workflow_has_nodes_of_comfyui_s_core_whose_links_fit(model):
     assert [n["inputs"]["lora_name"] for n in seen if "lora_name" in n["inputs"]] == ["mine.safetensors"]
     latent = next(node["inputs"] for node in graph.values() if node["class_type"].endswith("LatentImage"))
     assert (latent["height"], latent["width"]) == (768, 1280)
-    embedded = "FluxGuidance" in kinds
-    assert sampled["inputs"]["cfg"] == (1.0 if embedded else 2.5)
+    assert sampled["inputs"]["cfg"] == 2.5
     steps = [node["inputs"]["steps"] for node in graph.values() if "steps" in node["inputs"]]
     assert steps == [9]
+
+
+def inputs_of(graph, kind):
+    return [node["inputs"] for node in graph.values() if node["class_type"].endswith(kind)]
+
+
+def test_a_workflow_draws_at_the_size_of_the_base_model(tmp_path):
+    """Published sizes; of Stable Diffusion 2.1 the one that its folder's configuration tells."""
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet/config.json").write_text('{"sample_size": 96}')
+    sizes = {("stable-diffusion", "owner/base"): 512, ("stable-diffusion", str(tmp_path)): 768, ("sdxl", "a/b"): 1024}
+    for (name, folder), size in sizes.items():
+        (latent,) = inputs_of(workflow(plan(name, told={"folder": folder}), "x.safetensors"), "LatentImage")
+        assert (latent["height"], latent["width"]) == (size, size)
+
+
+def test_flux_is_told_the_guidance_that_the_run_s_pictures_were_drawn_with():
+    for told, expected in (
+        ({}, 3.5),
+        ({"distilled_guidance": 2.0}, 2.0),
+        ({"distilled_guidance": 1.0, "rollout_distilled_guidance": 4.5}, 4.5),
+    ):
+        graph = workflow(plan("flux", told=told), "x.safetensors")
+        assert [node["guidance"] for node in inputs_of(graph, "FluxGuidance")] == [expected] * 2
+        (sampled,) = inputs_of(graph, "KSampler")
+        assert sampled["cfg"] == 1.0
+        assert {graph[sampled[side][0]]["class_type"] for side in ("positive", "negative")} == {"FluxGuidance"}
+    graph = workflow(plan("flux2", told={"distilled_guidance": 3.0}), "x.safetensors")
+    assert [node["guidance"] for node in inputs_of(graph, "FluxGuidance")] == [3.0] * 2
 
 
 def test_families_that_comfyui_does_not_load_have_none():

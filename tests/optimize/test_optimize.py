@@ -417,11 +417,6 @@ def test_a_callable_by_name(tmp_path, monkeypatch):
     assert validate_scores(torch.tensor([1.0, 2.0]), 2) == [1.0, 2.0]
 
 
-def test_sizes_that_a_search_would_not_draw_are_a_mistake():
-    with pytest.raises(recipe.RecipeError, match="prompts.sizes: optimize draws one size; set model.image_size"):
-        recipe.read("optimize-emoji", ["prompts.sizes=[64]"])
-
-
 def test_built_in_oracles():
     grey = torch.full((2, 3, 64, 64), 0.5)
     grey[1] = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -473,6 +468,7 @@ trainer: {guard: {every: 0}}
         (["optimize.oracle={command: [x], noise: 0.1}"], "only a built-in"),
         (["optimize.heads=0"], "optimize.heads"),
         (["prompts={images: x}"], "draws its own"),
+        (["prompts.sizes=[64]"], "prompts.sizes: optimize draws one size; set model.image_size"),
         (["trainer.guard.every=5"], "its own start"),
         *(
             (
