@@ -58,11 +58,11 @@ def _write(folder: Path, form: str, out: Path | None, max_shard_size: str) -> Pa
         algorithm = run.recipe.algorithm
         if algorithm.name != "distar":
             raise InputError(f"--format one-step: {algorithm.name} makes no generator; use the run of a distar recipe")
-        target = export_one_step(run.model(_warn)[0], algorithm, out or folder / "export" / form)
+        target = export_one_step(run.model(_warn, mergeable=True)[0], algorithm, out or folder / "export" / form)
         print(f"pipeline: {printable(str(target))}; its README.md has the call")
         return target
     if form == "merged":
-        model = run.model(_warn)[0]
+        model = run.model(_warn, mergeable=True)[0]
         target = export_merged(folder, model, out, recipe=run.recipe, max_shard_size=max_shard_size)
         print(f"network: {printable(str(target))}")
         return target

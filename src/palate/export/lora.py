@@ -18,6 +18,7 @@ from palate.export.workflow import workflow_text
 from palate.models.facts import Facts, facts_of
 from palate.models.lora import FILE, METADATA, write
 from palate.models.original import Lora
+from palate.models.saved import save_network
 from palate.recipe import Recipe
 from palate.runtime.errors import InputError
 from palate.runtime.files import write_atomically
@@ -77,7 +78,7 @@ def export_merged(
     if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|KiB|MiB|GiB)", max_shard_size):
         raise InputError(f"--max-shard-size: expected for example 10GB or 500MB, got {max_shard_size!r}")
     part = folder / facts_of(recipe.model.name).denoiser
-    model.weights.merged().save_pretrained(part, max_shard_size=max_shard_size)
+    save_network(model.weights.merged(), part, max_shard_size=max_shard_size)
     write_atomically(folder / "README.md", model_card(run, recipe, "merged", None, None).encode())
     write_atomically(folder / "recipe.yaml", recipes.dump(recipe).encode())
     return folder
