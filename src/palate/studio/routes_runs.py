@@ -115,8 +115,6 @@ def merged(folder: Path) -> Path:
     """The run's model with its LoRA in its weights; the folder written to."""
     with LOADING:
         model = RunFolder(folder).model(lambda text: None, mergeable=True)[0]
-    if (earlier := folder / "export" / "merged").exists():
-        shutil.rmtree(earlier)
     return export_merged(folder, model)
 
 
