@@ -364,5 +364,26 @@ def test_merged_weights_need_no_lora(tmp_path):
     assert not any("lora" in name for name in plain.state_dict())
     torch.testing.assert_close(output(plain), output(weights.network), atol=2e-5, rtol=1e-4)
     assert "Merged LoRA of owner/base" in (folder / "README.md").read_text()
-    with pytest.raises(ValueError, match="is not empty"):
-        export_merged(tmp_path, SimpleNamespace(weights=weights))
+    with pytest.raises(ValueError, match=r"--out: .* is not empty; give a new folder"):
+        export_merged(tmp_path, SimpleNamespace(weights=weights), folder)
+    for other in ("merged/unet/old.safetensors", "diffusers/mine"):
+        (tmp_path / "export" / other).parent.mkdir(exist_ok=True)
+        (tmp_path / "export" / other).touch()
+    assert export_merged(tmp_path, SimpleNamespace(weights=weights)) == folder  # its own place is made anew
+    assert not (folder / "unet/old.safetensors").exists() and (tmp_path / "export/diffusers/mine").exists()
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["diffusers", "merged"]
+
+
+def test_the_card_of_a_merged_network_says_what_was_trained(tmp_path):
+    make, targets, _ = FAMILIES["stable-diffusion"]
+    text = RECIPE.format(folder=tmp_path, name="stable-diffusion", weights="lora").replace("lora_alpha: 7.0, ", "")
+    (tmp_path / "recipe.yaml").write_text(text)  # as with model.start, whose file says the alpha
+    weights = NamedWeights(make(), training="lora", rank=RANK, alpha=ALPHA, targets=targets[:1])
+    card = (export_merged(tmp_path, SimpleNamespace(weights=weights)) / "README.md").read_text()
+    assert "Merged LoRA of owner/base" in card and "Format merged, rank 3, alpha 7." in card
+    assert "- palate\n- text-to-image\n" in card  # no file of a LoRA
+    (tmp_path / "recipe.yaml").write_text(text.replace("weights: lora", "weights: full"))
+    weights = NamedWeights(make(), training="full", rank=RANK, alpha=None, targets=())
+    card = (export_merged(tmp_path, SimpleNamespace(weights=weights)) / "README.md").read_text()
+    assert "# Fully trained network of owner/base, trained with srpo" in card
+    assert "Format merged, every weight trained." in card and "- lora\n" not in card and "LoRA" not in card

@@ -13,10 +13,13 @@ import torch
 from PIL import Image
 from support import tiny_families
 
+from palate import recipe
 from palate.algorithms.distar import PIXART, SD15, SDXL, DistarSettings, Generator
 from palate.cli import app
+from palate.cli.export import export_run
 from palate.export import export_one_step, load_one_step
 from palate.models.emoji import EmojiModel
+from palate.runs import RunFolder
 
 PROMPTS = ["a 3d dog on a blue background", "a flat apple on a red background"]
 FRESH = """
@@ -68,6 +71,21 @@ def test_a_fresh_process_without_palate_draws_the_same_images_in_one_step(tmp_pa
     torch.testing.assert_close(loaded, ours, atol=1e-3, rtol=0)
     with pytest.raises(ValueError, match="not empty"):
         export_one_step(trained, DistarSettings(generator=generator), tmp_path / "one-step")
+
+
+def test_the_run_s_own_folder_is_made_anew(tmp_path, trained, monkeypatch):
+    (tmp_path / "recipe.yaml").write_text(recipe.dump(recipe.read("distar-emoji")))
+    monkeypatch.setattr(RunFolder, "model", lambda self, warn, **options: (trained, None))
+    for old in ("one-step/unet/old.safetensors", "diffusers/mine"):
+        (tmp_path / "export" / old).parent.mkdir(parents=True)
+        (tmp_path / "export" / old).touch()
+    export_run(tmp_path, "one-step", None)
+    assert not (tmp_path / "export/one-step/unet/old.safetensors").exists()
+    assert load_one_step(tmp_path / "export/one-step")[1].t_init == 0.714
+    assert sorted(path.name for path in (tmp_path / "export").iterdir()) == ["diffusers", "one-step"]
+    assert (tmp_path / "export/diffusers/mine").exists()
+    with pytest.raises(ValueError, match="is not empty; give a new folder"):
+        export_run(tmp_path, "one-step", tmp_path / "export/one-step")
 
 
 def test_merged_weights_say_what_the_name_says(trained):

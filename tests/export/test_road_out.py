@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import filter_repo_objects
+from safetensors import safe_open
 
 from palate import recipe
-from palate.export import export_merged
-from palate.export.hub import add_pictures, parcel, push
+from palate.export import WEIGHTS, Lora, export_merged
+from palate.export.hub import Parcel, add_pictures, parcel, push, state_of
 from palate.export.workflow import workflow
-from palate.models import families
+from palate.models import families, lora
 from palate.models.facts import HasFacts
 from palate.models.weights import NamedWeights
+from palate.recipe.paths import without_folders
 from palate.runtime.errors import InputError
 
 # ComfyUI's core nodes: the kinds of their outputs, and of their inputs that are links; the other inputs are values
@@ -53,9 +58,9 @@ NODES = {
 }  # fmt: skip
 
 
-def plan(model: str, **sample):
+def plan(model: str, *, told=None, **sample):
     tree = {
-        "model": {"name": model, "folder": "owner/base", "image_size": [768, 1280]},
+        "model": {"name": model, "folder": "owner/base", **({"image_size": [768, 1280]} if told is None else told)},
         "algorithm": {"name": "srpo", "positive": ["a"], "negative": ["b"]},
         "reward": {"name": "pickscore"}, "prompts": {"list": ["a cat"]}, "sample": sample,
     }  # fmt: skip
@@ -88,10 +93,38 @@ def test_a_workflow_has_nodes_of_comfyui_s_core_whose_links_fit(model):
     assert [n["inputs"]["lora_name"] for n in seen if "lora_name" in n["inputs"]] == ["mine.safetensors"]
     latent = next(node["inputs"] for node in graph.values() if node["class_type"].endswith("LatentImage"))
     assert (latent["height"], latent["width"]) == (768, 1280)
-    embedded = "FluxGuidance" in kinds
-    assert sampled["inputs"]["cfg"] == (1.0 if embedded else 2.5)
+    assert sampled["inputs"]["cfg"] == 2.5
     steps = [node["inputs"]["steps"] for node in graph.values() if "steps" in node["inputs"]]
     assert steps == [9]
+
+
+def inputs_of(graph, kind):
+    return [node["inputs"] for node in graph.values() if node["class_type"].endswith(kind)]
+
+
+def test_a_workflow_draws_at_the_size_of_the_base_model(tmp_path):
+    """Published sizes; of Stable Diffusion 2.1 the one that its folder's configuration tells."""
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet/config.json").write_text('{"sample_size": 96}')
+    sizes = {("stable-diffusion", "owner/base"): 512, ("stable-diffusion", str(tmp_path)): 768, ("sdxl", "a/b"): 1024}
+    for (name, folder), size in sizes.items():
+        (latent,) = inputs_of(workflow(plan(name, told={"folder": folder}), "x.safetensors"), "LatentImage")
+        assert (latent["height"], latent["width"]) == (size, size)
+
+
+def test_flux_is_told_the_guidance_that_the_run_s_pictures_were_drawn_with():
+    for told, expected in (
+        ({}, 3.5),
+        ({"distilled_guidance": 2.0}, 2.0),
+        ({"distilled_guidance": 1.0, "rollout_distilled_guidance": 4.5}, 4.5),
+    ):
+        graph = workflow(plan("flux", told=told), "x.safetensors")
+        assert [node["guidance"] for node in inputs_of(graph, "FluxGuidance")] == [expected] * 2
+        (sampled,) = inputs_of(graph, "KSampler")
+        assert sampled["cfg"] == 1.0
+        assert {graph[sampled[side][0]]["class_type"] for side in ("positive", "negative")} == {"FluxGuidance"}
+    graph = workflow(plan("flux2", told={"distilled_guidance": 3.0}), "x.safetensors")
+    assert [node["guidance"] for node in inputs_of(graph, "FluxGuidance")] == [3.0] * 2
 
 
 def test_families_that_comfyui_does_not_load_have_none():
@@ -131,7 +164,7 @@ class Hub:
     """What the hub is asked, in order."""
 
     def __init__(self, error: Exception | None = None):
-        self.asked, self.error = [], error
+        self.asked, self.error, self.private = [], error, True
 
     def create_repo(self, repository, **options):
         if self.error:
@@ -141,6 +174,12 @@ class Hub:
 
     def upload_folder(self, **options):
         self.asked.append(("upload", options["repo_id"], options["folder_path"]))
+        self.patterns = options["allow_patterns"], options["delete_patterns"]
+
+    def repo_info(self, repository, **options):
+        if isinstance(self.error, Exception):
+            raise self.error
+        return SimpleNamespace(private=self.private)
 
 
 def exported(tmp_path):
@@ -149,8 +188,10 @@ def exported(tmp_path):
     folder.mkdir(parents=True)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# LoRA\n")
     (folder / "weights.safetensors").write_bytes(b"12345")
+    (run / "evaluation.json").write_text('{"metrics": {}}')
     for side in ("base", "result"):
         (run / "evaluation" / side).mkdir(parents=True)
+        (run / "evaluation" / side / "index.jsonl").write_text("")
         for i in range(6):
             (run / "evaluation" / side / f"{i:04d}.png").write_bytes(f"{side} {i}".encode())
     return run, folder
@@ -158,31 +199,34 @@ def exported(tmp_path):
 
 def test_an_export_goes_to_the_hub_private_with_its_pictures_on_the_card(tmp_path):
     run, folder = exported(tmp_path)
-    assert add_pictures(run, folder) == 4 and add_pictures(run, folder) == 4  # the second time changes nothing
+    shown = add_pictures(run, folder)
+    assert len(shown) == 8 and add_pictures(run, folder) == shown  # the second time changes nothing
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlicense: mit") and card.count("## Pictures") == 1
     assert "| ![base](pictures/base-0003.png) | ![result](pictures/result-0003.png) |" in card
     assert (folder / "pictures" / "result-0002.png").read_bytes() == b"result 2"
-    sent = parcel(folder, "me/mine")
+    files = [folder / "README.md", folder / "weights.safetensors", *shown]
+    sent = parcel(folder, "me/mine", files)
     assert sent.private and len(sent.files) == 10 and ("weights.safetensors", 5) in sent.files
     assert "me/mine, private: 10 files" in sent.text() and "weights.safetensors  5 bytes" in sent.text()
     hub = Hub()
     assert push(folder, sent, api=hub) == "https://hub/me/mine"
     assert hub.asked == [("create", "me/mine", True, True), ("upload", "me/mine", folder)]
-    assert "PUBLIC" in parcel(folder, "me/mine", private=False).text()
+    assert "PUBLIC" in parcel(folder, "me/mine", files, private=False).text()
 
 
 def test_no_token_a_wrong_name_and_a_hub_that_refuses_are_sentences(tmp_path, monkeypatch):
     _, folder = exported(tmp_path)
     for wrong in ("mine", "a/b/c", "me/my lora", ""):
         with pytest.raises(InputError, match="--push-to-hub: "):
-            parcel(folder, wrong)
-    sent = parcel(folder, "me/mine")
+            parcel(folder, wrong, [])
+    sent = parcel(folder, "me/mine", [])
     monkeypatch.setattr("palate.export.hub.get_token", lambda: None)
     with pytest.raises(InputError, match=r"no token of the hub; run `hf auth login`.*--dry-run"):
         push(folder, sent)
-    with pytest.raises(InputError, match=r"--push-to-hub me/mine: the hub refused \(no route\)"):
-        push(folder, sent, api=Hub(OSError("no route")))
+    for error in (OSError, *HfHubHTTPError.__bases__):  # of the disk, and of the library that the hub is asked through
+        with pytest.raises(InputError, match=r"--push-to-hub me/mine: the hub refused \(no route\)"):
+            push(folder, sent, api=Hub(error("no route")))
 
 
 def test_a_dry_run_without_a_token_says_what_would_be_sent(tmp_path, monkeypatch, capsys):
@@ -190,10 +234,124 @@ def test_a_dry_run_without_a_token_says_what_would_be_sent(tmp_path, monkeypatch
 
     run, folder = exported(tmp_path)
     monkeypatch.setattr(export_command, "get_token", lambda: None)
-    monkeypatch.setattr(export_command, "_write", lambda *args: folder)
+    monkeypatch.setattr(export_command, "_write", lambda *args: (folder, [folder / "weights.safetensors"]))
+    monkeypatch.setattr(export_command, "state_of", lambda repository: "")
     monkeypatch.setattr(export_command, "push", lambda *args: pytest.fail("a dry run sends nothing"))
     export_command.export_run(run, "diffusers", None, hub=export_command.Hub("me/mine", dry=True))
     said = capsys.readouterr().out
     assert "would send to me/mine, private" in said and "pictures/base-0000.png" in said
     with pytest.raises(InputError, match="no token of the hub on this machine"):
         export_command.export_run(run, "diffusers", None, hub=export_command.Hub("me/mine"))
+
+
+def trained_run(run, told=None):
+    """A finished run with a LoRA of one layer."""
+    layers = {"mid_block.attentions.0.to_q": Lora(torch.ones(2, 4), torch.ones(4, 2), 3.0)}
+    record = json.dumps(lora.peft_config(layers))
+    lora.write(run / "adapter" / WEIGHTS, lora.to_peft(layers), {"format": "pt", lora.METADATA: record})
+    (run / "recipe.yaml").write_text(recipe.dump(plan("sdxl", told=told)))
+    return run
+
+
+def test_only_what_the_export_wrote_is_sent(tmp_path, monkeypatch, capsys):
+    """--out may be the folder in which another program keeps all its LoRAs."""
+    from palate.cli import export as export_command
+
+    run, out = trained_run(tmp_path / "run"), tmp_path / "loras [all]"
+    (out / "pictures").mkdir(parents=True)
+    for other in ("theirs.safetensors", "pictures/mine.png", "workflow.json"):
+        (out / other).write_bytes(b"theirs")
+    hub = Hub()
+    monkeypatch.setattr(export_command, "get_token", lambda: "token")
+    monkeypatch.setattr(export_command, "state_of", lambda repository: "PUBLIC")
+    monkeypatch.setattr(export_command, "push", lambda folder, sent: push(folder, sent, api=hub))
+    export_command.export_run(run, "kohya", out, hub=export_command.Hub("me/mine"))
+    own = ["README.md", "recipe.yaml", "run.safetensors"]
+    there = [path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()]
+    assert sorted(filter_repo_objects(there, allow_patterns=hub.patterns[0])) == own and len(there) == 6
+    assert list(filter_repo_objects(["pictures/mine.png", "pictures/base-0.png"], allow_patterns=hub.patterns[1])) == [
+        "pictures/base-0.png"
+    ]
+    said = capsys.readouterr().out
+    assert "theirs" not in said and "sending to me/mine, PUBLIC already: 3 files" in said
+    export_command.export_run(run, "kohya", out)  # again, over its own files
+    with pytest.raises(InputError, match=r"--out: .*all\] holds a README.md that would be written over; name a folder"):
+        (out / "README.md").write_text("# All my LoRAs")
+        export_command.export_run(run, "kohya", out)
+    (out / "README.md").unlink()
+    (out / "recipe.yaml").unlink()
+    with pytest.raises(InputError, match=r"holds a workflow.json that would be written over"):
+        export_command.export_run(run, "comfyui", out)
+    assert not (out / "README.md").exists() and (out / "workflow.json").read_bytes() == b"theirs"
+
+
+def test_the_hub_says_who_sees_a_repository_that_is_there():
+    hub = Hub()
+    assert state_of("me/mine", api=hub) == "private"
+    hub.private = False
+    assert state_of("me/mine", api=hub) == "PUBLIC"
+    missing = RepositoryNotFoundError("no", response=SimpleNamespace(headers={}, request=None))
+    assert state_of("me/mine", api=Hub(missing)) == ""
+    unknown = state_of("me/mine", api=Hub(OSError("no route")))
+    text = Parcel("me/mine", True, [], unknown).text()
+    assert text == "me/mine, private if it is new (the hub could not be asked): 0 files, 0 bytes"
+
+
+def test_what_is_shared_names_no_folder_of_this_disk(tmp_path, monkeypatch, capsys):
+    from palate.cli import export as export_command
+
+    home = tmp_path / "home" / "jane"
+    own = {"folder": str(home / "models/base"), "start": f"{home}/runs/warm", "text_cache": "~/cache/text"}
+    run, out = trained_run(home / "run", own), tmp_path / "out"
+    monkeypatch.setattr(export_command, "state_of", lambda repository: "")
+    export_command.export_run(run, "diffusers", out)
+    assert recipe.read(str(out / "recipe.yaml")) == recipe.read(str(run / "recipe.yaml"))  # here it is whole
+    export_command.export_run(run, "diffusers", out, hub=export_command.Hub("me/mine", dry=True))
+    for path in out.iterdir():
+        assert b"jane" not in path.read_bytes() and b"cache/text" not in path.read_bytes(), path
+    with safe_open(out / WEIGHTS, "pt") as file:
+        assert file.metadata()["palate.base_model"] == "base"
+    assert "  folder: base\n" in (out / "README.md").read_text()
+
+
+def test_paths_in_a_recipe_for_others_are_names_and_texts_stay():
+    tree = {
+        "prompts": {"list": ["/imagine a cat", "~ a dog"], "file": "/home/jane/prompts.txt"},
+        "algorithm": {"positive": ["/r/art"], "teachers": {"a": {"adapter": "/home/jane/runs/a"}}},
+        "reward": {"weights": {"/home/jane/my.py:Mine": 1.0}, "source": {"remote": "https://a/b"}},
+        "optimize": {
+            "oracle": {"command": ["python", "/home/jane/s.py"], "checklist": "/home/jane/q a.json http://a#b"}
+        },
+    }
+    assert without_folders(tree) == {
+        "prompts": {"list": ["/imagine a cat", "~ a dog"], "file": "prompts.txt"},
+        "algorithm": {"positive": ["/r/art"], "teachers": {"a": {"adapter": "a"}}},
+        "reward": {"weights": {"my.py:Mine": 1.0}, "source": {"remote": "https://a/b"}},
+        "optimize": {"oracle": {"command": ["python", "s.py"], "checklist": "q a.json http://a#b"}},
+    }
+
+
+def test_pictures_of_an_outdated_evaluation_are_not_shown(tmp_path, monkeypatch, capsys):
+    from palate.cli import export as export_command
+
+    run, _ = exported(tmp_path)
+    trained_run(run)
+    out = run / "export" / "diffusers"
+    shutil.rmtree(out)
+    monkeypatch.setattr(export_command, "state_of", lambda repository: "")
+
+    def shown():
+        export_command.export_run(run, "diffusers", None, hub=export_command.Hub("me/mine", dry=True))
+        assert ("## Pictures" in (out / "README.md").read_text()) == ("pictures/" in capsys.readouterr().out)
+        return len(list(out.glob("pictures/*.png")))
+
+    assert shown() == 8
+    export_command.export_run(run, "diffusers", None)  # a card without pictures
+    assert "## Pictures" not in (out / "README.md").read_text() and not list(out.glob("pictures/*.png"))
+    assert shown() == 8
+    (run / "evaluation/result/index.jsonl").unlink()  # a later evaluation broke off
+    assert shown() == 0
+    (run / "evaluation/result/index.jsonl").write_text("")
+    assert shown() == 8
+    (run / "evaluation.json").unlink()
+    assert shown() == 0

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.tiny_families import FAMILIES, load, saved, wide
 from transformers import T5EncoderModel, UMT5EncoderModel
 
 from palate import recipe
+from palate.cli.export import export_run
 from palate.models.quantised import BYTES, METHODS, Float8Linear, quantisable, quantise, stored_in_fours
 from palate.plan import Unit
 from palate.plan.memory import memory_of
@@ -132,6 +134,29 @@ def test_a_start_and_an_export_of_a_quantised_run(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     with pytest.raises(InputError, match=r"cannot be merged; load it with model.quantize=null"):
         first.weights.merged()
+
+
+def test_a_run_whose_frozen_weights_are_stored_small_is_merged_with_whole_ones(tmp_path, monkeypatch):
+    """`palate export --format merged` of a run with model.quantize and model.offload."""
+
+    def trained(model, run, *, warn):
+        for k, p in enumerate(model.parameters()):
+            p.data.copy_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(k)))
+
+    monkeypatch.setattr("palate.runs.folder.load_result", trained)
+    changes = [
+        f"model.folder={wide('flux')}", f"model.text_cache={tmp_path}", "model.dtype=float32", "model.lora_rank=4",
+        "model.quantize=fp8", "model.offload=true", "algorithm.preference=absolute", "reward={name: warmth}",
+    ]  # fmt: skip
+    (tmp_path / "recipe.yaml").write_text(recipe.dump(recipe.read("srpo-flux", changes)))
+    export_run(tmp_path, "merged", None)
+    plain = load("flux", wide("flux"))
+    trained(plain, tmp_path, warn=print)
+    expected = plain.weights.merged().state_dict()
+    found = load_file(tmp_path / "export/merged/transformer/diffusion_pytorch_model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert "_name_or_path" not in (tmp_path / "export/merged/transformer/config.json").read_text()
 
 
 def test_what_does_not_go_together_is_a_sentence():

@@ -468,6 +468,7 @@ trainer: {guard: {every: 0}}
         (["optimize.oracle={command: [x], noise: 0.1}"], "only a built-in"),
         (["optimize.heads=0"], "optimize.heads"),
         (["prompts={images: x}"], "draws its own"),
+        (["prompts.sizes=[64]"], "prompts.sizes: optimize draws one size; set model.image_size"),
         (["trainer.guard.every=5"], "its own start"),
         *(
             (

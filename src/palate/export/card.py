@@ -11,7 +11,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from palate import recipe as recipes
 from palate.models.facts import facts_of
 from palate.models.original import Lora
+from palate.recipe.reader import to_share
+from palate.runtime.files import write_atomically
 from palate.runtime.result import evaluation_of
+
+CARD = "README.md"
+PICTURES, SIDES = "pictures", ("base", "result")  # pictures/base-0000.png, beside the card that shows it
 
 USE = {
     "diffusers": "pipe.load_lora_weights(folder)",
@@ -29,26 +34,41 @@ def model_card(
     layers: Mapping[str, Lora] | None,
     words: Mapping[str, str] | None,
 ) -> str:
-    """Markdown under a YAML head: base model, licence, metrics before and after, how to load it, the recipe."""
+    """Markdown under a YAML head: base model, licence, metrics before and after, how to load it, the recipe. layers: of
+    the LoRA; None where every weight was trained."""
     base = base_name(recipe)
     metrics = metrics_of(run)
     content = "\n".join(
         [
             "---",
-            card_data(run, recipe, metrics).to_yaml(),
+            card_data(run, recipe, form, metrics).to_yaml(),
             "---",
             "",
-            f"# {'Merged LoRA' if form == 'merged' else 'LoRA'} of {base}, trained with {recipe.algorithm.name}",
+            f"# {_what(recipe, form)} of {base}, trained with {recipe.algorithm.name}",
             "",
             *_how_to_load(recipe, form, layers, words),
             *_table(metrics),
             "```yaml",
-            recipes.dump(recipe).rstrip(),
+            to_share(recipe).rstrip(),
             "```",
             "",
         ]
     )
     return str(ModelCard(content))
+
+
+def write_card(folder: Path, text: str) -> None:
+    """Write an export's README.md, and take away the pictures of an earlier card, which this one does not show."""
+    for side in SIDES:
+        for picture in (folder / PICTURES).glob(f"{side}-*.png"):
+            picture.unlink()
+    write_atomically(folder / CARD, text.encode())
+
+
+def _what(recipe: Any, form: str) -> str:
+    if recipe.model.weights == "full":
+        return "Fully trained network"
+    return "Merged LoRA" if form == "merged" else "LoRA"
 
 
 def base_name(recipe: Any) -> str:
@@ -68,7 +88,7 @@ def metrics_of(run: Path) -> dict[str, tuple[float, float]]:
     return {name: (base, value) for name, (base, value) in both.items() if base is not None and value is not None}
 
 
-def card_data(run: Path, recipe: Any, metrics: Mapping[str, tuple[float, float]]) -> ModelCardData:
+def card_data(run: Path, recipe: Any, form: str, metrics: Mapping[str, tuple[float, float]]) -> ModelCardData:
     """The YAML head: licence, base model, tags and results. The licence is the base model's, where it is known."""
     facts, base = facts_of(recipe.model.name), recipe.model.folder or recipe.model.name
     licence = facts.licences.get(base)
@@ -89,7 +109,7 @@ def card_data(run: Path, recipe: Any, metrics: Mapping[str, tuple[float, float]]
         base_model=base if base.count("/") == 1 and not base.startswith((".", "/", "~")) else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=["palate", "lora", "text-to-image", recipe.algorithm.name],
+        tags=["palate", *(["lora"] if form != "merged" else []), "text-to-image", recipe.algorithm.name],
         model_name=run.resolve().name,
         eval_results=results or None,
     )
@@ -98,13 +118,10 @@ def card_data(run: Path, recipe: Any, metrics: Mapping[str, tuple[float, float]]
 def _how_to_load(
     recipe: Any, form: str, layers: Mapping[str, Lora] | None, words: Mapping[str, str] | None
 ) -> list[str]:
-    ranks = sorted({lora.rank for lora in layers.values()}) if layers else [recipe.model.lora_rank]
-    alphas = sorted({lora.alpha for lora in layers.values()}) if layers else [recipe.model.lora_alpha or ranks[0]]
     said = [f"{side}: {text}" for side, text in (words or {}).items() if text]
     facts = facts_of(recipe.model.name)
     return [
-        f"Format {form}, rank {', '.join(map(str, ranks))}, alpha {', '.join(f'{a:g}' for a in alphas)}. "
-        f"To load: `{USE[form]}`.",
+        f"Format {form}, {_trained(layers)}. To load: `{USE[form]}`.",
         "",
         *([f"Trained towards these words: {'; '.join(said)}.", ""] if said else []),
         *_beginning(recipe),
@@ -112,6 +129,13 @@ def _how_to_load(
         f"{facts.licence}.",
         "",
     ]
+
+
+def _trained(layers: Mapping[str, Lora] | None) -> str:
+    if not layers:
+        return "every weight trained"
+    ranks, alphas = sorted({lora.rank for lora in layers.values()}), sorted({lora.alpha for lora in layers.values()})
+    return f"rank {', '.join(map(str, ranks))}, alpha {', '.join(f'{alpha:g}' for alpha in alphas)}"
 
 
 def _beginning(recipe: Any) -> list[str]:

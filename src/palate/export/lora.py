@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,20 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from palate import recipe as recipes
-from palate.export.card import model_card
+from palate.export.card import CARD, base_name, model_card, write_card
 from palate.export.names import FORMATS, to_form
 from palate.export.workflow import workflow_text
+from palate.models.adapters import layers_of
 from palate.models.facts import Facts, facts_of
 from palate.models.lora import FILE, METADATA, write
 from palate.models.original import Lora
+from palate.models.saved import save_network
 from palate.recipe import Recipe
 from palate.runtime.errors import InputError
-from palate.runtime.files import write_atomically
+from palate.runtime.files import new_folder, write_atomically
 
 MAX_SHARD_SIZE = "10GB"  # diffusers' own
+RECIPE = "recipe.yaml"  # beside an export: the run's own
 WORKFLOW = "workflow.json"  # beside a LoRA for ComfyUI
 
 Words = Mapping[str, str]  # "positive", "negative": the control words at the end of the run
@@ -38,6 +41,13 @@ def export_lora(
 ) -> Path:
     """Write the LoRA of a finished run as `names` says; the folder written to, `run`/export/`form` if left out.
     recipe: the run's, where it has been read already."""
+    return write_lora(run, form, out, words, recipe=recipe)[0].parent
+
+
+def write_lora(
+    run: Path, form: str, out: Path | None = None, words: Words | None = None, *, recipe: Recipe | None = None
+) -> list[Path]:
+    """`export_lora`; the files that it wrote, the LoRA first."""
     if form not in FORMATS:
         raise InputError(f"--format: got {form!r}; expected one of {', '.join(FORMATS)}, merged")
     recipe = recipe or _recipe(run)
@@ -50,13 +60,25 @@ def export_lora(
     tensors, extra = to_form(layers, form, facts)
     metadata = {"format": "pt", **extra, **describe(run, recipe, layers, words)}
     folder = run / "export" / form if out is None else out
+    texts = {CARD: model_card(run, recipe, form, layers, words), RECIPE: recipes.dump(recipe)}
+    if form == "comfyui" and (graph := workflow_text(recipe, lora_file(run, form))) is not None:
+        texts[WORKFLOW] = graph
+    if out is not None:
+        _check_others(out, texts)
     write(folder / lora_file(run, form), tensors, metadata)
-    write_atomically(folder / "README.md", model_card(run, recipe, form, layers, words).encode())
-    write_atomically(folder / "recipe.yaml", recipes.dump(recipe).encode())
-    graph = workflow_text(recipe, lora_file(run, form)) if form == "comfyui" else None
-    if graph is not None:
-        write_atomically(folder / WORKFLOW, graph.encode())
-    return folder
+    write_card(folder, texts[CARD])
+    for name in texts.keys() - {CARD}:
+        write_atomically(folder / name, texts[name].encode())
+    return [folder / lora_file(run, form), *(folder / name for name in texts)]
+
+
+def _check_others(folder: Path, names: Iterable[str]) -> None:
+    """InputError: the folder holds a file of one of the names that no export of a LoRA wrote."""
+    card = folder / CARD
+    if card.is_file() and re.search(r"^# LoRA of .*, trained with ", card.read_text("utf-8", "replace"), re.MULTILINE):
+        return
+    if there := next((name for name in names if (folder / name).exists()), None):
+        raise InputError(f"--out: {folder} holds a {there} that would be written over; name a folder of its own in it")
 
 
 def export_merged(
@@ -69,18 +91,23 @@ def export_merged(
 ) -> Path:
     """The trained network of a run with its LoRA added to the weights, as a diffusers folder; `model` is the run's, and
     `recipe`, where it has been read already. max_shard_size: of one file, as diffusers takes it ("10GB"); a larger
-    network is written as several, with an index."""
+    network is written as several, with an index. Without `out`, `run`/export/merged is replaced, once it is whole."""
     recipe = recipe or _recipe(run)
-    folder = run / "export" / "merged" if out is None else out
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"--out: {folder} is not empty; give a new folder")
     if not re.fullmatch(r"[1-9]\d*(KB|MB|GB|KiB|MiB|GiB)", max_shard_size):
         raise InputError(f"--max-shard-size: expected for example 10GB or 500MB, got {max_shard_size!r}")
-    part = folder / facts_of(recipe.model.name).denoiser
-    model.weights.merged().save_pretrained(part, max_shard_size=max_shard_size)
-    write_atomically(folder / "README.md", model_card(run, recipe, "merged", None, None).encode())
-    write_atomically(folder / "recipe.yaml", recipes.dump(recipe).encode())
-    return folder
+    if out is None:
+        folder = run / "export" / "merged"
+        with new_folder(folder) as whole:
+            export_merged(run, model, whole, recipe=recipe, max_shard_size=max_shard_size)
+        return folder
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"--out: {out} is not empty; give a new folder")
+    layers = layers_of(model.weights.network, "policy") if recipe.model.weights == "lora" else None
+    part = out / facts_of(recipe.model.name).denoiser
+    save_network(model.weights.merged(), part, max_shard_size=max_shard_size)
+    write_card(out, model_card(run, recipe, "merged", layers, None))
+    write_atomically(out / RECIPE, recipes.dump(recipe).encode())
+    return out
 
 
 def describe(run: Path, recipe: Recipe, layers: Mapping[str, Lora], words: Words | None) -> dict[str, str]:
@@ -93,7 +120,7 @@ def describe(run: Path, recipe: Recipe, layers: Mapping[str, Lora], words: Words
         "palate.version": version("palate"),
         "palate.recipe": recipes.fingerprint(recipe),
         "palate.algorithm": recipe.algorithm.name,
-        "palate.base_model": recipe.model.folder or recipe.model.name,
+        "palate.base_model": base_name(recipe),
         "palate.family": recipe.model.name,
         "palate.rank": ",".join(map(str, ranks)),
         "palate.alpha": ",".join(f"{alpha:g}" for alpha in alphas),

@@ -17,6 +17,7 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 from palate.algorithms.distar import Generator
 from palate.models import families
 from palate.models.parts import LoadedModel
+from palate.models.saved import save_network
 from palate.path import flow_schedule
 from palate.runtime.errors import InputError
 from palate.runtime.files import parse_json, write_atomically
@@ -47,7 +48,7 @@ def export_one_step(model: Any, settings: Any, folder: Path | str) -> Path:
     for part in copied:
         shutil.copytree(source / part, folder / part)
     network = model.weights.merged()
-    network.save_pretrained(folder / denoiser)
+    save_network(network, folder / denoiser)
     scheduler.save_pretrained(folder / "scheduler")
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     write_atomically(folder / "model_index.json", json.dumps(index, indent=1).encode())

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+
 from palate.models import families
-from palate.models.facts import ComfyUI, HasFacts
+from palate.models.autoencoder import sides
+from palate.models.facts import ComfyUI, Facts, HasFacts
 from palate.recipe import Recipe
 
 Link = list[Any]  # [node id, number of its output]
@@ -37,18 +41,20 @@ def workflow(recipe: Recipe, lora: str) -> dict[str, Any] | None:
     parts = family.facts.comfyui if isinstance(family, HasFacts) else None
     if parts is None:
         return None
-    graph, size = Graph(), recipe.sample.image_size or recipe.model.image_size or 1024
-    height, width = (size, size) if isinstance(size, int) else size
+    graph, told = Graph(), recipe.model
+    height, width = sides(recipe.sample.image_size or told.image_size or _published_size(told.folder, family.facts))
     steps = recipe.sample.steps or parts.steps
-    guidance = parts.guidance if parts.embedded or recipe.sample.guidance is None else recipe.sample.guidance
+    guidance = parts.guidance if recipe.sample.guidance is None else recipe.sample.guidance
+    embedded = (told.rollout_distilled_guidance, told.distilled_guidance, parts.embedded)  # of calls without gradient
     model, clip, vae = _load(graph, parts)
     model = graph.add("LoraLoaderModelOnly", model=model, lora_name=lora, strength_model=1.0)(0)
     if parts.shift is not None:
         model = graph.add("ModelSamplingAuraFlow", model=model, shift=parts.shift)(0)
     positive = graph.add("CLIPTextEncode", text=PROMPT, clip=clip)(0)
     negative = graph.add("CLIPTextEncode", text="", clip=clip)(0)
-    if parts.embedded is not None:
-        positive = graph.add("FluxGuidance", conditioning=positive, guidance=parts.embedded)(0)
+    if embeds := [strength for strength in embedded if strength is not None]:
+        positive = graph.add("FluxGuidance", conditioning=positive, guidance=embeds[0])(0)
+        negative = graph.add("FluxGuidance", conditioning=negative, guidance=embeds[0])(0)
     latent = graph.add(parts.latent, width=width, height=height, batch_size=1)(0)
     if parts.scheduler:
         guider = graph.add("CFGGuider", model=model, positive=positive, negative=negative, cfg=guidance)(0)
@@ -71,6 +77,23 @@ def workflow_text(recipe: Recipe, lora: str) -> str | None:
     """`workflow` as the text of a JSON file."""
     found = workflow(recipe, lora)
     return None if found is None else json.dumps(found, indent=2) + "\n"
+
+
+def _published_size(folder: str | None, facts: Facts) -> int:
+    """Pixels of a side that a model without model.image_size draws: the family's, unless the configuration of the
+    denoiser in the folder, or in the hub's cache, has latents of another side (Stable Diffusion 2.1: 768, not 512)."""
+    published = facts.published
+    if published is None:
+        return 1024
+    usual, name = published.config.get("sample_size"), f"{facts.denoiser}/config.json"
+    if usual is None or folder is None:
+        return published.image_size
+    file = Path(folder) / name
+    if not file.is_file() and folder.count("/") == 1 and not folder.startswith((".", "/", "~")):
+        cached = try_to_load_from_cache(folder, name)
+        file = Path(cached) if isinstance(cached, str) else file
+    config = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    return round(published.image_size * config.get("sample_size", usual) / usual)
 
 
 def _load(graph: Graph, parts: ComfyUI) -> Sequence[Link]:

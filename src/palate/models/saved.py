@@ -13,6 +13,7 @@ from palate.models import adapters, delta, lora
 from palate.models.original import Lora
 from palate.models.placement import waits_on_host
 from palate.runtime.errors import InputError
+from palate.runtime.files import write_atomically
 
 FILES = {"lora": (lora.FILE,), "full": ("diffusion_pytorch_model.safetensors", delta.FILE)}
 STORED = ("Linear4bit", "Linear8bitLt", "Float8Linear")  # layers of models.quantised
@@ -57,7 +58,16 @@ def write_saved(folder: Path | str, name: str, network: Any, *, training: str) -
         record = json.dumps(lora.peft_config(layers), indent=2, sort_keys=True)
         lora.write(Path(folder) / lora.FILE, lora.to_peft(layers), {"format": "pt", lora.METADATA: record})
     else:
-        network.save_pretrained(folder, max_shard_size="1000GB")  # one file, which `read_saved` reads
+        save_network(network, folder, max_shard_size="1000GB")  # one file, which `read_saved` reads
+
+
+def save_network(network: Any, folder: Path | str, *, max_shard_size: str = "10GB") -> None:
+    """diffusers' `save_pretrained`, without the path that the network was read from: it names folders of this disk."""
+    network.save_pretrained(folder, max_shard_size=max_shard_size)
+    file = Path(folder) / "config.json"
+    config = json.loads(file.read_text("utf-8"))
+    config.pop("_name_or_path", None)
+    write_atomically(file, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
 def check_alpha(network: nn.Module, name: str, folder: Path | str) -> None:

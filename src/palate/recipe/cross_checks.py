@@ -238,3 +238,5 @@ def _check_oracle(recipe: Recipe, mistakes: list[str]) -> None:
         )
     if recipe.prompts.images is not None:
         mistakes.append("prompts.images: optimize draws its own images; give prompts.file or prompts.list")
+    if recipe.prompts.sizes is not None:
+        mistakes.append("prompts.sizes: optimize draws one size; set model.image_size")

@@ -21,6 +21,7 @@ FILES = {  # key -> whether a file is meant; else a file or a folder
     ("optimize", "features_source"): False,
 }
 NAMES = (("model", "name"), ("algorithm", "name"), ("reward", "name"), ("optimize", "oracle", "function"))
+TEXTS = ("list", "positive", "negative")  # keys of any section whose values are prompts or words
 BY_REWARD = ("weights", "source", "scale", "noised")  # of reward: mappings whose keys are names of rewards
 
 
@@ -62,6 +63,19 @@ def absolute(value: Any, beside: Path | None = None, *, file: bool = False) -> A
         if folder is not None and ((folder / path).is_file() or (not file and (folder / path).exists())):
             return str(folder / path)
     return value
+
+
+def without_folders(value: Any) -> Any:
+    """A copy of the recipe's tree in which a path from the root or the home folder is its last part, which says nothing
+    of a disk. Prompts and control words are no paths."""
+    if isinstance(value, dict):
+        return {without_folders(key): below if key in TEXTS else without_folders(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [without_folders(each) for each in value]
+    if not isinstance(value, str) or not value.startswith(("/", "~")):
+        return value
+    path, space, url = value.rpartition(" ")
+    return f"{Path(path).name} {url}" if space and "://" in url else Path(value).name
 
 
 def expand(value: Any) -> Any:

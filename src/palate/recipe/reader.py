@@ -23,7 +23,7 @@ from palate.data import RecipeError, read_text
 from palate.recipe.checks import HasLaterKeys, HasOldKeys, validate
 from palate.recipe.guard import identifying
 from palate.recipe.names import PYTHON, near
-from palate.recipe.paths import with_absolute_paths
+from palate.recipe.paths import with_absolute_paths, without_folders
 from palate.recipe.settings import RESUMABLE_FIELDS, Recipe
 from palate.recipe.unread import unread_overrides
 from palate.runtime.code import code_digest, names_a_file, short_name
@@ -112,6 +112,11 @@ def parse(text: str, overrides: Sequence[str] = (), *, beside: Path | None = Non
 def dump(recipe: Recipe) -> str:
     """The complete recipe as YAML, defaults included; `parse` reads it back to an equal one."""
     return yaml.safe_dump(as_tree(recipe), sort_keys=False, allow_unicode=True)
+
+
+def to_share(recipe: Recipe) -> str:
+    """`dump` for others: without the folders of this disk."""
+    return yaml.safe_dump(without_folders(as_tree(recipe)), sort_keys=False, allow_unicode=True)
 
 
 def as_tree(recipe: Recipe) -> dict[str, Any]:

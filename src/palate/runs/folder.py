@@ -84,15 +84,18 @@ class RunFolder:
         """What the run optimised, with the words of its result."""
         return objective_of(self.recipe).with_words(*self.words())
 
-    def model(self, warn: Callable[[str], None] = warnings.warn) -> tuple[Model, Sampler | None]:
+    def model(
+        self, warn: Callable[[str], None] = warnings.warn, *, mergeable: bool = False
+    ) -> tuple[Model, Sampler | None]:
         """The recipe's model with the weights of the run's newest good checkpoint (of `palate optimize`: its newest
         round's), and how the algorithm draws from it (None = as the model does). It draws at `sample.image_size` where
         the recipe has one. `warn` gets a sentence for each damaged checkpoint that was passed over. CheckpointError:
-        there is none, or the base model's files have changed.
+        there is none, or the base model's files have changed. mergeable: as `without_savings` says.
         """
         for change in changes(self.path, self.recipe):
             warn(f"{self.path}: {change}")
-        model = builder.build_model(looked_at(self.recipe))
+        seen = looked_at(self.recipe)
+        model = builder.build_model(without_savings(seen) if mergeable else seen)
         load_result(model, self.path, warn=warn)
         return model, builder.sampler_of(builder.build_algorithm(self.recipe))
 
@@ -120,6 +123,14 @@ def looked_at(recipe: Recipe) -> Recipe:
     """The recipe whose model draws what is looked at: `sample.image_size` in the place of `model.image_size`."""
     size = recipe.sample.image_size
     return recipe if size is None else replace(recipe, model=replace(recipe.model, image_size=size))
+
+
+def without_savings(recipe: Recipe) -> Recipe:
+    """The recipe whose frozen weights are stored whole, so that a LoRA, which depends on no `model.quantize` and no
+    `model.offload`, can be added to them: in the host's memory, since these say that the device has no room."""
+    if recipe.model.quantize is None and not recipe.model.offload:
+        return recipe
+    return replace(recipe, model=replace(recipe.model, quantize=None, offload=None, device="cpu"))
 
 
 def trained_to(rows: Sequence[dict[str, Any]], step: int) -> int:

@@ -16,7 +16,7 @@ from palate.export import export_lora, export_merged, read_adapter
 from palate.export.names import to_form
 from palate.models.facts import facts_of
 from palate.report import write_report
-from palate.runs import trained_model
+from palate.runs import RunFolder
 from palate.runtime.errors import InputError
 from palate.runtime.exclusive import exclusive
 from palate.runtime.progress import printable
@@ -114,9 +114,7 @@ def export(request: Request, run: str, form: str) -> Response:
 def merged(folder: Path) -> Path:
     """The run's model with its LoRA in its weights; the folder written to."""
     with LOADING:
-        model = trained_model(folder, warn=lambda text: None)[0]
-    if (earlier := folder / "export" / "merged").exists():
-        shutil.rmtree(earlier)
+        model = RunFolder(folder).model(lambda text: None, mergeable=True)[0]
     return export_merged(folder, model)
 
 
