@@ -76,6 +76,25 @@ def test_the_page_loads_nothing_and_runs_its_own_script_alone(runs):
         assert len(page.alts) == page.tags.count("img") and all(page.alts[:-2])  # the enlarged picture is filled later
 
 
+def test_queries_are_not_shown_over_the_best_of_their_round(tmp_path):
+    """The first of a row lies under the others only where it is the same noise before training."""
+    run = fake_run(tmp_path / "a", steps=2)
+    tree = json.loads((run / "recipe.yaml").read_text())
+    tree["optimize"] = {"oracle": {"function": "mine:score"}, "budget": 9, "surrogate": "ucb"}
+    (run / "recipe.yaml").write_text(json.dumps(tree))
+    (run / "queries").mkdir()
+    rows = [{"query": k, "round": 1, "prompt": "a dog", "file": f"queries/{k}.png", "score": k} for k in range(3)]
+    (run / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for row in rows:
+        sketch(row["query"], 0.5).save(run / row["file"])
+    text = report.write_report(run).read_text("utf-8")
+    course, queries = (text[text.index(f"<h2>{name}</h2>") :] for name in ("Before, during, after", "The queries"))
+    assert course[: -len(queries)].count('<tr data-row="the picture before">') == 4
+    assert "round 1: 3 evaluated" in queries and "<tr data-row" not in queries
+    compared = report.write_report(run, compare=[fake_run(tmp_path / "b", steps=2)]).read_text("utf-8")
+    assert compared.count('<tr data-row="the base model&#39;s picture">') == 4
+
+
 def test_columns_after_steering_say_under_which_words_they_were_made(runs):
     page = report.write_report(runs[0]).read_text(encoding="utf-8")
     head = re.search(r'<table class="pictures course">\n<thead>(.*?)</thead>', page, re.S).group(1)
