@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+import shutil
 
 import pytest
 from PIL import Image
@@ -15,10 +16,13 @@ from support.pages import HOSTILE, Page, fake_run, sketch
 
 from palate import report
 from palate import runs as folders
+from palate.cli import runs as runs_command
+from palate.cli.compare_table import compare_runs
 from palate.report import Line, Mark, tables
 from palate.report.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, separate_labels, ticks
 from palate.report.html import number, signed
 from palate.report.pictures import clearest_pairs, preview_pairs
+from palate.runtime.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -306,6 +310,38 @@ def test_a_run_that_has_only_begun_is_reported_and_a_broken_one_is_refused(tmp_p
     (folder / "samples/step-000000/0001.png").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"0001.png cannot be read"):
         report.write_report(folder)
+
+
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [
+        (["rows"], "rows"), (["prompts"], "prompts"), (["seeds"], "seeds"), (["rows", 2, "prompt"], "rows[2].prompt"),
+        (["rows", 0, "seed"], "rows[0].seed"), (["metrics", "diversity", "value"], "metrics.diversity.value"),
+        (["metrics", "concept", "change_low"], "metrics.concept.change_low"),
+        (["metrics", "reward/emoji", "high"], "metrics.reward/emoji.high"),
+    ],
+)  # fmt: skip
+def test_an_evaluation_that_somebody_cut_is_named_with_what_it_lacks(runs, tmp_path, path, named):
+    """What a page can do without may be missing, as in files of earlier versions."""
+    run = tmp_path / "a"
+    shutil.copytree(runs[0], run)
+    tree = json.loads((run / "evaluation.json").read_text())
+    for key in ("verdict", "words", "drift", "by_prompt", "failed"):
+        tree.pop(key, None)
+    (run / "evaluation.json").write_text(json.dumps(tree))
+    report.write_report(run)
+    place = tree
+    for key in path[:-1]:
+        place = place[key]
+    del place[path[-1]]
+    (run / "evaluation.json").write_text(json.dumps(tree))
+    told = f"{run / 'evaluation.json'}: {named} is missing or of another kind; write it again with palate evaluate"
+    with pytest.raises(InputError, match=re.escape(told)):
+        report.write_report(run)
+    if path[0] == "rows" or path[-1] == "value":
+        with pytest.raises(InputError, match="are missing; write it again"):
+            compare_runs([run, runs[1]], None)
+    assert runs_command.describe(run).state != "broken"
 
 
 def test_a_chart_places_values_where_they_belong():
