@@ -61,6 +61,49 @@ def test_what_cannot_be_fetched_is_a_sentence_with_the_way_round(tmp_path, palat
         assert code == 2 and short(error)
 
 
+def test_a_file_from_elsewhere_is_advised_and_taken_only_where_it_is_of_use(tmp_path, palate, monkeypatch):
+    """--from is for weights that are converted, or linked beside the rest; all else goes into the hub's cache."""
+    monkeypatch.chdir(tmp_path)
+
+    def offline(place, file):
+        if place in ("xswu/HPSv2", "MizzenAI/HPSv3"):
+            return tmp_path / file
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(fetch, "hub_file", offline)
+    for name, place in (
+        ("hpsv2", "openai--clip-vit-large-patch14"),
+        ("hpsv3", "Qwen--Qwen2-VL-7B-Instruct"),
+        ("clip-score", "openai--clip-vit-large-patch14"),
+        ("pickscore", "yuvalkirstain--PickScore_v1"),
+    ):
+        code, _, error = palate("fetch", name)
+        assert code == 2 and "--from" not in error and f"copy models--{place} of its hub cache" in error
+        assert "tokenizer.json" in error and "merges.txt" in error  # every file, by one command
+    (tmp_path / "notweights.txt").write_text("no weights")
+    for name, said in (
+        ("clip-score", "reward.source.clip-score=FOLDER"),
+        ("pickscore", "reward.source.pickscore=FOLDER"),
+        ("hpsv3", "give the downloaded HPSv3.safetensors"),
+        ("parti", "palate evaluate RUN --protocol parti --prompts-file FILE"),
+        ("drawbench", "palate evaluate RUN --protocol drawbench --prompts-file FILE"),
+    ):
+        code, out, error = palate("fetch", name, "--from", "notweights.txt")
+        assert code == 2 and short(error) and said in error and "expected one of" not in error and "ready" not in out
+
+
+def test_prompts_that_cannot_be_reached_are_given_to_the_evaluation(palate, monkeypatch, tmp_path):
+    def offline(*_, **__):
+        raise OSError("no connection")
+
+    monkeypatch.setattr(published, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    code, _, error = palate("fetch", "parti")
+    assert code == 2 and short(error) and "--protocol parti --prompts-file FILE" in error and "--from" not in error
+    code, _, error = palate("fetch", "aesthetic")
+    assert code == 2 and short(error) and "palate fetch aesthetic --from FILE" in error
+
+
 def test_a_missing_tokenizer_form_is_passed_over_but_missing_weights_are_not(tmp_path, monkeypatch):
     def hub(place, file):
         if file in ("merges.txt", "gone.safetensors"):

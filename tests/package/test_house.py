@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import sys
 from functools import cache
 
@@ -53,6 +54,26 @@ def test_classes_and_functions_fit_on_a_few_screens():
     """Classes have at most 200 lines, functions at most 60."""
     assert [found for found in package().classes() if found[0] > 200] == []
     assert [found for found in package().functions() if found[0] > 60] == []
+
+
+def test_every_constant_is_read():
+    """What nobody reads says in its comment what the code does not do. A test may be the only reader."""
+    modules = package().modules
+    nodes = {name: list(ast.walk(module.tree)) for name, module in modules.items()}
+    imports = [node for found in nodes.values() for node in found if isinstance(node, ast.ImportFrom)]
+    imported = {(node.module, alias.name) for node in imports for alias in node.names}
+    elsewhere = {node.attr for found in nodes.values() for node in found if isinstance(node, ast.Attribute)}
+    for path in (ROOT / "tests").rglob("*.py"):
+        elsewhere |= set(re.findall(r"\b[A-Z][A-Z0-9_]+\b", path.read_text("utf-8")))
+    unread = []
+    for name, module in modules.items():
+        names = [node for node in nodes[name] if isinstance(node, ast.Name)]
+        own = {node.id for node in names if isinstance(node.ctx, ast.Load)}
+        for node in module.tree.body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            made = [target.id for target in targets if isinstance(target, ast.Name) and target.id.isupper()]
+            unread += [f"{name}.{c}" for c in made if c not in own | elsewhere and (name, c) not in imported]
+    assert unread == []
 
 
 def test_few_functions_take_more_than_seven_parameters():

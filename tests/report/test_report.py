@@ -8,6 +8,7 @@ import io
 import json
 import math
 import re
+import shutil
 
 import pytest
 from PIL import Image
@@ -15,11 +16,14 @@ from support.pages import HOSTILE, Page, fake_run, sketch
 
 from palate import report
 from palate import runs as folders
+from palate.cli import runs as runs_command
+from palate.cli.compare_table import compare_runs
 from palate.report import Line, Mark, tables
 from palate.report.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, separate_labels, ticks
 from palate.report.html import number, signed
 from palate.report.page import run_page
 from palate.report.pictures import clearest_pairs, preview_pairs
+from palate.runtime.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +79,25 @@ def test_the_page_loads_nothing_and_runs_its_own_script_alone(runs):
         assert all(source.startswith("data:image/png;base64,") for source in page.sources)
         assert "@import" not in text and "url(" not in text and "http" not in script
         assert len(page.alts) == page.tags.count("img") and all(page.alts[:-2])  # the enlarged picture is filled later
+
+
+def test_queries_are_not_shown_over_the_best_of_their_round(tmp_path):
+    """The first of a row lies under the others only where it is the same noise before training."""
+    run = fake_run(tmp_path / "a", steps=2)
+    tree = json.loads((run / "recipe.yaml").read_text())
+    tree["optimize"] = {"oracle": {"function": "mine:score"}, "budget": 9, "surrogate": "ucb"}
+    (run / "recipe.yaml").write_text(json.dumps(tree))
+    (run / "queries").mkdir()
+    rows = [{"query": k, "round": 1, "prompt": "a dog", "file": f"queries/{k}.png", "score": k} for k in range(3)]
+    (run / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for row in rows:
+        sketch(row["query"], 0.5).save(run / row["file"])
+    text = report.write_report(run).read_text("utf-8")
+    course, queries = (text[text.index(f"<h2>{name}</h2>") :] for name in ("Before, during, after", "The queries"))
+    assert course[: -len(queries)].count('<tr data-row="the picture before">') == 4
+    assert "round 1: 3 evaluated" in queries and "<tr data-row" not in queries
+    compared = report.write_report(run, compare=[fake_run(tmp_path / "b", steps=2)]).read_text("utf-8")
+    assert compared.count('<tr data-row="the base model&#39;s picture">') == 4
 
 
 def test_columns_after_steering_say_under_which_words_they_were_made(runs):
@@ -297,6 +320,38 @@ def test_a_run_that_has_only_begun_is_reported_and_a_broken_one_is_refused(tmp_p
     (folder / "samples/step-000000/0001.png").write_bytes(b"no")
     with pytest.raises(ValueError, match=r"0001.png cannot be read"):
         report.write_report(folder)
+
+
+@pytest.mark.parametrize(
+    ("path", "named"),
+    [
+        (["rows"], "rows"), (["prompts"], "prompts"), (["seeds"], "seeds"), (["rows", 2, "prompt"], "rows[2].prompt"),
+        (["rows", 0, "seed"], "rows[0].seed"), (["metrics", "diversity", "value"], "metrics.diversity.value"),
+        (["metrics", "concept", "change_low"], "metrics.concept.change_low"),
+        (["metrics", "reward/emoji", "high"], "metrics.reward/emoji.high"),
+    ],
+)  # fmt: skip
+def test_an_evaluation_that_somebody_cut_is_named_with_what_it_lacks(runs, tmp_path, path, named):
+    """What a page can do without may be missing, as in files of earlier versions."""
+    run = tmp_path / "a"
+    shutil.copytree(runs[0], run)
+    tree = json.loads((run / "evaluation.json").read_text())
+    for key in ("verdict", "words", "drift", "by_prompt", "failed"):
+        tree.pop(key, None)
+    (run / "evaluation.json").write_text(json.dumps(tree))
+    report.write_report(run)
+    place = tree
+    for key in path[:-1]:
+        place = place[key]
+    del place[path[-1]]
+    (run / "evaluation.json").write_text(json.dumps(tree))
+    told = f"{run / 'evaluation.json'}: {named} is missing or of another kind; write it again with palate evaluate"
+    with pytest.raises(InputError, match=re.escape(told)):
+        report.write_report(run)
+    if path[0] == "rows" or path[-1] == "value":
+        with pytest.raises(InputError, match="are missing; write it again"):
+            compare_runs([run, runs[1]], None)
+    assert runs_command.describe(run).state != "broken"
 
 
 def test_a_chart_places_values_where_they_belong():

@@ -35,6 +35,16 @@ def test_rows_are_prompts_and_columns_seeds(tmp_path):
     assert [f"seed {seed}" in text for seed in (3, 5, 9)] == [True] * 3 and Page(text).tags.count("img") == 6 + 2
 
 
+def test_only_strengths_are_shown_over_the_first_of_their_row(tmp_path):
+    """Another seed is no picture before: nothing lies under it. At another strength it is the same noise."""
+    _, page = write_sheet(samples(tmp_path / "seeds"))
+    assert "<tr data-row" not in page.read_text("utf-8")
+    images = torch.zeros(2, 3, 8, 8)
+    write_samples(tmp_path / "b", images, ["a dog"] * 2, [3, 3], guidance=1.0, steps=2, strengths=[0.5, 1.0])
+    _, page = write_sheet(tmp_path / "b")
+    assert page.read_text("utf-8").count('<tr data-row="strength 0.5">') == 1
+
+
 def test_hostile_prompts_are_inert_and_broken_pictures_named(tmp_path):
     _, page = write_sheet(samples(tmp_path / "a", prompts=(HOSTILE, "a dog")))
     found = Page(page.read_text("utf-8"))

@@ -68,6 +68,20 @@ def test_an_answer_of_several_tokens_is_the_product_of_the_written_ones():
     assert score_of(question, reply("wood", {"wood": 0.8, "stain": 0.2})).value == 0.0
 
 
+def test_a_piece_of_what_was_written_is_no_answer():
+    """As by the text: of "12" the 1 is no answer, nor "red" of "reddish"; a word that ends there is."""
+    one, ten, red = Question("How many?", "one"), Question("How many?", "10"), Question("Colour?", "red")
+    assert score_of(one, reply("12", {"1": 0.97, "one": 0.01}, {"2": 0.9})).value == pytest.approx(0.01)
+    assert score_of(ten, reply("10", {"1": 0.9, "ten": 0.05}, {"0": 0.8})).value == pytest.approx(0.05 + 0.9 * 0.8)
+    assert score_of(ten, reply("100", {"1": 0.9}, {"0": 0.8}, {"0": 0.8})).value == 0.0
+    assert score_of(red, reply("reddish", {"red": 0.9, "Red": 0.06}, {"dish": 1.0})).value == pytest.approx(0.06)
+    assert score_of(YES, reply("yesterday", {"yes": 0.9}, {"terday": 1.0})) == (0.0, False)
+    for after in (" wine", ".", "\u0120wine", "\u2581wine", "\u010a", "<|end|>", ""):
+        assert score_of(red, reply("red" + after, {"red": 0.9, "Red": 0.06}, {after: 1.0})).value == pytest.approx(0.96)
+    island = Question("Where?", "island")  # its first piece is a word that may stand before an answer
+    assert score_of(island, reply("island", {"is": 0.9}, {"land": 0.8})).value == pytest.approx(0.72)
+
+
 def test_what_stands_before_the_answer_is_passed_over():
     told = reply("**Answer:** yes", {"**": 1.0}, {"Answer": 1.0}, {":**": 1.0}, {" yes": 0.75, " no": 0.25})
     assert score_of(YES, told).value == 0.75

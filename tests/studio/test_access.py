@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+
 import pytest
 from starlette.testclient import TestClient
 
@@ -116,6 +118,30 @@ def test_a_link_followed_from_another_page_lets_in():
     made = browser_of(Access(inner, token=SECRET, port=7))
     answer = made.get(f"/?token={SECRET}", headers={"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"})
     assert answer.status_code == 200 and 'http-equiv="refresh"' in answer.text and "set-cookie" in answer.headers
+
+
+@pytest.mark.parametrize(
+    ("path", "target"),
+    [
+        ("/steer?run=a%20%26b&token=T", "/steer?run=a+%26b"),
+        ("/steer?token=T&run=a&step=5", "/steer?run=a&step=5"),
+        ("//evil.example/x?token=T", "/evil.example/x"),
+        ("/%2F%2Fevil.example?token=T", "/evil.example"),
+        ("/%5Cevil.example?token=T", "/%5Cevil.example"),
+        ('/"><b>?token=T&x="><b>', "/%22%3E%3Cb%3E?x=%22%3E%3Cb%3E"),
+    ],
+)
+def test_a_link_leads_to_its_own_page_of_this_site(path, target):
+    """Followed from here, from another site, and by the form where the token is typed."""
+    url = "http://localhost" + path.replace("=T", f"={SECRET}")
+    assert browser_of(Access(inner, token=SECRET, port=7)).get(url).headers["location"] == target
+    headers = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}
+    text = browser_of(Access(inner, token=SECRET, port=7)).get(url, headers=headers).text
+    shown = html.escape(target)
+    assert f'content="0;url={shown}">' in text and f'<a href="{shown}">' in text and "<b>" not in text
+    asked = browser_of(Access(inner, token=SECRET, port=7, lasting=True)).get(url.replace(SECRET, "wrong"))
+    assert asked.status_code == 401 and f'action="{target.partition("?")[0]}"' in asked.text and "<b>" not in asked.text
+    assert asked.text.count('type="hidden"') == target.count("=")
 
 
 def test_large_bodies_are_refused_by_their_length_and_as_they_come():

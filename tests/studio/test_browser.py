@@ -281,6 +281,13 @@ def test_pictures_are_enlarged_turned_and_held_without_a_keyboard(open_studio, t
         show(page, width, height)
         bottom = page.execute_script("return document.querySelector('dialog .bar').getBoundingClientRect().bottom")
         assert bottom <= height, (width, bottom)
+    press(page, Keys.ESCAPE)
+    move = "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input', {bubbles: true}))"
+    for step in (0, 5):  # what is said of the pictures follows the slider as they do
+        page.execute_script(move, page.find_element(By.CSS_SELECTOR, "[data-slider]"), step)
+        walls = page.find_elements(By.CSS_SELECTOR, "[data-wall] .after")
+        assert [image.get_attribute("alt") for image in walls] == [f"a dog, step {step}", f"an owl, step {step}"]
+        assert [image.get_attribute("src").split("/mine/")[1][:2] for image in walls] == [f"{step}/"] * 2
     assert not complaints(page, server.root)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -164,6 +165,29 @@ def test_a_run_that_was_killed_before_it_owned_its_folder_died_for_a_later_studi
     processes, folder = start("importing")
     until(processes, folder, "died")
     assert Processes(processes.workspace).state(folder)[0] == "died"
+
+
+def test_a_run_that_failed_here_and_was_resumed_in_a_terminal_is_as_that_left_it(start):
+    processes, folder = start("bad")
+    until(processes, folder, "died")
+    (folder / "metrics.jsonl").write_text('{"step": 1, "event": "step"}\n')
+    for path in (processes.log_path("a"), processes.workspace.home / "processes" / "a.json"):
+        os.utime(path, (path.stat().st_mtime - 60,) * 2)  # a minute passes
+    with runlock.owned(folder):  # trains, and is stopped in order
+        pass
+    both = processes, Processes(processes.workspace)
+    assert [studio.state(folder) for studio in both] == [("stopped", "")] * 2
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    with runlock.owned(folder):
+        owner = json.loads((folder / runlock.OWNER).read_text())
+    (folder / runlock.OWNER).write_text(json.dumps(owner | {"pid": dead.pid}))  # trains once more, and is killed
+    for studio in both:
+        state, said = studio.state(folder)
+        assert state == "died" and said.startswith("its process ended without a word")
+    processes.resume("a")  # begun here once more: what it says counts again
+    assert processes.children()[-1].wait(60) == 1
+    assert processes.state(folder) == ("died", "reward.source.taste: nowhere holds no taste")
 
 
 def test_last_words_and_numbers_used_again():

@@ -46,6 +46,12 @@ def compare_runs(runs: Sequence[Path], group: str | None) -> tuple[list[str], li
         found = evaluation_of(run)
         if found is None:
             raise InputError(f"{run} has no evaluation.json; run palate evaluate {' '.join(map(in_shell, runs))}")
+        told = all("prompt" in row and "seed" in row for row in found.get("rows") or ())
+        if not (told and found.get("rows") and all("value" in metric for metric in found["metrics"].values())):
+            raise InputError(
+                f"{run / 'evaluation.json'}: rows or the value of a metric are missing; write it again with palate "
+                f"evaluate {in_shell(run)}"
+            )
         if found["outdated"]:
             logging.getLogger("palate").warning("%s: %s", run, found["outdated"])
         evaluations.append(found)

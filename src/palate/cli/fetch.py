@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -25,16 +26,27 @@ def fetch(name: str, out: Path, source: Path | None = None) -> str:
     reward.source.NAME, "" where the recipe needs none. `source`: weights that are already here, to convert alone.
 
     InputError: an unknown name, a download that fails, a file that is no plain checkpoint."""
+    if name in PROMPT_SETS:
+        raise InputError(
+            f"--from converts the weights of a reward, and {name} is a set of prompts; give your copy to {_use(name)}"
+        )
     if name not in PUBLISHED:
         raise InputError(f"fetch: got {name!r}; expected one of {', '.join(sorted({*PUBLISHED, *PROMPT_SETS}))}")
     reward = PUBLISHED[name]
     if source is None:
+        files = download(reward.weights, name)
         for extra in reward.extra:
             download(extra, name)
-        files = download(reward.weights, name)
     else:
+        if not _takes_file(name):
+            raise InputError(
+                f"--from: nothing of {name} is converted; give a folder with {', '.join(reward.weights.files[:2])} and "
+                f"the tokenizer to the recipe as reward.source.{name}=FOLDER"
+            )
         if not source.is_file():
             raise InputError(f"--from: {source} does not exist; give the downloaded {reward.weights.files[0]}")
+        if reward.converted is None and source.suffix != ".safetensors":
+            raise InputError(f"--from: {source} is no .safetensors; give the downloaded {reward.weights.files[0]}")
         files = [source]
     if reward.converted is not None:
         target = out / name / reward.converted
@@ -51,10 +63,10 @@ def fetch_prompts(name: str) -> list[Path]:
     if not known.place:
         raise InputError(
             f"fetch {name}: the licence of {known.title} is {known.licence}, so Palate does not fetch it; give your "
-            f"own copy to palate evaluate RUN --protocol {name} --prompts-file FILE"
+            f"own copy to {_use(name)}"
         )
     if known.place.startswith("https://"):
-        return [_download_address(known.place, name)]
+        return [_download_address(known.place, name, f"Download it elsewhere and give it to {_use(name)}")]
     try:
         return [hub_file(known.place, file, repo_type="dataset") for file in known.files]
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -68,7 +80,8 @@ def fetch_prompts(name: str) -> list[Path]:
 def download(what: Download, name: str) -> list[Path]:
     """The files' places on this machine; files that a repository lacks are left out but for the weights."""
     if what.place.startswith("https://"):
-        return [_download_address(what.place, name)]
+        remedy = f"Download it elsewhere, copy it here, then palate fetch {name} --from FILE"
+        return [_download_address(what.place, name, remedy)]
     found = []
     for file in what.files:
         try:
@@ -89,16 +102,26 @@ def download(what: Download, name: str) -> list[Path]:
     return found
 
 
+def _takes_file(name: str) -> bool:
+    """Whether --from can make the reward ready: its weights are converted, or linked beside what they need."""
+    return PUBLISHED[name].converted is not None or name == "hpsv3"
+
+
+def _use(name: str) -> str:
+    return f"palate evaluate RUN --protocol {name} --prompts-file FILE"
+
+
 def _unreachable(name: str, what: Download, error: Exception) -> str:
     why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-    steps = f"hf download {what.place} {what.files[0]}"
-    return (
-        f"fetch {name}: {what.place} cannot be reached ({why}). Where it can: {steps}; copy the file here, then "
-        f"palate fetch {name} --from FILE"
-    )
+    steps = f"hf download {what.place} {' '.join(what.files)}"
+    cached = f"models--{what.place.replace('/', '--')}"
+    then = f"copy {cached} of its hub cache into {HF_HUB_CACHE} here"
+    if what == PUBLISHED[name].weights and _takes_file(name):
+        then = f"copy the file here, then palate fetch {name} --from FILE"
+    return f"fetch {name}: {what.place} cannot be reached ({why}). Where it can: {steps}; {then}"
 
 
-def _download_address(address: str, name: str) -> Path:
+def _download_address(address: str, name: str, remedy: str) -> Path:
     from torch.hub import download_url_to_file
 
     target = beside_the_cache(address)
@@ -108,10 +131,7 @@ def _download_address(address: str, name: str) -> Path:
     try:
         download_url_to_file(address, str(target), progress=False)
     except OSError as error:
-        raise InputError(
-            f"fetch {name}: {address} cannot be reached ({error}). Download it elsewhere, copy it here, then "
-            f"palate fetch {name} --from FILE"
-        ) from error
+        raise InputError(f"fetch {name}: {address} cannot be reached ({error}). {remedy}") from error
     return target
 
 

@@ -87,7 +87,7 @@ def headline(evaluation: dict[str, Any] | None) -> str:
     metrics = evaluation["metrics"]
     optimised = evaluation.get("optimised") or []
     keys = [*(f"style/{style}" for style in wanted_styles(evaluation)), *(f"reward/{name}" for name in optimised)]
-    key = next((key for key in keys if key in metrics), None)
+    key = next((key for key in keys if {"base", "value"} <= metrics.get(key, {}).keys()), None)
     if key is None:
         return "measured"
     metric = metrics[key]

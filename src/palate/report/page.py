@@ -23,7 +23,7 @@ from palate.report.story import gauges, sentence, wanted_styles
 from palate.report.tables import DRIFT, HEADLINES, compare_table, headline_keys, metric_rows
 from palate.report.words import WordChange, history, word_changes, words_at
 from palate.runs import on_common_rows, read_recipe
-from palate.runtime.result import evaluation_of
+from palate.runtime.result import whole_evaluation_of
 from palate.runtime.runlock import status
 
 
@@ -53,7 +53,7 @@ def write_report(run_folder: str | Path, *, compare: Sequence[str | Path] = ()) 
 
 def run_page(run: Path) -> dict[str, Any]:
     """Everything that the page of a run shows, as plain values for the template."""
-    recipe, rows, evaluation = read_recipe(run), read_rounds(run), evaluation_of(run)
+    recipe, rows, evaluation = read_recipe(run), read_rounds(run), whole_evaluation_of(run)
     queries = read_queries(run) if recipe.get("optimize") else []
     changes = word_changes(recipe, rows)
     drift = (evaluation or {}).get("drift") or {}

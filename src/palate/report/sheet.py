@@ -40,6 +40,7 @@ def write_page_of(folder: Path) -> Path:
     heads = [f"seed {seeds[i]}" if same else f"{i + 1}." for i in range(columns)]
     if strengths:
         heads = [f"strength {strength:g}" for strength in strengths]
+    first = heads[0] if strengths else ""  # two seeds are no before and after
     cells = {row["file"]: {"src": picture(folder / row["file"]), "alt": _alt_text(row)} for row in rows}
     table = {
         "heads": [{"name": name, "step": "", "words": ""} for name in heads],
@@ -52,7 +53,7 @@ def write_page_of(folder: Path) -> Path:
             for (prompt, seed), own in by_prompt.items()
         ],
     }  # fmt: skip
-    return write_page(folder / "index.html", render("sheet.html", title=folder.resolve().name, grid=table))
+    return write_page(folder / "index.html", render("sheet.html", title=folder.resolve().name, grid=table, first=first))
 
 
 def _by_prompt(rows: list[dict[str, Any]]) -> dict[tuple[str, int | None], list[dict[str, Any]]]:

@@ -37,7 +37,8 @@ MAX_TOKENS = 24  # an answer is a word; a model that explains itself has said it
 SURE = 0.5  # of the judge's probability that must be on yes and no together
 PATIENT = Patience(timeout=300.0, retries=5, wait=1.0, again=(*AGAIN, 500))
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-BEFORE = ("", "answer", "the", "is")  # what may stand before an answer
+BEFORE = ("answer", "the", "is")  # what may stand before an answer
+SPACES = ("\u0120", "\u010a")  # letters that stand for a space and a line's end in byte-level vocabularies
 Picture = np.ndarray | Path  # pixels (H, W, 3), uint8, or a file of them
 
 
@@ -54,7 +55,8 @@ class Score(NamedTuple):
 def score_of(question: Question, reply: Reply) -> Score:
     """The probability of the right answer, or the mean grade over the best one; by the text where the server told no
     tokens. An answer that cannot be read is 0 and not clear."""
-    start = next((k for k, place in enumerate(reply.places) if plain(place[0][0]) not in BEFORE), None)
+    words = [plain(place[0][0]) for place in reply.places]
+    start = next((k for k, word in enumerate(words) if word and (word not in BEFORE or _goes_on(reply, k))), None)
     if start is None:
         return _by_text(question, reply.text)
     if question.grades:
@@ -85,19 +87,24 @@ def spellings(answer: str) -> set[str]:
 
 
 def _chance(reply: Reply, start: int, answer: str) -> float:
-    """The probability of the answer at that place: that of the tokens that spell it, or of the written ones together
-    where it takes several. An answer of several tokens that was not written counts 0."""
+    """The probability of the answer at that place: that of the tokens that spell it, and of the written ones together
+    where it takes several. What was written counts up to the end of its word: "1" of "12" is not 1. An answer of
+    several tokens that was not written counts 0."""
     wanted = spellings(answer)
-    found = sum(chance for token, chance in reply.places[start] if plain(token) in wanted)
-    if found:
-        return min(1.0, found)
+    found = sum(chance for token, chance in reply.places[start][1:] if plain(token) in wanted)
     written, chance = "", 1.0
-    for place in reply.places[start:]:
+    for k, place in enumerate(reply.places[start:], start):
         token, own = place[0]
         written, chance = written + token, chance * own
-        if plain(written) in wanted:
-            return chance
-    return 0.0
+        if plain(written) in wanted and not _goes_on(reply, k):
+            return min(1.0, found + chance)
+    return min(1.0, found)
+
+
+def _goes_on(reply: Reply, k: int) -> bool:
+    """Whether the word written at that place is not over: the next token begins with a letter or a digit."""
+    first = reply.places[k + 1][0][0][:1] if k + 1 < len(reply.places) else ""
+    return first.isalnum() and first not in SPACES
 
 
 def _by_text(question: Question, text: str) -> Score:

@@ -16,6 +16,9 @@ from palate.runtime.files import file_digest, in_shell, parse_json
 from palate.runtime.runlock import RunStatus, status
 
 EVALUATION = "evaluation.json"
+NEEDED = {"rows": list, "prompts": int, "seeds": list}  # by a page of an evaluation
+KNOWN = {"verdict": dict, "words": dict, "drift": dict, "optimised": list}  # shown where they are there
+CHANGES = ("base_low", "base_high", "change", "change_low", "change_high")  # beside a metric's base
 
 
 class Result(NamedTuple):
@@ -81,3 +84,31 @@ def _outdated(run: Path, measured: str | None, manifest: str | None) -> str:
             return ""
         return f"Measured at step {step_of(measured)}, to which the run came anew since, with other weights: {again}."
     return f"Measured at step {step_of(measured)}, and the run is at step {now.step} now: {again}."
+
+
+def whole_evaluation_of(run: Path) -> dict[str, Any] | None:
+    """`evaluation_of` with all that its page shows. InputError names what is missing: somebody changed the file."""
+    found = evaluation_of(run)
+    if found is not None and (missing := _missing(found)):
+        raise InputError(
+            f"{run / EVALUATION}: {missing} is missing or of another kind; write it again with palate evaluate "
+            f"{in_shell(run)}"
+        )
+    return found
+
+
+def _missing(found: dict[str, Any]) -> str:
+    """What a page needs and does not find, by its path in the file; "" where all is there."""
+    for key, kind in (NEEDED | {key: kind for key, kind in KNOWN.items() if found.get(key) is not None}).items():
+        if not isinstance(found.get(key), kind):
+            return key
+    for i, row in enumerate(found["rows"]):
+        if not isinstance(row, dict) or not isinstance(row.get("base", {}), dict):
+            return f"rows[{i}]"
+        if lacking := [key for key in ("prompt", "seed") if key not in row]:
+            return f"rows[{i}].{lacking[0]}"
+    for name, metric in found["metrics"].items():
+        needed = ("value", "low", "high", *(CHANGES if metric.get("base") is not None else ()))
+        if lacking := [key for key in needed if key not in metric]:
+            return f"metrics.{name}.{lacking[0]}"
+    return ""

@@ -10,9 +10,10 @@ import hmac
 import ipaddress
 import secrets
 from collections.abc import Sequence
+from html import escape
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
-from urllib.parse import parse_qsl, urlencode
+from urllib.parse import parse_qsl, quote, urlencode
 
 from starlette.datastructures import Headers
 from starlette.responses import HTMLResponse, RedirectResponse, Response
@@ -46,8 +47,9 @@ HEADERS = {
 PLAIN = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Palate Studio</title><link rel="stylesheet" href="/static/studio.css"><main class="narrow"><h1>Palate Studio</h1>
 <p role="alert">{sentence}</p>{form}</main></html>"""
-FORM = """<form method="get" action="/"><label>Token <input name="token" type="password" autocomplete="off" required>
-</label> <button class="primary">Open</button></form>"""
+FORM = """<form method="get" action="{path}">{kept}
+<label>Token <input name="token" type="password" autocomplete="off" required></label>
+<button class="primary">Open</button></form>"""
 
 
 class TooLarge(Exception):
@@ -90,7 +92,7 @@ class Access:
         headers = Headers(scope=scope)
         answer = self._refusal(scope, headers) or self._exchange(scope, headers)
         if answer is None and not scope["path"].startswith("/static/") and not self._known(headers):
-            asks = FORM if self.lasting else ""
+            asks = _form(scope) if self.lasting else ""
             how = "Enter the token." if self.lasting else ONCE
             answer = HTMLResponse(PLAIN.format(sentence=f"This browser is not let in. {how}", form=asks), 401)
         if answer is not None:
@@ -124,7 +126,7 @@ class Access:
         if scope["method"] != "GET" or not given:
             return None
         left = urlencode([(key, value) for key, value in query if key != "token"])
-        target = "/" + scope["path"].lstrip("/") + (f"?{left}" if left else "")
+        target = _path(scope) + (f"?{left}" if left else "")
         found = next((t for t in tuple(self._tokens) if hmac.compare_digest(t.encode(), given[0].encode())), None)
         if found is None:
             return RedirectResponse(target, 303) if self._known(headers) else None
@@ -134,8 +136,9 @@ class Access:
         self._sessions.add(session)
         answer: Response = RedirectResponse(target, 303)
         if headers.get("sec-fetch-site") == "cross-site":  # a strict cookie is not sent along with its own redirect
-            page = PLAIN.format(sentence='Opening. <a href="/">Go on</a>', form="")
-            answer = HTMLResponse(page.replace("<title>", '<meta http-equiv="refresh" content="0;url=/"><title>'))
+            page = PLAIN.format(sentence=f'Opening. <a href="{escape(target)}">Go on</a>', form="")
+            onwards = f'<meta http-equiv="refresh" content="0;url={escape(target)}"><title>'
+            answer = HTMLResponse(page.replace("<title>", onwards))
         answer.set_cookie(self.cookie, session, httponly=True, samesite="strict", path="/")
         return answer
 
@@ -171,6 +174,20 @@ class Access:
             if not begun:
                 page = HTMLResponse(PLAIN.format(sentence="The request is too large.", form=""), 413)
                 await page(scope, receive, _with_headers(send))
+
+
+def _path(scope: Scope) -> str:
+    """The path as it stands in a URL of this site: one slash first, so that no other site can be named by it."""
+    return "/" + quote(scope["path"].lstrip("/"))
+
+
+def _form(scope: Scope) -> str:
+    """Asks for the token and goes on to the page that was wanted."""
+    query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+    wanted = scope["method"] == "GET"
+    kept = [(key, value) for key, value in query if wanted and key != "token"]
+    fields = "".join(f'<input type="hidden" name="{escape(key)}" value="{escape(value)}">' for key, value in kept)
+    return FORM.format(path=escape(_path(scope)) if wanted else "/", kept=fields)
 
 
 def _is_address(name: str) -> bool:

@@ -39,7 +39,6 @@ from palate.taste.words import hidden_prompt
 GENERATOR = "emoji-1step"
 PER_CONCEPT = 8  # pictures of a concept that are drawn together
 POOL = 480  # pictures of a round; then the thread rests
-AGAIN = 160  # pictures that are drawn anew when so many pairs were voted on that the pool runs dry
 LOADING = threading.Lock()  # weights are filled in under a setting of the whole process: one thread at a time
 
 

@@ -108,6 +108,9 @@ class Processes:
             text = str(newest(folder).get("finished", ""))
             return "finished", "" if text == "finished" else text
         child, tree = self._children.get(name), self.workspace.read(f"processes/{name}.json")
+        if not (found.owner and found.owner.pid == tree.get("pid")) and self._taken_since(name):
+            killed = found.state == "died"  # of it nothing is known here but that it did not end in order
+            return ("died", last_message("")) if killed else ("stopped", "")
         log = self.log(name, begins if isinstance(begins := tree.get("log"), int) else 0)
         said = [line for line in log.splitlines()[-12:] if line.startswith("palate: ")]  # an error, in its last lines
         asked = tree.get("asked") is True if child is None else child.returncode in STOPS
@@ -116,6 +119,16 @@ class Processes:
         begun = found.state == "new" and "pid" in tree  # here, and left nothing
         failed = child.returncode not in (0, *STOPS) if child else not asked and (begun or bool(said))
         return ("died", last_message(log)) if failed else ("stopped", "")
+
+    def _taken_since(self, name: str) -> bool:
+        """Whether a process that was not begun here has had the run after the last one that was: it wrote into the
+        owner's file. One begun here leaves that file before it prints what went wrong."""
+        places = self.log_path(name), self.workspace.home / "processes" / f"{name}.json"
+        try:
+            owner = (self.workspace.runs / name / runlock.OWNER).stat().st_mtime_ns
+            return owner > max(place.stat().st_mtime_ns for place in places)
+        except OSError:
+            return False  # none was begun here, or none has had it
 
     def forget(self, name: str) -> None:
         """Let a run that was deleted say nothing of a later one of its name, which another program may begin."""

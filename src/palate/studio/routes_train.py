@@ -38,7 +38,6 @@ OFTEN = (
     "trainer.keep_checkpoints=40",
     "trainer.guard.every=10",
 )
-MORE = 30  # steps of going on
 
 
 @router.get("/align")

@@ -1,5 +1,6 @@
 "use strict";
-// Enlarged pictures: the first picture of a pair or row lies under the one that was clicked; a slider moves the border.
+// Enlarged pictures: the first picture of a pair, or of a row of before and after, lies under the one that was clicked;
+// a slider moves the border.
 // Left and right go to the next picture, up and down move the border, Escape closes.
 const dialog = document.getElementById("zoom");
 const frame = dialog.querySelector(".frame");
@@ -21,7 +22,8 @@ function show(button, picked) {
   under.alt = before.alt;
   over.alt = after.alt;
   slider.hidden = before === after;
-  const caption = before === after ? after.alt : after.alt + " · slide: the picture before";
+  const first = own.length > 1 ? "the picture before" : row ? row.dataset.row : "";
+  const caption = before === after ? after.alt : after.alt + " · slide: " + first;
   document.getElementById("zoom-caption").textContent = caption;
   const room = Math.min(innerWidth * 0.9 - 32, innerHeight - 210, 1024), natural = after.naturalWidth || 64;
   const times = after.classList.contains("small") ? Math.max(1, Math.floor(room / natural)) : room / natural;

@@ -181,6 +181,6 @@ document.addEventListener("input", (event) => {
   if (output) output.textContent = near;
   for (const tile of all("[data-file]")) {
     tile.dataset.after = `/sample/${tile.closest("[data-run]").dataset.run}/${near}/${tile.dataset.file}`;
-    find(".after", tile).src = tile.dataset.after;
+    Object.assign(find(".after", tile), { src: tile.dataset.after, alt: `${tile.dataset.text}, step ${near}` });
   }
 });
