@@ -41,8 +41,8 @@ def with_absolute_paths(tree: dict[str, Any], beside: Path | None = None, *, beg
         _change(tree, where, lambda value: _absolute_name(value, beside))
     for where in (("run", "folder"), ("model", "text_cache")):
         _change(tree, where, expand)
-    for where in _written(tree):
-        _change(tree, where, lambda value, file=where[-1] == "file": _once_begun(value, beside, begins, file=file))
+    for keys in _written(tree):
+        _change(tree, keys, lambda value, file=keys[-1] == "file": _once_begun(value, beside, begins, file=file))
     reward = tree.get("reward")
     if isinstance(reward, dict):
         for key in BY_REWARD:
