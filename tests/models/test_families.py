@@ -21,6 +21,7 @@ from support.tiny_families import FAMILIES, SIZE, load, saved, sd3
 
 import palate
 from palate import recipe
+from palate.export.one_step import _how_to_load as how_to_load
 from palate.models import (
     aura_flow,
     chroma,
@@ -307,6 +308,15 @@ def test_sd3_does_without_t5(tmp_path):
     ).images
     with torch.no_grad():
         assert torch.allclose(sample(model, model.encode_prompts(PROMPTS), noise, 2), theirs, atol=1e-4)
+
+
+def test_sd3_without_t5_keeps_as_many_zeros_as_it_is_told(tmp_path):
+    """Whatever the cache holds of another length, and again when its generator is loaded."""
+    sd3(with_t5=False).save_pretrained(tmp_path)
+    short, long = (load("sd3", tmp_path, text_tokens=tokens) for tokens in (32, 48))
+    texts = [each.encode_prompts(PROMPTS).text for each in (short, long)]
+    assert texts[1].shape[1] - texts[0].shape[1] == 16 and torch.equal(texts[1][:, :-16], texts[0])
+    assert how_to_load(long)["text_tokens"] == 48
 
 
 # Files: adapters, single files, text embeddings

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from palate.models import lora
 from palate.models.merge import merge_adapters, merged
 from palate.models.original import Lora
-from palate.models.saved import read_saved
+from palate.models.saved import check_rates, read_saved
 
 
 def layer(seed, rank=2, alpha=3.0, shape=(5, 4)):
@@ -52,6 +52,18 @@ def test_files_of_runs_are_merged_and_read_back(tmp_path):
     first = (tmp_path / "out" / lora.FILE).read_bytes()
     merge_adapters(sources, [0.25, 0.75], tmp_path / "again")
     assert (tmp_path / "again" / lora.FILE).read_bytes() == first and load_file(tmp_path / "out" / lora.FILE)
+
+
+@pytest.mark.parametrize(("first", "second", "told"), [("abc", "c", 2), ("abc", "bc", 5), ("abcd", "ab", 5)])
+def test_the_rank_that_is_told_is_the_one_that_a_start_asks_for(first, second, told, tmp_path):
+    """That of most layers, where adapters share some of theirs; of as many, the one that is read first."""
+    sources = [
+        write(tmp_path / name, {each: layer(3, rank=rank) for each in names})
+        for name, names, rank in (("first", first, 2), ("second", second, 3))
+    ]
+    assert merge_adapters(sources, [1.0, 1.0], tmp_path / "out") == told
+    path = tmp_path / "out" / lora.FILE
+    check_rates(lora.read(path, dict.fromkeys(first, (5, 4)), None, "test"), path, told, None, "model.start")
 
 
 def test_what_cannot_be_merged_is_said(tmp_path):

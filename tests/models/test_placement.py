@@ -7,7 +7,7 @@ import torch
 from support.tiny_families import load
 
 from palate import recipe
-from palate.models import placement
+from palate.models import adapters, placement
 from palate.models.placement import blocks_of, compile_blocks
 from palate.plan import Unit
 from palate.plan.memory import memory_of
@@ -76,6 +76,14 @@ def test_adapters_that_come_later_are_where_the_others_are(tmp_path):
     assert {p.device.type for p in begun.weights.network.parameters()} == {"cpu"}
     with pytest.raises(InputError, match=r"to merge, load it with model.offload=null"):
         begun.weights.merged()
+
+
+def test_an_adapter_named_as_a_part_of_the_network_brings_itself_only(monkeypatch):
+    network = load("flux").weights.network
+    monkeypatch.setitem(placement._HOME, network, torch.float64)  # in place of a device: what moves is seen
+    adapters.add(network, "0", adapters.config_of(adapters.layers_of(network, "policy")))
+    brought = {key for key, p in network.named_parameters() if p.dtype == torch.float64}
+    assert brought == adapters.own_parameters(network, "0", adapter=True).keys() != set()
 
 
 def test_compiled_blocks_predict_the_same():

@@ -15,6 +15,7 @@ from palate.export import FORMATS
 from palate.export.names import to_form
 from palate.models import adapters, lora
 from palate.models.facts import facts_of
+from palate.models.original import Lora, fuse, split
 from palate.runtime.errors import InputError
 
 RANK, ALPHA = 4, 10.0
@@ -115,6 +116,34 @@ def test_a_fused_lora_of_the_original_flux_is_taken_apart(tmp_path):
     assert list(layers) == names
     change = torch.cat([layers[name].scale * layers[name].up @ layers[name].down for name in names])
     assert torch.allclose(change, 2.0 / RANK * up @ down) and {layer.rank for layer in layers.values()} == {RANK}
+
+
+@pytest.mark.parametrize("trained", ["", "q", "v", "qk", "qkv"])
+def test_untrained_parts_of_a_fused_layer_come_back(trained):
+    """Their up is still zero; a part that the LoRA never had stays away."""
+    kinds, generator = facts_of("flux").original, torch.Generator().manual_seed(0)
+    shapes = {f"transformer_blocks.0.attn.to_{x}": (16, 16) for x in "qkv"}
+    layers = {
+        name: Lora(torch.randn(RANK, 16, generator=generator), float(name[-1] in trained) * torch.ones(16, RANK), ALPHA)
+        for name in shapes
+    }
+    for part in (layers, {name: layer for name, layer in layers.items() if name[-1] in trained}):
+        found = {}
+        for name, fused in fuse(part, kinds).items():
+            found |= split(name, fused, shapes, kinds)
+        equal(found, part)
+
+
+def test_untrained_parts_that_share_their_down_come_back():
+    """As kohya begins: of a LoRA every part has the whole, of a DoRA the norms count too."""
+    kinds, name = facts_of("flux").original, "double_blocks_0_img_attn_qkv"
+    shapes = {f"transformer_blocks.0.attn.to_{x}": (16, 16) for x in "qkv"}
+    up = torch.zeros(48, RANK)
+    found = split(name, Lora(torch.ones(RANK, 16), up, ALPHA), shapes, kinds)
+    equal(found, dict.fromkeys(shapes, Lora(torch.ones(RANK, 16), up[:16], ALPHA)))
+    up[:16] = 1
+    found = split(name, Lora(torch.ones(RANK, 16), up, ALPHA, torch.arange(48.0)), shapes, kinds)
+    assert [layer.magnitude[0] for layer in found.values()] == [0, 16, 32]
 
 
 def test_a_lora_in_krea2s_own_names_is_read(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from palate.models import adapters
 from palate.models.weights import NamedWeights
 
 NAMES = ("policy", "assistant")
@@ -78,6 +79,16 @@ def test_names_are_separate_and_the_reference_is_what_it_was(training):
     assert own["policy"] and not own["policy"] & own["assistant"]
     assert [id(p) for p in weights.parameters("policy")] == [id(p) for p in weights.parameters("policy")]
     assert all(p.requires_grad for name in NAMES for p in weights.parameters(name))
+
+
+@pytest.mark.parametrize("name", ["0", "conv1", "attn2"])
+def test_a_frozen_name_that_is_also_a_part_of_the_network_freezes_itself_only(name, tmp_path):
+    weights = make()
+    weights.save(tmp_path)
+    weights.add_frozen(tmp_path, name)
+    assert all(p.requires_grad for trained in NAMES for p in weights.parameters(trained))
+    assert not any(p.requires_grad for p in adapters.own_parameters(weights.network, name, adapter=True).values())
+    assert torch.allclose(say(weights, name), say(weights, "policy"))
 
 
 def test_every_name_starts_as_the_reference():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from palate import recipe
+from palate.cli.train import _trained
 from palate.recipe import RecipeError
 from palate.runtime.errors import InputError
 
@@ -86,6 +88,55 @@ def test_a_path_is_found_from_another_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert recipe.parse(recipe.dump(made)) == made
     assert recipe.read("srpo-emoji").prompts.file == "emoji-train"
+
+
+FROZEN = [
+    "algorithm.teachers={a: {adapter: runs/a/adapter, file: emoji-eval}, b: {adapter: runs/b/adapter, file: b.txt}}",
+    "model.training_adapter=runs/a/adapter",
+]
+
+
+def frozen(made):
+    teachers = made.algorithm.teachers
+    return [made.model.training_adapter, *(path for t in "ab" for path in (teachers[t].adapter, teachers[t].file))]
+
+
+def test_frozen_loras_are_found_from_another_folder_once_the_run_has_begun(tmp_path, monkeypatch):
+    """Until then they are as they are written, as in the fingerprints of runs from before."""
+    began, beside, bare = tmp_path / "began", tmp_path / "beside", ["runs/a/adapter", "runs/b/adapter", "b.txt"]
+    monkeypatch.chdir(tmp_path)
+    shipped, own = (recipe.fingerprint(recipe.read("opd-emoji", more)) for more in ([], FROZEN))
+    for folder in (began, beside):
+        for path in ("runs/a/adapter", "runs/b/adapter", "runs/srpo-emoji/adapter"):
+            (folder / path).mkdir(parents=True)
+        (folder / "b.txt").write_text("a dog\n")
+    monkeypatch.chdir(began)
+    written = recipe.read("opd-emoji", FROZEN)
+    assert [recipe.fingerprint(recipe.read("opd-emoji")), recipe.fingerprint(written)] == [shipped, own]
+    assert frozen(written) == [bare[0], bare[0], "emoji-eval", bare[1], bare[2]]
+    a, b, file = (str(began / path) for path in bare)
+    made = recipe.begun(written)
+    assert frozen(made) == [a, a, "emoji-eval", b, file]
+    (beside / "own.yaml").write_text(recipe.dump(written))
+    monkeypatch.chdir(tmp_path)
+    assert recipe.parse(recipe.dump(made)) == made == recipe.begun(made)
+    assert frozen(recipe.read(str(beside / "own.yaml")))[1] == str(beside / bare[0])
+
+
+def test_a_run_keeps_what_it_has_begun_with(tmp_path, monkeypatch):
+    """recipe.yaml and the checkpoints' identity are those of the absolute paths; a run that goes on keeps its own."""
+    (tmp_path / "runs/a/adapter").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    written, kept = recipe.read("opd-emoji", FROZEN[1:]), []
+    parts = dict.fromkeys(("model", "algorithm", "reward", "buckets", "latents", "tower"))
+    parts = SimpleNamespace(prompts=[], preview_prompts=[], **parts)
+    monkeypatch.setattr("palate.recipe.build", lambda *args, **options: parts, raising=False)
+    monkeypatch.setattr("palate.recipe.guard_measure", lambda *args: None, raising=False)
+    keep = lambda job, **options: kept.append((job.recipe, job.identity))  # noqa: E731
+    monkeypatch.setitem(_trained.__globals__, "run_job", keep)
+    for resume in (False, True):
+        _trained(written, lambda act: act(), resume=resume, fresh=False, quiet=True)
+    assert kept == [(recipe.dump(made), recipe.run_identity(made)) for made in (recipe.begun(written), written)]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import yaml
 from palate import recipe, runs
 from palate.evaluate import EvaluationPanel
 from palate.runtime.code import code_digest
+from palate.runtime.errors import InputError
 
 PACKAGE = Path(__file__).parent.parent / "support" / "their_package"
 FILES = PACKAGE / "src" / "their_package"
@@ -143,3 +144,39 @@ def test_what_a_run_was_started_with_is_kept_and_compared(own, palate):
     assert code == 2 and "prompts.file: what it names has changed" in err and "start a new run" in err
     code, _, err = palate("sample", "runs/own", "--prompt", "a red fox", "--seeds", "0")
     assert code == 0 and "prompts.file: what it names has changed" in err
+
+
+CONSISTENT = ("algorithm.estimator=consistency", "algorithm.estimator_guidance=1")
+FROZEN = {
+    "model.training_adapter": ("srpo-emoji", "model.training_adapter={}"),
+    "model.start": ("srpo-emoji", "model={{start: {}, reference: start, lora_rank: 2}}"),
+    "model.consistency": ("sqdf-emoji", "model.consistency={}", *CONSISTENT),
+    "algorithm.teachers.one.adapter": ("opd-emoji", "algorithm.teachers={{one: {{adapter: {}}}}}"),
+    "algorithm.teachers.one.file": ("opd-emoji", "algorithm.teachers={{one: {{adapter: none, file: {}}}}}"),
+}
+
+
+@pytest.mark.parametrize("key", FROZEN)
+def test_another_frozen_lora_is_refused(key, tmp_path):
+    """Reference, teachers and the like, which a run reads anew; a run from before has kept none of them."""
+    name, *overrides = FROZEN[key]
+    place = tmp_path / ("list.txt" if key.endswith("file") else "lora.safetensors")
+    place.write_bytes(b"one\n")
+    made = recipe.read(name, [override.format(place) for override in overrides])
+    (tmp_path / "identity.json").write_text(text := recipe.identity_text(made))
+    assert key in json.loads(text)
+    recipe.check_identity(tmp_path, made)
+    before = recipe.run_identity(made)
+    place.write_bytes(b"another\n")
+    with pytest.raises(InputError, match=f"^{key}: what it names has changed.*\nrestore it, or start a new run"):
+        recipe.check_identity(tmp_path, made)
+    assert recipe.run_identity(made) == before
+    (tmp_path / "identity.json").write_text(json.dumps({k: v for k, v in json.loads(text).items() if k != key}))
+    recipe.check_identity(tmp_path, made)
+
+
+def test_a_start_that_is_no_reference_may_go_on(tmp_path):
+    """The checkpoints have what became of it: a run goes on after the one that it began with has."""
+    (tmp_path / "lora.safetensors").write_bytes(b"one")
+    made = recipe.read("srpo-emoji", [f"model.start={tmp_path / 'lora.safetensors'}"])
+    assert "model.start" not in json.loads(recipe.identity_text(made))

@@ -34,6 +34,7 @@ WORDS = "run: {{folder: runs/x}}\nalgorithm: {{name: {}}}\nreward: {{name: emoji
         ("direct", ["algorithm.context_steps=20"], "no algorithm.context"),
         ("ddpo", ["algorithm.history=0", "algorithm.enough=4"], "algorithm.history=0"),
         ("srpo", ["model.weights=full", "model.lora_rank=4"], "model.weights=full"),
+        ("srpo", ["model.start=runs/a", "model.lora_targets=[to_q]"], "model.start, whose layers the LoRA has"),
         ("srpo", ["trainer.ema_every=4"], "trainer.ema_decay=0"),
         ("srpo", ["trainer.guard.rollbacks=5"], "action=rollback"),
         ("srpo", ["trainer.guard.every=0", "trainer.guard.after=5"], "trainer.guard.every=0"),
@@ -52,6 +53,7 @@ def test_what_is_read_is_taken_and_so_is_a_recipe_that_names_everything():
     again = recipe.parse(recipe.dump(read), ["algorithm.window=null"])
     assert again.algorithm.window_every == 3 and again.algorithm.window is None
     recipe.parse(WORDS.format("flow_grpo"), ["algorithm.window_every=25"])
+    assert recipe.read("taste-emoji", ["model.start=runs/a"]).model.lora_targets
 
 
 def test_every_key_of_the_tables_is_one_of_its_section():

@@ -216,6 +216,21 @@ def test_votes_of_nothing_are_refused(tmp_path):
 # -------------------------------------------------------------------------------------------------------- words, pairs
 
 
+@pytest.mark.parametrize(
+    ("prompt", "word", "expected"),
+    [
+        ("3d-style cat", "outline", "outline-style cat"),
+        ("A cat,  3d/large", "small", "A cat,  3d/small"),
+        ("a 3d, large cat", "outline", "an outline, large cat"),
+        ("An outline cat", "3d", "A 3d cat"),
+        ("a cat on a blue background and a blue car", "red", "a cat on a red background and a blue car"),
+        ("a blue cat on an orange background", "blue", "a blue cat on a blue background"),
+    ],
+)
+def test_a_word_is_put_where_that_of_its_kind_stands_in_the_text(prompt, word, expected):
+    assert with_words(prompt, [word]) == expected
+
+
 def test_a_word_that_the_taste_has_is_offered_and_put_into_a_prompt():
     vocab = vocabulary()
     colour, style = next(iter(vocab.colours)), vocab.styles[0]

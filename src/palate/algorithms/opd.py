@@ -89,6 +89,7 @@ class OPDSettings:
                 self.eta > 0 and self.target == "x0",
             ),
             ("teachers: names other than policy and reference", bool({"policy", "reference"} & set(self.teachers))),
+            ("teachers: names without a dot", any("." in name for name in self.teachers)),  # torch takes none
         )
 
 

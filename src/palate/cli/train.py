@@ -49,6 +49,8 @@ def _trained(recipe: Recipe, on_main: OnMain, *, resume: bool, fresh: bool, quie
     folder = Path(recipe.run.folder)
     if resume:
         recipes.check_identity(folder, recipe)
+    else:
+        recipe = recipes.begun(recipe)
     torch.manual_seed(recipe.trainer.seed)  # the LoRA's first weights; nothing later draws from this generator
     with show_phases(quiet or "RANK" in os.environ):
         parts = recipes.build(recipe, before_model=lambda: on_main(lambda: require_room(recipe)))

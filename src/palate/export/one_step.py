@@ -124,7 +124,7 @@ def _how_to_load(model: Any) -> dict[str, Any]:
     found = {"family": family, "image_size": list(model.image_size), "dtype": str(model.parts.dtype).split(".")[-1]}
     keys = families.find(family).keys
     if "text_tokens" in keys:
-        found["text_tokens"] = model.parts.text.limit
+        found["text_tokens"] = model.parts.text.text_tokens
     if "distilled_guidance" in keys:
         found["distilled_guidance"] = float(model.call.guidance_embed)
     return found

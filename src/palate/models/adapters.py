@@ -31,6 +31,13 @@ def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
     }
 
 
+def own_parameters(network: nn.Module, name: str, *, adapter: bool) -> dict[str, nn.Parameter]:
+    """The parameters of the adapter `name`; without adapters all of the network's."""
+    parts = ("lora_A", "lora_B", "lora_magnitude_vector")
+    mark = tuple(f".{part}.{name}." for part in parts) if adapter else ("",)
+    return {key: p for key, p in network.named_parameters() if any(m in key for m in mark)}
+
+
 def common(layers: Mapping[str, Lora]) -> tuple[int, float]:
     """The rank and the alpha that most layers have."""
     return (
@@ -44,7 +51,7 @@ def add(network: Any, name: str, config: LoraConfig) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         network.add_adapter(config, adapter_name=name)
-    bring_adapters(network, name)
+    bring_adapters(network, own_parameters(network, name, adapter=True).values())
 
 
 def config_of(layers: Mapping[str, Lora]) -> LoraConfig:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from palate.models import lora
+from palate.models.adapters import common
 from palate.models.original import Lora
 from palate.runtime.errors import InputError
 
@@ -38,7 +39,8 @@ def merged(adapters: Sequence[Mapping[str, Lora]], weights: Sequence[float]) -> 
 
 
 def merge_adapters(sources: Sequence[Path | str], weights: Sequence[float], out: Path | str) -> int:
-    """Write the merged LoRA of adapter folders (or runs, or files) into the folder `out`; its rank.
+    """Write the merged LoRA of adapter folders (or runs, or files) into the folder `out`; the rank that most of
+    its layers have, which is what model.start asks for.
 
     It is read as any adapter of a run: model.start=OUT, or a teacher. InputError for what is no LoRA in PEFT's names,
     and where the adapters have no layer in common.
@@ -53,7 +55,7 @@ def merge_adapters(sources: Sequence[Path | str], weights: Sequence[float], out:
     layers = merged(adapters, weights)
     record = json.dumps(lora.peft_config(layers), indent=2, sort_keys=True)
     lora.write(Path(out) / lora.FILE, lora.to_peft(layers), {"format": "pt", lora.METADATA: record})
-    return max(layer.rank for layer in layers.values())
+    return common(lora.read(Path(out) / lora.FILE, shapes_in(Path(out) / lora.FILE), None, "merge"))[0]
 
 
 def shapes_in(path: Path) -> dict[str, tuple[int, int]]:

@@ -101,7 +101,8 @@ def split(
 ) -> dict[str, Lora]:
     """The inverse of `fuse` for one layer; {} if the original program has no such name.
 
-    A part of a block-diagonal `up` keeps its own rank only, so what `fuse` wrote comes back as it was.
+    A part of a block-diagonal `up` keeps its own rank only, so what `fuse` wrote comes back as it was, a part that is
+    not trained yet too.
     """
     for kind in kinds:
         found = re.fullmatch(rf"{kind.original}_(\d+)_(\w+)", name.replace(".", "_"))
@@ -121,12 +122,24 @@ def split(
             (torch.stack(used).sum(0) > 1).any()
         )
         magnitudes = [None] * len(layers) if lora.magnitude is None else list(lora.magnitude.split(heights))
+        if lora.magnitude is not None and not all(bool(columns.any()) for columns in used):
+            alone = False  # a DoRA's norms count without its columns
+        untrained = _untrained(used)
         parts = {}
         for layer, up, columns, magnitude in zip(layers, ups, used, magnitudes, strict=True):
+            own = columns.nonzero().flatten() if columns.any() else untrained.pop(0)
             if not alone:
                 parts[layer] = Lora(lora.down, up.contiguous(), lora.alpha, magnitude)
-            elif columns.any():
-                rank = int(columns.sum())
-                parts[layer] = Lora(lora.down[columns], up[:, columns].contiguous(), lora.scale * rank, magnitude)
+            elif len(own):
+                parts[layer] = Lora(lora.down[own], up[:, own].contiguous(), lora.scale * len(own), magnitude)
         return parts
     return {}
+
+
+def _untrained(used: Sequence[Tensor]) -> list[Tensor]:
+    """For each part whose up is zero, those of the columns that no part uses which are its own: in order, as many for
+    each, as `fuse` stacks them; all of them where they cannot be shared out."""
+    idle, parts = (~torch.stack(list(used)).any(0)).nonzero().flatten(), sum(not bool(each.any()) for each in used)
+    if parts == 0 or len(idle) == 0 or len(idle) % parts:
+        return [idle] * parts
+    return list(idle.chunk(parts))

@@ -37,6 +37,7 @@ class TextReader(NamedTuple):
     load: Callable[[torch.dtype, torch.device], Encode]
     count_tokens: Callable[[str], int]  # of a prompt, before any is cut off
     limit: int  # how many tokens are read
+    text_tokens: int | None = None  # the recipe's, where `limit` is another number
 
 
 @dataclass(frozen=True)
@@ -225,11 +226,13 @@ def _text_cache(
     read = [p for p in repository.index if p in repository and p.startswith(("text_encoder", *READERS))]
     key = f"{family} {text.limit} {options.dtype} {repository.version(read)}"
     key += f" {options.quantize}" if options.quantize else ""
+    key += f" text_tokens {text.text_tokens}" if text.text_tokens is not None else ""
     return TextCache(
         lambda: text.load(precision, where),
         key=hashlib.sha256(key.encode()).hexdigest(),
         count_tokens=text.count_tokens,
         limit=text.limit,
+        text_tokens=text.text_tokens,
         device=where,
         folder=options.text_cache,
     )

@@ -19,6 +19,7 @@ tests/models/test_why_own_offload.py:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -112,9 +113,8 @@ def waits_on_host(network: nn.Module) -> bool:
     return network in _HOME
 
 
-def bring_adapters(network: nn.Module, name: str) -> None:
+def bring_adapters(network: nn.Module, added: Iterable[nn.Parameter]) -> None:
     """Adapters added after `keep_blocks_on_host` come to the accelerator, as the first ones did."""
     if network in _HOME:
-        for key, p in network.named_parameters():
-            if f".{name}." in key:
-                p.data = p.data.to(_HOME[network])
+        for p in added:
+            p.data = p.data.to(_HOME[network])

@@ -146,6 +146,7 @@ class StableDiffusion3(LoadedModel):
             load_encoders,
             lambda prompt: len(reader(prompt).input_ids),
             text_tokens if with_t5 else reader.model_max_length,
+            None if with_t5 else text_tokens,  # of zeros
         )
         parts = load_parts(repository, FACTS, text, Options(**options))
         return cls(parts, FlowMatchEulerDiscreteScheduler.from_config(repository.config("scheduler")))

@@ -30,13 +30,6 @@ def layers_ending(network: nn.Module, targets: Sequence[str]) -> list[str]:
     return [layer for layer in layers if any(f".{layer}".endswith(f".{end}") for end in targets)]
 
 
-def own_parameters(network: nn.Module, name: str, *, adapter: bool) -> dict[str, nn.Parameter]:
-    """The parameters of the adapter `name`; without adapters all of the network's."""
-    parts = ("lora_A", "lora_B", "lora_magnitude_vector")
-    mark = tuple(f".{part}.{name}." for part in parts) if adapter else ("",)
-    return {key: p for key, p in network.named_parameters() if any(m in key for m in mark)}
-
-
 class Adapters:
     """Those of one network, by name, of which one or none is selected.
 
@@ -90,7 +83,7 @@ class Adapters:
         adapters.fill(self.network, name, layers, key)
         for p, flag in zip(self._parameters, flags, strict=True):
             p.requires_grad_(flag)
-        added = [p for key, p in self.network.named_parameters() if f".{name}." in key]
+        added = adapters.own_parameters(self.network, name, adapter=True).values()
         for p in added:
             p.requires_grad_(False)
         self._parameters += added

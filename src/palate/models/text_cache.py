@@ -29,7 +29,8 @@ class TextCache:
     """Embeddings of prompts. The encoders are loaded when one is missing and dropped once nothing is.
 
     load: returns the function that encodes one prompt. key: hash of encoders, tokenizers and settings. count_tokens: of
-    a prompt, before any is cut off; limit: how many the encoder reads. "" (guidance's other half) is always kept.
+    a prompt, before any is cut off; limit: how many the encoder reads; text_tokens: the model's setting,
+    where that is another. "" (guidance's other half) is always kept.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class TextCache:
         key: str,
         count_tokens: Callable[[str], int],
         limit: int,
+        text_tokens: int | None = None,
         device: torch.device,
         folder: str | Path | None = None,
     ):
@@ -46,6 +48,7 @@ class TextCache:
         self.folder = Path(folder).expanduser() if folder is not None else cache / "palate" / "text"
         self._load, self._key, self._count = load, key, count_tokens
         self.limit, self.device = limit, device
+        self.text_tokens = limit if text_tokens is None else text_tokens
         self._encode: Encode | None = None
         self._warned = False
 

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 from palate.runtime.errors import InputError
 
+WORD = r"[^\W_]+"
+
 
 class Vocabulary(NamedTuple):
     """What the embedded model was taught to say; the last six are empty where it knows single drawings only."""
@@ -97,7 +99,7 @@ def known_words(prompt: str) -> list[str]:
     known, singular = set(vocab.words), {several: one for one, several in _PLURALS.items()}
     result: list[str] = []
     unknown = [sign for sign in prompt if unicodedata.category(sign) in ("So", "Co", "Cs", "Cn")]  # emoji, for one
-    words = re.findall(r"[^\W_]+", prompt.lower())
+    words = re.findall(WORD, prompt.lower())
     if prompt.strip() and not words and not unknown:
         raise InputError(f"the prompt {prompt[:60]!r} holds no word; all that are known: palate recipes --words")
     for word in words:
@@ -138,45 +140,54 @@ def parse_prompt(prompt: str) -> Caption:
     A colour before a thing is the thing's, any other the background's; a model whose drawings have only their own
     colours takes each for the background's. Of several words of another kind the last counts.
     """
+    return _parsed(prompt)[0]
+
+
+def _parsed(prompt: str) -> tuple[Caption, dict[str, int]]:
+    """What the prompt names, and which of its words say the style, the size, the position and the background."""
     vocab, words = vocabulary(), known_words(prompt)
     things: list[Subject] = []
-    found: dict[str, str] = {}
+    found: dict[str, int] = {}
     number: int | None = None
-    colour: str | None = None
+    colour: int | None = None
     for k, word in enumerate(words):
         if word in vocab.colours:
             on = words[:k][-1:] == ["on"] or words[:k][-2:] == ["on", "a"]
             if on or not vocab.paints:
-                found["background"], colour = word, None
+                found["background"], colour = k, None
             else:
-                colour = word
+                colour = k
         elif word == "background":
-            found |= {"background": colour} if colour else {}
+            found |= {} if colour is None else {"background": colour}
             colour = None
         elif word in vocab.concepts:
-            things.append(Subject(word, colour))
+            things.append(Subject(word, None if colour is None else words[colour]))
             colour = None
         elif word in vocab.counts:
             number = vocab.counts.index(word) + 2
         elif word in vocab.relations or (word in vocab.positions and words[k + 1 : k + 2] == ["of"]):
-            found["relation"] = word
+            found["relation"] = k
         else:
             kinds = {"style": vocab.styles, "size": vocab.sizes, "position": vocab.positions}
-            found |= {kind: word for kind, known in kinds.items() if word in known}
+            found |= {kind: k for kind, known in kinds.items() if word in known}
+    if colour is not None:
+        found["background"] = colour
     if not vocab.counts:
         things = things[-1:]
     first = things[0] if things else Subject("")
-    return Caption(
+    named = {kind: words[k] for kind, k in found.items()}
+    caption = Caption(
         first.concept or None,
-        found.get("style"),
-        colour or found.get("background"),
-        found.get("size"),
-        found.get("position"),
+        named.get("style"),
+        named.get("background"),
+        named.get("size"),
+        named.get("position"),
         first.paint,
         number,
-        found.get("relation"),
+        named.get("relation"),
         things[1] if len(things) > 1 else None,
     )
+    return caption, found
 
 
 def with_words(prompt: str, words: Sequence[str], *, replacing: bool = True) -> str:
@@ -187,7 +198,7 @@ def with_words(prompt: str, words: Sequence[str], *, replacing: bool = True) -> 
     """
     for word in words:
         kind, known = kind_of(word)
-        there = parse_prompt(prompt)._asdict()[kind]
+        there = _parsed(prompt)[1].get(kind)
         if there is not None and not replacing:
             continue
         if there is None:
@@ -195,12 +206,10 @@ def with_words(prompt: str, words: Sequence[str], *, replacing: bool = True) -> 
                 f"{prompt} on {with_article(known)} background" if kind == "background" else f"{known} {_bare(prompt)}"
             )
         else:
-            tokens = prompt.split()
-            last = max(i for i, token in enumerate(tokens) if _words_of(token) == [there])
-            tokens[last] = known
-            if last and tokens[last - 1] in ("a", "an"):
-                tokens[last - 1 : last + 1] = with_article(known).split()
-            prompt = " ".join(tokens)
+            start, end = [word.span() for word in re.finditer(WORD, prompt)][there]
+            article = r"\1n\2" if with_article(known).startswith("an ") else r"\1\2"
+            before = re.sub(r"\b([Aa])n?(\s+)$", article, prompt[:start])
+            prompt = before + known + prompt[end:]
     return prompt
 
 
@@ -221,10 +230,3 @@ def _bare(prompt: str) -> str:
     """The prompt without an article at its beginning."""
     first, _, rest = prompt.partition(" ")
     return rest if rest and first.lower() in ("a", "an", "the") else prompt
-
-
-def _words_of(token: str) -> list[str]:
-    try:
-        return known_words(token)
-    except InputError:
-        return []

@@ -21,7 +21,7 @@ from palate.models import adapters, lora
 from palate.models.facts import Facts
 from palate.models.original import Lora
 from palate.models.saved import check_alpha, check_mergeable, check_rates, config_of, read_saved, write_saved
-from palate.models.selection import Adapters, own_parameters
+from palate.models.selection import Adapters
 from palate.runtime.errors import InputError
 
 STARTED = "start"  # the frozen copy of model.start that the reference is with model.reference=start
@@ -217,7 +217,7 @@ class NamedWeights:
         self._known(name)
         if name == "reference" or name in self._frozen or self.training == "none":
             return {}
-        return own_parameters(self.networks[name], name, adapter=self.training == "lora")
+        return adapters.own_parameters(self.networks[name], name, adapter=self.training == "lora")
 
     def _checkpointed(self, function: Any, *args: Any) -> Any:
         weights = self.selection.selected

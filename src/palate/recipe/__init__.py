@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from palate.data import RecipeError, captioned_images, evenly_spaced, read_prompts
 from palate.recipe.checks import SECTIONS, algorithm_settings, check_trainer, homes_of
 from palate.recipe.cross_checks import heldout_of, trained_names
-from palate.recipe.reader import YAML_LIMIT, as_tree, dump, fingerprint, parse, published, read, text_of
+from palate.recipe.reader import YAML_LIMIT, as_tree, begun, dump, fingerprint, parse, published, read, text_of
 from palate.recipe.settings import (
     RESUMABLE_FIELDS,
     AlgorithmSettings,
@@ -93,6 +93,7 @@ __all__ = [
     "TrainerSettings",
     "algorithm_settings",
     "as_tree",
+    "begun",
     "build",
     "build_algorithm",
     "build_model",

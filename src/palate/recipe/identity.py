@@ -5,14 +5,17 @@ The base model's files are compared by the checkpoints themselves, with their ow
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
+from palate.models.lora import find_file
 from palate.recipe.cross_checks import rewards_used
 from palate.recipe.reader import content_digest, fingerprint
 from palate.recipe.settings import Recipe
+from palate.recipe.start import UsesTeachers, start_folder, teachers_of, wants_consistency
 from palate.rewards import table as rewards
 from palate.runtime.code import code_digest, names_a_file, short_name
 from palate.runtime.errors import InputError
@@ -23,7 +26,8 @@ WEIGHTS = "*.safetensors"
 
 
 def identity(recipe: Recipe) -> dict[str, str]:
-    """Key of the recipe -> SHA-256 of what it names: prompts, images, pairs, likes, code, weights of rewards."""
+    """Key of the recipe -> SHA-256 of what it names: prompts, images, pairs, likes, code, weights of rewards, frozen
+    LoRAs."""
     prompts, found = recipe.prompts, {}
     named = {"file": prompts.file, "images": prompts.images, "pairs": prompts.pairs, "likes": prompts.likes}
     for key, path in named.items():
@@ -39,6 +43,25 @@ def identity(recipe: Recipe) -> dict[str, str]:
             found[f"reward.source.{name}"] = weights_digest(recipe.reward.source[name])
         elif name == "checklist" and (source := recipe.reward.source.get(name)):
             found["reward.source.checklist"] = content_digest(source.rpartition(" ")[0]) or ""
+    return found | frozen(recipe)
+
+
+def frozen(recipe: Recipe) -> dict[str, str]:
+    """Likewise of the LoRAs that a run reads anew whenever it goes on, and of what its teachers teach; a LoRA that is
+    not there has no digest. A start that is no reference is read once: the checkpoints have what became of it."""
+    model = recipe.model
+    loras = [("model.training_adapter", model.training_adapter)]
+    loras += [(key, adapter) for _, key, adapter in teachers_of(recipe)]
+    loras += [("model.start", str(start_folder(model.start)))] if model.start and model.reference == "start" else []
+    loras += [("model.consistency", model.consistency)] if wants_consistency(recipe) else []
+    found: dict[str, str] = {}
+    for key, source in loras:
+        with contextlib.suppress(InputError):
+            found |= {key: file_digest(find_file(source, key))} if source is not None else {}
+    for name, teacher in recipe.algorithm.teachers.items() if isinstance(recipe.algorithm, UsesTeachers) else ():
+        path = getattr(teacher, "file", None)
+        if path is not None and Path(path).is_file():
+            found[f"algorithm.teachers.{name}.file"] = file_digest(Path(path))
     return found
 
 

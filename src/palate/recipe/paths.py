@@ -25,11 +25,14 @@ TEXTS = ("list", "positive", "negative")  # keys of any section whose values are
 BY_REWARD = ("weights", "source", "scale", "noised")  # of reward: mappings whose keys are names of rewards
 
 
-def with_absolute_paths(tree: dict[str, Any], beside: Path | None = None) -> dict[str, Any]:
+def with_absolute_paths(tree: dict[str, Any], beside: Path | None = None, *, begins: bool = False) -> dict[str, Any]:
     """A copy of the recipe's tree with `~` expanded, and every relative path that exists made absolute.
 
     A path is looked for in the current folder, then in `beside`. One that exists in neither stays as it is: it may be
     the name of something in the package or on the hub, and if it is nothing, the reader of that key says so.
+
+    model.training_adapter and a teacher's adapter and file stay as they are written where they lie in the current
+    folder, until a run begins: they are in the fingerprint as they are written, and with runs of before too.
     """
     tree = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
     for (section, key), file in FILES.items():
@@ -39,6 +42,8 @@ def with_absolute_paths(tree: dict[str, Any], beside: Path | None = None) -> dic
         _change(tree, where, lambda value: _absolute_name(value, beside))
     for where in (("run", "folder"), ("model", "text_cache")):
         _change(tree, where, expand)
+    for keys in _written(tree):
+        _change(tree, keys, lambda value, file=keys[-1] == "file": _once_begun(value, beside, begins, file=file))
     reward = tree.get("reward")
     if isinstance(reward, dict):
         for key in BY_REWARD:
@@ -76,6 +81,23 @@ def without_folders(value: Any) -> Any:
         return value
     path, space, url = value.rpartition(" ")
     return f"{Path(path).name} {url}" if space and "://" in url else Path(value).name
+
+
+def _written(tree: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The keys whose paths become absolute once a run begins."""
+    algorithm = tree.get("algorithm")
+    teachers = algorithm.get("teachers") if isinstance(algorithm, dict) else None
+    names = list(teachers) if isinstance(teachers, dict) else []
+    found = [("algorithm", "teachers", name, key) for name in names for key in ("adapter", "file")]
+    return [("model", "training_adapter"), *found]
+
+
+def _once_begun(value: Any, beside: Path | None, begins: bool, *, file: bool) -> Any:
+    """The path as it is written where it lies in the current folder and no run begins; else absolute."""
+    here = absolute(value, file=file)
+    if here != value:
+        return here if begins else value
+    return absolute(value, beside, file=file)
 
 
 def expand(value: Any) -> Any:

@@ -109,6 +109,11 @@ def parse(text: str, overrides: Sequence[str] = (), *, beside: Path | None = Non
     return recipe
 
 
+def begun(recipe: Recipe) -> Recipe:
+    """The recipe as a run that begins keeps it: it goes on and is judged from any folder."""
+    return validate(with_absolute_paths(as_tree(recipe), begins=True), []) or recipe
+
+
 def dump(recipe: Recipe) -> str:
     """The complete recipe as YAML, defaults included; `parse` reads it back to an equal one."""
     return yaml.safe_dump(as_tree(recipe), sort_keys=False, allow_unicode=True)

@@ -74,6 +74,11 @@ TABLE: dict[str, tuple[Unread, ...]] = {
 SECTIONS: dict[str, tuple[Unread, ...]] = {  # likewise, of the other sections
     "model": (
         Unread(("lora_rank", "lora_alpha", "lora_targets"), lambda a, p: a.weights == "full", "model.weights=full"),
+        Unread(
+            ("lora_targets",),
+            lambda a, p: a.weights == "lora" and a.start is not None,
+            "model.start, whose layers the LoRA has",
+        ),
     ),
     "trainer": (Unread(("ema_every",), lambda a, p: a.ema_decay == 0, "trainer.ema_decay=0"),),
     "trainer.guard": (
