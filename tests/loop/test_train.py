@@ -74,6 +74,23 @@ def test_a_crash_while_resuming_does_not_lose_the_words(uninterrupted, tmp_path)
     assert [row["step"] for row in first] == [4, 7] and first == second
 
 
+def test_words_given_before_a_resume_come_after_the_replayed_ones(uninterrupted, tmp_path):
+    """Died with words of steps 4 and 7 after its checkpoint of 2: new words are newer, so they are in force last."""
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    for step in range(3, STEPS + 1):
+        shutil.rmtree(folder / "checkpoints" / checkpoint.name(step))
+    palate.steer(folder, ["new"])
+    run(folder, ema_decay=0.7, warmup=4, preview_every=4, resume=True,
+        guard=GuardSettings(every=2), check=lambda model, prompts, ids: {"heldout": 1.0})  # fmt: skip
+    assert [(r["step"], r["positive"], r["negative"]) for r in rows(folder) if r["event"] == "steer"] == [
+        (4, ["icy"], ["hot"]), (7, None, ["grey", "pale"]), (8, ["new"], None)
+    ]  # fmt: skip
+    assert same(tensors(folder, 7), tensors(uninterrupted, 7))
+    saved = checkpoint.load(folder / "checkpoints" / checkpoint.name(STEPS)).state["algorithm"]
+    assert saved == {"positive": ["new"], "negative": ["grey", "pale"]}
+
+
 def test_frequencies_of_previews_and_checkpoints_change_nothing(uninterrupted, tmp_path):
     folder = tmp_path / "run"
     changes = {3: (["icy"], ["hot"]), 6: (None, ["grey", "pale"])}
