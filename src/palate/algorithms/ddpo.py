@@ -84,6 +84,7 @@ class DDPO:
     trains = ("policy",)
     injects_noise = True  # between the steps of a rollout
     any_size = True
+    reads_images = False
 
     def __init__(self, settings: DDPOSettings):
         self.settings = settings

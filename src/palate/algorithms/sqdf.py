@@ -131,6 +131,7 @@ class SQDF:
     needs_reward_gradient = True
     injects_noise = True  # between the steps of a rollout
     any_size = True
+    reads_images = False
 
     def __init__(self, settings: SQDFSettings):
         self.settings = settings
