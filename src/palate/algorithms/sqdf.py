@@ -119,8 +119,8 @@ class SQDFSettings:
         """ValueError for a batch that is too large."""
         if self.buffer != "none" and self.buffer_size < size:
             raise InputError(
-                f"algorithm.buffer_size = {self.buffer_size} is smaller than a batch of {size}; expected "
-                "at least trainer.batch_size"
+                f"algorithm.buffer_size = {self.buffer_size} is smaller than a batch of {size}, trainer.batch_size "
+                f"over the ranks and trainer.micro_batches; expected at least {size}"
             )
 
 
