@@ -223,5 +223,5 @@ def test_calls(minibatches, guidance):
 def test_settings_are_checked(wrong):
     with pytest.raises(ValueError, match="DDPOSettings expected"):
         DDPOSettings(**wrong)
-    with pytest.raises(ValueError, match=r"trainer.batch_size is 1"):
+    with pytest.raises(ValueError, match=r"trainer.micro_batches: a micro-batch of a rank has 1 sample;"):
         run(settings_of(), ids=(0,))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import math
@@ -11,11 +12,15 @@ import pytest
 import torch
 import yaml
 from support import ROOT
+from support.loop import run
 from support.ranks import MAKE, TEACHERS, Networks
 
+from palate import recipe
+from palate.algorithms.refl import ReFL, ReFLSettings
 from palate.algorithms.table import OWN, find
 from palate.core import Batch, Random, Stateful
 from palate.rewards.learned import BlackBox
+from palate.runtime.errors import InputError
 from palate.testing import PROMPTS, tiny_reward
 
 
@@ -86,6 +91,40 @@ def test_every_metric_is_on_the_page_of_its_method():
         for loss in algorithm.step(model, asked, batch, Random(0, 1, range(4))):
             for metric in loss.metrics:
                 assert f"`{metric.replace('_inversion', '_denoise')}`" in page, (key, metric)
+
+
+@pytest.mark.parametrize("name", [*MAKE, "refl-pretrain"])
+def test_who_never_reads_given_images_says_so_and_is_given_none(name, tmp_path):
+    read = []
+
+    class Given(Batch):
+        latents = property(lambda batch: read.append(name))
+
+    algorithm = ReFL(ReFLSettings(T=3, T1=1, T2=2, guidance=1.0, pretrain=0.5)) if "pre" in name else MAKE[name]()
+    others = {"distar": ("assistant",), "distar-head": ("assistant",), "opd": tuple(TEACHERS)}.get(name, ())
+    model, prompts = Networks(others=others), PROMPTS[:4]
+    asked = BlackBox(tiny_reward, lambda images, prompts: images.mean((2, 3)))
+    batch = Given(prompts, model.encode_prompts(prompts), torch.arange(4))
+    with contextlib.suppress(InputError):  # pretrain misses its images
+        list(algorithm.step(model, asked if name == "distar-head" else tiny_reward, batch, Random(0, 1, range(4))))
+    assert bool(read) == (name in ("srpo", "dpo", "dpo-online", "refl-pretrain"))
+    if not read:
+        latents = torch.zeros(4, *model.latent_shape)
+        with pytest.raises(InputError, match=f"latents: {type(algorithm).__name__} draws its own images"):
+            run(tmp_path / "run", model=model, algorithm=algorithm, prompts=prompts, latents=latents)
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in OWN if name not in ("srpo", "dpo")])
+def test_a_recipe_gives_images_to_who_reads_them_only(name):
+    needed = {"opd": {"teachers": {"a": {"adapter": "a"}}}, "direct": {"positive": ["3d"], "negative": ["flat"]}}
+    tree = {"algorithm": {"name": name, **needed.get(name, {})}, "reward": {"name": "emoji"},
+            "prompts": {"images": "x"}, "trainer": {"batch_size": 8}}  # fmt: skip
+    with pytest.raises(InputError, match=f"prompts.images: {name} (draws its own|learns from given)") as caught:
+        recipe.parse(yaml.safe_dump(tree))
+    assert len(str(caught.value).splitlines()) == 1, caught.value
+    if name == "refl":
+        assert recipe.parse(yaml.safe_dump(tree), ["algorithm.pretrain=0.5"]).prompts.images
 
 
 WITHOUT = ("opd", "distar-head", "sqdf")  # asks no reward; ends the run with a sentence; leaves the trajectory out

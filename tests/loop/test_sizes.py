@@ -266,7 +266,7 @@ def test_a_recipe_with_pictures_and_sizes_has_buckets(tmp_path):
     text = {
         "model": {"name": "stable-diffusion", "folder": str(saved("stable-diffusion")[0]), "image_size": 32,
                   "dtype": "float32", "device": "cpu", "lora_rank": 2, "text_cache": str(tmp_path / "text")},
-        "algorithm": {"name": "draft", "K": 1, "n": 0, "steps": 2}, "reward": {"name": "brightness"},
+        "algorithm": {"name": "refl", "T": 3, "T1": 1, "T2": 2, "pretrain": 0.5}, "reward": {"name": "brightness"},
         "prompts": {"images": str(tmp_path / "pictures"), "sizes": [32, [32, 64]]},
     }  # fmt: skip
     parts = recipe.build(recipe.parse(json.dumps(text)))

@@ -31,6 +31,7 @@ from palate.runtime.errors import InputError
 from palate.testing import PROMPTS, TinyFlow
 from palate.testing import tiny_reward as reward
 from palate.train import NonFiniteError, broken_limits, prompt_order, restore_result
+from palate.train.guard import Guard
 
 # ------------------------------------------------------------------------------------------------- resume
 
@@ -73,6 +74,23 @@ def test_a_crash_while_resuming_does_not_lose_the_words(uninterrupted, tmp_path)
     shutil.copytree(uninterrupted, folder)
     first, second = rewind(folder, 2), rewind(folder, 2)
     assert [row["step"] for row in first] == [4, 7] and first == second
+
+
+def test_words_given_before_a_resume_come_after_the_replayed_ones(uninterrupted, tmp_path):
+    """Died with words of steps 4 and 7 after its checkpoint of 2: new words are newer, so they are in force last."""
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    for step in range(3, STEPS + 1):
+        shutil.rmtree(folder / "checkpoints" / checkpoint.name(step))
+    palate.steer(folder, ["new"])
+    run(folder, ema_decay=0.7, warmup=4, preview_every=4, resume=True,
+        guard=GuardSettings(every=2), check=lambda model, prompts, ids: {"heldout": 1.0})  # fmt: skip
+    assert [(r["step"], r["positive"], r["negative"]) for r in rows(folder) if r["event"] == "steer"] == [
+        (4, ["icy"], ["hot"]), (7, None, ["grey", "pale"]), (8, ["new"], None)
+    ]  # fmt: skip
+    assert same(tensors(folder, 7), tensors(uninterrupted, 7))
+    saved = checkpoint.load(folder / "checkpoints" / checkpoint.name(STEPS)).state["algorithm"]
+    assert saved == {"positive": ["new"], "negative": ["grey", "pale"]}
 
 
 def test_frequencies_of_previews_and_checkpoints_change_nothing(uninterrupted, tmp_path):
@@ -591,6 +609,45 @@ def test_a_best_metric_that_does_not_exist_is_refused_after_one_step(tmp_path):
     with pytest.raises(ValueError, match=r"trainer.guard.best: there is no metric 'nope'.*grad_norm, heldout, loss"):
         run(tmp_path, guard=GuardSettings(every=4, best="nope"), check=Checks(1.0))
     assert [row["step"] for row in rows(tmp_path)] == [0, 1]
+
+
+def test_the_guard_takes_the_mean_of_a_metric_over_the_steps_that_have_it():
+    """A metric that every fourth step logs, higher in each window: the windows with fewer of its rows are no worse,
+    one without any is not the best, and a step without it ends no run that has seen it, also after a resume."""
+    guard = Guard(GuardSettings(every=10, best="prefers"))
+    guard.begin({"heldout": 1.0})
+    best = []
+    for step in range(1, 41):
+        logged = {"prefers": 1 + 0.1 * (step // 10)} if (step - 1) % 4 == 0 and step < 31 else {}
+        guard.add({"grad_norm": 1.0} | logged)
+        if step % 7 == 0:
+            resumed = Guard(guard.settings)
+            resumed.load_state_dict(json.loads(json.dumps(guard.state_dict())))
+            guard = resumed
+        if step % 10 == 0:
+            best.append((guard.decide(step, {"heldout": 1.0}).row["best_step"], guard.state.best_value))
+    assert best == [(10, 1.0), (20, pytest.approx(1.1)), (30, pytest.approx(1.2)), (30, pytest.approx(1.2))]
+
+
+def test_an_older_checkpoint_of_the_guard_has_one_count_for_all_metrics():
+    old = {"base": {}, "best_step": 0, "best_value": None, "rollbacks": 1, "sums": {"reward": 6.0}, "steps": 3}
+    guard = Guard(GuardSettings(every=4, best="reward"))
+    guard.load_state_dict(old)
+    assert guard.state.means() == {"reward": 2.0}
+    guard.add({"grad_norm": 1.0})  # a step without it
+    guard.add({"grad_norm": 1.0, "reward": 4.0})
+    assert guard.decide(4, {}).row["best_step"] == 4 and guard.state.best_value == 2.5
+
+
+def test_a_best_metric_may_come_later_than_a_step_without_gradient():
+    """DPO in a step of ties alone, Diff-Instruct* while its assistant warms up, also beyond a check."""
+    guard = Guard(GuardSettings(every=2, best="prefers"))
+    guard.begin({"heldout": 1.0})
+    for step in (1, 2):
+        guard.add({"grad_norm": 0.0} if step == 1 else {"grad_norm_assistant": 1.0})
+    assert guard.decide(2, {"heldout": 1.0}).row["best_step"] == 0
+    guard.add({"grad_norm": 1.0, "prefers": 0.5})
+    assert guard.decide(4, {"heldout": 1.0}).row["best_step"] == 4
 
 
 def test_the_guard_rolls_back_with_half_the_rate_and_then_stops(tmp_path):

@@ -464,6 +464,10 @@ trainer: {guard: {every: 0}}
         (["optimize.oracle.url=http://x"], "got optimize.oracle.name and"),
         (["optimize.oracle={url: 'file:///etc/passwd'}"], "optimize.oracle.url"),
         (["reward.name=emoji"], "reward: leave it out"),
+        (
+            ["optimize.oracle.name=null", "optimize.oracle.command=python 'x"],
+            r"^optimize.oracle.command: no closing quotation in \"python 'x\"; write it",
+        ),
         (["optimize.budget=0"], "optimize.budget"),
         (["optimize.oracle={command: [x], noise: 0.1}"], "only a built-in"),
         (["optimize.heads=0"], "optimize.heads"),

@@ -9,6 +9,7 @@ import ast
 import hashlib
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -28,10 +29,12 @@ from support.ranks import MAKE, go, identical
 from palate import recipe
 from palate.recipe import GuardSettings, TrainerSettings
 from palate.runtime import checkpoint
+from palate.runtime.distributed import Ranks
 from palate.testing import TinyFlow
 from palate.testing import tiny_reward as reward
 from palate.train import OutOfMemoryError, memory_savings, read_metrics
 from palate.train import train as palate_train
+from palate.train.batches import Batches
 from palate.train.saving import Saver
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -322,6 +325,20 @@ def test_levers_name_what_they_save():
     assert "one image at a time is reached" in memory_savings(
         TrainerSettings(batch_size=2, micro_batches=2), size, "no"
     )
+
+
+@pytest.mark.parametrize("batch_size, ranks", [(4, 1), (4, 2), (12, 2), (12, 3), (8, 8)])
+def test_the_micro_batches_that_are_advised_can_be_made(batch_size, ranks):
+    """Batches takes every advice, down to one image of a rank at a time."""
+    advised, each = [1], batch_size // ranks
+    while True:
+        settings = TrainerSettings(batch_size=batch_size, micro_batches=advised[-1])
+        text = memory_savings(settings, 1 << 20, "no", ranks=ranks)
+        if "one image at a time is reached" in text:
+            break
+        advised.append(int(re.search(r"trainer.micro_batches=(\d+)", text)[1]))
+        Batches(TinyFlow(), ["a"], None, seed=0, size=batch_size, micro_batches=advised[-1], ranks=Ranks(0, ranks))
+    assert advised == [parts for parts in range(1, each + 1) if each % parts == 0]
 
 
 def test_out_of_memory_is_exit_6(tiny, palate, monkeypatch):

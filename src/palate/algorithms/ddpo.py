@@ -71,10 +71,12 @@ class DDPOSettings:
 
     def check_batch(self, size: int) -> None:
         """ValueError for a batch that is too small."""
-        if size < max(2, self.minibatches):
+        if size < (least := max(2, self.minibatches)):
+            count = "1 sample" if size == 1 else f"{size} samples"
             raise InputError(
-                f"trainer.batch_size is {size}; DDPO expected at least 2 and at least "
-                f"algorithm.minibatches = {self.minibatches}: rewards are compared within the batch"
+                f"trainer.batch_size, trainer.micro_batches: a micro-batch of a rank has {count}; DDPO expected at "
+                f"least {least} (2, and algorithm.minibatches = {self.minibatches}), because rewards are compared "
+                "within it: raise trainer.batch_size or lower trainer.micro_batches"
             )
 
 
@@ -84,6 +86,7 @@ class DDPO:
     trains = ("policy",)
     injects_noise = True  # between the steps of a rollout
     any_size = True
+    reads_images = False
 
     def __init__(self, settings: DDPOSettings):
         self.settings = settings

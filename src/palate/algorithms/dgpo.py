@@ -111,6 +111,7 @@ class DGPO:
     trains = ("policy",)
     injects_noise = True  # into finished images, for the trained forward
     any_size = True
+    reads_images = False
 
     def __init__(self, settings: DGPOSettings):
         self.settings = settings

@@ -75,6 +75,7 @@ class Direct:
     draws_reference = True  # the LoRA is over the generator, so the reference is that generator as it was
     needs_reward_gradient = True
     any_size = True
+    reads_images = False
 
     def __init__(self, settings: DirectSettings):
         self.settings, self.sampler = settings, settings.generator

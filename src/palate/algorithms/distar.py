@@ -142,6 +142,7 @@ class Distar:
     trains = ("policy", "assistant")
     needs_reward_gradient = True
     any_size = True
+    reads_images = False
 
     def __init__(self, settings: DistarSettings):
         self.settings = settings

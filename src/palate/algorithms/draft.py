@@ -55,6 +55,7 @@ class DRaFT:
     trains = ("policy",)
     needs_reward_gradient = True
     any_size = True
+    reads_images = False
 
     def __init__(self, settings: DRaFTSettings):
         self.settings = settings

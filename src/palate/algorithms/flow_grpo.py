@@ -143,6 +143,7 @@ class FlowGRPO:
     trains = ("policy",)
     injects_noise = True  # between the steps of a rollout
     any_size = True
+    reads_images = False
 
     def __init__(self, settings: FlowGRPOSettings):
         self.settings = settings

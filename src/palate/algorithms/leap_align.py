@@ -72,6 +72,7 @@ class LeapAlign:
     trains = ("policy",)
     needs_reward_gradient = True
     any_size = True
+    reads_images = False
 
     def __init__(self, settings: LeapAlignSettings):
         self.settings = settings

@@ -98,6 +98,7 @@ class NFT:
     trains = ("policy",)
     injects_noise = True  # into finished images, for the trained forward
     any_size = True
+    reads_images = False
 
     def __init__(self, settings: NFTSettings):
         self.settings = settings

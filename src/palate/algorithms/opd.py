@@ -98,6 +98,7 @@ class OPD:
 
     trains = ("policy",)
     any_size = True
+    reads_images = False
 
     def __init__(self, settings: OPDSettings):
         self.settings = settings

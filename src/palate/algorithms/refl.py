@@ -69,6 +69,7 @@ class ReFL:
 
     def __init__(self, settings: ReFLSettings):
         self.settings = settings
+        self.reads_images = settings.pretrain > 0
 
     def step(self, model: Model, reward: Reward, batch: Batch, rng: Random) -> Iterator[Loss]:
         """One update: the reward of a one-call prediction late in sampling, then L_pre if it has a weight."""

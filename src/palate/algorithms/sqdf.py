@@ -119,8 +119,8 @@ class SQDFSettings:
         """ValueError for a batch that is too large."""
         if self.buffer != "none" and self.buffer_size < size:
             raise InputError(
-                f"algorithm.buffer_size = {self.buffer_size} is smaller than a batch of {size}; expected "
-                "at least trainer.batch_size"
+                f"algorithm.buffer_size = {self.buffer_size} is smaller than a batch of {size}, trainer.batch_size "
+                f"over the ranks and trainer.micro_batches; expected at least {size}"
             )
 
 
@@ -131,6 +131,7 @@ class SQDF:
     needs_reward_gradient = True
     injects_noise = True  # between the steps of a rollout
     any_size = True
+    reads_images = False
 
     def __init__(self, settings: SQDFSettings):
         self.settings = settings

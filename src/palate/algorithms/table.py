@@ -7,7 +7,7 @@ An installed package adds an algorithm by an entry point, whose object is the cl
 
 The class has `trains`, `step` and `__init__(self, settings: MineSettings)`, where MineSettings is a frozen dataclass:
 its fields are the keys of the recipe's `algorithm` section. Without settings it takes no argument. It may also say, as
-class attributes, `needs_reward_gradient` and `reads_pairs` (False where they are missing).
+class attributes, `needs_reward_gradient` and `reads_pairs` (False where they are missing), and `reads_images` (true).
 
 Nothing here imports an algorithm, or torch, before `Entry.load_class` is called.
 """

@@ -22,13 +22,13 @@ def steer_and_wait(run: Path, positive: Sequence[str] | None, negative: Sequence
         done = max((row["step"] for row in seen), default=0)
         say(
             f"{run}: this run is not running ({state}), so the words wait; `palate resume {in_shell(run)} "
-            f"trainer.steps={2 * max(done, 1)}` takes them at its first step"
+            f"trainer.steps={2 * max(done, 1)}` takes them at its first step, or after the words that it has to replay"
         )
         return
     longest = max([row["step_seconds"] for row in seen[-20:] if "step_seconds" in row], default=10.0)
     found = await_words(run, len(seen), min(2 * longest + 5, 120))
     if found is None:
-        say(f"{run}: the running step is still at work; the next one takes the words, and metrics.jsonl says so")
+        say(f"{run}: the running step is still at work; a later one takes the words, and metrics.jsonl says so")
     elif found["event"] == "steer":
         say(f"{run}: step {found['step']} took the words")
     else:

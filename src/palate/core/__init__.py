@@ -11,7 +11,7 @@ an object for a member that no protocol lists.
                         HasStrength, HasNetworks, PutsWords                                          models.py
     a reward may be     TwoTower, EmbedsImages, HasFeatures                                rewards.py
     an algorithm may be Stateful, Steerable, ComparesWords, DrawsOwnSamples, DrawsReference, Warns,
-                        ChecksBatch, TakesAnySize, AsksOtherPrompts                        algorithms.py
+                        ChecksBatch, TakesAnySize, ReadsImages, AsksOtherPrompts           algorithms.py
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from palate.core.algorithms import (
     DrawsOwnSamples,
     DrawsReference,
     Loss,
+    ReadsImages,
     Sampler,
     Stateful,
     Steerable,
@@ -59,7 +60,7 @@ __all__ = [
     "Algorithm", "AsksOtherPrompts", "Batch", "ChecksBatch", "ComparesWords", "Cond", "DrawsOtherSizes",
     "DrawsOwnSamples", "DrawsReference", "EmbedsImages", "EncodesPictures", "Fingerprinted", "GuardMeasure",
     "HasFeatures", "HasNetworks", "HasPosterior", "HasStrength", "LoadsAdapter", "Loss", "Model", "Networks",
-    "PublishedGrid", "PutsWords", "Random", "Reward", "Sampleable", "Sampler", "SavesAdapter", "Stateful",
-    "Steerable", "TakesAnySize", "TakesConsistency", "TextCached", "TrainsOtherwise", "TwoTower", "Warns",
+    "PublishedGrid", "PutsWords", "Random", "ReadsImages", "Reward", "Sampleable", "Sampler", "SavesAdapter",
+    "Stateful", "Steerable", "TakesAnySize", "TakesConsistency", "TextCached", "TrainsOtherwise", "TwoTower", "Warns",
     "prompt_order", "require", "used_prompts",
 ]  # fmt: skip

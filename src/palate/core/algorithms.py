@@ -85,6 +85,13 @@ class TakesAnySize(Protocol):
 
 
 @runtime_checkable
+class ReadsImages(Protocol):
+    """An algorithm that says whether it learns from given images, `Batch.latents`: if false, none may be given."""
+
+    reads_images: bool
+
+
+@runtime_checkable
 class DrawsOwnSamples(Protocol):
     """An algorithm whose policy is not sampled along a time grid, such as a few-step generator."""
 

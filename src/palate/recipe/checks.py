@@ -152,6 +152,9 @@ def checked(kind: type, values: Mapping[str, Any], prefix: str, mistakes: list[s
         for problem in unknown:  # they hide what else is wrong
             left = _without(left, problem["loc"])
         return checked(kind, left, prefix, mistakes) if unknown else None
+    except RecipeError as error:  # names its key
+        mistakes.append(str(error))
+        return None
     except ValueError as error:
         mistakes.append(f"{prefix.rstrip('.') or 'recipe'}: {error}")
         return None
@@ -172,7 +175,14 @@ def _as_meant(kind: type, values: Any, prefix: str) -> Any:
             value = _as_meant(inner, value, f"{prefix}{key}.")
         elif isinstance(value, str) and _is_list_of_words(hint):
             if key == "command":
-                value = shlex.split(value)
+                try:
+                    value = shlex.split(value)
+                except ValueError as error:  # a quote without its end, for one
+                    told = f"{error}"
+                    raise RecipeError(
+                        f"{prefix}{key}: {told[:1].lower()}{told[1:]} in {value!r}; write it as a shell reads it, or "
+                        "as a list of words"
+                    ) from error
             else:  # a prompt may hold commas, a word may not
                 value = [value] if key == "list" else [word.strip() for word in value.split(",") if word.strip()]
         meant[key] = value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
+from palate.core import ReadsImages
 from palate.recipe.settings import AlgorithmSettings, PromptSettings
 
 
@@ -20,6 +21,14 @@ class ChoosesLoss(Protocol):
 
     @property
     def loss(self) -> str: ...
+
+
+@runtime_checkable
+class Pretrains(Protocol):
+    """Settings of an algorithm that learns from given images with this weight."""
+
+    @property
+    def pretrain(self) -> float: ...
 
 
 @runtime_checkable
@@ -78,4 +87,14 @@ def check_pictures(prompts: PromptSettings, settings: AlgorithmSettings, kind: A
     if prompts.images is not None and reads_pairs:
         mistakes.append(
             f"prompts.images: {name} reads pairs of images; give prompts.pairs, or prompts.file to draw them"
+        )
+    elif prompts.images is not None and isinstance(kind, ReadsImages) and not kind.reads_images:
+        mistakes.append(
+            f"prompts.images: {name} draws its own images; only srpo, and refl with algorithm.pretrain above 0, learn "
+            "from given ones; give prompts.file or prompts.list"
+        )
+    elif prompts.images is not None and isinstance(settings, Pretrains) and not settings.pretrain:
+        mistakes.append(
+            f"prompts.images: {name} learns from given images with algorithm.pretrain above 0 only; set it, or give "
+            "prompts.file or prompts.list"
         )

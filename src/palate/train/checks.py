@@ -13,6 +13,7 @@ from palate.core import ComparesWords, HasNetworks, Model, Reward, Sampleable
 from palate.recipe import TrainerSettings
 from palate.recipe.cross_checks import NeedsRewardGradient
 from palate.rewards.combine import as_scores, as_tensor_reward
+from palate.runtime import distributed
 from palate.runtime.distributed import Ranks
 from palate.runtime.errors import InputError, OutOfMemoryError
 from palate.runtime.phases import tell
@@ -153,13 +154,15 @@ def memory_advice(weights: Weights) -> Iterator[None]:
         if not known:
             raise
         asked = str(error) or "the machine has no more"
-        raise OutOfMemoryError(memory_savings(weights.settings, weights.size(), asked)) from error
+        advice = memory_savings(weights.settings, weights.size(), asked, ranks=distributed.ranks().size)
+        raise OutOfMemoryError(advice) from error
 
 
-def memory_savings(s: TrainerSettings, trained_bytes: int, error: str) -> str:
+def memory_savings(s: TrainerSettings, trained_bytes: int, error: str, *, ranks: int = 1) -> str:
     """A message for a step that did not fit: what was asked for, and each setting that needs less, with its GiB."""
     trained = trained_bytes / 2**30
-    finer = next((m for m in range(s.micro_batches + 1, s.batch_size + 1) if s.batch_size % m == 0), None)
+    each = s.batch_size // ranks
+    finer = next((m for m in range(s.micro_batches + 1, each + 1) if each % m == 0), None)
     lines = [f"out of memory: {error.splitlines()[0][:200]}. No update was made. To reduce memory:"]
     peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
     if finer:

@@ -38,10 +38,11 @@ class GuardState:
     best_value: float | None = None
     rollbacks: int = 0
     sums: dict[str, float] = field(default_factory=dict)  # of the metrics since the last check
-    steps: int = 0  # that the sums are over
+    counts: dict[str, int] = field(default_factory=dict)  # of the steps that had each of them
+    best_seen: bool = False  # whether trainer.guard.best has been logged or measured
 
     def means(self) -> dict[str, float]:
-        return {key: value / self.steps for key, value in self.sums.items()} if self.steps else {}
+        return {key: value / self.counts[key] for key, value in self.sums.items()}
 
 
 class Decision(NamedTuple):
@@ -57,7 +58,6 @@ class Guard:
 
     def __init__(self, settings: GuardSettings):
         self.settings, self.state = settings, GuardState()
-        self._known_best = False  # whether trainer.guard.best is known to be a metric
 
     def begin(self, base: dict[str, float], start: dict[str, float] | None = None) -> list[dict[str, Any]]:
         """Take the values to compare with, and those before the first step where these are others; returns the rows of
@@ -75,32 +75,37 @@ class Guard:
         return rows
 
     def add(self, metrics: Mapping[str, float]) -> None:
-        """Count a step's metrics in. InputError, once: trainer.guard.best is none of them."""
+        """Count a step's metrics in. InputError: the first step that changes the policy lacks trainer.guard.best, and
+        so did those before it. Later ones may lack it, as DPO's `prefers` where all pairs are ties."""
         if not self.settings.every:
             return
-        if not self._known_best and "grad_norm" in metrics:  # a step that updates the policy: it has all metrics
-            self._check_best({**(self.state.base or {}), **metrics})
-            self._known_best = True
-        sums = dict(self.state.sums)
+        known = {**(self.state.base or {}), **metrics}
+        best_seen = self.state.best_seen or self.settings.best in known
+        if self.settings.best is not None and not best_seen and metrics.get("grad_norm", 0.0) != 0.0:
+            raise InputError(
+                f"trainer.guard.best: there is no metric {self.settings.best!r}; expected null or one of "
+                f"{', '.join(sorted(known))}"
+            )
+        sums, counts = dict(self.state.sums), dict(self.state.counts)
         for key, value in metrics.items():
-            sums[key] = sums.get(key, 0.0) + value
-        self.state = dataclasses.replace(self.state, sums=sums, steps=self.state.steps + 1)
+            sums[key], counts[key] = sums.get(key, 0.0) + value, counts.get(key, 0) + 1
+        self.state = dataclasses.replace(self.state, sums=sums, counts=counts, best_seen=best_seen)
 
     def forget_best(self) -> None:
         """New words make rewards incomparable: the next check inside the limits becomes the best."""
-        self.state = dataclasses.replace(self.state, best_value=None, sums={}, steps=0)
+        self.state = dataclasses.replace(self.state, best_value=None, sums={}, counts={})
 
     def decide(self, step: int, now: dict[str, float]) -> Decision:
         """Compare the values of a step with those before training."""
         settings, values = self.settings, {**self.state.means(), **now}
-        state = dataclasses.replace(self.state, sums={}, steps=0)
+        state = dataclasses.replace(self.state, sums={}, counts={})
         broken = broken_limits(now, state.base or {}, settings)
         row = {"step": step, "event": "guard", "verdict": "; ".join(broken) or "ok", **now}
         action = ""
         if not broken:
-            self._check_best(values)
-            value = float(step) if settings.best is None else values[settings.best]
-            if state.best_value is None or value >= state.best_value:
+            value = float(step) if settings.best is None else values.get(settings.best)
+            # None: no step since the last check had that metric, and nothing tells how good this one is
+            if value is not None and (state.best_value is None or value >= state.best_value):
                 state = dataclasses.replace(state, best_step=step, best_value=value)
         else:
             action = settings.action
@@ -116,14 +121,11 @@ class Guard:
         return dataclasses.asdict(self.state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.state = GuardState(**state)
-
-    def _check_best(self, values: Mapping[str, float]) -> None:
-        best = self.settings.best
-        if best is not None and best not in values:
-            raise InputError(
-                f"trainer.guard.best: there is no metric {best!r}; expected null or one of {', '.join(sorted(values))}"
-            )
+        kept = dict(state)
+        if "steps" in kept:  # an older checkpoint: one count for all metrics, and no word on whether the best was seen
+            kept["counts"] = dict.fromkeys(kept["sums"], kept.pop("steps"))
+            kept["best_seen"] = kept["best_value"] is not None or self.settings.best in kept["sums"]
+        self.state = GuardState(**kept)
 
 
 def broken_limits(now: Mapping[str, float], base: Mapping[str, float], guard: GuardSettings) -> list[str]:

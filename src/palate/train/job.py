@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from palate.core import Algorithm, DrawsOwnSamples, GuardMeasure, Model, Reward, TakesAnySize
+from palate.core import Algorithm, DrawsOwnSamples, GuardMeasure, Model, ReadsImages, Reward, TakesAnySize
 from palate.data.buckets import Bucket
 from palate.models.autoencoder import ImageSize, sides
 from palate.models.sizes import at_size
@@ -71,6 +71,12 @@ class Job:
         check_parts(self.model, self.algorithm, self.reward, samples=draws)
         if unknown := sorted(set(self.trainer.lrs or ()) - set(self.algorithm.trains)):
             raise InputError(f"trainer.lrs.{unknown[0]}: the algorithm trains {', '.join(self.algorithm.trains)}")
+        given = self.latents is not None or bool(self.buckets)
+        if given and isinstance(self.algorithm, ReadsImages) and not self.algorithm.reads_images:
+            raise InputError(
+                f"latents: {type(self.algorithm).__name__} draws its own images and would not read given ones; leave "
+                "them out, or train with SRPO, ReFL with pretrain above 0, or pairs with DPO"
+            )
         own = isinstance(self.algorithm, DrawsOwnSamples)
         if own and (self.sample.steps is not None or self.sample.guidance is not None):
             raise InputError("sample.steps, sample.guidance: a generator draws as it was trained; leave them out")

@@ -160,7 +160,9 @@ class Steering:
         """(words for this step or None, whether they come from the control file); asked on the main rank."""
         while self.replay and self.replay[0]["step"] < step:
             self.replay.pop(0)
-        if self.replay and self.replay[0]["step"] == step:
+        if self.replay:  # older than what waits in the control file, so they come first, each at its own step
+            if self.replay[0]["step"] > step:
+                return None, False
             row = self.replay.pop(0)
             return {"positive": row.get("positive"), "negative": row.get("negative")}, False
         try:
