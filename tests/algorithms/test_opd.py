@@ -206,7 +206,7 @@ def test_calls(changes):
     [
         {"teachers": {}},
         {"teachers": {"policy": Teacher("runs/a")}},
-        {"teachers": {"v1.5": Teacher("runs/a")}},
+        *({"teachers": {name: Teacher("runs/a")}} for name in ("v1.5", "keys", "training", "")),
         {"steps": 0},
         {"steps_trained": 5},
         {"steps_trained": 0},

@@ -32,6 +32,7 @@ from palate.optimize import (
     reward_features,
     ridge_head,
     round_sizes,
+    start,
     ucb_bonus,
     validate_scores,
     with_one,
@@ -576,3 +577,29 @@ def test_the_published_recipe_runs_on_the_embedded_model(tmp_path):
     torch.testing.assert_close(scores.float(), load_oracle(OracleSettings(name="jpeg-size"))(images[:], words))
     assert (tmp_path / "run/adapter/pytorch_lora_weights.safetensors").is_file()
     assert len((tmp_path / "run/rounds.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_search_keeps_the_paths_that_it_began_with(tmp_path, monkeypatch):
+    """Absolute those of a new one, as they are written those of one from before; the same command goes on with both."""
+
+    class Stopped(Exception):
+        pass
+
+    def stop(*args):
+        raise Stopped
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lora").mkdir()
+    made = recipe.read("optimize-emoji", ["model.training_adapter=lora", "run.folder=search"])
+    for name in ("check_folder", "check_start", "load_consistency"):
+        monkeypatch.setattr(start, name, lambda *args: None)
+    monkeypatch.setattr(start.builder, "build_model", lambda made: None)
+    monkeypatch.setattr(start, "load_reward", stop)  # once recipe.yaml is written
+    stored = tmp_path / "search" / "recipe.yaml"
+    for kept in (recipe.begun(made), made):
+        for command in (made, kept):
+            with pytest.raises(Stopped):
+                start.from_recipe(command)
+            assert stored.read_text() == recipe.dump(kept)
+        stored.write_text(recipe.dump(made))  # as versions from before have written it
+    assert recipe.begun(made).model.training_adapter == str(tmp_path / "lora")

@@ -89,8 +89,14 @@ class OPDSettings:
                 self.eta > 0 and self.target == "x0",
             ),
             ("teachers: names other than policy and reference", bool({"policy", "reference"} & set(self.teachers))),
-            ("teachers: names without a dot", any("." in name for name in self.teachers)),  # torch takes none
+            ("teachers: names without a dot", any("." in name for name in self.teachers)),
+            ("teachers: names that are no attribute of torch.nn.ModuleDict", any(map(taken, self.teachers))),
         )
+
+
+def taken(name: str) -> bool:
+    """Whether torch refuses the name for a part of a module: keys, train, float and others, or none."""
+    return not name or hasattr(torch.nn.ModuleDict(), name)
 
 
 class OPD:

@@ -32,7 +32,7 @@ def with_absolute_paths(tree: dict[str, Any], beside: Path | None = None, *, beg
     the name of something in the package or on the hub, and if it is nothing, the reader of that key says so.
 
     model.training_adapter and a teacher's adapter and file stay as they are written where they lie in the current
-    folder, until a run begins: they are in the fingerprint as they are written, and with runs of before too.
+    folder, until a run begins: so they are in the fingerprints of recipes, and of runs from before.
     """
     tree = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
     for (section, key), file in FILES.items():
