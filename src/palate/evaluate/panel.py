@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -53,6 +53,7 @@ class EvaluationPanel(NamedTuple):
     background: Callable[[Tensor], Tensor] | None = None  # images -> (B,) index into colours
     colours: Sequence[str] = ()
     position: Callable[[Tensor], Tensor] | None = None  # images -> (B, 2) centre (x, y) in [-1, 1], NaN if empty
+    digests: Mapping[str, str] = {}  # of rewards whose names do not tell them from others, as tastes
 
 
 def embedded_panel() -> EvaluationPanel:

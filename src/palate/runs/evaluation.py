@@ -8,7 +8,7 @@ for again.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,11 @@ def evaluate_run(
     panel: EvaluationPanel | None = None,
     sampler: Sampler | None = None,
     stored: bool = False,
-    others: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Base model against the run's result on prompts x seeds from the same noise: every reward with the optimised one
     marked, a verdict, the images. Writes evaluation/{base,result}/ and evaluation.json into the run folder and returns
     the latter. None = what the recipe's evaluate section says. `stored`: judge the images that lie there already.
-    `others`: the digests of the panel's rewards that other runs optimise, by label (`digests`)."""
+    The panel's digests are of rewards that other runs optimise."""
     run = run_folder if isinstance(run_folder, RunFolder) else RunFolder(run_folder)
     panel = panel or evaluators.panel_of(run.recipe)
     with evaluating(run):
@@ -66,7 +65,7 @@ def evaluate_run(
                 model, sampler = run.model()
             make_current(run.path, evaluation_key(*pairs(prompts, seeds)))
             draw_sides(run, run.path, model, sampler, prompts, seeds)
-        told = measured | {"digests": {**(others or {}), **digests(run.objective().terms)}}
+        told = measured | {"digests": {**panel.digests, **digests(run.objective().terms)}}
         return _judged(run, panel._replace(rewards=rewards), optimised, told, words)
 
 
@@ -139,14 +138,12 @@ def evaluate_runs(
     told, found = digests(shared.values()), {}
     for name, run, given in zip(names, runs, asked, strict=True):
         own = {t.label: t.load() for t in run.objective().terms if t.digest() != shared[t.label].digest()}
-        judges = panel._replace(rewards=dict(panel.rewards) | own)
+        judges = panel._replace(rewards=dict(panel.rewards) | own, digests=told)
         if given is None:
-            found[name] = evaluate_run(run, panel=judges, stored=True, others=told)
+            found[name] = evaluate_run(run, panel=judges, stored=True)
             continue
         model, sampler = run.model(warn) if load is None else load(run.path)
-        found[name] = evaluate_run(
-            run, model=model, sampler=sampler, panel=judges, prompts=given[0], seeds=given[1], others=told
-        )
+        found[name] = evaluate_run(run, model=model, sampler=sampler, panel=judges, prompts=given[0], seeds=given[1])
     first, ways = names[0], [_how_drawn(run) for run in runs]
     for name, way in zip(names, ways, strict=True):
         if way != ways[0]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from palate.evaluate.intervals import design_effect, wilson
-from palate.taste.learner import Array, Posterior
+from palate.taste.learner import Array, Numbers, Posterior
 
 START, GOOD = 20, 40  # votes after which a first taste is shown, and after which one is worth aligning to
 LEARNT = 0.60  # held-out accuracy above which alignment is offered, if the evidence and EXPECTED agree
@@ -22,7 +22,7 @@ AGREEMENT, REPEATS = 0.60, 5  # below this share, of at least so many pairs aske
 BINS = 10  # of the calibration error
 
 
-def accuracy(probabilities: Array, outcomes: Array, pairs: Array | None = None) -> dict[str, Any]:
+def accuracy(probabilities: Array, outcomes: Array, pairs: Numbers | None = None) -> dict[str, Any]:
     """How often held-out choices were predicted: {"accuracy", "low", "high", "of"}. Ties predict nothing and are left
     out; a prediction of exactly one half counts as half right. None where there is no choice. `pairs` (n,): which pair
     each vote is about; several votes on one make the interval no narrower than they tell more."""

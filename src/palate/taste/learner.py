@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from palate.runtime.errors import InputError
 
 Array = NDArray[np.float64]
+Numbers = NDArray[np.intp]
 PRIORS = (1.0, 3.0, 10.0, 30.0, 100.0)  # candidates of a
 NEWTON_STEPS = 100
 QUADRATURE = 15  # points
@@ -178,7 +179,7 @@ def _solve(factor: Array, b: Array) -> Array:
     return np.linalg.solve(factor.T, np.linalg.solve(factor, b))
 
 
-def pair_of_votes(differences: Array) -> NDArray[np.intp]:
+def pair_of_votes(differences: Array) -> Numbers:
     """Which pair each vote is about, (n,), 0 the first: votes on the same two pictures have the same differences
     (n, D), or the opposite ones where the sides were exchanged."""
     d = np.asarray(differences, np.float64)
@@ -190,7 +191,7 @@ def pair_of_votes(differences: Array) -> NDArray[np.intp]:
 
 
 def leave_one_out(
-    differences: Array, outcomes: Array, weights: Array | None = None, pairs: Array | None = None, **options: object
+    differences: Array, outcomes: Array, weights: Array | None = None, pairs: Numbers | None = None, **options: object
 ) -> Array:
     """P(left is better) of each vote, (n,), by the posterior of all votes on other pairs: exact refits at the prior
     chosen on all of them. `pairs`: which pair each is about; None = `pair_of_votes`. Of more than MANY pairs those of
