@@ -4,10 +4,10 @@
     python benchmarks/opd.py --quick                      # the mechanics, in a minute; its numbers mean nothing
 
 One teacher is trained towards "3d" (srpo-emoji), one towards "outline" (srpo-emoji-outline). Animals, plants and food
-belong to the first, every other thing to the second. The student (opd-emoji) learns each teacher on that teacher's concepts.
-What is asked of every model: in how many pictures of a taste's own concepts the judge sees that taste's style, in how
-many of the others' (which a taste of its own prompts leaves alone), and whether the concept is still right. Merging
-adds the adapters' changes up, whole or at half weight; it has no prompts to choose by.
+belong to the first, every other thing to the second. The student (opd-emoji) learns each teacher on that teacher's
+concepts. What is asked of every model: in how many pictures of a taste's own concepts the judge sees that taste's
+style, in how many of the others' (which a taste of its own prompts leaves alone), and whether the concept is still
+right. Merging adds the adapters' changes up, whole or at half weight; it has no prompts to choose by.
 
 Writes RESULTS/opd.{json,md}. A row is a seed: two teachers, a student, five models judged from the same noise.
 """
