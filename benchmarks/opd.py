@@ -3,11 +3,11 @@
     python benchmarks/opd.py [--seeds 0 1 2] [--jobs 2]
     python benchmarks/opd.py --quick                      # the mechanics, in a minute; its numbers mean nothing
 
-One teacher is trained towards "3d" (srpo-emoji), one towards "outline" (srpo-emoji-outline). Every other concept
-belongs to the first, the rest to the second. The student (opd-emoji) learns each teacher on that teacher's concepts.
-What is asked of every model: in how many pictures of a taste's own concepts the judge sees that taste's style, in how
-many of the others' (which a taste of its own prompts leaves alone), and whether the concept is still right. Merging
-adds the adapters' changes up, whole or at half weight; it has no prompts to choose by.
+One teacher is trained towards "3d" (srpo-emoji), one towards "outline" (srpo-emoji-outline). Animals, plants and food
+belong to the first, every other thing to the second. The student (opd-emoji) learns each teacher on that teacher's
+concepts. What is asked of every model: in how many pictures of a taste's own concepts the judge sees that taste's
+style, in how many of the others' (which a taste of its own prompts leaves alone), and whether the concept is still
+right. Merging adds the adapters' changes up, whole or at half weight; it has no prompts to choose by.
 
 Writes RESULTS/opd.{json,md}. A row is a seed: two teachers, a student, five models judged from the same noise.
 """
@@ -35,6 +35,7 @@ from palate.train import train
 
 TASTES = {"3d": "srpo-emoji", "outline": "srpo-emoji-outline"}  # style -> the recipe of its teacher
 STUDENT = "opd-emoji"
+FIRST_THING = "car"  # in the vocabulary: before it animals, plants and food, the first taste's; from it on the second's
 MERGED = {"merged, whole": (1.0, 1.0), "merged, half each": (0.5, 0.5)}
 SEEDS_PER_PROMPT = (0, 1)
 
@@ -42,7 +43,7 @@ SEEDS_PER_PROMPT = (0, 1)
 def owner(prompt: str) -> str:
     """The taste to which the prompt's concept belongs."""
     concepts = vocabulary().concepts
-    return list(TASTES)[concepts.index(str(parse_prompt(prompt).concept)) % len(TASTES)]
+    return list(TASTES)[concepts.index(str(parse_prompt(prompt).concept)) >= concepts.index(FIRST_THING)]
 
 
 def trained(source: str, overrides: Sequence[str]) -> Any:
