@@ -16,6 +16,7 @@ from selenium.webdriver.common.keys import Keys
 from support.studio import HOSTILE, wait_for
 
 from palate import recipe
+from palate.runtime.files import write_atomically
 from palate.studio.shared import PAGES
 from palate.taste.votes import Picture, Vote, VoteStore
 
@@ -318,7 +319,7 @@ def test_fifty_hostile_prompts_run_nothing(open_studio, tmp_path):
         store.append(Vote(prompt, Picture(pictures[0], prompt), Picture(pictures[1], prompt), "left", id=f"h{i}"))
         tree = {"id": f"x{i}", "prompt": prompt, "repeat_of": None,
                 "left": {"file": pictures[0]}, "right": {"file": pictures[1]}}  # fmt: skip
-        (tmp_path / "studio" / "pair.json").write_text(json.dumps(tree))
+        write_atomically(tmp_path / "studio" / "pair.json", json.dumps(tree).encode())  # an open page may read it now
         page.get(server.root + "/choose")
         assert pair_id(page) == f"x{i}" and page.execute_script("return window.pwned") is None
     page.get(server.root + "/align")

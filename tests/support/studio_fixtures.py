@@ -105,6 +105,21 @@ def browser():
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
+    class Settled(webdriver.Chrome):
+        """One whose get and refresh end when the new page is there: the driver's own may end while it is parsed."""
+
+        def get(self, url):
+            super().get(url)
+            self.settle()
+
+        def refresh(self):
+            super().refresh()
+            self.settle()
+
+        def settle(self):
+            script = "return document.readyState === 'complete' && !!document.body?.childElementCount"
+            wait_for(lambda: self.execute_script(script), 60, "the page")
+
     drivers = []
 
     def begin(width=1200, height=900, dark=False):
@@ -116,7 +131,7 @@ def browser():
         ):  # fmt: skip
             options.add_argument(argument)
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+        driver = Settled(options=options, service=Service(DRIVER))
         drivers.append(driver)
         driver.set_page_load_timeout(60)
         show_on(driver, width, height, dark)
