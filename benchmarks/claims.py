@@ -490,6 +490,12 @@ CLAIMS = [
           rises("scenes", *RELEASED), "bars", "one seed of 12,000 forwards; no look was above the base's"),
     Claim("nft-scenes", "Palate", "DiffusionNFT raises the embedded GenEval by .15", "fraction right", 0.15, SCENES,
           rises("scenes", "DiffusionNFT"), "bars", "one seed of 12,000 forwards; no look was above the base's"),
+    Claim("nft-unguided", "DiffusionNFT (2509.16117)",
+          "trained and drawn without guidance, DiffusionNFT raises the embedded GenEval by .15", "fraction right", 0.15,
+          f"{COMPARE} --tasks unguided", rises("unguided", "DiffusionNFT"), "bars",
+          "rates of 4e-3 and 1e-3, 16 and 64 pictures an update"),
+    Claim("flow-unguided", "Palate", "trained and drawn without guidance, Flow-GRPO raises it by .15", "fraction right",
+          0.15, f"{COMPARE} --tasks unguided", rises("unguided", "Flow-GRPO released"), "bars"),
 ]  # fmt: skip
 
 

@@ -54,13 +54,15 @@ from palate.runtime.images import encode_png, to_pixels
 STALL, LOST = 3, 0.05
 CONCEPTS = ("style", "absolute", "jpeg", "taste")  # tasks whose prompts name one thing that must stay right
 HEADLINE, SEEDS = (0, 1, 2, 3, 4), (0, 1, 2)
-BUDGETS = {"style": 12000, "absolute": 8000, "scenes": 12000, "jpeg": 8000, "taste": 8000}  # forwards of a run at most
+# denoiser forwards of a run at most
+BUDGETS = {"style": 12000, "absolute": 8000, "scenes": 12000, "unguided": 60000, "jpeg": 8000, "taste": 8000}
 LOOKS, PROMPTS, TUNE_BUDGET, TUNE_SEED = 6, 48, 4000, 100
 LOWEST, *BEGIN_WITH, HIGHEST = TRIED = (0.5, 1.0, 2.0, 4.0)  # times the recipe's learning rate; three of them each
 SEARCHED = ("style", "scenes")  # tasks with a search of their own; the others take the style's learning rates
 STAND_INS = ("Flow-GRPO", "Diffusion-DPO")  # left out unless named: their released and online forms stand for them
 ONLY = {"DRaFT-1": ("scenes",)}  # LeapAlign's nearest relative; elsewhere DRaFT-LV stands for it
-BESIDE = {"scenes": ("detector",), "taste": ("emoji-1step",)}  # task -> weights that it needs besides
+# task -> weights that it needs besides
+BESIDE = {"scenes": ("detector",), "unguided": ("detector",), "taste": ("emoji-1step",)}
 SHOWN = 6  # prompts whose pictures the first seed keeps
 MEASURES = ("concept", "style", "diversity", "cast", "detail", "again")
 Points = list[dict[str, Any]]
@@ -68,7 +70,7 @@ Points = list[dict[str, Any]]
 
 def applies(method: str, task: str) -> bool:
     """Whether the method is compared on the task: it can use its reward, and is not kept for another one."""
-    if task not in ONLY.get(method, TASKS):
+    if task not in ONLY.get(method, TASKS) or (TASKS[task].fixed and method not in TASKS[task].fixed):
         return False
     return TASKS[task].gradient or TASKS[task].soft is not None or not needs_gradient(METHODS[method][0])
 
@@ -87,7 +89,7 @@ def why_ended(goals: Sequence[float], spent: bool) -> str:
 def looks_at(task: str, prompts: int) -> tuple[int, tuple[int, ...]]:
     """How many prompts a look is at, and the seeds of their pictures; always `2 prompts` pictures. Two a prompt, by
     which diversity is measured, but one of twice as many scenes: they differ more than two pictures of one do."""
-    return (2 * prompts, (0,)) if task == "scenes" else (prompts, (0, 1))
+    return (2 * prompts, (0,)) if task in ("scenes", "unguided") else (prompts, (0, 1))
 
 
 def run(
@@ -121,7 +123,8 @@ def _looking(who: Referees, shown: list[str]) -> Any:
     prompts = recipe.evenly_spaced(who.prompts, SHOWN)
 
     def look(model: Any, weights: str) -> None:
-        images = to_pixels(quantise(generate(model, prompts, (0,), weights=weights)))
+        drawn = generate(model, prompts, (0,), weights=weights, guidance=who.task.guidance)
+        images = to_pixels(quantise(drawn))
         sheet = np.concatenate(list(images), axis=1)
         shown.append(base64.b64encode(encode_png(sheet)).decode())
 
@@ -132,7 +135,9 @@ def _looking(who: Referees, shown: list[str]) -> Any:
 
 
 def rate(method: str, task: str, results: Path) -> float:
-    """The learning rate of the search for the task; else that of the style task, else the recipe's."""
+    """The learning rate that the task fixes; else that of the search for it, of the style task's, the recipe's."""
+    if method in TASKS[task].fixed:
+        return methods.plan_of(method, TASKS[task]).trainer.lr
     found = methods.tuned(results)
     return found.get(f"{task}: {method}") or found.get(f"style: {method}") or methods.rate(method, results)
 
@@ -340,6 +345,9 @@ def searched(found: Sequence[dict[str, Any]], results: Path) -> dict[str, str]:
     for task in dict.fromkeys(row["task"] for row in found):
         places: dict[str, list[str]] = {}
         for method in dict.fromkeys(row["method"] for row in found if row["task"] == task):
+            if method in TASKS[task].fixed:
+                places.setdefault(f"not searched, {rate(method, task, results):g}", []).append(method)
+                continue
             lr = chosen.get(f"{task}: {method}") or chosen.get(f"style: {method}") or chosen.get(method)
             factor = lr / first_rate(method) if lr else 0.0
             tried = [k for k, known in enumerate(TRIED) if abs(factor - known) < 1e-6 * known]
@@ -470,7 +478,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="else five of the style task, three of the others")
     parser.add_argument("--budget", type=int, help="denoiser forwards of a run at most; else BUDGETS, of tune 4,000")
     parser.add_argument("--checks", type=int, default=LOOKS, help="looks, evenly spread over the budget")
-    parser.add_argument("--prompts", type=int, default=PROMPTS, help="two images each; for scenes twice as many of one")
+    parser.add_argument("--prompts", type=int, default=PROMPTS, help="two images each; of scenes twice as many of one")
     parser.add_argument("--override", nargs="*", default=[], help="for every method")
     args = parsed(parser)
     if args.quick:

@@ -5,7 +5,8 @@
 The objective of every method is the same preference, (1 + k) R("style. prompt") - R("negative. prompt") with k = 4
 (with k = 1 the concepts are lost before the style is there: docs/log.md). SRPO reads it as its control words, the
 others as their reward. All adapt the same layers with the same rank, train the unguided prediction and are judged with
-guidance, without a warm-up, and no method keeps a weight average, so that the weights which are trained are judged.
+guidance, without a warm-up, and no method keeps a weight average, so that the weights which are trained are judged
+(tasks.py says where a task has its own settings).
 `tune` tries three learning rates for each method, one seed and prompts that no table uses, the budget of one run each,
 and writes the best into RESULTS/tuned.json, which the comparisons then read.
 
@@ -218,7 +219,7 @@ def measure(model: Any, who: Referees, weights: str = "policy") -> dict[str, lis
     concept, diversity inside the prompt and style (with two seeds), drift (judge's cosine distance from the base's
     image), colour cast and fine detail against the base's image, saturation; "again", the task's second look."""
     panel, (words, _) = who.panel, pairs(who.prompts, who.seeds)
-    images = quantise(generate(model, who.prompts, who.seeds, weights=weights))
+    images = quantise(generate(model, who.prompts, who.seeds, weights=weights, guidance=who.task.guidance))
     found: dict[str, list[Tensor]] = {}
     optimised, goal = who.task.objective(panel.rewards["emoji"]), who.task.goal(panel.rewards[panel.heldout])
     again = who.task.again() if who.task.again is not None else None
@@ -284,7 +285,7 @@ def plan_of(method: str, task: Task, overrides: Sequence[str] = ()) -> recipe.Re
     """The recipe that the comparisons train."""
     source = METHODS[method][0]
     own = list(task.words) if recipe.read(source).algorithm.name in WORDS else []
-    return recipe.read(source, [*own, *PLAIN, *FAIR, *FIXED.get(method, []), *overrides])
+    return recipe.read(source, [*own, *PLAIN, *FAIR, *FIXED.get(method, []), *task.fixed.get(method, []), *overrides])
 
 
 @cache

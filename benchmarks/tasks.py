@@ -6,16 +6,19 @@
               that differentiate the reward get its soft form; all are judged on mirrored pictures too, which a picture
               that only pleases the detector does not survive
     jpeg      a small file: minus kilobytes, a black box; judged exactly
+    unguided  scenes drawn, trained and judged without guidance, as DiffusionNFT's authors do, with the layers and the
+              batches that learn there (docs/log.md), for the methods of `fixed`
     taste     what is learned from the votes of one simulated person; judged by that person's own utility
 
-`scenes` needs assets whose vocabulary has numbers, places and colours of things. A task without a gradient and without
-a soft form is for the methods that need none.
+`scenes` and `unguided` need assets whose vocabulary has numbers, places and colours of things. A task without a
+gradient and without a soft form is for the methods that need none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -35,6 +38,13 @@ from palate.runtime.errors import InputError
 STYLE, NEGATIVE, K = "3d", "flat", 4.0
 PERSON, VOTES, CONCEPTS = "warm3d", 60, 24
 SCENES = ("counting", "two objects", "position", "binding")
+WIDE = [
+    "model.lora_rank=16",
+    "model.lora_alpha=16",
+    "model.lora_targets=[attn1.to_q, attn1.to_k, attn1.to_v, attn1.to_out.0, "
+    "attn2.to_q, attn2.to_k, attn2.to_v, attn2.to_out.0, time_emb_proj]",
+    "trainer.lr=1e-3",
+]  # every attention layer: where a thing stands is no matter of how its word is read
 ABSOLUTE = [
     "algorithm.preference=absolute",
     "algorithm.positive=[]",
@@ -51,7 +61,9 @@ class Task(NamedTuple):
     """`objective` makes of the embedded reward what is optimised. `words`: of SRPO, whose control words take the place
     of an objective where `own_words`. `goal` judges images (B, 3, 64, 64) and prompts, given the held-out reward;
     larger is better. prompts: of training and of judging, None = the recipe's and emoji-eval. `soft`: what methods that
-    differentiate optimise in the objective's place. `again`: a second look of the goal, which nothing is chosen by."""
+    differentiate optimise in the objective's place. `again`: a second look of the goal, which nothing is chosen by.
+    `guidance` of the pictures that are judged, None = the model's own. `fixed`: by method, what takes the place of the
+    shared settings and of a search; other methods are not of this task."""
 
     title: str
     unit: str
@@ -63,6 +75,8 @@ class Task(NamedTuple):
     prompts: Callable[[bool], list[str]] | None = None
     soft: Callable[[], Reward] | None = None
     again: Callable[[], Reward] | None = None
+    guidance: float | None = None
+    fixed: Mapping[str, Sequence[str]] = MappingProxyType({})
 
 
 def preference(reward: Reward) -> Reward:
@@ -132,6 +146,14 @@ TASKS = {
         "embedded GenEval", "fraction right", lambda r: exact(strict=False), lambda r: exact(strict=True),
         gradient=False, words=ABSOLUTE, prompts=scene_prompts, soft=soft_tasks.SoftTaskReward, again=mirrored,
     ),
+    "unguided": Task(
+        "embedded GenEval without guidance", "fraction right", lambda r: exact(strict=False),
+        lambda r: exact(strict=True), gradient=False, prompts=scene_prompts, again=mirrored, guidance=1.0,
+        fixed={
+            "DiffusionNFT": [*WIDE, "trainer.batch_size=8", "algorithm.kl=1e-3"],  # 64 pictures an update
+            "Flow-GRPO released": [*WIDE, "trainer.batch_size=3"],  # 72 in two updates
+        },
+    ),
     "jpeg": Task("small file", "minus kilobytes", small_file, small_file, gradient=False),
     "taste": Task("one person's taste", "that person's utility", lambda r: _person()[0], lambda r: _person()[1],
                   words=ABSOLUTE),
@@ -140,7 +162,7 @@ TASKS = {
 
 def missing(task: str) -> str | None:
     """Why these assets cannot show the task; None where they can."""
-    if task != "scenes":
+    if task not in ("scenes", "unguided"):
         return None
     try:
         geneval.task_prompts(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import sys
@@ -130,7 +131,27 @@ def test_methods_that_differentiate_are_left_out_of_black_boxes():
     assert comparison.applies("SRPO", "style") and comparison.applies("DDPO", "jpeg")
     assert not comparison.applies("SRPO", "jpeg") and comparison.applies("LeapAlign", "scenes")  # its soft form
     assert comparison.applies("DRaFT-1", "scenes") and not comparison.applies("DRaFT-1", "style")
-    assert set(tasks.TASKS) == {"style", "absolute", "scenes", "jpeg", "taste"}
+    assert comparison.applies("DiffusionNFT", "unguided") and not comparison.applies("DDPO", "unguided")
+    assert set(tasks.TASKS) == {"style", "absolute", "scenes", "unguided", "jpeg", "taste"}
+
+
+def test_a_task_fixes_settings_rate_and_guidance_of_its_methods(tmp_path, monkeypatch):
+    fixed = methods.plan_of("DiffusionNFT", tasks.TASKS["unguided"])
+    shared = methods.plan_of("DiffusionNFT", tasks.TASKS["scenes"])
+    assert (fixed.model.lora_rank, fixed.trainer.batch_size) == (16, 8) != (shared.model.lora_rank, shared.trainer)
+    assert fixed.algorithm.kl == 1e-3 and shared.model.lora_rank == 4
+    rows.keep_tuned(tmp_path, {"style: DiffusionNFT": 0.5})
+    assert comparison.rate("DiffusionNFT", "unguided", tmp_path) == 1e-3
+    assert comparison.rate("DiffusionNFT", "jpeg", tmp_path) == 0.5
+    told = comparison.searched([row("DiffusionNFT", 0, 0.1, task="unguided")], tmp_path)
+    assert told == {"unguided": "Learning rates, not searched, 0.001: DiffusionNFT."}
+    asked = []
+    monkeypatch.setattr(methods, "generate", lambda *given, **named: asked.append(named["guidance"]))
+    monkeypatch.setattr(methods, "quantise", lambda images: [])
+    for name in ("unguided", "scenes"):
+        with contextlib.suppress(KeyError):  # of no pictures there is nothing to measure
+            methods.measure(None, methods.referees(2, (0,), False, name))
+    assert asked == [1.0, None]
 
 
 def test_images_that_a_reward_looks_at_are_counted_once_for_two_texts():
