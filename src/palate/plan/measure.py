@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -31,6 +30,7 @@ from palate.rewards.clip import vit_h_14
 from palate.rewards.emoji import load_reward
 from palate.rewards.image_reward import LENGTH, blip_large
 from palate.runtime.errors import InputError
+from palate.runtime.files import parse_json
 
 VIT_L: dict[str, Any] = {
     "hidden_size": 1024,
@@ -113,8 +113,13 @@ def local_config(recipe: Recipe, facts: Facts, part: str) -> dict[str, Any] | No
     there = next((name for name in names if (folder / name / "config.json").is_file()), None)
     if there is None:
         return None
-    config = json.loads((folder / there / "config.json").read_text("utf-8"))
-    expected = facts.parts[part]
+    path, expected = folder / there / "config.json", facts.parts[part]
+    try:
+        config = parse_json(path.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"model.folder {folder}: {path} is damaged ({error}); download it again") from error
+    if not isinstance(config, dict):
+        raise InputError(f"model.folder {folder}: {path} holds no mapping of settings; download it again")
     if (got := config.get("_class_name", expected)) != expected:
         raise InputError(f"model.folder {folder}: its {there} is a {got}, {facts.name} needs a {expected}")
     return {key: value for key, value in config.items() if not key.startswith("_")}
