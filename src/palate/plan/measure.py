@@ -47,7 +47,7 @@ def measure(recipe: Recipe) -> dict[str, Unit]:
     """denoiser, decoder, encoder and reward on one image."""
     if recipe.model.name == "emoji":
         return _embedded(recipe)
-    family = family_of(recipe)
+    family, rewards = family_of(recipe), _rewards(recipe)  # first, for what cannot be measured
     facts = family.facts
     published = published_of(facts)
     vae_config = local_config(recipe, facts, "vae") or published.vae
@@ -87,7 +87,7 @@ def measure(recipe: Recipe) -> dict[str, Unit]:
     layers, fours = quantisable(network), stored_in_fours(network, facts.whole)
     whole = sum(layer.weight.numel() for name, layer in layers.items() if name not in fours)
     units["denoiser"] = units["denoiser"]._replace(whole=whole)
-    return units | _rewards(recipe)
+    return units | rewards
 
 
 def family_of(recipe: Recipe) -> type[LoadedModel]:
