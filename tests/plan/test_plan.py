@@ -32,6 +32,7 @@ from palate.plan import (
     this_machine,
 )
 from palate.plan.activations import fused_attention, kept_bytes
+from palate.runtime.errors import InputError
 
 BASE = """
 run: {{folder: runs/x}}
@@ -347,7 +348,7 @@ def test_a_damaged_configuration_is_named(tmp_path):
     (tmp_path / "transformer").mkdir()
     for text in ('{"_class_name": "Flux', "[1]", "\xff"):
         (tmp_path / "transformer/config.json").write_bytes(text.encode("latin-1"))
-        with pytest.raises(recipe.RecipeError, match=r"model.folder .*config.json: .*download it again"):
+        with pytest.raises(InputError, match=r"model.folder .*config.json: .*download it again"):
             plan(recipe_of("flux", f"model.folder={tmp_path}"), units=UNITS)
 
 
