@@ -27,7 +27,7 @@ from palate.recipe.paths import with_absolute_paths, without_folders
 from palate.recipe.settings import RESUMABLE_FIELDS, Recipe
 from palate.recipe.unread import unread_overrides
 from palate.runtime.code import code_digest, names_a_file, short_name
-from palate.runtime.files import file_digest, json_digest
+from palate.runtime.files import file_digest, json_digest, own_files
 
 YAML_LIMIT = 256 * 1024  # bytes; a recipe is a page of text
 YAML_DEPTH = 100
@@ -167,13 +167,13 @@ def fingerprint(recipe: Recipe) -> str:
 
 
 def content_digest(path: str | None) -> str | None:
-    """A file's SHA-256, or that of the names and contents of a folder's files; the name of anything else."""
+    """A file's SHA-256, or that of the names and contents of a folder's files (`own_files`); the name of anything
+    else."""
     if path is None or not Path(path).exists():
         return path
     if Path(path).is_file():
         return file_digest(Path(path))
-    files = sorted(each for each in Path(path).iterdir() if each.is_file())
-    return json_digest([[each.name, file_digest(each)] for each in files])
+    return json_digest([[each.name, file_digest(each)] for each in own_files(Path(path))])
 
 
 def _with_code(tree: Any) -> Any:
