@@ -164,6 +164,7 @@ def test_cost_of_the_recipes_for_one_prompt():
         "dance-grpo-emoji": (208, 80),
         "mix-grpo-emoji": (160, 32),
         "nft-emoji": (112, 16),
+        "nft-emoji-tasks": (112, 16),
         "dpo-emoji": (36, 2),
         "sqdf-emoji": (9, 1),
         "leap-emoji": (20, 4),
