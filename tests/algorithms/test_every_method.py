@@ -136,7 +136,7 @@ WITHOUT = ("opd", "distar-head", "sqdf")  # asks no reward; ends the run with a 
 
 
 HINGED = {
-    "srpo-hinge": lambda: srpo(hinge=0.7),
+    "srpo-hinge": lambda: srpo(hinge=0.7, preference="absolute", branches=("denoise",)),
     "leap_align-hinge": lambda: LeapAlign(LeapAlignSettings(steps=3, guidance=1.0, hinge=0.5)),
 }  # ReFL has one by default
 METHODS = {name: make for name, make in {**MAKE, **HINGED}.items() if name not in WITHOUT}
