@@ -74,18 +74,19 @@ def _text_of_file(path: Path, modified: int, size: int) -> str:
     return read_text(path, limit=YAML_LIMIT)
 
 
-def read(source: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The checked recipe. Raises RecipeError with every mistake in it, one per line.
+def read(source: str, overrides: Sequence[str] = (), *, stored: bool = False) -> Recipe:
+    """The checked recipe. Raises RecipeError with every mistake in it, one per line. stored: it is that of a run.
 
     Relative paths are looked for in the current folder, then beside the recipe's own file, and come out absolute.
     """
     text = text_of(source)
     beside = None if source in published() else Path(source).expanduser().absolute().parent
-    return parse(text, overrides, beside=beside)
+    return parse(text, overrides, beside=beside, stored=stored)
 
 
-def parse(text: str, overrides: Sequence[str] = (), *, beside: Path | None = None) -> Recipe:
-    """The checked recipe of a YAML text; `beside`: a second folder in which relative paths are looked for."""
+def parse(text: str, overrides: Sequence[str] = (), *, beside: Path | None = None, stored: bool = False) -> Recipe:
+    """The checked recipe of a YAML text; `beside`: a second folder in which relative paths are looked for. stored: it
+    is that of a run, perhaps begun before settings without an effect were refused, and read to look at or to go on."""
     if len(text.encode()) > YAML_LIMIT:
         raise RecipeError(f"the recipe is larger than {YAML_LIMIT // 1024} KiB")
     tree = read_yaml(text, "recipe")
@@ -101,7 +102,7 @@ def parse(text: str, overrides: Sequence[str] = (), *, beside: Path | None = Non
     mistakes: list[str] = []
     for override in overrides:
         _override(tree, override, mistakes)
-    recipe = validate(with_absolute_paths(tree, beside), mistakes)
+    recipe = validate(with_absolute_paths(tree, beside), mistakes, stored=stored)
     if recipe is not None:
         mistakes += unread_overrides(recipe, overrides)
     if mistakes or recipe is None:
