@@ -2,17 +2,18 @@
 
     python benchmarks/studio.py [--votes 40] [--runs FOLDER]      on a machine that does nothing else; two cores
     python benchmarks/studio.py --browser                         the next pair as Chromium shows it, with its pictures
-    python benchmarks/studio.py --way [--look 1.5]                votes, alignment, blind verdict, in parts
+    python benchmarks/studio.py --way [--people warm3d ...] [--look 1.5]    votes, alignment, blind verdict, in parts
 
 It opens `palate studio` in a process of its own on an empty folder, as a person would, waits until the pictures of the
 pool are drawn ahead, and votes. Figures: seconds from the command to the first pair; milliseconds from a vote to the
 answer with the next pair, and with --browser from the key to its two pictures on the screen (median, 95th percentile,
 largest); milliseconds of a refit and of the card with its leave-one-out refits after that many votes; bytes of a page.
 
-The whole way is a simulated person's, "warm3d" of benchmarks/taste.py, who errs in one choice of ten and looks at each
-pair for --look seconds: from the command to the last of 24 blind comparisons, where the better picture wins. If the
-taste is not learnt after --votes, 10 more are given, and again. The judge of the pictures is loaded before the clock
-starts. Limits: 4 minutes in all, 60 seconds from the click on Align to the end of the run without loading.
+The whole way is that of simulated people of benchmarks/taste.py, one after the other, each in a studio of its own, who
+err in one choice of ten and look at each pair for --look seconds: from the command to the last of 24 blind comparisons,
+where the better picture wins. Where a taste is not learnt after --votes, 10 more are given, and again. The judge of the
+pictures is loaded before the clock starts. Limits: 4 minutes in all, 60 seconds from the click on Align to the end of
+the run without loading.
 """
 
 from __future__ import annotations
@@ -220,8 +221,8 @@ def trained(client: httpx.Client, runs: Path) -> tuple[str, dict[str, Any]]:
                  "ended": f"by the guard: {stopped[-1]}" if stopped else "after all updates"}  # fmt: skip
 
 
-def the_way(studio: Studio, client: httpx.Client, runs: Path, person: Person, votes: int) -> None:
-    """Vote, align, compare blindly; prints each part."""
+def the_way(studio: Studio, client: httpx.Client, runs: Path, person: Person, votes: int) -> dict[str, float]:
+    """Vote, align, compare blindly; prints each part. Returns the votes given and, in seconds, "all" and "training"."""
     until(lambda: pair_of(client.get("/choose").text))
     first = time.perf_counter() - studio.began
     began, given = time.perf_counter(), votes
@@ -243,14 +244,36 @@ def the_way(studio: Studio, client: httpx.Client, runs: Path, person: Person, vo
     verdict = time.perf_counter() - began - drawn
     total = time.perf_counter() - studio.began
     rate = re.search(r'data-rate="([\d.]+)">([^<]+)', page)
-    print(f"{os.cpu_count()} cores; limits: " + ", ".join(f"{key} {limit:g}" for key, limit in WAY.items()))
     print(f"first pair {first:.1f} s after the command")
     print(f"{given} votes {voting:.1f} s, of which looking {looked:.1f}")
     print(f"align: loading {run['loading']:.1f} s, training {run['training']:.1f} s "
           f"({run['steps']} updates in {run['updates']:.1f}, the rest guard, previews, checkpoints), "
           f"ended {run['ended']}")  # fmt: skip
     print(f"blind study: drawing {drawn:.1f} s, answering {verdict:.1f}, of which looking {person.looked - looked:.1f}")
-    print(f"in all {total:.1f} s; {rate[2] if rate else 'no win rate'}")
+    print(f"in all {total:.1f} s; {rate[2] if rate else 'no win rate'}", flush=True)
+    return {"votes": given, "all, s": total, "training, s": run["training"]}
+
+
+def the_ways(people: list[str], votes: int, look: float) -> None:
+    """The way of each of the people, in a studio of its own on an empty folder; then all of them beside the limits."""
+    print(f"{os.cpu_count()} cores; limits: " + ", ".join(f"{key} {limit:g}" for key, limit in WAY.items()))
+    found = {}
+    for name in people:
+        person = Person(name, look)
+        with tempfile.TemporaryDirectory(prefix="palate-studio-") as folder:
+            studio = Studio(Path(folder))
+            print(f"\n{name}")
+            try:
+                found[name] = the_way(studio, studio.client(), Path(folder), person, votes)
+            except RuntimeError as error:
+                print(f"went no further: {error}")
+            finally:
+                studio.close()
+    print()
+    for key, limit in WAY.items() if found else ():
+        values = [way[key] for way in found.values()]
+        print(f"{key}: {sum(value <= limit for value in values)} of {len(people)} within {limit:g}, "
+              f"median {np.median(values):.1f}, {min(values):.1f} to {max(values):.1f}")  # fmt: skip
 
 
 def pair_of_study(page: str) -> tuple[str, str] | None:
@@ -262,20 +285,22 @@ def pair_of_study(page: str) -> tuple[str, str] | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--votes", type=int, default=40)
-    parser.add_argument("--runs", type=Path, default=None, help="an empty folder; None = a temporary one")
+    parser.add_argument(
+        "--runs", type=Path, default=None, help="an empty folder; None = a temporary one, as --way takes"
+    )
     parser.add_argument("--pool", type=int, default=POOL, help="pictures that are drawn before the voting begins")
     parser.add_argument("--browser", action="store_true")
     parser.add_argument("--way", action="store_true")
+    parser.add_argument("--people", nargs="+", default=["warm3d"], help="of --way, by their names in taste.py")
     parser.add_argument("--look", type=float, default=1.5, help="seconds that the person of --way looks at a pair")
     given = parser.parse_args()
+    if given.way:
+        the_ways(given.people, given.votes, given.look)
+        return
     runs = given.runs or Path(tempfile.mkdtemp(prefix="palate-studio-"))
-    person = Person("warm3d", given.look) if given.way else None
     studio = Studio(runs)
     try:
         client = studio.client()
-        if person:
-            the_way(studio, client, runs, person, given.votes)
-            return
         until(lambda: pair_of(client.get("/choose").text))
         first = time.perf_counter() - studio.began
         page = client.get("/choose").text

@@ -16,6 +16,8 @@ from diffusers import AutoencoderTiny, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 from words import tokenize
 
+from palate.runtime.files import new_folder
+
 PREVIEW = [
     "a 3d dog on a blue background",
     "a flat apple on a white background",
@@ -94,16 +96,16 @@ def save(networks, ema: dict[str, Tensor], tokenizer, vae, vae_folder: Path, wor
 def ship(source: Path, out: Path) -> int:
     """Put the model folder `source` in the place of `out`, all weights in float16, without a path of this machine.
 
-    The bytes of what it wrote.
+    The bytes of what it wrote. Where it fails, `out` stays.
     """
-    shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(source, out, ignore=shutil.ignore_patterns("vae"))
-    AutoencoderTiny.from_pretrained(source / "vae", torch_dtype=torch.float16).save_pretrained(out / "vae")
-    config = out / "vae/config.json"  # without where it came from, and without a key that diffusers complains of
-    table = json.loads(config.read_text())
-    for key in ("_name_or_path", "block_out_channels"):
-        table.pop(key, None)
-    config.write_text(json.dumps(table, indent=2) + "\n")
+    with new_folder(out) as whole:
+        shutil.copytree(source, whole, ignore=shutil.ignore_patterns("vae"), dirs_exist_ok=True)
+        AutoencoderTiny.from_pretrained(source / "vae", torch_dtype=torch.float16).save_pretrained(whole / "vae")
+        config = whole / "vae/config.json"  # without where it came from, and a key that diffusers complains of
+        table = json.loads(config.read_text())
+        for key in ("_name_or_path", "block_out_channels"):
+            table.pop(key, None)
+        config.write_text(json.dumps(table, indent=2) + "\n")
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 

@@ -6,11 +6,14 @@ Pages hold a line `<!-- made: NAME ... -->`; `MADE[NAME]` returns the Markdown t
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import posixpath
 import re
 import sys
+import tokenize
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 from mkdocs.exceptions import PluginError
@@ -132,13 +135,28 @@ def _old_keys(settings: ast.ClassDef) -> dict[str, str]:
 
 
 def _row(field: ast.AnnAssign, lines: list[str]) -> str:
-    comment = lines[field.end_lineno - 1][field.end_col_offset :].partition("#")[2].strip()
-    number = field.lineno - 2
-    while not comment and number > 0 and lines[number].strip().startswith("#"):
-        comment, number = lines[number].strip("# "), number - 1
+    comment = _comment(field, lines)
     default = f"`{ast.unparse(field.value)}`" if field.value else "required"
     cells = (f"`{field.target.id}`", f"`{ast.unparse(field.annotation)}`", default, comment)
     return "| " + " | ".join(cell.replace("|", "&#124;").replace("\n", " ") for cell in cells) + " |"
+
+
+def _comment(field: ast.AnnAssign, lines: list[str]) -> str:
+    """What is said of a field: inside its lines, else in those below that begin with "# ^", else in those above it."""
+    own = "\n".join(lines[field.lineno - 1 : field.end_lineno]) + "\n"
+    told = [t.string for t in tokenize.generate_tokens(StringIO(own.strip()).readline) if t.type == tokenize.COMMENT]
+    if not told:
+        below = itertools.takewhile(_is_comment, lines[field.end_lineno :])
+        told = [line for k, line in enumerate(below) if k or line.strip().startswith("# ^")]
+        told = told if told and "^" in told[0] else []
+    if not told:
+        above = [*itertools.takewhile(_is_comment, reversed(lines[: field.lineno - 1]))][::-1]
+        told = [] if any(line.strip().startswith("# ^") for line in above) else above
+    return " ".join(line.strip().removeprefix("#").strip().removeprefix("^").strip() for line in told)
+
+
+def _is_comment(line: str) -> bool:
+    return line.strip().startswith("#")
 
 
 def _command_line() -> str:

@@ -226,11 +226,14 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a model folder; the embedded one if left out")
     parser.add_argument("--shared", type=Path, help="ask only for what this model folder knows as well, to compare")
     parser.add_argument("--only", nargs="*", choices=list(PARTS), help="these parts; all if left out")
-    parser.add_argument("--out", type=Path, default=ASSETS / "figures.json")
+    parser.add_argument("--out", type=Path, help="figures.json of the package, if left out")
     parser.add_argument("--section", help="of the file, for the figures of another model or of fewer words")
     parser.add_argument("--grids", type=Path, default=Path(".cache/evaluation"))
     parser.add_argument("--quick", action="store_true", help="eight prompts of each part; its numbers mean nothing")
     args = parser.parse_args()
+    if args.quick and args.out is None:
+        parser.error("--quick: give --out, so that its numbers do not take the place of the shipped ones")
+    args.out = args.out or ASSETS / "figures.json"
     bench = Bench(args.model, args.grids, args.shared, 8 if args.quick else None)
     figures = json.loads(args.out.read_text()) if args.out.exists() else {}
     part = figures.setdefault(args.section, {}) if args.section else figures

@@ -35,6 +35,13 @@ def make(folder: Path, chunk: int, composer: Composer, seed: int = 0) -> None:
     draft.rename(folder / f"chunk-{chunk}.json")
 
 
+def keep(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write what is made once, to a draft first: a kill leaves it absent, so that the next command makes it."""
+    draft = path.with_suffix(".part")
+    save_file(tensors, draft)
+    draft.rename(path)
+
+
 def images(folder: Path, chunks: Sequence[int]) -> Tensor:
     """(2000 per chunk, 3, 64, 64) uint8."""
     return torch.cat([load_file(folder / f"chunk-{chunk}.safetensors")["images"] for chunk in chunks])

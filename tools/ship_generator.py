@@ -24,15 +24,16 @@ from palate.evaluate import generate
 from palate.export import load_one_step
 from palate.models import delta
 from palate.models.emoji import EmojiModel
+from palate.runtime.files import new_folder
 
 
 def ship(source: Path, out: Path, history: str = "") -> dict[str, float]:
     """Write `out`; what was packed, judged by the images of 32 prompts. history: of the runs before, for the card."""
     base = EmojiModel.load(training="none").weights.networks["reference"].state_dict()
     weights = UNet2DConditionModel.from_pretrained(source / "unet", torch_dtype=torch.float32).state_dict()
-    shutil.rmtree(out, ignore_errors=True)
-    delta.save(out, weights, base)
-    shutil.copy(source / "generator.json", out / "generator.json")
+    with new_folder(out) as whole:  # where it fails, `out` stays
+        shutil.copy(source / "generator.json", whole / "generator.json")
+        delta.save(whole, weights, base)
     prompts = recipe.evenly_spaced(recipe.read_prompts("emoji-eval"), 32)
     (before, sampler), (after, _) = load_one_step(source), load_one_step(out)
     images = [generate(model, prompts, (0,), sampler=sampler) for model in (before, after)]

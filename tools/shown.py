@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from data import Composer, Scene, Thing
 from diffusers import AutoencoderTiny
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from palate.models.vocabulary import Caption, parse_prompt, plural, vocabulary
@@ -85,7 +85,7 @@ def weathered(folder: Path, chunks: Sequence[int], vae_folder: Path, store: Path
             order = torch.randperm(pool.CHUNK, generator=generator)
             clean = pool.images(folder, [chunk])[order].float() / 255
             images = torch.cat([weather(part, generator, vae).mul(255).round().byte() for part in clean.split(120)])
-            save_file({"images": images[order.argsort()]}, path)
+            pool.keep(path, {"images": images[order.argsort()]})
         found.append(load_file(path)["images"])
     return Shown.of(torch.cat(found), pool.scenes(folder, chunks))
 

@@ -45,8 +45,14 @@ def take(stage: Path) -> list[str]:
     for part in sorted(build(stage).iterdir()):
         target = PACKAGE / "assets" / part.name
         if part.is_dir():
-            shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(part, target)
+            draft = target.with_name(f".tmp-{target.name}")
+            shutil.rmtree(draft, ignore_errors=True)
+            try:
+                shutil.copytree(part, draft)  # whole, before what is there goes
+                shutil.rmtree(target, ignore_errors=True)
+                draft.rename(target)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
         else:
             shutil.copy(part, target)
         for path in [target, *target.rglob("*")]:

@@ -5,7 +5,7 @@
 #
 # WORK (.cache) keeps every state: the same command goes on where it stopped. SCALE multiplies the minutes, which are for
 # two quiet cores: 1 takes about ten hours; where an accelerator makes a minute worth more, less will do.
-set -e
+set -e -o pipefail # the log's pipe must not hide a failure
 cd "$(dirname "$0")/.."
 work=$(realpath -m "${1:-.cache}") scale=${2:-1}
 minutes() { python -c "import sys; print(float(sys.argv[1]) * float(sys.argv[2]))" "$1" "$scale"; }
@@ -14,7 +14,10 @@ python tools/stage.py "$work/stage"
 export PYTHONPATH=$work/stage
 mkdir -p "$work/log" "$work/shipped"
 for part in emoji reward-heldout; do # what the new ones begin with
-    [ -d "$work/shipped/$part" ] || cp -r "src/palate/assets/$part" "$work/shipped/"
+    [ -d "$work/shipped/$part" ] && continue
+    rm -rf "$work/shipped/$part.new"
+    cp -r "src/palate/assets/$part" "$work/shipped/$part.new"
+    mv "$work/shipped/$part.new" "$work/shipped/$part" # whole or absent
 done
 assets=$work/stage/palate/assets pool=$work/pool vae=$work/autoencoder/polished
 judges=(--pool "$pool" --vae "$vae" --work "$work/rewards")
@@ -39,9 +42,13 @@ run() { echo "$(date +%H:%M) $*"; python "$@"; }
     run tools/train_consistency.py --minutes "$(minutes 12)" --lr 1.5e-3 --batch 16 --work "$work/consistency"
     mkdir -p "$assets/emoji-consistency"
     cp "$work/consistency/README.md" "$work/consistency/pytorch_lora_weights.safetensors" "$assets/emoji-consistency/"
-    run -m palate train distar-emoji run.folder="$work/runs/one-step"
-    run -m palate export "$work/runs/one-step" --format one-step
-    run tools/ship_generator.py "$work/runs/one-step/export/one-step" --out "$assets/emoji-1step"
+    one=$work/runs/one-step
+    if [ ! -d "$one/export/one-step" ]; then
+        if [ -d "$one/checkpoints" ]; then run -m palate resume "$one"
+        else run -m palate train distar-emoji run.folder="$one" --fresh; fi
+        run -m palate export "$one" --format one-step
+    fi
+    run tools/ship_generator.py "$one/export/one-step" --out "$assets/emoji-1step"
     run tools/evaluate_assets.py --grids "$work/evaluation"
     run tools/model_card.py --assets "$assets"
 } 2>&1 | tee -a "$work/log/all.log"

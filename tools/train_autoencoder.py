@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from data import Atlas, Composer, save_grid
 from diffusers import AutoencoderTiny
 from progress import Progress
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 BATCH, EMA, NOISE = 16, 0.998, 0.1
@@ -60,7 +60,7 @@ def targets(anchor: AutoencoderTiny, images: Tensor, folder: Path, chunks: Seque
         if not (path := folder / f"anchor-{chunk}.safetensors").exists():
             with torch.autocast("cpu", torch.bfloat16):
                 found = [anchor.encode(piece.float() / 255 * 2 - 1).latents.half() for piece in part.split(100)]
-            save_file({"latents": torch.cat(found)}, path)
+            pool.keep(path, {"latents": torch.cat(found)})
     return torch.cat([load_file(folder / f"anchor-{chunk}.safetensors")["latents"] for chunk in chunks])
 
 

@@ -36,7 +36,7 @@ from base_folder import save
 from data import held_out_pairs
 from diffusers import AutoencoderTiny, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast
@@ -131,7 +131,7 @@ def latents(vae: AutoencoderTiny, tokenizer, folder: Path, chunks: Sequence[int]
             with torch.autocast("cpu", torch.bfloat16):
                 parts = [vae.encode(_signed(part)).latents.half().contiguous() for part in images.split(100)]
             ids = tokenize(tokenizer, [scenes[k].caption for k in rows])
-            save_file({"latents": torch.cat(parts), "ids": ids}, path)
+            pool.keep(path, {"latents": torch.cat(parts), "ids": ids})
         found.append(load_file(path))
     return {name: torch.cat([part[name] for part in found]) for name in ("latents", "ids")}
 

@@ -25,7 +25,7 @@ SMALL = {  # the least that still runs every part of the method
     "leap-emoji": ["algorithm.steps=3"],
     "dgpo-emoji": ["algorithm.steps=2", "algorithm.group=2", "algorithm.old_rate=0.2"],
     "awm-emoji": ["algorithm.steps=2", "algorithm.group=2", "algorithm.old_rate=0.2"],
-    "grpo-emoji-released": ["algorithm.steps=3", "algorithm.group=2", "model.lora_alpha=null"],
+    "grpo-emoji-released": ["algorithm.steps=3", "algorithm.group=2", "model.lora_alpha=null", "trainer.ema_every=1"],
 }
 ONLINE = [  # the settings of dpo that remember or look back
     "algorithm.steps=2",
@@ -164,6 +164,7 @@ def test_cost_of_the_recipes_for_one_prompt():
         "dance-grpo-emoji": (208, 80),
         "mix-grpo-emoji": (160, 32),
         "nft-emoji": (112, 16),
+        "nft-emoji-tasks": (112, 16),
         "dpo-emoji": (36, 2),
         "sqdf-emoji": (9, 1),
         "leap-emoji": (20, 4),

@@ -12,15 +12,20 @@ import pytest
 import torch
 import yaml
 from support import ROOT
-from support.loop import run
+from support.loop import rows, run, srpo
 from support.ranks import MAKE, TEACHERS, Networks
 
 from palate import recipe
+from palate.algorithms.direct import Direct, DirectSettings
+from palate.algorithms.distar import Distar, DistarSettings, Generator
+from palate.algorithms.leap_align import LeapAlign, LeapAlignSettings
 from palate.algorithms.refl import ReFL, ReFLSettings
 from palate.algorithms.table import OWN, find
 from palate.core import Batch, Random, Stateful
+from palate.recipe import GuardSettings
 from palate.rewards.learned import BlackBox
 from palate.runtime.errors import InputError
+from palate.sampling import FewStepGenerator
 from palate.testing import PROMPTS, tiny_reward
 
 
@@ -130,14 +135,20 @@ def test_a_recipe_gives_images_to_who_reads_them_only(name):
 WITHOUT = ("opd", "distar-head", "sqdf")  # asks no reward; ends the run with a sentence; leaves the trajectory out
 
 
-BAD = [(name, bad) for name in MAKE for bad in (math.nan, math.inf, -math.inf) if name not in WITHOUT]
+HINGED = {
+    "srpo-hinge": lambda: srpo(hinge=0.7, preference="absolute", branches=("denoise",)),
+    "leap_align-hinge": lambda: LeapAlign(LeapAlignSettings(steps=3, guidance=1.0, hinge=0.5)),
+}  # ReFL has one by default
+METHODS = {name: make for name, make in {**MAKE, **HINGED}.items() if name not in WITHOUT}
 
 
-@pytest.mark.parametrize("name, bad", [one for one in BAD if one != ("refl", math.inf)])  # good enough for its hinge
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", METHODS)
 def test_a_reward_that_is_not_finite_makes_the_loss_so_and_leaves_no_trace(name, bad):
     """The loop skips a step by its loss: a score that became 0 on the way, or an image that it made the best of its
-    pair, would pass for an update. What the algorithm remembers goes into a checkpoint, which holds finite numbers."""
-    model, algorithm = Networks(others=("assistant",) if name == "distar" else ()), MAKE[name]()
+    pair, would pass for an update, as would one above a hinge. What the algorithm remembers goes into a checkpoint,
+    which holds finite numbers."""
+    model, algorithm = Networks(others=("assistant",) if name == "distar" else ()), METHODS[name]()
     prompts = PROMPTS[:4]
     batch = Batch(prompts, model.encode_prompts(prompts), torch.arange(4))
 
@@ -150,3 +161,33 @@ def test_a_reward_that_is_not_finite_makes_the_loss_so_and_leaves_no_trace(name,
     kept = algorithm.state_dict() if isinstance(algorithm, Stateful) else {}
     assert all(math.isfinite(value) for _, values in kept.get("seen", []) for value in values)
     assert all(bool(torch.isfinite(tensor).all()) for name in ("old", "reference") for tensor in kept.get(name) or [])
+
+
+TINY = FewStepGenerator(steps=1)
+LATE = {
+    "context": lambda: Direct(DirectSettings(generator=TINY, context=("warm",), context_steps=2)),
+    "start": lambda: Distar(DistarSettings(generator=Generator(t_init=0.7), reward_start_step=2)),
+    "head": lambda: Distar(DistarSettings(generator=Generator(t_init=0.7), head_queries=1, head_first=3)),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_the_guard_waits_for_a_reward_that_comes_late_and_not_for_one_that_never_comes(tmp_path, name):
+    """trainer.guard.best of a metric that the first updates of the policy lack: the best is the first check that has
+    seen it. A misspelt one is refused after the first update all the same, with the late ones among those there are."""
+
+    def trained(folder, best):
+        model = Networks(others=() if name == "context" else ("assistant",))
+        rate = BlackBox(tiny_reward, lambda images, prompts: images.mean((2, 3))) if name == "head" else tiny_reward
+        guard = GuardSettings(every=2, best=best)
+        return run(folder, algorithm=LATE[name](), model=model, reward=rate, steps=4, guard=guard,
+                   check=lambda model, prompts, ids: {"heldout": 1.0})  # fmt: skip
+
+    trained(tmp_path / "waits", "reward")
+    logged = rows(tmp_path / "waits")
+    with_reward = [row["step"] for row in logged if row["event"] == "step" and "reward" in row]
+    assert with_reward[0] == 3
+    assert [row["best_step"] for row in logged if row["event"] == "guard" and row["step"]] == [0, 4]
+    with pytest.raises(InputError, match=r"no metric 'rewrad'; .*reward"):
+        trained(tmp_path / "refused", "rewrad")
+    assert {row["step"] for row in rows(tmp_path / "refused")} == {0, 1}

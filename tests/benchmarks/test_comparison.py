@@ -554,6 +554,33 @@ def test_the_page_has_a_figure_per_claim_in_both_themes_with_words(tmp_path):
     assert "no rows of style for SQDF, ReFL" in told and "SRPO" not in told.split("no rows of style")[1].split(":")[0]
 
 
+@pytest.mark.parametrize(
+    ("sides", "cut"),
+    [
+        ((5.0, 5.2), True), ((0.6, 0.9), False), ((0.61, 0.9), True), ((0.0, 0.1), False), ((-5.2, -5.0), False),
+        ((5.0, 5.0), False),
+    ],
+)  # fmt: skip
+def test_where_an_axis_does_not_begin_at_0_a_mean_is_a_stroke_and_no_bar(sides, cut):
+    """It is cut where the values differ by less than half the smallest; every seed's dot stays inside."""
+    bars = {"first": [sides[0]] * 2, "second": [sides[1]] * 2}
+    measured = claims.Measured(0.2, 0.1, 0.3, series={"bars": bars})
+    figure, axes = results_page.plt.subplots()
+    results_page._bars(axes, claims.Judged(claims.CLAIMS[0], measured), results_page.THEMES["light"])
+    low, high = axes.get_xlim()
+    ends = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes.patches]
+    strokes = [segment[:, 0].tolist() for lines in axes.collections for segment in lines.get_segments()]
+    dots = [float(x) for line in axes.lines for x in line.get_xdata()]
+    results_page.plt.close(figure)
+    assert sorted(dots) == pytest.approx(sorted([*bars["first"], *bars["second"]]))
+    assert low < min(dots) and max(dots) < high if cut else low <= min(dots) and max(dots) <= high
+    if cut:
+        assert low > 0 and not ends and strokes == [pytest.approx([side, side]) for side in sides]
+    else:
+        assert low <= 0 <= high and not strokes
+        assert [sorted(end) for end in ends] == [pytest.approx(sorted((0, side))) for side in sides]
+
+
 def test_pictures_are_of_looks_at_equal_merit():
     runs = [row("fast", 0, 0.9), row("slow", 0, 0.4), row("never", 0, 0.01)]
     level, found = results_page.equal_looks(runs)

@@ -11,6 +11,7 @@ from PIL import Image
 from palate import recipe
 from palate.cli.options import Strengths
 from palate.models.emoji import EmojiModel
+from palate.report.sheet import write_page_of
 from palate.runs import RunFolder
 from palate.runs.strength import evaluate_strengths
 from palate.runtime.errors import InputError
@@ -68,16 +69,20 @@ def test_strengths_are_drawn_and_judged_side_by_side(run, palate):
     assert code == 2 and "--strength draws and judges by itself" in err
 
 
-def test_minus_nothing_is_the_base_model(tmp_path, monkeypatch):
-    """On the command line and from Python: its numbers stand under "0"."""
+def test_each_strength_has_a_place_of_its_own_and_minus_nothing_is_the_base_model(tmp_path, monkeypatch):
+    """On the command line and from Python: its numbers stand under "0". Two that are alike in six digits are two."""
     assert str([*Strengths("-0,0,-0.5")]) == "[0.0, -0.5]"
+    near = [0.12345678, 0.12345679]
     (tmp_path / "recipe.yaml").write_text("algorithm: {name: ddpo}\nreward: {name: emoji}\nprompts: {list: [a dog]}\n")
     run, model = RunFolder(tmp_path), recipe.build_model(recipe.read("srpo-emoji", ["model.lora_rank=2"]))
     monkeypatch.setattr(RunFolder, "model", lambda run: (model, None))
     monkeypatch.setattr("palate.runs.strength.generate", lambda *_, **__: torch.zeros(1, 3, 64, 64))
     monkeypatch.setattr("palate.runs.strength.evaluate_samples", lambda *_, **__: {})
-    found = evaluate_strengths(run, [-0.0, 1.0], prompts=["a dog"], seeds=[0])
-    assert list(found["strengths"]) == ["0", "1"]
+    found = evaluate_strengths(run, [-0.0, 1.0, *near], prompts=["a dog"], seeds=[0])
+    assert list(found["strengths"]) == ["0", "1", "0.12345678", "0.12345679"]
+    assert all((tmp_path / "strengths" / each / "0000.png").is_file() for each in found["strengths"])
+    page = write_page_of(tmp_path / "strengths").read_text("utf-8")
+    assert all(f"strength {each}<" in page for each in found["strengths"])
 
 
 def test_what_has_no_strength_is_a_sentence(palate, tmp_path, monkeypatch):

@@ -38,6 +38,7 @@ from palate.export import (
 from palate.models.facts import facts_of
 from palate.models.original import fuse
 from palate.models.weights import NamedWeights
+from palate.runtime.errors import InputError
 
 RANK, ALPHA = 3, 7.0  # alpha != rank on purpose
 
@@ -318,6 +319,24 @@ def test_the_file_says_what_it_is_and_the_card_how_it_was_made(run, tmp_path):
     assert "| reward/warmth | 0.250 | 0.500 |" in card and "licence" in card and "lora_alpha: 7.0" in card
     assert recipe.read(str(tmp_path / "recipe.yaml")) == plan
     (folder / "evaluation.json").unlink()
+
+
+@pytest.mark.parametrize("form", ["diffusers", "kohya"])
+def test_the_card_of_another_run_is_not_written_over(form, tmp_path):
+    """In diffusers' form its weights would go with it; in the others they would stay, without a card. A run's own
+    export is made again, and what palate did not write is let be."""
+    for name in ("one", "two"):
+        trained("stable-diffusion", tmp_path / name)
+    out = tmp_path / "out"
+    for _ in range(2):
+        export_lora(tmp_path / "one", form, out)
+    save_file({"x": torch.zeros(1)}, out / "theirs.safetensors", metadata={"ss_output_name": "theirs"})
+    (out / "cut.safetensors").write_bytes(b"no weights")
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    with pytest.raises(InputError, match=r"--out: .*out holds .* of the run one, whose README.md and recipe.yaml"):
+        export_lora(tmp_path / "two", form, out)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    export_lora(tmp_path / "one", form, out)
 
 
 def test_what_cannot_be_exported_says_why(run, tmp_path):

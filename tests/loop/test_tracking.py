@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from support.loop import rows, run
 
+from palate.cli.run_folder import remove_run
 from palate.recipe import GuardSettings
 from palate.train import tracking
 from palate.train.tracking import Trackers
@@ -87,15 +88,47 @@ def test_trackio_is_called_as_its_documentation_says(tmp_path, monkeypatch):
             self.columns, self.data = columns, data
 
     monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(init=init, Image=Image, Table=Table))
+    (tmp_path / "mine").mkdir()
     tracker = tracking.Trackio(tmp_path / "mine", {"lr": 1.0})
     tracker.scalars(1, {"loss": 2.0})
     tracker.image(1, "previews", np.zeros((2, 2, 3), np.uint8))
     tracker.table(2, "result", [{"metric": "reward", "value": 3.0}, {"metric": "concept", "value": None}])
     tracker.close()
-    assert calls[:2] == [("palate", "mine", {"lr": 1.0}, "allow"), (1, {"loss": 2.0})] and calls[-1] == "finish"
+    (project, name, *rest), first = calls[:2]
+    assert (project, name.rpartition("-")[0], rest) == ("palate", "mine", [{"lr": 1.0}, "allow"])
+    assert first == (1, {"loss": 2.0}) and calls[-1] == "finish"
     assert isinstance(calls[2][1]["previews"], Image)
     table = calls[3][1]["result"]
     assert (table.columns, table.data) == (["metric", "value"], [["reward", 3.0], ["concept", None]])
+
+
+@pytest.mark.parametrize(("tracker", "key"), [("wandb", "id"), ("trackio", "name")])
+def test_a_resumed_run_is_the_same_to_a_service_and_a_fresh_one_is_another(tmp_path, monkeypatch, tracker, key):
+    """Both are known there by one text, and both services go on with a run whose text they have."""
+    opened: list[str] = []
+
+    class Run:
+        def log(self, metrics: dict, step: int | None = None) -> None: ...
+        def finish(self) -> None: ...
+
+    def init(**told) -> Run:
+        assert told["resume"] == "allow"
+        opened.append(told[key])
+        return Run()
+
+    monkeypatch.setitem(sys.modules, tracker, types.SimpleNamespace(init=init))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    run(tmp_path / "mine", tracker=[tracker], steps=1)
+    run(tmp_path / "mine", tracker=[tracker], steps=2, resume=True)
+    remove_run(tmp_path / "mine")  # as --fresh does
+    run(tmp_path / "mine", tracker=[tracker], steps=1)
+    run(tmp_path / "other" / "mine", tracker=[tracker], steps=1)
+    assert opened[0] == opened[1] and len(set(opened)) == 3
+
+
+def test_a_run_of_before_ids_were_kept_stays_the_same_to_weights_and_biases(tmp_path):
+    (tmp_path / "wandb").mkdir()
+    assert tracking.wandb_id(tmp_path) == tracking.json_digest(str(tmp_path))[:16] == tracking.wandb_id(tmp_path)
 
 
 class Recording:

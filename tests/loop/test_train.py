@@ -284,6 +284,17 @@ def test_the_average_moves_every_so_many_steps(tmp_path):
     assert same(tensors(tmp_path / "whole", 5), tensors(tmp_path / "parts", 5))
 
 
+def test_an_average_that_would_never_move_is_refused_before_the_run(tmp_path):
+    """The result would be the weights that it began with. A run may end at its first move."""
+    average = {"algorithm": Quadratic(), "ema_decay": 0.9, "ema_every": 4}
+    with pytest.raises(InputError, match=r"trainer.ema_every: .* first moves at step 4, .* trainer.steps=3; set"):
+        run(tmp_path / "no", steps=3, **average)
+    assert not (tmp_path / "no").exists()
+    model, _ = run(tmp_path / "yes", steps=4, **average)
+    restore_result(model, tmp_path / "yes", warn=pytest.fail)
+    assert not all(torch.equal(a, b) for a, b in zip(model.parameters(), TinyFlow().parameters(), strict=True))
+
+
 def test_one_image_of_a_pair_may_be_absent_and_nothing_else_may(tmp_path):
     """Single likes reach kto through `train`; latents that are broken are named as before."""
     pairs = torch.zeros(len(PROMPTS), 2, 3, 4, 4)

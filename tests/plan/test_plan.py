@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from palate import cli, recipe
 from palate.algorithms.srpo import calls_per_update
 from palate.cli.doctor import FLOORS, Finding, check_reward, findings
+from palate.cli.dry_run import _wrong
 from palate.core import Batch, Random
 from palate.plan import (
     DEVICES,
@@ -31,6 +32,7 @@ from palate.plan import (
     this_machine,
 )
 from palate.plan.activations import fused_attention, kept_bytes
+from palate.runtime.errors import InputError
 
 BASE = """
 run: {{folder: runs/x}}
@@ -183,11 +185,11 @@ def test_sums_times_and_savings():
     slack = plan(recipe_of("flux", "model.gradient_checkpointing=false"), units=UNITS)
     assert slack.memory["activations: denoiser"] == 16 * GIB and slack.flops < whole.flops
     full = plan(
-        recipe_of("flux", "model.weights=full"),
+        recipe_of("flux", "model.weights=full", "trainer.sharding=full", "trainer.batch_size=4"),
         units={**UNITS, "denoiser": UNITS["denoiser"]._replace(trained=10**10)},
         gpus=4,
     )
-    assert full.memory["Adam's two moments (float32)"] == 2e10 and full.memory["frozen reference"] > 2e10
+    assert full.memory["Adam's two moments (float32)"] == 2e10 and full.memory["frozen reference"] > 5e9
     small = dict(memory_savings(made, whole))
     assert small["trainer.micro_batches=2"] < whole.bytes and small["reward.dtype=bfloat16"] == pytest.approx(
         whole.bytes - 2.5 * GIB + 0, rel=0.05
@@ -284,3 +286,85 @@ def test_the_commands_answer_in_text_and_refuse_in_a_line(monkeypatch, capfd, tm
     ):
         code, _, error = palate(*arguments)
         assert code == 2 and words in error and len(error.splitlines()) <= 3
+
+
+WHOLE = {**UNITS, "denoiser": UNITS["denoiser"]._replace(trained=10**10 + 10**7)}  # with model.weights=full
+
+
+@pytest.mark.parametrize(
+    ("sharding", "machine", "pieces"), [("none", None, 1), ("full", None, 4), ("hybrid", None, 4), ("hybrid", "2", 2)]
+)
+def test_ranks_hold_pieces_of_what_is_sharded_and_copies_of_all_else(sharding, machine, pieces, monkeypatch):
+    """As docs/distributed.md: trainer.sharding cuts every network, the frozen reference as well."""
+    if machine:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", machine)
+    made = recipe_of("flux", "model.weights=full", "trainer.ema_decay=0.9", f"trainer.sharding={sharding}",
+                     "trainer.batch_size=4")  # fmt: skip
+    whole = plan(made, units=WHOLE, gpus=4).memory
+    number = WHOLE["denoiser"].trained
+    assert whole["trained weights (float32)"] == whole["moving average"] == 4 * number / pieces
+    assert whole["Adam's two moments (float32)"] == 8 * number / pieces
+    assert whole["frozen reference"] == 2 * WHOLE["denoiser"].parameters / pieces
+
+
+def test_what_several_ranks_could_share_is_named_with_the_key_that_shares_it(monkeypatch):
+    monkeypatch.setattr("palate.plan.memory.measure", lambda recipe: UNITS)  # of a LoRA
+    made = recipe_of("flux", "model.weights=full", "trainer.batch_size=8")
+    found = dict(memory_savings(made, plan(made, units=WHOLE, gpus=8)))
+    cut = recipe_of("flux", "model.weights=full", "trainer.batch_size=8", "trainer.sharding=full")
+    assert found["trainer.sharding=full"] == plan(cut, units=WHOLE, gpus=8).bytes
+    assert any(key.startswith("all but") and "trainer.sharding=full" in key for key in found)
+    text = table(made, plan(made, units=WHOLE, gpus=8), device="rtx-3090")
+    assert "more GPUs (--gpus) with trainer.sharding=full:" in text
+    assert "trainer.sharding=full" not in dict(memory_savings(made, plan(made, units=WHOLE)))  # needs several ranks
+    for change in memory_savings(cut, plan(cut, units=WHOLE, gpus=8)):
+        if change[0].startswith(("model.", "trainer.", "reward.")):  # each can be set as it stands
+            values = change[0].split()
+            recipe_of("flux", "model.weights=full", "trainer.batch_size=8", "trainer.sharding=full", *values)
+
+
+def test_a_moving_average_is_kept_of_every_name_that_is_trained():
+    made = recipe.read("distar-sd15", ["model.folder=owner/base", "trainer.ema_decay=0.9"])
+    found, model = plan(made, units=UNITS).memory, recipe.trained_names("distar")
+    assert len(model) == 2 and found["moving average"] == found["trained weights (float32)"]
+
+
+def test_text_encoders_take_the_bytes_of_their_precision():
+    sizes = []
+    for dtype in ("bfloat16", "float32"):
+        made = recipe_of("flux", f"model.dtype={dtype}")
+        (line,) = [row for row in table(made, plan(made, units=UNITS)).splitlines() if "text encoders" in row]
+        sizes.append(float(line.split(":")[1].split()[0]))
+    assert sizes[1] == pytest.approx(2 * sizes[0], abs=0.1) and sizes[0] > 5
+
+
+def test_gpus_that_do_not_divide_the_batch_are_refused_as_in_training():
+    with pytest.raises(ValueError, match=r"trainer.batch_size: 2 cannot be cut into 3 equal parts \(3 GPUs x"):
+        plan(recipe_of("emoji"), gpus=3)
+    assert [found.state for found in _wrong(recipe_of("emoji"), 3)] == ["bad"] and not [*_wrong(recipe_of("emoji"), 2)]
+
+
+def test_a_damaged_configuration_is_named(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    for text in ('{"_class_name": "Flux', "[1]", "\xff"):
+        (tmp_path / "transformer/config.json").write_bytes(text.encode("latin-1"))
+        with pytest.raises(InputError, match=r"model.folder .*config.json .*download it again"):
+            plan(recipe_of("flux", f"model.folder={tmp_path}"), units=UNITS)
+
+
+def test_a_recipe_that_cannot_be_planned_still_has_its_files_listed(monkeypatch):
+    from palate.cli.requirements import requirements
+
+    monkeypatch.setattr("palate.cli.requirements.plan", lambda recipe: plan(recipe))  # measures hpsv3
+    found = {row.what: row for row in requirements(recipe_of("flux", "reward.name=hpsv3"), "h100")}
+    assert found["model owner/base"].state == "missing" and "reward hpsv3" in found
+    assert found["memory"].state == "note" and "hpsv3 cannot be measured" in found["memory"].text
+
+
+def test_a_first_recipe_takes_one_change_at_a_time_and_never_the_sum_of_them():
+    from palate.cli.init import fitted
+
+    text = recipe.text_of("srpo-flux")
+    for card in (20.0, 24.0, 32.0):
+        changed, said = fitted(text, "a card", DEVICES["h100"]._replace(gib=card), lambda r: plan(r, units=UNITS))
+        assert "Memory by `palate plan`" in said and recipe.parse(changed).model.name == "flux"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -403,3 +404,35 @@ def test_what_an_algorithm_needs_of_rewards_and_pairs_is_said_when_the_recipe_is
     with pytest.raises(RecipeError, match=r"algorithm.noise: tracked needs the noise of each picture"):
         recipe.read("dpo-emoji-online", given)
     assert recipe.read("dpo-emoji-online", [*given, "algorithm.noise=fresh"]).algorithm.noise == "fresh"
+
+
+def test_a_caption_is_text_and_the_remedy_names_the_file_that_is_read(images):
+    for path in images.glob("*.txt"):
+        path.unlink()
+    names = sorted(path.name for path in images.iterdir())
+    rows = [{"file_name": name, "text": "a dog"} for name in names]
+    for wrong in (None, 3, ["a dog"]):
+        lines = [json.dumps({**rows[0], "text": wrong}), *map(json.dumps, rows[1:])]
+        (images / "metadata.jsonl").write_text("\n".join(lines))
+        with pytest.raises(recipe.RecipeError, match=r"line 1: expected .* with both as texts"):
+            recipe.captioned_images(images)
+    (images / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows[1:])))
+    (images / f"{Path(names[0]).stem}.txt").write_text("a cat")
+    with pytest.raises(recipe.RecipeError, match=r"add a line for each to metadata.jsonl, which is read in their"):
+        recipe.captioned_images(images)
+    (images / "metadata.jsonl").rename(images / "captions.txt")
+    (images / "captions.txt").write_text("".join(f"{name}\ta dog\n" for name in names[1:]))
+    with pytest.raises(recipe.RecipeError, match=r"add a line for each to captions.txt, which is read in their"):
+        recipe.captioned_images(images)
+
+
+def test_what_a_file_manager_leaves_in_a_folder_is_no_picture_and_changes_no_run(images):
+    (images / "captions.txt").write_text("".join(f"{path.name}\ta dog\n" for path in images.iterdir()))
+    before = recipe.captioned_images(images), reader.content_digest(str(images))
+    first = before[0][0][0]
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", f"._{first.name}", f"._{first.stem}.txt"):
+        (images / name).write_bytes(b"\0\5\x16\7")
+    (images / "folder.png").mkdir()
+    assert (recipe.captioned_images(images), reader.content_digest(str(images))) == before
+    (images / "more.txt").write_text("a caption")
+    assert reader.content_digest(str(images)) != before[1]

@@ -11,6 +11,7 @@ from palate.algorithms import table as algorithms
 from palate.recipe import SECTIONS, RecipeError, unread
 from palate.recipe.guard import GuardSettings
 from palate.recipe.unread import TABLE
+from palate.runs import RunFolder
 
 WORDS = "run: {{folder: runs/x}}\nalgorithm: {{name: {}}}\nreward: {{name: emoji}}\nprompts: {{list: [a dog]}}\n"
 
@@ -64,3 +65,27 @@ def test_every_key_of_the_tables_is_one_of_its_section():
         known = {field.name: field for field in dataclasses.fields(kind)}
         for key in (key for rule in rules for key in rule.keys):
             assert known[key].default is not dataclasses.MISSING, (name, key)
+
+
+WITHOUT_EFFECT = [
+    ("draft", "prompts.images", ["prompts={images: x}"]),
+    ("refl", "prompts.images", ["prompts={images: x}", "algorithm.pretrain=0"]),
+    ("srpo", "model.lora_init", ["model.start=runs/a", "model.lora_init=gaussian"]),
+    ("srpo", "model.reference", ["model.reference=start"]),
+    ("srpo", "trainer.ema_every", ["trainer.steps=3", "trainer.ema_decay=0.9", "trainer.ema_every=4"]),
+    ("srpo", "prompts.sizes", ["model={name: sdxl, folder: x}", "reward=null", "trainer.guard.every=0",
+                               "optimize={oracle: {name: jpeg-size}}", "prompts.sizes=[512, 1024]"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "key", "overrides"), WITHOUT_EFFECT)
+def test_what_has_no_effect_begins_no_run_and_ends_none_that_is_stored(name, key, overrides, tmp_path, monkeypatch):
+    """A run may be older than the rule; it is read, to be judged, looked at and gone on with."""
+    with pytest.raises(RecipeError, match=f"^{key}: [^\n]*$"):
+        recipe.parse(WORDS.format(name), overrides)
+    with monkeypatch.context() as before:
+        before.setattr("palate.recipe.checks.check_effects", lambda recipe, mistakes: None)
+        (tmp_path / "recipe.yaml").write_text(recipe.dump(recipe.parse(WORDS.format(name), overrides)))
+    with pytest.raises(RecipeError, match=f"^{key}: [^\n]*$"):
+        recipe.read(str(tmp_path / "recipe.yaml"))
+    assert RunFolder(tmp_path).recipe.algorithm.name == name

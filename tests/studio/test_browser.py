@@ -292,6 +292,31 @@ def test_pictures_are_enlarged_turned_and_held_without_a_keyboard(open_studio, t
     assert not complaints(page, server.root)
 
 
+def test_the_log_and_the_report_lead_back_on_a_phone_and_a_desk(open_studio, tmp_path, show):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(recipe.dump(recipe.read("direct-emoji", [f"run.folder='{folder}'"])))
+    (folder / "metrics.jsonl").write_text('{"step": 1, "event": "step", "loss": 0.0, "reward": 0.1}\n')
+    page, server = open_studio(tmp_path)
+    for width, height in ((1280, 800), (390, 844)):
+        show(page, width, height)
+        for part in ("Report", "Log"):
+            page.get(server.root + "/runs")
+            page.find_element(By.LINK_TEXT, part).click()
+            wait_for(lambda part=part: part.lower() in page.current_url, 60, part)
+            assert page.execute_script("return document.documentElement.scrollWidth - innerWidth") <= 0
+            if part == "Report":
+                assert page.execute_script("return document.documentElement.scrollHeight - innerHeight") <= 0
+                frame = page.find_element(By.TAG_NAME, "iframe")
+                assert frame.size["height"] > height - 120 and frame.size["width"] == width
+                page.switch_to.frame(frame)
+                wait_for(lambda: page.find_element(By.TAG_NAME, "h1").text == "mine", 60, "the report")
+                page.switch_to.default_content()
+            page.find_element(By.LINK_TEXT, "Runs").click()
+            wait_for(lambda: page.current_url == server.root + "/runs", 60, "the list of runs")
+    assert not complaints(page, server.root)
+
+
 def test_two_presses_start_one_run_and_a_long_link_stays_on_the_screen(open_studio, tmp_path):
     page, server = open_studio(tmp_path, width=390, height=844)
     page.get(server.root + "/")

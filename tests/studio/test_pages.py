@@ -304,6 +304,30 @@ def test_paths_that_lead_out_or_nowhere_are_refused(studio, path):
     assert answer.status_code in (404, 422) and "root:" not in answer.text and "import " not in answer.text
 
 
+def test_the_log_and_the_report_of_a_run_have_the_way_back_that_every_page_has(steered):
+    """The report itself is a file that is opened from folders too: it leads nowhere, and to the studio, whose pages
+    alone may frame it, it is a page of another origin."""
+    client, found, folder = steered
+    found.workspace.logs.mkdir(parents=True, exist_ok=True)
+    found.processes.log_path("steer-9").write_text("step 1\r<b>step 2</b>\n")
+    for part in ("log", "report"):
+        answer = client.get(f"/runs/steer-9/{part}")
+        assert answer.status_code == 200 and not Labels(answer.text).problems and "steer-9" in answer.text
+        for path in PATHS:
+            assert f'href="{path}"' in answer.text
+        assert '<a href="/runs" aria-current="page">' in answer.text
+    assert "step 1\n&lt;b&gt;step 2&lt;/b&gt;" in client.get("/runs/steer-9/log").text
+    assert "frame-src 'self'" in client.get("/runs/steer-9/report").headers["content-security-policy"]
+    (source,) = re.findall(r'<iframe[^>]* src="([^"]+)"', client.get("/runs/steer-9/report").text)
+    inside = client.get(source)
+    assert inside.text == (folder / "report.html").read_text("utf-8") and 'href="/' not in inside.text
+    policy = inside.headers["content-security-policy"]
+    assert policy.startswith("sandbox allow-scripts;") and "frame-ancestors 'self'" in policy
+    assert inside.headers["x-frame-options"] == "SAMEORIGIN"
+    (folder / "report.html").unlink()
+    assert client.get(source).status_code == 422
+
+
 def picture(shade):
     stream = io.BytesIO()
     Image.fromarray(np.full((40, 30, 3), shade, np.uint8)).save(stream, "PNG")

@@ -81,6 +81,12 @@ class Direct:
         self.settings, self.sampler = settings, settings.generator
         self.positive, self.negative = settings.positive, settings.negative
 
+    @property
+    def later_metrics(self) -> tuple[str, ...]:
+        """What the updates that teach the context do not log."""
+        words = ("positive", "negative") if self.positive or self.negative else ()
+        return ("reward", *words) if self.settings.context else ()
+
     def steer(self, positive: Sequence[str] | None = None, negative: Sequence[str] | None = None) -> None:
         """Replace the control words from the next step on; None keeps a list, an empty one takes its words back."""
         wanted = self.positive if positive is None else word_list("positive", positive)

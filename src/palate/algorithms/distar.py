@@ -168,6 +168,13 @@ class Distar:
         """
         return self.loss_mean / self.scale_mean if self.scale_mean else 0.0
 
+    @property
+    def later_metrics(self) -> tuple[str, ...]:
+        """What is logged once the reward counts: after `reward_start_step`, and once the head has its answers."""
+        s = self.settings
+        asked = ("answer", "head_answers", "head_explained") if s.head_queries else ()
+        return ("reward", "force_reward", "reward_share", *asked) if s.reward_scale else ()
+
     def warnings(self, learning_rates: Mapping[str, float]) -> list[str]:
         """What to tell the user now, given the learning rates; the loop says each sentence once."""
         told = []

@@ -37,6 +37,7 @@ from torch import Tensor
 
 from palate.core import Batch, Cond, Loss, Model, Random, Reward, require
 from palate.path import Prediction, from_velocity, move
+from palate.rewards.combine import below_hinge
 from palate.sampling import state_kind, time_grid
 
 
@@ -170,7 +171,7 @@ def similarity(off_j: Tensor, off_0: Tensor, tau: float) -> Tensor:
 
 def reward_loss(r: Tensor, weight: Tensor, hinge: float | None) -> Tensor:
     """mean of w phi(r), phi(r) = max(0, hinge - r) or -r."""
-    return (weight.to(r) * (-r if hinge is None else (hinge - r).relu())).mean()
+    return (weight.to(r) * below_hinge(r, hinge)).mean()
 
 
 def calls_per_update(settings: LeapAlignSettings) -> dict[str, int]:

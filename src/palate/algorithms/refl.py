@@ -30,6 +30,7 @@ from torch import Tensor
 
 from palate.core import Batch, Cond, Loss, Model, Random, Reward
 from palate.path import add_noise, move
+from palate.rewards.combine import below_hinge
 from palate.runtime.errors import InputError
 from palate.sampling import random_step, state_kind, time_grid
 
@@ -122,7 +123,7 @@ def approach(
 
 def reward_loss(r: Tensor, hinge: float | None) -> Tensor:
     """mean phi(r): max(0, hinge - r), or -r. Both have the same gradient while r < hinge."""
-    return (-r if hinge is None else (hinge - r).relu()).mean()
+    return below_hinge(r, hinge).mean()
 
 
 def pretrain_loss(model: Model, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond) -> Tensor:

@@ -44,7 +44,7 @@ from torch import Tensor
 
 from palate.core import Batch, Loss, Model, Random, Reward, require
 from palate.path import Coefficient, Prediction, add_noise, from_velocity, move
-from palate.rewards.combine import TEMPLATE, control_texts, relative, score_pair, with_control
+from palate.rewards.combine import TEMPLATE, below_hinge, control_texts, relative, score_pair, with_control
 from palate.runtime.errors import InputError
 from palate.sampling import sample, shift_time, state_kind
 
@@ -291,7 +291,7 @@ def gain(alpha_s: Tensor, sigma_s: Tensor, alpha_e: Tensor, sigma_e: Tensor) -> 
 
 def preference_loss(r: Tensor, weight: Tensor, hinge: float | None) -> Tensor:
     """mean of -lambda r, or of lambda max(0, hinge - r); the two have the same gradient while r < hinge."""
-    return (weight.to(r) * (-r if hinge is None else (hinge - r).relu())).mean()
+    return (weight.to(r) * below_hinge(r, hinge)).mean()
 
 
 def between(ends: tuple[float, float], position: Tensor) -> Tensor:

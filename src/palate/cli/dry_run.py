@@ -43,7 +43,7 @@ def dry_run_of(recipe: Recipe, *, gpus: int = 1, fresh: bool = False) -> None:
     wanted = list(files_required(recipe, made))
     good = _said(each.finding() for each in wanted) and good
     if not any(each.what.startswith("model") and each.state in MISSING for each in wanted):
-        good = _said(_wrong(recipe)) and good
+        good = _said(_wrong(recipe, gpus)) and good
     print("\nprompts")
     _prompts(recipe)
     print(f"\n{'ready' if good else 'not ready'}: nothing was loaded, nothing written")
@@ -88,10 +88,11 @@ def _folders(recipe: Recipe, fresh: bool) -> bool:
     return fresh or not held
 
 
-def _wrong(recipe: Recipe) -> Iterator[Finding]:
+def _wrong(recipe: Recipe, gpus: int) -> Iterator[Finding]:
     """What the files that are there say: a folder of another family, a size that it cannot draw, a LoRA that does not
-    fit, a picture that cannot be read."""
+    fit, a picture that cannot be read; and a batch that the ranks cannot share."""
     try:
+        planner.require_equal_parts(recipe, gpus)
         pictures = pictures_of(recipe)
         check_images(pictures.files if pictures else [])
         recipes.check_folder(recipe)

@@ -160,12 +160,13 @@ def fitted(text: str, name: str, card: Device, plan: Planner) -> tuple[str, str]
         made = plan(recipe)
         if made.bytes <= room:
             return text, f"Memory by `palate plan`: {made.bytes / GIB:.2g} of {card.gib:g} GiB on {name}"
-        found = [(key, need) for key, need in planner.memory_savings(recipe, made) if key != "all of these"]
+        found = [(key, need) for key, need in planner.memory_savings(recipe, made) if not key.startswith("all ")]
         if not found:
             break
         gentle = [key for key, need in reversed(found) if need <= room]  # the last of those that are enough
-        key, _, value = (gentle or [found[0][0]])[0].partition("=")
-        text = with_value(text, key, literal(value, key))
+        for change in (gentle or [found[0][0]])[0].split():  # of two keys where one goes with the other
+            key, _, value = change.partition("=")
+            text = with_value(text, key, literal(value, key))
     return text, f"Memory by `palate plan`: {made.bytes / GIB:.2g} GiB, MORE than {card.gib:g} GiB on {name} have room"
 
 

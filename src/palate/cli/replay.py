@@ -19,7 +19,7 @@ def replay_and_print(bundle: Path) -> None:
     saved = checkpoint.load(bundle)
     if not saved.state.get("recipe"):
         raise InputError(f"{bundle} is of a run that Python started, without a recipe; use palate.train.replay there")
-    recipe = recipes.parse(saved.state["recipe"])
+    recipe = recipes.parse(saved.state["recipe"], stored=True)
     torch.manual_seed(recipe.trainer.seed)
     model, algorithm = recipes.build_model(recipe), recipes.build_algorithm(recipe)
     recipes.load_consistency(recipe, model)

@@ -43,9 +43,12 @@ class Requirement(NamedTuple):
 
 def requirements(recipe: Recipe, device: str | None = None) -> Iterator[Requirement]:
     """Everything, in the order in which a run would ask for it."""
-    made = plan(recipe)
+    try:
+        made, why = plan(recipe), ""
+    except InputError as error:  # an own model, a reward that has to be loaded: their files are listed all the same
+        made, why = None, str(error)
     yield from files_required(recipe, made)
-    yield _memory(made, device)
+    yield _memory(made, device) if made else Requirement("note", "memory", f"not known: {why}")
 
 
 def files_required(recipe: Recipe, made: Plan | None) -> Iterator[Requirement]:

@@ -19,10 +19,10 @@ def read_resumed(run: Path, overrides: Sequence[str]) -> Recipe:
     """The run's own recipe with the overrides. InputError where they would change the run itself; CheckpointError
     where there is nothing to continue from."""
     text = recipes.text_of(str(file := recipe_file(run)))
-    started = recipes.parse(text, beside=file.absolute().parent)
+    started = recipes.parse(text, beside=file.absolute().parent, stored=True)
     if started.optimize is not None:
         raise InputError(f"{run} queries a black-box objective; continue it with `palate optimize {in_shell(file)}`")
-    recipe = recipes.parse(text, overrides, beside=file.absolute().parent)
+    recipe = recipes.parse(text, overrides, beside=file.absolute().parent, stored=True)
     recipe = dataclasses.replace(recipe, run=dataclasses.replace(recipe.run, folder=str(run)))
     if recipes.fingerprint(started) != recipes.fingerprint(recipe):
         raise InputError(

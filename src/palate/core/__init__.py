@@ -11,7 +11,7 @@ an object for a member that no protocol lists.
                         HasStrength, HasNetworks, PutsWords                                          models.py
     a reward may be     TwoTower, EmbedsImages, HasFeatures                                rewards.py
     an algorithm may be Stateful, Steerable, ComparesWords, DrawsOwnSamples, DrawsReference, Warns,
-                        ChecksBatch, TakesAnySize, ReadsImages, AsksOtherPrompts           algorithms.py
+                        ChecksBatch, TakesAnySize, ReadsImages, AsksOtherPrompts, LogsLater  algorithms.py
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from palate.core.algorithms import (
     ComparesWords,
     DrawsOwnSamples,
     DrawsReference,
+    LogsLater,
     Loss,
     ReadsImages,
     Sampler,
@@ -59,8 +60,8 @@ from palate.core.settings import require
 __all__ = [
     "Algorithm", "AsksOtherPrompts", "Batch", "ChecksBatch", "ComparesWords", "Cond", "DrawsOtherSizes",
     "DrawsOwnSamples", "DrawsReference", "EmbedsImages", "EncodesPictures", "Fingerprinted", "GuardMeasure",
-    "HasFeatures", "HasNetworks", "HasPosterior", "HasStrength", "LoadsAdapter", "Loss", "Model", "Networks",
-    "PublishedGrid", "PutsWords", "Random", "ReadsImages", "Reward", "Sampleable", "Sampler", "SavesAdapter",
-    "Stateful", "Steerable", "TakesAnySize", "TakesConsistency", "TextCached", "TrainsOtherwise", "TwoTower", "Warns",
-    "prompt_order", "require", "used_prompts",
+    "HasFeatures", "HasNetworks", "HasPosterior", "HasStrength", "LoadsAdapter", "LogsLater", "Loss", "Model",
+    "Networks", "PublishedGrid", "PutsWords", "Random", "ReadsImages", "Reward", "Sampleable", "Sampler",
+    "SavesAdapter", "Stateful", "Steerable", "TakesAnySize", "TakesConsistency", "TextCached", "TrainsOtherwise",
+    "TwoTower", "Warns", "prompt_order", "require", "used_prompts",
 ]  # fmt: skip

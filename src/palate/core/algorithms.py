@@ -123,6 +123,15 @@ class Warns(Protocol):
 
 
 @runtime_checkable
+class LogsLater(Protocol):
+    """An algorithm whose first updates of the policy lack some metrics, as the reward while something else is learnt;
+    `trainer.guard.best` may name them."""
+
+    @property
+    def later_metrics(self) -> tuple[str, ...]: ...
+
+
+@runtime_checkable
 class ChecksBatch(Protocol):
     """An algorithm that cannot work with every batch size."""
 

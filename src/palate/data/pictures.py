@@ -17,12 +17,13 @@ from torch import Tensor
 from palate.core import EncodesPictures, HasPosterior
 from palate.data.tables import TEXT_LIMIT, RecipeError, read_text
 from palate.runtime.errors import InputError
-from palate.runtime.files import parse_json, split_lines
+from palate.runtime.files import is_litter, own_files, parse_json, split_lines
 from palate.runtime.images import UNREADABLE, as_rgb, from_pixels
 
 ENCODED_TOGETHER = 32  # images
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 OTHER_PICTURES = (".heic", ".heif", ".avif", ".jxl", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".tga", ".exr")
+METADATA, CAPTIONS = "metadata.jsonl", "captions.txt"  # of a folder; the first that is there is read
 JPEG_TAIL = 4096  # bytes at the end of a JPEG in which its end marker is looked for
 
 
@@ -34,7 +35,7 @@ def captioned_images(folder: Path) -> list[tuple[Path, str]]:
     """
     if not folder.is_dir():
         raise RecipeError(f"prompts.images: {folder} is not a folder")
-    images = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_ENDINGS)
+    images = sorted(p for p in own_files(folder) if p.suffix.lower() in IMAGE_ENDINGS)
     left_out = _left_out(folder)
     if not images:
         also = f" itself; {left_out}" if left_out else ""
@@ -44,16 +45,22 @@ def captioned_images(folder: Path) -> list[tuple[Path, str]]:
     captions = _captions(folder, images)
     missing = [path.name for path in images if not captions.get(path.name)]
     if missing:
+        lists = [name for name in (METADATA, CAPTIONS) if (folder / name).is_file()]
+        stem = Path(missing[0]).stem
+        remedy = (
+            f"add a line for each to {lists[0]}, which is read in their own text files' place"
+            if lists
+            else f"write {stem}.txt, or a line in {CAPTIONS} (name<TAB>caption) or {METADATA}"
+        )
         raise RecipeError(
-            f"prompts.images: {len(missing)} of {len(images)} images have no caption, {missing[0]} for one; "
-            f"write {Path(missing[0]).stem}.txt, or a line in captions.txt (name<TAB>caption) or metadata.jsonl"
+            f"prompts.images: {len(missing)} of {len(images)} images have no caption, {missing[0]} for one; {remedy}"
         )
     return [(path, captions[path.name]) for path in images]
 
 
 def _left_out(folder: Path) -> str:
     """What in the folder looks like a picture and is not used, counted; "" if nothing does."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in folder.rglob("*") if path.is_file() and not is_litter(path.name)]
     other = [path for path in files if path.suffix.lower() in OTHER_PICTURES]
     below = [path for path in files if path.parent != folder and path.suffix.lower() in IMAGE_ENDINGS]
     notes = []
@@ -70,16 +77,21 @@ def _left_out(folder: Path) -> str:
 
 def _captions(folder: Path, images: list[Path]) -> dict[str, str]:
     rows: dict[str, str] = {}
-    if (file := folder / "metadata.jsonl").is_file():
+    if (file := folder / METADATA).is_file():
         for number, line in enumerate(split_lines(read_text(file, limit=TEXT_LIMIT)), 1):
             if not line.strip():
                 continue
             try:
                 row = parse_json(line)
-                rows[str(row["file_name"])] = str(row["text"]).strip()
+                name, text = row["file_name"], row["text"]
+                if not isinstance(name, str) or not isinstance(text, str):
+                    raise TypeError("a name and a caption are texts")
             except (ValueError, KeyError, TypeError) as error:
-                raise RecipeError(f'{file}, line {number}: expected {{"file_name": ..., "text": ...}}') from error
-    elif (file := folder / "captions.txt").is_file():
+                raise RecipeError(
+                    f'{file}, line {number}: expected {{"file_name": ..., "text": ...}} with both as texts'
+                ) from error
+            rows[name] = text.strip()
+    elif (file := folder / CAPTIONS).is_file():
         for number, line in enumerate(split_lines(read_text(file, limit=TEXT_LIMIT)), 1):
             if not line.strip():
                 continue

@@ -156,6 +156,11 @@ def write_samples(
     write_atomically(folder / "index.jsonl", "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows).encode())
 
 
+def strength_text(strength: float) -> str:
+    """The number in the fewest digits that tell it from every other: 0.5, 1."""
+    return repr(float(strength)).removesuffix(".0")
+
+
 def read_index(folder: str | Path) -> list[dict[str, Any]]:
     """The rows of folder/index.jsonl, checked. Raises ValueError naming the file, line and remedy."""
     index = Path(folder) / "index.jsonl"

@@ -27,6 +27,7 @@ from palate.runtime.files import new_folder, write_atomically
 MAX_SHARD_SIZE = "10GB"  # diffusers' own
 RECIPE = "recipe.yaml"  # beside an export: the run's own
 WORKFLOW = "workflow.json"  # beside a LoRA for ComfyUI
+RUN_NAME = "ss_output_name"  # of a file's metadata: kohya's key for the name that a LoRA was written under
 
 Words = Mapping[str, str]  # "positive", "negative": the control words at the end of the run
 
@@ -64,7 +65,7 @@ def write_lora(
     if form == "comfyui" and (graph := workflow_text(recipe, lora_file(run, form))) is not None:
         texts[WORKFLOW] = graph
     if out is not None:
-        _check_others(out, texts)
+        _check_others(out, texts, metadata[RUN_NAME])
     write(folder / lora_file(run, form), tensors, metadata)
     write_card(folder, texts[CARD])
     for name in texts.keys() - {CARD}:
@@ -72,13 +73,30 @@ def write_lora(
     return [folder / lora_file(run, form), *(folder / name for name in texts)]
 
 
-def _check_others(folder: Path, names: Iterable[str]) -> None:
-    """InputError: the folder holds a file of one of the names that no export of a LoRA wrote."""
+def _check_others(folder: Path, names: Iterable[str], run: str) -> None:
+    """InputError: the folder holds a file of one of the names that no export of a LoRA wrote, or the LoRA of another
+    run than the one of that name, whose card and recipe are there."""
+    for file in sorted(folder.glob("*.safetensors")):
+        if (other := _run_of(file)) not in (None, run):
+            raise InputError(
+                f"--out: {folder} holds {file.name} of the run {other}, whose {' and '.join(names)} would be written "
+                "over; name a folder of its own in it"
+            )
     card = folder / CARD
     if card.is_file() and re.search(r"^# LoRA of .*, trained with ", card.read_text("utf-8", "replace"), re.MULTILINE):
         return
     if there := next((name for name in names if (folder / name).exists()), None):
         raise InputError(f"--out: {folder} holds a {there} that would be written over; name a folder of its own in it")
+
+
+def _run_of(file: Path) -> str | None:
+    """The run whose LoRA an export wrote into the file; None for every other file."""
+    try:
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+    except (SafetensorError, OSError):
+        return None
+    return metadata.get(RUN_NAME) if "palate.version" in metadata else None
 
 
 def export_merged(
@@ -127,7 +145,7 @@ def describe(run: Path, recipe: Recipe, layers: Mapping[str, Lora], words: Words
         **{f"palate.{side}": text for side, text in said.items()},
         "ss_network_dim": str(ranks[-1]),
         "ss_network_alpha": f"{alphas[-1]:g}",  # where kohya's tools look
-        "ss_output_name": run.resolve().name,
+        RUN_NAME: run.resolve().name,
         "modelspec.title": run.resolve().name,
         "modelspec.architecture": f"{facts.name}/lora",
         "modelspec.description": f"{recipe.algorithm.name} on {facts.name}{wanted}",
@@ -169,4 +187,4 @@ def read_adapter(folder: Path) -> dict[str, Lora]:
 def _recipe(run: Path) -> Recipe:
     if not (run / "recipe.yaml").is_file():
         raise InputError(f"{run} is not a run (it holds no recipe.yaml); give the folder of one, as runs/NAME")
-    return recipes.read(str(run / "recipe.yaml"))
+    return recipes.read(str(run / "recipe.yaml"), stored=True)

@@ -31,7 +31,7 @@ def from_recipe(recipe: Recipe, *, progress: bool = True, say: Callable[[str], N
     oracle = load_oracle(settings.oracle, seed=recipe.trainer.seed)  # the cheap things that can be wrong come first
     round_sizes(settings.budget, settings.rounds)
     stored = folder / "recipe.yaml"
-    begun = reader.read(str(stored)) if stored.is_file() else reader.begun(recipe)
+    begun = reader.read(str(stored), stored=True) if stored.is_file() else reader.begun(recipe)
     if begun.optimize is None:
         raise InputError(f"{folder} holds a run of palate train; choose another run.folder, or replace it with --fresh")
     if identity_of(begun) != identity_of(recipe):

@@ -13,7 +13,7 @@ from palate.plan.activations import Unit, measure_unit
 from palate.plan.count import count
 from palate.plan.headroom import Room, require_room, room
 from palate.plan.measure import measure
-from palate.plan.memory import Plan, memory_savings, plan
+from palate.plan.memory import Plan, memory_savings, plan, require_equal_parts
 from palate.plan.table import DEVICES, GIB, Device, as_json, can_fit, duration, table, this_machine
 
 levers = memory_savings  # its name before 0.2
@@ -34,6 +34,7 @@ __all__ = [
     "measure_unit",
     "memory_savings",
     "plan",
+    "require_equal_parts",
     "require_room",
     "room",
     "table",

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from palate.plan.activations import Unit
-from palate.plan.memory import OFFLOAD, Plan, memory_of, memory_savings, micro_batches, plan
+from palate.plan.memory import ALONE, OFFLOAD, Plan, memory_of, memory_savings, micro_batches, plan
 from palate.plan.table import FREE, GIB
 from palate.recipe import Recipe
 from palate.runtime.environment import host_memory
@@ -78,7 +78,7 @@ def room(recipe: Recipe, *, gpus: int | None = None, units: Mapping[str, Unit] |
         return Room(need, have, name, fitting)
     nearest, value = min(savings, key=lambda pair: pair[1])
     if nearest.startswith("all "):
-        left_out = (OFFLOAD, "model.quantize=int8")  # which goes with none of the others; less than nf4 saves
+        left_out = (*ALONE, "model.quantize=int8")  # which go with none of the others; less than nf4 saves
         nearest = " ".join(key for key, _ in savings[:-1] if key not in left_out)
         if value <= budget:
             return Room(need, have, name, ((nearest, value * local),))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -31,6 +30,7 @@ from palate.rewards.clip import vit_h_14
 from palate.rewards.emoji import load_reward
 from palate.rewards.image_reward import LENGTH, blip_large
 from palate.runtime.errors import InputError
+from palate.runtime.files import parse_json
 
 VIT_L: dict[str, Any] = {
     "hidden_size": 1024,
@@ -47,7 +47,7 @@ def measure(recipe: Recipe) -> dict[str, Unit]:
     """denoiser, decoder, encoder and reward on one image."""
     if recipe.model.name == "emoji":
         return _embedded(recipe)
-    family = family_of(recipe)
+    family, rewards = family_of(recipe), _rewards(recipe)  # first, for what cannot be measured
     facts = family.facts
     published = published_of(facts)
     vae_config = local_config(recipe, facts, "vae") or published.vae
@@ -87,7 +87,7 @@ def measure(recipe: Recipe) -> dict[str, Unit]:
     layers, fours = quantisable(network), stored_in_fours(network, facts.whole)
     whole = sum(layer.weight.numel() for name, layer in layers.items() if name not in fours)
     units["denoiser"] = units["denoiser"]._replace(whole=whole)
-    return units | _rewards(recipe)
+    return units | rewards
 
 
 def family_of(recipe: Recipe) -> type[LoadedModel]:
@@ -113,8 +113,13 @@ def local_config(recipe: Recipe, facts: Facts, part: str) -> dict[str, Any] | No
     there = next((name for name in names if (folder / name / "config.json").is_file()), None)
     if there is None:
         return None
-    config = json.loads((folder / there / "config.json").read_text("utf-8"))
-    expected = facts.parts[part]
+    path, expected = folder / there / "config.json", facts.parts[part]
+    try:
+        config = parse_json(path.read_text("utf-8"))
+    except ValueError as error:
+        raise InputError(f"model.folder {folder}: {path} is damaged ({error}); download it again") from error
+    if not isinstance(config, dict):
+        raise InputError(f"model.folder {folder}: {path} holds no mapping of settings; download it again")
     if (got := config.get("_class_name", expected)) != expected:
         raise InputError(f"model.folder {folder}: its {there} is a {got}, {facts.name} needs a {expected}")
     return {key: value for key, value in config.items() if not key.startswith("_")}

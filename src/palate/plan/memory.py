@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -13,8 +14,11 @@ from palate.plan.count import counts
 from palate.plan.measure import family_of, local_config, measure
 from palate.recipe import Recipe, trained_names
 from palate.rewards import table as rewards
+from palate.runtime.errors import InputError
 
 OFFLOAD = "model.offload=true"
+SHARDING = "trainer.sharding=full"
+ALONE = (OFFLOAD, SHARDING)  # the first goes with none of 4 or 8 bits, the second with no LoRA and no 8-bit moments
 MOMENTS = 2 * (1 + 4 / 256) / 4  # of adamw8bit, per byte of the parameters: a byte, and a scale for every 256
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -47,7 +51,8 @@ class Plan:
 
 def plan(recipe: Recipe, *, gpus: int = 1, units: Mapping[str, Unit] | None = None) -> Plan:
     """What an update of the recipe costs, of several image sizes at the largest. `units` measured before save the meta
-    device another run."""
+    device another run. InputError: the batch cannot be cut into equal parts."""
+    require_equal_parts(recipe, gpus)
     if recipe.prompts.sizes:
         recipe = replace(recipe, model=replace(recipe.model, image_size=largest(recipe.prompts.sizes)))
     units = dict(units or measure(recipe))
@@ -69,10 +74,21 @@ def plan(recipe: Recipe, *, gpus: int = 1, units: Mapping[str, Unit] | None = No
     return Plan(calls, units, flops, memory, gpus, tuple(notes), graph)
 
 
+def require_equal_parts(recipe: Recipe, gpus: int) -> None:
+    """InputError: the run would refuse to cut its batch over so many GPUs."""
+    size, micro = recipe.trainer.batch_size, recipe.trainer.micro_batches
+    if size % (gpus * micro):
+        raise InputError(
+            f"trainer.batch_size: {size} cannot be cut into {gpus * micro} equal parts "
+            f"({gpus} GPUs x trainer.micro_batches={micro}); expected a multiple"
+        )
+
+
 def memory_of(
     recipe: Recipe, units: Mapping[str, Unit], graph: Mapping[str, float], gpus: int, checkpointed: bool
 ) -> dict[str, float]:
-    """Bytes of one GPU by term. Full training shards what is trained over the GPUs; a LoRA is on each.
+    """Bytes of one GPU by term. trainer.sharding cuts every network over the GPUs, or those of a machine; else each GPU
+    has all of them.
 
     Activations are those of the largest single backward pass: DRaFT's last K steps share one, the losses of a critic
     and of a generator do not.
@@ -86,10 +102,10 @@ def memory_of(
         base -= stored * (width - BYTES[recipe.model.quantize])
     if recipe.model.offload:
         base -= (denoiser.blocks - denoiser.largest_block) * (1 if recipe.model.quantize == "fp8" else width)
-    shards = gpus if full else 1
-    trained = names * denoiser.trained * 4 / shards
+    pieces = _pieces(recipe, gpus)
+    base, trained = base / pieces, names * denoiser.trained * 4 / pieces
     small = recipe.trainer.optimizer == "adamw8bit"
-    ema = denoiser.trained * 4 / shards if recipe.trainer.ema_decay else 0.0
+    ema = trained if recipe.trainer.ema_decay else 0.0
     batch = max(1.0, recipe.trainer.batch_size / gpus / recipe.trainer.micro_batches)
     decoder = units["decoder"]
     denoiser_kept, decoder_kept = (u.kept_checkpointed if checkpointed else u.kept for u in (denoiser, decoder))
@@ -111,16 +127,26 @@ def memory_of(
     }
 
 
+def _pieces(recipe: Recipe, gpus: int) -> int:
+    """How many GPUs hold a network together."""
+    if recipe.model.weights != "full" or recipe.trainer.sharding == "none":
+        return 1
+    return gpus if recipe.trainer.sharding == "full" else min(gpus, int(os.environ.get("LOCAL_WORLD_SIZE", gpus)))
+
+
 def memory_savings(recipe: Recipe, made: Plan) -> list[tuple[str, float]]:
-    """Changes of the recipe with the bytes of one GPU after each alone, the smallest first; the last is all of them."""
+    """Changes of the recipe with the bytes of one GPU after each alone, the smallest first; the last, which begins with
+    "all", is all of them."""
     changes = _changes(recipe, made.gpus)
     found = sorted(((name, _bytes(recipe, changed, made)) for name, changed in changes), key=lambda pair: pair[1])
-    together = [(name, changed) for name, changed in changes if name != OFFLOAD]  # which goes with none of 4 or 8 bits
+    left_out = [name for name, _ in changes if name in ALONE]
+    together = [(name, changed) for name, changed in changes if name not in ALONE]
     if len(together) > 1:
         every = recipe
         for _, changed in together:
             every = _both(recipe, every, changed)
-        found.append(("all of these" if together == changes else f"all but {OFFLOAD}", _bytes(recipe, every, made)))
+        name = f"all but {' and '.join(left_out)}" if left_out else "all of these"
+        found.append((name, _bytes(recipe, every, made)))
     return found
 
 
@@ -135,12 +161,16 @@ def _changes(recipe: Recipe, gpus: int) -> list[tuple[str, Recipe]]:
         found.append(("model.gradient_checkpointing=true", on))
     if model.quantize is None and model.weights == "lora" and model.name != "emoji":
         found += [(f"model.quantize={q}", replace(recipe, model=replace(model, quantize=q))) for q in ("int8", "nf4")]
-    if trainer.optimizer == "adamw":
+    if trainer.optimizer == "adamw" and trainer.sharding == "none":
         found.append(("trainer.optimizer=adamw8bit", replace(recipe, trainer=replace(trainer, optimizer="adamw8bit"))))
     if trainer.ema_decay:
         found.append(("trainer.ema_decay=0", replace(recipe, trainer=replace(trainer, ema_decay=0.0))))
     if model.weights == "full":
-        found.append(("model.weights=lora", replace(recipe, model=replace(model, weights="lora"))))
+        name = "model.weights=lora" + ("" if trainer.sharding == "none" else " trainer.sharding=none")
+        lora = replace(recipe, model=replace(model, weights="lora"), trainer=replace(trainer, sharding="none"))
+        found.append((name, lora))
+    if model.weights == "full" and gpus > 1 and trainer.sharding == "none" and trainer.optimizer == "adamw":
+        found.append((SHARDING, replace(recipe, trainer=replace(trainer, sharding="full"))))
     alone = model.quantize in ("nf4", "int8") or model.compile or model.gradient_checkpointing is False
     if model.weights == "lora" and model.name != "emoji" and not model.offload and not alone:
         found.append((OFFLOAD, replace(recipe, model=replace(model, offload=True))))

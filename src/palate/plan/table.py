@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from palate.plan.measure import family_of, published_of
-from palate.plan.memory import Plan, memory_savings
+from palate.plan.memory import DTYPE_BYTES, Plan, memory_savings
 from palate.recipe import Recipe
 from palate.runtime.environment import host_memory
 from palate.runtime.errors import InputError
@@ -109,7 +109,8 @@ def table(
         f"  {'total':34}{made.bytes / GIB:9.3f}  of {card.gib:g}, of which 10 to 15 % should stay free",
     ]
     if recipe.model.name != "emoji":
-        encoders = published_of(family_of(recipe).facts).text_parameters * 2e9 / GIB
+        width = DTYPE_BYTES[recipe.model.dtype or "bfloat16"]
+        encoders = published_of(family_of(recipe).facts).text_parameters * width * 1e9 / GIB
         fewer = f", less by model.quantize={recipe.model.quantize}" if recipe.model.quantize else ""
         lines.append(f"  before training, while prompts are encoded: {encoders:.1f} GiB of text encoders{fewer}")
     if not fits(made, card):
@@ -179,7 +180,8 @@ def _too_large(recipe: Recipe, made: Plan, card: Device) -> list[str]:
     lines = [f"This does not fit into {card.gib:g} GiB. To reduce memory:"] if found else []
     lines += [f"  {name:38}{value / GIB:9.3f} GiB{'  fits' if value <= room else ''}" for name, value in found]
     if recipe.model.weights == "full":
-        lines.append("  more GPUs (--gpus): trained weights, gradients and moments are shared out")
+        key = " with trainer.sharding=full" if recipe.trainer.sharding == "none" else ""
+        lines.append(f"  more GPUs (--gpus){key}: weights, gradients and moments are shared out")
     if not found:
         return [f"This does not fit into {card.gib:g} GiB, and no key of the recipe would need less.", *lines]
     name, value = min(found, key=lambda pair: pair[1])

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from palate.algorithms import table as algorithms
 from palate.data import RecipeError
-from palate.recipe.cross_checks import check_together
+from palate.recipe.cross_checks import check_effects, check_together
 from palate.recipe.names import near
 from palate.recipe.settings import (
     AlgorithmSettings,
@@ -59,8 +59,9 @@ class HasLaterKeys(Protocol):
     later_keys: Mapping[str, Any]
 
 
-def validate(tree: Mapping[str, Any], mistakes: list[str]) -> Recipe | None:
-    """The recipe of a tree, or None; what is wrong with it is added to `mistakes`."""
+def validate(tree: Mapping[str, Any], mistakes: list[str], *, stored: bool = False) -> Recipe | None:
+    """The recipe of a tree, or None; what is wrong with it is added to `mistakes`. stored: it is a run's own, which
+    may have settings without an effect."""
     rest = {key: value for key, value in tree.items() if not (value is None and key in SECTIONS)}
     section = rest.pop("algorithm", None)
     algorithm = _algorithm(section, mistakes)
@@ -76,6 +77,8 @@ def validate(tree: Mapping[str, Any], mistakes: list[str]) -> Recipe | None:
     if recipe is None:
         return None
     check_together(recipe, mistakes)
+    if not stored:
+        check_effects(recipe, mistakes)
     return recipe if algorithm is not None else None
 
 

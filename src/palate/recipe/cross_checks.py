@@ -8,10 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 from palate.algorithms import table as algorithms
 from palate.core import ChecksBatch, DrawsOtherSizes, TakesAnySize
 from palate.models import families
-from palate.recipe.model_checks import check_model
+from palate.recipe.model_checks import check_lora_read, check_model
 from palate.recipe.names import near
-from palate.recipe.picture_checks import ComparesErrors, check_pictures, check_prompts
-from palate.recipe.settings import Recipe, RewardSettings
+from palate.recipe.picture_checks import ComparesErrors, check_images_read, check_pictures, check_prompts
+from palate.recipe.settings import Recipe, RewardSettings, TrainerSettings
 from palate.rewards import table as rewards
 from palate.runtime.code import load_object, names_a_file
 from palate.runtime.errors import InputError
@@ -93,6 +93,31 @@ def check_together(recipe: Recipe, mistakes: list[str]) -> None:
     if recipe.algorithm.name:
         _check_algorithm(recipe, mistakes)
         _check_sizes(recipe, mistakes)
+
+
+def check_effects(recipe: Recipe, mistakes: list[str]) -> None:
+    """Add to `mistakes` what would have no effect. Of recipes that begin a run alone: one that is stored may be older
+    than such a rule, and its run went well without."""
+    check_lora_read(recipe.model, mistakes)
+    if recipe.optimize is not None and recipe.prompts.images is not None:
+        mistakes.append("prompts.images: optimize draws its own images; give prompts.file or prompts.list")
+    if recipe.optimize is not None and recipe.prompts.sizes is not None:
+        mistakes.append("prompts.sizes: optimize draws one size; set model.image_size")
+    if recipe.algorithm.name:
+        kind = algorithms.find(recipe.algorithm.name).load_class()
+        check_images_read(recipe.prompts, recipe.algorithm, kind, mistakes)
+    if problem := average_stays(recipe.trainer):
+        mistakes.append(problem)
+
+
+def average_stays(trainer: TrainerSettings) -> str:
+    """A sentence where the running average, which is the result, would end as it begins; else ""."""
+    if not trainer.ema_decay or trainer.ema_every <= trainer.steps:
+        return ""
+    return (
+        f"trainer.ema_every: the average, which is the result, first moves at step {trainer.ema_every}, and the run "
+        f"ends at trainer.steps={trainer.steps}; set trainer.ema_every=1, or more steps"
+    )
 
 
 def _check_sizes(recipe: Recipe, mistakes: list[str]) -> None:
@@ -236,7 +261,3 @@ def _check_oracle(recipe: Recipe, mistakes: list[str]) -> None:
             "trainer.guard.every: set 0 with optimize, where a guard would compare each round with its own "
             "start; evaluate the result with palate evaluate"
         )
-    if recipe.prompts.images is not None:
-        mistakes.append("prompts.images: optimize draws its own images; give prompts.file or prompts.list")
-    if recipe.prompts.sizes is not None:
-        mistakes.append("prompts.sizes: optimize draws one size; set model.image_size")

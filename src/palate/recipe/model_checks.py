@@ -25,14 +25,14 @@ def check_model(model: ModelSettings, mistakes: list[str]) -> None:
         mistakes.append(f"model.{key}: {model.name} does not read it; its own keys: {', '.join(reads) or 'none'}")
     if model.training_adapter is not None and model.weights != "lora":
         mistakes.append("model.training_adapter: it joins a LoRA; set model.weights=lora, or leave it out")
-    _check_lora(model, mistakes)
+    _check_placement(model, mistakes)
     own_family = family.module.startswith("palate.models.") and model.name != "emoji"
     if own_family and model.folder is None and model.file is None:  # a single file knows its published base
         mistakes.append(f"model.folder: {model.name} needs a diffusers folder or a hub id, or model.file a checkpoint")
 
 
-def _check_lora(model: ModelSettings, mistakes: list[str]) -> None:
-    """The start of a LoRA, its reference, and where frozen weights are."""
+def check_lora_read(model: ModelSettings, mistakes: list[str]) -> None:
+    """Add to `mistakes` what nothing would read of the start of a LoRA and its reference."""
     if model.reference == "start" and (model.start is None or model.weights != "lora"):
         mistakes.append(
             "model.reference: start is the base with the LoRA of model.start; name one, with model.weights=lora, or "
@@ -41,6 +41,10 @@ def _check_lora(model: ModelSettings, mistakes: list[str]) -> None:
     if model.lora_init != "zero" and (model.weights != "lora" or model.start is not None):
         why = "the LoRA begins as that of model.start" if model.weights == "lora" else "model.weights=full has no LoRA"
         mistakes.append(f"model.lora_init: {why}; set model.lora_init=zero")
+
+
+def _check_placement(model: ModelSettings, mistakes: list[str]) -> None:
+    """Where frozen weights are."""
     try:
         check_placement(
             Options(

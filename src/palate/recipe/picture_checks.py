@@ -88,12 +88,19 @@ def check_pictures(prompts: PromptSettings, settings: AlgorithmSettings, kind: A
         mistakes.append(
             f"prompts.images: {name} reads pairs of images; give prompts.pairs, or prompts.file to draw them"
         )
-    elif prompts.images is not None and isinstance(kind, ReadsImages) and not kind.reads_images:
+
+
+def check_images_read(prompts: PromptSettings, settings: AlgorithmSettings, kind: Any, mistakes: list[str]) -> None:
+    """Add to `mistakes` that the algorithm would not look at the captioned images that are given."""
+    name = settings.name
+    if prompts.images is None:
+        return
+    if isinstance(kind, ReadsImages) and not kind.reads_images:
         mistakes.append(
             f"prompts.images: {name} draws its own images; only srpo, and refl with algorithm.pretrain above 0, learn "
             "from given ones; give prompts.file or prompts.list"
         )
-    elif prompts.images is not None and isinstance(settings, Pretrains) and not settings.pretrain:
+    elif isinstance(settings, Pretrains) and not settings.pretrain:
         mistakes.append(
             f"prompts.images: {name} learns from given images with algorithm.pretrain above 0 only; set it, or give "
             "prompts.file or prompts.list"

@@ -27,7 +27,7 @@ from palate.recipe.paths import with_absolute_paths, without_folders
 from palate.recipe.settings import RESUMABLE_FIELDS, Recipe
 from palate.recipe.unread import unread_overrides
 from palate.runtime.code import code_digest, names_a_file, short_name
-from palate.runtime.files import file_digest, json_digest
+from palate.runtime.files import file_digest, json_digest, own_files
 
 YAML_LIMIT = 256 * 1024  # bytes; a recipe is a page of text
 YAML_DEPTH = 100
@@ -74,18 +74,19 @@ def _text_of_file(path: Path, modified: int, size: int) -> str:
     return read_text(path, limit=YAML_LIMIT)
 
 
-def read(source: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The checked recipe. Raises RecipeError with every mistake in it, one per line.
+def read(source: str, overrides: Sequence[str] = (), *, stored: bool = False) -> Recipe:
+    """The checked recipe. Raises RecipeError with every mistake in it, one per line. stored: it is that of a run.
 
     Relative paths are looked for in the current folder, then beside the recipe's own file, and come out absolute.
     """
     text = text_of(source)
     beside = None if source in published() else Path(source).expanduser().absolute().parent
-    return parse(text, overrides, beside=beside)
+    return parse(text, overrides, beside=beside, stored=stored)
 
 
-def parse(text: str, overrides: Sequence[str] = (), *, beside: Path | None = None) -> Recipe:
-    """The checked recipe of a YAML text; `beside`: a second folder in which relative paths are looked for."""
+def parse(text: str, overrides: Sequence[str] = (), *, beside: Path | None = None, stored: bool = False) -> Recipe:
+    """The checked recipe of a YAML text; `beside`: a second folder in which relative paths are looked for. stored: it
+    is that of a run, perhaps begun before settings without an effect were refused, and read to look at or to go on."""
     if len(text.encode()) > YAML_LIMIT:
         raise RecipeError(f"the recipe is larger than {YAML_LIMIT // 1024} KiB")
     tree = read_yaml(text, "recipe")
@@ -101,7 +102,7 @@ def parse(text: str, overrides: Sequence[str] = (), *, beside: Path | None = Non
     mistakes: list[str] = []
     for override in overrides:
         _override(tree, override, mistakes)
-    recipe = validate(with_absolute_paths(tree, beside), mistakes)
+    recipe = validate(with_absolute_paths(tree, beside), mistakes, stored=stored)
     if recipe is not None:
         mistakes += unread_overrides(recipe, overrides)
     if mistakes or recipe is None:
@@ -167,13 +168,13 @@ def fingerprint(recipe: Recipe) -> str:
 
 
 def content_digest(path: str | None) -> str | None:
-    """A file's SHA-256, or that of the names and contents of a folder's files; the name of anything else."""
+    """A file's SHA-256, or that of the names and contents of a folder's files (`own_files`); the name of anything
+    else."""
     if path is None or not Path(path).exists():
         return path
     if Path(path).is_file():
         return file_digest(Path(path))
-    files = sorted(each for each in Path(path).iterdir() if each.is_file())
-    return json_digest([[each.name, file_digest(each)] for each in files])
+    return json_digest([[each.name, file_digest(each)] for each in own_files(Path(path))])
 
 
 def _with_code(tree: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 from PIL import Image
 
 from palate.evaluate import read_index
+from palate.evaluate.samples import strength_text
 from palate.report.html import render, write_page
 from palate.report.pictures import picture
 from palate.runtime.errors import InputError
@@ -39,7 +40,7 @@ def write_page_of(folder: Path) -> Path:
     same = len(rows) == len(by_prompt) * len(seeds)
     heads = [f"seed {seeds[i]}" if same else f"{i + 1}." for i in range(columns)]
     if strengths:
-        heads = [f"strength {strength:g}" for strength in strengths]
+        heads = [f"strength {strength_text(strength)}" for strength in strengths]
     first = heads[0] if strengths else ""  # two seeds are no before and after
     cells = {row["file"]: {"src": picture(folder / row["file"]), "alt": _alt_text(row)} for row in rows}
     table = {
@@ -65,7 +66,7 @@ def _by_prompt(rows: list[dict[str, Any]]) -> dict[tuple[str, int | None], list[
 
 
 def _alt_text(row: dict[str, Any]) -> str:
-    strength = f", strength {row['strength']:g}" if "strength" in row else ""
+    strength = f", strength {strength_text(row['strength'])}" if "strength" in row else ""
     return f"{row['prompt']}, seed {row['seed']}{strength}"
 
 

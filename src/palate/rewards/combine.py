@@ -52,6 +52,12 @@ def interpolated(favoured: Tensor, other: Tensor, k: float | Tensor) -> Tensor:
     return (1 - k) * other + k * favoured
 
 
+def below_hinge(r: Tensor, hinge: float | None) -> Tensor:
+    """max(0, hinge - r), or -r where hinge is None, (B,): the loss of rewards r. One that is not finite makes it so,
+    also +inf, which is above every hinge: the loop then skips the update."""
+    return -r if hinge is None else (hinge - r).relu() + 0 * r
+
+
 def semantic_relative(
     reward: Reward, positive: str, negative: str, k: float = 0.0, *, template: str = TEMPLATE
 ) -> Reward:

@@ -57,7 +57,7 @@ class RunFolder:
     @cached_property
     def recipe(self) -> Recipe:
         """The run's recipe, checked, with the overrides."""
-        return reader.parse(self.text, self.overrides)
+        return reader.parse(self.text, self.overrides, stored=True)
 
     @cached_property
     def tree(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from palate.core import HasStrength, Sampleable
 from palate.data import listed
 from palate.evaluate.measurement import evaluate_samples, to_json
 from palate.evaluate.panel import EvaluationPanel
-from palate.evaluate.samples import generate, pairs, write_samples
+from palate.evaluate.samples import generate, pairs, strength_text, write_samples
 from palate.recipe import evaluators
 from palate.runs.evaluation import evaluating, prompts_of, seeds_of
 from palate.runs.folder import RunFolder
@@ -64,10 +64,10 @@ def _at_strengths(
         with model.at_strength(strength):
             images = generate(model, prompts, seeds, steps=steps, guidance=guidance, sampler=sampler)
         drawn += [images] if strength in strengths else []
-        folder = run.path / FOLDER / f"{strength:g}"
+        folder = run.path / FOLDER / strength_text(strength)
         write_samples(folder, images, *pairs(prompts, seeds), guidance=guidance, steps=steps)
         base = run.path / FOLDER / "0"
-        found[f"{strength:g}"] = evaluate_samples(folder, base_folder=base, panel=panel)
+        found[folder.name] = evaluate_samples(folder, base_folder=base, panel=panel)
     asked, noises = pairs(prompts, seeds)
     asked, noises = [text for text in asked for _ in strengths], [seed for seed in noises for _ in strengths]
     write_samples(
@@ -75,7 +75,7 @@ def _at_strengths(
         strengths=[*strengths] * len(drawn[0]),
     )  # fmt: skip
     result = {
-        "strengths": {f"{strength:g}": found[f"{strength:g}"] for strength in strengths},
+        "strengths": {text: found[text] for text in map(strength_text, strengths)},
         "prompts": len(prompts),
         "seeds": len(seeds),
         "optimised": optimised,

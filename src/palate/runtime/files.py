@@ -41,6 +41,7 @@ _OF_PATHS = {  # of any file that is read or written
     errno.EISDIR: "A folder stands where a file is needed: name a file",
     errno.ENAMETOOLONG: "The name is too long for this disk: name a shorter one",
 }
+_LITTER = ("thumbs.db", "desktop.ini")  # and what begins with a dot: what file managers leave in a folder
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 
@@ -181,6 +182,16 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def own_files(folder: Path) -> list[Path]:
+    """The files in a folder, sorted, without what file managers leave there; those in folders inside it left out."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and not is_litter(path.name))
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file of that name is hidden, or one that a file manager keeps for itself."""
+    return name.startswith(".") or name.lower() in _LITTER
 
 
 def folder_size(folder: Path) -> int:

@@ -10,7 +10,8 @@ OWN_FILES = frozenset({
     "recipe.yaml", "metrics.jsonl", "environment.json", "identity.json", "samples", "checkpoints", "adapter", "export",
     "report.html", "evaluation", "evaluation.json", "evaluation.html", "evaluations.json", "evaluations",
     "control.json", "steering.json", "failures", "queries", "queries.jsonl", "rounds.jsonl",
-    "tasks.json", "checklist.json", "answers.jsonl", "strengths", "strengths.json", "tensorboard", "wandb", OWNER,
+    "tasks.json", "checklist.json", "answers.jsonl", "strengths", "strengths.json", "tensorboard", "wandb",
+    "tracking.json", OWNER,
 })  # fmt: skip
 OWN_PREFIXES = (".tmp-", "compare", "round-")
 

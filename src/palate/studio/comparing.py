@@ -186,7 +186,7 @@ class Comparing:
 
     def showing(self, run: str) -> Showing:
         """InputError for a run that is not a LoRA of the embedded model: drawing others takes too long for a page."""
-        recipe = recipes.read(str(self.workspace.run(run) / "recipe.yaml"))
+        recipe = recipes.read(str(self.workspace.run(run) / "recipe.yaml"), stored=True)
         if recipe.model.name != "emoji" or recipe.model.weights != "lora":
             raise InputError(
                 f"{run} is no LoRA of the embedded model; see its pictures step by step, or palate compare"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fastapi import APIRouter, Form, Request
-from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, Response
 from safetensors.torch import save_file
 
 from palate.export import export_lora, export_merged, read_adapter
@@ -21,13 +21,14 @@ from palate.runtime.errors import InputError
 from palate.runtime.exclusive import exclusive
 from palate.runtime.progress import printable
 from palate.runtime.runlock import owned, require_free
+from palate.studio.access import POLICY
 from palate.studio.artist import LOADING
 from palate.studio.shared import go_to, studio_of
 from palate.studio.undo import adapter_now
 
 router = APIRouter()
 FORMS = ("comfyui", "diffusers", "merged")
-REPORT_POLICY = "sandbox allow-scripts; frame-ancestors 'none'; form-action 'none'; base-uri 'none'"
+REPORT_POLICY = "sandbox allow-scripts; frame-ancestors 'self'; form-action 'none'; base-uri 'none'"
 
 
 @router.get("/runs")
@@ -76,15 +77,28 @@ def log(request: Request, run: str) -> Response:
     studio = studio_of(request)
     text = studio.processes.log(studio.workspace.run(run).name).replace("\r", "\n")
     lines = [printable(line) for line in text.splitlines()[-400:]]
-    return PlainTextResponse("\n".join(lines) or "This run was not started here, or has printed nothing.")
+    return studio.render(request, "log.html", run=run, lines=lines)
 
 
 @router.get("/runs/{run}/report")
 def report(request: Request, run: str) -> Response:
-    """The run's page, written anew; its scripts run apart from the studio."""
-    folder = studio_of(request).workspace.run(run)
-    path = write_report(folder)
-    return FileResponse(path, media_type="text/html", headers={"Content-Security-Policy": REPORT_POLICY})
+    """The run's report, written anew, in a frame below the studio's own head: a link inside it could not lead back,
+    since to the studio it is a page of another origin."""
+    studio = studio_of(request)
+    write_report(studio.workspace.run(run))
+    page = studio.render(request, "report.html", run=run)
+    page.headers["Content-Security-Policy"] = f"{POLICY}; frame-src 'self'"
+    return page
+
+
+@router.get("/runs/{run}/report.html")
+def report_file(request: Request, run: str) -> Response:
+    """The report as it lies in the run's folder; its scripts run apart from the studio."""
+    path = studio_of(request).workspace.run(run) / "report.html"
+    if not path.is_file():
+        raise InputError(f"{run} has no report yet; open its page Report")
+    headers = {"Content-Security-Policy": REPORT_POLICY, "X-Frame-Options": "SAMEORIGIN"}
+    return FileResponse(path, media_type="text/html", headers=headers)
 
 
 @router.post("/runs/{run}/export/{form}")

@@ -245,7 +245,7 @@ class RunView:
 
 def view_of(folder: Path, processes: Processes) -> RunView:
     """The run in `folder` as it is now."""
-    recipe = recipes.read(str(folder / "recipe.yaml"))
+    recipe = recipes.read(str(folder / "recipe.yaml"), stored=True)
     rows = read_rows(folder / "metrics.jsonl")
     state, message = processes.state(folder)
     previews = checkpoint.steps(folder / "samples")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -56,8 +56,9 @@ class Decision(NamedTuple):
 class Guard:
     """Decides on measured values; what is done about it is the loop's."""
 
-    def __init__(self, settings: GuardSettings):
-        self.settings, self.state = settings, GuardState()
+    def __init__(self, settings: GuardSettings, later_metrics: Sequence[str] = ()):
+        """later_metrics: those that the first steps lack and `trainer.guard.best` may name (`core.LogsLater`)."""
+        self.settings, self.later, self.state = settings, frozenset(later_metrics), GuardState()
 
     def begin(self, base: dict[str, float], start: dict[str, float] | None = None) -> list[dict[str, Any]]:
         """Take the values to compare with, and those before the first step where these are others; returns the rows of
@@ -75,11 +76,12 @@ class Guard:
         return rows
 
     def add(self, metrics: Mapping[str, float]) -> None:
-        """Count a step's metrics in. InputError: the first step that changes the policy lacks trainer.guard.best, and
-        so did those before it. Later ones may lack it, as DPO's `prefers` where all pairs are ties."""
+        """Count a step's metrics in. InputError: the first step that changes the policy lacks trainer.guard.best, so
+        did those before it, and the algorithm knows of none that comes later. Steps that follow may lack it, as DPO's
+        `prefers` where all pairs are ties."""
         if not self.settings.every:
             return
-        known = {**(self.state.base or {}), **metrics}
+        known = {*(self.state.base or {}), *metrics, *self.later}
         best_seen = self.state.best_seen or self.settings.best in known
         if self.settings.best is not None and not best_seen and metrics.get("grad_norm", 0.0) != 0.0:
             raise InputError(

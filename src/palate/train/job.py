@@ -16,6 +16,7 @@ from palate.data.buckets import Bucket
 from palate.models.autoencoder import ImageSize, sides
 from palate.models.sizes import at_size
 from palate.recipe import RESUMABLE_FIELDS, GuardSettings, SampleSettings, TrainerSettings, check_trainer
+from palate.recipe.cross_checks import average_stays
 from palate.recipe.guard import identifying
 from palate.recipe.names import near
 from palate.runtime.errors import InputError
@@ -54,8 +55,8 @@ class Job:
     buckets: Sequence[Bucket] = ()  # or the given pictures of each of several sizes
     reference: str | None = None  # what the policy is held to, in words, where that needs saying
 
-    def check(self) -> None:
-        """InputError: what was given cannot work."""
+    def check(self, *, resume: bool = False) -> None:
+        """InputError: what was given cannot work; unless resume, what would have no effect is refused too."""
         count = len(self.prompts)
         if not count:
             raise InputError("got no prompts; give at least one")
@@ -72,11 +73,13 @@ class Job:
         if unknown := sorted(set(self.trainer.lrs or ()) - set(self.algorithm.trains)):
             raise InputError(f"trainer.lrs.{unknown[0]}: the algorithm trains {', '.join(self.algorithm.trains)}")
         given = self.latents is not None or bool(self.buckets)
-        if given and isinstance(self.algorithm, ReadsImages) and not self.algorithm.reads_images:
+        if given and not resume and isinstance(self.algorithm, ReadsImages) and not self.algorithm.reads_images:
             raise InputError(
                 f"latents: {type(self.algorithm).__name__} draws its own images and would not read given ones; leave "
                 "them out, or train with SRPO, ReFL with pretrain above 0, or pairs with DPO"
             )
+        if not resume and (problem := average_stays(self.trainer)):
+            raise InputError(problem)
         own = isinstance(self.algorithm, DrawsOwnSamples)
         if own and (self.sample.steps is not None or self.sample.guidance is not None):
             raise InputError("sample.steps, sample.guidance: a generator draws as it was trained; leave them out")

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from palate.core import AsksOtherPrompts, Fingerprinted, Random
+from palate.core import AsksOtherPrompts, Fingerprinted, LogsLater, Random
 from palate.models.sizes import at_size
 from palate.runtime import distributed, sharding
 from palate.runtime.errors import InputError
@@ -64,7 +64,7 @@ class Run:
         self.updater = Updater(
             self.weights, self.ranks, micro_batches=s.micro_batches, sharded=self.sharded, diagnose=self._gradient_cause
         )
-        self.guard = Guard(s.guard)
+        self.guard = Guard(s.guard, job.algorithm.later_metrics if isinstance(job.algorithm, LogsLater) else ())
         self.log = RunLog(job.folder, writes=self.ranks.is_main)
         self.progress = Progress(s.steps, visible=progress and self.ranks.is_main)
         self.previews = Previews(

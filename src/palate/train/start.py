@@ -65,14 +65,14 @@ def train(
         model, algorithm, reward, prompts, Path(folder), settings,
         listed(preview) if preview else evenly_spaced(prompts), how, latents, check, identity, sizes=list(sizes),
     )  # fmt: skip
-    job.check()
+    job.check(resume=resume)
     text = describe_job(model, algorithm, reward, job.prompts, str(folder), settings, how)
     return run_job(dataclasses.replace(job, recipe=text), resume=resume, progress=progress)
 
 
 def run_job(job: Job, *, resume: bool = False, progress: bool = True) -> Outcome:
     """Run a job to its end, a signal or an error; on several ranks, each calls this with an equal job."""
-    job.check()
+    job.check(resume=resume)
     with contextlib.ExitStack() as held:
         distributed.ranks().on_main(lambda: held.enter_context(owned(job.folder)))
         runs: list[Run] = []

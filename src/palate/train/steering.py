@@ -47,7 +47,7 @@ def steer(folder: str | Path, positive: Sequence[str] | None = None, negative: S
     if not (folder / METRICS).is_file():
         raise InputError(f"{folder} is not a run (it holds no {METRICS}); give a run, for example runs/NAME")
     if (folder / "recipe.yaml").is_file() and not from_python(folder):
-        recipe = recipes.read(str(folder / "recipe.yaml"))
+        recipe = recipes.read(str(folder / "recipe.yaml"), stored=True)
         algorithm = recipes.build_algorithm(recipe)
         if not isinstance(algorithm, Steerable):
             raise InputError(f"{folder} trains with {recipe.algorithm.name}, which has no control words to change")

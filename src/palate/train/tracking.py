@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import json
 import os
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +18,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from palate.runtime.errors import InputError
-from palate.runtime.files import json_digest
+from palate.runtime.files import json_digest, parse_json, write_atomically
+
+KEPT = "tracking.json"  # in the run's folder, under which id its services know it: {"id": ...}
 
 Scalars = Mapping[str, float]
 Rows = Sequence[Mapping[str, Any]]
@@ -74,7 +78,7 @@ class WeightsAndBiases:
         self.run = self.wandb.init(
             project=os.environ.get("WANDB_PROJECT", "palate"),
             name=folder.absolute().name,
-            id=json_digest(str(folder.absolute()))[:16],
+            id=wandb_id(folder),
             dir=str(folder),
             config=dict(config),
             resume="allow",
@@ -97,13 +101,14 @@ class WeightsAndBiases:
 
 
 class Trackio:
-    """A run of the local project "palate"; `trackio show` opens it, TRACKIO_DIR says where it is kept."""
+    """A run of the local project "palate"; `trackio show` opens it, TRACKIO_DIR says where it is kept. It is known by
+    its name alone, so that this ends in the run's id."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], *, resumed_at: int = 0):
         self.trackio = importlib.import_module("trackio")
         self.run = self.trackio.init(
             project=os.environ.get("TRACKIO_PROJECT", "palate"),
-            name=folder.absolute().name,
+            name=f"{folder.absolute().name}-{run_id(folder)[:8]}",
             config=dict(config),
             resume="allow",
         )
@@ -122,6 +127,29 @@ class Trackio:
 
     def close(self) -> None:
         self.run.finish()
+
+
+def wandb_id(folder: Path) -> str:
+    """`run_id`; of a run that began before ids were kept, and whose files are in the folder, the one that it has."""
+    if (folder / "wandb").is_dir() and not (folder / KEPT).is_file():
+        _keep_id(folder, json_digest(str(folder.absolute()))[:16])
+    return run_id(folder)
+
+
+def run_id(folder: Path) -> str:
+    """16 hexadecimal digits that a run has as long as its folder: a resumed one is the same run to a service, one that
+    replaces it (--fresh) is another."""
+    file = folder / KEPT
+    if not file.is_file():
+        _keep_id(folder, secrets.token_hex(8))
+    kept = parse_json(file.read_bytes())
+    if not (isinstance(kept, dict) and isinstance(kept.get("id"), str)):
+        raise InputError(f'{file}: expected {{"id": TEXT}}; delete it, and the run begins anew in the tracker')
+    return kept["id"]
+
+
+def _keep_id(folder: Path, text: str) -> None:
+    write_atomically(folder / KEPT, json.dumps({"id": text}).encode())
 
 
 def _table_of(kind: Callable[..., Any], rows: Rows) -> Any:

@@ -16,7 +16,7 @@ from palate.runtime.progress import printable
 
 @app.command("plan", rich_help_panel=CHECK, epilog=examples(
     "palate plan srpo-flux --device rtx-4090",
-    "palate plan srpo-sdxl-24gb trainer.batch_size=2 --gpus 4 --device h100",
+    "palate plan srpo-sdxl-24gb trainer.batch_size=4 --gpus 4 --device h100",
 ))  # fmt: skip
 def plan_recipe(
     recipe: RecipeName,
