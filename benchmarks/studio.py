@@ -10,10 +10,10 @@ answer with the next pair, and with --browser from the key to its two pictures o
 largest); milliseconds of a refit and of the card with its leave-one-out refits after that many votes; bytes of a page.
 
 The whole way is that of simulated people of benchmarks/taste.py, one after the other, each in a studio of its own, who
-err in one choice of ten and look at each pair for --look seconds: from the command to the last of 24 blind comparisons,
-where the better picture wins. Where a taste is not learnt after --votes, 10 more are given, and again. The judge of the
-pictures is loaded before the clock starts. Limits: 4 minutes in all, 60 seconds from the click on Align to the end of
-the run without loading.
+err in one choice of ten (--errs) and look at each pair for --look seconds: from the command to the last of 24 blind
+comparisons, where the better picture wins. Where a taste is not learnt after --votes, 10 more are given, and again. The
+judge of the pictures is loaded before the clock starts. Limits: 4 minutes in all, 60 seconds from the click on Align to
+the end of the run without loading.
 """
 
 from __future__ import annotations
@@ -48,7 +48,6 @@ from palate.taste.taste import SIDE_STD
 
 LIMITS = {"first pair, s": 10.0, "next pair, ms": 100.0, "fit, ms": 50.0, "page, bytes": 300_000}
 WAY = {"all, s": 240.0, "training, s": 60.0}
-ERRS = 0.1  # of the simulated person's choices
 MOST = 120  # votes
 
 
@@ -164,16 +163,17 @@ def fits(votes: int, repeats: int = 20) -> tuple[list[float], list[float]]:
 class Person:
     """Somebody of a known taste in front of the pages: looks at two pictures, and chooses."""
 
-    def __init__(self, name: str, look: float):
+    def __init__(self, name: str, look: float, errs: float):
         from taste import people
 
         from palate.evaluate import embedded_panel
 
-        self.utility, self.look, self.rng = people(embedded_panel())[name], look, np.random.default_rng(0)
+        self.utility, self.look, self.errs = people(embedded_panel())[name], look, errs
+        self.rng = np.random.default_rng(0)
         self.looked = 0.0  # seconds
 
-    def choice(self, client: httpx.Client, page: str, errs: float) -> str:
-        """left or right, for the pair on that part of a page."""
+    def choice(self, client: httpx.Client, page: str, *, surely: bool = False) -> str:
+        """left or right, for the pair on that part of a page. surely: without an error."""
         files = re.findall(r'src="(/picture/[^"]+)"', page)[:2]
         prompt = html.unescape(re.search(r'<h2 class="prompt">([^<]*)', page)[1]).strip()  # type: ignore[index]
         images = torch.stack([from_pixels(np.asarray(Image.open(io.BytesIO(client.get(f).content)))) for f in files])
@@ -181,14 +181,14 @@ class Person:
             left, right = self.utility(images, [prompt, prompt]).tolist()
         time.sleep(self.look)
         self.looked += self.look
-        return ("left", "right")[(left < right) != (self.rng.random() < errs)]
+        return ("left", "right")[(left < right) != (not surely and self.rng.random() < self.errs)]
 
 
 def vote(client: httpx.Client, person: Person, count: int) -> None:
     """That many choices more."""
     for _ in range(count):
         page = until(lambda: pair_of(found := client.get("/choose/pair").text) and found)
-        client.post("/choose/vote", data={"pair": pair_of(page), "choice": person.choice(client, page, ERRS)})
+        client.post("/choose/vote", data={"pair": pair_of(page), "choice": person.choice(client, page)})
 
 
 def state_of(page: str) -> str:
@@ -239,7 +239,8 @@ def the_way(studio: Studio, client: httpx.Client, runs: Path, person: Person, vo
         study, number = pair_of_study(page)
         shown = page[page.index('id="blind"') :]
         client.post(
-            "/compare/answer", data={"study": study, "number": number, "choice": person.choice(client, shown, 0.0)}
+            "/compare/answer",
+            data={"study": study, "number": number, "choice": person.choice(client, shown, surely=True)},
         )
     verdict = time.perf_counter() - began - drawn
     total = time.perf_counter() - studio.began
@@ -254,12 +255,12 @@ def the_way(studio: Studio, client: httpx.Client, runs: Path, person: Person, vo
     return {"votes": given, "all, s": total, "training, s": run["training"]}
 
 
-def the_ways(people: list[str], votes: int, look: float) -> None:
+def the_ways(people: list[str], votes: int, look: float, errs: float) -> None:
     """The way of each of the people, in a studio of its own on an empty folder; then all of them beside the limits."""
     print(f"{os.cpu_count()} cores; limits: " + ", ".join(f"{key} {limit:g}" for key, limit in WAY.items()))
     found = {}
     for name in people:
-        person = Person(name, look)
+        person = Person(name, look, errs)
         with tempfile.TemporaryDirectory(prefix="palate-studio-") as folder:
             studio = Studio(Path(folder))
             print(f"\n{name}")
@@ -293,9 +294,10 @@ def main() -> None:
     parser.add_argument("--way", action="store_true")
     parser.add_argument("--people", nargs="+", default=["warm3d"], help="of --way, by their names in taste.py")
     parser.add_argument("--look", type=float, default=1.5, help="seconds that the person of --way looks at a pair")
+    parser.add_argument("--errs", type=float, default=0.1, help="share of that person's votes that are wrong")
     given = parser.parse_args()
     if given.way:
-        the_ways(given.people, given.votes, given.look)
+        the_ways(given.people, given.votes, given.look, given.errs)
         return
     runs = given.runs or Path(tempfile.mkdtemp(prefix="palate-studio-"))
     studio = Studio(runs)
