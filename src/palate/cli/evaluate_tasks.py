@@ -11,8 +11,8 @@ from palate.cli.phases import show_phases
 from palate.cli.result_tables import print_changes
 from palate.evaluate.tasks import SEEDS, evaluate_tasks, tasks_json
 from palate.rewards.tasks import TaskReward, task_prompts
-from palate.runs import run_names
-from palate.runs.evaluation import Load
+from palate.runs import RunFolder, run_names
+from palate.runs.evaluation import Load, sides
 from palate.runtime.files import write_atomically
 
 
@@ -33,7 +33,10 @@ def evaluate_with_tasks(
     for run, name in zip(runs, run_names(runs), strict=True):
         with show_phases(quiet):
             model, sampler = load(run)
-            scores = evaluate_tasks(model, sampler=sampler, seeds=range(seeds or SEEDS), prompts=prompts, reward=reward)
+            base, result = sides(RunFolder(run), sampler)
+            scores = evaluate_tasks(
+                model, base=base, result=result, seeds=range(seeds or SEEDS), prompts=prompts, reward=reward
+            )
         found[name] = tasks_json(scores)
         write_atomically(run / "tasks.json", (json.dumps(found[name], indent=1) + "\n").encode())
         if not as_json:

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from palate.core import Model, Sampler
+from palate.core import Model
 from palate.evaluate.metrics import bootstrap_interval
-from palate.evaluate.samples import generate, pairs
+from palate.evaluate.samples import Drawing, generate, pairs
 from palate.rewards.tasks import TaskReward, task_prompts
 
 SEEDS = 4  # images per prompt
+BASE, RESULT = Drawing(weights="reference"), Drawing()  # by the model's defaults
 
 
 class TaskScore(NamedTuple):
@@ -29,33 +30,33 @@ class TaskScore(NamedTuple):
 def evaluate_tasks(
     model: Model,
     *,
-    sampler: Sampler | None = None,
+    base: Drawing = BASE,
+    result: Drawing = RESULT,
     seeds: Sequence[int] = range(SEEDS),
     prompts: Mapping[str, Sequence[str]] | None = None,
     reward: TaskReward | None = None,
 ) -> dict[str, TaskScore]:
     """Each task's score and, as "mean", that over all tasks, which count alike.
 
-    sampler: how the result draws where it is a generator in few steps; the base draws as the model's defaults say.
-    prompts: of each task; None = `task_prompts`. InputError where the assets have no words for them, or no detector.
+    base, result: how each draws. prompts: of each task; None = `task_prompts`. InputError where the assets have no
+    words for them, or no detector.
     """
     prompts = prompts or task_prompts()
     reward = reward or TaskReward(strict=True)
     right: dict[str, tuple[Tensor, Tensor]] = {}
     for task, asked in prompts.items():
         repeated, _ = pairs(asked, seeds)
-        base = generate(model, asked, seeds, weights="reference")
-        result = generate(model, asked, seeds, sampler=sampler)
-        right[task] = (_scores(reward, base, repeated), _scores(reward, result, repeated))
+        drawn = [generate(model, asked, seeds, **how._asdict()) for how in (base, result)]
+        right[task] = (_scores(reward, drawn[0], repeated), _scores(reward, drawn[1], repeated))
     found = {
         task: _score(*values, groups=pairs(prompts[task], seeds)[0], share=torch.ones(len(values[0])))
         for task, values in right.items()
     }
-    sizes = [len(base) for base, _ in right.values()]
+    sizes = [len(values) for values, _ in right.values()]
     share = torch.cat([torch.full((size,), sum(sizes) / len(sizes) / size) for size in sizes])
-    base, result = (torch.cat([values[k] for values in right.values()]) for k in range(2))
+    before, after = (torch.cat([values[k] for values in right.values()]) for k in range(2))
     groups = [f"{task}: {prompt}" for task in prompts for prompt in pairs(prompts[task], seeds)[0]]
-    return found | {"mean": _score(base, result, groups=groups, share=share)}
+    return found | {"mean": _score(before, after, groups=groups, share=share)}
 
 
 def _scores(reward: TaskReward, images: Tensor, prompts: Sequence[str], batch: int = 64) -> Tensor:

@@ -234,21 +234,27 @@ def evaluating(run: RunFolder) -> AbstractContextManager[None]:
     )
 
 
+def sides(run: RunFolder, sampler: Sampler | None) -> tuple[Drawing, Drawing]:
+    """How base and result are drawn, by the run's recipe and the result's own sampler."""
+    how, algorithm = run.recipe.sample, builder.build_algorithm(run.recipe)
+    alike = isinstance(algorithm, DrawsReference) and algorithm.draws_reference
+    base = sampler if alike else None  # else the result stands beside its teacher, drawn in many steps
+    return (
+        Drawing(how.steps, how.guidance, "reference", sampler=base),
+        Drawing(how.steps, how.guidance, sampler=sampler),
+    )
+
+
 def draw_sides(
     run: RunFolder, into: Path, model: Model, sampler: Sampler | None, prompts: Sequence[str], seeds: Sequence[int]
 ) -> None:
     """Write the pictures of base and result on prompts x seeds into `into`/evaluation/{base,result}."""
     assert isinstance(model, Sampleable), "a run's model can be sampled"
-    how = run.recipe.sample
-    steps = how.steps or model.default_steps
-    guidance = model.default_guidance if how.guidance is None else how.guidance
-    algorithm = builder.build_algorithm(run.recipe)
-    alike = isinstance(algorithm, DrawsReference) and algorithm.draws_reference
-    for side, weights in (("base", "reference"), ("result", "policy")):
-        own = sampler if alike or side == "result" else None  # else beside its teacher, drawn in many steps
-        scale, count = (1.0, own.steps) if own else (guidance, steps)
-        with at_size(model, how.image_size):  # the images are drawn as they are written
-            images = generate_parts(model, prompts, seeds, Drawing(steps, guidance, weights, sampler=own))
+    for side, how in zip(SIDES, sides(run, sampler), strict=True):
+        guidance = model.default_guidance if how.guidance is None else how.guidance
+        scale, count = (1.0, how.sampler.steps) if how.sampler else (guidance, how.steps or model.default_steps)
+        with at_size(model, run.recipe.sample.image_size):  # the images are drawn as they are written
+            images = generate_parts(model, prompts, seeds, how)
             write_samples(into / "evaluation" / side, images, *pairs(prompts, seeds), guidance=scale, steps=count)
 
 
