@@ -287,7 +287,7 @@ def test_numbers_in_a_latex_table_are_mathematics():
 
 
 def test_what_exact_oracles_measure_takes_no_settings_of_drawing(seeds):
-    with pytest.raises(InputError, match=r"--tasks draws as the model does.*sample\.guidance=3"):
+    with pytest.raises(InputError, match=r"--tasks draws as the run's recipe says.*sample\.guidance=3"):
         cli.app(["evaluate", str(seeds[0]), "--tasks", "sample.guidance=3"], standalone_mode=False)
 
 

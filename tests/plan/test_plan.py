@@ -348,7 +348,7 @@ def test_a_damaged_configuration_is_named(tmp_path):
     (tmp_path / "transformer").mkdir()
     for text in ('{"_class_name": "Flux', "[1]", "\xff"):
         (tmp_path / "transformer/config.json").write_bytes(text.encode("latin-1"))
-        with pytest.raises(InputError, match=r"model.folder .*config.json .*download it again"):
+        with pytest.raises(InputError, match=r"model.folder: .*config.json .*download it again"):
             plan(recipe_of("flux", f"model.folder={tmp_path}"), units=UNITS)
 
 

@@ -52,7 +52,7 @@ def check(options: EvaluateOptions) -> None:
     if options.tasks and (options.prompts_file or options.count or options.stored or options.out):
         raise InputError("--tasks has prompts of its own and draws; leave out --prompts-file, --count, --stored, --out")
     if options.tasks and (drawn := [word for word in options.overrides if not word.startswith("model.")]):
-        raise InputError(f"--tasks draws as the model does and judges by exact oracles; leave out {drawn[0]}")
+        raise InputError(f"--tasks draws as the run's recipe says and judges by exact oracles; leave out {drawn[0]}")
     if options.questions is not None and (options.prompts_file or options.count or options.out):
         raise InputError("--questions has prompts of its own; leave out --prompts-file, --count and --out")
 

@@ -64,7 +64,7 @@ class Repository:
         file = self.root / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
         if not file.is_file():
             raise InputError(f"model.folder {self.source} has no {part}/{file.name}; the download is incomplete")
-        return _json(file)
+        return read_settings(file)
 
     def skeleton(self, part: str) -> nn.Module:
         """A part of diffusers on the meta device: its layers' names and shapes, no weights."""
@@ -167,7 +167,7 @@ def open_repository(
             f"model.folder {source} is not a diffusers folder: it {why}. Convert a checkpoint with "
             "diffusers' from_single_file(...).save_pretrained(folder), or give a hub id (owner/name)"
         )
-    index = _json(root / "model_index.json")
+    index = read_settings(root / "model_index.json")
     repository = Repository(
         str(path) if local else source, root, index, tuple(files or ()), (options or {}).get("quantize")
     )
@@ -225,13 +225,14 @@ def _files_in(path: Path) -> list[str] | None:
     return [file.relative_to(path).as_posix() for file in path.glob("*/*")]
 
 
-def _json(file: Path) -> dict[str, Any]:
+def read_settings(file: Path) -> dict[str, Any]:
+    """The mapping in a JSON file of a model's folder. InputError: it is damaged."""
     try:
         found = parse_json(file.read_text("utf-8"))
     except ValueError as error:
-        raise InputError(f"{file} is not valid JSON ({str(error)[:100]}); download it again") from error
+        raise InputError(f"model.folder: {file} is not valid JSON ({str(error)[:100]}); download it again") from error
     if not isinstance(found, dict):
-        raise InputError(f"{file} holds no settings; download it again")
+        raise InputError(f"model.folder: {file} holds no settings; download it again")
     return found
 
 

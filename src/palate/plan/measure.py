@@ -24,13 +24,13 @@ from palate.models.emoji import EmojiModel
 from palate.models.facts import Facts, NetworkCall, Published
 from palate.models.parts import LoadedModel, Options, named_weights
 from palate.models.quantised import quantisable, stored_in_fours
+from palate.models.repository import read_settings
 from palate.plan.activations import Unit, measure_unit
 from palate.recipe import Recipe
 from palate.rewards.clip import vit_h_14
 from palate.rewards.emoji import load_reward
 from palate.rewards.image_reward import LENGTH, blip_large
 from palate.runtime.errors import InputError
-from palate.runtime.files import parse_json
 
 VIT_L: dict[str, Any] = {
     "hidden_size": 1024,
@@ -113,13 +113,7 @@ def local_config(recipe: Recipe, facts: Facts, part: str) -> dict[str, Any] | No
     there = next((name for name in names if (folder / name / "config.json").is_file()), None)
     if there is None:
         return None
-    path, expected = folder / there / "config.json", facts.parts[part]
-    try:
-        config = parse_json(path.read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"model.folder {folder}: {path} is damaged ({error}); download it again") from error
-    if not isinstance(config, dict):
-        raise InputError(f"model.folder {folder}: {path} holds no mapping of settings; download it again")
+    config, expected = read_settings(folder / there / "config.json"), facts.parts[part]
     if (got := config.get("_class_name", expected)) != expected:
         raise InputError(f"model.folder {folder}: its {there} is a {got}, {facts.name} needs a {expected}")
     return {key: value for key, value in config.items() if not key.startswith("_")}
