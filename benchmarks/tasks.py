@@ -151,7 +151,7 @@ TASKS = {
         fixed={
             # 64 pictures in an update, and 72 in two; at four times its rate the first wears the pictures out
             "DiffusionNFT": [*WIDE, "trainer.lr=1e-3", "trainer.batch_size=8", "algorithm.kl=1e-3"],
-            "Flow-GRPO released": [*WIDE, "trainer.lr=1e-3", "trainer.batch_size=3"],
+            "Flow-GRPO released": [*WIDE, "trainer.lr=2.5e-3", "trainer.batch_size=3"],
         },
     ),
     "jpeg": Task("small file", "minus kilobytes", small_file, small_file, gradient=False),
