@@ -67,6 +67,7 @@ def test_every_key_of_the_tables_is_one_of_its_section():
             assert known[key].default is not dataclasses.MISSING, (name, key)
 
 
+TOLD_TWO = ["model={name: flux, folder: x, distilled_guidance: 3.5, rollout_distilled_guidance: 1}", "reward.name=clip-score"]
 WITHOUT_EFFECT = [
     ("draft", "prompts.images", ["prompts={images: x}"]),
     ("refl", "prompts.images", ["prompts={images: x}", "algorithm.pretrain=0"]),
@@ -75,6 +76,9 @@ WITHOUT_EFFECT = [
     ("srpo", "trainer.ema_every", ["trainer.steps=3", "trainer.ema_decay=0.9", "trainer.ema_every=4"]),
     ("srpo", "prompts.sizes", ["model={name: sdxl, folder: x}", "reward=null", "trainer.guard.every=0",
                                "optimize={oracle: {name: jpeg-size}}", "prompts.sizes=[512, 1024]"]),
+    ("srpo", "model.rollout_distilled_guidance", [*TOLD_TWO, "algorithm.reference_penalty=0.1"]),
+    *((name, "model.rollout_distilled_guidance", TOLD_TWO)
+      for name in ("flow_grpo", "nft", "dgpo", "dpo")),
 ]  # fmt: skip
 
 

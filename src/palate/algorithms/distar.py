@@ -142,6 +142,7 @@ class Distar:
     trains = ("policy", "assistant")
     needs_reward_gradient = True
     any_size = True
+    compares_calls = True  # with a gradient, of trained weights, and without, of old or frozen ones
     reads_images = False
 
     def __init__(self, settings: DistarSettings):

@@ -152,6 +152,7 @@ class DPO:
     reads_pairs = True
     injects_noise = True  # into finished images, for the trained forward
     any_size = True
+    compares_calls = True  # with a gradient, of trained weights, and without, of old or frozen ones
 
     def __init__(self, settings: DPOSettings):
         self.settings = settings

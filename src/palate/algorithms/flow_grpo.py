@@ -143,6 +143,7 @@ class FlowGRPO:
     trains = ("policy",)
     injects_noise = True  # between the steps of a rollout
     any_size = True
+    compares_calls = True  # with a gradient, of trained weights, and without, of old or frozen ones
     reads_images = False
 
     def __init__(self, settings: FlowGRPOSettings):

@@ -98,6 +98,7 @@ class NFT:
     trains = ("policy",)
     injects_noise = True  # into finished images, for the trained forward
     any_size = True
+    compares_calls = True  # with a gradient, of trained weights, and without, of old or frozen ones
     reads_images = False
 
     def __init__(self, settings: NFTSettings):

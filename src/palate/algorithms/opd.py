@@ -104,6 +104,7 @@ class OPD:
 
     trains = ("policy",)
     any_size = True
+    compares_calls = True  # with a gradient, of trained weights, and without, of old or frozen ones
     reads_images = False
 
     def __init__(self, settings: OPDSettings):

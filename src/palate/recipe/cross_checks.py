@@ -58,6 +58,22 @@ class ComparesParts(Protocol):
     def per_reward(self) -> bool: ...
 
 
+@runtime_checkable
+class ComparesCalls(Protocol):
+    """An algorithm that compares calls of the network without a gradient with calls that have one, if the attribute is
+    true: both must be told the same."""
+
+    compares_calls: bool
+
+
+@runtime_checkable
+class PullsToReference(Protocol):
+    """Settings of an algorithm that compares so where the number is above 0."""
+
+    @property
+    def reference_penalty(self) -> float: ...
+
+
 def rewards_used(reward: RewardSettings) -> set[str]:
     """The names of the rewards that are optimised."""
     return {reward.name} if reward.name else set(reward.weights or ())
@@ -96,8 +112,8 @@ def check_together(recipe: Recipe, mistakes: list[str]) -> None:
 
 
 def check_effects(recipe: Recipe, mistakes: list[str]) -> None:
-    """Add to `mistakes` what would have no effect. Of recipes that begin a run alone: one that is stored may be older
-    than such a rule, and its run went well without."""
+    """Add to `mistakes` what would have no effect, or another than is meant. Of recipes that begin a run alone: one that
+    is stored may be older than such a rule, and its run went well without."""
     check_lora_read(recipe.model, mistakes)
     if recipe.optimize is not None and recipe.prompts.images is not None:
         mistakes.append("prompts.images: optimize draws its own images; give prompts.file or prompts.list")
@@ -106,8 +122,23 @@ def check_effects(recipe: Recipe, mistakes: list[str]) -> None:
     if recipe.algorithm.name:
         kind = algorithms.find(recipe.algorithm.name).load_class()
         check_images_read(recipe.prompts, recipe.algorithm, kind, mistakes)
+        _check_told(recipe, kind, mistakes)
     if problem := average_stays(recipe.trainer):
         mistakes.append(problem)
+
+
+def _check_told(recipe: Recipe, kind: Any, mistakes: list[str]) -> None:
+    """Whether the network is told one guidance wherever the algorithm compares what it says."""
+    drawn, settings = recipe.model.rollout_distilled_guidance, recipe.algorithm
+    if drawn is None or drawn == recipe.model.distilled_guidance:
+        return
+    pulled = isinstance(settings, PullsToReference) and settings.reference_penalty > 0
+    if pulled or (isinstance(kind, ComparesCalls) and kind.compares_calls):
+        what = "algorithm.reference_penalty" if pulled else settings.name
+        mistakes.append(
+            f"model.rollout_distilled_guidance: {what} compares what is trained with calls without a gradient, which "
+            "would be told another guidance; leave it out, or give model.distilled_guidance the same value"
+        )
 
 
 def average_stays(trainer: TrainerSettings) -> str:
