@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from functools import partial
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.tiny_families import FAMILIES, SIZE, load, saved
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -32,7 +34,9 @@ from palate.plan import (
     this_machine,
 )
 from palate.plan.activations import fused_attention, kept_bytes
+from palate.rewards.tasks import load_detector
 from palate.runtime.errors import InputError
+from palate.taste.saved import FILE
 
 BASE = """
 run: {{folder: runs/x}}
@@ -368,3 +372,22 @@ def test_a_first_recipe_takes_one_change_at_a_time_and_never_the_sum_of_them():
     for card in (20.0, 24.0, 32.0):
         changed, said = fitted(text, "a card", DEVICES["h100"]._replace(gib=card), lambda r: plan(r, units=UNITS))
         assert "Memory by `palate plan`" in said and recipe.parse(changed).model.name == "flux"
+
+
+def test_a_taste_costs_the_networks_that_it_stands_on(tmp_path):
+    """And so does each reward of a sum, whatever model is trained."""
+
+    def reward(*overrides):
+        return measure(recipe_of("emoji", *overrides))["reward"]
+
+    emoji, clip = reward(), reward("reward.name=clip-score")
+    assert clip.weight_bytes > 1.5e9 > emoji.weight_bytes > 1e6
+    both = reward("reward={weights: {emoji: 1, clip-score: 0.1}}")
+    assert both.weight_bytes == emoji.weight_bytes + clip.weight_bytes
+    place = f"reward={{name: taste, source: {{taste: {tmp_path}, hpsv2: x}}}}"
+    expected = reward("reward.name=hpsv2")
+    assert reward(place) == expected, "there is no taste yet: what is given a place beside it"
+    save_file({"mean": torch.zeros(1)}, tmp_path / FILE, {"taste": json.dumps({"source": "clip-score", "card": {}})})
+    assert reward(place) == clip
+    with_detector = reward("algorithm={name: ddpo}", "reward.name=emoji-tasks")
+    assert with_detector.parameters == sum(p.numel() for p in load_detector().parameters())

@@ -164,4 +164,6 @@ class _CountedTowers(_CountedReward):
 
 def _two_tower(recipe: Recipe) -> bool:
     names = {recipe.reward.name} if recipe.reward.name else set(recipe.reward.weights or ())
-    return bool(names & {"emoji", "emoji-heldout", "clip-score", "pickscore", "hpsv2", "image-reward", "hpsv3"})
+    return bool(
+        names & {"emoji", "emoji-heldout", "taste", "clip-score", "pickscore", "hpsv2", "image-reward", "hpsv3"}
+    )

@@ -30,7 +30,10 @@ from palate.recipe import Recipe
 from palate.rewards.clip import vit_h_14
 from palate.rewards.emoji import load_reward
 from palate.rewards.image_reward import LENGTH, blip_large
+from palate.rewards.table import HELD_OUT_CANDIDATES, find
+from palate.rewards.tasks import load_detector
 from palate.runtime.errors import InputError
+from palate.taste.saved import parts_of, source_of
 
 VIT_L: dict[str, Any] = {
     "hidden_size": 1024,
@@ -131,22 +134,56 @@ def _train(network: nn.Module, facts: Facts, recipe: Recipe) -> None:
 
 def _rewards(recipe: Recipe) -> dict[str, Unit]:
     """All rewards of the recipe together, as one part."""
-    names = [recipe.reward.name] if recipe.reward.name else list(recipe.reward.weights or ())
     dtype = torch.bfloat16 if recipe.reward.dtype == "bfloat16" else torch.float32
+    return {"reward": _towers(networks_of(recipe), dtype)}
+
+
+def networks_of(recipe: Recipe) -> tuple[str, ...]:
+    """The names of the rewards whose networks the recipe runs; of a taste, of those that it stands on."""
+    names = [recipe.reward.name] if recipe.reward.name else list(recipe.reward.weights or ())
+    return tuple(each for name in names for each in (_under_taste(recipe) if name == "taste" else (name,)))
+
+
+def _under_taste(recipe: Recipe) -> list[str]:
+    """What the recipe's taste stands on; where there is no taste yet, what the recipe gives a place beside it."""
+    try:
+        return sorted({source_of(folder) for folder, _ in parts_of(recipe.reward.source.get("taste"))})
+    except InputError:
+        given = [name for name in HELD_OUT_CANDIDATES if name in recipe.reward.source]
+        return given or (["emoji"] if recipe.model.name == "emoji" else [])
+
+
+@cache
+def _towers(names: tuple[str, ...], dtype: torch.dtype) -> Unit:
+    """The networks of these rewards together; measured once per process, so that a training may ask before it
+    begins."""
     total = Unit(0, 0.0, 0.0, 0.0, 0.0, 0.0)
     for name in names:
-        with torch.device("meta"):
-            found = _reward_tower(name, dtype)
+        found = _embedded_tower(name) if find(name).kind == "embedded" else _reward_tower(name, dtype)
         if found is None:
             continue
         unit = measure_unit(*found, None)
         both: Any = (a + b for a, b in zip(total, unit, strict=True))
         total = Unit(*both)
-    return {"reward": total}
+    return total
+
+
+def _embedded_tower(name: str) -> tuple[nn.Module, Callable[[], Tensor]]:
+    image = torch.rand(1, 3, EmojiModel.image_size, EmojiModel.image_size, requires_grad=True)
+    if name not in ("emoji", "emoji-heldout"):  # of the tasks, which a detector reads
+        detector = load_detector()
+        return detector, lambda: detector(image)[0]
+    reward: Any = load_reward(name)
+    return reward.model, lambda: reward.image_features(image)
 
 
 def _reward_tower(name: str, dtype: torch.dtype) -> tuple[nn.Module, Callable[[], Tensor]] | None:
     """The network of a published reward and a run of its image tower; None for rewards without a network here."""
+    with torch.device("meta"):
+        return _published_tower(name, dtype)
+
+
+def _published_tower(name: str, dtype: torch.dtype) -> tuple[nn.Module, Callable[[], Tensor]] | None:
     pixels = torch.empty(1, 3, 224, 224, dtype=dtype, requires_grad=True)
     if name in ("hpsv2", "pickscore", "clip-score"):
         text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
@@ -186,23 +223,21 @@ def _blip(pixels: Tensor) -> tuple[nn.Module, Callable[[], Tensor]]:
 
 
 def _embedded(recipe: Recipe) -> dict[str, Unit]:
-    """Those of the package are measured once per process, so that a training may ask before it begins."""
     settings = recipe.model
     measure_model = _of_embedded if settings.folder is None else _of_embedded.__wrapped__
-    return measure_model(settings.folder, settings.weights, settings.lora_rank, tuple(settings.lora_targets or ()))
+    parts = measure_model(settings.folder, settings.weights, settings.lora_rank, tuple(settings.lora_targets or ()))
+    return parts | _rewards(recipe)
 
 
-@cache
+@cache  # of the package, once per process; another folder may change meanwhile
 def _of_embedded(folder: str | None, training: str, rank: int, targets: tuple[str, ...]) -> dict[str, Unit]:
     model = EmojiModel.load(folder, training=training, lora_rank=rank, lora_targets=targets or None)
     cond, latents = model.encode_prompts([""]), torch.randn(1, *model.latent_shape, requires_grad=True)
     image = torch.rand(1, 3, model.image_size, model.image_size, requires_grad=True)
-    reward: Any = load_reward("emoji")
     return {
         "denoiser": measure_unit(
             model.weights.network, lambda: model.predict(latents.detach(), torch.full((1,), 0.5), cond).x0, None
         ),
         "decoder": measure_unit(model.vae.decoder, lambda: model.decode(latents), None),
         "encoder": measure_unit(model.vae.encoder, lambda: model.encode(image), None),
-        "reward": measure_unit(reward.model, lambda: reward.image_features(image), None),
     }
