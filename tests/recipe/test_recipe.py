@@ -14,6 +14,7 @@ from PIL import Image
 
 import palate
 from palate import recipe
+from palate.algorithms.opd import Teacher, routes_of
 from palate.data import load_images
 from palate.recipe import RecipeError, TrainerSettings, reader
 
@@ -219,8 +220,16 @@ def test_a_start_that_does_not_fit_is_found_before_the_reward_loads(monkeypatch)
     monkeypatch.setattr("palate.recipe.builder.reward_and_tower", lambda settings: pytest.fail("loaded"))
     with pytest.raises(RecipeError, match=r"model.start"):
         recipe.build(recipe.parse(GOOD, ["model.start=emoji-1step"]))
-    with pytest.raises(RecipeError, match=r"evaluate.file: prompt file 'nope' does not exist"):
-        recipe.build(recipe.parse(GOOD, ["evaluate.file=nope"]))
+
+
+def test_a_file_of_prompts_that_is_missing_is_named_by_its_key(monkeypatch):
+    monkeypatch.setattr("palate.recipe.builder.reward_and_tower", lambda settings: pytest.fail("loaded"))
+    for key in ("evaluate.file", "prompts.file", "prompts.preview"):
+        alone = ["prompts.list=null"] if key == "prompts.file" else []
+        with pytest.raises(RecipeError, match=f"^{key}: prompt file 'nope' does not exist"):
+            recipe.build(recipe.parse(GOOD, [*alone, f"{key}=nope"]))
+    with pytest.raises(RecipeError, match=r"^algorithm.teachers.one.file: prompt file 'nope' does not exist"):
+        routes_of({"one": Teacher("x", file="nope")})
 
 
 def test_overrides_are_yaml_values_and_later_ones_win():

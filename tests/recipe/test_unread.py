@@ -67,7 +67,10 @@ def test_every_key_of_the_tables_is_one_of_its_section():
             assert known[key].default is not dataclasses.MISSING, (name, key)
 
 
-TOLD_TWO = ["model={name: flux, folder: x, distilled_guidance: 3.5, rollout_distilled_guidance: 1}", "reward.name=clip-score"]
+TOLD_TWO = [
+    "model={name: flux, folder: x, distilled_guidance: 3.5, rollout_distilled_guidance: 1}",
+    "reward.name=clip-score",
+]
 WITHOUT_EFFECT = [
     ("draft", "prompts.images", ["prompts={images: x}"]),
     ("refl", "prompts.images", ["prompts={images: x}", "algorithm.pretrain=0"]),

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from palate.core import Batch, Cond, Loss, Model, Random, Reward, require
-from palate.data import read_prompts
+from palate.data import prompts_at
 from palate.path import Prediction, move
 from palate.runtime.errors import InputError
 from palate.runtime.sharding import max_over_ranks
@@ -156,7 +156,10 @@ def routes_of(teachers: Mapping[str, Teacher]) -> dict[str, list[str]]:
     """The teachers of each prompt; "" stands for those that teach every prompt."""
     routes: dict[str, list[str]] = {}
     for name, teacher in teachers.items():
-        prompts = [*teacher.prompts, *(read_prompts(teacher.file) if teacher.file else [])]
+        prompts = [
+            *teacher.prompts,
+            *(prompts_at(f"algorithm.teachers.{name}.file", teacher.file) if teacher.file else []),
+        ]
         for prompt in prompts or [""]:
             routes.setdefault(prompt, []).append(name)
     return routes

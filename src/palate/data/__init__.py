@@ -22,14 +22,14 @@ from palate.data.pictures import (
     encode_images,
     load_images,
 )
-from palate.data.prompts import evenly_spaced, geneval, listed, prompt_rows, read_prompts
+from palate.data.prompts import evenly_spaced, geneval, listed, prompt_rows, prompts_at, read_prompts
 from palate.data.tables import RecipeError, read_rows, read_text
 from palate.runtime.deprecated import old_names
 
 __all__ = [
     "IMAGE_ENDINGS", "Like", "Pair", "RecipeError", "captioned_images", "check_images", "encode_images",
-    "evenly_spaced", "geneval", "listed", "load_images", "preference_pairs", "prompt_rows", "read_prompts", "read_rows",
-    "read_text", "single_likes",
+    "evenly_spaced", "geneval", "listed", "load_images", "preference_pairs", "prompt_rows", "prompts_at",
+    "read_prompts", "read_rows", "read_text", "single_likes",
 ]  # fmt: skip
 
 __getattr__ = old_names(__name__, {"spread": evenly_spaced})

@@ -34,6 +34,14 @@ def read_prompts(source: str) -> list[str]:
     return prompts
 
 
+def prompts_at(key: str, file: str) -> list[str]:
+    """The prompts of the file that this key of a recipe names. RecipeError, which names the key: it cannot be read."""
+    try:
+        return read_prompts(file)
+    except InputError as error:
+        raise RecipeError(f"{key}: {error}") from error
+
+
 def prompt_rows(source: str) -> list[tuple[dict[str, Any], str]]:
     """(row, prompt) of a table: the row keeps what else is published beside the prompt (Category, tag, ...)."""
     path, found = Path(source), []

@@ -112,8 +112,8 @@ def check_together(recipe: Recipe, mistakes: list[str]) -> None:
 
 
 def check_effects(recipe: Recipe, mistakes: list[str]) -> None:
-    """Add to `mistakes` what would have no effect, or another than is meant. Of recipes that begin a run alone: one that
-    is stored may be older than such a rule, and its run went well without."""
+    """Add to `mistakes` what would have no effect, or not the one that is meant. Of recipes that begin a run alone: one
+    that is stored may be older than such a rule, and its run went well without."""
     check_lora_read(recipe.model, mistakes)
     if recipe.optimize is not None and recipe.prompts.images is not None:
         mistakes.append("prompts.images: optimize draws its own images; give prompts.file or prompts.list")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from palate.data import RecipeError, evenly_spaced, read_prompts
+from palate.data import evenly_spaced, prompts_at
 from palate.recipe.settings import Recipe
 
 
@@ -13,11 +13,9 @@ def prompts_of(recipe: Recipe, captions: Sequence[str] | None = None) -> tuple[l
 
     evaluate.file is read too, so that a missing one does not show after the training.
     """
-    if recipe.evaluate.file is not None:
-        try:
-            read_prompts(recipe.evaluate.file)
-        except RecipeError as error:
-            raise RecipeError(f"evaluate.file: {error}") from error
-    prompts = captions or recipe.prompts.list or read_prompts(recipe.prompts.file or "")
-    preview = read_prompts(recipe.prompts.preview) if recipe.prompts.preview else evenly_spaced(prompts)
+    asked, judged = recipe.prompts, recipe.evaluate.file
+    if judged is not None:
+        prompts_at("evaluate.file", judged)
+    prompts = captions or asked.list or prompts_at("prompts.file", asked.file or "")
+    preview = prompts_at("prompts.preview", asked.preview) if asked.preview else evenly_spaced(prompts)
     return list(prompts), preview

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from palate.core import DrawsReference, Model, Sampleable, Sampler
-from palate.data import evenly_spaced, listed, read_prompts
+from palate.data import evenly_spaced, listed, prompts_at
 from palate.evaluate.measurement import evaluate_samples, to_json
 from palate.evaluate.panel import EvaluationPanel
 from palate.evaluate.samples import Drawing, check_same, generate_parts, pairs, read_index, write_samples
@@ -163,8 +163,9 @@ def prompts_of(recipe: Recipe, prompts: Sequence[str] | None = None, count: int 
     """Those given, else evaluate.prompts of the recipe's: of evaluate.file, the preview's, the training prompts.
     `count` of either, evenly spaced."""
     if prompts is None:
-        file = recipe.evaluate.file or recipe.prompts.preview or recipe.prompts.file
-        prompts = read_prompts(file) if file else recipe.prompts.list
+        asked = recipe.prompts
+        files = {"evaluate.file": recipe.evaluate.file, "prompts.preview": asked.preview, "prompts.file": asked.file}
+        prompts = next((prompts_at(key, file) for key, file in files.items() if file), asked.list)
         count = count or recipe.evaluate.prompts
     if not prompts:
         raise InputError(
