@@ -219,6 +219,20 @@ def differs(program: str, group: str, first: str, second: str, pick: Callable[[A
     return measure
 
 
+def changed(program: str, group: str, name: str, key: str, *, from_base: bool) -> Callable[[Path], Measured | None]:
+    """A measurement of the rows of one name over seeds; `from_base`: its change."""
+
+    def measure(results: Path) -> Measured | None:
+        (rows,) = ablation(results, program, group, name)
+        if not rows:
+            return None
+        ends, bases = ([float(row[of]) for row in rows.values()] for of in (key, f"{key}_base"))
+        found = over_seeds(np.subtract(ends, bases).tolist() if from_base else ends)
+        return Measured(*found, False, {"bars": {"base": bases, "after": ends}})
+
+    return measure
+
+
 def last(key: str) -> Callable[[Any], float]:
     """A measurement at the end of a row of sqdf.py or distar.py."""
     return lambda row: float((row["points"] if isinstance(row, dict) else row)[-1][key])
@@ -483,6 +497,11 @@ CLAIMS = [
           SCENES, layout_gain("LeapAlign", "ReFL"), "bars"),
     Claim("srpo-style", "Palate", "SRPO shows the style in .80 with the concepts within .03", "of the pictures", 0.8,
           COMPARE, kept_style("SRPO"), "bars", "learning rates of one search, k = 1 and 4, with and without a hinge"),
+    Claim("srpo-shipped", "Palate", "srpo-emoji, as shipped, shows the style in .80 after 8,000 forwards",
+          "of the pictures", 0.8, ABLATE,
+          changed("srpo", "ablations", "default", "style", from_base=False), "bars"),
+    Claim("srpo-shipped-concept", "Palate", "srpo-emoji, as shipped, keeps the concepts within .03", "change of concepts", -0.03, ABLATE,
+          changed("srpo", "ablations", "default", "concept", from_base=True), "bars"),
     Claim("dpo-nft", "Palate", "online DPO needs no more forwards than DiffusionNFT", "times the forwards", 1.0,
           COMPARE, ratio("DiffusionNFT", "online DPO"), "curves",
           "fresh and tracked noise, with and without the safeguard, beta 100 and 2,000"),
