@@ -105,17 +105,14 @@ def encoded(kind, mode="RGB", size=(64, 48), **options):
 @pytest.mark.parametrize("how", ["file", "bytes"])
 def test_a_picture_that_is_cut_short_is_named_before_anything_loads(tmp_path, kind, how):
     data = encoded(kind)
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole = tmp_path / "whole"
     whole.write_bytes(data)
-    cut.write_bytes(data[: len(data) // 2])
     check_images([whole if how == "file" else data])
-    bad = cut if how == "file" else data[: len(data) // 2]
-    if kind in ("JPEG", "PNG", "WEBP"):
+    for length in (len(data) // 2, len(data) - 64):
+        cut = tmp_path / "cut"
+        cut.write_bytes(data[:length])
         with pytest.raises(InputError, match="cut" if how == "file" else "bytes of a table"):
-            check_images([bad])
-    with pytest.raises(InputError):
-        check_images([bad])
-        load_images([bad], size=16)
+            check_images([cut if how == "file" else data[:length]])
 
 
 def test_a_jpeg_with_something_behind_it_is_whole(tmp_path):

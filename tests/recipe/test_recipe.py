@@ -339,6 +339,15 @@ def test_captions_from_each_of_three_places(images):
     torch.testing.assert_close(loaded.mean((1, 2, 3)) * 255, torch.tensor([80.0, 40.0, 120.0]), atol=2.0, rtol=0)
 
 
+def test_names_with_accents_are_found_however_they_are_written(images):
+    composed, apart = "caf\u00e9.png", "cafe\u0301.png"
+    (images / "b.png").rename(images / apart)
+    for name in ("a.jpg", "c.webp"):
+        (images / name).unlink()
+    (images / "captions.txt").write_text(f"{composed}\ta house\n", "utf-8")
+    assert recipe.captioned_images(images) == [(images / apart, "a house")]
+
+
 def test_images_that_cannot_be_used(images):
     with pytest.raises(RecipeError, match=r"3 of 3 images have no caption, a.jpg"):
         recipe.captioned_images(images)

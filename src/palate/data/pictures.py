@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,8 +43,8 @@ def captioned_images(folder: Path) -> list[tuple[Path, str]]:
         raise RecipeError(f"prompts.images: {folder} holds no {', '.join(IMAGE_ENDINGS)} image{also}")
     if left_out:
         logging.getLogger("palate").warning("prompts.images: %s uses %d pictures; %s", folder, len(images), left_out)
-    captions = _captions(folder, images)
-    missing = [path.name for path in images if not captions.get(path.name)]
+    captions = {_composed(name): caption for name, caption in _captions(folder, images).items()}
+    missing = [path.name for path in images if not captions.get(_composed(path.name))]
     if missing:
         lists = [name for name in (METADATA, CAPTIONS) if (folder / name).is_file()]
         stem = Path(missing[0]).stem
@@ -55,7 +56,12 @@ def captioned_images(folder: Path) -> list[tuple[Path, str]]:
         raise RecipeError(
             f"prompts.images: {len(missing)} of {len(images)} images have no caption, {missing[0]} for one; {remedy}"
         )
-    return [(path, captions[path.name]) for path in images]
+    return [(path, captions[_composed(path.name)]) for path in images]
+
+
+def _composed(name: str) -> str:
+    """The name with its accents in one form: disks of macOS and most editors write them differently."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _left_out(folder: Path) -> str:
@@ -107,14 +113,36 @@ def _captions(folder: Path, images: list[Path]) -> dict[str, str]:
 
 
 def check_images(images: Sequence[Path | bytes]) -> None:
-    """RecipeError naming the first image that is missing, cut short or something else; decodes none that is whole."""
+    """RecipeError naming the first image that is missing, cut short or something else.
+
+    Of the common formats none that is whole is decoded.
+    """
     for image in images:
         with opened(image) as found:
             kind = found.format
             found.verify()
-        if kind == "JPEG" and not _ends_as_jpeg(image):  # which verify() does not look at
+        if not _looks_whole(image, kind):
             with opened(image) as found:
                 found.load()
+
+
+def _looks_whole(image: Path | bytes, kind: str | None) -> bool:
+    """Whether a picture that `verify` has passed is as long as its format says; False where only decoding tells."""
+    if kind == "PNG":  # whose sums verify() has read to the end
+        return True
+    if kind == "JPEG":
+        return _ends_as_jpeg(image)
+    return kind == "WEBP" and _as_long_as_riff_says(image)
+
+
+def _as_long_as_riff_says(image: Path | bytes) -> bool:
+    """Whether a WebP has the bytes that its first chunk counts, 8 of which stand before it."""
+    if isinstance(image, bytes):
+        head, length = image[:8], len(image)
+    else:
+        with open(image, "rb") as file:
+            head, length = file.read(8), image.stat().st_size
+    return length >= 8 + int.from_bytes(head[4:8], "little")
 
 
 def _ends_as_jpeg(image: Path | bytes) -> bool:
