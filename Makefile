@@ -1,5 +1,5 @@
 # make demo   align the embedded model, print the before/after table and the report's path
-# make test   every test               make test-fast  those not marked slow
+# make test   every test but soak      make test-fast  those not marked slow
 # make soak   the long runs            make lint       ruff, mypy and the layers of the imports
 # make docs   the documentation site   make format     what ruff can repair by itself
 # Each target does its own set-up; the second run reuses it. Options:

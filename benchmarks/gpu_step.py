@@ -58,6 +58,7 @@ ROWS = [
     [name, *how]
     for name in RECIPES
     for how in ([], ["--compile"], ["--quantize", "nf4"])
+    if (name, how) != ("sana", ["--compile"])  # diffusers names no repeated blocks of it
 ] + [["flux2", "--quantize", "nf4", "--compile"], ["flux2", "--offload"], ["flux2", "--nccl"]]  # fmt: skip
 
 

@@ -27,7 +27,11 @@ FIRST = "the first model"  # and what the first model's are, by the same judges
 ROWS = [  # what, where its figure is, the bar
     ("encode and decode 256 fresh compositions, dB", ("autoencoder", "psnr"), ">= 33"),
     ("high-frequency (Laplacian) energy of them / of the originals", ("autoencoder", "energy"), ">= .90"),
-    ("the same of samples / of real compositions of the same prompts", ("styled", "high frequency"), ">= .85"),
+    (
+        "high-frequency energy of samples / of real compositions of the same prompts",
+        ("styled", "high frequency"),
+        ">= .85",
+    ),
     ("concept right, trained (concept, style) pairs", ("styled", "concept"), ">= .97"),
     ("style right, same", ("styled", "style"), ">= .97"),
     ("background right, same", ("styled", "background"), ">= .98"),
@@ -37,7 +41,7 @@ ROWS = [  # what, where its figure is, the bar
     ("side named: the drawing is there", ("sides", "right"), ">= .95"),
     ("Frechet distance of 2,000 samples from 2,000 compositions, judge features", ("frechet", "distance"), ""),
     ("diversity of eight images inside a prompt, judge features", ("variety", "samples"), ""),
-    ("the same of real compositions", ("variety", "real"), ""),
+    ("diversity of eight real compositions of a prompt, judge features", ("variety", "real"), ""),
 ]
 TASKS = ("single object", "two objects", "counting", "colours", "position", "binding", "mean")
 TASK_BARS = {"counting": ">= .80", "two objects": ">= .75", "colours": ">= .90", "binding": ">= .60"}

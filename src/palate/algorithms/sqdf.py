@@ -18,7 +18,7 @@ update happens. Q does not depend on theta, so the optimum of a state is the sam
 t = T .. 1 counts the steps that are left; the sampler's index is i = T - t. At i = T-1 the action is the image and Q is
 exact.
 
-Deviations from the paper and from the released program (numbers: its faults, listed in docs/algorithms/sqdf.md):
+Deviations from the paper and from the released program (numbers as in the table of docs/algorithms/sqdf.md):
 - alpha_kl is per nat. The program's KL is a mean over the D dimensions without the 1/2: `alpha_in_nats` converts.
 - Any schedule. Levels run from t = 1 to `final_time` > 0, so that std > 0 in the last step too (SD's own table ends the
   same way); for a flow this is the stochastic sampler with the same marginals.

@@ -95,8 +95,8 @@ class ModelSettings:
     image_size: ImageSize | None = None  # pixels of a side, or [height, width]; None = as the model was trained
     text_tokens: Positive | None = None  # of the long text encoder; None = as the model was trained
     text_cache: str | None = None  # folder of text embeddings; None = palate/text in the user's cache folder
-    distilled_guidance: NonNegative | None = None  # the guidance that FLUX.1-dev is given; 3.5
-    rollout_distilled_guidance: NonNegative | None = None  # and in calls without gradient; None = the same
+    distilled_guidance: NonNegative | None = None  # the guidance that FLUX.1-dev (3.5) and FLUX.2-dev (4) are given
+    rollout_distilled_guidance: NonNegative | None = None  # FLUX.1-dev: and in calls without gradient; None = the same
 
 
 @dataclass(frozen=True)
