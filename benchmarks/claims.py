@@ -5,8 +5,12 @@
 Each claim is one number with a bar. Of an interval that lies above the bar the claim holds, below it fails, and
 otherwise it is open: the runs cannot tell. A claim whose rows are missing is not measured, and names the command that
 makes them. Ratios of forwards are taken at a level of the held-out goal that both methods reach on average; a run that
-does not reach it counts with what it had spent. So a slow one makes the ratio a lower bound, by which no claim fails, a
-fast one an upper bound, by which none holds.
+does not reach it counts with what it had spent, and one that is there at its first look with that look's. So a slow run
+that does not get there, or a fast one that was there before anybody looked, makes the ratio a lower bound, by which no
+claim fails; the other way round it is an upper bound, by which none holds. Rows of a smaller budget with more looks
+(`--budget 2080 --checks 13`) tell when a fast one got there.
+
+Of one seed there is no verdict: its prompts say nothing of other seeds.
 
 Intervals: over prompts and seeds where rows keep their prompts (comparison.py), else over seeds by Student's t; of
 shares of a range by the bootstrap of both, which few seeds make somewhat narrow. What is worse when it is larger (a
@@ -25,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from comparison import at_best, best_kept, crossed, mean, student
+from comparison import LOST, at_best, cross_fitted, crossed, keeping, mean, student
 from frontier import share_above
 from methods import slug
 from rows import content, made, made_in, write_table
@@ -82,27 +86,23 @@ class Judged(NamedTuple):
 
 
 def runs_of(results: Path, task: str, *methods: str) -> list[list[dict[str, Any]]]:
-    """The rows of each method: the comparison's at the largest budget at which all have some; if none has any, those of
-    time_to_preference.py, which keep no prompts. {"seed", "points": [{"forwards", key: per prompt}]}; else empty."""
-    for rows in (_comparison_rows(results, task), _time_rows(results) if task == "style" else []):
-        by = {method: {budget for name, budget, _ in rows if name == method} for method in methods}
-        if any(by.values()):
-            shared = set.intersection(*by.values())
-            return [[row for name, budget, row in rows if name == method and budget == max(shared, default=None)]
-                    for method in methods]  # fmt: skip
-    return [[] for _ in methods]
+    """The comparison's rows of each method at the largest budget at which all have some: {"seed", "points":
+    [{"forwards", key: per prompt}]}; else empty."""
+    rows = [(row["method"], _budget(path), row) for path, row in made_in(results, f"{slug('comparison', task)}-*.json")]
+    by = [{budget for name, budget, _ in rows if name == method} for method in methods]
+    most = max(set.intersection(*by), default=None)
+    return [[row for name, budget, row in rows if (name, budget) == (method, most)] for method in methods]
 
 
-def _comparison_rows(results: Path, task: str) -> list[tuple[str, int, dict[str, Any]]]:
-    return [(row["method"], _budget(path), row) for path, row in made_in(results, f"{slug('comparison', task)}-*.json")]
-
-
-def _time_rows(results: Path) -> list[tuple[str, int, dict[str, Any]]]:
-    found = []
-    for path, row in made_in(results, "time-*.json"):
-        points = [{k: v if k == "forwards" else [v] for k, v in check.items()} for check in row["checks"]]
-        found.append((row["method"], _budget(path), {"seed": row["seed"], "points": points}))
-    return found
+def with_early_looks(results: Path, task: str, run: dict[str, Any]) -> dict[str, Any]:
+    """The run with what rows of the same seed and learning rate, and of a smaller budget, saw before its first look."""
+    named = f"{slug('comparison', task, run['method'], run['seed'])}-*.json"
+    held = [row for path in sorted(results.glob(named)) if (row := content(path)) is not None]
+    (settings,) = (row["arguments"][6:7] for row in held if row["made"] == run)
+    before = {point["forwards"]: point for row in held if row["arguments"][6:7] == settings
+              for point in row["made"]["points"] if 0 < point["forwards"] < run["points"][1]["forwards"]}  # fmt: skip
+    base, *later = run["points"]
+    return run | {"points": [base, *(before[spent] for spent in sorted(before)), *later]}
 
 
 def _budget(path: Path) -> int:
@@ -131,15 +131,29 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
     return crossed(np.array(values, dtype=float)[:, None])
 
 
-def reach(forwards: np.ndarray, rises: np.ndarray, level: float) -> tuple[float, bool]:
-    """Forwards at which the rises (looks,) first reach the level, linear between two looks; the last look's, and False,
-    where they never do."""
+class Reached(NamedTuple):
+    """Forwards to a level; whether the run got there, and whether its first look was there already."""
+
+    forwards: float
+    there: bool
+    at_first: bool = False
+
+
+def over_runs(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean of values (seeds, prompts) and its interval over both; of one seed none."""
+    center, low, high = crossed(values)
+    return (center, low, high) if len(values) > 1 else (center, -np.inf, np.inf)
+
+
+def reach(forwards: np.ndarray, rises: np.ndarray, level: float) -> Reached:
+    """Forwards at which the rises (looks,) first reach the level, linear between two looks. The first look's, where it
+    is there already, since what lies before it may be less than one update; the last look's where none is."""
     for i in range(1, len(rises)):
         if rises[i] >= level:
             before = rises[i - 1]
-            part = (level - before) / (rises[i] - before) if before < level else 0.0
-            return float(forwards[i - 1] + part * (forwards[i] - forwards[i - 1])), True
-    return float(forwards[-1]), False
+            part = 1.0 if i == 1 else (level - before) / (rises[i] - before) if before < level else 0.0
+            return Reached(float(forwards[i - 1] + part * (forwards[i] - forwards[i - 1])), True, i == 1)
+    return Reached(float(forwards[-1]), False)
 
 
 def _cube(run: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
@@ -155,14 +169,15 @@ def ratio(slow: str, fast: str, task: str = "style") -> Callable[[Path], Measure
         runs = runs_of(results, task, slow, fast)
         if not all(runs):
             return None
-        cubes = [[_cube(run) for run in own] for own in runs]
+        rise = over_runs(at_best(runs[1], "heldout"))
+        cubes = [[_cube(with_early_looks(results, task, run)) for run in own] for own in runs]
         level = SHARE * float(min(np.mean([rises.mean(1).max() for _, rises in own]) for own in cubes))
         series = {
             name: [[forwards.tolist(), rises.mean(1).tolist()] for forwards, rises in own]
             for name, own in zip((slow, fast), cubes, strict=True)
         }
         drawn = {"level": level, "curves": series}
-        if level <= 0:  # one of them raises nothing
+        if level <= 0 or rise[1] <= 0 < rise[2] < np.inf:  # one of them raises nothing that is told from chance
             return Measured(np.nan, -np.inf, np.inf, False, drawn)
         prompts = cubes[0][0][1].shape[1]
         even = np.full(prompts, 1 / prompts)
@@ -172,32 +187,30 @@ def ratio(slow: str, fast: str, task: str = "style") -> Callable[[Path], Measure
         moved = [_log_ratio([_spent(own, level, weights) for own in cubes]) for weights in resamples]
         half = _half_width(spent, float(np.var(moved)), prompts)
         ends = (float(np.exp(value + sign * half)) for sign in (-1, 1))
-        there = [all(ok for _, ok in own) for own in spent]
-        return Measured(float(np.exp(value)), *ends, not there[0], drawn, not there[1])
+        late = [any(not run.there for run in own) for own in spent]  # of the slow runs and of the fast
+        early = [any(run.at_first for run in own) for own in spent]
+        return Measured(float(np.exp(value)), *ends, late[0] or early[1], drawn, late[1] or early[0])
 
     return measure
 
 
-Spent = list[tuple[float, bool]]  # forwards to the level, and whether the run got there
-
-
-def _spent(own: Sequence[tuple[np.ndarray, np.ndarray]], level: float, weights: np.ndarray) -> Spent:
+def _spent(own: Sequence[tuple[np.ndarray, np.ndarray]], level: float, weights: np.ndarray) -> list[Reached]:
     """Of each run, with prompts of these weights."""
     return [reach(forwards, rises @ weights, level) for forwards, rises in own]
 
 
-def _log_ratio(spent: Sequence[Spent]) -> float:
+def _log_ratio(spent: Sequence[Sequence[Reached]]) -> float:
     """Of the mean forwards of the slow runs and of the fast ones."""
-    slow, fast = (np.mean([forwards for forwards, _ in own]) for own in spent)
+    slow, fast = (np.mean([run.forwards for run in own]) for own in spent)
     return float(np.log(slow / fast))
 
 
-def _half_width(spent: Sequence[Spent], of_prompts: float, prompts: int) -> float:
+def _half_width(spent: Sequence[Sequence[Reached]], of_prompts: float, prompts: int) -> float:
     """Of the logarithm of the ratio: both methods' seeds by the delta method, and prompts, as independent parts with
     Satterthwaite's degrees of freedom. Infinite where a method has one seed."""
     if any(len(own) < 2 for own in spent):
         return float("inf")
-    values = [np.array([forwards for forwards, _ in own]) for own in spent]
+    values = [np.array([run.forwards for run in own]) for own in spent]
     parts = [(float(np.var(own, ddof=1) / len(own) / np.mean(own) ** 2), len(own) - 1) for own in values]
     parts.append((of_prompts, max(prompts - 1, 1)))
     variance, noise = sum(part for part, _ in parts), sum(part**2 / free for part, free in parts)
@@ -239,10 +252,12 @@ def last(key: str) -> Callable[[Any], float]:
 
 
 def above(first: str, second: str, key: str = "diversity", at: str = "heldout") -> Callable[[Path], Measured | None]:
-    """The share of the values of `at` that both reach where the first's best `key` is higher."""
+    """The share of the values of `at` that both reach where the first's best `key` is higher; of the seeds that both
+    have, at looks that kept the concepts."""
 
     def measure(results: Path) -> Measured | None:
-        runs = [[_even(run) for run in own] for own in runs_of(results, "style", first, second)]
+        runs = _of_both(runs_of(results, "style", first, second))
+        runs = [[_even(run) for run in own] for own in runs]
         if not all(runs) or any(axis not in own[0]["points"][0] for own in runs for axis in (at, key)):
             return None
         looks = max(len(run["points"]) for own in runs for run in own)
@@ -272,6 +287,12 @@ def above(first: str, second: str, key: str = "diversity", at: str = "heldout") 
     return measure
 
 
+def _of_both(runs: Sequence[Sequence[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+    """Those of the seeds that every method has."""
+    shared = set.intersection(*({run["seed"] for run in own} for own in runs))
+    return [sorted((run for run in own if run["seed"] in shared), key=lambda run: run["seed"]) for own in runs]
+
+
 def _until(points: list[dict[str, Any]], looks: int) -> list[dict[str, Any]]:
     """The points of a run that ended early stay where it ended."""
     return [*points, *points[-1:] * (looks - len(points))]
@@ -284,9 +305,10 @@ def _weighted(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def _even(run: dict[str, Any]) -> dict[str, Any]:
-    """The run without what one look measured and another did not."""
-    shared = set.intersection(*(set(point) for point in run["points"]))
-    return run | {"points": [{key: point[key] for key in shared} for point in run["points"]]}
+    """The looks of the run that kept the concepts, without what one of them measured and another did not."""
+    points = [run["points"][k] for k in keeping(run["points"], LOST)]
+    shared = set.intersection(*(set(point) for point in points))
+    return run | {"points": [{key: point[key] for key in shared} for point in points]}
 
 
 def rises(task: str, *methods: str) -> Callable[[Path], Measured | None]:
@@ -298,27 +320,27 @@ def rises(task: str, *methods: str) -> Callable[[Path], Measured | None]:
         if not runs:
             return None
         bars = {"base": [mean(run["points"][0], "heldout") for run in runs],
-                method: [mean(run["points"][best_kept(run["points"], task)], "heldout") for run in runs]}  # fmt: skip
-        return Measured(*crossed(at_best(runs, "heldout")), False, {"bars": bars})
+                method: np.nanmean(at_best(runs, "heldout", change=False), 1).tolist()}  # fmt: skip
+        return Measured(*over_runs(at_best(runs, "heldout")), False, {"bars": bars})
 
     return measure
 
 
 def kept_style(method: str, lost: float = 0.03) -> Callable[[Path], Measured | None]:
-    """The highest share of the target style at any look that lost at most so much of the concepts."""
+    """The highest share of the target style at any look that lost at most so much of the concepts; each half of the
+    prompts at the look that the other half picks."""
+
+    def shown(points: list[dict[str, Any]]) -> np.ndarray:
+        kept = keeping(points, lost)
+        return cross_fitted(points, "style", lambda half: max(kept, key=lambda k: np.mean(points[k]["style"][half])))
 
     def measure(results: Path) -> Measured | None:
-        chosen, (runs,) = [], runs_of(results, "style", method)
-        for run in runs:
-            floor = mean(run["points"][0], "concept") - lost
-            kept = [point for point in run["points"] if mean(point, "concept") >= floor]
-            chosen.append(max(kept, key=lambda point: mean(point, "style")))
-        if not chosen:
+        (runs,) = runs_of(results, "style", method)
+        if not runs:
             return None
-        found = crossed(np.array([point["style"] for point in chosen], dtype=float))
-        bars = {"base": [mean(run["points"][0], "style") for run in runs],
-                method: [mean(point, "style") for point in chosen]}  # fmt: skip
-        return Measured(*found, False, {"bars": bars})
+        shares = np.stack([shown(run["points"]) for run in runs])
+        bars = {"base": [mean(run["points"][0], "style") for run in runs], method: shares.mean(1).tolist()}
+        return Measured(*over_runs(shares), False, {"bars": bars})
 
     return measure
 
@@ -337,7 +359,7 @@ def layout_gain(first: str, second: str) -> Callable[[Path], Measured | None]:
         chosen = [k for k, caption in enumerate(read) if caption.relation or caption.number]
         sides = [at_best([own[seed] for seed in seeds], "again")[:, chosen] for own in runs]
         bars = {name: side.mean(1).tolist() for name, side in zip((first, second), sides, strict=True)}
-        return Measured(*crossed(sides[0] - sides[1]), False, {"bars": bars})
+        return Measured(*over_runs(sides[0] - sides[1]), False, {"bars": bars})
 
     return measure
 
@@ -369,7 +391,7 @@ def blackbox(key: str, against: str, rival: str) -> Callable[[Path], Measured | 
             return None
         sides = [np.array([row[name] for row in rows], dtype=float) for name in (key, against)]
         bars = {name: np.nanmean(side, 1).tolist() for name, side in zip(("DI*", rival), sides, strict=True)}
-        return Measured(*crossed(sides[0] - sides[1]), False, {"bars": bars})
+        return Measured(*over_runs(sides[0] - sides[1]), False, {"bars": bars})
 
     return measure
 
@@ -436,25 +458,27 @@ CLAIMS = [
           "both branches in equal weight, three seeds; detail measured against the base's pictures"),
     Claim("srpo-inversion-cast", "SRPO (2509.06942)", "the inversion branch avoids a colour cast", "less cast", 0.0,
           ABLATE, differs("srpo", "ablations", "default", "no inversion branch", cast), "bars"),
-    Claim("srpo-inversion-heldout", "SRPO (2509.06942)", "the inversion branch raises what was not optimised", HELD,
-          0.0, ABLATE, differs("srpo", "ablations", "default", "no inversion branch", heldout), "bars"),
+    Claim("srpo-inversion-heldout", "SRPO (2509.06942)",
+          "at equal updates the inversion branch raises what was not optimised",
+          HELD, 0.0, ABLATE, differs("srpo", "ablations", "default", "no inversion branch", heldout), "bars"),
     Claim("srpo-relative-cast", "SRPO (2509.06942)", "a relative reward casts colours less than an absolute one",
           "less cast", 0.0, ABLATE, differs("srpo", "ablations", "default", "absolute, both branches", cast), "bars"),
     Claim("srpo-relative-detail", "SRPO (2509.06942)", "a relative reward keeps more fine detail than an absolute one",
           "of the base's detail", 0.0, ABLATE,
           differs("srpo", "ablations", "default", "absolute, both branches", detail), "bars"),
-    Claim("srpo-relative", "SRPO (2509.06942)", "a relative reward is hacked less than an absolute one", HELD, 0.0,
-          ABLATE, differs("srpo", "ablations", "default", "absolute, both branches", heldout), "bars"),
+    Claim("srpo-relative", "SRPO (2509.06942)", "a relative reward is hacked less than an absolute one",
+          "of the reward's rise not found", 0.0, ABLATE,
+          differs("srpo", "ablations", "absolute, both branches", "default", hacked), "bars"),
     Claim("srpo-late", "SRPO (2509.06942)", "training late times alone is worse than early ones", HELD, 0.0,
           ABLATE, differs("srpo", "ablations", "early window", "late window", heldout), "bars",
           "early, late and full windows, three seeds"),
     Claim("srpo-late-hacks", "SRPO (2509.06942)", "late times raise the reward more than what was not optimised",
           "of the reward's rise not found", 0.0, ABLATE,
           differs("srpo", "ablations", "late window", "early window", hacked), "bars"),
-    Claim("sqdf-draft", "SQDF (2512.04559)", "at equal reward SQDF is more diverse than DRaFT", "of the range", 0.75,
-          COMPARE, above("SQDF", "DRaFT-LV"), "frontier"),
-    Claim("sqdf-refl", "SQDF (2512.04559)", "at equal reward SQDF is more diverse than ReFL", "of the range", 0.75,
-          COMPARE, above("SQDF", "ReFL"), "frontier"),
+    Claim("sqdf-draft", "SQDF (2512.04559)", "at equal held-out reward SQDF is more diverse than DRaFT",
+          "of the range", 0.75, COMPARE, above("SQDF", "DRaFT-LV"), "frontier"),
+    Claim("sqdf-refl", "SQDF (2512.04559)", "at equal held-out reward SQDF is more diverse than ReFL",
+          "of the range", 0.75, COMPARE, above("SQDF", "ReFL"), "frontier"),
     Claim("sqdf-draft-heldout", "SQDF (2512.04559)", "at equal diversity SQDF's held-out reward is above DRaFT's",
           "of the range", 0.75, COMPARE, above("SQDF", "DRaFT-LV", "heldout", "diversity"), "frontier"),
     Claim("sqdf-refl-heldout", "SQDF (2512.04559)", "at equal diversity SQDF's held-out reward is above ReFL's",
@@ -481,7 +505,8 @@ CLAIMS = [
     Claim("distar-style", "Diff-Instruct* (2410.20898)", "one step keeps the teacher's styles within .03",
           "change of styles", -0.03, TEACHER, against_teacher("styled", "style_named"), "bars",
           "two continuations of its training"),
-    Claim("distar-cost", "Diff-Instruct* (2410.20898)", "one step is 15 times cheaper than eight guided ones",
+    Claim("distar-cost", "Diff-Instruct* (2410.20898)",
+          "in batches of 16 one step is 15 times cheaper than eight guided ones",
           "times the network's time", 15.0, TEACHER, cheaper("network, batch 16"), "bars"),
     Claim("distar-blackbox", "Diff-Instruct* (2410.20898)",
           "with a reward that can only be asked, one picture beats the best of eight", "kilobytes less", 0.0, BLACKBOX,
@@ -497,9 +522,9 @@ CLAIMS = [
           SCENES, layout_gain("LeapAlign", "ReFL"), "bars"),
     Claim("srpo-style", "Palate", "SRPO shows the style in .80 with the concepts within .03", "of the pictures", 0.8,
           COMPARE, kept_style("SRPO"), "bars", "learning rates of one search, k = 1 and 4, with and without a hinge"),
-    Claim("srpo-shipped", "Palate", "srpo-emoji, as shipped, shows the style in .80 after 8,000 forwards",
+    Claim("srpo-shipped", "Palate", "srpo-emoji without its guard shows the style in .80 after 8,000 forwards",
           "of the pictures", 0.8, ABLATE, changed("srpo", "ablations", "default", "style", from_base=False), "bars"),
-    Claim("srpo-shipped-concept", "Palate", "srpo-emoji, as shipped, keeps the concepts within .03",
+    Claim("srpo-shipped-concept", "Palate", "srpo-emoji without its guard keeps the concepts within .03",
           "change of concepts", -0.03, ABLATE, changed("srpo", "ablations", "default", "concept", from_base=True),
           "bars"),
     Claim("dpo-nft", "Palate", "online DPO needs no more forwards than DiffusionNFT", "times the forwards", 1.0,

@@ -7,11 +7,13 @@
     ... --minutes 110                                     # no row is begun later; the same command goes on
     python benchmarks/comparison.py --quick               # the mechanics, in minutes; its numbers mean nothing
 
-A run goes on until it saturates (no better value of the goal in the last STALL looks), until its loss is not finite,
-or until its task's denoiser forwards are spent (BUDGETS), and says which. It is judged at the best goal of any look
-that kept the concepts within LOST of the base's, the base itself among them: each at its own best, by one rule. The
-goal is never what was optimised (tasks.py). Two methods are compared on the same prompts, noise and training seeds;
-intervals are over prompts and seeds at once (`crossed`), so that a result of one lucky seed is not one of the method.
+A run goes on until it saturates (no better value of the goal in the last STALL looks), until its loss is not finite, or
+until its task's denoiser forwards are spent (BUDGETS), and says which. It is judged at the best goal of any look that
+kept the concepts within LOST of the base's, the base itself among them: each at its own best, by one rule. Which look
+that is, every second prompt decides for the others: a best that is chosen by what it is judged on flatters, and most
+where nothing is learned. The goal is not what was optimised, jpeg's apart (tasks.py). Two methods are compared on the
+same prompts, noise and training seeds; intervals are over prompts and seeds at once (`crossed`), so that a result of
+one lucky seed is not one of the method.
 
 All of it is meant for one night of two cores, and `plan` says beforehand how long it takes here. So every method has
 the same cut: learning rates are searched on SEARCHED and carried to the other tasks, since Adam is blind to a reward's
@@ -33,7 +35,8 @@ import base64
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +67,8 @@ ONLY = {"DRaFT-1": ("scenes",)}  # LeapAlign's nearest relative; elsewhere DRaFT
 # task -> weights that it needs besides
 BESIDE = {"scenes": ("detector",), "unguided": ("detector",), "taste": ("emoji-1step",)}
 SHOWN = 6  # prompts whose pictures the first seed keeps
+COSTS = ("forwards", "differentiated", "scored", "processor_seconds")
+HALVES = (slice(0, None, 2), slice(1, None, 2))  # of the prompts: each is judged at the look that the other one picks
 MEASURES = ("concept", "style", "diversity", "cast", "detail", "again")
 Points = list[dict[str, Any]]
 
@@ -237,16 +242,34 @@ def mean(point: dict[str, Any], key: str) -> float:
     return float(np.nanmean(point[key]))
 
 
-def best_kept(points: Points, task: str) -> int:
-    """The place of the best goal among the looks that kept the concepts."""
-    floor = mean(points[0], "concept") - LOST if task in CONCEPTS else -np.inf
-    kept = [i for i, point in enumerate(points) if mean(point, "concept") >= floor or i == 0]
-    return max(kept, key=lambda i: mean(points[i], "heldout"))
+def best_kept(points: Points, task: str, prompts: slice = slice(None)) -> int:
+    """The place of the best goal, of these prompts, among the looks that kept the concepts."""
+    lost = LOST if task in CONCEPTS else np.inf
+    return max(keeping(points, lost), key=lambda i: float(np.nanmean(points[i]["heldout"][prompts])))
+
+
+def keeping(points: Points, lost: float) -> list[int]:
+    """The places of the looks that lost at most so much of the concepts, the base among them."""
+    floor = mean(points[0], "concept") - lost
+    return [i for i, point in enumerate(points) if i == 0 or mean(point, "concept") >= floor]
+
+
+def cross_fitted(points: Points, key: str, pick: Callable[[slice], int]) -> np.ndarray:
+    """(prompts,) of a measurement, each half of them at the look that `pick` names for the other half."""
+    values = np.array(points[0][key], dtype=float)
+    for half, other in (HALVES, HALVES[::-1]):
+        values[half] = points[pick(other)][key][half]
+    return values
+
+
+def looks_judged(found: dict[str, Any]) -> list[int]:
+    """The places of the looks at which the two halves of the prompts are judged."""
+    return [best_kept(found["points"], found["task"], other) for other in HALVES[::-1]]
 
 
 def how_ended(found: dict[str, Any]) -> str:
     """As the row says, but "never rose" of a run that stopped with no look above its start."""
-    rose = best_kept(found["points"], found["task"]) > 0
+    rose = any(looks_judged(found))
     return "never rose" if found["ended"] == "saturated" and not rose else str(found["ended"])
 
 
@@ -296,7 +319,7 @@ def at_best(runs: Sequence[dict[str, Any]], key: str, *, change: bool = True) ->
     rows = []
     for found in runs:
         points = found["points"]
-        now = np.array(points[best_kept(points, found["task"])][key], dtype=float)
+        now = cross_fitted(points, key, partial(best_kept, points, found["task"]))
         rows.append(now - np.array(points[0][key], dtype=float) if change else now)
     return np.stack(rows)
 
@@ -310,7 +333,7 @@ def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 for m in dict.fromkeys(r["method"] for r in found if r["task"] == task)}  # fmt: skip
         told = {}
         for method, own in runs.items():
-            ends = [r["points"][best_kept(r["points"], task)] for r in own]
+            ends = [r["points"][look] for r in own for look in looks_judged(r) if look > 0]
             why = [how_ended(r) for r in own]
             last = [r["points"][-1] for r in own]
             told[method] = {
@@ -319,8 +342,7 @@ def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 "base": float(np.mean([mean(r["points"][0], "heldout") for r in own])),
                 "reward": crossed(at_best(own, "reward")),
                 **{key: crossed(at_best(own, key)) for key in MEASURES if key in own[0]["points"][0]},
-                "to_best": {key: float(np.mean([end[key] for end in ends]))
-                            for key in ("forwards", "differentiated", "scored", "processor_seconds")},
+                "to_best": {key: float(np.mean([end[key] for end in ends])) for key in COSTS} if ends else None,
                 "spent": float(np.mean([end["forwards"] for end in last])),
                 "ended": {reason: why.count(reason) for reason in dict.fromkeys(why)},
             }  # fmt: skip
@@ -384,21 +406,25 @@ def table(result: dict[str, Any], rates: Mapping[str, str] | None = None) -> str
         base, beside = next(iter(told["methods"].values()))["base"], "again" if what.again else "concept"
         lines += [
             f"**{what.title}** ({what.unit}; the base model has {base:.3f})", "",
-            f"| method | seeds | rise | behind {told['leader']} | {'mirrored' if what.again else 'concept'} "
-            "| diversity | forwards to there (with gradient) | images scored | processor seconds | ended |",
+            f"| method | seeds | rise | behind {told['leader']}, seeds of both "
+            f"| {'mirrored' if what.again else 'concept'}, change | diversity, change "
+            "| forwards to there (with gradient) | images scored | processor seconds | ended |",
             "|---|---|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         order = sorted(told["methods"], key=lambda method: -told["methods"][method]["goal"][0])
         for method in order:
             row = told["methods"][method]
             cost, behind = row["to_best"], row.get(f"less than {told['leader']}")
-            gradient = cost["differentiated"] / cost["forwards"] if cost["forwards"] else 0.0
+            spent = ["never", "", ""]
+            if cost:
+                gradient = f"{cost['differentiated'] / cost['forwards']:.0%}"
+                spent = [f"{cost['forwards']:,.0f} ({gradient})",
+                         *(f"{cost[key]:,.0f}" for key in ("scored", "processor_seconds"))]  # fmt: skip
             ended = ", ".join(f"{count} {why}" for why, count in row["ended"].items())
             lines.append(
                 f"| {method} | {row['seeds']} | {spelled(row['goal'])} | {spelled(behind) if behind else ''} "
                 f"| {spelled(row[beside], 2)} | {spelled(row['diversity']) if 'diversity' in row else ''} "
-                f"| {cost['forwards']:,.0f} ({gradient:.0%}) | {cost['scored']:,.0f} "
-                f"| {cost['processor_seconds']:,.0f} | {ended} (at {row['spent']:,.0f}) |"
+                f"| {' | '.join(spent)} | {ended} (at {row['spent']:,.0f}) |"
             )
         lines += ["", rates[task], ""] if rates else [""]
     return "\n".join(lines)
