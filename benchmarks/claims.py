@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from comparison import LOST, at_best, cross_fitted, crossed, keeping, mean, student
+from comparison import EARLY, LOST, at_best, cross_fitted, crossed, keeping, mean, student
 from frontier import share_above
 from methods import slug
 from rows import content, made, made_in, write_table
@@ -95,12 +95,10 @@ def runs_of(results: Path, task: str, *methods: str) -> list[list[dict[str, Any]
 
 
 def with_early_looks(results: Path, task: str, run: dict[str, Any]) -> dict[str, Any]:
-    """The run with what rows of the same seed and learning rate, and of a smaller budget, saw before its first look."""
-    named = f"{slug('comparison', task, run['method'], run['seed'])}-*.json"
-    held = [row for path in sorted(results.glob(named)) if (row := content(path)) is not None]
-    (settings,) = (row["arguments"][6:7] for row in held if row["made"] == run)
-    before = {point["forwards"]: point for row in held if row["arguments"][6:7] == settings
-              for point in row["made"]["points"] if 0 < point["forwards"] < run["points"][1]["forwards"]}  # fmt: skip
+    """The run with what rows of the same seed and of a smaller budget saw before its first look."""
+    before = {point["forwards"]: point
+              for _, row in made_in(results, f"{slug(EARLY, task, run['method'], run['seed'])}-*.json")
+              for point in row["points"] if 0 < point["forwards"] < run["points"][1]["forwards"]}  # fmt: skip
     base, *later = run["points"]
     return run | {"points": [base, *(before[spent] for spent in sorted(before)), *later]}
 

@@ -57,6 +57,7 @@ from palate.runtime.images import encode_png, to_pixels
 STALL, LOST = 3, 0.05
 CONCEPTS = ("style", "absolute", "jpeg", "taste")  # tasks whose prompts name one thing that must stay right
 HEADLINE, SEEDS = (0, 1, 2, 3, 4), (0, 1, 2)
+EARLY = "early"  # rows of another budget are named so: they are in no table, but may have looked more often
 # denoiser forwards of a run at most
 BUDGETS = {"style": 12000, "absolute": 8000, "scenes": 12000, "unguided": 60000, "jpeg": 8000, "taste": 8000}
 LOOKS, PROMPTS, TUNE_BUDGET, TUNE_SEED = 6, 48, 4000, 100
@@ -161,7 +162,8 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
         spent = args.budget or BUDGETS[task]
         for seed, method in itertools.product(args.seeds or seeds_of(task), overrides):
             arguments = (task, method, seed, args.prompts, spent, args.checks, overrides[method], seed == 0)
-            path = args.results / f"{slug('comparison', task, method, seed, spent)}.json"
+            program = "comparison" if args.quick or spent == BUDGETS[task] else EARLY
+            path = args.results / f"{slug(program, task, method, seed, spent)}.json"
             rows.append(Row(path, run, arguments, BESIDE.get(task, ()), settings(method, task)))
     return rows
 
@@ -502,7 +504,11 @@ def main() -> None:
     usual = [name for name in available() if name not in STAND_INS]
     parser.add_argument("--methods", nargs="+", default=usual, choices=available())
     parser.add_argument("--seeds", type=int, nargs="+", help="else five of the style task, three of the others")
-    parser.add_argument("--budget", type=int, help="denoiser forwards of a run at most; else BUDGETS, of tune 4,000")
+    parser.add_argument(
+        "--budget",
+        type=int,
+        help="denoiser forwards of a run at most; else BUDGETS, of tune 4,000. Such rows are in no table",
+    )
     parser.add_argument("--checks", type=int, default=LOOKS, help="looks, evenly spread over the budget")
     parser.add_argument("--prompts", type=int, default=PROMPTS, help="two images each; of scenes twice as many of one")
     parser.add_argument("--override", nargs="*", default=[], help="for every method")
@@ -535,7 +541,8 @@ def main() -> None:
         return {"ended": found["ended"], **{key: round(mean(last, key), 3) for key in ("heldout", "concept")}}
 
     measured(rows, args.jobs, show, minutes=args.minutes)
-    print(write(args, rows))
+    if args.quick or not args.budget:
+        print(write(args, rows))
 
 
 if __name__ == "__main__":

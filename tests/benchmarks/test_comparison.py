@@ -59,7 +59,7 @@ def _png(shade):
 def keep(folder, *runs):
     for found in runs:
         name = methods.slug("comparison", found["task"], found["method"], found["seed"], 500)
-        rows.keep(folder / f"{name}.json", found, [found["task"], found["method"], found["seed"], 48, 500, 6, []])
+        rows.keep(folder / f"{name}.json", found)
     return folder
 
 
@@ -330,6 +330,8 @@ def test_a_table_of_one_task_keeps_the_others_and_says_what_it_lacks(tmp_path):
 
 def test_a_part_of_the_comparison_has_every_method_at_fewer_seeds(tmp_path):
     order = [row.arguments[1:3] for row in comparison.rows_of(asked(tmp_path, methods=["DDPO", "DiffusionNFT"]))]
+    named = comparison.rows_of(asked(tmp_path, methods=["DDPO"], budget=60))[0].path.name
+    assert named == "early-jpeg-DDPO-0-60.json"  # which no table reads
     assert order == [(name, seed) for seed in comparison.SEEDS for name in ("DDPO", "DiffusionNFT")]
 
 
@@ -376,8 +378,7 @@ def test_a_ratio_of_forwards_holds_fails_or_is_open(tmp_path):
         early = row("SRPO", seed, 0.5, speed=500.0)
         for point in early["points"]:
             point["forwards"] /= 10
-        path = tmp_path / f"{methods.slug('comparison', 'style', 'SRPO', seed, 50)}.json"
-        rows.keep(path, early, ["style", "SRPO", seed, 48, 50, 6, []])
+        rows.keep(tmp_path / f"{methods.slug(comparison.EARLY, 'style', 'SRPO', seed, 50)}.json", early)
     found = verdicts(tmp_path)
     assert found["srpo-dance"].found.value == pytest.approx(40.0) and found["srpo-dance"].verdict == "open"
     keep(tmp_path, *(row("DanceGRPO", s, 0.5 * (s == 0)) for s in range(3)))  # two seeds never get there
