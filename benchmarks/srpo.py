@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -88,7 +87,6 @@ def measure(source: str, overrides: list[str], seed: int, count: int) -> dict:
     )
     torch.manual_seed(seed)
     parts = recipe.build(plan)
-    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         whole(
             train(
@@ -101,7 +99,6 @@ def measure(source: str, overrides: list[str], seed: int, count: int) -> dict:
                 progress=False,
             )
         )
-    seconds = time.perf_counter() - began
 
     prompts = recipe.evenly_spaced(recipe.read_prompts("emoji-eval"), count)
     words, seeds = pairs(prompts, SEEDS_PER_PROMPT)
@@ -119,7 +116,7 @@ def measure(source: str, overrides: list[str], seed: int, count: int) -> dict:
         base=base,
     ).summary
     metrics = judged["metrics"]
-    row = {"seconds": seconds, "drift": judged["drift"]}
+    row = {"drift": judged["drift"]}
     for key in (f"style/{positive[0]}", "concept", "background"):
         short = "style" if key.startswith("style/") else key
         row[short], row[f"{short}_base"] = metrics[key]["value"], metrics[key]["base"]
@@ -158,9 +155,8 @@ def table(group: str, results: Path) -> str:
     lines = [
         "| run | seeds | style share; base asked for it | concept change; base asked for it | background change "
         "| diversity / base | same style | / base in that style | relative reward, optimised | held out "
-        "| absolute reward, held out | saturation; red, green, blue / base in that style | fine detail / base "
-        "| seconds |",
-        "|---" * 14 + "|",
+        "| absolute reward, held out | saturation; red, green, blue / base in that style | fine detail / base |",
+        "|---" * 13 + "|",
     ]
     for name in RUNS[group]:
         rows = [row for _, row in made_in(results, f"{slug('srpo', group, name)}-*.json")]
@@ -186,7 +182,6 @@ def table(group: str, results: Path) -> str:
                     about([r["absolute emoji-heldout"] for r in rows], "{:+.3f}"),
                     f"{np.mean([r['cast']['saturation_ratio'] for r in rows]):.2f}; {red}, {green}, {blue}",
                     about([r["drift"]["high_frequency_ratio"] for r in rows], two),
-                    f"{np.mean([r['seconds'] for r in rows]):.0f}",
                 ]
             )
             + " |"
