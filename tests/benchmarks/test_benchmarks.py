@@ -383,6 +383,38 @@ def test_the_guards_table():
     assert "the worst change -0.060; without a guard -0.550 on average" in text
 
 
+def test_a_bar_of_one_step_is_met_missed_or_open_by_its_intervals_ends(tmp_path):
+    def change(low, high):
+        middle = (low + high) / 2
+        return {"value": 0.98, "low": 0.96, "high": 0.99, "base": 0.98 - middle, "change": middle, "change_low": low,
+                "change_high": high}  # fmt: skip
+
+    told = {"prompts": 4, "frechet": 0.02, "frechet_of_the_teacher": 0.01, "background": change(0.0, 0.0)}
+    plain = told | {"concept": change(-0.02, 0.01), "reward/emoji-heldout": change(-0.01, 0.03)}
+    styled = told | {"concept": change(-0.06, -0.021), "style_named": change(-0.05, -0.02)}
+    styled["background"] = told["background"] | {"high": 0.969}
+    times = {}
+    for k, name in enumerate(f"{what}, batch {batch}" for what in ("image", "network") for batch in (1, 16)):
+        times |= {f"teacher, {name}": 0.16, f"generator, {name}": 0.01, f"ratio, {name}": 14.0 + k,
+                  f"ratio, {name}, low": 13.0 + k, f"ratio, {name}, high": 14.9 + k}  # fmt: skip
+    found = {"plain": plain, "styled": styled, "diversity_teacher": 0.1, "diversity_generator": 0.05, "seconds": times}
+    rows.keep(tmp_path / "distar-teacher-emoji_1step.json", found)
+    bars = [line.rstrip(" |").rpartition("| ")[2] for line in distar.teacher_table(tmp_path).splitlines()]
+    assert [bar for bar in bars if bar.startswith(("change", ">="))] == [
+        "change >= -0.02: met",
+        ">= 0.97: open",  # .98, between .96 and .99
+        "change >= +0.00: open",  # +.01 in the mean
+        "change >= -0.02: not met",
+        "change >= -0.03: open",  # -.035 in the mean
+        ">= 0.97: not met",
+        ">= 15: not met",
+        ">= 15: open",
+        ">= 15: met",
+        ">= 15: met",
+    ]
+    assert "| x 15.0 (14.0 to 15.9) faster | >= 15: open |" in distar.teacher_table(tmp_path)
+
+
 def test_prompts_like_those_of_the_evaluation_were_never_trained_on():
     prompts = distar.eval_like(512)
     ours = methods.recipe.read_prompts("emoji-eval")
