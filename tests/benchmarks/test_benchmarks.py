@@ -361,7 +361,8 @@ def test_tables_go_where_the_page_marks_them(tmp_path):
 
 
 def test_the_guards_table():
-    """A run that was put back to the base model is not one in which the guard kept anything."""
+    """A run that was put back to the base model is not one in which the guard kept anything; one whose interval holds a
+    fall of .05 may have lost as much."""
     row = {
         "method": "SRPO",
         "seed": 0,
@@ -376,10 +377,11 @@ def test_the_guards_table():
         "change_high": 0.0,
         "images": 256,
     }
-    text = guard.table([row, {**row, "seed": 1, "guarded": 0.89}, {**row, "seed": 2, "kept": 0, "guarded": 0.95}])
+    unsure, idle = row | {"seed": 1, "change_low": -0.05}, row | {"seed": 2, "kept": 0, "guarded": 0.95}
+    text = guard.table([row, unsure | {"guarded": 0.94}, idle, unsure | {"guarded": 0.89, "change_low": -0.1}])
     assert "| SRPO, seed 0 | concept fell, 12 | 8 | 0.950 | 0.930 (-0.020, -0.040 to +0.000) | 0.400 | yes |" in text
-    assert "| 0.400 | no |" in text and "| 0.400 | the base itself |" in text
-    assert "1 of 3 runs kept a trained checkpoint that lost less than 0.05; 1 were put back" in text
+    assert text.count("| 0.400 | no |") == 2 and "| 0.400 | the base itself |" in text
+    assert "1 of 4 runs kept a trained checkpoint that lost less than 0.05, by its whole interval; 1 were put" in text
     assert "the worst change -0.060; without a guard -0.550 on average" in text
 
 
