@@ -190,41 +190,39 @@ def test_areas_and_shares_at_equal_reward():
     assert level[4] == "| 0.500 | 1.000, 1.000 (1 of 1 seeds) | 0.500, 0.500 (1 of 1 seeds) |"
 
 
-def test_forwards_to_a_share_and_their_ratio():
-    def row(method, seed, forwards, style, concept=0.7):
-        checks = [
-            {"forwards": 0, "style": 0.0, "concept": 0.7, "reward": 0.05, "heldout": 0.1},
-            {"forwards": forwards, "style": style, "concept": concept, "reward": 0.05 + style / 4, "heldout": 0.1},
-        ]
-        return {
-            "method": method,
-            "seed": seed,
-            "forwards": forwards,
-            "updates": 10,
-            "seconds": 1.0,
-            "differentiated": forwards / 4,
-            "checks": checks,
-        }
+def test_forwards_to_a_share_of_the_style():
+    """The first look after the start counts whole, as an upper bound; a later one less what lies beyond the level."""
 
-    assert time_to.forwards_to(row("SRPO", 0, 100, 0.8)["checks"], 0.2) == 25  # on the line
-    assert time_to.forwards_to(row("SRPO", 0, 100, 0.8, concept=0.66)["checks"], 0.2) == math.inf
-    late = [*row("SRPO", 0, 100, 0.8, concept=0.6)["checks"], *row("SRPO", 0, 300, 0.9)["checks"][1:]]
-    assert time_to.forwards_to(late, 0.8) == 300  # the share was there before, the concepts were not
-    fast = [row("SRPO", seed, 100, 0.4) for seed in range(3)]
-    slow = [row("Flow-GRPO", seed, 600, 0.4 if seed == 0 else 0.1) for seed in range(3)]
-    value, low, high, bound = time_to.ratio(slow, fast, 0.2)
-    assert value == pytest.approx((300 + 2 * 600) / 3 / 50) and low <= value <= high and bound
-    assert not time_to.ratio(slow[:1], fast, 0.4)[3]
+    def row(method, seed, forwards, *looks):
+        checks = [{"forwards": 0, "style": 0.0, "concept": 0.7, "reward": 0.05, "heldout": 0.1}]
+        for k, style in enumerate(looks, 1):
+            style, concept = style if isinstance(style, tuple) else (style, 0.7)
+            checks.append({"forwards": k * forwards, "style": style, "concept": concept, "reward": 0.05 + style / 4,
+                           "heldout": 0.1})  # fmt: skip
+        spent = len(looks) * forwards
+        return {"method": method, "seed": seed, "forwards": spent, "updates": 10, "seconds": 1.0,
+                "differentiated": spent / 4, "checks": checks}  # fmt: skip
+
+    def to(level, *looks):
+        return time_to.forwards_to(row("SRPO", 0, 100, *looks)["checks"], level)
+
+    assert to(0.2, 0.8) == to(0.8, 0.8) == (100, True)
+    assert to(0.2, 0.1, 0.5) == (125, False)  # on the line from the first look, not from the start
+    assert to(0.2, 0.2, 0.5) == (100, True) and to(0.6, 0.2, 0.5) == (math.inf, False)
+    assert to(0.2, (0.8, 0.66)) == (math.inf, False)  # the concepts are lost
+    assert to(0.8, (0.8, 0.6), 0.5, 0.9) == (pytest.approx(275), False)
+    assert to(0.8, (0.8, 0.6), 0.9) == (200, False)  # the share was there before, the concepts were not
+    fast = [row("SRPO", seed, 100, 0.4, 0.6) for seed in range(3)]
+    slow = [row("DDPO", seed, 600, 0.1, 0.4 if seed == 0 else 0.1) for seed in range(3)]
     text = time_to.table([*fast, *slow])
-    assert "| SRPO | 50 ± 0 | 100 ± 0 | never | never | 20 ± 0 | 50 ± 0 | 80 ± 0 | never | 10.0 | 10 | 25% |" in text
-    assert "| 0.40 | 0.70 (0.70) | +0.150 (3 of 3) |" in text
-    assert "| Flow-GRPO | 300 (1 of 3 seeds) | 600 (1 of 3 seeds) | never | never |" in text
-    assert "SRPO: to a share of 0.2 at least 10.0 (over seeds 6.0 to 12.0), = 1.7 in updates x 6.0 in for" in text
-    assert "to a share of 0.4 at least 6.0" in text and "to +0.02 of the objective 18.0 (over seeds" in text
-    early = [row("SRPO", seed, 100, 0.8) for seed in range(2)]
-    assert "| SRPO | 25 ± 0 | 50 ± 0 | 75 ± 0 | 100 ± 0 |" in time_to.table(early)
-    assert "| never | 1 | 10.0 |" not in time_to.table(early) and "| 1 | 10.0 | 10 |" in time_to.table(early)
-    assert "no ratio" in time_to.table([*slow, *(row("SRPO", seed, 100, 0.01) for seed in range(3))])
+    most = "at most 100 ± 0"
+    assert f"| SRPO | {most} | {most} | 200 ± 0 | never | {most} | {most} | 140 ± 0 | never | 5.0 | 20 | 25% |" in text
+    assert "| 0.60 | 0.70 (0.70) | +0.200 (3 of 3) |" in text
+    assert "| DDPO | 800 (1 of 3 seeds) | 1200 (1 of 3 seeds) | never | never |" in text
+    mixed = [row("SRPO", 0, 100, 0.8), row("SRPO", 1, 100, 0.4, 0.8)]
+    text = time_to.table(mixed)
+    assert "| SRPO | at most 100 ± 0 | at most 100 ± 0 | at most 125 ± 35 | at most 150 ± 71 |" in text
+    assert "| at most 1 | 6.7 |" in text and "| 1 | 5.0 |" in time_to.table(mixed[1:])
 
 
 def test_forwards_to_a_rise_of_the_objective():
@@ -232,9 +230,10 @@ def test_forwards_to_a_rise_of_the_objective():
         {"forwards": f, "style": 0.0, "concept": c, "reward": r}
         for f, c, r in ((0, 0.9, 2.0), (100, 0.2, 1.9), (200, 0.1, 2.1), (300, 0.1, 2.3))
     ]
-    assert time_to.forwards_to(checks, 0.1, "reward") == pytest.approx(200)  # whatever the concepts do
-    assert time_to.forwards_to(checks, 0.2, "reward") == pytest.approx(250)
-    assert time_to.forwards_to(checks, 0.4, "reward") == math.inf
+    assert time_to.forwards_to(checks, 0.1, "reward") == (pytest.approx(200), False)  # whatever the concepts do
+    assert time_to.forwards_to(checks, 0.2, "reward") == (pytest.approx(250), False)
+    assert time_to.forwards_to(checks, 0.4, "reward") == (math.inf, False)
+    assert time_to.forwards_to([checks[0], *checks[2:]], 0.05, "reward") == (200, True)
 
 
 @pytest.fixture
