@@ -25,6 +25,7 @@ import distar  # noqa: E402
 import frontier  # noqa: E402
 import guard  # noqa: E402
 import methods  # noqa: E402
+import opd  # noqa: E402
 import publish  # noqa: E402
 import rows  # noqa: E402
 import sqdf  # noqa: E402
@@ -414,6 +415,22 @@ def test_a_bar_of_one_step_is_met_missed_or_open_by_its_intervals_ends(tmp_path)
         ">= 15: met",
     ]
     assert "| x 15.0 (14.0 to 15.9) faster | >= 15: open |" in distar.teacher_table(tmp_path)
+
+
+def test_intervals_of_shares_end_at_0_and_1():
+    """Two seeds that differ: Student's interval would go from -.5 to 1.7; changes of concepts go below 0."""
+
+    def seed(share, concept):
+        own = {style: [share] * 4 for style in opd.TASTES}
+        models = {"base": own | {"concept": [0.9] * 4}, "student": own | {"concept": [concept] * 4}}
+        return {"owners": ["3d", "3d", "outline", "outline"], "models": models}
+
+    found = opd.summary([seed(0.5, 0.8), seed(0.7, 0.9)])["student"]
+    assert found["3d, own"] == found["outline, others"] == pytest.approx((0.6, 0.0, 1.0)) and found["seeds"] == 2
+    assert found["concept"][1] < -0.6 and found["concept"][2] > 0.5
+    text = opd.table({"student": found})
+    assert "| student | 2 | 0.60 (0.00 to 1.00) | 0.60 (0.00 to 1.00) |" in text
+    assert len({line.count("|") for line in text.splitlines()}) == 1
 
 
 def test_prompts_like_those_of_the_evaluation_were_never_trained_on():
