@@ -324,7 +324,8 @@ def test_tables_go_where_the_page_marks_them(tmp_path):
     once = publish.filled(page, tmp_path / "docs/algorithms", results, images)
     assert once == (
         "# A\n<!-- results: frontier -->\n\n| a |\n|---|\n\n"
-        "![frontier, drift](../images/frontier-drift.svg)\n\n<!-- end -->\n"
+        "![The optimised objective against the distance from the base's images: every measured point of each method, "
+        "and its frontier](../images/frontier-drift.svg)\n\n<!-- end -->\n"
         "prose\n<!-- results: guard -->\n\nNot measured yet.\n<!-- end -->\n"
     )
     assert publish.filled(once, tmp_path / "docs/algorithms", results, images) == once
