@@ -4,12 +4,12 @@
     python benchmarks/frontier.py --quick                 # the mechanics, in a few minutes; its numbers mean nothing
 
 Each method is run at three strengths (what `methods.METHODS` names for it: its regulariser, or its learning rate if it
-has none), every run with the same budget of denoiser forwards from the same base, and measured several times on the
-way on the same prompts and noise. All these points are a method's cloud; its frontier at reward g is the best held-out
+has none), every run with the same budget of denoiser forwards from the same base, and measured several times on the way
+on the same prompts and noise. All these points are a method's cloud; its frontier at reward g is the best held-out
 reward of any point whose optimised reward is at least g. The area under it is taken over the rewards from the base's to
 the highest of any method, above the lowest held-out value seen, as a share of the box; its interval resamples prompts,
 the same ones for every method, so that differences of areas are paired. What another training seed would change is not
-in it: --seeds 0 1 2 makes three runs of each strength, all in one cloud. Run `methods.py tune` first for tuned
+in it: --seeds 0 1 2 makes three runs of each strength, all in one cloud. Run `comparison.py tune` first for tuned
 learning rates; otherwise the recipes' are used.
 
 Writes RESULTS/frontier-{heldout,concept,diversity,drift}.svg.
@@ -112,7 +112,7 @@ def values(points: list[dict], name: str, weights: np.ndarray) -> np.ndarray:
 
 
 def summary(clouds: dict[str, list[dict]], resamples: int = 1000) -> tuple[dict, str]:
-    """Areas with intervals and the pairwise shares, as a dictionary and as a table."""
+    """Areas with intervals, and how far they lie below the largest, as a dictionary and as a table."""
     count = len(next(iter(clouds.values()))[0]["reward"])
     flat = np.full((1, count), 1 / count)
     drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), resamples) / count
@@ -163,25 +163,6 @@ def summary(clouds: dict[str, list[dict]], resamples: int = 1000) -> tuple[dict,
             behind.append(f"{method} {less[0]:.2f} ({low:+.2f} to {high:+.2f})")
     if behind:
         lines += ["", f"{leader} has the largest area of held-out reward; below it lie " + ", ".join(behind) + "."]
-    if "SQDF" in clouds:
-        for other in ("DRaFT-LV", "ReFL"):
-            if other in clouds:
-                both = [
-                    {n: values(clouds[m], n, np.concatenate([flat, drawn])) for n in ("diversity", "heldout")}
-                    for m in ("SQDF", other)
-                ]
-                shares = []
-                for k in range(1 + len(drawn)):
-                    pair = [(cloud["diversity"][k], cloud["heldout"][k]) for cloud in both]
-                    spread = np.concatenate([x for x, _ in pair])
-                    shares.append(share_above(*pair, float(spread.min()), float(spread.max())))
-                low, high = np.nanquantile(shares[1:], [0.025, 0.975])
-                result[f"SQDF above {other}"] = [shares[0], float(low), float(high)]
-                lines += [
-                    "",
-                    f"SQDF's held-out reward at equal diversity is above {other}'s over {shares[0]:.0%} "
-                    f"({low:.0%} to {high:.0%} over prompts) of the range that the two cover.",
-                ]
     return result, "\n".join(lines)
 
 

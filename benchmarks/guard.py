@@ -235,7 +235,7 @@ def images_table(rows: list[dict], results: Path) -> str:
 def table(rows: list[dict]) -> str:
     lines = [
         "| run | stopped by the guard, after updates | kept step | concept: base | kept checkpoint (change, 95 %) "
-        "| without a guard, twice the updates | fell by less than .05 |",
+        "| without a guard, twice the updates | fell by less than .05, by the whole interval |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -251,17 +251,18 @@ def table(rows: list[dict]) -> str:
     idle = sum(row["kept"] == 0 for row in rows)
     lines += [
         "",
-        f"{good} of {len(rows)} runs kept a trained checkpoint that lost less than {LIMIT}; {idle} were put "
-        f"back to the base model before any look had passed; the worst change {worst:+.3f}; without a "
+        f"{good} of {len(rows)} runs kept a trained checkpoint that lost less than {LIMIT}, by its whole interval; "
+        f"{idle} were put back to the base model before any look had passed; the worst change {worst:+.3f}; without a "
         f"guard {np.mean([row['unguarded'] - row['base'] for row in rows]):+.3f} on average.",
     ]
     return "\n".join(lines)
 
 
 def _verdict(row: dict) -> str:
+    """Whether the kept checkpoint fell by less than LIMIT, by the lower end of its change's interval."""
     if row["kept"] == 0:
         return "the base itself"
-    return "yes" if row["guarded"] - row["base"] > -LIMIT else "no"
+    return "yes" if row["change_low"] > -LIMIT else "no"
 
 
 def image_rows(args: argparse.Namespace) -> list[Row]:

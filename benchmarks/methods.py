@@ -1,14 +1,11 @@
 """What the comparisons share: the methods, one objective for all, a count of denoiser forwards, a measure.
 
-    python benchmarks/methods.py tune [--seed 100] [--budget 6000] [--jobs 2]   # the same small search for all
-
 The objective of every method is the same preference, (1 + k) R("style. prompt") - R("negative. prompt") with k = 4
 (with k = 1 the concepts are lost before the style is there: docs/log.md). SRPO reads it as its control words, the
 others as their reward. All adapt the same layers with the same rank, train the unguided prediction and are judged with
 guidance, without a warm-up, and no method keeps a weight average, so that the weights which are trained are judged
-(tasks.py says where a task has its own settings).
-`tune` tries three learning rates for each method, one seed and prompts that no table uses, the budget of one run each,
-and writes the best into RESULTS/tuned.json, which the comparisons then read.
+(tasks.py says where a task has its own settings). Learning rates are those that `comparison.py tune` found and wrote
+into RESULTS/tuned.json; otherwise the recipes'.
 
 A run is a row of a table, a JSON file in RESULTS that is not made again (rows.py). --jobs 2 makes two at once, each
 in a process of its own with one thread, which is how two cores do most; so a row's numbers do not depend on --jobs. A
@@ -19,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import tempfile
 import time
@@ -30,7 +26,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rows import Row, keep_tuned, measured, tuned
+from rows import Row as Row  # tests/benchmarks/test_comparison.py takes it from here
+from rows import tuned
 from tasks import STYLE, TASKS, Task, needs_gradient
 from torch import Tensor
 
@@ -61,7 +58,7 @@ METHODS = {  # name -> recipe, what is swept as its strength in frontier.py
     "DRaFT-1": ("draft-emoji", ("trainer.lr", ())),
     "Flow-GRPO released": ("grpo-emoji-released", ("algorithm.beta", (0.0, 0.04, 0.4))),
 }
-RATES = (0.5, 1.0, 2.0)  # times the recipe's learning rate
+RATES = (0.5, 1.0, 2.0)  # times a method's learning rate, where that is its strength
 WORDS = {"srpo": TASKS["style"].words}  # these read control words, not a reward made of them
 QUICK = {
     "ddpo": ["algorithm.steps=3"],
@@ -381,8 +378,7 @@ def small(method: str) -> list[str]:
 
 
 def rate(method: str, results: Path) -> float:
-    """The learning rate of a search for this objective, of `methods.py tune` or `comparison.py tune`; else the
-    recipe's."""
+    """The learning rate that `comparison.py tune` found for this objective; else the recipe's."""
     found = tuned(results)
     return found.get(method) or found.get(f"style: {method}") or first_rate(method)
 
@@ -454,45 +450,6 @@ def scatter(
     return "".join([*out, "</svg>\n"])
 
 
-def try_rate(method: str, lr: float, seed: int, budget: int, prompts: int) -> dict[str, float]:
-    who = referees(prompts, (0,), tuning=True)
-    found = watch(method, seed, who, budget=budget, checks=1, overrides=[f"trainer.lr={lr}"])
-    return {name: found[-1].mean(name) for name in ("reward", "heldout", "style", "concept")} | {
-        "concept_base": found[0].mean("concept"),
-        "lr": lr,
-        "seconds": found[-1].seconds,
-        "finite": found[-1].forwards >= budget,
-    }
-
-
-def tune(
-    results: Path, methods: Sequence[str], seed: int, budget: int, prompts: int, jobs: int, minutes: float = math.inf
-) -> dict[str, float]:
-    """The learning rate with the highest held-out objective after `budget` forwards among those that kept concept
-    accuracy within .1 of the base (the limit of the recipes' guards); if none did, the one that kept most of it. A run
-    that did not stay finite is out.
-    """
-    rows = [
-        Row(
-            results / f"{slug('tune', method, factor, seed, budget)}.json",
-            try_rate,
-            (method, first_rate(method) * factor, seed, budget, prompts),
-            recipe=settings(method),
-        )
-        for method in methods
-        for factor in RATES
-    ]
-    found, chosen = measured(rows, jobs, minutes=minutes), {}
-    for i, method in enumerate(methods):
-        own = [row for row in found[i * len(RATES) : (i + 1) * len(RATES)] if row["finite"]]
-        if not own:
-            raise ValueError(f"{method}: no learning rate stayed finite; lower trainer.lr of its recipe")
-        kept = [row for row in own if row["concept"] >= row["concept_base"] - 0.1]
-        best = max(kept, key=lambda r: r["heldout"]) if kept else max(own, key=lambda r: r["concept"])
-        chosen[method] = best["lr"]
-    return chosen
-
-
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The arguments, with those that every benchmark takes; --quick leaves the real results alone."""
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
@@ -503,22 +460,3 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     if args.quick:
         args.results = Path(tempfile.mkdtemp(prefix="palate-quick-"))
     return args
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["tune"])
-    parser.add_argument("--methods", nargs="+", default=available(), choices=available())
-    parser.add_argument("--seed", type=int, default=100, help="of the search; the tables use others")
-    parser.add_argument("--budget", type=int, default=6000, help="denoiser forwards of a run")
-    parser.add_argument("--prompts", type=int, default=48)
-    args = parsed(parser)
-    if args.quick:
-        args.budget, args.prompts = 60, 4
-    found = tune(args.results, args.methods, args.seed, args.budget, args.prompts, args.jobs, args.minutes)
-    chosen = keep_tuned(args.results, found)
-    print(f"{len(RATES)} learning rates x 1 seed x {args.budget} forwards a method: {json.dumps(chosen)}")
-
-
-if __name__ == "__main__":
-    main()

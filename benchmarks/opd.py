@@ -111,28 +111,35 @@ def merged(adapters: Sequence[Path], weights: Sequence[float], out: Path) -> Any
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """By model: the style's share on a taste's own concepts and on the others', and the concepts' change."""
+    """By model: the number of seeds; with its interval the style's share on a taste's own concepts and on the others',
+    and the concepts' change."""
     owners = np.array(rows[0]["owners"])
     result: dict[str, Any] = {}
     for name in rows[0]["models"]:
-        told: dict[str, Any] = {}
+        told: dict[str, Any] = {"seeds": len(rows)}
         for style in TASTES:
             shares = np.array([found["models"][name][style] for found in rows], dtype=float)
-            told[f"{style}, own"] = crossed(shares[:, owners == style])
-            told[f"{style}, others"] = crossed(shares[:, owners != style])
+            told[f"{style}, own"] = _share(shares[:, owners == style])
+            told[f"{style}, others"] = _share(shares[:, owners != style])
         sides = [np.array([found["models"][side]["concept"] for found in rows], dtype=float) for side in (name, "base")]
         result[name] = told | {"concept": crossed(sides[0] - sides[1])}
     return result
 
 
+def _share(values: np.ndarray) -> tuple[float, float, float]:
+    """`crossed` of shares (seeds, prompts); the interval ends where shares do, at 0 and 1."""
+    center, low, high = crossed(values)
+    return center, max(low, 0.0), min(high, 1.0)
+
+
 def table(result: dict[str, Any]) -> str:
     """The documentation's table."""
     columns = [f"{style}, {whose}" for style in TASTES for whose in ("own", "others")]
-    lines = [f"| model | {' | '.join(f'{column} concepts' for column in columns)} | change of concepts |",
-             "|---" * (2 + len(columns)) + "|"]  # fmt: skip
+    lines = [f"| model | seeds | {' | '.join(f'{column} concepts' for column in columns)} | change of concepts |",
+             "|---" * (3 + len(columns)) + "|"]  # fmt: skip
     for name, told in result.items():
         shares = (spelled(told[column], 2).replace("+", "") for column in columns)
-        lines.append(f"| {name} | {' | '.join(shares)} | {spelled(told['concept'], 2)} |")
+        lines.append(f"| {name} | {told['seeds']} | {' | '.join(shares)} | {spelled(told['concept'], 2)} |")
     return "\n".join(lines) + "\n"
 
 

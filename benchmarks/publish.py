@@ -20,11 +20,24 @@ from pathlib import Path
 from rows import table_of
 
 DOCS = Path(__file__).parent.parent / "docs"
-PICTURES = {  # table -> its pictures in RESULTS
-    "time_to_preference": ["time_to_preference.svg"],
-    "frontier": ["frontier-heldout.svg", "frontier-concept.svg", "frontier-diversity.svg", "frontier-drift.svg"],
-    "sqdf": ["sqdf-frontier.svg"],
-    "distar-family": ["distar-family.svg"],
+FRONTIER = "The optimised objective against {}: every measured point of each method, and its frontier"
+PICTURES = {  # table -> its pictures in RESULTS, each with what it shows for those who do not see it
+    "time_to_preference": {
+        "time_to_preference.svg": "The share of pictures in the style over denoiser forwards, a curve for each method"
+    },
+    "frontier": {
+        "frontier-heldout.svg": FRONTIER.format("the held-out objective"),
+        "frontier-concept.svg": FRONTIER.format("concept accuracy"),
+        "frontier-diversity.svg": FRONTIER.format("the diversity inside a prompt and style"),
+        "frontier-drift.svg": FRONTIER.format("the distance from the base's images"),
+    },
+    "sqdf": {
+        "sqdf-frontier.svg": "Diversity over the held-out objective: SQDF at several alpha_kl, DRaFT-1 and ReFL at "
+        "several learning rates"
+    },
+    "distar-family": {
+        "distar-family.svg": "Diversity inside a prompt over the reward, at each look on the way: DI*, DI++ and SIM"
+    },
 }
 WIDTH = 100
 OTHER = (
@@ -53,11 +66,10 @@ def filled(page: str, place: Path, results: Path, images: Path) -> str:
             return found[0]
         text, ours = table_of(table)
         parts = [wrapped(text)] if ours else [wrapped(OTHER), wrapped(text)]
-        for picture in PICTURES.get(name, ()):
+        for picture, title in PICTURES.get(name, {}).items():
             if (results / picture).is_file():
                 images.mkdir(parents=True, exist_ok=True)
                 shutil.copy(results / picture, images / picture)
-                title = picture.removesuffix(".svg").replace("-", ", ").replace("_", " ")
                 parts.append(f"![{title}]({os.path.relpath(images / picture, place)})")
         return found[1] + "\n" + "\n\n".join(parts) + "\n\n" + found[3]
 

@@ -8,8 +8,9 @@ It ends with a line for whatever is missing: claims and rows that were not measu
 Everything is made from the rows that are there: claims.py judges them, comparison.py sums them up, a figure is drawn
 for each claim that was measured, in a light and a dark form with a text that says what is to be seen, and publish.py
 writes tables and figures into the documentation. Pictures are those that the comparison's first seed kept of its
-looks: of each method the look whose held-out goal is nearest to a level that most methods reach, so that styles are
-compared at equal merit.
+looks: of each method, among the looks that kept the concepts, the one whose held-out goal is nearest to a level that
+most methods reach, where it is within NEAR of that level's rise. So styles are compared at about equal merit, and the
+text says how far apart it is.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ THEMES = {
 VERDICTS = {"holds": "holds", "fails": "does not hold", "open": "the runs cannot tell"}
 AXES = {"heldout": "held-out goal", "diversity": "diversity"}
 SIZE = (6.4, 2.9)  # inches
+NEAR = 0.25  # of the level's rise: how far from the level a look may be whose pictures are shown
 SEARCH = "comparison-tune"  # its rows are no results
 
 
@@ -66,7 +68,15 @@ def headline(row: Judged) -> str:
 def alt(row: Judged) -> str:
     """What the figure shows, for those who do not see it."""
     assert row.found is not None, "only what was measured is drawn"
-    bound = " It is a lower bound: the slower method did not get there on every seed." if row.found.bound else ""
+    slower, faster = row.found.bound, row.found.short
+    if slower and faster:
+        bound = " It is no bound: neither method got there on every seed."
+    elif slower:
+        bound = " It is a lower bound: the slower method did not get there on every seed."
+    elif faster:
+        bound = " It is an upper bound: the faster method did not get there on every seed."
+    else:
+        bound = ""
     return (
         f"{headline(row)}. Found {claims.told(row.found)} {row.claim.unit}, where the claim needs more than "
         f"{row.claim.bar:g}.{bound}"
@@ -129,13 +139,14 @@ def _bars(axes: Any, row: Judged, colours: dict[str, str]) -> None:
 
 
 def _frontier(axes: Any, row: Judged, colours: dict[str, str]) -> None:
-    """Every look of both methods."""
+    """Every look of both methods; below, over how much of the range that both reach the first is higher."""
     found = row.found
     assert found is not None and found.series is not None
     for (name, points), colour in zip(found.series["points"].items(), _colours(colours), strict=True):
         axes.scatter(*np.array(points).T, s=16, color=colour, alpha=0.75, label=name)
-    axes.set_xlabel(AXES[found.series["at"]])
-    axes.set_ylabel(f"{AXES[found.series['axis']]}; above over {found.value:.0%}")
+    higher = f"higher over {found.value:.0%} of the shared range" if np.isfinite(found.value) else "no shared range"
+    axes.set_xlabel(f"{AXES[found.series['at']]}\n{next(iter(found.series['points']))}: {higher}")
+    axes.set_ylabel(AXES[found.series["axis"]])
     axes.legend(loc="best")
 
 
@@ -146,30 +157,40 @@ def _colours(colours: dict[str, str]) -> tuple[str, str]:
 # --- pictures -------------------------------------------------------------------------------------------------------
 
 
+def kept_looks(points: comparison.Points, task: str) -> list[int]:
+    """The places of the looks that lost at most comparison.LOST of the concepts, where the task has one a prompt."""
+    if task not in comparison.CONCEPTS:
+        return list(range(len(points)))
+    floor = comparison.mean(points[0], "concept") - comparison.LOST
+    return [place for place, point in enumerate(points) if comparison.mean(point, "concept") >= floor]
+
+
 def equal_looks(rows: Sequence[dict[str, Any]]) -> tuple[float, list[tuple[str, int]]]:
-    """The level, the median of the methods' best kept goals, and of each method that comes near it the look that is
-    nearest; the base first."""
+    """The level, the median of the methods' best kept goals, and of each method whose looks come near it, within NEAR
+    of its rise over the base, the nearest that kept the concepts; the base first."""
     goals = {r["method"]: [comparison.mean(point, "heldout") for point in r["points"]] for r in rows}
     best = [goals[r["method"]][comparison.best_kept(r["points"], r["task"])] for r in rows]
     base = next(iter(goals.values()))[0]
     level = float(np.median(best))
     found = [("base", 0)]
-    for method, values in goals.items():
-        place = int(np.argmin([abs(value - level) for value in values]))
-        if place > 0 and abs(values[place] - level) < max(1e-9, 0.5 * abs(level - base)):
-            found.append((method, place))
+    for row in rows:
+        values = goals[row["method"]]
+        place = min(kept_looks(row["points"], row["task"]), key=lambda k: abs(values[k] - level))
+        if place > 0 and abs(values[place] - level) <= max(1e-9, NEAR * abs(level - base)):
+            found.append((row["method"], place))
     return level, found
 
 
 def picture_table(results: Path, theme: str, task: str = "style") -> tuple[Image.Image, str] | None:
-    """A row of pictures per method, its name beside it, and the alternative text; None without rows."""
-    rows = [row for _, row in made_in(results, f"{slug('comparison', task)}-*.json")
-            if row["pictures"] and row["task"] == task]  # fmt: skip
-    if not rows:
+    """A row of pictures per method, its name beside it, and the alternative text; None without rows, and where no
+    method comes near the level."""
+    by = {row["method"]: row for _, row in made_in(results, f"{slug('comparison', task)}-*.json")
+          if row["pictures"] and row["task"] == task}  # fmt: skip
+    rows = list(by.values())
+    level, chosen = equal_looks(rows) if rows else (0.0, [])
+    if len(chosen) < 2:
         return None
-    level, chosen = equal_looks(rows)
-    sheets = {row["method"]: row["pictures"] for row in rows}
-    strips = [(name, _sheet(sheets[rows[0]["method"] if name == "base" else name][place])) for name, place in chosen]
+    strips = [(name, _sheet((rows[0] if name == "base" else by[name])["pictures"][place])) for name, place in chosen]
     with plt.rc_context(style(theme)):
         figure, axes = plt.subplots(len(strips), 1, figsize=(6.4, 0.95 * len(strips)), layout="constrained")
         for axis, (name, strip) in zip(np.atleast_1d(axes), strips, strict=True):
@@ -182,9 +203,13 @@ def picture_table(results: Path, theme: str, task: str = "style") -> tuple[Image
         stream = io.BytesIO()
         figure.savefig(stream, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
         plt.close(figure)
+    rises = [comparison.mean(by[name]["points"][place], "heldout") - comparison.mean(by[name]["points"][0], "heldout")
+             for name, place in chosen[1:]]  # fmt: skip
+    kept = " among those that kept the concepts" if task in comparison.CONCEPTS else ""
     text = (
         f"The same prompts and noise drawn by the base model and by {', '.join(name for name, _ in chosen[1:])}, each "
-        f"where its held-out goal is nearest to {level:.3f}."
+        f"at its look nearest to a held-out goal of {level:.3f}{kept}; the rises go from {min(rises):.3f} to "
+        f"{max(rises):.3f}."
     )
     return Image.open(io.BytesIO(stream.getvalue())), text
 

@@ -259,7 +259,8 @@ class Bench:
         )
 
     def measured(self, utility: Utility, images: Tensor, base: Tensor, prompts: list[str]) -> dict[str, float]:
-        """The true taste in standard deviations of the first pool, wins against the base's pictures, what was kept."""
+        """The true taste in standard deviations of the first pool, the share of wins against the base's pictures with a
+        tie as half, as `palate compare` counts, the share of ties, what was kept."""
         pool = self.first.utilities(utility)
         u, before = (in_parts(utility, x, prompts) for x in (images, base))
         judge = self.panel.classifier
@@ -270,8 +271,9 @@ class Bench:
         ]
         spread = [float(diversity(judge.features(x), prompts).nanmean()) for x in (images, base)]
         after, start = ((float(x.mean()) - pool.mean()) / pool.std() for x in (u, before))
-        return {"taste": float(after), "before": float(start), "win": float((u > before).mean()),
-                "concept": float(np.mean(right[0])), "concept_before": float(np.mean(right[1])),
+        ties = float((u == before).mean())
+        return {"taste": float(after), "before": float(start), "win": float((u > before).mean()) + ties / 2,
+                "ties": ties, "concept": float(np.mean(right[0])), "concept_before": float(np.mean(right[1])),
                 "diversity": spread[0] / spread[1] if spread[1] > 0 else float("nan")}  # fmt: skip
 
     def pictures(
@@ -437,11 +439,28 @@ def accuracy_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def rounds_table(rows: Sequence[dict[str, Any]]) -> str:
+def left_alone(concepts: int) -> float:
+    """The share of the pictures that words leave as they are: those of prompts that name a background."""
+    prompts = recipe.evenly_spaced(recipe.prompts_of(recipe.read("taste-emoji"))[1], concepts)
+    return float(np.mean([parse_prompt(prompt).background is not None for prompt in prompts]))
+
+
+def won(row: dict[str, Any], alone: float) -> float:
+    """The share of blind comparisons that a way wins, a tie as half. The first rows, which do not keep their ties,
+    counted them as lost. Only words can tie there: over `alone` of the pictures, `left_alone`, and over all of them
+    where the taste picked no word, which shows in a taste that is the same number before and after."""
+    if "ties" in row or row["way"] != "words":
+        return float(row["win"])
+    return float(row["win"]) + (1.0 if row["taste"] == row["before"] else alone) / 2
+
+
+def rounds_table(rows: Sequence[dict[str, Any]], alone: float) -> str:
     """A line per person and way after the last round; means and standard deviations over seeds. Below, where all of
-    them were measured, each round of the five together, whose taste a linear utility of the features can hold."""
-    lines = ["| person | round | way | true taste, before -> after | blind win rate | concepts | diversity | held out "
-             "| learnt |", "|---|--:|---|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+    them were measured, each round of the five together, whose taste a linear utility of the features can hold. alone:
+    of `won`."""
+    lines = ["| person | round | way | true taste, before -> after | blind win rate, a tie half | concepts | diversity "
+             "| held out | learnt |", "|---|--:|---|--:|--:|--:|--:|--:|--:|"]  # fmt: skip
+    rows = [r | {"win": won(r, alone)} for r in rows]
     together = [r | {"person": "the five"} for r in rows if r["person"] in UNCONDITIONAL]
     whole = {r["person"] for r in rows} >= set(UNCONDITIONAL)
     last = max(r["round"] for r in rows)
@@ -497,7 +516,8 @@ def main() -> None:
     if given.what in ("accuracy", "all"):
         tables["taste-accuracy"] = accuracy_table(rows("accuracy", FIRST, accuracy_row, "unseen"))
     if given.what in ("align", "all"):
-        tables["taste-rounds"] = rounds_table(rows("align", ROUNDS, align_row, "taste", count, given.votes))
+        found = rows("align", ROUNDS, align_row, "taste", count, given.votes)
+        tables["taste-rounds"] = rounds_table(found, left_alone(given.concepts))
     if given.what == "golden":
         found = measured([Row(results / f"{slug('taste', 'golden', seed)}.json", golden_row,
                               (seed, given.concepts, given.quick), (GENERATOR,), settings(*FIRST)) for seed in seeds],
