@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from comparison import EARLY, LOST, at_best, cross_fitted, crossed, keeping, mean, student
+from comparison import LOST, at_best, cross_fitted, crossed, keeping, mean, student, with_early_looks
 from frontier import share_above
 from methods import slug
 from rows import content, made, made_in, write_table
@@ -92,15 +92,6 @@ def runs_of(results: Path, task: str, *methods: str) -> list[list[dict[str, Any]
     by = [{budget for name, budget, _ in rows if name == method} for method in methods]
     most = max(set.intersection(*by), default=None)
     return [[row for name, budget, row in rows if (name, budget) == (method, most)] for method in methods]
-
-
-def with_early_looks(results: Path, task: str, run: dict[str, Any]) -> dict[str, Any]:
-    """The run with what rows of the same seed and of a smaller budget saw before its first look."""
-    before = {point["forwards"]: point
-              for _, row in made_in(results, f"{slug(EARLY, task, run['method'], run['seed'])}-*.json")
-              for point in row["points"] if 0 < point["forwards"] < run["points"][1]["forwards"]}  # fmt: skip
-    base, *later = run["points"]
-    return run | {"points": [base, *(before[spent] for spent in sorted(before)), *later]}
 
 
 def _budget(path: Path) -> int:

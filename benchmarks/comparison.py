@@ -46,7 +46,7 @@ import numpy as np
 import torch
 from budget import Prices
 from methods import METHODS, Check, Referees, available, first_rate, parsed, referees, settings, slug, small, watch
-from rows import Row, is_made, keep_tuned, made, measured, write_table
+from rows import Row, is_made, keep_tuned, made, made_in, measured, write_table
 from scipy import stats
 from tasks import TASKS, missing, needs_gradient
 
@@ -246,8 +246,12 @@ def mean(point: dict[str, Any], key: str) -> float:
 
 def best_kept(points: Points, task: str, prompts: slice = slice(None)) -> int:
     """The place of the best goal, of these prompts, among the looks that kept the concepts."""
-    lost = LOST if task in CONCEPTS else np.inf
-    return max(keeping(points, lost), key=lambda i: float(np.nanmean(points[i]["heldout"][prompts])))
+    return max(kept_looks(points, task), key=lambda i: float(np.nanmean(points[i]["heldout"][prompts])))
+
+
+def kept_looks(points: Points, task: str) -> list[int]:
+    """The places of the looks that lost at most LOST of the concepts, where the task's prompts have one each."""
+    return keeping(points, LOST) if task in CONCEPTS else list(range(len(points)))
 
 
 def keeping(points: Points, lost: float) -> list[int]:
@@ -267,6 +271,15 @@ def cross_fitted(points: Points, key: str, pick: Callable[[slice], int]) -> np.n
 def looks_judged(found: dict[str, Any]) -> list[int]:
     """The places of the looks at which the two halves of the prompts are judged."""
     return [best_kept(found["points"], found["task"], other) for other in HALVES[::-1]]
+
+
+def with_early_looks(results: Path, task: str, run: dict[str, Any]) -> dict[str, Any]:
+    """The run with what rows of the same seed and of a smaller budget saw before its first look."""
+    before = {point["forwards"]: point
+              for _, row in made_in(results, f"{slug(EARLY, task, run['method'], run['seed'])}-*.json")
+              for point in row["points"] if 0 < point["forwards"] < run["points"][1]["forwards"]}  # fmt: skip
+    base, *later = run["points"]
+    return run | {"points": [base, *(before[spent] for spent in sorted(before)), *later]}
 
 
 def how_ended(found: dict[str, Any]) -> str:

@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rows import Row as Row  # tests/benchmarks/test_comparison.py takes it from here
 from rows import tuned
 from tasks import STYLE, TASKS, Task, needs_gradient
 from torch import Tensor

@@ -157,14 +157,6 @@ def _colours(colours: dict[str, str]) -> tuple[str, str]:
 # --- pictures -------------------------------------------------------------------------------------------------------
 
 
-def kept_looks(points: comparison.Points, task: str) -> list[int]:
-    """The places of the looks that lost at most comparison.LOST of the concepts, where the task has one a prompt."""
-    if task not in comparison.CONCEPTS:
-        return list(range(len(points)))
-    floor = comparison.mean(points[0], "concept") - comparison.LOST
-    return [place for place, point in enumerate(points) if comparison.mean(point, "concept") >= floor]
-
-
 def equal_looks(rows: Sequence[dict[str, Any]]) -> tuple[float, list[tuple[str, int]]]:
     """The level, the median of the methods' best kept goals, and of each method whose looks come near it, within NEAR
     of its rise over the base, the nearest that kept the concepts; the base first."""
@@ -175,7 +167,7 @@ def equal_looks(rows: Sequence[dict[str, Any]]) -> tuple[float, list[tuple[str, 
     found = [("base", 0)]
     for row in rows:
         values = goals[row["method"]]
-        place = min(kept_looks(row["points"], row["task"]), key=lambda k: abs(values[k] - level))
+        place = min(comparison.kept_looks(row["points"], row["task"]), key=lambda k: abs(values[k] - level))
         if place > 0 and abs(values[place] - level) <= max(1e-9, NEAR * abs(level - base)):
             found.append((row["method"], place))
     return level, found

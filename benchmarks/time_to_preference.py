@@ -26,6 +26,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+from comparison import with_early_looks
 from figures import STYLE as CSS
 from methods import STYLE, Check, about, available, parsed, rate, referees, settings, slug, small, watch
 from rows import Row, made_in, measured, write_table
@@ -68,16 +69,17 @@ def goals_of(rows: list[dict]) -> list[tuple[float, str]]:
 
 
 def compared(results: Path, methods: list[str]) -> list[dict]:
-    """The style rows of comparison.py in the form of `run`, those of a method at its largest budget."""
+    """The style rows of comparison.py in the form of `run`, those of a method at its largest budget, with their early
+    looks."""
     found: dict[str, dict[int, list[dict]]] = {}
     for path, row in made_in(results, f"{slug('comparison', 'style')}-*.json"):
         if row["method"] not in methods:
             continue
         keys = ("style", "concept", "reward", "heldout")
         checks = [{"forwards": point["forwards"], **{key: float(np.mean(point[key])) for key in keys}}
-                  for point in row["points"]]  # fmt: skip
+                  for point in with_early_looks(results, "style", row)["points"]]  # fmt: skip
         last = row["points"][-1]
-        told = {"method": row["method"], "seed": row["seed"], "seconds": last["processor_seconds"], "checks": checks}
+        told = {"method": row["method"], "seed": row["seed"], "checks": checks}
         told |= {key: last[key] for key in ("forwards", "updates", "differentiated")}
         found.setdefault(row["method"], {}).setdefault(int(path.stem.rpartition("-")[2]), []).append(told)
     return [row for own in found.values() for row in own[max(own)]]
@@ -108,22 +110,17 @@ def run(method: str, seed: int, prompts: int, budget: int, checks: int, override
         "seed": seed,
         "forwards": last.forwards,
         "updates": last.updates,
-        "seconds": last.seconds,
         "differentiated": last.differentiated,
         "checks": rows,
     }
 
 
-def there_of(own: list[dict], level: float, key: str) -> tuple[list[float], str]:
-    """Forwards to the level of the runs that get there, and "at most " where those of one are an upper bound."""
-    found = [forwards_to(row["checks"], level, key) for row in own]
-    there = [(forwards, bound) for forwards, bound in found if math.isfinite(forwards)]
-    return [forwards for forwards, _ in there], "at most " if any(bound for _, bound in there) else ""
-
-
 def way(own: list[dict], level: float, key: str) -> str:
-    """A method's cell: mean and deviation over the seeds that get there, and how many do where not all."""
-    there, most = there_of(own, level, key)
+    """A method's cell: mean and deviation over the seeds that get there, and how many do where not all; "at most" where
+    the forwards of one are an upper bound."""
+    found = [forwards_to(row["checks"], level, key) for row in own]
+    there = [forwards for forwards, _ in found if math.isfinite(forwards)]
+    most = "at most " if any(bound for forwards, bound in found if math.isfinite(forwards)) else ""
     some = "" if len(there) == len(own) else f" ({len(there)} of {len(own)} seeds)"
     return most + about(there, "{:.0f}") + some if there else "never"
 
@@ -138,18 +135,15 @@ def table(rows: list[dict]) -> str:
     lines = [
         "| method | "
         + " | ".join(f"forwards to {level:g}" if key == "style" else f"to +{level:g} optimised" for level, key in goals)
-        + f" | seconds to {LEVELS[-1]:g}, here | seconds per 1,000 forwards | forwards of an update "
-        "| with gradient | last style | last concept (base) | optimised (seeds above the base) | held-out |",
-        "|---" * (len(goals) + 9) + "|",
+        + " | forwards of an update | with gradient | last style | last concept (base) "
+        "| optimised (seeds above the base) | held-out |",
+        "|---" * (len(goals) + 7) + "|",
     ]
     for method, own in by.items():
         last = [row["checks"][-1] for row in own]
         forwards, updates = (sum(row[key] for row in own) for key in ("forwards", "updates"))
         up = sum(row["checks"][-1]["reward"] > row["checks"][0]["reward"] for row in own)
-        pace = sum(row["seconds"] for row in own) / forwards
         cells = [way(own, level, key) for level, key in goals]
-        there, most = there_of(own, LEVELS[-1], "style")
-        cells += [f"{most}{np.mean(there) * pace:.0f}" if there else "never", f"{1000 * pace:.1f}"]
 
         def mean(key: str, of: list[dict] = last) -> float:
             return float(np.mean([row[key] for row in of]))

@@ -197,7 +197,7 @@ def test_forwards_to_a_share_of_the_style():
             checks.append({"forwards": k * forwards, "style": style, "concept": concept, "reward": 0.05 + style / 4,
                            "heldout": 0.1})  # fmt: skip
         spent = len(looks) * forwards
-        return {"method": method, "seed": seed, "forwards": spent, "updates": 10, "seconds": 1.0,
+        return {"method": method, "seed": seed, "forwards": spent, "updates": 10,
                 "differentiated": spent / 4, "checks": checks}  # fmt: skip
 
     def to(level, *looks):
@@ -213,7 +213,7 @@ def test_forwards_to_a_share_of_the_style():
     slow = [row("DDPO", seed, 600, 0.1, 0.4 if seed == 0 else 0.1) for seed in range(3)]
     text = time_to.table([*fast, *slow])
     most = "at most 100 ± 0"
-    assert f"| SRPO | {most} | {most} | 200 ± 0 | never | {most} | {most} | 140 ± 0 | never | 5.0 | 20 | 25% |" in text
+    assert f"| SRPO | {most} | {most} | 200 ± 0 | never | {most} | {most} | 140 ± 0 | 20 | 25% |" in text
     assert "| 0.60 | 0.70 (0.70) | +0.200 (3 of 3) |" in text
     assert "| DDPO | 800 (1 of 3 seeds) | 1200 (1 of 3 seeds) | never | never |" in text
     mixed = [row("SRPO", 0, 100, 0.8), row("SRPO", 1, 100, 0.4, 0.8)]

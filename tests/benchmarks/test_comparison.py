@@ -232,9 +232,9 @@ def test_the_plan_is_the_sum_of_calls_times_prices(tmp_path, capsys):
     assert budget.calls_of("SRPO") == (20, 4, 4)  # the rollout keeps its guidance
     assert budget.per_forward("SRPO", prices) == pytest.approx(1 + (4 * 2.0 + 4 * 0.75) / 20)
     assert budget.row_seconds("DDPO", prices, 1500, 6, 96) == pytest.approx(1500 + 100 * 14.5 + 6 * 96 * 10)
-    wanted = [methods.Row(tmp_path / f"{seed}.json", comparison.run, ("jpeg", "DDPO", seed, 48, 1500, 6, [], True))
+    wanted = [rows.Row(tmp_path / f"{seed}.json", comparison.run, ("jpeg", "DDPO", seed, 48, 1500, 6, [], True))
               for seed in range(3)]  # fmt: skip
-    search = [methods.Row(tmp_path / "t.json", comparison.try_rate, ("style", "DDPO", 1e-3, 150, 48, []))]
+    search = [rows.Row(tmp_path / "t.json", comparison.try_rate, ("style", "DDPO", 1e-3, 150, 48, []))]
     rows.stored(wanted[0]._replace(make=lambda *arguments: {}))
     whole = 2 * budget.row_seconds("DDPO", prices, 1500, 6, 96) + budget.row_seconds("DDPO", prices, 150, 1, 48)
     text = comparison.plan(wanted, search, 2, prices)
