@@ -220,6 +220,7 @@ def test_forwards_to_a_share_of_the_style():
     text = time_to.table(mixed)
     assert "| SRPO | at most 100 ± 0 | at most 100 ± 0 | at most 125 ± 35 | at most 150 ± 71 |" in text
 
+
 def test_forwards_to_a_rise_of_the_objective():
     checks = [
         {"forwards": f, "style": 0.0, "concept": c, "reward": r}
