@@ -600,6 +600,7 @@ FREE = [
 SMALL = [
     "trainer.steps=2",
     "trainer.batch_size=2",
+    "trainer.sharding=none",  # of one rank
     "trainer.preview_every=0",
     "algorithm.rollout_steps=2",
     "model.device=cpu",
