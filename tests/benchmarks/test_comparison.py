@@ -522,7 +522,7 @@ def test_a_colour_cast_and_a_hacked_reward_count_against(tmp_path):
                 "concept_base": 0.95}  # fmt: skip
 
     told = {"default": (0.02, 0.2, 0.1), "no inversion branch": (0.05, 0.2, 0.05), "late window": (0.1, 0.4, 0.02),
-            "early window": (0.03, 0.2, 0.1)}  # fmt: skip
+            "early window": (0.03, 0.2, 0.1), "absolute, both branches": (0.02, 0.2, 0.04)}  # fmt: skip
     for name, values in told.items():
         for seed in range(3):
             path = tmp_path / f"{methods.slug('srpo', 'ablations', name, seed)}.json"
@@ -531,6 +531,7 @@ def test_a_colour_cast_and_a_hacked_reward_count_against(tmp_path):
     assert found["srpo-inversion-cast"].found.value == pytest.approx(0.03)
     assert found["srpo-inversion-heldout"].verdict == found["srpo-inversion-cast"].verdict == "holds"
     assert found["srpo-late-hacks"].found.value == pytest.approx(0.95 - 0.5)
+    assert found["srpo-relative"].found.value == pytest.approx(0.8 - 0.5)  # less of its rise is the reward's alone
 
 
 def test_the_cost_of_one_step_is_a_ratio_of_times(tmp_path):
