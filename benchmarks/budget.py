@@ -44,7 +44,7 @@ class Calls(NamedTuple):
 
 def calls_of(method: str) -> Calls:
     """What the method's own `calls_per_update` says, with the settings of the comparison."""
-    settings = recipe.read(METHODS[method][0], [*FAIR, *FIXED.get(method, [])]).algorithm
+    settings = recipe.read(METHODS[method], [*FAIR, *FIXED.get(method, [])]).algorithm
     module = importlib.import_module(find(settings.name).load_class().__module__)
     told = module.calls_per_update(settings)
     if "predict" not in told:
@@ -57,7 +57,7 @@ def calls_of(method: str) -> Calls:
 def per_forward(method: str, prices: Prices) -> float:
     """Processor seconds of training for each denoiser forward, all else that goes with it included."""
     calls = calls_of(method)
-    score = prices.score + (prices.score_backward if needs_gradient(METHODS[method][0]) else 0.0)
+    score = prices.score + (prices.score_backward if needs_gradient(METHODS[method]) else 0.0)
     return prices.forward + (calls.backward * prices.backward + calls.scored * score) / calls.forward
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from comparison import LOST, at_best, cross_fitted, crossed, keeping, mean, student, with_early_looks
+from comparison import LOST, at_best, cross_fitted, crossed, keeping, mean, row_budget, student, with_early_looks
 from frontier import share_above
 from methods import slug
 from rows import content, made, made_in, write_table
@@ -88,15 +88,12 @@ class Judged(NamedTuple):
 def runs_of(results: Path, task: str, *methods: str) -> list[list[dict[str, Any]]]:
     """The comparison's rows of each method at the largest budget at which all have some: {"seed", "points":
     [{"forwards", key: per prompt}]}; else empty."""
-    rows = [(row["method"], _budget(path), row) for path, row in made_in(results, f"{slug('comparison', task)}-*.json")]
+    rows = [
+        (row["method"], row_budget(path), row) for path, row in made_in(results, f"{slug('comparison', task)}-*.json")
+    ]
     by = [{budget for name, budget, _ in rows if name == method} for method in methods]
     most = max(set.intersection(*by), default=None)
     return [[row for name, budget, row in rows if (name, budget) == (method, most)] for method in methods]
-
-
-def _budget(path: Path) -> int:
-    """Which a row's name ends with."""
-    return int(path.stem.rpartition("-")[2])
 
 
 def ablation(results: Path, program: str, group: str, *names: str) -> list[dict[int, Any]]:

@@ -78,7 +78,7 @@ def applies(method: str, task: str) -> bool:
     """Whether the method is compared on the task: it can use its reward, and is not kept for another one."""
     if task not in ONLY.get(method, TASKS) or (TASKS[task].fixed and method not in TASKS[task].fixed):
         return False
-    return TASKS[task].gradient or TASKS[task].soft is not None or not needs_gradient(METHODS[method][0])
+    return TASKS[task].gradient or TASKS[task].soft is not None or not needs_gradient(METHODS[method])
 
 
 def stalled(values: Sequence[float]) -> bool:
@@ -145,7 +145,7 @@ def rate(method: str, task: str, results: Path) -> float:
     if method in TASKS[task].fixed:
         return methods.plan_of(method, TASKS[task]).trainer.lr
     found = methods.tuned(results)
-    return found.get(f"{task}: {method}") or found.get(f"style: {method}") or methods.rate(method, results)
+    return found.get(f"{task}: {method}") or methods.rate(method, results)
 
 
 def rows_of(args: argparse.Namespace) -> list[Row]:
@@ -182,6 +182,20 @@ def standing(args: argparse.Namespace, rows: Sequence[Row] = ()) -> list[Row]:
             one = argparse.Namespace(**{**vars(args), "tasks": [task], "methods": [name], "seeds": None})
             others += [row for row in rows_of(one) if row.path not in paths]
     return [row for row in (*rows, *others) if is_made(row)]
+
+
+def by_method(results: Path, task: str) -> dict[str, dict[int, dict[str, Any]]]:
+    """Method -> seed -> its row of the task, {"seed", "points": [{"forwards", key: per prompt}]}; of a method those at
+    its largest budget."""
+    found: dict[str, dict[int, dict[int, dict[str, Any]]]] = {}
+    for path, run in made_in(results, f"{slug('comparison', task)}-*.json"):
+        found.setdefault(run["method"], {}).setdefault(row_budget(path), {})[run["seed"]] = run
+    return {method: own[max(own)] for method, own in found.items()}
+
+
+def row_budget(path: Path) -> int:
+    """Which a row's name ends with."""
+    return int(path.stem.rpartition("-")[2])
 
 
 def try_rate(task: str, method: str, lr: float, budget: int, prompts: int, more: list[str]) -> dict[str, Any]:
@@ -385,7 +399,7 @@ def searched(found: Sequence[dict[str, Any]], results: Path) -> dict[str, str]:
             if method in TASKS[task].fixed:
                 places.setdefault(f"not searched, {rate(method, task, results):g}", []).append(method)
                 continue
-            lr = chosen.get(f"{task}: {method}") or chosen.get(f"style: {method}") or chosen.get(method)
+            lr = chosen.get(f"{task}: {method}") or chosen.get(f"style: {method}")
             factor = lr / first_rate(method) if lr else 0.0
             tried = [k for k, known in enumerate(TRIED) if abs(factor - known) < 1e-6 * known]
             where = {0: "the lowest tried", len(TRIED) - 1: "the highest tried"}
@@ -475,8 +489,8 @@ def usual(results: Path) -> argparse.Namespace:
 def unsearched(args: argparse.Namespace) -> list[str]:
     """Methods whose learning rate nothing was searched for on this model."""
     known = methods.tuned(args.results)
-    return [name for name in args.methods if name not in known
-            and not any(f"{task}: {name}" in known for task in ("style", *args.tasks))]  # fmt: skip
+    return [name for name in args.methods
+            if not any(f"{task}: {name}" in known for task in ("style", *args.tasks))]  # fmt: skip
 
 
 def plan(rows: Sequence[Row], search: Sequence[Row], jobs: int, prices: Prices) -> str:

@@ -1,37 +1,38 @@
-"""What each method pays for its reward: optimised reward against held-out reward, concepts, diversity and drift.
+"""What each method pays for its reward: optimised reward against held-out reward, diversity and drift.
 
-    python benchmarks/frontier.py [--seeds 0] [--methods SRPO ReFL ...] [--budget 4000] [--jobs 2]
-    python benchmarks/frontier.py --quick                 # the mechanics, in a few minutes; its numbers mean nothing
+    python benchmarks/frontier.py   # of the style rows that comparison.py has; nothing is trained
 
-Each method is run at three strengths (what `methods.METHODS` names for it: its regulariser, or its learning rate if it
-has none), every run with the same budget of denoiser forwards from the same base, and measured several times on the way
-on the same prompts and noise. All these points are a method's cloud; its frontier at reward g is the best held-out
-reward of any point whose optimised reward is at least g. The area under it is taken over the rewards from the base's to
-the highest of any method, above the lowest held-out value seen, as a share of the box; its interval resamples prompts,
-the same ones for every method, so that differences of areas are paired. What another training seed would change is not
-in it: --seeds 0 1 2 makes three runs of each strength, all in one cloud. Run `comparison.py tune` first for tuned
-learning rates; otherwise the recipes' are used.
+A run's points are its looks that kept the concepts within LOST of the base's (comparison.py), the base among them. Its
+frontier at reward g is the best held-out reward, or diversity, of any point whose optimised reward is at least g. The
+area under it is taken over the rewards from the base's to the highest that a method reaches on average, above the
+lowest value seen, as a share of the box; it is the mean over a method's seeds, with Student's interval over them. All
+runs are judged on the same prompts and noise, so that the interval does not speak of others. Two methods are compared
+on the seeds that both have. Every run looks equally often, but one that saturates ends early.
 
-Writes RESULTS/frontier-{heldout,concept,diversity,drift}.svg.
+Writes RESULTS/frontier.md and frontier-{heldout,diversity,drift}.svg, where a line goes through a method's looks, means
+over its seeds, in the order of training; methods that hardly rise are left out of the figures.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from methods import METHODS, RATES, available, parsed, rate, referees, scatter, settings, slug, small, watch
-from rows import Row, measured, write_table
+from comparison import LOST, by_method, keeping, mean, student
+from methods import about, scatter
+from rows import write_table
 
+TASK = "style"
+AREAS = {"heldout": "held-out", "diversity": "diversity"}
 PANELS = {
     "heldout": "held-out objective",
-    "concept": "concept accuracy",
     "diversity": "diversity inside prompt and style",
     "drift": "distance from the base's images",
 }
-GRID = 61
+GRID, MOVED = 61, 0.15
+Runs = dict[int, list[dict[str, float]]]  # seed -> the points of its run, means over prompts
 
 
 def envelope(x: np.ndarray, y: np.ndarray, grid: np.ndarray) -> np.ndarray:
@@ -60,143 +61,112 @@ def share_above(
     return float(((a > b) + (a == b) / 2)[reached].mean()) if low < high and reached.any() else float("nan")
 
 
-def strengths(method: str, results: Path, quick: bool) -> list[tuple[str, list[str]]]:
-    """(label, overrides) of each run of a method."""
-    key, values = METHODS[method][1]
-    lr = rate(method, results)
-    if key == "trainer.lr":
-        chosen = [(f"lr x {factor:g}", [f"trainer.lr={lr * factor}"]) for factor in RATES]
-    else:
-        chosen = [(f"{key.split('.')[1]} {value:g}", [f"trainer.lr={lr}", f"{key}={value}"]) for value in values]
-    return chosen[:1] if quick else chosen
-
-
-def run(method: str, seed: int, prompts: int, budget: int, checks: int, overrides: list[str]) -> list[dict]:
-    found = watch(method, seed, referees(prompts, (0, 1)), budget=budget, checks=checks, overrides=overrides)
-    return [{"updates": c.updates, "forwards": c.forwards, **c.values} for c in found]
-
-
-def clouds_of(args: argparse.Namespace) -> dict[str, list[dict]]:
-    """Every measurement of every run of each method, the base's first: per-prompt values."""
-    labels, rows = [], []
-    for seed in args.seeds:
-        for method in args.methods:
-            for label, overrides in strengths(method, args.results, args.quick):
-                overrides = [*overrides, *args.override, *(small(method) if args.quick else [])]
-                labels.append((method, label, seed))
-                rows.append(
-                    Row(
-                        args.results / f"{slug('frontier', method, label, seed, args.budget)}.json",
-                        run,
-                        (method, seed, args.prompts, args.budget, args.checks, overrides),
-                        recipe=settings(method),
-                    )
-                )
-
-    def show(points: list[dict]) -> dict[str, float]:
-        return {name: round(float(np.nanmean(points[-1][name])), 3) for name in ("reward", *PANELS)}
-
-    clouds: dict[str, list[dict]] = {}
-    found = measured(rows, args.jobs, show, minutes=args.minutes)
-    for (method, label, seed), points in zip(labels, found, strict=True):
-        known = clouds.setdefault(method, [])
-        known += [{**point, "label": label, "seed": seed} for point in (points[1:] if known else points)]
-    return clouds
-
-
-def values(points: list[dict], name: str, weights: np.ndarray) -> np.ndarray:
-    """Means over prompts of each point, (points,), or (resamples, points) with weights (resamples, prompts)."""
-    columns = np.array([point[name] for point in points], dtype=float)
-    known = np.isfinite(columns)
-    return (weights @ np.where(known, columns, 0).T) / np.maximum(weights @ known.T, 1e-12)
-
-
-def summary(clouds: dict[str, list[dict]], resamples: int = 1000) -> tuple[dict, str]:
-    """Areas with intervals, and how far they lie below the largest, as a dictionary and as a table."""
-    count = len(next(iter(clouds.values()))[0]["reward"])
-    flat = np.full((1, count), 1 / count)
-    drawn = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), resamples) / count
-    means = {m: {n: values(p, n, flat)[0] for n in ("reward", *PANELS)} for m, p in clouds.items()}
-    base = {name: float(column[0]) for name, column in next(iter(means.values())).items()}
-    top = max(float(column["reward"].max()) for column in means.values())
-    lines = [
-        "| method | points | highest optimised | its held-out | its concept | its diversity | area held-out "
-        "| area concept | area diversity |",
-        "|---|---|---|---|---|---|---|---|---|",
+def kept_points(run: dict[str, Any]) -> list[dict[str, float]]:
+    """The run's looks that kept the concepts, means over prompts."""
+    return [
+        {key: mean(run["points"][place], key) for key in ("reward", "concept", *PANELS)}
+        for place in keeping(run["points"], LOST)
     ]
-    lines.append(
-        "| base | 1 | "
-        + " | ".join(f"{base[n]:.3f}" for n in ("reward", "heldout", "concept", "diversity"))
-        + " | | | |"
-    )
-    result: dict = {"base": base, "methods": {}}
-    areas: dict[str, np.ndarray] = {}  # held-out: of all prompts, then of each resample of them
-    for method, points in clouds.items():
-        own, best = means[method], int(means[method]["reward"].argmax())
-        row = {"points": len(points), **{name: float(own[name][best]) for name in ("reward", *PANELS)}}
-        cells = []
-        for name in ("heldout", "concept", "diversity"):
-            every = np.concatenate([column[name] for column in means.values()])
-            box = (base["reward"], top, float(every.min()), float(every.max()))
-            value = float(area(own["reward"], own[name], *box))
-            resampled = area(values(points, "reward", drawn), values(points, name, drawn), *box)
-            low, high = np.quantile(resampled, [0.025, 0.975])
-            row[f"area_{name}"] = [value, float(low), float(high)]
-            if name == "heldout":
-                areas[method] = np.concatenate([[value], resampled])
-            cells.append(f"{value:.2f} ({low:.2f} to {high:.2f})")
-        result["methods"][method] = row
-        lines.append(
-            f"| {method} | {len(points)} | "
-            + " | ".join(f"{row[n]:.3f}" for n in ("reward", "heldout", "concept", "diversity"))
-            + " | "
-            + " | ".join(cells)
-            + " |"
-        )
-    leader = max(areas, key=lambda method: areas[method][0])
-    behind = []
-    for method in areas:
-        if method != leader:
-            less = areas[leader] - areas[method]
-            low, high = np.quantile(less[1:], [0.025, 0.975])
-            result["methods"][method][f"area_heldout less than {leader}"] = [float(less[0]), float(low), float(high)]
-            behind.append(f"{method} {less[0]:.2f} ({low:+.2f} to {high:+.2f})")
-    if behind:
-        lines += ["", f"{leader} has the largest area of held-out reward; below it lie " + ", ".join(behind) + "."]
-    return result, "\n".join(lines)
 
 
-def plot(clouds: dict[str, list[dict]], folder: Path) -> None:
+def over_seeds(values: list[float]) -> tuple[float, float, float]:
+    """Mean and Student's 95 % interval, infinite of one value."""
+    center = float(np.mean(values))
+    if len(values) < 2:
+        return center, -np.inf, np.inf
+    half = student(len(values) - 1) * float(np.std(values, ddof=1)) / len(values) ** 0.5
+    return center, center - half, center + half
+
+
+def areas(methods: dict[str, Runs], key: str) -> dict[str, dict[int, float]]:
+    """Method -> seed -> area under the frontier of `key`, all in one box."""
+    every = [point for runs in methods.values() for points in runs.values() for point in points]
+    low, floor, ceiling = every[0]["reward"], min(p[key] for p in every), max(p[key] for p in every)
+    high = low + max(map(top_rise, methods.values()))
+
+    def under(points: list[dict[str, float]]) -> float:
+        x, y = (np.array([point[name] for point in points]) for name in ("reward", key))
+        return float(area(x, y, low, high, floor, ceiling))
+
+    return {method: {seed: under(points) for seed, points in runs.items()} for method, runs in methods.items()}
+
+
+def table(methods: dict[str, Runs]) -> str:
+    """A line a method, the largest area of held-out reward first, and how far the others lie below it."""
+    found = {key: areas(methods, key) for key in AREAS}
+    lines = [
+        "| method | seeds | highest optimised | its held-out | its concept | its diversity | "
+        + " | ".join(f"area, {name}" for name in AREAS.values())
+        + " |",
+        "|---" * (6 + len(AREAS)) + "|",
+    ]
+    base = next(iter(next(iter(methods.values())).values()))[0]
+    shown = ("reward", "heldout", "concept", "diversity")
+    lines.append("| base | | " + " | ".join(f"{base[key]:.3f}" for key in shown) + " | |" + " |" * (len(AREAS) - 1))
+    order = sorted(methods, key=lambda method: -np.mean(list(found["heldout"][method].values())))
+    for method in order:
+        tops = [max(points, key=lambda point: point["reward"]) for points in methods[method].values()]
+        cells = [about([top[key] for top in tops], "{:.3f}") for key in shown]
+        cells += [_interval(list(found[key][method].values())) for key in AREAS]
+        lines.append(f"| {method} | {len(tops)} | " + " | ".join(cells) + " |")
+    leader, *others = order
+    less = []
+    for method in others:
+        shared = [seed for seed in methods[method] if seed in methods[leader]]
+        if shared:
+            own = [found["heldout"][leader][seed] - found["heldout"][method][seed] for seed in shared]
+            less.append(f"{method} {_interval(own)}")
+    if less:
+        lines += ["", f"{leader} has the largest area of held-out reward; on the seeds of both it is larger by: "
+                  + ", ".join(less) + "."]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _interval(values: list[float]) -> str:
+    center, low, high = over_seeds(values)
+    return f"{center:.2f} ({low:.2f} to {high:.2f})" if len(values) > 1 else f"{center:.2f}"
+
+
+def top_rise(runs: Runs) -> float:
+    """How far the optimised reward rises over the base's, mean over seeds."""
+    return float(np.mean([max(p["reward"] for p in points) - points[0]["reward"] for points in runs.values()]))
+
+
+def plot(methods: dict[str, Runs], folder: Path) -> None:
+    """Of the methods that rise at least MOVED as far as the furthest; the others would lie on the base."""
+    furthest = max(map(top_rise, methods.values()))
     for name, title in PANELS.items():
-        series, lines = {}, {}
-        for method, points in clouds.items():
-            x, y = (np.array([np.nanmean(point[key]) for point in points]) for key in ("reward", name))
-            series[method] = list(zip(x.tolist(), y.tolist(), strict=True))
-            grid = np.linspace(x.min(), x.max(), GRID)
-            best = envelope(x, y if name != "drift" else -y, grid)
-            lines[method] = list(zip(grid.tolist(), (best if name != "drift" else -best).tolist(), strict=True))
+        series = {}
+        for method, runs in methods.items():
+            if top_rise(runs) < MOVED * furthest:
+                continue
+            longest = max(len(points) for points in runs.values())  # a run that ended early stays where it ended
+            now = [[points[min(look, len(points) - 1)] for points in runs.values()] for look in range(longest)]
+            series[method] = [tuple(float(np.mean([p[key] for p in look])) for key in ("reward", name)) for look in now]
         path = folder / f"frontier-{name}.svg"
-        path.write_text(scatter(f"Optimised objective against {title}", "optimised objective", title, series, lines))
-        print(path)
+        path.write_text(scatter(f"Optimised objective against {title}", "optimised objective", title, series, series))
+
+
+def write(results: Path) -> str:
+    """The table and the figures of the rows that are there; "" and nothing written if there are none."""
+    methods = {
+        method: {seed: kept_points(run) for seed, run in runs.items()}
+        for method, runs in by_method(results, TASK).items()
+    }
+    if not methods:
+        return ""
+    text = table(methods)
+    write_table(results / "frontier.md", text)
+    plot(methods, results)
+    return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--methods", nargs="+", default=available(), choices=available())
-    parser.add_argument("--budget", type=int, default=4000, help="denoiser forwards of each run")
-    parser.add_argument("--checks", type=int, default=2, help="measurements in a run, evenly spread over the budget")
-    parser.add_argument("--prompts", type=int, default=48, help="two images each")
-    parser.add_argument("--override", nargs="*", default=[], help="for every method")
-    args = parsed(parser)
-    if args.quick:
-        args.seeds, args.budget, args.checks, args.prompts = args.seeds[:1], 60, 1, 6
-    clouds = clouds_of(args)
-    result, text = summary(clouds)
-    (args.results / "frontier.json").write_text(json.dumps(result, indent=1) + "\n")
-    write_table(args.results / "frontier.md", text)
-    print(text)
-    plot(clouds, args.results)
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    print(
+        write(parser.parse_args().results) or f"no rows of this model: python benchmarks/comparison.py --tasks {TASK}"
+    )
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ UNHELD = {"SRPO": ["algorithm.reference_penalty=0"], "SQDF": ["algorithm.alpha_k
 
 
 def build_plan(method: str, overrides: list[str]) -> recipe.Recipe:
-    source = METHODS[method][0]
+    source = METHODS[method]
     return recipe.read(
         source,
         [

@@ -39,25 +39,24 @@ from palate.report import ticks
 from palate.rewards.simple import high_frequency, saturation
 from palate.train import NonFiniteError, Outcome, train
 
-METHODS = {  # name -> recipe, what is swept as its strength in frontier.py
-    "SRPO": ("srpo-emoji", ("algorithm.reference_penalty", (0.0, 0.3, 3.0))),
-    "SQDF": ("sqdf-emoji", ("algorithm.alpha_kl", (0.0, 3e-4, 3e-3))),
-    "ReFL": ("refl-emoji", ("trainer.lr", ())),  # () = half its learning rate, as it is, twice
-    "DRaFT-LV": ("draft-emoji", ("trainer.lr", ())),
-    "DDPO": ("ddpo-emoji", ("trainer.lr", ())),
-    "Flow-GRPO": ("grpo-emoji", ("algorithm.beta", (0.0, 0.04, 0.4))),
-    "DanceGRPO": ("dance-grpo-emoji", ("trainer.lr", ())),
-    "MixGRPO": ("mix-grpo-emoji", ("trainer.lr", ())),
-    "DiffusionNFT": ("nft-emoji", ("algorithm.kl", (0.0, 1e-4, 1e-1))),
-    "Diffusion-DPO": ("dpo-emoji", ("algorithm.beta", (500.0, 2000.0, 8000.0))),
-    "online DPO": ("dpo-emoji-online", ("algorithm.beta", (500.0, 2000.0, 8000.0))),
-    "DGPO": ("dgpo-emoji", ("algorithm.kl", (0.0, 1e-3, 1e-1))),
-    "AWM": ("awm-emoji", ("algorithm.kl", (0.0, 1e-3, 1e-1))),
-    "LeapAlign": ("leap-emoji", ("trainer.lr", ())),
-    "DRaFT-1": ("draft-emoji", ("trainer.lr", ())),
-    "Flow-GRPO released": ("grpo-emoji-released", ("algorithm.beta", (0.0, 0.04, 0.4))),
+METHODS = {  # name -> recipe
+    "SRPO": "srpo-emoji",
+    "SQDF": "sqdf-emoji",
+    "ReFL": "refl-emoji",
+    "DRaFT-LV": "draft-emoji",
+    "DDPO": "ddpo-emoji",
+    "Flow-GRPO": "grpo-emoji",
+    "DanceGRPO": "dance-grpo-emoji",
+    "MixGRPO": "mix-grpo-emoji",
+    "DiffusionNFT": "nft-emoji",
+    "Diffusion-DPO": "dpo-emoji",
+    "online DPO": "dpo-emoji-online",
+    "DGPO": "dgpo-emoji",
+    "AWM": "awm-emoji",
+    "LeapAlign": "leap-emoji",
+    "DRaFT-1": "draft-emoji",
+    "Flow-GRPO released": "grpo-emoji-released",
 }
-RATES = (0.5, 1.0, 2.0)  # times a method's learning rate, where that is its strength
 WORDS = {"srpo": TASKS["style"].words}  # these read control words, not a reward made of them
 QUICK = {
     "ddpo": ["algorithm.steps=3"],
@@ -85,12 +84,12 @@ FAIR = [
 
 def available() -> list[str]:
     """The methods whose recipe this version has."""
-    return [name for name, (source, _) in METHODS.items() if source in recipe.published()]
+    return [name for name, source in METHODS.items() if source in recipe.published()]
 
 
 def first_rate(method: str) -> float:
     """The learning rate that a search begins with: the recipe's, or what is FIXED."""
-    return recipe.read(METHODS[method][0], FIXED.get(method, [])).trainer.lr
+    return recipe.read(METHODS[method], FIXED.get(method, [])).trainer.lr
 
 
 class Counted:
@@ -279,7 +278,7 @@ def whole(outcome: Outcome) -> Outcome:
 
 def plan_of(method: str, task: Task, overrides: Sequence[str] = ()) -> recipe.Recipe:
     """The recipe that the comparisons train."""
-    source = METHODS[method][0]
+    source = METHODS[method]
     own = list(task.words) if recipe.read(source).algorithm.name in WORDS else []
     return recipe.read(source, [*own, *PLAIN, *FAIR, *FIXED.get(method, []), *task.fixed.get(method, []), *overrides])
 
@@ -305,7 +304,7 @@ def watch(
     once before; stops early when `done`, or when the loss is no longer finite. Forwards of the measuring do not count.
     looked_at: called with the model and the weights' name at each measurement.
     """
-    source = METHODS[method][0]
+    source = METHODS[method]
     plan = plan_of(method, who.task, [*overrides, f"trainer.seed={seed}"])
     family = plan.algorithm.name
     torch.manual_seed(seed)  # LoRA's first weights
@@ -373,13 +372,12 @@ def about(values: Sequence[float], form: str = "{:.3f}") -> str:
 
 def small(method: str) -> list[str]:
     """Overrides of --quick: the least that still runs the method."""
-    return ["trainer.batch_size=2", *QUICK.get(recipe.read(METHODS[method][0]).algorithm.name, [])]
+    return ["trainer.batch_size=2", *QUICK.get(recipe.read(METHODS[method]).algorithm.name, [])]
 
 
 def rate(method: str, results: Path) -> float:
-    """The learning rate that `comparison.py tune` found for this objective; else the recipe's."""
-    found = tuned(results)
-    return found.get(method) or found.get(f"style: {method}") or first_rate(method)
+    """The learning rate that `comparison.py tune` found for the style; else the recipe's."""
+    return tuned(results).get(f"style: {method}") or first_rate(method)
 
 
 def slug(*parts: object) -> str:

@@ -20,14 +20,13 @@ from pathlib import Path
 from rows import table_of
 
 DOCS = Path(__file__).parent.parent / "docs"
-FRONTIER = "The optimised objective against {}: every measured point of each method, and its frontier"
+FRONTIER = "The optimised objective against {}: a line through the looks of each method that rises, as it trains"
 PICTURES = {  # table -> its pictures in RESULTS, each with what it shows for those who do not see it
     "time_to_preference": {
         "time_to_preference.svg": "The share of pictures in the style over denoiser forwards, a curve for each method"
     },
     "frontier": {
         "frontier-heldout.svg": FRONTIER.format("the held-out objective"),
-        "frontier-concept.svg": FRONTIER.format("concept accuracy"),
         "frontier-diversity.svg": FRONTIER.format("the diversity inside a prompt and style"),
         "frontier-drift.svg": FRONTIER.format("the distance from the base's images"),
     },

@@ -25,8 +25,10 @@ from typing import Any
 
 import claims
 import comparison
+import frontier
 import matplotlib
 import numpy as np
+import time_to_preference
 from claims import Judged
 from methods import available, slug
 from PIL import Image
@@ -231,11 +233,14 @@ def figures(rows: Sequence[Judged], images: Path) -> Iterator[str]:
 
 
 def write(results: Path, images: Path) -> Path:
-    """claims.{json,md}, comparison.{json,md}, and claim-figures.md with the figures and the pictures that rows keep."""
+    """claims.{json,md}, comparison.{json,md}, what other tables say of the same rows, and claim-figures.md with the
+    figures and the pictures that rows keep."""
     judged = claims.judge(results)
     (results / "claims.json").write_text(json.dumps(claims.as_json(judged), indent=1) + "\n")
     write_table(results / "claims.md", claims.table(judged))
     comparison.write(comparison.usual(results))
+    frontier.write(results)
+    time_to_preference.write(results)
     parts = list(figures(judged, images))
     for task in TASKS:
         name = "equal-reward" if task == "style" else f"equal-reward-{task}"

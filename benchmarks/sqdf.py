@@ -32,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from frontier import area, share_above
-from methods import RATES, about, parsed, rate, referees, scatter, settings, slug, small, watch, whole
+from methods import about, parsed, rate, referees, scatter, settings, slug, small, watch, whole
 from rows import Row, content, made, made_in, measured, write_table
 
 from palate import recipe
@@ -46,6 +46,7 @@ DEFAULT = "the recipe"
 ORACLES = ("jpeg-size", "hidden-judge", "colour-position")
 NAMES = ("reward", "heldout", "style", "concept", "diversity", "drift", "saturation")
 DRAFT_1 = ["algorithm.K=1", "algorithm.n=0"]
+RATES = (0.5, 1.0, 2.0)  # times the learning rate of DRaFT-1 and ReFL
 
 
 def runs(group: str, args: argparse.Namespace) -> dict[str, tuple[str, list[str]]]:

@@ -1,20 +1,17 @@
 """How much network each method needs until the pictures show what was asked for.
 
-    python benchmarks/time_to_preference.py [--seeds 0 1 2] [--methods SRPO Flow-GRPO ...] [--budget 8000] [--jobs 2]
-    python benchmarks/time_to_preference.py --compared    # of the rows that comparison.py has, without any training
-    python benchmarks/time_to_preference.py --quick       # the mechanics, in a few minutes; its numbers mean nothing
+    python benchmarks/time_to_preference.py   # of the style rows that comparison.py has; nothing is trained
 
 Denoiser forwards (batch rows x network evaluations, counted at model.predict) until, on fixed prompts that name no
-style, the judge sees the target style in .8 of the images while concept accuracy is within .03 of the base model's; a
-run stops there, or when it has lost .2 of the concepts, which is taken as lost for good. A method that does not get
-there within the budget is reported as never. The way to .2, .4 and .6 is reported as well, and to rises of the
-optimised objective whatever the concepts do, shares of the largest that a method has: linear between two checks, and
-"at most" the first check's forwards where that one is there already, since nothing says how it got there. Concepts are
-those of the later check, so that a run which kept them only in between counts as never, and with 48 images one of them
-is .02. Every check draws from the same noise. Seconds are of this machine, training only. Run `comparison.py tune`
-first for tuned learning rates; otherwise the recipes' hold.
+style, the judge sees the target style in .8 of the images while concept accuracy is within .03 of the base model's. A
+run that does not get there within the budget is reported as never. The way to .2, .4 and .6 is reported as well, and
+to rises of the optimised objective whatever the concepts do, shares of the largest that a method has: linear between
+two looks, and "at most" the first look's forwards where that one is there already, since nothing says how it got there.
+Concepts are those of the later look, so that a run which kept them only in between counts as never. Every look draws
+from the same noise. Rows that looked more often in the beginning (`comparison.py --budget 2080 --checks 13`) count with
+those of the same seed.
 
-Writes RESULTS/time_to_preference.svg: style share over forwards, one curve a method (mean over seeds).
+Writes RESULTS/time_to_preference.md and .svg: style share over forwards, one curve a method (mean over seeds).
 """
 
 from __future__ import annotations
@@ -26,19 +23,15 @@ import re
 from pathlib import Path
 
 import numpy as np
-from comparison import with_early_looks
+from comparison import by_method, with_early_looks
 from figures import STYLE as CSS
-from methods import STYLE, Check, about, available, parsed, rate, referees, settings, slug, small, watch
-from rows import Row, made_in, measured, write_table
+from methods import STYLE, about
+from rows import write_table
 
 from palate.report import Line, chart
 
-LEVELS, CONCEPT_LOSS, LOST = (0.2, 0.4, 0.6, 0.8), 0.03, 0.2
+LEVELS, CONCEPT_LOSS = (0.2, 0.4, 0.6, 0.8), 0.03
 RISES = (0.2, 0.5, 0.8)  # of the optimised objective, as shares of the largest rise that a method has on average
-
-
-def reached(check: Check, base_concept: float) -> bool:
-    return check.mean("style") >= LEVELS[-1] and check.mean("concept") >= base_concept - CONCEPT_LOSS
 
 
 def forwards_to(checks: list[dict], level: float, key: str = "style") -> tuple[float, bool]:
@@ -68,51 +61,17 @@ def goals_of(rows: list[dict]) -> list[tuple[float, str]]:
     return [(level, "style") for level in LEVELS] + [(rise, "reward") for rise in wanted]
 
 
-def compared(results: Path, methods: list[str]) -> list[dict]:
-    """The style rows of comparison.py in the form of `run`, those of a method at its largest budget, with their early
-    looks."""
-    found: dict[str, dict[int, list[dict]]] = {}
-    for path, row in made_in(results, f"{slug('comparison', 'style')}-*.json"):
-        if row["method"] not in methods:
-            continue
-        keys = ("style", "concept", "reward", "heldout")
-        checks = [{"forwards": point["forwards"], **{key: float(np.mean(point[key])) for key in keys}}
-                  for point in with_early_looks(results, "style", row)["points"]]  # fmt: skip
-        last = row["points"][-1]
-        told = {"method": row["method"], "seed": row["seed"], "checks": checks}
-        told |= {key: last[key] for key in ("forwards", "updates", "differentiated")}
-        found.setdefault(row["method"], {}).setdefault(int(path.stem.rpartition("-")[2]), []).append(told)
-    return [row for own in found.values() for row in own[max(own)]]
-
-
-def run(method: str, seed: int, prompts: int, budget: int, checks: int, overrides: list[str]) -> dict:
-    """What the table and the plot need of one run."""
-    who = referees(prompts, (0,))
-
-    def done(check: Check) -> bool:
-        concept = float(np.mean(who.base["values"]["concept"]))
-        return reached(check, concept) or check.mean("concept") < concept - LOST
-
-    found = watch(method, seed, who, budget=budget, checks=checks, overrides=overrides, done=done)
-    last = found[-1]
-    rows = [
-        {
-            "forwards": c.forwards,
-            "style": c.mean("style"),
-            "concept": c.mean("concept"),
-            "reward": c.mean("reward"),
-            "heldout": c.mean("heldout"),
-        }
-        for c in found
-    ]
-    return {
-        "method": method,
-        "seed": seed,
-        "forwards": last.forwards,
-        "updates": last.updates,
-        "differentiated": last.differentiated,
-        "checks": rows,
-    }
+def compared(results: Path) -> list[dict]:
+    """What the table and the plot need of each style row, with its early looks."""
+    rows, keys = [], ("style", "concept", "reward", "heldout")
+    for method, runs in by_method(results, "style").items():
+        for seed, run in runs.items():
+            looks = with_early_looks(results, "style", run)["points"]
+            checks = [{"forwards": look["forwards"], **{key: float(np.mean(look[key])) for key in keys}}
+                      for look in looks]  # fmt: skip
+            told = {key: looks[-1][key] for key in ("forwards", "updates", "differentiated")}
+            rows.append({"method": method, "seed": seed, "checks": checks, **told})
+    return rows
 
 
 def way(own: list[dict], level: float, key: str) -> str:
@@ -170,47 +129,23 @@ def plot(rows: list[dict], path: Path) -> None:
     svg = str(chart(f"Share of {STYLE}", curves, unit_range=True)).replace(">step<", ">forwards<")
     svg = re.sub(r"<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', svg, count=1)
     path.write_text(svg.replace(">", ">" + CSS, 1))
-    print(path)
 
 
-def trained(args: argparse.Namespace) -> list[dict]:
-    """The runs of this program's own."""
-    wanted = []
-    for seed in args.seeds:
-        for method in args.methods:
-            overrides = [f"trainer.lr={rate(method, args.results)}", *args.override]
-            overrides += small(method) if args.quick else []
-            wanted.append(
-                Row(
-                    args.results / f"{slug('time', method, seed, args.budget)}.json",
-                    run,
-                    (method, seed, args.prompts, args.budget, args.checks, overrides),
-                    recipe=settings(method),
-                )
-            )
-    return measured(wanted, args.jobs, lambda row: {k: v for k, v in row.items() if k != "checks"},
-                    minutes=args.minutes)  # fmt: skip
+def write(results: Path) -> str:
+    """The table and the figure of the rows that are there; "" and nothing written if there are none."""
+    rows = compared(results)
+    if not rows:
+        return ""
+    text = table(rows)
+    write_table(results / "time_to_preference.md", text)
+    plot(rows, results / "time_to_preference.svg")
+    return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", default=available(), choices=available())
-    parser.add_argument("--budget", type=int, default=8000, help="denoiser forwards after which a run has failed")
-    parser.add_argument("--checks", type=int, default=4, help="measurements in a run, evenly spread over the budget")
-    parser.add_argument("--prompts", type=int, default=48, help="one image each")
-    parser.add_argument("--compared", action="store_true", help="of comparison.py's rows; nothing is trained")
-    parser.add_argument("--override", nargs="*", default=[], help="for every method")
-    args = parsed(parser)
-    if args.quick:
-        args.seeds, args.budget, args.checks, args.prompts = args.seeds[:1], 60, 1, 8
-    rows = compared(args.results, args.methods) if args.compared else trained(args)
-    if not rows:
-        raise SystemExit("no rows of this model: python benchmarks/comparison.py --tasks style")
-    text = table(rows)
-    write_table(args.results / "time_to_preference.md", text)
-    print(text)
-    plot(rows, args.results / "time_to_preference.svg")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    print(write(parser.parse_args().results) or "no rows of this model: python benchmarks/comparison.py --tasks style")
 
 
 if __name__ == "__main__":

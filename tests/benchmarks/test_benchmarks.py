@@ -57,29 +57,41 @@ def test_share_above():
     assert frontier.share_above(short, low, 0, 2) == pytest.approx(16 / 31)  # what neither reaches does not count
 
 
-def test_summary_of_known_points():
-    """Two methods on a line: one keeps the held-out value, the other pays for its reward; intervals hold the value."""
+def test_areas_of_known_points():
+    """Two methods on a line, two seeds: one keeps the held-out value, the other pays; ruins are no points."""
 
-    def point(reward, heldout):
-        spread = np.array([-0.1, 0.0, 0.1])
+    def run(*looks):
         return {
-            "reward": (reward + spread).tolist(),
-            "heldout": (heldout + spread).tolist(),
-            "concept": [1.0, float("nan"), 0.0],
-            "diversity": [heldout] * 3,
-            "drift": [reward] * 3,
+            "points": [
+                {
+                    "reward": [r - 0.1, r + 0.1],
+                    "heldout": [h, h],
+                    "concept": [c, c],
+                    "diversity": [h, np.nan],
+                    "drift": [r],
+                }
+                for r, h, c in looks
+            ]
         }
 
-    clouds = {"SQDF": [point(0, 0), point(1, 0)], "ReFL": [point(0, 0), point(1, -1)]}
-    result, text = frontier.summary(clouds)
-    kept, paid = (result["methods"][m]["area_heldout"] for m in clouds)
-    assert kept[0] == pytest.approx(1.0) and paid[0] == pytest.approx(1 / 61, abs=1e-6)
-    assert kept[1] <= kept[0] <= kept[2] + 1e-9
-    assert result["methods"]["ReFL"]["concept"] == 0.5
-    behind = result["methods"]["ReFL"]["area_heldout less than SQDF"]
-    assert behind[0] == pytest.approx(60 / 61) and behind[1] <= behind[0] <= behind[2]
-    assert "SQDF has the largest area of held-out reward; below it lie ReFL 0.98 (" in text
-    assert "| SQDF | 2 |" in text
+    base, ruined = (0.0, 0.0, 1.0), (5.0, 5.0, 0.9)
+    found = {
+        "SQDF": {0: [base, (1.0, 0.0, 0.96), ruined], 1: [base, (1.0, 0.0, 1.0)]},
+        "ReFL": {0: [base, (1.0, -1.0, 1.0)], 1: [base, (1.0, 0.0, 1.0)]},
+        "DGPO": {0: [base, ruined]},
+    }
+    runs = {m: {s: frontier.kept_points(run(*looks)) for s, looks in own.items()} for m, own in found.items()}
+    assert [len(points) for points in runs["SQDF"].values()] == [2, 2] and len(runs["DGPO"][0]) == 1
+    told = frontier.areas(runs, "heldout")
+    assert told["SQDF"] == {0: 1.0, 1: 1.0} and told["ReFL"] == {0: pytest.approx(1 / 61), 1: 1.0}
+    assert told["DGPO"] == {0: pytest.approx(1 / 61)}  # the base alone
+    text = frontier.table(runs)
+    center, low, high = frontier.over_seeds([1 / 61, 1.0])  # of two seeds: 12.7 standard errors
+    assert high - center == pytest.approx(12.706 * (60 / 61) / 2, abs=1e-3) and center - low == pytest.approx(
+        high - center
+    )
+    assert f"| ReFL | 2 | 1.000 ± 0.000 | -0.500 ± 0.707 | 1.000 ± 0.000 | -0.500 ± 0.707 | 0.51 ({low:.2f} to" in text
+    assert "SQDF has the largest area" in text and "ReFL 0.49 (" in text and text.endswith("DGPO 0.98.")
 
 
 def test_counted_counts_rows_times_network_calls():
@@ -263,8 +275,6 @@ def test_a_program_runs_by_itself_and_makes_its_rows_in_processes():
 @pytest.mark.parametrize(
     "command, rows",
     [
-        ("time_to_preference.py --methods SRPO Flow-GRPO", ["| SRPO |", "| Flow-GRPO |"]),
-        ("frontier.py --methods ReFL", ["| ReFL |"]),
         ("guard.py --methods DRaFT-LV", ["| DRaFT-LV, seed 0 |"]),
         ("sqdf.py blackbox", ["| jpeg-size | 1 |"]),
         ("distar.py blackbox --seeds 0", ["| 0 | "]),
@@ -281,8 +291,6 @@ def test_quick_comparison_of_a_method_or_two(quick, command, rows):
 @pytest.mark.parametrize(
     "command, rows",
     [
-        ("time_to_preference.py", [f"| {method} |" for method in methods.available()]),
-        ("frontier.py", [f"| {method} |" for method in methods.available()]),
         ("guard.py", [f"| {method}, seed 0 |" for method in guard.UNHELD]),
         ("sqdf.py sweep", ["| SQDF alpha_kl 0 |"]),
         ("sqdf.py ablations", ["| the recipe |", "| rollout-2 |"]),
@@ -318,8 +326,8 @@ def test_tables_go_where_the_page_marks_them(tmp_path):
     once = publish.filled(page, tmp_path / "docs/algorithms", results, images)
     assert once == (
         "# A\n<!-- results: frontier -->\n\n| a |\n|---|\n\n"
-        "![The optimised objective against the distance from the base's images: every measured point of each method, "
-        "and its frontier](../images/frontier-drift.svg)\n\n<!-- end -->\n"
+        "![The optimised objective against the distance from the base's images: a line through the looks of each "
+        "method that rises, as it trains](../images/frontier-drift.svg)\n\n<!-- end -->\n"
         "prose\n<!-- results: guard -->\n\nNot measured yet.\n<!-- end -->\n"
     )
     assert publish.filled(once, tmp_path / "docs/algorithms", results, images) == once

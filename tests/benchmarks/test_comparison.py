@@ -276,7 +276,7 @@ def test_tastes_share_the_concepts_and_are_told_apart_by_them():
 def test_rows_of_another_model_are_made_again_and_never_read(tmp_path, monkeypatch, capsys):
     """What was measured of a first model is no row of a second: no claim, no table, no tuned learning rate."""
     keep(tmp_path, *(row(name, s, 0.5) for name in ("SRPO", "DanceGRPO") for s in range(2)))
-    rows.keep_tuned(tmp_path, {"SRPO": 1.0})
+    rows.keep_tuned(tmp_path, {"style: SRPO": 1.0})
     wanted = rows.Row(tmp_path / "made.json", len, ([1, 2],), recipe="a")
     assert rows.stored(wanted) == 2 and rows.is_made(wanted)
     assert verdicts(tmp_path)["srpo-dance"].verdict == "fails" and methods.rate("SRPO", tmp_path) == 1.0
@@ -324,8 +324,8 @@ def test_a_table_of_one_task_keeps_the_others_and_says_what_it_lacks(tmp_path):
     assert "Not measured: SQDF, ReFL, DRaFT-LV," in text
     assert "**absolute reward**: Not measured: `python benchmarks/comparison.py --tasks absolute`." in text
     assert rows.table_of(tmp_path / "comparison.md") == (text.strip(), True)
-    assert [found["seed"] for found in time_to_preference.compared(tmp_path, ["SRPO"])] == [0, 1, 2, 3, 4]
-    assert "| SRPO |" in time_to_preference.table(time_to_preference.compared(tmp_path, ["SRPO", "DDPO"]))
+    assert [found["seed"] for found in time_to_preference.compared(tmp_path)] == [0, 1, 2, 3, 4]
+    assert "| SRPO |" in time_to_preference.write(tmp_path) and "| DDPO |" not in time_to_preference.write(tmp_path)
 
 
 def test_a_part_of_the_comparison_has_every_method_at_fewer_seeds(tmp_path):
