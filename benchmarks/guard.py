@@ -288,7 +288,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", default=list(UNHELD), choices=list(UNHELD))
-    parser.add_argument("--factor", type=float, default=10.0, help="times the tuned, or the recipe's, learning rate")
+    parser.add_argument("--factor", type=float, default=3.0, help="times the tuned, or the recipe's, learning rate")
     parser.add_argument("--every", type=int, default=2, help="steps between two looks of the guard")
     parser.add_argument("--steps", type=int, default=60, help="at most")
     parser.add_argument("--measures", choices=["judge", "images"], default="judge", help="what the guard looks at")

@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from functools import lru_cache
 from importlib.resources import files
 from itertools import cycle, pairwise
@@ -152,8 +151,8 @@ def tables(args: argparse.Namespace) -> str:
         )
     lines = [
         "| oracle | seeds | base, one draw | random search, best of the draws | reward-weighted, the same draws "
-        "| SQDF, one draw | concept before, after | minutes |",
-        "|---|---|---|---|---|---|---|---|",
+        "| SQDF, one draw | concept before, after |",
+        "|---|---|---|---|---|---|---|",
     ]
     for oracle in ORACLES:
         name = f"{slug('sqdf', 'blackbox', oracle)}-*-{args.queries}-{args.updates}.json"
@@ -161,10 +160,7 @@ def tables(args: argparse.Namespace) -> str:
             cells = [about([row[key] for row in found]) for key in ("base", "search", "weighted", "sqdf")]
             concept = ", ".join(f"{np.mean([f[k] for f in found]):.3f}" for k in ("concept_base", "concept"))
             concept += " (by the oracle itself)" if oracle == "hidden-judge" else ""
-            lines.append(
-                f"| {oracle} | {len(found)} | " + " | ".join(cells) + f" | {concept} | "
-                f"{np.mean([f['seconds'] for f in found]) / 60:.1f} |"
-            )
+            lines.append(f"| {oracle} | {len(found)} | " + " | ".join(cells) + f" | {concept} |")
     return "\n\n".join([*parts, "\n".join(lines)] if len(lines) > 2 else parts)
 
 
@@ -285,10 +281,8 @@ def black_box(oracle: str, seed: int, prompts: int, queries: int, overrides: lis
                 *overrides,
             ],
         )
-        began = time.perf_counter()
         with torch.enable_grad():
             whole(from_recipe(plan))
-        seconds = time.perf_counter() - began
         model = recipe.build_model(plan)
         model.load_adapter(Path(folder) / "run/adapter")
     asked = load_oracle(plan.optimize.oracle, seed=seed)
@@ -314,7 +308,6 @@ def black_box(oracle: str, seed: int, prompts: int, queries: int, overrides: lis
         "weighted": float(((weight * true).sum(1) / weight.sum(1)).mean()),
         "concept_base": concept(before, words),
         "concept": concept(after, words),
-        "seconds": seconds,
     }
 
 
