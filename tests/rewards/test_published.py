@@ -38,6 +38,9 @@ from palate.rewards import aesthetic, clip, hpsv3, image_reward
 from palate.rewards.clip import ClipReward, from_open_clip, preprocess, vit_h_14
 from palate.rewards.combine import score_pair
 from palate.rewards.files import convert_command, weights_file
+from palate.rewards.load import load_reward
+from palate.rewards.published import PUBLISHED
+from palate.runtime.errors import InputError
 
 WORDS = ["<s>", "</s>", "[UNK]", "a", "red", "fox", "blue", "whale", "3d", "flat", "."]
 PROMPTS = ["a red fox", "3d. a blue whale"]
@@ -773,6 +776,43 @@ def test_clip_score_pickscore_and_hpsv2_load_from_folders(tiny, clip_folder, tmp
     save_file({n: t for n, t in tiny[0].items() if n != "visual.proj"}, tmp_path / "HPS_v2.1_compressed.safetensors")
     with pytest.raises(ValueError, match=r"reward.source.hpsv2.*another architecture.*visual_projection.weight"):
         clip.load_hpsv2(str(tmp_path))
+
+
+def test_pickscores_scale_is_not_rounded_with_the_weights(clip_folder):
+    """Of the published scale, 100, bfloat16 would make 98.9, another unit than float32's."""
+    model = CLIPModel.from_pretrained(clip_folder)
+    model.logit_scale.data.fill_(math.log(100))
+    model.save_pretrained(clip_folder)
+    half = clip.load_pickscore(str(clip_folder), dtype=torch.bfloat16)
+    assert half.scale == pytest.approx(100, rel=1e-6)
+    assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
+
+
+def test_what_is_read_beside_the_weights_is_what_palate_fetch_gets(tiny, blip, tmp_path, monkeypatch):
+    """By the same name: the hub's cache keeps a repository under the name by which it was asked for."""
+    asked = {}
+
+    def pretrained(kind, reward, source, **_):
+        asked[reward] = source
+        raise InputError("asked")
+
+    for module in (clip, aesthetic):
+        monkeypatch.setattr(module, "pretrained", pretrained)
+    monkeypatch.setattr(clip, "vit_h_14", tiny_clip_config)
+    monkeypatch.setattr(image_reward, "blip_large", lambda: (BLIP_VISION, BLIP_TEXT))
+    head = {f"layers.{name}": tensor for name, tensor in aesthetic_head(JOINT).state_dict().items()}
+    for name, state in (("hpsv2", tiny[0]), ("image-reward", blip[0]), ("aesthetic", head)):
+        save_file(state, tmp_path / f"{name}.safetensors")
+        with pytest.raises(InputError, match="asked"):
+            load_reward(name, str(tmp_path / f"{name}.safetensors"))
+    assert asked == {name: PUBLISHED[name].extra[0].place for name in ("hpsv2", "image-reward", "aesthetic")}
+
+
+def test_a_source_may_begin_at_home_and_a_precision_is_one_of_two(clip_folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(clip_folder.parent))
+    assert load_reward("pickscore", "~/clip", "bfloat16").model.dtype == torch.bfloat16
+    with pytest.raises(InputError, match=r"reward.dtype got 'bf16'; expected one of 'float32', 'bfloat16'"):
+        load_reward("pickscore", "~/clip", "bf16")
 
 
 def test_long_prompts_warn_once_with_the_count(clip_folder):
