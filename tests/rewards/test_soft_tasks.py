@@ -158,6 +158,35 @@ def test_images_of_a_batch_are_scored_each_by_itself_and_reach_their_pixels():
         reward(images[:1], ["on a blue background"])
 
 
+def test_pictures_that_are_not_finite_have_no_score():
+    """A number that is none, which the loop sees and skips the update, in the place of an error."""
+    reward = SoftTaskReward(Detector(["cat", "dog"], ["red"], width=8).requires_grad_(False))
+    images = torch.stack([torch.rand(3, 64, 64), torch.full((3, 64, 64), torch.nan)])
+    for prompt in ("a cat", "two cats", "a red cat to the left of a dog"):
+        assert reward(images, [prompt] * 2).isnan().tolist() == [False, True]
+
+
+def test_the_detector_follows_the_images_to_their_device():
+    """As every other network of a reward: the model may be on an accelerator."""
+    moves = []
+
+    class Elsewhere(Detector):
+        def to(self, device):
+            moves.append(device)
+            return self
+
+        def forward(self, images):
+            return cells
+
+    detector, cells = Elsewhere(CONCEPTS, PAINTS, width=8), cells_of([(4, 4, "cat", "red")])
+    reward = SoftTaskReward(detector)
+    reward(torch.zeros(1, 3, 64, 64), ["a cat"])
+    assert moves == []
+    torch.nn.Module.to(detector, "meta")
+    reward(torch.zeros(1, 3, 64, 64), ["a cat"])
+    assert moves == [torch.device("cpu")]
+
+
 def test_its_name_is_a_reward_with_a_gradient_beside_the_exact_one():
     assert find("emoji-tasks-soft").gradient and not find("emoji-tasks").gradient
     try:
