@@ -6,6 +6,7 @@ No weights are downloaded: tiny random networks of the real classes, and the rea
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 import sys
@@ -815,6 +816,31 @@ def test_a_source_may_begin_at_home_and_a_precision_is_one_of_two(clip_folder, m
         load_reward("pickscore", "~/clip", "bf16")
 
 
+def test_a_tower_that_is_not_whole_is_refused(tiny, clip_folder, tmp_path, capfd):
+    """transformers would draw what is missing at random, and print a table."""
+    weights = load_file(clip_folder / "model.safetensors")
+    lacking = {name: tensor for name, tensor in weights.items() if not name.startswith("visual_projection")}
+    other = {**weights, "visual_projection.weight": torch.zeros(JOINT, WIDTH + 1)}
+    for state in (lacking, other):
+        save_file(state, clip_folder / "model.safetensors", metadata={"format": "pt"})
+        for load in (clip.load_pickscore, clip.load_clip_score):
+            with pytest.raises(InputError, match=r"is no CLIPModel, or not whole: 1 of \d+ .*visual_projection.weight"):
+                load(str(clip_folder))
+    save_file(
+        {f"layers.{name}": tensor for name, tensor in aesthetic_head(JOINT).state_dict().items()},
+        tmp_path / "head.safetensors",
+    )
+    config = json.loads((clip_folder / "config.json").read_text())
+    config["vision_config"]["projection_dim"] = JOINT  # as in the published configuration
+    (clip_folder / "config.json").write_text(json.dumps(config))
+    (tmp_path / "clip-vit-large-patch14").symlink_to(clip_folder)
+    with pytest.raises(InputError, match=r"reward.source.aesthetic: .* is no CLIPVisionModelWithProjection"):
+        aesthetic.load_aesthetic(str(tmp_path / "head.safetensors"))
+    save_file(weights, clip_folder / "model.safetensors", metadata={"format": "pt"})
+    assert aesthetic.load_aesthetic(str(tmp_path / "head.safetensors"))(draw(1, 3, SIDE, SIDE)).shape == (1,)
+    assert "MISSING" not in capfd.readouterr().err
+
+
 def test_long_prompts_warn_once_with_the_count(clip_folder):
     reward = clip.load_pickscore(str(clip_folder))
     with pytest.warns(UserWarning, match="of 12 tokens is cut at 8"):
@@ -834,6 +860,9 @@ def test_the_convert_command_turns_a_pickle_into_safetensors(tmp_path, monkeypat
     command = str(refused.value).splitlines()[1]
     assert command == convert_command(tmp_path / "HPS_v2.1.pt")
     code, source, target = re.fullmatch(r'python -c "(.*)" (\S+) (\S+)', command).groups()
+    assert convert_command(tmp_path / "my weights.pt").endswith(
+        f"'{tmp_path}/my weights.pt' '{tmp_path}/my weights.safetensors'"
+    )
     monkeypatch.setattr(sys, "argv", ["-c", source, target])
     exec(code, {})
     made = load_file(target)
