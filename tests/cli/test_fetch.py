@@ -161,6 +161,24 @@ def test_every_file_of_a_recipe_is_listed_with_one_command(flux, tmp_path):
     assert found["prompts"].state == "bad" and "none.txt" in found["prompts"].text
 
 
+def test_what_lies_in_the_hubs_cache_counts_where_a_recipe_reads_it_from_there(flux, tmp_path, monkeypatch):
+    """pickscore by its hub id, as the released recipes name it, or by none; hpsv3 from a folder alone."""
+    monkeypatch.chdir(tmp_path)
+    of_hub = 'reward={name: pickscore, source: {pickscore: "yuvalkirstain/PickScore_v1"}}'
+    found, cached = flux(of_hub)
+    assert found["reward pickscore"].command == "palate fetch pickscore"
+    cached |= {"yuvalkirstain/PickScore_v1", "MizzenAI/HPSv3"}
+    for named in (of_hub, "reward={name: pickscore}"):
+        assert flux(named)[0]["reward pickscore"].state == "ok"
+    elsewhere = flux('reward={name: pickscore, source: {pickscore: "somebody/else"}}')[0]
+    assert elsewhere["reward pickscore"].state == "missing"
+    assert flux("reward={name: hpsv3}")[0]["reward hpsv3"].command == "palate fetch hpsv3"
+    (tmp_path / "weights/hpsv3").mkdir(parents=True)
+    for file in ("HPSv3.safetensors", "config.json", "prompt.txt"):
+        (tmp_path / "weights/hpsv3" / file).touch()
+    assert flux("reward={name: hpsv3}")[0]["reward hpsv3"].command == "add reward.source.hpsv3=weights/hpsv3"
+
+
 def test_doctor_reports_a_reward_that_cannot_load_beside_all_others(palate):
     code, out, _ = palate("doctor", "--reward", "hpsv2", "--json")
     found = json.loads(out)

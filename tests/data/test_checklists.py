@@ -59,6 +59,23 @@ def test_unigenbench(tmp_path):
         read_checklists(table(tmp_path / "bad.csv", row | {"sub_dims_en": "{"}))
 
 
+def test_unigenbench_in_chinese(tmp_path):
+    """Its Chinese files have Chinese names inside the column, as their evaluation program reads them."""
+    points = {"\u4e00\u7ea7\u5782\u7c7b": "\u827a\u672f", "\u8003\u70b9": ["\u98ce\u683c"],
+              "\u8003\u70b9\u5bf9\u5e94\u63cf\u8ff0": ["\u6c34\u58a8\u753b\u98ce\u683c"]}  # fmt: skip
+    row = {
+        "index": 0,
+        "prompt_zh": "\u6c34\u58a8\u753b\u98ce\u683c\u7684\u718a\u732b",
+        "sub_dims_zh": json.dumps(points),
+    }
+    (found,) = read_checklists(table(tmp_path / "test_prompts_zh.csv", row))
+    assert (found.prompt, found.kind) == (row["prompt_zh"], "\u827a\u672f")
+    (question,) = found.questions
+    assert question.skill == "\u98ce\u683c" and '"\u6c34\u58a8\u753b\u98ce\u683c"' in question.text
+    with pytest.raises(RecipeError, match='row 1: sub_dims_zh must be JSON with "\u8003\u70b9" and'):
+        read_checklists(table(tmp_path / "bad.csv", row | {"sub_dims_zh": "{}"}))
+
+
 def dpg(item, number, on, question, text="A red boat on a lake"):
     return {"item_id": item, "text": text, "keywords": "", "proposition_id": number, "dependency": on,
             "category_broad": "entity", "category_detailed": "whole", "tuple": "entity - whole (boat)",
@@ -99,6 +116,29 @@ def test_a_plain_file_and_its_short_forms(tmp_path):
     assert dog.questions[0] == Question("Is there a dog?", "yes", "object")
     assert cats == Checklist("two cats", (Question("How many cats?", "two", "count"),), "hard")
     assert read_prompts(str(path)) == ["a dog", "two cats"]  # so that prompts.file can be that file
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
+def test_prompts_and_questions_of_a_file_are_of_the_same_prompts(tmp_path, ending):
+    """In every form of a table: DPG-Bench's rows are questions, several to a prompt."""
+    rows = [dpg("a", 1, "0", "Is there  a boat?"), dpg("a", 2, "1", "Is it red?"), dpg("b", 1, "0", "A cat?", "A  cat")]
+    path = tmp_path / f"dpg{ending}"
+    if ending == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), path)
+    elif ending in (".csv", ".tsv"):
+        names = list(rows[0])
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, names, delimiter="\t" if ending == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    elif ending == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        jsonl(path, *rows)
+    assert (
+        read_prompts(str(path)) == [item.prompt for item in read_checklists(path)] == ["A red boat on a lake", "A cat"]
+    )
 
 
 def test_of_a_prompt_that_comes_twice_dependent_questions_keep_their_parents(tmp_path):

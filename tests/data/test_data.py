@@ -187,6 +187,18 @@ def test_columns_without_a_name_are_no_open_quotation(tmp_path):
     assert read_prompts(str(tmp_path / "a.csv")) == ["a fox, red", "a dog"]
 
 
+@pytest.mark.parametrize(
+    "include",
+    [[], {}, [{"class": "fox"}], [{"class": "fox", "count": 1, "position": []}],
+     [{"class": "fox", "count": 1, "position": "left of"}]],
+)  # fmt: skip
+def test_genevals_metadata_names_what_must_be_there(tmp_path, include):
+    good = {"tag": "position", "include": [{"class": "fox", "count": 1, "position": ["left of", 0]}], "prompt": "a fox"}
+    (tmp_path / "g.jsonl").write_text("\n".join(json.dumps(row) for row in (good, good | {"include": include})))
+    with pytest.raises(RecipeError, match="row 2: expected GenEval metadata"):
+        geneval(str(tmp_path / "g.jsonl"))
+
+
 BAD = [
     ("a.jsonl", '{"prompt": "x"}\n{broken', "line 2: not JSON"),
     ("a.jsonl", "3\n", "row 1: expected a prompt or a mapping"),

@@ -124,10 +124,15 @@ def test_weights_are_looked_for_in_every_place(tmp_path, nothing_fetched, monkey
     converted.touch()
     (tmp_path / "weights/hpsv3").mkdir()
     (tmp_path / "weights/hpsv3/HPSv3.safetensors").touch()
+    (tmp_path / "weights/hpsv3/config.json").touch()
+    assert located("hpsv3") is None  # its chat text is not there yet, and it would end the evaluation
+    (tmp_path / "weights/hpsv3/prompt.txt").touch()
     told = {standing.name: standing for standing in standings({"aesthetic": str(tmp_path), "pickscore": "/nowhere"})}
     assert told["hpsv2"].source == "weights/hpsv2/HPS_v2.1_compressed.safetensors"
     assert told["hpsv3"].source == "weights/hpsv3" and told["aesthetic"].source == str(tmp_path)
     assert not told["pickscore"].found and told["pickscore"].command == "palate fetch pickscore"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert located("hpsv2", "~/weights/hpsv2") == str(converted.parent) and located("hpsv2", "~/none") is None
     files = ("model.safetensors", "config.json", "tokenizer_config.json")
     cache = {("yuvalkirstain/PickScore_v1", file) for file in files}
     monkeypatch.setattr(module, "try_to_load_from_cache", lambda *key: "/x" if key in cache else None)

@@ -16,7 +16,7 @@ import palate
 from palate import recipe
 from palate.algorithms.opd import Teacher, routes_of
 from palate.data import load_images
-from palate.recipe import RecipeError, TrainerSettings, reader
+from palate.recipe import RecipeError, TrainerSettings, builder, reader
 
 GOOD = """
 run: {folder: runs/x}
@@ -184,6 +184,29 @@ def test_a_reward_without_gradient_is_for_those_that_need_none():
     for algorithm in ("distar", "refl", "draft", "sqdf"):
         with pytest.raises(RecipeError, match=f"reward.name: {algorithm} needs the reward's gradient"):
             recipe.parse(GOOD, [f"algorithm={{name: {algorithm}}}", "reward.name=jpeg_size"])
+
+
+def test_a_reward_of_a_sum_that_moves_nothing_is_told(caplog):
+    for overrides, told in (
+        (["reward={weights: {jpeg_size: 0.1, emoji: 1.0}}"], "jpeg_size gives no gradient, and srpo learns by"),
+        (["reward={weights: {warmth: 0.1, emoji: 1.0}}"], ""),
+        (["algorithm={name: ddpo}", "reward={weights: {jpeg_size: 0.1, emoji: 1.0}}"], ""),
+        (["algorithm={name: distar, head_queries: 16}", "reward={weights: {jpeg_size: 0.1, emoji: 1.0}}"], ""),
+    ):
+        caplog.clear()
+        builder.warn_of_no_gradient(recipe.parse(GOOD, overrides))
+        assert told in caplog.text and bool(told) == bool(caplog.text)
+
+
+def test_two_files_of_one_name_are_not_one_reward(tmp_path):
+    """An evaluation would have asked the second alone, and called it the sum."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.py").write_text("def score(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    weights = json.dumps({f"{tmp_path}/{name}/mine.py:score": 1.0 for name in ("a", "b")})
+    with pytest.raises(RecipeError, match=r"reward.weights: mine.py:score is in two folders.*rename"):
+        recipe.parse(GOOD, [f"reward={{weights: {weights}}}"])
+    recipe.parse(GOOD, [f"reward={{weights: {json.dumps({f'{tmp_path}/a/mine.py:score': 1.0})}}}"])
 
 
 def test_the_relative_reward_of_a_recipe_is_the_formula(monkeypatch):

@@ -17,6 +17,7 @@ from support.judge import SECRET, FakeJudge, serving
 from palate import recipe
 from palate.data.checklists import Question
 from palate.optimize.oracles import load_oracle
+from palate.recipe.objective import Term
 from palate.rewards import checklist
 from palate.rewards.answers import Answers, as_kept
 from palate.rewards.chat import ChatModel, Reply
@@ -106,6 +107,18 @@ def test_an_answer_that_says_neither_yes_nor_no_is_not_clear():
     assert score_of(YES, reply("Maybe", {"Maybe": 0.7, "Yes": 0.2, "No": 0.1})) == (0.2, False)
 
 
+def test_a_sentence_in_the_place_of_a_number_or_a_grade_is_read_by_its_text():
+    """Of "There are four." the first word is no number but for the crumbs among the likeliest tokens."""
+    told = reply("There are four.", {"There": 0.98, "4": 0.01, "five": 0.01}, {" are": 1.0}, {" four": 1.0}, {".": 1.0})
+    assert score_of(FOUR, told) == (1.0, True)
+    assert score_of(Question("How many?", "5"), told) == (0.0, True)
+    assert score_of(FOUR, reply("Several", {"Several": 0.9, "4": 0.1})) == (0.1, False)
+    told = reply("Realism: 2", {"Real": 0.98, "0": 0.01, "1": 0.01}, {"ism": 1.0}, {":": 1.0}, {" 2": 1.0})
+    assert score_of(GRADED, told) == (1.0, True)
+    ten = Question("How many?", "10")  # in two tokens, the first of which is a number too
+    assert score_of(ten, reply("10", {"1": 0.4, "x": 0.6}, {"0": 1.0})).value == 1.0
+
+
 def test_means():
     questions = [Question("a"), Question("b"), Question("c")]
     assert means(questions, [0.9, 0.4, 0.6]) == pytest.approx((1.9 / 3, (0.9 * 0.4 * 0.6) ** (1 / 3)))
@@ -113,7 +126,9 @@ def test_means():
     weighed = [question._replace(weight=w) for question, w in zip(questions, (0.7, 0.2, 0.1), strict=True)]
     assert means(weighed, [1.0, 0.5, 0.5]) == pytest.approx((0.85, 0.5**0.3))
     child = [questions[0], questions[1]._replace(parents=(0,)), questions[2]._replace(parents=(1,))]
-    assert means(child, [0.3, 0.9, 0.8]) == (pytest.approx((0.3 + 0.8) / 3), 0.0)  # b counts 0, its own answer was yes
+    assert means(child, [0.3, 0.9, 0.8]) == (pytest.approx(0.3 / 3), 0.0)  # b counts 0, and so does what hangs on b
+    assert means(child, [0.6, 0.3, 0.8]) == (pytest.approx((0.6 + 0.3) / 3), 0.0)
+    assert means(child, [0.6, 0.5, 0.8])[0] == pytest.approx((0.6 + 0.5 + 0.8) / 3)
 
 
 # --- the judge ---
@@ -333,6 +348,16 @@ def test_a_recipe_takes_it_where_no_gradient_is_needed(tmp_path, monkeypatch):
         recipe.RecipeError, match=r"reward.source.checklist: give the server's URL, for example questions.jsonl"
     ):
         recipe.read("grpo-emoji", ["reward={name: checklist}"])
+
+
+def test_what_two_judges_say_is_not_taken_for_one_reward(tmp_path):
+    """In evaluations, by the judge's name; where its server is does not count."""
+    (tmp_path / "q.jsonl").write_text('{"prompt": "a dog", "questions": ["Is there a dog?"]}\n')
+    urls = [f"http://127.0.0.1:{port}/v1/chat/completions#{name}" for port, name in ((1, "a"), (2, "a"), (1, "b"))]
+    first, moved, other = (Term("checklist", source=f"{tmp_path / 'q.jsonl'} {url}").digest() for url in urls)
+    assert first == moved != other
+    (tmp_path / "q.jsonl").write_text('{"prompt": "a dog", "questions": ["Is there a cat?"]}\n')
+    assert Term("checklist", source=f"{tmp_path / 'q.jsonl'} {urls[0]}").digest() != first
 
 
 def test_a_run_with_other_questions_is_another_run(tmp_path):

@@ -6,6 +6,7 @@ No weights are downloaded: tiny random networks of the real classes, and the rea
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 import sys
@@ -38,6 +39,9 @@ from palate.rewards import aesthetic, clip, hpsv3, image_reward
 from palate.rewards.clip import ClipReward, from_open_clip, preprocess, vit_h_14
 from palate.rewards.combine import score_pair
 from palate.rewards.files import convert_command, weights_file
+from palate.rewards.load import load_reward
+from palate.rewards.published import PUBLISHED
+from palate.runtime.errors import InputError
 
 WORDS = ["<s>", "</s>", "[UNK]", "a", "red", "fox", "blue", "whale", "3d", "flat", "."]
 PROMPTS = ["a red fox", "3d. a blue whale"]
@@ -775,6 +779,68 @@ def test_clip_score_pickscore_and_hpsv2_load_from_folders(tiny, clip_folder, tmp
         clip.load_hpsv2(str(tmp_path))
 
 
+def test_pickscores_scale_is_not_rounded_with_the_weights(clip_folder):
+    """Of the published scale, 100, bfloat16 would make 98.9, another unit than float32's."""
+    model = CLIPModel.from_pretrained(clip_folder)
+    model.logit_scale.data.fill_(math.log(100))
+    model.save_pretrained(clip_folder)
+    half = clip.load_pickscore(str(clip_folder), dtype=torch.bfloat16)
+    assert half.scale == pytest.approx(100, rel=1e-6)
+    assert {parameter.dtype for parameter in half.model.parameters()} == {torch.bfloat16}
+
+
+def test_what_is_read_beside_the_weights_is_what_palate_fetch_gets(tiny, blip, tmp_path, monkeypatch):
+    """By the same name: the hub's cache keeps a repository under the name by which it was asked for."""
+    asked = {}
+
+    def pretrained(kind, reward, source, **_):
+        asked[reward] = source
+        raise InputError("asked")
+
+    for module in (clip, aesthetic):
+        monkeypatch.setattr(module, "pretrained", pretrained)
+    monkeypatch.setattr(clip, "vit_h_14", tiny_clip_config)
+    monkeypatch.setattr(image_reward, "blip_large", lambda: (BLIP_VISION, BLIP_TEXT))
+    head = {f"layers.{name}": tensor for name, tensor in aesthetic_head(JOINT).state_dict().items()}
+    for name, state in (("hpsv2", tiny[0]), ("image-reward", blip[0]), ("aesthetic", head)):
+        save_file(state, tmp_path / f"{name}.safetensors")
+        with pytest.raises(InputError, match="asked"):
+            load_reward(name, str(tmp_path / f"{name}.safetensors"))
+    assert asked == {name: PUBLISHED[name].extra[0].place for name in ("hpsv2", "image-reward", "aesthetic")}
+
+
+def test_a_source_may_begin_at_home_and_a_precision_is_one_of_two(clip_folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(clip_folder.parent))
+    assert load_reward("pickscore", "~/clip", "bfloat16").model.dtype == torch.bfloat16
+    with pytest.raises(InputError, match=r"reward.dtype got 'bf16'; expected one of 'float32', 'bfloat16'"):
+        load_reward("pickscore", "~/clip", "bf16")
+
+
+def test_a_tower_that_is_not_whole_is_refused(tiny, clip_folder, tmp_path, capfd):
+    """transformers would draw what is missing at random, and print a table."""
+    weights = load_file(clip_folder / "model.safetensors")
+    lacking = {name: tensor for name, tensor in weights.items() if not name.startswith("visual_projection")}
+    other = {**weights, "visual_projection.weight": torch.zeros(JOINT, WIDTH + 1)}
+    for state in (lacking, other):
+        save_file(state, clip_folder / "model.safetensors", metadata={"format": "pt"})
+        for load in (clip.load_pickscore, clip.load_clip_score):
+            with pytest.raises(InputError, match=r"is no CLIPModel, or not whole: 1 of \d+ .*visual_projection.weight"):
+                load(str(clip_folder))
+    save_file(
+        {f"layers.{name}": tensor for name, tensor in aesthetic_head(JOINT).state_dict().items()},
+        tmp_path / "head.safetensors",
+    )
+    config = json.loads((clip_folder / "config.json").read_text())
+    config["vision_config"]["projection_dim"] = JOINT  # as in the published configuration
+    (clip_folder / "config.json").write_text(json.dumps(config))
+    (tmp_path / "clip-vit-large-patch14").symlink_to(clip_folder)
+    with pytest.raises(InputError, match=r"reward.source.aesthetic: .* is no CLIPVisionModelWithProjection"):
+        aesthetic.load_aesthetic(str(tmp_path / "head.safetensors"))
+    save_file(weights, clip_folder / "model.safetensors", metadata={"format": "pt"})
+    assert aesthetic.load_aesthetic(str(tmp_path / "head.safetensors"))(draw(1, 3, SIDE, SIDE)).shape == (1,)
+    assert "MISSING" not in capfd.readouterr().err
+
+
 def test_long_prompts_warn_once_with_the_count(clip_folder):
     reward = clip.load_pickscore(str(clip_folder))
     with pytest.warns(UserWarning, match="of 12 tokens is cut at 8"):
@@ -794,6 +860,9 @@ def test_the_convert_command_turns_a_pickle_into_safetensors(tmp_path, monkeypat
     command = str(refused.value).splitlines()[1]
     assert command == convert_command(tmp_path / "HPS_v2.1.pt")
     code, source, target = re.fullmatch(r'python -c "(.*)" (\S+) (\S+)', command).groups()
+    assert convert_command(tmp_path / "my weights.pt").endswith(
+        f"'{tmp_path}/my weights.pt' '{tmp_path}/my weights.safetensors'"
+    )
     monkeypatch.setattr(sys, "argv", ["-c", source, target])
     exec(code, {})
     made = load_file(target)

@@ -25,7 +25,7 @@ from palate import cli, recipe  # noqa: E402
 from palate.optimize import load_oracle  # noqa: E402
 from palate.recipe import OracleSettings  # noqa: E402
 from palate.rewards.remote import TOKEN, Patience, RemoteError, RemoteReward, load_remote  # noqa: E402
-from palate.rewards.server import Limits, make_app  # noqa: E402
+from palate.rewards.server import Limits, _Scorer, make_app  # noqa: E402
 
 SECRET = "a-token-of-twenty-six-bytes"
 
@@ -96,6 +96,19 @@ def test_a_repeated_request_is_answered_from_memory(served):
     assert torch.equal(first, remote(images(2, 3, 8, 8, seed=1), ["a", "b"])) and reward.calls == before + 1
     remote(images(2, 3, 8, 8, seed=1), ["a", "c"])
     assert reward.calls == before + 2
+
+
+def test_the_reward_is_given_its_images_on_the_servers_device():
+    seen = []
+
+    def reward(pixels, prompts):
+        seen.append(pixels.device.type)
+        return torch.ones(len(pixels))
+
+    scorer = _Scorer(reward, 8, torch.device("meta"))
+    assert scorer.compute(("1", b""), [Image.new("RGB", (4, 4))], ["a"]) == [1.0] and seen == ["meta"]
+    with pytest.raises(ValueError, match="device got 'gpu'; expected cpu, cuda or cuda:N"):
+        make_app(reward, SECRET, device="gpu")
 
 
 def png(array_size):
@@ -251,6 +264,11 @@ def test_passing_failures_are_retried_with_the_same_id(evil):
     [
         (401, '{"error": "the bearer token is missing"}', f"bearer token is missing.*{TOKEN}"),
         (404, "nothing", "usually /score"),
+        (
+            404,
+            '{"message": "The model m does not exist."}',
+            "does not exist.*/v1/chat/completions; and the model's name",
+        ),
         (413, "large", "batch_size"),
         (500, "", "HTTP 500"),
         (302, "", "HTTP 302"),
@@ -295,6 +313,8 @@ def test_one_bad_piece_drops_the_whole_batch(evil):
         ("nonsense", SECRET, "expected a URL"),
         ("http://[::1:8411/score", SECRET, "expected a URL"),
         ("http://127.0.0.1:port/score", SECRET, "expected a URL"),
+        ("https://reward..example/score", SECRET, "expected a URL"),
+        (f"https://{'a' * 70}.example/score", SECRET, "expected a URL"),
         ("http://me:pw@127.0.0.1/", SECRET, "without a password"),
         ("http://reward.example/score", SECRET, "in the clear"),
         ("http://127.0.0.1:1/score", "", TOKEN),

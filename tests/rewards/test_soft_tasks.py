@@ -14,7 +14,7 @@ from palate.rewards.detector import THRESHOLD, Cells, Detector
 from palate.rewards.load import load_reward
 from palate.rewards.soft_tasks import SLACK, SoftTaskReward, exactly, middle, mirrored, peaks_of
 from palate.rewards.table import find
-from palate.rewards.tasks import MARGIN, load_detector, requirements
+from palate.rewards.tasks import MARGIN, TaskReward, load_detector, requirements
 from palate.runtime.errors import InputError
 
 D = torch.float64
@@ -154,8 +154,38 @@ def test_images_of_a_batch_are_scored_each_by_itself_and_reach_their_pixels():
     assert not slope[[0, 2]].any() and float(slope[1].abs().max()) > 0 and bool(torch.isfinite(slope).all())
     step = images + 0.5 * slope / slope.norm()
     assert float(reward(step.detach(), ["a cat", "a dog", "a cat"])[1]) > float(values[1].detach())
-    with pytest.raises(InputError, match="names no thing; name one"):
-        reward(images[:1], ["on a blue background"])
+    for each in (reward, TaskReward(detector)):  # of which the exact one gave 0, whatever the picture
+        with pytest.raises(InputError, match=r"^emoji-tasks.*: the prompt 'on a blue background' names no thing"):
+            each(images[:1], ["on a blue background"])
+
+
+def test_pictures_that_are_not_finite_have_no_score():
+    """A number that is none, which the loop sees and skips the update, in the place of an error."""
+    reward = SoftTaskReward(Detector(["cat", "dog"], ["red"], width=8).requires_grad_(False))
+    images = torch.stack([torch.rand(3, 64, 64), torch.full((3, 64, 64), torch.nan)])
+    for prompt in ("a cat", "two cats", "a red cat to the left of a dog"):
+        assert reward(images, [prompt] * 2).isnan().tolist() == [False, True]
+
+
+def test_the_detector_follows_the_images_to_their_device():
+    """As every other network of a reward: the model may be on an accelerator."""
+    moves = []
+
+    class Elsewhere(Detector):
+        def to(self, device):
+            moves.append(device)
+            return self
+
+        def forward(self, images):
+            return cells
+
+    detector, cells = Elsewhere(CONCEPTS, PAINTS, width=8), cells_of([(4, 4, "cat", "red")])
+    reward = SoftTaskReward(detector)
+    reward(torch.zeros(1, 3, 64, 64), ["a cat"])
+    assert moves == []
+    torch.nn.Module.to(detector, "meta")
+    reward(torch.zeros(1, 3, 64, 64), ["a cat"])
+    assert moves == [torch.device("cpu")]
 
 
 def test_its_name_is_a_reward_with_a_gradient_beside_the_exact_one():

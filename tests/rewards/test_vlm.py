@@ -73,13 +73,31 @@ def test_each_image_is_judged_with_its_own_prompt_and_comes_back_in_its_place(ju
         ("4.5", 4.5),
         ("score: 2 at first.\nFinal **Score:** 3.5/5", 3.5),
         ("Score = 1.", 1.0),
+        ("Alignment Score (1-5): 3.62\nStyle Score (1-5): 2.5", 2.5),  # UnifiedReward's form
+        ("**Score [1 to 5]:** 4", 4.0),
+        ("Score: 4 - 3 dogs are there", 4.0),
     ],
 )
 def test_answers_that_are_a_score(text, score):
     assert parse(text) == score
 
 
-@pytest.mark.parametrize("text", ["", "fine", "Score: 6", "Score: 0.5", "Score: 45", "nan", "12 of 5", None, {"a": 1}])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "fine",
+        "Score: 6",
+        "Score: 0.5",
+        "Score: 45",
+        "nan",
+        "12 of 5",
+        "Score (1 - 5): good",
+        "Score: 3-4",
+        None,
+        {"a": 1},
+    ],
+)
 def test_any_other_answer_drops_the_batch(text, judge):
     reward, told = judge
     told["say"] = lambda request: text if picture_of(request)[0, 0, 0] else "Score: 3"

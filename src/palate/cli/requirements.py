@@ -19,7 +19,7 @@ from palate.plan import GIB, Plan, plan
 from palate.plan.table import FREE, find_device
 from palate.recipe import Recipe
 from palate.recipe.pictures import pictures_of
-from palate.rewards.located import cached
+from palate.rewards.located import cached, located
 from palate.rewards.published import PUBLISHED
 from palate.runtime.errors import InputError
 
@@ -142,13 +142,13 @@ def _reward(what: str, name: str, source: str | None) -> Requirement:
     if source and Path(source).expanduser().exists():
         return Requirement("ok", what, f"{source}; licence {known.licence}{note}")
     size = known.weights.gigabytes + sum(extra.gigabytes for extra in known.extra)
-    converted = Path("weights") / name / (known.converted or "")
-    if known.converted and converted.is_file():
-        command = f"add reward.source.{name}={converted}"
+    if here := located(name):
+        command = f"add reward.source.{name}={here}"
         return Requirement(
             "missing", what, f"fetched, but the recipe does not name it; licence {known.licence}", command
         )
-    if known.converted is None and not source and cached(known):
+    place = known.weights._replace(place=source or known.weights.place)
+    if name != "hpsv3" and cached(known._replace(weights=place)):
         return Requirement("ok", what, f"in the hub's cache; licence {known.licence}{note}")
     return Requirement(
         "missing", what, f"about {size:.2f} GB; licence {known.licence}{note}", f"palate fetch {name}", size

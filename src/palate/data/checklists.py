@@ -1,7 +1,8 @@
 """Benchmarks that ask a vision-language model about each picture, in one form: a prompt and its questions.
 
     GenEval 2        geneval2_data.jsonl       {"prompt", "atom_count", "vqa_list": [[question, answer]], "skills"}
-    UniGenBench++    test_prompts_en.csv       prompt_en, sub_dims_en: JSON of "Testpoints" and their descriptions
+    UniGenBench++    test_prompts_en.csv       prompt_en, sub_dims_en: JSON of "Testpoints" and their descriptions;
+                     test_prompts_zh.csv       prompt_zh, sub_dims_zh: the same with Chinese names
     DPG-Bench        dpg_bench.csv             a row per question: item_id, text, proposition_id, dependency, ...
     WISE             cultural_common_sense.json and two more: {"Prompt", "Explanation", "Category", "Subcategory"}
     plain            anything.jsonl            {"prompt", "questions": [{"question", "answer", "skill"}]}
@@ -16,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from palate.data.tables import RecipeError, read_rows
+from palate.data.tables import TABLES, RecipeError, read_rows
 from palate.runtime.files import parse_json
 
 Rows = Sequence[dict[str, Any]]
@@ -29,7 +30,7 @@ class Question(NamedTuple):
     answer: str = "yes"
     skill: str = ""
     weight: float = 1.0  # in the mean over the prompt's questions
-    parents: tuple[int, ...] = ()  # places of the questions without whose yes this one does not count
+    parents: tuple[int, ...] = ()  # places of the questions without which this one does not count
     grades: tuple[str, ...] = ()  # answers from worst to best; then the score is the mean grade over the best one
 
 
@@ -64,11 +65,10 @@ def read_checklists(source: str | Path) -> list[Checklist]:
 
 
 def is_checklist(path: Path) -> bool:
-    """Whether the file is one that `read_checklists` knows the form of; its rows may still be wrong."""
-    if path.suffix.lower() not in (".jsonl", ".json", ".csv"):
-        return False
-    rows = read_rows(path)
-    return bool(rows) and any(told(rows[0]) for told, _ in FORMS)
+    """Whether the file is one that `read_checklists` knows the form of, by its first row; others may still be wrong."""
+    reader = TABLES.get(path.suffix.lower())
+    first = next(iter(reader(path)), None) if reader else None
+    return isinstance(first, dict) and any(told(first) for told, _ in FORMS)
 
 
 class _BadRowError(ValueError):
@@ -142,21 +142,28 @@ def _geneval2(rows: Rows) -> list[Checklist]:
     return found
 
 
+UNIGENBENCH = {  # language, with which its columns' names end -> keys of test points, their descriptions, the category
+    "en": ("Testpoints", "Testpoint Description", "Primary Categories"),
+    "zh": ("\u8003\u70b9", "\u8003\u70b9\u5bf9\u5e94\u63cf\u8ff0", "\u4e00\u7ea7\u5782\u7c7b"),
+}
+
+
 def _unigenbench(rows: Rows) -> list[Checklist]:
     """A test point is a skill and the part of the prompt that shows it; its question is whether the picture does."""
     prompt_column = next((name for name in rows[0] if str(name).startswith("prompt")), "prompt")
     points_column = next(name for name in rows[0] if str(name).startswith("sub_dims"))
+    points_key, texts_key, kind_key = UNIGENBENCH.get(str(points_column).rpartition("_")[2], UNIGENBENCH["en"])
     found = []
     for number, row in enumerate(rows, 1):
         try:
             told = parse_json(row[points_column])
-            points, texts = told["Testpoints"], told["Testpoint Description"]
+            points, texts = told[points_key], told[texts_key]
         except (ValueError, TypeError, KeyError) as error:
             raise _BadRowError(
-                f'row {number}: {points_column} must be JSON with "Testpoints" and "Testpoint Description"'
+                f'row {number}: {points_column} must be JSON with "{points_key}" and "{texts_key}"'
             ) from error
         if not isinstance(points, list) or not isinstance(texts, list):
-            raise _BadRowError(f'row {number}: "Testpoints" and "Testpoint Description" must be lists')
+            raise _BadRowError(f'row {number}: "{points_key}" and "{texts_key}" must be lists')
         if len(points) != len(texts) or not points:
             raise _BadRowError(f"row {number}: {len(points)} test points and {len(texts)} descriptions")
         prompt = _text(number, row, prompt_column)
@@ -165,12 +172,13 @@ def _unigenbench(rows: Rows) -> list[Checklist]:
                      "Does the picture show this part as the text means it?", "yes", str(point))
             for point, text in zip(points, texts, strict=True)
         )  # fmt: skip
-        found.append(Checklist(prompt, questions, str(told.get("Primary Categories") or "")))
+        found.append(Checklist(prompt, questions, str(told.get(kind_key) or "")))
     return found
 
 
 def _dpg(rows: Rows) -> list[Checklist]:
-    """A row per question. A question counts 0 where one that it depends on is answered no (dependency 0: on none)."""
+    """A row per question. A question counts 0 where one that it depends on is answered no, or counts 0 itself for that
+    reason (dependency 0: on none)."""
     items: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for number, row in enumerate(rows, 1):
         items.setdefault(_text(number, row, "item_id"), []).append((number, row))

@@ -68,17 +68,22 @@ def geneval(source: str) -> list[dict[str, Any]]:
         if (
             not isinstance(row.get("tag"), str)
             or not isinstance(wanted, list)
-            or not all(
-                isinstance(item, dict) and isinstance(item.get("class"), str) and isinstance(item.get("count"), int)
-                for item in wanted
-            )
+            or not wanted
+            or not all(map(_is_geneval_thing, wanted))
         ):
             raise RecipeError(
                 f"{source}, row {number}: expected GenEval metadata, "
-                '{"tag", "include": [{"class", "count"}], "prompt"}'
+                '{"tag", "include": [{"class", "count", perhaps "position": ["left of", 0]}], "prompt"}'
             )
         rows.append({**row, "prompt": prompt})
     return rows
+
+
+def _is_geneval_thing(item: Any) -> bool:
+    if not isinstance(item, dict) or not isinstance(item.get("class"), str) or not isinstance(item.get("count"), int):
+        return False
+    place = item.get("position", [""])  # ["left of", the number of the other thing]
+    return isinstance(place, list) and bool(place) and isinstance(place[0], str)
 
 
 def listed(prompts: Sequence[str]) -> list[str]:

@@ -63,14 +63,14 @@ def precision_of(name: str, training: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def place_of(name: str | None) -> torch.device:
-    """None = the accelerator if there is one, else the CPU."""
+def place_of(name: str | None, *, key: str = "model.device") -> torch.device:
+    """None = the accelerator if there is one, else the CPU. InputError, which names the key: there is no such one."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InputError(f"model.device got {name!r}; expected cpu, cuda or cuda:N") from error
+        raise InputError(f"{key} got {name!r}; expected cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"model.device {name}: this torch sees no such device; leave it out, or set it to cpu")
+        raise InputError(f"{key} {name}: this torch sees no such device; leave it out, or set it to cpu")
     return device

@@ -30,7 +30,7 @@ from palate.data import (
 )
 from palate.data.buckets import Bucket
 from palate.models import families
-from palate.recipe.cross_checks import AsksBlackBox, trained_names
+from palate.recipe.cross_checks import AsksBlackBox, trained_names, without_effect
 from palate.recipe.objective import check_taste, image_tower, reward_objective
 from palate.recipe.pictures import buckets_of, latents_of, pictures_of
 from palate.recipe.prompts import prompts_of
@@ -85,6 +85,7 @@ def build(recipe: Recipe, *, before_model: Callable[[], None] = lambda: None) ->
             "trainer.lr = %g: AdamW moves each weight by about that much per step; usual values are 1e-6 to 1e-3", lr
         )
     warn_of_noise(recipe)
+    warn_of_no_gradient(recipe)
     pictures = pictures_of(recipe)
     check_images(pictures.files if pictures else [])
     prompts, preview = prompts_of(recipe, pictures.prompts if pictures else None)
@@ -113,6 +114,17 @@ def build(recipe: Recipe, *, before_model: Callable[[], None] = lambda: None) ->
     elif pictures and pictures.files:
         latents = latents_of(model, pictures, recipe.algorithm)
     return Parts(model, algorithm, reward, list(prompts), preview, latents, tower, buckets)
+
+
+def warn_of_no_gradient(recipe: Recipe) -> None:
+    """Say so when a reward of a sum gives no gradient, and the algorithm moves by gradients alone."""
+    kind = algorithms.find(recipe.algorithm.name).load_class()
+    if names := without_effect(recipe.reward, recipe.algorithm, kind):
+        logging.getLogger("palate").warning(
+            "reward.weights: %s gives no gradient, and %s learns by gradients alone: it is asked and counted in the "
+            "reward that is shown, and nothing is trained on it. Leave it out, or use ddpo, flow_grpo or nft",
+            ", ".join(names), recipe.algorithm.name,
+        )  # fmt: skip
 
 
 def check_context(recipe: Recipe) -> None:

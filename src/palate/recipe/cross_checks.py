@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
 from palate.algorithms import table as algorithms
@@ -13,7 +14,7 @@ from palate.recipe.names import near
 from palate.recipe.picture_checks import ComparesErrors, check_images_read, check_pictures, check_prompts
 from palate.recipe.settings import Recipe, RewardSettings, TrainerSettings
 from palate.rewards import table as rewards
-from palate.runtime.code import load_object, names_a_file
+from palate.runtime.code import load_object, names_a_file, short_name
 from palate.runtime.errors import InputError
 
 
@@ -125,6 +126,12 @@ def check_effects(recipe: Recipe, mistakes: list[str]) -> None:
         _check_told(recipe, kind, mistakes)
     if problem := average_stays(recipe.trainer):
         mistakes.append(problem)
+    labels = sorted(map(short_name, rewards_used(recipe.reward)))
+    if alike := [label for label, following in pairwise(labels) if label == following]:
+        mistakes.append(
+            f"reward.weights: {alike[0]} is in two folders, and metrics and evaluations show both by that name; rename "
+            "a file or its function"
+        )
 
 
 def _check_told(recipe: Recipe, kind: Any, mistakes: list[str]) -> None:
@@ -243,10 +250,7 @@ def _check_reward_use(reward: RewardSettings, settings: Any, kind: Any, mistakes
     used = rewards_used(reward)
     entries, name = [rewards.find(each) for each in used], settings.name
     names, key = ", ".join(sorted(used)), "reward.name" if reward.name else "reward.weights"
-    idle = isinstance(settings, ScalesReward) and settings.reward_scale == 0
-    idle = idle or (isinstance(settings, AsksBlackBox) and settings.head_queries > 0)
-    differentiates = isinstance(kind, NeedsRewardGradient) and kind.needs_reward_gradient
-    if used and differentiates and not idle and not any(entry.gradient for entry in entries):
+    if used and len(without_effect(reward, settings, kind)) == len(used):
         alone = ", or algorithm.reward_scale=0" if isinstance(settings, ScalesReward) else ""
         if isinstance(settings, AsksBlackBox):
             alone = ", algorithm.head_queries=16 (a head that learns it)" + alone
@@ -271,6 +275,15 @@ def _check_reward_use(reward: RewardSettings, settings: Any, kind: Any, mistakes
             f"reward.relative: {names} reads no prompt, so no word changes it; use another reward, "
             "for example emoji or hpsv2, or leave reward.relative out"
         )
+
+
+def without_effect(reward: RewardSettings, settings: Any, kind: Any) -> list[str]:
+    """The rewards that are optimised and give no gradient, where the algorithm moves by gradients alone."""
+    idle = isinstance(settings, ScalesReward) and settings.reward_scale == 0
+    idle = idle or (isinstance(settings, AsksBlackBox) and settings.head_queries > 0)
+    if idle or not (isinstance(kind, NeedsRewardGradient) and kind.needs_reward_gradient):
+        return []
+    return sorted(name for name in rewards_used(reward) if not rewards.find(name).gradient)
 
 
 def _check_oracle(recipe: Recipe, mistakes: list[str]) -> None:

@@ -56,8 +56,8 @@ class Term:
         return load_reward(self.name, self.source, self.dtype)
 
     def digest(self) -> str | None:
-        """What tells its reward from another of that label: a digest of a file's code, of a taste, of a checklist; the
-        address of a service. None where the name says it all, wherever the weights lie."""
+        """What tells its reward from another of that label: a digest of a file's code, of a taste, of a checklist and
+        its judge's name; the address of a service. None where the name says it all, wherever the weights lie."""
         if self.name == "taste":
             how = self.taste or TasteSettings()
             tastes = [[weights_digest(folder), weight] for folder, weight in parts_of(self.source)]
@@ -65,7 +65,8 @@ class Term:
         if names_a_file(self.name):
             return code_digest(self.name)
         if self.name == "checklist" and self.source:
-            return content_digest(self.source.rpartition(" ")[0])
+            questions, _, judge = self.source.rpartition(" ")
+            return json_digest([content_digest(questions), judge.partition("#")[2]])
         return self.source if not self.name.startswith(ORACLE) and find(self.name).kind == "service" else None
 
     def part(self, reward: Reward) -> Reward:

@@ -34,7 +34,7 @@ KEY = "reward.source.checklist"
 CONCURRENCY = 8
 TOP_TOKENS = 20  # the most that OpenAI's interface allows
 MAX_TOKENS = 24  # an answer is a word; a model that explains itself has said it by then
-SURE = 0.5  # of the judge's probability that must be on yes and no together
+SURE = 0.5  # of the judge's probability that must be on yes and no, on numbers, or on the grades, together
 PATIENT = Patience(timeout=300.0, retries=5, wait=1.0, again=(*AGAIN, 500))
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 BEFORE = ("answer", "the", "is")  # what may stand before an answer
@@ -54,7 +54,8 @@ class Score(NamedTuple):
 
 def score_of(question: Question, reply: Reply) -> Score:
     """The probability of the right answer, or the mean grade over the best one; by the text where the server told no
-    tokens. An answer that cannot be read is 0 and not clear."""
+    tokens, or where a number or a grade is wanted and the first word is most likely none. An answer that cannot be read
+    is 0 and not clear."""
     words = [plain(place[0][0]) for place in reply.places]
     start = next((k for k, word in enumerate(words) if word and (word not in BEFORE or _goes_on(reply, k))), None)
     if start is None:
@@ -62,18 +63,26 @@ def score_of(question: Question, reply: Reply) -> Score:
     if question.grades:
         chances = [_chance(reply, start, grade) for grade in question.grades]
         total = sum(chances)
-        if total == 0:
+        if total < SURE:
             return _by_text(question, reply.text)
         return Score(sum(k * chance for k, chance in enumerate(chances)) / total / (len(chances) - 1))
     value = _chance(reply, start, question.answer)
     if plain(question.answer) in ("yes", "no"):
         return Score(value, _chance(reply, start, "yes") + _chance(reply, start, "no") >= SURE)
+    if _is_number(plain(question.answer)):
+        said = sum(chance for token, chance in reply.places[start] if _is_number(plain(token)))
+        read = Score(value) if max(said, value) >= SURE else _by_text(question, reply.text)
+        return read if read.clear else Score(value, False)
     return Score(value)
 
 
 def plain(text: str) -> str:
     """Lower case, without the marks that tokenizers and markdown put around a word."""
     return re.sub(r"^[\s\W_\u2581\u0120\u010a]+|[\s\W_]+$", "", text).lower()
+
+
+def _is_number(word: str) -> bool:
+    return word in NUMBERS or word.isdecimal()
 
 
 def spellings(answer: str) -> set[str]:
@@ -118,20 +127,20 @@ def _by_text(question: Question, text: str) -> Score:
     if answer in ("yes", "no"):
         said = next((word for word in words if word in ("yes", "no")), None)
         return Score(float(said == answer), said is not None)
-    numbers = [word for word in words if word in NUMBERS or word.isdecimal()]
-    if answer in NUMBERS or answer.isdecimal():
+    numbers = [word for word in words if _is_number(word)]
+    if _is_number(answer):
         return Score(float(bool(numbers) and numbers[0] in spellings(answer)), bool(numbers))
     phrase = " ".join(re.findall(r"[^\W_]+", answer))
     return Score(float(f" {phrase} " in f" {' '.join(words)} "), bool(words))
 
 
 def means(questions: Sequence[Question], scores: Sequence[float]) -> tuple[float, float]:
-    """The arithmetic and the geometric mean by the questions' weights. A question whose parent's answer is no (below
-    one half) counts 0 in both."""
-    counted = [
-        0.0 if any(scores[parent] < 0.5 for parent in question.parents) else score
-        for question, score in zip(questions, scores, strict=True)
-    ]
+    """The arithmetic and the geometric mean by the questions' weights. A question whose parent counts below one half,
+    by its answer or by a parent of its own, counts 0 in both: DPG-Bench's program goes down the list so."""
+    counted = list(scores)
+    for place, question in enumerate(questions):
+        if any(counted[parent] < 0.5 for parent in question.parents):
+            counted[place] = 0.0
     total = sum(question.weight for question in questions)
     pairs = list(zip(questions, counted, strict=True))
     arithmetic = sum(question.weight * score for question, score in pairs) / total

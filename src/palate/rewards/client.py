@@ -21,7 +21,8 @@ AGAIN = (429, 502, 503, 504)  # answers after which another try makes sense
 REMEDY = {
     401: f"Set {TOKEN} to the token that the server was started with",
     403: "Call it by the host name that it allows, and from no web page",
-    404: "The path of the URL is usually /score",
+    404: "The path of the URL is usually /score, of a chat server /v1/chat/completions; and the model's name is the "
+    "server's own",
     413: "Lower trainer.batch_size or the image size, or raise the server's limits",
 }
 
@@ -47,13 +48,15 @@ class Patience(NamedTuple):
 
 
 def place_of(url: str, *, strict: bool = False) -> tuple[str, int | None]:
-    """Host and port of a URL; "" and None where there is none that can be read. strict: a port that is no number leaves
-    no host either."""
+    """Host and port of a URL; "" and None where there is none that can be read. strict: a port that is no number, or a
+    name that no network has, leaves no host either."""
     name, port = "", None
     try:  # a bracket may not be closed
         parts = urlsplit(url)
         name, port = parts.hostname or "", None
         port = parts.port
+        if strict:
+            name.encode("idna")
     except ValueError:
         name = "" if strict else name
     return name, port

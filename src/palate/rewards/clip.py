@@ -129,8 +129,9 @@ def load_pickscore(source: str | None = None, *, dtype: torch.dtype = torch.floa
     """exp(logit_scale) cos, about 100 cos. `source` is a transformers folder or hub id."""
     source = source or "yuvalkirstain/PickScore_v1"
     how = "Download it: hf download yuvalkirstain/PickScore_v1"
-    model = pretrained(CLIPModel, "pickscore", source, how=how, dtype=dtype)
-    return _reward(model, "pickscore", source, scale=float(model.logit_scale.detach().double().exp()))
+    model = pretrained(CLIPModel, "pickscore", source, how=how, dtype=torch.float32)
+    scale = float(model.logit_scale.detach().double().exp())  # read before it is rounded: bfloat16 makes 98.9 of 100
+    return _reward(model.to(dtype), "pickscore", source, scale=scale)
 
 
 def load_hpsv2(

@@ -5,7 +5,8 @@ Every error names the recipe's key, reward.source.NAME, and what to do about it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,9 +16,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers.initialization import no_init_weights
+from transformers.utils import logging as of_transformers
 
 from palate.models.quiet import quietly
 from palate.runtime.errors import InputError
+from palate.runtime.files import in_shell
 from palate.runtime.hub import hub_file, reachable
 
 OFFLINE = "and the hub cannot be reached"
@@ -33,7 +36,7 @@ M = TypeVar("M", bound=nn.Module)
 
 def convert_command(path: Path) -> str:
     """The shell command that turns a pickled checkpoint into safetensors, without running code from it."""
-    return f"{CONVERT} {path} {path.with_suffix('.safetensors')}"
+    return f"{CONVERT} {in_shell(path)} {in_shell(path.with_suffix('.safetensors'))}"
 
 
 def weights_file(reward: str, source: str, *, default: str, how: str) -> Path:
@@ -89,7 +92,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def pretrained(kind: Any, reward: str, source: str, *, how: str, **options: Any) -> Any:
-    """kind.from_pretrained(source); `kind` is a transformers model or tokenizer class."""
+    """kind.from_pretrained(source); `kind` is a transformers model or tokenizer class. InputError where a tensor of the
+    model is missing or of another shape, which transformers would leave random."""
     key, folder = f"reward.source.{reward}", Path(source)
     weights = issubclass(kind, nn.Module) if isinstance(kind, type) else False
     if weights and folder.is_dir() and not any(folder.glob("*.safetensors")):
@@ -99,13 +103,13 @@ def pretrained(kind: Any, reward: str, source: str, *, how: str, **options: Any)
         )
         raise InputError(f"{key}: {folder} holds {what}")
     if weights:
-        options["use_safetensors"] = True
+        options |= {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     remote = not folder.exists()
     if remote and not reachable():
         options["local_files_only"] = True
     try:
-        with quietly(source):
-            return kind.from_pretrained(source, **options)
+        with quietly(source), _without_report():
+            found = kind.from_pretrained(source, **options)
     except (OSError, ValueError, SafetensorError) as error:
         if options.get("local_files_only"):
             raise InputError(f"{key}: {source} is not in the local cache, {OFFLINE}. {how}") from error
@@ -113,6 +117,26 @@ def pretrained(kind: Any, reward: str, source: str, *, how: str, **options: Any)
         raise InputError(
             f"{key}: {source} cannot be loaded as {kind.__name__} ({_first_line(error)}). {hint}"
         ) from error
+    if not weights:
+        return found
+    model, told = found
+    if wrong := sorted({*told["missing_keys"], *(name for name, *_ in told["mismatched_keys"])}):
+        raise InputError(
+            f"{key}: {source} is no {kind.__name__}, or not whole: {len(wrong)} of {len(model.state_dict())} tensors "
+            f"are missing or of another shape, {wrong[0]} for one. {how}"
+        )
+    return model
+
+
+@contextlib.contextmanager
+def _without_report() -> Iterator[None]:
+    """Inside, transformers prints no table of tensors that a file has too many or too few; errors it does."""
+    before = of_transformers.get_verbosity()
+    of_transformers.set_verbosity_error()
+    try:
+        yield
+    finally:
+        of_transformers.set_verbosity(before)
 
 
 def load_state(

@@ -22,6 +22,7 @@ from palate.runtime.errors import InputError
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw score on the authors' images
 LENGTH = 35  # tokens of a prompt
+TOKENIZER = "google-bert/bert-base-uncased"
 HOW = (
     "`palate fetch image-reward` downloads it (as hf download zai-org/ImageReward ImageReward.pt does) and converts "
     "it; give the file that it names"
@@ -154,7 +155,7 @@ def load_image_reward(source: str | None = None, *, dtype: torch.dtype = torch.f
     except ValueError as error:
         raise InputError(f"reward.source.image-reward: {path}: {error}") from error
     folder = Path(source) if Path(source).is_dir() else path.parent
-    tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else "bert-base-uncased"
+    tokenizer = str(folder) if (folder / "tokenizer_config.json").is_file() else TOKENIZER
     return ImageReward(
         vision, text, weight.float(), bias.float(), tokenizer_of("image-reward", tokenizer, length=LENGTH)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from os.path import expanduser
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from palate.rewards.combine import as_tensor_reward
 from palate.rewards.table import Entry, find
 from palate.runtime.code import imported, load_object, names_a_file
 from palate.runtime.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load_reward(name: str, source: str | None = None, dtype: str | None = None) -> Reward:
@@ -28,9 +31,14 @@ def load_reward(name: str, source: str | None = None, dtype: str | None = None) 
         return found
     if entry.kind == "embedded":
         return found(name)
-    if dtype is None or entry.kind in ("service", "taste"):
+    if entry.kind in ("service", "taste"):
         return found(source)
-    return found(source, dtype=getattr(torch, dtype))
+    source = source and expanduser(source)
+    if dtype is None:
+        return found(source)
+    if dtype not in DTYPES:
+        raise InputError(f"reward.dtype got {dtype!r}; expected one of {', '.join(map(repr, DTYPES))}")
+    return found(source, dtype=DTYPES[dtype])
 
 
 def _external(entry: Entry, source: str | None) -> Reward:

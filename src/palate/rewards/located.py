@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os.path import expanduser
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from palate.rewards.published import PUBLISHED, Download, PublishedReward
 
 FETCHED = Path("weights")  # where `palate fetch` puts what it converts, a folder per reward
+HPSV3 = ("HPSv3.safetensors", "config.json", "prompt.txt")  # of its folder; the last is the user's to add
 
 
 class Standing(NamedTuple):
@@ -36,12 +38,14 @@ def located(name: str, source: str | None = None) -> str | None:
     """The source that loads the reward without a download, None where there is none."""
     reward = PUBLISHED[name]
     if source is not None:
-        there = Path(source).expanduser().exists() or _hub_cached(Download(source, reward.weights.files, 0.0))
+        source = expanduser(source)
+        there = Path(source).exists() or _hub_cached(Download(source, reward.weights.files, 0.0))
         return source if there else None
     if reward.converted is not None:
         converted = FETCHED / name / reward.converted
         return str(converted) if converted.is_file() else None
-    if (FETCHED / name / reward.weights.files[0]).is_file():  # a folder of its own, as hpsv3 has
+    needed = HPSV3 if name == "hpsv3" else reward.weights.files[:1]
+    if all((FETCHED / name / file).is_file() for file in needed):  # a folder of its own, as hpsv3 has
         return str(FETCHED / name)
     return "" if name != "hpsv3" and cached(reward) else None
 

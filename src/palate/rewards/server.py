@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from palate.core import Reward
+from palate.models.options import place_of as device_of
 from palate.rewards.client import LOOPBACK, TOKEN, place_of
 from palate.runtime.errors import InputError
 from palate.runtime.files import parse_json
@@ -48,10 +49,10 @@ class _Refused(Exception):
 
 
 class _Scorer:
-    """Computes one request at a time, and answers a repeated one from memory."""
+    """Computes one request at a time on `device`, and answers a repeated one from memory."""
 
-    def __init__(self, reward: Reward, remembered: int):
-        self.reward, self.remembered = reward, remembered
+    def __init__(self, reward: Reward, remembered: int, device: torch.device):
+        self.reward, self.remembered, self.device = reward, remembered, device
         self.answers: OrderedDict[tuple[str, bytes], list[float]] = OrderedDict()
         self.one_at_a_time = threading.Lock()
 
@@ -64,7 +65,7 @@ class _Scorer:
                 groups.setdefault(image.size, []).append(i)
             scores = [math.nan] * len(images)
             for rows in groups.values():
-                batch = torch.stack([from_pixels(np.asarray(images[i])) for i in rows])
+                batch = torch.stack([from_pixels(np.asarray(images[i])) for i in rows]).to(self.device)
                 with torch.no_grad():
                     values = self.reward(batch, [prompts[i] for i in rows]).tolist()
                 for i, value in zip(rows, values, strict=True):
@@ -77,8 +78,16 @@ class _Scorer:
             return scores
 
 
-def make_app(reward: Reward, token: str, *, hosts: Sequence[str] = LOOPBACK, limits: Limits | None = None) -> Any:
-    """The ASGI application of one reward. InputError: the token is shorter than 16 characters."""
+def make_app(
+    reward: Reward,
+    token: str,
+    *,
+    hosts: Sequence[str] = LOOPBACK,
+    limits: Limits | None = None,
+    device: str | None = None,
+) -> Any:
+    """The ASGI application of one reward, which is given its images on `device`; None = the accelerator if there is
+    one. InputError: the token is shorter than 16 characters, or there is no such device."""
     from fastapi import FastAPI, Request
     from fastapi.concurrency import run_in_threadpool
     from fastapi.responses import JSONResponse
@@ -90,7 +99,7 @@ def make_app(reward: Reward, token: str, *, hosts: Sequence[str] = LOOPBACK, lim
             "make one with python -c 'import secrets; print(secrets.token_urlsafe())'"
         )
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    scorer = _Scorer(reward, limits.remembered)
+    scorer = _Scorer(reward, limits.remembered, device_of(device, key="device"))
     inside = 0
 
     @app.post("/score")
@@ -119,11 +128,19 @@ def make_app(reward: Reward, token: str, *, hosts: Sequence[str] = LOOPBACK, lim
     return app
 
 
-def serve(reward: Reward, *, host: str = "127.0.0.1", port: int = 8411, limits: Limits | None = None) -> None:
-    """Serve until interrupted; the token comes from the environment. Put TLS in front of any host but this machine."""
+def serve(
+    reward: Reward,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8411,
+    limits: Limits | None = None,
+    device: str | None = None,
+) -> None:
+    """Serve until interrupted; the token comes from the environment. Put TLS in front of any host but this machine.
+    device: as of `make_app`."""
     import uvicorn
 
-    app = make_app(reward, os.environ.get(TOKEN, ""), hosts=(*LOOPBACK, host), limits=limits)
+    app = make_app(reward, os.environ.get(TOKEN, ""), hosts=(*LOOPBACK, host), limits=limits, device=device)
     uvicorn.run(app, host=host, port=port, log_level="warning", limit_concurrency=64, server_header=False)
 
 

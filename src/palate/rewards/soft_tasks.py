@@ -27,10 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from palate.models.vocabulary import Caption, parse_prompt
+from palate.models.vocabulary import Caption
 from palate.rewards.detector import GRID, THRESHOLD, Cells, Detector
-from palate.rewards.tasks import AXES, MARGIN, load_detector
-from palate.runtime.errors import InputError
+from palate.rewards.tasks import AXES, MARGIN, captions_of, load_detector
 
 SLACK = 0.1  # of the relation, in image halves: beyond the margin by so much is right with .73
 PEAKS = 16  # surest cells that can count
@@ -45,10 +44,9 @@ class SoftTaskReward:
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B,) for images (B, 3, 64, 64) in [0, 1]. InputError: a prompt names no thing, or one that is unknown."""
-        captions = [parse_prompt(prompt) for prompt in prompts]
-        for caption, prompt in zip(captions, prompts, strict=True):
-            if caption.concept is None:
-                raise InputError(f"emoji-tasks-soft: the prompt {prompt[:60]!r} names no thing; name one")
+        captions = captions_of(prompts, "emoji-tasks-soft")
+        if next(self.detector.parameters()).device != images.device:
+            self.detector.to(images.device)
         cells: Cells = self.detector(images)
         found = [torch.stack(self._logs(cells, b, caption)).mean() for b, caption in enumerate(captions)]
         return torch.stack(found).to(images)
@@ -95,10 +93,11 @@ def load_soft_tasks(name: str = "emoji-tasks-soft") -> SoftTaskReward:
 
 def peaks_of(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Cells (K,) that are the highest of their neighbourhood, the PEAKS surest, and the probability that each counts,
-    of the logits of middles (16, 16)."""
+    of the logits of middles (16, 16). Where these are no numbers the first cell stands, with a probability of nan."""
     with torch.no_grad():
         top = logits == F.max_pool2d(logits[None, None], 3, 1, 1)[0, 0]
         places = top.flatten().nonzero()[:, 0]
+        places = places if len(places) else places.new_zeros(1)
         places = places[logits.flatten()[places].argsort(descending=True, stable=True)][:PEAKS]
     offset = math.log(THRESHOLD / (1 - THRESHOLD))
     return places, torch.sigmoid(logits.flatten()[places].double() - offset)

@@ -111,6 +111,15 @@ def _geneval_prompt(row: Mapping[str, Any], vocab: Vocabulary) -> str | None:
     return " and ".join(phrases)
 
 
+def captions_of(prompts: Sequence[str], reward: str) -> list[Caption]:
+    """What each prompt names. InputError, which names the reward: nothing, so that no picture could meet it."""
+    captions = [parse_prompt(prompt) for prompt in prompts]
+    for caption, prompt in zip(captions, prompts, strict=True):
+        if caption.concept is None:
+            raise InputError(f"{reward}: the prompt {prompt[:60]!r} names no thing; name one")
+    return captions
+
+
 def requirements(caption: Caption, found: Sequence[Detection]) -> list[bool]:
     """Whether each thing that the prompt names is so: things, how many, their colours, their relation.
 
@@ -147,10 +156,10 @@ class TaskReward:
         self.strict = strict
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(B,) for images (B, 3, 64, 64) in [0, 1]."""
+        """(B,) for images (B, 3, 64, 64) in [0, 1]. InputError: a prompt names no thing, or one that is unknown."""
+        captions = captions_of(prompts, "emoji-tasks")
         met = [
-            requirements(parse_prompt(prompt), found)
-            for prompt, found in zip(prompts, self.detector.detect(images), strict=True)
+            requirements(caption, found) for caption, found in zip(captions, self.detector.detect(images), strict=True)
         ]
         values = [float(all(row)) if self.strict else sum(row) / len(row) for row in met]
         return torch.tensor(values, dtype=images.dtype, device=images.device)

@@ -25,7 +25,10 @@ QUESTION = (
     'How well does this picture show the following text, and how good is it as a picture?\nText: "{prompt}"\n'
     "Answer with one line: Score: N, where N is a number from 1 (not at all) to 5 (perfectly)."
 )
-SCORE = re.compile(r"score\W{0,6}(\d+(?:\.\d+)?)(?!\.?\d)", re.IGNORECASE)
+RANGE = r"\d\s*(?:-|\u2013|to)\s*\d+\s*[)\]]"  # what may be answered, in brackets behind the word: (1-5)
+SCORE = re.compile(
+    rf"score(?:\s*[(\[]\s*{RANGE})?\W{{0,6}}(?!{RANGE})(\d+(?:\.\d+)?)(?!\.?\d|[-\u2013]\d)", re.IGNORECASE
+)
 
 
 class VLMReward:
