@@ -170,12 +170,6 @@ def tree_words(tree: dict[str, Any]) -> dict[str, list[str]]:
     return {side: list((tree.get("algorithm") or {}).get(side) or ()) for side in ("positive", "negative")}
 
 
-def words_in_force(run_folder: str | Path, tree: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """The (positive, negative) words of a run's result; its recipe is given as plain values."""
-    run = Path(run_folder)
-    return steered(tree_words(tree), read_metrics(run / METRICS), _result_step(run))
-
-
 def _result_step(run: Path) -> int | None:
     found = result_of(run)
     return None if found is None else found.step

@@ -108,11 +108,6 @@ def ranks() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Ranks()
 
 
-def launched() -> bool:
-    """Whether torchrun, srun or `palate --nproc` started this process as one of several ranks."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-
-
 @contextlib.contextmanager
 def process_group(*, timeout_seconds: float = 600) -> Iterator[Ranks]:
     """Inside, this process is one of the ranks that the environment names. No rank waits longer than the time-out.
