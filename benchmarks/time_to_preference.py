@@ -22,12 +22,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import re
 from pathlib import Path
 
 import numpy as np
 from comparison import with_early_looks
-from figures import STYLE as CSS
+from figures import standalone
 from methods import STYLE, Check, about, available, parsed, rate, referees, settings, slug, small, watch
 from rows import Row, made_in, measured, write_table
 
@@ -168,8 +167,7 @@ def plot(rows: list[dict], path: Path) -> None:
             points.append(tuple(float(np.mean([check[key] for check in now])) for key in ("forwards", "style")))
         curves.append(Line(method, points, method == "SRPO"))
     svg = str(chart(f"Share of {STYLE}", curves, unit_range=True)).replace(">step<", ">forwards<")
-    svg = re.sub(r"<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', svg, count=1)
-    path.write_text(svg.replace(">", ">" + CSS, 1))
+    path.write_text(standalone(svg))
     print(path)
 
 
