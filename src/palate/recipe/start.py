@@ -1,4 +1,4 @@
-"""What training begins from: model.start, and the consistency weights that some estimators need."""
+"""What training begins from: the model's folder, model.start, the consistency weights that some estimators need."""
 
 from __future__ import annotations
 

@@ -34,9 +34,7 @@ class Entry:
     gradient: bool = True  # whether it is differentiable in the images; of an external one, the loop finds out
     reads_prompt: bool = True
     example: str = ""  # of the URL of a service
-    two_tower: bool = (
-        False  # whether it looks once and scores several prompts (`core.TwoTower`), as `palate plan` counts
-    )
+    two_tower: bool = False  # whether it looks once and scores several prompts (`core.TwoTower`), for `palate plan`
 
     @property
     def takes_source(self) -> bool:
