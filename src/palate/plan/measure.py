@@ -159,11 +159,11 @@ def _towers(names: tuple[str, ...], dtype: torch.dtype) -> Unit:
     begins."""
     total = Unit(0, 0.0, 0.0, 0.0, 0.0, 0.0)
     for name in names:
-        if find(name).kind == "embedded":
-            found = _embedded_tower(name)
-        else:
+        if find(name).kind != "embedded":
             with torch.device("meta"):
                 found = _reward_tower(name, dtype)
+        else:
+            found = _embedded_tower(name)
         if found is None:
             continue
         unit = measure_unit(*found, None)
