@@ -38,6 +38,7 @@ from palate.evaluate import generate, pairs, write_samples
 from palate.evaluate.intervals import wilson
 from palate.report import study
 from palate.runs import read_samples
+from palate.runtime.images import to_pixels
 
 Taste = Callable[[np.ndarray], float]  # pixels (H, W, 3) -> utility
 
@@ -110,10 +111,7 @@ def vote(page: Path, voter: Voter, session: str, rng: np.random.Generator) -> st
 
 def true_rate(run_a: Path, run_b: Path, voter: Voter) -> float:
     """The win rate of a over all pairs, a tie counting half."""
-    first, second = (
-        (read_samples(run / "evaluation" / "result")[0].movedim(1, 3) * 255).round().byte().numpy()
-        for run in (run_a, run_b)
-    )
+    first, second = (to_pixels(read_samples(run / "evaluation" / "result")[0]) for run in (run_a, run_b))
     chances = [voter.chances(a, b) for a, b in zip(first, second, strict=True)]
     return float(np.mean([win + tie / 2 for win, tie in chances]))
 

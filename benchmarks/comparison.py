@@ -140,21 +140,13 @@ def _looking(who: Referees, shown: list[str]) -> Any:
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-def rate(method: str, task: str, results: Path) -> float:
-    """The learning rate that the task fixes; else that of the search for it, of the style task's, the recipe's."""
-    if method in TASKS[task].fixed:
-        return methods.plan_of(method, TASKS[task]).trainer.lr
-    found = methods.tuned(results)
-    return found.get(f"{task}: {method}") or methods.rate(method, results)
-
-
 def rows_of(args: argparse.Namespace) -> list[Row]:
     """Every row of the comparison, headline seeds where the task is `style`. All methods of a seed come before the next
     seed, so that a comparison which was cut off has as many seeds of each."""
     rows = []
     for task in args.tasks:
         overrides = {
-            method: [f"trainer.lr={rate(method, task, args.results)}", *args.override]
+            method: [f"trainer.lr={methods.rate(method, args.results, task)}", *args.override]
             + (small(method) if args.quick else [])
             for method in args.methods
             if applies(method, task)
@@ -397,7 +389,7 @@ def searched(found: Sequence[dict[str, Any]], results: Path) -> dict[str, str]:
         places: dict[str, list[str]] = {}
         for method in dict.fromkeys(row["method"] for row in found if row["task"] == task):
             if method in TASKS[task].fixed:
-                places.setdefault(f"not searched, {rate(method, task, results):g}", []).append(method)
+                places.setdefault(f"not searched, {methods.rate(method, results, task):g}", []).append(method)
                 continue
             lr = chosen.get(f"{task}: {method}") or chosen.get(f"style: {method}")
             factor = lr / first_rate(method) if lr else 0.0
@@ -489,8 +481,8 @@ def usual(results: Path) -> argparse.Namespace:
 def unsearched(args: argparse.Namespace) -> list[str]:
     """Methods whose learning rate nothing was searched for on this model."""
     known = methods.tuned(args.results)
-    return [name for name in args.methods
-            if not any(f"{task}: {name}" in known for task in ("style", *args.tasks))]  # fmt: skip
+    tasks = ("style", *args.tasks)
+    return [name for name in args.methods if not any(f"{task}: {name}" in known for task in tasks)]
 
 
 def plan(rows: Sequence[Row], search: Sequence[Row], jobs: int, prices: Prices) -> str:

@@ -38,9 +38,11 @@ from methods import (
     PLAIN,
     Counted,
     CountedReward,
+    Enough,
     Watched,
     about,
     eval_like,
+    fingerprints,
     parsed,
     scatter,
     slug,
@@ -79,11 +81,6 @@ KEYS = ("reward", "heldout", "concept", "background", "diversity", "frechet")
 def packaged(source: str) -> tuple[str, ...]:
     """The generator that a row needs besides the model, where it is one of the package."""
     return (source,) if (ASSETS / source).is_dir() else ()
-
-
-def settings(name: str) -> str:
-    """The fingerprint of the recipe, which a row keeps."""
-    return recipe.fingerprint(recipe.read(name))[:16]
 
 
 def features(judge, images: torch.Tensor) -> torch.Tensor:
@@ -245,10 +242,6 @@ def judge(model, sampler, prompts: tuple[str, ...], seeds: tuple[int, ...]) -> d
     }
 
 
-class _Enough(Exception):
-    """All updates are made."""
-
-
 def train_on(start: str, seed: int, alone: int, updates: int, checks: int, prompts: int, overrides: list[str]) -> dict:
     """`updates` of the generator after `alone` steps of the assistant; measured before, and `checks` times after."""
     plan = recipe.read(
@@ -289,10 +282,10 @@ def train_on(start: str, seed: int, alone: int, updates: int, checks: int, promp
         if updated >= updates * len(points) / checks:
             check(updated)
         if updated >= updates:
-            raise _Enough
+            raise Enough
 
     check(0)
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Enough):
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Enough):
         whole(
             train(
                 model,
@@ -314,7 +307,7 @@ def family_rows(args: argparse.Namespace) -> list[Row]:
             train_on,
             (args.source, seed, args.alone, args.updates, args.checks, args.prompts, [*overrides, *args.override]),
             packaged(args.source),
-            settings("distar-emoji"),
+            fingerprints("distar-emoji"),
         )
         for seed in args.seeds
         for name, overrides in FAMILY.items()
@@ -446,7 +439,7 @@ def main() -> None:
                  "algorithm.assistant_warmup_steps=0"] if args.quick else []  # fmt: skip
         more, source = [*quick, *args.override], args.source or "emoji-1step"
         rows = [Row(args.results / f"{slug('distar', 'blackbox', seed)}.json", towards_a_black_box,
-                    (source, seed, args.prompts, 8, more), packaged(source), settings("distar-emoji-blackbox"))
+                    (source, seed, args.prompts, 8, more), packaged(source), fingerprints("distar-emoji-blackbox"))
                 for seed in args.seeds]  # fmt: skip
         measured(rows, args.jobs, lambda found: {"asked": found["asked"], "score": float(np.mean(found["score"]))},
                  minutes=args.minutes)  # fmt: skip

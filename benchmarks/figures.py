@@ -24,11 +24,16 @@ from palate.runs import read_samples
 from palate.runtime.images import to_pixels
 
 IMAGES = Path("docs/images")
-STYLE = """<style>svg{background:#fff;font-family:sans-serif}text{font-size:12px;fill:#555}.grid{stroke:#e4e4e4}
+CSS = """<style>svg{background:#fff;font-family:sans-serif}text{font-size:12px;fill:#555}.grid{stroke:#e4e4e4}
 .curve{fill:none;stroke-width:2}
 .p0{stroke:#1b9e77}.p1{stroke:#777}.p2{stroke:#7570b3}.p3{stroke:#e6ab02}.accent{stroke:#c2410c}
 .mark{stroke:#111;stroke-dasharray:3 3}
 text.mark,text.name{stroke:none;fill:#111}circle{fill:#999;stroke:none}</style>"""
+
+
+def standalone(svg: str) -> str:
+    """A chart of the report as a file of its own."""
+    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", ">" + CSS, 1)
 
 
 def sheet(run: Path, steps: list[str], path: Path, *, columns: int = 12, zoom: int = 2) -> None:
@@ -134,9 +139,8 @@ def steering(run: Path, steps: int, to: str) -> None:
     ]
     swap = next(row["step"] for row in read_metrics(run) if row.get("event") == "steer")
     svg = str(chart("Style share", shares, [Mark(swap, f"words swapped: +{to} -3d", "steer")], unit_range=True))
-    svg = re.sub(r"<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', svg, count=1)
     IMAGES.mkdir(parents=True, exist_ok=True)
-    (IMAGES / "steering.svg").write_text(svg.replace(">", ">" + STYLE, 1))
+    (IMAGES / "steering.svg").write_text(standalone(svg))
     names = sorted(p.name for p in (run / "samples").iterdir())
     sheet(run, [names[0], names[len(names) // 2], names[-1]], IMAGES / "steering.png")
 

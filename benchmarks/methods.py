@@ -265,7 +265,7 @@ class Check(NamedTuple):
         return float(np.nanmean(self.values[name]))
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """The run has what it needs."""
 
 
@@ -287,6 +287,21 @@ def plan_of(method: str, task: Task, overrides: Sequence[str] = ()) -> recipe.Re
 def settings(method: str, task: str = "style") -> str:
     """The fingerprint of `plan_of`, which a row keeps beside its own overrides."""
     return recipe.fingerprint(plan_of(method, TASKS[task]))[:16]
+
+
+def fingerprints(*names: str) -> str:
+    """The fingerprints of recipes, which a row keeps."""
+    return " ".join(recipe.fingerprint(recipe.read(name))[:16] for name in names)
+
+
+def trained(plan: recipe.Recipe) -> Any:
+    """The model after the recipe's training."""
+    torch.manual_seed(plan.trainer.seed)  # LoRA's first weights
+    parts = recipe.build(plan)
+    with tempfile.TemporaryDirectory() as folder:
+        whole(train(parts.model, parts.algorithm, parts.reward, parts.prompts, folder=folder, progress=False,
+                    **vars(plan.trainer)))  # fmt: skip
+    return parts.model
 
 
 def watch(
@@ -345,11 +360,11 @@ def watch(
         if model.forwards >= budget * len(found) / checks:
             check(step)
             if model.forwards >= budget or done(found[-1]):
-                raise _Enough
+                raise Enough
 
     check(0)
     endless = {**vars(plan.trainer), "steps": 10**6}
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_Enough, NonFiniteError):
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Enough, NonFiniteError):
         whole(
             train(
                 model,
@@ -375,9 +390,13 @@ def small(method: str) -> list[str]:
     return ["trainer.batch_size=2", *QUICK.get(recipe.read(METHODS[method]).algorithm.name, [])]
 
 
-def rate(method: str, results: Path) -> float:
-    """The learning rate that `comparison.py tune` found for the style; else the recipe's."""
-    return tuned(results).get(f"style: {method}") or first_rate(method)
+def rate(method: str, results: Path, task: str = "style") -> float:
+    """The learning rate that the task fixes; else what `comparison.py tune` found for it, for the style task, the
+    recipe's."""
+    if method in TASKS[task].fixed:
+        return plan_of(method, TASKS[task]).trainer.lr
+    found = tuned(results)
+    return found.get(f"{task}: {method}") or found.get(f"style: {method}") or first_rate(method)
 
 
 def slug(*parts: object) -> str:

@@ -24,14 +24,13 @@ from typing import Any
 import numpy as np
 import torch
 from comparison import crossed, spelled
-from methods import PLAIN, parsed, slug, whole
+from methods import PLAIN, parsed, slug, trained
 from rows import Row, measured, write_table
 
 from palate import recipe
 from palate.evaluate import embedded_panel, generate, label_correct, pairs, quantise
 from palate.models.merge import merge_adapters
 from palate.models.vocabulary import parse_prompt, vocabulary
-from palate.train import train
 
 TASTES = {"3d": "srpo-emoji", "outline": "srpo-emoji-outline"}  # style -> the recipe of its teacher
 STUDENT = "opd-emoji"
@@ -44,17 +43,6 @@ def owner(prompt: str) -> str:
     """The taste to which the prompt's concept belongs."""
     concepts = vocabulary().concepts
     return list(TASTES)[concepts.index(str(parse_prompt(prompt).concept)) >= concepts.index(FIRST_THING)]
-
-
-def trained(source: str, overrides: Sequence[str]) -> Any:
-    """The model after the recipe's training, without guard, previews and checkpoints."""
-    plan = recipe.read(source, [*PLAIN, *overrides])
-    torch.manual_seed(plan.trainer.seed)
-    parts = recipe.build(plan)
-    with tempfile.TemporaryDirectory() as folder:
-        whole(train(parts.model, parts.algorithm, parts.reward, parts.prompts, folder=folder, progress=False,
-                    **vars(plan.trainer)))  # fmt: skip
-    return parts.model
 
 
 @torch.no_grad()
@@ -75,7 +63,7 @@ def row(seed: int, prompts: int, overrides: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as root:
         folders = {style: Path(root) / style for style in TASTES}
         for style, source in TASTES.items():
-            model = trained(source, [*overrides, f"trainer.seed={seed}"])
+            model = trained(recipe.read(source, [*PLAIN, *overrides, f"trainer.seed={seed}"]))
             if not found:
                 found["base"] = judged(model, asked, "reference")
             found[f"teacher of {style}"] = judged(model, asked)

@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from frontier import area, share_above
-from methods import about, parsed, rate, referees, scatter, settings, slug, small, watch, whole
+from methods import about, fingerprints, parsed, rate, referees, scatter, settings, slug, small, watch, whole
 from rows import Row, content, made, made_in, measured, write_table
 
 from palate import recipe
@@ -319,7 +319,7 @@ def black_box_rows(args: argparse.Namespace) -> list[Row]:
             args.results / f"{slug(*name, oracle, seed, args.queries, args.updates)}.json",
             black_box,
             (oracle, seed, args.prompts, args.queries, overrides),
-            recipe=recipe.fingerprint(recipe.read("optimize-emoji"))[:16],
+            recipe=fingerprints("optimize-emoji"),
         )
         for seed in args.seeds
         for oracle in args.oracles

@@ -12,14 +12,13 @@ images each, against the base model from the same noise. Rows are those of rows.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from methods import about, parsed, slug, whole, with_style
+from methods import about, fingerprints, parsed, slug, trained, with_style
 from rows import Row, made_in, measured, write_table
 from torch import Tensor
 
@@ -35,7 +34,6 @@ from palate.evaluate import (
     quantise,
 )
 from palate.rewards.combine import score_pair, with_control
-from palate.train import train
 
 SEEDS_PER_PROMPT = (0, 1)
 ABSOLUTE = ["algorithm.preference=absolute", "algorithm.k_denoise=[0, 0]", "algorithm.hinge=null"]
@@ -85,25 +83,11 @@ def measure(source: str, overrides: list[str], seed: int, count: int) -> dict:
             "trainer.checkpoint_every=0",
         ],
     )
-    torch.manual_seed(seed)
-    parts = recipe.build(plan)
-    with tempfile.TemporaryDirectory() as folder:
-        whole(
-            train(
-                parts.model,
-                parts.algorithm,
-                parts.reward,
-                parts.prompts,
-                folder=folder,
-                **vars(plan.trainer),
-                progress=False,
-            )
-        )
-
+    model = trained(plan)
     prompts = recipe.evenly_spaced(recipe.read_prompts("emoji-eval"), count)
     words, seeds = pairs(prompts, SEEDS_PER_PROMPT)
     base = drawn_by_the_base(tuple(prompts))
-    images = quantise(generate(parts.model, prompts, SEEDS_PER_PROMPT))
+    images = quantise(generate(model, prompts, SEEDS_PER_PROMPT))
     positive, negative = plan.algorithm.positive, plan.algorithm.negative
     who = panel()
     rewards = dict(who.rewards)
@@ -215,7 +199,7 @@ def main() -> None:
                     args.results / f"{slug('srpo', args.what, name, seed)}.json",
                     measure,
                     (source, [*overrides, *args.override], seed, args.prompts),
-                    recipe=recipe.fingerprint(recipe.read(source))[:16],
+                    recipe=fingerprints(source),
                 )
                 for seed in args.seeds
                 for name, (source, overrides) in RUNS[args.what].items()

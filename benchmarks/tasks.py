@@ -22,7 +22,6 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from palate import recipe
 from palate.algorithms.table import find
@@ -52,8 +51,6 @@ ABSOLUTE = [
     "algorithm.k_inversion=[0, 0]",
     "algorithm.hinge=null",
 ]  # SRPO on a reward that has no words
-
-Measures = Callable[[Tensor, Sequence[str]], dict[str, Tensor]]
 
 
 class Task(NamedTuple):

@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from methods import about, parsed, slug
+from methods import about, fingerprints, parsed, slug
 from rows import Row, measured, write_table
 from torch import Tensor
 
@@ -479,11 +479,6 @@ def rounds_table(rows: Sequence[dict[str, Any]], alone: float) -> str:
     return "\n".join(lines)
 
 
-def settings(*names: str) -> str:
-    """The fingerprints of recipes, which a row keeps: strength, guard and updates are theirs."""
-    return " ".join(recipe.fingerprint(recipe.read(name))[:16] for name in names)
-
-
 def arguments() -> argparse.Namespace:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("what", choices=("accuracy", "align", "golden", "all"))
@@ -508,7 +503,7 @@ def main() -> None:
     ) -> list[dict[str, Any]]:
         cells = [(name, seed) for seed in seeds for name in names]
         wanted = [Row(results / f"{slug('taste', what, *cell)}.json", make, (*cell, *more, *size), (GENERATOR,),
-                      settings(*recipes)) for cell in cells]  # fmt: skip
+                      fingerprints(*recipes)) for cell in cells]  # fmt: skip
         made = measured(wanted, given.jobs, lambda found: [round(row[shown], 3) for row in found],
                         minutes=given.minutes)  # fmt: skip
         return [row for found in made for row in found]
@@ -519,8 +514,9 @@ def main() -> None:
         found = rows("align", ROUNDS, align_row, "taste", count, given.votes)
         tables["taste-rounds"] = rounds_table(found, left_alone(given.concepts))
     if given.what == "golden":
+        first = fingerprints(*FIRST)
         found = measured([Row(results / f"{slug('taste', 'golden', seed)}.json", golden_row,
-                              (seed, given.concepts, given.quick), (GENERATOR,), settings(*FIRST)) for seed in seeds],
+                              (seed, given.concepts, given.quick), (GENERATOR,), first) for seed in seeds],
                          given.jobs, minutes=given.minutes)  # fmt: skip
         for row in found:
             print(row)

@@ -19,12 +19,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import re
 from pathlib import Path
 
 import numpy as np
 from comparison import by_method, with_early_looks
-from figures import STYLE as CSS
+from figures import standalone
 from methods import STYLE, about
 from rows import write_table
 
@@ -127,8 +126,7 @@ def plot(rows: list[dict], path: Path) -> None:
             points.append(tuple(float(np.mean([check[key] for check in now])) for key in ("forwards", "style")))
         curves.append(Line(method, points, method == "SRPO"))
     svg = str(chart(f"Share of {STYLE}", curves, unit_range=True)).replace(">step<", ">forwards<")
-    svg = re.sub(r"<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', svg, count=1)
-    path.write_text(svg.replace(">", ">" + CSS, 1))
+    path.write_text(standalone(svg))
 
 
 def write(results: Path) -> str:

@@ -26,7 +26,6 @@ TURNED = 0.3  # of the drawings that can be turned and whose colour is not named
 TILTED, TILT = 0.35, math.radians(20)
 MIX = {"one": 0.64, "two": 0.19, "count": 0.17}
 WORDS = {2: "two", 3: "three", 4: "four"}
-OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 
 def describe(

@@ -160,8 +160,8 @@ def test_a_task_fixes_settings_rate_and_guidance_of_its_methods(tmp_path, monkey
     assert (fixed.model.lora_rank, fixed.trainer.batch_size) == (16, 8) != (shared.model.lora_rank, shared.trainer)
     assert fixed.algorithm.kl == 1e-3 and shared.model.lora_rank == 4
     rows.keep_tuned(tmp_path, {"style: DiffusionNFT": 0.5})
-    assert comparison.rate("DiffusionNFT", "unguided", tmp_path) == 1e-3
-    assert comparison.rate("DiffusionNFT", "jpeg", tmp_path) == 0.5
+    assert methods.rate("DiffusionNFT", tmp_path, "unguided") == 1e-3
+    assert methods.rate("DiffusionNFT", tmp_path, "jpeg") == 0.5
     told = comparison.searched([row("DiffusionNFT", 0, 0.1, task="unguided")], tmp_path)
     assert told == {"unguided": "Learning rates, not searched, 0.001: DiffusionNFT."}
     asked = []
@@ -353,7 +353,7 @@ def test_a_search_goes_on_from_the_better_of_two_rates(tmp_path, monkeypatch, go
     monkeypatch.setattr(comparison, "try_rate", run)
     args = asked(tmp_path, tasks=["style", "jpeg"], methods=["ReFL"])
     assert comparison.tune(args) == {"style: ReFL": pytest.approx(usual * chosen)} and made == pytest.approx(tried)
-    assert methods.rate("ReFL", tmp_path) == comparison.rate("ReFL", "absolute", tmp_path) == usual * chosen
+    assert methods.rate("ReFL", tmp_path) == methods.rate("ReFL", tmp_path, "absolute") == usual * chosen
     assert comparison.unsearched(args) == [] and comparison.unsearched(asked(tmp_path)) == ["DDPO"]
 
 

@@ -101,4 +101,4 @@ def test_a_row_trains_as_its_recipe_says():
     plan = recipe.read("taste-emoji", ["trainer.steps=7", "trainer.lr=0.5", "trainer.clip_norm=3.0"])
     told = bench.of_recipe(plan, 4)
     assert (told["steps"], told["lr"], told["clip_norm"], told["seed"]) == (7, 0.5, 3.0, 4)
-    assert told["guard"].every == 10 and len(bench.settings(*bench.ROUNDS).split()) == 3
+    assert told["guard"].every == 10 and len(bench.fingerprints(*bench.ROUNDS).split()) == 3

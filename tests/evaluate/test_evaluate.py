@@ -674,7 +674,7 @@ def test_words_in_force_follow_the_steering(tmp_path):
         '{"event": "step", "step": 1}\n{"event": "steer", "step": 2, "positive": ["outline"], "negative": null}\n'
     )
     run = runs.RunFolder(folder)
-    assert run.words() == runs.words_in_force(folder, run.tree) == (["outline"], ["flat"])
+    assert run.words() == (["outline"], ["flat"])
     assert run.objective().pairs == (("outline", "flat"),)
 
 
@@ -691,7 +691,7 @@ def test_words_that_the_result_never_saw_are_not_its_words(tmp_path):
         rows = (steer[0], guard, steer[1])
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         run = runs.RunFolder(folder)
-        assert run.words() == runs.words_in_force(folder, run.tree) == ([words], ["flat"])
+        assert run.words() == ([words], ["flat"])
         assert run.objective().pairs == ((words, "flat"),) and run.words(60)[0] == ["noto"]
 
 

@@ -89,7 +89,7 @@ def test_trackio_is_called_as_its_documentation_says(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "trackio", types.SimpleNamespace(init=init, Image=Image, Table=Table))
     (tmp_path / "mine").mkdir()
-    tracker = tracking.Trackio(tmp_path / "mine", {"lr": 1.0})
+    tracker = tracking.trackio(tmp_path / "mine", {"lr": 1.0})
     tracker.scalars(1, {"loss": 2.0})
     tracker.image(1, "previews", np.zeros((2, 2, 3), np.uint8))
     tracker.table(2, "result", [{"metric": "reward", "value": 3.0}, {"metric": "concept", "value": None}])

@@ -128,7 +128,7 @@ def test_a_plan_knows_offload_and_the_small_optimizer():
     units = {name: unit for name in ("denoiser", "decoder", "encoder", "reward")}
 
     def planned(*more):
-        return memory_of(recipe.read("srpo-flux", [*base, *more]), units, {}, 1, True)
+        return memory_of(recipe.read("srpo-flux", [*base, *more]), units, {}, 1)
 
     assert planned("model.offload=true")["denoiser, frozen"] == (900 - 800 + 80) * 2
     assert planned("model.offload=true", "model.quantize=fp8")["denoiser, frozen"] == 300 * 2 + 600 - 720

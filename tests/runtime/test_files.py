@@ -41,7 +41,7 @@ from palate.runtime.files import (
 )
 from palate.runtime.result import evaluation_of
 from palate.runtime.runlog import RunLog, read_metrics
-from palate.train.steering import control_words
+from palate.train.steering import parse_control
 
 
 def choice_beside(path):
@@ -53,7 +53,7 @@ def choice_beside(path):
 @pytest.mark.parametrize("text", [b"[" * 100_000, b"1" * 5_000, b"[1, 2]"])
 def test_such_words_for_a_run_are_refused_and_do_not_end_it(text):
     with pytest.raises(ValueError):
-        control_words(text)
+        parse_control(text)
 
 
 READERS = {  # of files that a run, a person or a server writes

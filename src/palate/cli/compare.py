@@ -18,7 +18,7 @@ def print_score(choices: Sequence[Path], key: Path | None, run: Path | None) -> 
 
 
 def print_table(runs: Sequence[Path], form: str, group: str | None) -> None:
-    """Print the runs' evaluations in one of `formats.FORMATS`."""
+    """Print the runs' evaluations in one of `compare_table.FORMATS`."""
     print(printable(as_text(form, *compare_runs(runs, group))), end="")
 
 

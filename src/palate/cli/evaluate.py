@@ -29,10 +29,7 @@ from palate.runs.strength import FOLDER, evaluate_strengths
 from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
 
-
-def warn(text: str) -> None:
-    """To the log, whatever signs the text has."""
-    logging.getLogger("palate").warning("%s", text)
+warn = logging.getLogger("palate").warning
 
 
 def check(options: EvaluateOptions) -> None:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from palate.cli.model_source import load_run
 from palate.cli.phases import show_phases
 from palate.cli.result_tables import print_changes
 from palate.evaluate.tasks import SEEDS, evaluate_tasks, tasks_json
@@ -21,7 +20,7 @@ def evaluate_with_tasks(
     seeds: int | None,
     *,
     prompts: Mapping[str, Sequence[str]] | None = None,
-    load: Load = load_run,
+    load: Load,
     as_json: bool,
     quiet: bool,
 ) -> None:

@@ -17,7 +17,7 @@ from torch._weights_only_unpickler import UnpicklingError
 
 from palate.data.published import PROMPT_SETS, beside_the_cache
 from palate.rewards.published import PUBLISHED, Download, PublishedReward
-from palate.runtime.errors import InputError
+from palate.runtime.errors import InputError, first_line
 from palate.runtime.hub import hub_file
 
 
@@ -70,10 +70,9 @@ def fetch_prompts(name: str) -> list[Path]:
     try:
         return [hub_file(known.place, file, repo_type="dataset") for file in known.files]
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise InputError(
-            f"fetch {name}: {known.place} cannot be reached ({why}). Download its files elsewhere and give their "
-            f"folder with --prompts-file: {', '.join(known.files)}"
+            f"fetch {name}: {known.place} cannot be reached ({first_line(error)}). Download its files elsewhere and "
+            f"give their folder with --prompts-file: {', '.join(known.files)}"
         ) from error
 
 
@@ -112,13 +111,12 @@ def _use(name: str) -> str:
 
 
 def _unreachable(name: str, what: Download, error: Exception) -> str:
-    why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
     steps = f"hf download {what.place} {' '.join(what.files)}"
     cached = f"models--{what.place.replace('/', '--')}"
     then = f"copy {cached} of its hub cache into {HF_HUB_CACHE} here"
     if what == PUBLISHED[name].weights and _takes_file(name):
         then = f"copy the file here, then palate fetch {name} --from FILE"
-    return f"fetch {name}: {what.place} cannot be reached ({why}). Where it can: {steps}; {then}"
+    return f"fetch {name}: {what.place} cannot be reached ({first_line(error)}). Where it can: {steps}; {then}"
 
 
 def _download_address(address: str, name: str, remedy: str) -> Path:

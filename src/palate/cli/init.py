@@ -18,7 +18,7 @@ from palate import plan as planner
 from palate import recipe as recipes
 from palate.data import read_prompts
 from palate.models.facts import facts_of
-from palate.plan.table import FREE, GIB, Device, find_device
+from palate.plan.table import GIB, Device, find_device
 from palate.recipe import Recipe
 from palate.recipe.cross_checks import ControlWords, rewards_used
 from palate.recipe.editing import with_value, with_values, without_head
@@ -154,16 +154,15 @@ def card_of(card: str | None) -> tuple[str, Device]:
 
 def fitted(text: str, name: str, card: Device, plan: Planner) -> tuple[str, str]:
     """The text with the changes that make a step fit the card, and a sentence on its memory."""
-    room = FREE * card.gib * GIB
     for _ in range(ROUNDS):
         recipe = recipes.parse(text)
         made = plan(recipe)
-        if made.bytes <= room:
+        if made.bytes <= card.room:
             return text, f"Memory by `palate plan`: {made.bytes / GIB:.2g} of {card.gib:g} GiB on {name}"
         found = [(key, need) for key, need in planner.memory_savings(recipe, made) if not key.startswith("all ")]
         if not found:
             break
-        gentle = [key for key, need in reversed(found) if need <= room]  # the last of those that are enough
+        gentle = [key for key, need in reversed(found) if need <= card.room]  # the last of those that are enough
         for change in (gentle or [found[0][0]])[0].split():  # of two keys where one goes with the other
             key, _, value = change.partition("=")
             text = with_value(text, key, literal(value, key))

@@ -15,7 +15,7 @@ from palate.models import families
 from palate.models.emoji import EmojiModel
 from palate.models.facts import facts_of
 from palate.runs import trained_model
-from palate.runtime.errors import InputError
+from palate.runtime.errors import InputError, first_line
 from palate.runtime.files import parse_json
 from palate.runtime.hub import hub_file
 
@@ -44,7 +44,7 @@ def base_model() -> Model:
 
 def load_run(run: Path) -> tuple[Model, Sampler | None]:
     """The result of a run; InputError where the folder is none."""
-    return trained_model(recipe_file(run).parent, warn=lambda text: logging.getLogger("palate").warning("%s", text))
+    return trained_model(recipe_file(run).parent, warn=logging.getLogger("palate").warning)
 
 
 def load_base(source: str) -> Model:
@@ -77,10 +77,9 @@ def _index(source: str) -> dict[str, Any]:
             path = hub_file(source, INDEX)
         found = parse_json(path.read_text("utf-8"))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise InputError(
-            f"{source} is no run, no folder with a {INDEX} and no hub id that can be reached ({why}); give emoji, a "
-            "run or a diffusers folder"
+            f"{source} is no run, no folder with a {INDEX} and no hub id that can be reached ({first_line(error)}); "
+            "give emoji, a run or a diffusers folder"
         ) from error
     if not isinstance(found, dict):
         raise InputError(f"{path} holds {type(found).__name__}; expected the index of a diffusers pipeline")

@@ -16,7 +16,7 @@ from palate.models import families
 from palate.models.facts import Facts, HasFacts, facts_of
 from palate.models.source import published_base
 from palate.plan import GIB, Plan, plan
-from palate.plan.table import FREE, find_device
+from palate.plan.table import find_device
 from palate.recipe import Recipe
 from palate.recipe.pictures import pictures_of
 from palate.rewards.located import cached, located
@@ -177,7 +177,7 @@ def _disk(download: float) -> Iterator[Requirement]:
 
 def _memory(made: Plan, device: str | None) -> Requirement:
     name, card = find_device(device)
-    need, room = made.bytes / GIB, FREE * card.gib
+    need, room = made.bytes / GIB, card.room / GIB
     text = f"{need:.1f} GiB per device for a step, {card.gib:.0f} GiB on {name}, of which {room:.0f} to use"
     if need <= room:
         return Requirement("ok", "memory", text)

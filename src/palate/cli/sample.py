@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from palate.cli.model_source import load_source
 from palate.core import HasStrength, Model, Sampler
 from palate.evaluate import generate, pairs, read_index, write_samples
+from palate.evaluate.samples import Drawing, steps_and_guidance, write_strengths
 from palate.models.autoencoder import ImageSize
 from palate.models.sizes import at_size
 from palate.recipe import SampleSettings
@@ -46,27 +45,22 @@ def draw(source: str, prompts: Sequence[str], seeds: Sequence[int], wanted: Want
         for strength in wanted.strengths:
             with model.at_strength(strength):
                 found.append(generate(model, prompts, seeds, steps=steps, guidance=guidance, sampler=sampler))
-    images = torch.stack(found, 1).flatten(0, 1)  # of one prompt and seed, every strength side by side
-    rows, strengths = list(zip(*pairs(prompts, seeds), strict=True)), wanted.strengths
-    asked, noises = [prompt for prompt, _ in rows for _ in strengths], [seed for _, seed in rows for _ in strengths]
     clear_samples(out)
-    each = [*strengths] * len(rows)
-    write_samples(out, images, asked, noises, guidance=guidance, steps=steps, strengths=each)
+    write_strengths(out, found, prompts, seeds, wanted.strengths, guidance=guidance, steps=steps)
     write_sheet(out)
-    return len(images)
+    return sum(map(len, found))
 
 
 def _way(source: str, model: Model, sampler: Sampler | None, wanted: Wanted) -> tuple[int, float]:
     """Steps and guidance. InputError: they are given for a generator, which has its own."""
     if sampler and (wanted.steps is not None or wanted.guidance is not None):
         raise InputError("--steps, --guidance: a generator draws as it was trained; leave them out")
-    if sampler:
-        return sampler.steps, 1.0
-    own, run = require_sampleable(model, "samples"), Path(source).expanduser()
+    if not sampler:
+        require_sampleable(model, "samples")
+    run = Path(source).expanduser()
     how = RunFolder(run).recipe.sample if (run / "recipe.yaml").is_file() else SampleSettings()
-    steps = wanted.steps or how.steps or own.default_steps
     guidance = how.guidance if wanted.guidance is None else wanted.guidance
-    return steps, own.default_guidance if guidance is None else guidance
+    return steps_and_guidance(model, Drawing(wanted.steps or how.steps, guidance, sampler=sampler))
 
 
 def clear_samples(folder: Path) -> None:

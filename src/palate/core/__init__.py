@@ -7,8 +7,8 @@ own, with its name: it is enough to have the members, nothing needs to be inheri
 an object for a member that no protocol lists.
 
     a model may be      Sampleable, EncodesPictures, HasPosterior, PublishedGrid, Fingerprinted, TextCached,
-                        SavesAdapter, LoadsAdapter, TakesConsistency, TrainsOtherwise, DrawsOtherSizes,
-                        HasStrength, HasNetworks, PutsWords                                          models.py
+                        SavesAdapter, TakesConsistency, TrainsOtherwise, DrawsOtherSizes, HasStrength,
+                        HasNetworks, PutsWords                                          models.py
     a reward may be     TwoTower, EmbedsImages, HasFeatures                                rewards.py
     an algorithm may be Stateful, Steerable, ComparesWords, DrawsOwnSamples, DrawsReference, Warns,
                         ChecksBatch, TakesAnySize, ReadsImages, AsksOtherPrompts, LogsLater  algorithms.py
@@ -42,7 +42,6 @@ from palate.core.models import (
     HasNetworks,
     HasPosterior,
     HasStrength,
-    LoadsAdapter,
     Model,
     Networks,
     PublishedGrid,
@@ -60,7 +59,7 @@ from palate.core.settings import require
 __all__ = [
     "Algorithm", "AsksOtherPrompts", "Batch", "ChecksBatch", "ComparesWords", "Cond", "DrawsOtherSizes",
     "DrawsOwnSamples", "DrawsReference", "EmbedsImages", "EncodesPictures", "Fingerprinted", "GuardMeasure",
-    "HasFeatures", "HasNetworks", "HasPosterior", "HasStrength", "LoadsAdapter", "LogsLater", "Loss", "Model",
+    "HasFeatures", "HasNetworks", "HasPosterior", "HasStrength", "LogsLater", "Loss", "Model",
     "Networks", "PublishedGrid", "PutsWords", "Random", "ReadsImages", "Reward", "Sampleable", "Sampler",
     "SavesAdapter", "Stateful", "Steerable", "TakesAnySize", "TakesConsistency", "TextCached", "TrainsOtherwise",
     "TwoTower", "Warns", "prompt_order", "require", "used_prompts",

@@ -126,14 +126,6 @@ class SavesAdapter(Protocol):
 
 
 @runtime_checkable
-class LoadsAdapter(Protocol):
-    """A model that reads back what it once wrote."""
-
-    def load_adapter(self, folder: Path) -> None:
-        """Read back what `save_adapter` wrote, into a model of the same training mode, rank and names."""
-
-
-@runtime_checkable
 class TrainsOtherwise(Protocol):
     """A model that is not trained as it is sampled: a distilled one may have an adapter for training alone."""
 

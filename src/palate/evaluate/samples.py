@@ -43,6 +43,14 @@ class Drawing(NamedTuple):
 # --- drawing --------------------------------------------------------------------------------------------------------
 
 
+def steps_and_guidance(model: Model, how: Drawing) -> tuple[int, float]:
+    """What `how` comes to: the sampler's steps without guidance; else what is given, else the model's own."""
+    if how.sampler is not None:
+        return how.sampler.steps, 1.0
+    own = (model.default_steps, model.default_guidance) if isinstance(model, Sampleable) else (DEFAULT_STEPS, 1.0)
+    return own[0] if how.steps is None else how.steps, own[1] if how.guidance is None else how.guidance
+
+
 def pairs(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[int]]:
     """The rows of prompts x seeds, all seeds of the first prompt first, as `generate` draws them. InputError: none."""
     if not len(prompts) or not len(seeds):
@@ -100,14 +108,12 @@ def draw(model: Model, prompts: Sequence[str], noises: Sequence[Tensor], how: Dr
 def drawn(model: Model, prompts: Sequence[str], noises: Sequence[Tensor], how: Drawing) -> list[tuple[Tensor, Tensor]]:
     """Images (b, 3, H, W) and the latents (b, C, h, w) that they are of, both on the CPU, batch by batch."""
     if isinstance(model, Sampleable):
-        device, default_steps, default_guidance = model.device, model.default_steps, model.default_guidance
+        device = model.device
     else:
         device = next((p.device for p in model.parameters("policy")), torch.device("cpu"))
-        default_steps, default_guidance = DEFAULT_STEPS, 1.0
-    guidance = default_guidance if how.guidance is None else how.guidance
+    steps, guidance = steps_and_guidance(model, how)
     if not math.isfinite(guidance):
         raise InputError(f"guidance is {guidance}; expected a finite number, 1 = off")
-    steps = default_steps if how.steps is None else how.steps
     if steps < 1:
         raise InputError(f"steps is {steps}; expected 1 or more")
     found = []
@@ -154,6 +160,24 @@ def write_samples(
         if strengths is not None:
             rows[-1]["strength"] = strengths[i]
     write_atomically(folder / "index.jsonl", "".join(json.dumps(row, sort_keys=True) + "\n" for row in rows).encode())
+
+
+def write_strengths(
+    folder: str | Path,
+    drawn: Sequence[Tensor],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    strengths: Sequence[float],
+    *,
+    guidance: float,
+    steps: int,
+) -> None:
+    """`write_samples` of what a LoRA drew for prompts x seeds at each strength: of one prompt and seed, every strength
+    side by side."""
+    asked, noises = pairs(prompts, seeds)
+    repeated, again = [prompt for prompt in asked for _ in strengths], [seed for seed in noises for _ in strengths]
+    images, each = torch.stack(list(drawn), 1).flatten(0, 1), [*strengths] * len(asked)
+    write_samples(folder, images, repeated, again, guidance=guidance, steps=steps, strengths=each)
 
 
 def strength_text(strength: float) -> str:

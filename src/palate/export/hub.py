@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from huggingface_hub.utils import validate_repo_id
 
 from palate.export.card import CARD, PICTURES, SIDES
-from palate.runtime.errors import InputError
+from palate.runtime.errors import InputError, first_line
 from palate.runtime.files import write_atomically
 from palate.runtime.result import evaluation_of
 
@@ -45,7 +45,7 @@ def check_repository(repository: str) -> None:
     try:
         validate_repo_id(repository)
     except HFValidationError as error:
-        raise InputError(f"--push-to-hub: {str(error).splitlines()[0]}") from error
+        raise InputError(f"--push-to-hub: {first_line(error)}") from error
     if repository.count("/") != 1:
         raise InputError(f"--push-to-hub: expected NAME/REPOSITORY, for example me/my-lora, got {repository!r}")
 
@@ -119,6 +119,5 @@ def push(folder: Path, sent: Parcel, *, api: HfApi | None = None) -> str:
             delete_patterns=[f"{PICTURES}/{side}-*.png" for side in SIDES],
         )
     except UNREACHED as error:
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise InputError(f"--push-to-hub {sent.repository}: the hub refused ({why})") from error
+        raise InputError(f"--push-to-hub {sent.repository}: the hub refused ({first_line(error)})") from error
     return str(made)

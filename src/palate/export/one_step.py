@@ -14,13 +14,13 @@ import diffusers
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 
-from palate.algorithms.distar import Generator
 from palate.models import families
 from palate.models.parts import LoadedModel
 from palate.models.saved import save_network
 from palate.path import flow_schedule
 from palate.runtime.errors import InputError
 from palate.runtime.files import parse_json, write_atomically
+from palate.sampling import FewStepGenerator
 
 
 def export_one_step(model: Any, settings: Any, folder: Path | str) -> Path:
@@ -103,7 +103,7 @@ def load_one_step(folder: Path) -> tuple[Any, Any]:
     file = folder / "generator.json"
     try:
         record = parse_json(file.read_text("utf-8"))
-        generator = Generator(**{key: record.pop(key) for key in ("t_init", "input_scale", "steps")})
+        generator = FewStepGenerator(**{key: record.pop(key) for key in ("t_init", "input_scale", "steps")})
         family = str(record.pop("family", "emoji"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is not what an export wrote ({error or type(error).__name__})") from error

@@ -27,7 +27,7 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from palate.runtime.errors import InputError
+from palate.runtime.errors import InputError, first_line
 
 _HOME: WeakKeyDictionary[nn.Module, torch.device] = WeakKeyDictionary()  # of networks whose blocks wait on the host
 
@@ -37,8 +37,9 @@ def use_attention(network: Any, backend: str) -> None:
     try:
         network.set_attention_backend(backend)
     except (ValueError, RuntimeError, ImportError, OSError) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"model.attention={backend}: {why}; leave it out for torch's own kernels") from error
+        raise InputError(
+            f"model.attention={backend}: {first_line(error)}; leave it out for torch's own kernels"
+        ) from error
 
 
 def compile_blocks(network: Any, backend: str = "inductor") -> None:

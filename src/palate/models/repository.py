@@ -36,7 +36,7 @@ from palate.models.repository_checks import (
     family_with,
 )
 from palate.models.source import absent, from_hub, loader_place, locate
-from palate.runtime.errors import InputError
+from palate.runtime.errors import InputError, first_line
 from palate.runtime.files import parse_json
 
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
@@ -107,8 +107,9 @@ class Repository:
             if file is None and (missing := absent(self.source, self.root, part)):
                 raise missing from error
             what = file or f"{self.source}, {part}"
-            why = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"{what}: cannot be read as {kind.__name__}; is it another model's? ({why})") from error
+            raise InputError(
+                f"{what}: cannot be read as {kind.__name__}; is it another model's? ({first_line(error)})"
+            ) from error
         if any(p.is_meta for p in network.parameters()):
             raise InputError(f"{file or self.source}: holds no weights for parts of {kind.__name__}; is it whole?")
         network = network.eval().requires_grad_(False)
@@ -123,8 +124,7 @@ class Repository:
         try:
             return kind.from_pretrained(loader_place(self.source, self.root), subfolder=part)
         except (OSError, ValueError) as error:
-            why = str(error).splitlines()[0]
-            raise InputError(f"model.folder {self.source}: {part} cannot be read: {why}") from error
+            raise InputError(f"model.folder {self.source}: {part} cannot be read: {first_line(error)}") from error
 
     def _reads(self, file: Path) -> bool:
         match = WEIGHTS.fullmatch(file.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from palate.optimize.loop import Search, newest_round, optimize, round_sizes
+from palate.optimize.loop import Search, optimize, round_sizes
 from palate.optimize.oracles import (
     call_with_timeout,
     command_oracle,
@@ -22,7 +22,7 @@ from palate.runtime.deprecated import old_names
 __all__ = [
     "BUILT_IN", "Features", "Oracle", "OracleError", "Pictures", "Queries", "Search", "Surrogate", "call_with_timeout",
     "colour_and_position", "command_oracle", "compressibility", "exact_reward", "fit_surrogate", "from_recipe",
-    "http_oracle", "identity_of", "leave_one_out", "load_oracle", "mean_std", "newest_round", "noisy", "optimize",
+    "http_oracle", "identity_of", "leave_one_out", "load_oracle", "mean_std", "noisy", "optimize",
     "query_round", "reward_features", "ridge_head", "round_sizes", "ucb_bonus", "validate_scores", "with_one",
 ]  # fmt: skip
 

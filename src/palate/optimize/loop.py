@@ -25,6 +25,7 @@ from typing import Any
 
 from palate.core import Algorithm, Sampleable
 from palate.data import evenly_spaced
+from palate.evaluate.samples import Drawing, steps_and_guidance
 from palate.optimize.queries import Queries
 from palate.optimize.rounds import Draw, query_round
 from palate.optimize.surrogate import Surrogate, fit_surrogate, mean_std
@@ -34,7 +35,6 @@ from palate.rewards.oracles import Oracle
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
 from palate.runtime.files import json_line, new_folder, read_json_lines, write_atomically
-from palate.runtime.result import result_of
 from palate.train import Job, Outcome, restore_result, run_job
 
 
@@ -63,9 +63,8 @@ def optimize(search: Search, *, progress: bool = True, say: Callable[[str], None
     result. OracleError, InputError and what `palate.train` raises leave everything that was asked in the folder."""
     model, folder, settings, trainer = search.model, search.folder, search.settings, search.trainer
     queries = Queries(folder)
-    steps = search.sample.steps or model.default_steps
-    guidance = model.default_guidance if search.sample.guidance is None else search.sample.guidance
-    draw = Draw(model, search.prompts, trainer.seed, steps, guidance)
+    how = Drawing(search.sample.steps, search.sample.guidance)
+    draw = Draw(model, search.prompts, trainer.seed, *steps_and_guidance(model, how))
     for number, size in enumerate(round_sizes(settings.budget, settings.rounds), 1):
         draw.begin(number, size)
         query_round(queries, number, size, draw, search.oracle, settings)
@@ -134,14 +133,6 @@ def round_sizes(budget: int, rounds: int) -> list[int]:
         raise InputError(f"optimize.budget = {budget} is too small for {rounds} rounds; {more}")
     ends = [budget * (2**k - 1) // (2**rounds - 1) for k in range(rounds + 1)]
     return [b - a for a, b in itertools.pairwise(ends)]
-
-
-def newest_round(folder: Path) -> Path:
-    """The last round's run that holds a checkpoint; InputError when no round has come so far."""
-    found = result_of(folder)
-    if found is None or found.folder == folder:
-        raise InputError(f"{folder} holds no trained round yet; continue it with palate optimize")
-    return found.folder
 
 
 def _append_round(path: Path, row: dict[str, Any]) -> None:

@@ -16,8 +16,6 @@ from palate.plan.measure import measure
 from palate.plan.memory import Plan, memory_savings, plan, require_equal_parts
 from palate.plan.table import DEVICES, GIB, Device, as_json, can_fit, duration, table, this_machine
 
-levers = memory_savings  # its name before 0.2
-
 __all__ = [
     "DEVICES",
     "GIB",
@@ -29,7 +27,6 @@ __all__ = [
     "can_fit",
     "count",
     "duration",
-    "levers",
     "measure",
     "measure_unit",
     "memory_savings",

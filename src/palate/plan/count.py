@@ -15,8 +15,10 @@ from palate.models.gaussian import GaussianModel
 from palate.path import Prediction
 from palate.recipe import Recipe, build_algorithm, prompts_of, trained_names
 from palate.recipe.builder import SharesRollouts
+from palate.recipe.cross_checks import rewards_used
 from palate.recipe.pictures import SamplesPosterior
 from palate.recipe.start import teachers_of
+from palate.rewards.table import find
 
 LARGEST_BATCH = 256  # that is run; a larger one is counted on one of its divisors
 
@@ -84,7 +86,8 @@ def counts(recipe: Recipe, *, updates: int = 8) -> Counts:
     if isinstance(recipe.algorithm, SharesRollouts):
         every = recipe.algorithm.rollout_every
         updates = every * max(1, updates // every)
-    reward = _CountedTowers(model) if _two_tower(recipe) else _CountedReward(model)
+    two_tower = any(find(name).two_tower for name in rewards_used(recipe.reward))
+    reward = _CountedTowers(model) if two_tower else _CountedReward(model)
     prompts = [f"prompt {'x' * i}" for i in range(size)]
     if teachers:  # who teach prompts of the recipe's own
         prompts = list(islice(cycle(prompts_of(recipe)[0]), size))
@@ -107,15 +110,18 @@ def _counted_batch(recipe: Recipe) -> int:
     whole = recipe.trainer.batch_size
     if whole <= LARGEST_BATCH:
         return whole
-    for size in range(LARGEST_BATCH, 0, -1):
-        if whole % size == 0:
-            try:
-                if isinstance(recipe.algorithm, ChecksBatch):
-                    recipe.algorithm.check_batch(size)
-            except ValueError:
-                continue
-            return size
-    return LARGEST_BATCH
+    fitting = (size for size in range(LARGEST_BATCH, 0, -1) if whole % size == 0 and takes_batch(recipe, size))
+    return next(fitting, LARGEST_BATCH)
+
+
+def takes_batch(recipe: Recipe, size: int) -> bool:
+    """Whether the recipe's algorithm works with batches of that size."""
+    try:
+        if isinstance(recipe.algorithm, ChecksBatch):
+            recipe.algorithm.check_batch(size)
+    except ValueError:
+        return False
+    return True
 
 
 def _latents(recipe: Recipe, rng: Random) -> Tensor | None:
@@ -160,10 +166,3 @@ class _CountedTowers(_CountedReward):
 
     def score(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
         return self._score(features, prompts)
-
-
-def _two_tower(recipe: Recipe) -> bool:
-    names = {recipe.reward.name} if recipe.reward.name else set(recipe.reward.weights or ())
-    return bool(
-        names & {"emoji", "emoji-heldout", "taste", "clip-score", "pickscore", "hpsv2", "image-reward", "hpsv3"}
-    )

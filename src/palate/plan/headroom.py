@@ -98,10 +98,9 @@ def require_room(recipe: Recipe, *, gpus: int | None = None) -> None:
 
 def _micro_batches(recipe: Recipe, made: Plan, budget: float) -> tuple[str, float] | None:
     """The fewest micro-batches with which a step fits, and its bytes; None where even single images do not."""
-    checkpointed = recipe.model.gradient_checkpointing is not False and recipe.model.name != "emoji"
     for parts in micro_batches(recipe, made.gpus):
         changed = replace(recipe, trainer=replace(recipe.trainer, micro_batches=parts))
-        value = sum(memory_of(changed, made.units, made.graph, made.gpus, checkpointed).values())
+        value = sum(memory_of(changed, made.units, made.graph, made.gpus).values())
         if value <= budget:
             return f"trainer.micro_batches={parts}", value
     return None

@@ -159,7 +159,11 @@ def _towers(names: tuple[str, ...], dtype: torch.dtype) -> Unit:
     begins."""
     total = Unit(0, 0.0, 0.0, 0.0, 0.0, 0.0)
     for name in names:
-        found = _embedded_tower(name) if find(name).kind == "embedded" else _reward_tower(name, dtype)
+        if find(name).kind != "embedded":
+            with torch.device("meta"):
+                found = _reward_tower(name, dtype)
+        else:
+            found = _embedded_tower(name)
         if found is None:
             continue
         unit = measure_unit(*found, None)
@@ -179,11 +183,6 @@ def _embedded_tower(name: str) -> tuple[nn.Module, Callable[[], Tensor]]:
 
 def _reward_tower(name: str, dtype: torch.dtype) -> tuple[nn.Module, Callable[[], Tensor]] | None:
     """The network of a published reward and a run of its image tower; None for rewards without a network here."""
-    with torch.device("meta"):
-        return _published_tower(name, dtype)
-
-
-def _published_tower(name: str, dtype: torch.dtype) -> tuple[nn.Module, Callable[[], Tensor]] | None:
     pixels = torch.empty(1, 3, 224, 224, dtype=dtype, requires_grad=True)
     if name in ("hpsv2", "pickscore", "clip-score"):
         text = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}

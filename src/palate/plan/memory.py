@@ -6,13 +6,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from palate.core import ChecksBatch
 from palate.models.quantised import BYTES
 from palate.models.sizes import largest
 from palate.plan.activations import Unit
-from palate.plan.count import counts
+from palate.plan.count import counts, takes_batch
 from palate.plan.measure import family_of, local_config, measure
 from palate.recipe import Recipe, trained_names
+from palate.recipe.cross_checks import rewards_used
 from palate.rewards import table as rewards
 from palate.runtime.errors import InputError
 
@@ -70,7 +70,7 @@ def plan(recipe: Recipe, *, gpus: int = 1, units: Mapping[str, Unit] | None = No
         notes.append(
             f"{recipe.model.folder} is not a local folder: the published architecture of {recipe.model.name} is assumed"
         )
-    memory = memory_of(recipe, units, graph, gpus, checkpointed)
+    memory = memory_of(recipe, units, graph, gpus)
     return Plan(calls, units, flops, memory, gpus, tuple(notes), graph)
 
 
@@ -84,9 +84,7 @@ def require_equal_parts(recipe: Recipe, gpus: int) -> None:
         )
 
 
-def memory_of(
-    recipe: Recipe, units: Mapping[str, Unit], graph: Mapping[str, float], gpus: int, checkpointed: bool
-) -> dict[str, float]:
+def memory_of(recipe: Recipe, units: Mapping[str, Unit], graph: Mapping[str, float], gpus: int) -> dict[str, float]:
     """Bytes of one GPU by term. trainer.sharding cuts every network over the GPUs, or those of a machine; else each GPU
     has all of them.
 
@@ -95,6 +93,7 @@ def memory_of(
     """
     denoiser, names = units["denoiser"], len(trained_names(recipe.algorithm.name))
     full = recipe.model.weights == "full"
+    checkpointed = recipe.model.gradient_checkpointing is not False  # of the embedded model both kinds are alike
     width = DTYPE_BYTES[recipe.model.dtype or ("float32" if recipe.model.name == "emoji" else "bfloat16")]
     base: float = (denoiser.parameters - (0 if full else denoiser.trained)) * width
     if recipe.model.quantize is not None:
@@ -174,8 +173,8 @@ def _changes(recipe: Recipe, gpus: int) -> list[tuple[str, Recipe]]:
     alone = model.quantize in ("nf4", "int8") or model.compile or model.gradient_checkpointing is False
     if model.weights == "lora" and model.name != "emoji" and not model.offload and not alone:
         found.append((OFFLOAD, replace(recipe, model=replace(model, offload=True))))
-    names = {recipe.reward.name} if recipe.reward.name else set(recipe.reward.weights or ())
-    if recipe.reward.dtype != "bfloat16" and any(rewards.find(name).kind == "published" for name in names):
+    published = any(rewards.find(name).kind == "published" for name in rewards_used(recipe.reward))
+    if recipe.reward.dtype != "bfloat16" and published:
         found.append(("reward.dtype=bfloat16", replace(recipe, reward=replace(recipe.reward, dtype="bfloat16"))))
     return found
 
@@ -186,16 +185,7 @@ def micro_batches(recipe: Recipe, gpus: int) -> list[int]:
     each = recipe.trainer.batch_size // gpus
     small = [number for number in range(1, int(each**0.5) + 1) if each % number == 0]
     finer = sorted({*small, *(each // number for number in small)})
-    return [parts for parts in finer if parts > recipe.trainer.micro_batches and _takes(recipe, each // parts)]
-
-
-def _takes(recipe: Recipe, size: int) -> bool:
-    try:
-        if isinstance(recipe.algorithm, ChecksBatch):
-            recipe.algorithm.check_batch(size)
-    except ValueError:
-        return False
-    return True
+    return [parts for parts in finer if parts > recipe.trainer.micro_batches and takes_batch(recipe, each // parts)]
 
 
 def _both(recipe: Recipe, one: Recipe, other: Recipe) -> Recipe:
@@ -214,5 +204,4 @@ def _bytes(recipe: Recipe, changed: Recipe, made: Plan) -> float:
     if changed.reward.dtype != recipe.reward.dtype:
         reward = units["reward"]
         units["reward"] = reward._replace(weight_bytes=reward.weight_bytes / 2, kept=reward.kept / 2)
-    checkpointed = changed.model.gradient_checkpointing is not False
-    return sum(memory_of(changed, units, made.graph, made.gpus, checkpointed).values())
+    return sum(memory_of(changed, units, made.graph, made.gpus).values())

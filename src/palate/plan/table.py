@@ -24,6 +24,11 @@ class Device(NamedTuple):
     tflops: float
     gib: float
 
+    @property
+    def room(self) -> float:
+        """Bytes that a step may take: all but a tenth."""
+        return FREE * self.gib * GIB
+
 
 DEVICES = {
     "rtx-4060": Device(30, 8),
@@ -47,14 +52,17 @@ def this_machine() -> tuple[str, Device]:
     A GPU that DEVICES does not know, and the processor, are timed on one matrix product.
     """
     if not torch.cuda.is_available():
-        gib = host_memory() / GIB
-        return "cpu", Device(_measured(torch.device("cpu"), torch.float32, 512), round(gib, 1))
+        return "cpu", _processor()
     properties = torch.cuda.get_device_properties(0)
     words, gib = set(properties.name.lower().replace("-", " ").split()), properties.total_memory / GIB
     for name, device in DEVICES.items():
         if set(name.split("-")[:2]) - {"40", "80", "rtx"} <= words and abs(device.gib - gib) < 0.1 * device.gib:
             return name, device
     return properties.name, Device(_measured(torch.device("cuda"), torch.bfloat16, 8192), round(gib, 1))
+
+
+def _processor() -> Device:
+    return Device(_measured(torch.device("cpu"), torch.float32, 512), round(host_memory() / GIB, 1))
 
 
 def _measured(device: torch.device, dtype: torch.dtype, size: int) -> float:
@@ -72,17 +80,16 @@ def find_device(name: str | None) -> tuple[str, Device]:
     """The device of that name, "cpu" or None being this machine. InputError: an unknown name."""
     if name in DEVICES:
         return name, DEVICES[name]
-    if name is None or (name == "cpu" and not torch.cuda.is_available()):
+    if name is None:
         return this_machine()
     if name == "cpu":
-        gib = host_memory() / GIB
-        return "cpu", Device(_measured(torch.device("cpu"), torch.float32, 512), round(gib, 1))
+        return "cpu", _processor()
     raise InputError(f"--device: got {name!r}; expected one of {', '.join(DEVICES)}, cpu")
 
 
 def fits(made: Plan, device: Device) -> bool:
     """Whether the plan leaves a tenth of the device's memory free."""
-    return made.bytes <= FREE * device.gib * GIB
+    return made.bytes <= device.room
 
 
 def table(
@@ -175,17 +182,16 @@ def _time(recipe: Recipe, made: Plan, card: Device, utilisation: float, price: f
 
 def _too_large(recipe: Recipe, made: Plan, card: Device) -> list[str]:
     """What reduces memory, and whether it is enough."""
-    room = FREE * card.gib * GIB
     found = [(name, value) for name, value in memory_savings(recipe, made) if value < made.bytes]
     lines = [f"This does not fit into {card.gib:g} GiB. To reduce memory:"] if found else []
-    lines += [f"  {name:38}{value / GIB:9.3f} GiB{'  fits' if value <= room else ''}" for name, value in found]
+    lines += [f"  {name:38}{value / GIB:9.3f} GiB{'  fits' if value <= card.room else ''}" for name, value in found]
     if recipe.model.weights == "full":
         key = " with trainer.sharding=full" if recipe.trainer.sharding == "none" else ""
         lines.append(f"  more GPUs (--gpus){key}: weights, gradients and moments are shared out")
     if not found:
         return [f"This does not fit into {card.gib:g} GiB, and no key of the recipe would need less.", *lines]
     name, value = min(found, key=lambda pair: pair[1])
-    if value > room:
+    if value > card.room:
         lines.append(f"Nothing here makes it fit. The nearest is {name}: {value / GIB:.1f} of {card.gib:g} GiB.")
     return lines
 
@@ -193,8 +199,7 @@ def _too_large(recipe: Recipe, made: Plan, card: Device) -> list[str]:
 def can_fit(recipe: Recipe, made: Plan, device: str | None) -> bool:
     """Whether the recipe fits the device as it is, or with a change that `table` names."""
     card = find_device(device)[1]
-    room = FREE * card.gib * GIB
-    return fits(made, card) or any(value <= room for _, value in memory_savings(recipe, made))
+    return fits(made, card) or any(value <= card.room for _, value in memory_savings(recipe, made))
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""What training begins from: model.start, and the consistency weights that some estimators need."""
+"""What training begins from: the model's folder, model.start, the consistency weights that some estimators need."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from palate.core import Model, TakesConsistency
 from palate.data import RecipeError
 from palate.models import families
 from palate.models.autoencoder import ImageSize
-from palate.models.facts import Facts
+from palate.models.facts import HasFacts
 from palate.models.lora import find_file
 from palate.models.parts import LoadedModel
 from palate.models.placement import check_compile
@@ -42,13 +42,6 @@ class UsesTeachers(Protocol):
     @property
     def teachers(self) -> Mapping[str, Any]:
         """Name -> an object with `adapter`, the folder of a LoRA."""
-
-
-@runtime_checkable
-class HasFacts(Protocol):
-    """A family over a diffusers folder, which says what it is made of."""
-
-    facts: Facts
 
 
 def check_start(recipe: Recipe) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from palate.report.tables import change
 from palate.report.words import WordChange, words_at
 from palate.runs import common_to_all, read_index
 from palate.runtime.errors import InputError
@@ -137,14 +138,6 @@ def preference(evaluation: dict[str, Any]) -> str | None:
         if key in evaluation["metrics"]:
             return key
     return None
-
-
-def change(row: dict[str, Any], key: str | None) -> float | None:
-    """A row's change of a measurement from the base's picture; None where one of the two is missing."""
-    if key is None:
-        return None
-    now, before = row.get(key), row.get("base", {}).get(key)
-    return None if now is None or before is None else now - before
 
 
 def clearest_pairs(run_folder: Path, evaluation: dict[str, Any], styles: Sequence[str]) -> list[dict[str, Any]]:

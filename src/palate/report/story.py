@@ -15,8 +15,7 @@ from palate.evaluate import CONCEPT_LIMIT, DIVERSITY_LIMIT, mean_and_interval
 from palate.evaluate.verdicts import MIN_PROMPTS, over_optimised
 from palate.models.vocabulary import vocabulary
 from palate.report.html import direction, number
-from palate.report.pictures import change
-from palate.report.tables import metric_name
+from palate.report.tables import change, metric_name
 
 TASTE = "taste"  # the reward's name where a person's taste was optimised
 STAYED = 0.05  # of the base's variety, by which it may change and is still said to have stayed

@@ -142,6 +142,14 @@ def drift_rows(evaluations: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def change(row: dict[str, Any], key: str | None) -> float | None:
+    """A row's change of a measurement from the base's picture; None where one of the two is missing."""
+    if key is None:
+        return None
+    now, before = row.get(key), row.get("base", {}).get(key)
+    return None if now is None or before is None else now - before
+
+
 def prompt_table(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A row per prompt: the mean change over its seeds of the first optimised reward, the held-out reward and the
     object, run by run. {"heads": [(run index, name)], "rows": [{"prompt", "changes", "ranks"}]}; `ranks` are the row's
@@ -153,9 +161,8 @@ def prompt_table(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for key, name in [*optimised, (f"reward/{evaluation['heldout']}", "held out"), ("concept", "right object")]:
             changes: dict[str, list[float]] = {}
             for row in evaluation["rows"]:
-                now, before = row.get(key), row.get("base", {}).get(key)
-                if now is not None and before is not None:
-                    changes.setdefault(row["prompt"], []).append(now - before)
+                if (found := change(row, key)) is not None:
+                    changes.setdefault(row["prompt"], []).append(found)
             if changes:
                 heads.append((i, name))
                 columns.append([sum(c) / len(c) if (c := changes.get(p)) else None for p in prompts])

@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as of_transformers
 
 from palate.models.quiet import quietly
-from palate.runtime.errors import InputError
+from palate.runtime.errors import InputError, first_line
 from palate.runtime.files import in_shell
 from palate.runtime.hub import hub_file, reachable
 
@@ -76,9 +76,9 @@ def weights_file(reward: str, source: str, *, default: str, how: str) -> Path:
     except LocalEntryNotFoundError as error:
         if not reachable():
             raise InputError(f"{key}: {source} is not in the local cache, {OFFLINE}. {how}") from error
-        raise InputError(f"{key}: {source} holds no reachable {default} ({_first_line(error)}). {how}") from error
+        raise InputError(f"{key}: {source} holds no reachable {default} ({first_line(error)}). {how}") from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise InputError(f"{key}: {source} holds no reachable {default} ({_first_line(error)}). {how}") from error
+        raise InputError(f"{key}: {source} holds no reachable {default} ({first_line(error)}). {how}") from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -87,7 +87,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"{path} cannot be read as safetensors ({_first_line(error)}); fetch or convert it again"
+            f"{path} cannot be read as safetensors ({first_line(error)}); fetch or convert it again"
         ) from error
 
 
@@ -115,7 +115,7 @@ def pretrained(kind: Any, reward: str, source: str, *, how: str, **options: Any)
             raise InputError(f"{key}: {source} is not in the local cache, {OFFLINE}. {how}") from error
         hint = "accept its terms on huggingface.co and run `hf auth login`" if "gated" in str(error) else how
         raise InputError(
-            f"{key}: {source} cannot be loaded as {kind.__name__} ({_first_line(error)}). {hint}"
+            f"{key}: {source} cannot be loaded as {kind.__name__} ({first_line(error)}). {hint}"
         ) from error
     if not weights:
         return found
@@ -158,7 +158,3 @@ def load_state(
         )
     module.load_state_dict(dict(state))
     return module.to(dtype).eval().requires_grad_(False)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -34,6 +34,7 @@ class Entry:
     gradient: bool = True  # whether it is differentiable in the images; of an external one, the loop finds out
     reads_prompt: bool = True
     example: str = ""  # of the URL of a service
+    two_tower: bool = False  # whether it looks once and scores several prompts (`core.TwoTower`), for `palate plan`
 
     @property
     def takes_source(self) -> bool:
@@ -43,7 +44,8 @@ class Entry:
 
 def _entries() -> dict[str, Entry]:
     embedded = [
-        *(Entry(name, "palate.rewards.emoji:load_reward", "embedded") for name in ("emoji", "emoji-heldout")),
+        Entry("emoji", "palate.rewards.emoji:load_reward", "embedded", two_tower=True),
+        Entry("emoji-heldout", "palate.rewards.emoji:load_reward", "embedded", two_tower=True),
         Entry("emoji-tasks", "palate.rewards.tasks:load_tasks", "embedded", gradient=False),
         Entry("emoji-tasks-soft", "palate.rewards.soft_tasks:load_soft_tasks", "embedded"),
     ]
@@ -52,14 +54,14 @@ def _entries() -> dict[str, Entry]:
         for name in ("colourfulness", "brightness", "warmth", "saturation", "high_frequency", "jpeg_size")
     ]
     published = [
-        Entry("clip-score", "palate.rewards.clip:load_clip_score", "published"),
-        Entry("pickscore", "palate.rewards.clip:load_pickscore", "published"),
-        Entry("hpsv2", "palate.rewards.clip:load_hpsv2", "published"),
+        Entry("clip-score", "palate.rewards.clip:load_clip_score", "published", two_tower=True),
+        Entry("pickscore", "palate.rewards.clip:load_pickscore", "published", two_tower=True),
+        Entry("hpsv2", "palate.rewards.clip:load_hpsv2", "published", two_tower=True),
         Entry("aesthetic", "palate.rewards.aesthetic:load_aesthetic", "published", reads_prompt=False),
-        Entry("image-reward", "palate.rewards.image_reward:load_image_reward", "published"),
-        Entry("hpsv3", "palate.rewards.hpsv3:load_hpsv3", "published"),
+        Entry("image-reward", "palate.rewards.image_reward:load_image_reward", "published", two_tower=True),
+        Entry("hpsv3", "palate.rewards.hpsv3:load_hpsv3", "published", two_tower=True),
     ]
-    learned = [Entry("taste", "palate.taste.taste:load_objective", "taste")]
+    learned = [Entry("taste", "palate.taste.taste:load_objective", "taste", two_tower=True)]
     services = [
         Entry("remote", "palate.rewards.remote:load_remote", "service", gradient=False,
               example="http://127.0.0.1:8411/score"),

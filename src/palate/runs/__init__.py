@@ -17,7 +17,6 @@ from palate.runs.folder import (
     trained_model,
     trained_to,
     tree_words,
-    words_in_force,
 )
 from palate.runs.protocol import evaluate_protocol
 from palate.runs.result import adapter_of, load_result, write_adapter
@@ -27,5 +26,5 @@ __all__ = [
     "evaluate_protocol", "evaluate_run", "evaluate_runs",
     "evaluate_runs_by_questions", "evaluate_samples", "evaluation_key", "load_result",
     "on_common_rows", "read_index", "read_recipe", "read_samples", "run_names", "same_meaning", "trained_model",
-    "trained_to", "tree_words", "words_in_force", "write_adapter", "write_samples",
+    "trained_to", "tree_words", "write_adapter", "write_samples",
 ]  # fmt: skip

@@ -51,11 +51,17 @@ def _restricted(evaluation: dict[str, Any], kept: Sequence[int]) -> dict[str, An
         if key in evaluation["by_prompt"][0]:
             continue
         now, base = column({"rows": rows}, key), column({"rows": rows}, key, base=True)
-        gap = now.isnan() | base.isnan()
-        if not bool(gap.all()):
-            values = now.masked_fill(gap, math.nan), base.masked_fill(gap, math.nan)
-            metrics[key] = mean_and_interval(*values, [row["prompt"] for row in rows])
+        if measured := _in_pairs(now, base, [row["prompt"] for row in rows]):
+            metrics[key] = measured
     return {**evaluation, "rows": rows, "metrics": round_floats(metrics)}
+
+
+def _in_pairs(now: Tensor, before: Tensor, prompts: Sequence[str] | None) -> dict[str, float]:
+    """`mean_and_interval` where both were measured; empty where no pair was."""
+    gap = now.isnan() | before.isnan()
+    if bool(gap.all()):
+        return {}
+    return mean_and_interval(now.masked_fill(gap, math.nan), before.masked_fill(gap, math.nan), prompts)
 
 
 def between(first: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -79,10 +85,8 @@ def between(first: dict[str, Any], other: dict[str, Any]) -> dict[str, dict[str,
         now, before = column(other, key, of_prompts), column(first, key, of_prompts)
         if not of_prompts:
             now, before = now[[j for _, j in rows]], before[[i for i, _ in rows]]
-        gap = now.isnan() | before.isnan()
-        if not bool(gap.all()):
-            values = now.masked_fill(gap, math.nan), before.masked_fill(gap, math.nan)
-            found[key] = mean_and_interval(*values, None if of_prompts else prompts)
+        if measured := _in_pairs(now, before, None if of_prompts else prompts):
+            found[key] = measured
     return round_floats(found)
 
 

@@ -17,7 +17,15 @@ from palate.core import DrawsReference, Model, Sampleable, Sampler
 from palate.data import evenly_spaced, listed, prompts_at
 from palate.evaluate.measurement import evaluate_samples, to_json
 from palate.evaluate.panel import EvaluationPanel
-from palate.evaluate.samples import Drawing, check_same, generate_parts, pairs, read_index, write_samples
+from palate.evaluate.samples import (
+    Drawing,
+    check_same,
+    generate_parts,
+    pairs,
+    read_index,
+    steps_and_guidance,
+    write_samples,
+)
 from palate.evaluate.verdicts import verdict
 from palate.models.sizes import at_size
 from palate.recipe import builder, evaluators
@@ -252,11 +260,10 @@ def draw_sides(
     """Write the pictures of base and result on prompts x seeds into `into`/evaluation/{base,result}."""
     assert isinstance(model, Sampleable), "a run's model can be sampled"
     for side, how in zip(SIDES, sides(run, sampler), strict=True):
-        guidance = model.default_guidance if how.guidance is None else how.guidance
-        scale, count = (1.0, how.sampler.steps) if how.sampler else (guidance, how.steps or model.default_steps)
+        steps, guidance = steps_and_guidance(model, how)
         with at_size(model, run.recipe.sample.image_size):  # the images are drawn as they are written
             images = generate_parts(model, prompts, seeds, how)
-            write_samples(into / "evaluation" / side, images, *pairs(prompts, seeds), guidance=scale, steps=count)
+            write_samples(into / "evaluation" / side, images, *pairs(prompts, seeds), guidance=guidance, steps=steps)
 
 
 def _common_panel(runs: Sequence[RunFolder], names: Sequence[str]) -> EvaluationPanel:

@@ -78,7 +78,9 @@ class RunFolder:
     def words(self, step: int | None = None) -> tuple[list[str], list[str]]:
         """The (positive, negative) control words that the weights of `step` (None = the result's) were trained with
         last: the recipe's, changed by the steering events."""
-        return steered(control_words(self.recipe), self.metrics, _result_step(self.path) if step is None else step)
+        if step is None and (result := result_of(self.path)):
+            step = result.step
+        return steered(control_words(self.recipe), self.metrics, step)
 
     def objective(self) -> Objective:
         """What the run optimised, with the words of its result."""
@@ -168,17 +170,6 @@ def tree_words(tree: dict[str, Any]) -> dict[str, list[str]]:
     if relative := (tree.get("reward") or {}).get("relative"):
         return {side: [relative[side]] if relative.get(side) else [] for side in ("positive", "negative")}
     return {side: list((tree.get("algorithm") or {}).get(side) or ()) for side in ("positive", "negative")}
-
-
-def words_in_force(run_folder: str | Path, tree: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """The (positive, negative) words of a run's result; its recipe is given as plain values."""
-    run = Path(run_folder)
-    return steered(tree_words(tree), read_metrics(run / METRICS), _result_step(run))
-
-
-def _result_step(run: Path) -> int | None:
-    found = result_of(run)
-    return None if found is None else found.step
 
 
 def read_recipe(run_folder: str | Path) -> dict[str, Any]:

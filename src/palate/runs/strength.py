@@ -6,14 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from palate.core import HasStrength, Sampleable
 from palate.data import listed
 from palate.evaluate.measurement import evaluate_samples, to_json
 from palate.evaluate.panel import EvaluationPanel
-from palate.evaluate.samples import generate, pairs, strength_text, write_samples
+from palate.evaluate.samples import (
+    Drawing,
+    generate,
+    pairs,
+    steps_and_guidance,
+    strength_text,
+    write_samples,
+    write_strengths,
+)
 from palate.recipe import evaluators
 from palate.runs.evaluation import evaluating, prompts_of, seeds_of
 from palate.runs.folder import RunFolder
@@ -56,8 +63,7 @@ def _at_strengths(
     if not isinstance(model, HasStrength) or not isinstance(model, Sampleable):
         raise InputError(f"--strength: the model of {run.path} has none")
     how = run.recipe.sample
-    steps = sampler.steps if sampler else how.steps or model.default_steps
-    guidance = 1.0 if sampler else model.default_guidance if how.guidance is None else how.guidance
+    steps, guidance = steps_and_guidance(model, Drawing(how.steps, how.guidance, sampler=sampler))
     found: dict[str, Any] = {}
     drawn: list[Tensor] = []
     for strength in dict.fromkeys((0.0, *strengths)):
@@ -68,12 +74,7 @@ def _at_strengths(
         write_samples(folder, images, *pairs(prompts, seeds), guidance=guidance, steps=steps)
         base = run.path / FOLDER / "0"
         found[folder.name] = evaluate_samples(folder, base_folder=base, panel=panel)
-    asked, noises = pairs(prompts, seeds)
-    asked, noises = [text for text in asked for _ in strengths], [seed for seed in noises for _ in strengths]
-    write_samples(
-        run.path / FOLDER, torch.stack(drawn, 1).flatten(0, 1), asked, noises, guidance=guidance, steps=steps,
-        strengths=[*strengths] * len(drawn[0]),
-    )  # fmt: skip
+    write_strengths(run.path / FOLDER, drawn, prompts, seeds, strengths, guidance=guidance, steps=steps)
     result = {
         "strengths": {text: found[text] for text in map(strength_text, strengths)},
         "prompts": len(prompts),

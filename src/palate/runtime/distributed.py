@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from palate.runtime.deprecated import old_names
-from palate.runtime.errors import PalateError, PeerAbortedError, RankLostError
+from palate.runtime.errors import PalateError, PeerAbortedError, RankLostError, first_line
 
 T = TypeVar("T")
 
@@ -108,11 +108,6 @@ def ranks() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Ranks()
 
 
-def launched() -> bool:
-    """Whether torchrun, srun or `palate --nproc` started this process as one of several ranks."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-
-
 @contextlib.contextmanager
 def process_group(*, timeout_seconds: float = 600) -> Iterator[Ranks]:
     """Inside, this process is one of the ranks that the environment names. No rank waits longer than the time-out.
@@ -154,8 +149,7 @@ def peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # dist.DistError and what gloo and nccl raise are RuntimeErrors
-        reason = str(error).splitlines()[0][:120]
-        raise RankLostError(f"another rank is lost ({reason}); continue with palate resume") from error
+        raise RankLostError(f"another rank is lost ({first_line(error)}); continue with palate resume") from error
 
 
 __getattr__ = old_names(__name__, {"join": process_group, "leave": exit_process})

@@ -16,6 +16,11 @@ class PalateError(Exception):
     exit_code = 1
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says first, at most 200 characters; the name of its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 class InputError(PalateError, ValueError):
     """What the user gave cannot work. The message names the key or the file and the remedy."""
 

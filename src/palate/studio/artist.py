@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from palate.core import Model, Random, Reward, Sampler
-from palate.models.emoji import EmojiModel
+from palate.export import load_one_step, one_step_folder
 from palate.models.vocabulary import vocabulary
 from palate.rewards.emoji import load_reward
 from palate.runs import trained_model
@@ -27,7 +27,6 @@ from palate.runtime import checkpoint, runlock
 from palate.runtime.errors import InputError, PalateError
 from palate.runtime.files import split_lines
 from palate.runtime.images import UNREADABLE, encode_png, from_pixels, quantise, read_pixels, to_pixels
-from palate.sampling import FewStepGenerator
 from palate.studio.workspace import Workspace
 from palate.taste.features import Features, features_of
 from palate.taste.learner import Array
@@ -153,10 +152,9 @@ class Artist:
 
     def _load(self) -> None:
         with LOADING:
-            self.model = EmojiModel.load(GENERATOR, training="none")
+            model, self.sampler = generator()
             self.reward = load_reward("emoji")
-        self.sampler = generator_sampler(self.model.folder)
-        self.fingerprint = self.model.fingerprint()
+        self.model, self.fingerprint = model, model.fingerprint()
         self.features = features_of(self.reward, "emoji")
         self._source = ""
 
@@ -170,8 +168,7 @@ class Artist:
             if source:
                 model, sampler = trained_model(self.workspace.run(source), warn=lambda text: None)
             else:
-                model = EmojiModel.load(GENERATOR, training="none")
-                sampler = generator_sampler(model.folder)
+                model, sampler = generator()
         if sampler is None:
             raise InputError(f"{source} is no run of a one-step generator; pictures are drawn by one")
         with self._using:
@@ -244,10 +241,11 @@ class Artist:
             self.pool += [Drawn(p, picture, row) for (p, picture, _), row in zip(part, rows, strict=True)]
 
 
-def generator_sampler(folder: Path | None) -> FewStepGenerator:
-    """How the packaged generator is sampled, from the record beside its weights."""
-    tree: dict[str, Any] = json.loads((Path(folder or "") / "generator.json").read_text("utf-8"))
-    return FewStepGenerator(**{key: tree[key] for key in ("t_init", "input_scale", "steps")})
+def generator() -> tuple[Any, Any]:
+    """(model, sampler): the package's one-step generator."""
+    folder = one_step_folder(GENERATOR)
+    assert folder is not None, "it is in the package"
+    return load_one_step(folder)
 
 
 def png_of(image: Tensor) -> bytes:

@@ -14,6 +14,7 @@ from palate.runtime.errors import InputError
 from palate.runtime.files import split_lines
 from palate.studio.artist import png_of
 from palate.studio.shared import Studio, go_to, studio_of
+from palate.studio.steering import one_line
 from palate.studio.workspace import MODES
 
 router = APIRouter()
@@ -85,7 +86,7 @@ def settings(
         raise InputError(f"expected {' or '.join(MODES)}")
     if source not in ("", PLAIN, *_sources(studio)):
         raise InputError(f"there is no round named {source[:64]!r}")
-    own = [line for line in map(_plain, split_lines(prompts)) if line]
+    own = [line for line in map(one_line, split_lines(prompts)) if line]
     if len(own) > OWN_PROMPTS:
         raise InputError(f"{len(own)} prompts; at most {OWN_PROMPTS} at a time")
     for prompt in own:
@@ -103,11 +104,6 @@ def settings(
             studio.voting.forget_pair()
     studio.artist.wake([prompt for prompt in now["prompts"] if prompt not in before["prompts"]])
     return go_to("/choose", request)
-
-
-def _plain(text: str) -> str:
-    """On one line, without signs that write backwards or not at all."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def _shown(seen: str) -> dict[str, object]:
@@ -130,7 +126,7 @@ async def upload(
     if len(better) + len(worse) > UPLOADED:
         raise InputError(f"at most {UPLOADED} pictures at once")
     contents = [[await file.read() for file in side if file.size] for side in (better, worse)]
-    await run_in_threadpool(studio_of(request).voting.add_pictures, _plain(prompt)[:300], *contents)
+    await run_in_threadpool(studio_of(request).voting.add_pictures, one_line(prompt)[:300], *contents)
     return go_to("/choose", request)
 
 

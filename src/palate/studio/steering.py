@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,15 +18,20 @@ from palate.studio.artist import Artist
 from palate.studio.known import previews
 from palate.studio.runview import RunView, Words, read_rows
 from palate.studio.workspace import Workspace
-from palate.train import steer
+from palate.train.steering import CONTROL, parse_control, steer
 
 SIDES = ("positive", "negative")
 LONGEST = 40  # characters of a word
 
 
+def one_line(text: str) -> str:
+    """The text on one line, without signs that write backwards or not at all."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def checked_word(word: str, words: Words, *, embedded: bool) -> str:
     """The word as it can be used. InputError says why not, and what is near."""
-    word = " ".join("".join(c if c.isprintable() else " " for c in word).split())  # no control or bidi characters
+    word = one_line(word)
     if not word:
         raise InputError("write a word first, for example 3d, cartoon or large")
     if len(word) > LONGEST:
@@ -50,14 +54,13 @@ def checked_word(word: str, words: Words, *, embedded: bool) -> str:
     return word
 
 
-def waiting_words(folder: Path) -> dict[str, list[str]] | None:
-    """What waits in the control file for the run's next step; None where nothing does."""
+def waiting_words(folder: Path) -> dict[str, list[str]]:
+    """What waits in the control file for the run's next step, by side."""
     try:
-        tree = json.loads((folder / "control.json").read_text("utf-8"))
+        words = parse_control((folder / CONTROL).read_bytes())
     except (OSError, ValueError):
-        return None
-    good = isinstance(tree, dict) and all(tree.get(s) is None or isinstance(tree[s], list) for s in SIDES)
-    return {side: tree[side] for side in SIDES if tree.get(side) is not None} if good else None
+        return {}
+    return {side: given for side, given in words.items() if given is not None}
 
 
 def wanted_words(view: RunView) -> Words:
@@ -65,7 +68,7 @@ def wanted_words(view: RunView) -> Words:
 
     The control file is read before the log: between the two the run may take up words, and they stand in one of both.
     """
-    waiting = waiting_words(view.folder) or {}
+    waiting = waiting_words(view.folder)
     now = replace(view, rows=read_rows(view.folder / "metrics.jsonl")).words()
     sides = {side: dict(now.of(side)) for side in SIDES}
     for side, given in waiting.items():

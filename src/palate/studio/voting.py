@@ -37,7 +37,7 @@ FREEZE = 64  # pictures after which the features' constants may be frozen
 class Voting:
     def __init__(self, workspace: Workspace, artist: Artist):
         self.workspace, self.artist = workspace, artist
-        self.session = workspace.session()
+        self.session = secrets.token_hex(4)
         self._rng = np.random.default_rng()
         self._features = KnownFeatures(artist, workspace.store.pictures)
         self._read: tuple[Any, list[Vote]] = (None, [])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,11 +70,7 @@ class Workspace:
 
     def settings(self) -> dict[str, Any]:
         """What the person has set: mode (MODES), prompts of their own, the run whose model draws ("" the plain one)."""
-        try:
-            tree = json.loads((self.home / "settings.json").read_text("utf-8"))
-        except (OSError, ValueError):
-            tree = {}
-        tree = tree if isinstance(tree, dict) else {}
+        tree = self.read("settings.json")
         mode, prompts, source = tree.get("mode"), tree.get("prompts"), tree.get("source")
         return {
             "mode": mode if mode in MODES else "fresh",
@@ -118,6 +113,3 @@ class Workspace:
         with self.turn():
             self.write("rounds.json", {"runs": [*(name for name in self.rounds() if name != run), run]})
             self.set(source=run)
-
-    def session(self) -> str:
-        return secrets.token_hex(4)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from palate.core import DrawsOwnSamples, HasNetworks, Model, SavesAdapter
 from palate.evaluate import generate, pairs, write_samples
+from palate.evaluate.samples import Drawing, steps_and_guidance
 from palate.models.sizes import at_size
 from palate.recipe import SampleSettings
 from palate.runtime import checkpoint, sharding
@@ -35,12 +36,10 @@ class Previews:
 
     def draw(self, step: int) -> Tensor:
         """Images (P, 3, H, W) on the CPU, which are also written to samples/step-NNNNNN by the main rank."""
-        if self.sampler:
-            steps, guidance = self.sampler.steps, 1.0
-        else:
-            model = require_sampleable(self.model, "previews")
-            steps = self.sample.steps or model.default_steps
-            guidance = model.default_guidance if self.sample.guidance is None else self.sample.guidance
+        if not self.sampler:
+            require_sampleable(self.model, "previews")
+        how = Drawing(self.sample.steps, self.sample.guidance, sampler=self.sampler)
+        steps, guidance = steps_and_guidance(self.model, how)
         with self.weights.averaged(), at_size(self.model, self.sample.image_size):
             images = generate(
                 self.model, self.prompts, PREVIEW_SEEDS, steps=steps, guidance=guidance, sampler=self.sampler

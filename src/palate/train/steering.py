@@ -58,7 +58,7 @@ def steer(folder: str | Path, positive: Sequence[str] | None = None, negative: S
     control = folder / CONTROL
     with exclusive(folder):
         with contextlib.suppress(FileNotFoundError, ValueError):  # what still waits for the next step is not lost
-            waiting = control_words(control.read_bytes())
+            waiting = parse_control(control.read_bytes())
             words = {side: waiting[side] if given is None else given for side, given in words.items()}
         write_atomically(control, json.dumps(words).encode())
 
@@ -87,7 +87,7 @@ def await_words(folder: Path, seen: int, seconds: float) -> dict[str, Any] | Non
         time.sleep(0.2)
 
 
-def control_words(text: bytes) -> Words:
+def parse_control(text: bytes) -> Words:
     """The content of a control file. ValueError: it is something else."""
     words = parse_json(text)
     if not isinstance(words, dict) or set(words) != {"positive", "negative"}:
@@ -167,7 +167,7 @@ class Steering:
             return {"positive": row.get("positive"), "negative": row.get("negative")}, False
         try:
             self._read = self.control.read_bytes()
-            words = control_words(self._read)
+            words = parse_control(self._read)
             if not isinstance(self.replicas.algorithms[0], Steerable):
                 lacks = [name for name in STEERABLE_MEMBERS if name not in dir(self.replicas.algorithms[0])]
                 raise InputError(f"this algorithm has no control words (it lacks {', '.join(lacks)})")

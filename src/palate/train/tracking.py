@@ -70,63 +70,55 @@ class TensorBoard:
         self.writer.close()
 
 
-class WeightsAndBiases:
-    """A run of the project "palate"; WANDB_MODE=offline keeps it in RUN/wandb, WANDB_PROJECT names another project."""
+class Service:
+    """A run of the project "palate" at a service: Weights & Biases and Trackio are called alike."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], *, resumed_at: int = 0):
-        self.wandb = importlib.import_module("wandb")
-        self.run = self.wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "palate"),
-            name=folder.absolute().name,
-            id=wandb_id(folder),
-            dir=str(folder),
-            config=dict(config),
-            resume="allow",
-        )
+    def __init__(self, library: Any, run: Any):
+        self.library, self.run = library, run
 
     def scalars(self, step: int, values: Scalars) -> None:
         self.run.log(dict(values), step=step)
 
     def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        self.run.log({name: self.wandb.Image(pixels)}, step=step)
+        self.run.log({name: self.library.Image(pixels)}, step=step)
 
     def event(self, step: int, name: str, text: str) -> None:
         self.run.log({name: text}, step=step)
 
     def table(self, step: int, name: str, rows: Rows) -> None:
-        self.run.log({name: _table_of(self.wandb.Table, rows)}, step=step)
+        columns = list(rows[0]) if rows else []
+        data = [[row.get(key) for key in columns] for row in rows]
+        self.run.log({name: self.library.Table(columns=columns, data=data)}, step=step)
 
     def close(self) -> None:
         self.run.finish()
 
 
-class Trackio:
-    """A run of the local project "palate"; `trackio show` opens it, TRACKIO_DIR says where it is kept. It is known by
-    its name alone, so that this ends in the run's id."""
+def weights_and_biases(folder: Path, config: Mapping[str, Any], *, resumed_at: int = 0) -> Service:
+    """WANDB_MODE=offline keeps the run in RUN/wandb, WANDB_PROJECT names another project."""
+    wandb = importlib.import_module("wandb")
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "palate"),
+        name=folder.absolute().name,
+        id=wandb_id(folder),
+        dir=str(folder),
+        config=dict(config),
+        resume="allow",
+    )
+    return Service(wandb, run)
 
-    def __init__(self, folder: Path, config: Mapping[str, Any], *, resumed_at: int = 0):
-        self.trackio = importlib.import_module("trackio")
-        self.run = self.trackio.init(
-            project=os.environ.get("TRACKIO_PROJECT", "palate"),
-            name=f"{folder.absolute().name}-{run_id(folder)[:8]}",
-            config=dict(config),
-            resume="allow",
-        )
 
-    def scalars(self, step: int, values: Scalars) -> None:
-        self.run.log(dict(values), step=step)
-
-    def image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        self.run.log({name: self.trackio.Image(pixels)}, step=step)
-
-    def event(self, step: int, name: str, text: str) -> None:
-        self.run.log({name: text}, step=step)
-
-    def table(self, step: int, name: str, rows: Rows) -> None:
-        self.run.log({name: _table_of(self.trackio.Table, rows)}, step=step)
-
-    def close(self) -> None:
-        self.run.finish()
+def trackio(folder: Path, config: Mapping[str, Any], *, resumed_at: int = 0) -> Service:
+    """On this machine; `trackio show` opens the run, TRACKIO_DIR says where it is kept. It is known by its name alone,
+    so that this ends in the run's id."""
+    library = importlib.import_module("trackio")
+    run = library.init(
+        project=os.environ.get("TRACKIO_PROJECT", "palate"),
+        name=f"{folder.absolute().name}-{run_id(folder)[:8]}",
+        config=dict(config),
+        resume="allow",
+    )
+    return Service(library, run)
 
 
 def wandb_id(folder: Path) -> str:
@@ -152,15 +144,10 @@ def _keep_id(folder: Path, text: str) -> None:
     write_atomically(folder / KEPT, json.dumps({"id": text}).encode())
 
 
-def _table_of(kind: Callable[..., Any], rows: Rows) -> Any:
-    columns = list(rows[0]) if rows else []
-    return kind(columns=columns, data=[[row.get(key) for key in columns] for row in rows])
-
-
 TRACKERS: dict[str, Callable[..., Tracker]] = {
     "tensorboard": TensorBoard,
-    "wandb": WeightsAndBiases,
-    "trackio": Trackio,
+    "wandb": weights_and_biases,
+    "trackio": trackio,
 }
 
 

@@ -1,4 +1,4 @@
-"""Commands that look at a run: sample, evaluate, compare, report."""
+"""Commands that look at runs: sample, evaluate, compare, report, runs."""
 
 from __future__ import annotations
 
