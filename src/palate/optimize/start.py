@@ -14,7 +14,7 @@ from palate.optimize.surrogate import reward_features
 from palate.recipe import builder, reader
 from palate.recipe.prompts import prompts_of
 from palate.recipe.settings import Recipe
-from palate.recipe.start import check_folder, check_start
+from palate.recipe.start import check_folder, check_start, load_consistency
 from palate.rewards.load import load_reward
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
@@ -45,7 +45,8 @@ def from_recipe(recipe: Recipe, *, progress: bool = True, say: Callable[[str], N
     check_folder(recipe)
     check_start(recipe)
     torch.manual_seed(recipe.trainer.seed)  # the LoRA's first weights
-    model = builder.build_whole_model(recipe)
+    model = builder.build_model(recipe)
+    load_consistency(recipe, model)
     if isinstance(model, TextCached):
         model.cache_prompts([*prompts, *preview])
     write_atomically(stored, reader.dump(recipe).encode())
