@@ -101,7 +101,7 @@ def counts(recipe: Recipe, *, updates: int = 8) -> Counts:
     prompts = [f"prompt {'x' * i}" for i in range(size)]
     if teachers:  # who teach prompts of the recipe's own
         prompts = list(islice(cycle(prompts_of(recipe)[0]), size))
-    mean: Counter[str] = Counter()
+    mean: dict[str, float] = defaultdict(float)
     for begin, end in _phases(recipe):
         model.calls.clear()
         steps = updates if end == recipe.trainer.steps else min(updates, end - begin)
