@@ -201,7 +201,7 @@ class FewStepGenerator:
     """g(z, c): `steps` network evaluations without guidance at t_k = t_init (1 - k / steps), in the model's time.
 
     The first input is input_scale z, None = sigma(t_init) z; a later one is alpha x0 + sigma z_k with fresh noise. The
-    output is the network's x0. Training with steps > 1 stops after a random one, whose x0 is used.
+    output is the network's x0, after fewer evaluations where fewer noises are given, as while Diff-Instruct* trains it.
     """
 
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}

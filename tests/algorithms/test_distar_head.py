@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from palate.algorithms.distar import Distar, DistarSettings, calls_per_update
 from palate.core import Batch, Random
 from palate.models.gaussian import GaussianModel
 from palate.rewards.learned import BlackBox
+from palate.runtime.errors import InputError
 from palate.sampling import FewStepGenerator
 
 D = torch.float64
@@ -98,6 +101,26 @@ def test_a_resumed_run_repeats_the_head_to_the_last_bit():
     ours, theirs = (run(a, model, 6, box)[0] for a in (algorithm, again))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert "head" not in Distar(settings_of(head_queries=0)).state_dict()
+
+
+def test_an_image_that_is_not_finite_leaves_no_trace_in_the_head():
+    """Its update is not finite, so the loop skips it; what the head remembers, and a checkpoint holds, stays sound. An
+    answer that is not finite about a sound image is the reward's own fault."""
+    algorithm = Distar(settings_of())
+    for step in range(1, 4):
+        run(algorithm, network(), step, BlackBox(taste, features))
+    before = algorithm.head.fit
+
+    def sick(images, prompts):
+        return torch.where(torch.arange(len(images))[:, None] < 4, images.mean((2, 3)) * math.nan, features(images, 0))
+
+    for answer in (taste, lambda images, prompts: taste(images, prompts) * math.nan):
+        _, loss = run(algorithm, network(), 4, BlackBox(answer, sick))
+        assert not bool(torch.isfinite(loss.value)) and len(algorithm.head) == 12
+        assert torch.equal(algorithm.head.fit.head, before.head)
+    assert bool(torch.isfinite(algorithm.state_dict()["head"]["features"]).all())
+    with pytest.raises(InputError, match="answered with numbers that are not finite"):
+        run(algorithm, network(), 4, BlackBox(answer, features))
 
 
 def test_no_call_of_a_network_is_added():

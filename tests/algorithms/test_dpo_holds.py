@@ -24,6 +24,7 @@ from palate.core import Batch, Random
 from palate.path import add_noise, flow_schedule
 from palate.runtime.errors import InputError
 from palate.sampling import sample
+from palate.testing import PROMPTS, TinyFlow, tiny_reward
 
 SHAPE = (1, 2, 2)
 
@@ -138,6 +139,26 @@ def test_gradients_of_a_network_that_is_cut_are_refused(monkeypatch):
     with pytest.raises(InputError, match=r"trainer\.sharding cuts them"):
         run(DPOSettings(safeguard="parameters"), pairs=pairs_of(2), reward=never)
     run(DPOSettings(safeguard="output"), pairs=pairs_of(2), reward=never)
+
+
+def test_parameters_that_no_prediction_depends_on_change_nothing():
+    """As the last block of Qwen-Image has them: torch ends the run if it is asked for their gradient as it is."""
+
+    class Idle(TinyFlow):
+        idle = torch.nn.Parameter(torch.zeros(3))
+
+        def parameters(self, weights="policy"):
+            return [*super().parameters(weights), self.idle]
+
+    found = []
+    for model in (TinyFlow(), Idle()):
+        batch = Batch(PROMPTS[:4], model.encode_prompts(PROMPTS[:4]), torch.arange(4))
+        settings = DPOSettings(steps=2, guidance=1.0, beta=10.0, safeguard="parameters")
+        (loss,) = DPO(settings).step(model, tiny_reward, batch, Random(0, 1, range(4)))
+        loss.value.backward()
+        found.append([p.grad for p in model.net.parameters()])
+        assert float(loss.metrics["safe_scale"]) < 1
+    assert all(torch.equal(plain, idle) for plain, idle in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo", "kto"])

@@ -10,10 +10,15 @@ import pytest
 import torch
 from support.commands import short
 from support.loop import Quadratic, rows, run, srpo, tensors
+from support.ranks import MAKE, TEACHERS, Networks
 
 from palate import train as failure
+from palate.algorithms.distar import Distar, DistarSettings, Generator
+from palate.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings
 from palate.core import Loss
 from palate.path import Prediction
+from palate.rewards.combine import weighted
+from palate.rewards.learned import BlackBox
 from palate.runtime import checkpoint
 from palate.testing import TinyFlow
 from palate.testing import tiny_reward as reward
@@ -208,3 +213,89 @@ def test_the_command_names_the_place_and_its_exit_code_says_whether_it_fails(tin
     code, _, err = palate("replay", "runs/tiny")
     assert code == 2 and short(err)
     assert palate("train", "tiny.yaml", "--fresh")[0] == 0  # a bundle is part of a run
+
+
+class Sick(Networks):
+    """Predicts nan from one of its calls on, counted from 1."""
+
+    def __init__(self, others, call):
+        super().__init__(others=others)
+        self.calls, self.call = 0, call
+
+    def predict(self, xt, t, cond, **options):
+        pred = super().predict(xt, t, cond, **options)
+        self.calls += 1
+        return Prediction(pred.x0 * (math.nan if self.calls >= self.call else 1.0), pred.eps)
+
+
+def features(images, prompts):
+    return images.mean((2, 3))
+
+
+REWARDS = {  # what an algorithm asks of a reward besides its values
+    "distar-head": BlackBox(lambda images, prompts: reward(images, prompts).tolist(), features),
+    "flow_grpo-parts": weighted({"plain": (1.0, reward), "half": (0.5, reward)}),
+}
+OTHERS = {"distar": ("assistant",), "distar-head": ("assistant",), "opd": tuple(TEACHERS)}
+PARTS = {"flow_grpo-parts": lambda: FlowGRPO(FlowGRPOSettings(group=2, steps=3, guidance=1.0, per_reward=True))}
+
+
+@pytest.mark.parametrize("name", [*MAKE, *PARTS])
+def test_the_failed_step_of_every_method_is_repeated(tmp_path, name):
+    make, others = {**MAKE, **PARTS}[name], OTHERS.get(name, ())
+    rate = REWARDS.get(name, reward)
+    first = 4 if name == "sqdf" else 1  # whose buffer leaves out what is not finite: its rollout is sound
+    run(tmp_path, model=Sick(others, first), algorithm=make(), reward=rate, steps=1, batch_size=4)
+    (skipped,) = (row for row in rows(tmp_path) if row["event"] == "skip")
+    again = failure.replay(tmp_path / "failures" / checkpoint.name(1), Sick(others, first), make(), rate)
+    assert again.reproduced == again.reported == skipped["reason"]
+    assert again.trace[0].startswith("model.predict (")
+
+
+def test_a_step_starts_again_before_its_first_update_also_where_the_step_before_made_fewer(tmp_path):
+    """Diff-Instruct*'s assistant learns alone for a step; in the next one its update is made and the generator's fails.
+    The bundle holds the assistant of before both."""
+
+    def sick(images, prompts):
+        return reward(images, prompts) * math.nan
+
+    algorithm = Distar(DistarSettings(generator=Generator(t_init=0.7), assistant_warmup_steps=1))
+    run(tmp_path, model=Networks(others=("assistant",)), algorithm=algorithm, reward=lambda images, prompts: (
+        sick(images, prompts) if images.requires_grad else reward(images, prompts)
+    ), steps=2)  # fmt: skip
+    assert [row["step"] for row in rows(tmp_path) if row["event"] == "skip"] == [2]
+    before, bundle = tensors(tmp_path, 1), checkpoint.load(tmp_path / "failures" / checkpoint.name(2)).tensors
+    assert all(torch.equal(bundle[key], value) for key, value in before.items())
+
+
+@pytest.mark.parametrize("name", ["opd", "distar-head"])
+def test_the_command_builds_all_that_the_algorithm_asks(tiny, palate, monkeypatch, name):
+    """Teachers, and the features of a black-box reward."""
+    asked, given = [], []
+
+    def model(recipe):
+        made = Networks(others=OTHERS[name])
+        made.weights.add_frozen = lambda adapter, name, key: given.append(name)
+        made.encode_prompts = lambda prompts: Networks.encode_prompts(made, prompts) * (math.nan if asked else 1.0)
+        return made
+
+    def head(recipe):
+        given.append("features")
+        return features
+
+    for place, stand_in in {"build_model": model, "head_features": head, "check_start": lambda recipe: None}.items():
+        monkeypatch.setattr(f"palate.recipe.builder.{place}", stand_in)
+    algorithm = {
+        "opd": "{name: opd, steps: 2, teachers: {warm: {adapter: a}, cold: {adapter: b}}}",
+        "distar-head": "{name: distar, head_queries: 2, head_first: 2, head_memory: 6}",
+    }[name]
+    recipe = (tiny / "tiny.yaml").read_text().splitlines()
+    recipe = [f"algorithm: {algorithm}" if line.startswith("algorithm") else line for line in recipe]
+    (tiny / "tiny.yaml").write_text("\n".join(recipe).replace("preview_every: 2", "preview_every: 0"))
+    asked.append(True)
+    code, _, err = palate("train", "tiny.yaml")
+    assert code == 3, err
+    first = list(given)
+    code, out, err = palate("replay", "runs/tiny/failures/step-000003")
+    assert (code, err) == (0, "") and "first value that is not finite: model.encode_prompts" in out
+    assert given == first * 2

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from palate import cli, recipe
+from palate.algorithms.distar import calls_per_update as calls_of
 from palate.algorithms.srpo import calls_per_update
 from palate.cli.doctor import FLOORS, Finding, check_reward, findings
 from palate.cli.dry_run import _wrong
@@ -34,6 +35,7 @@ from palate.plan import (
     this_machine,
 )
 from palate.plan.activations import fused_attention, kept_bytes
+from palate.plan.count import counts
 from palate.rewards.tasks import load_detector
 from palate.runtime.errors import InputError
 from palate.taste.saved import FILE
@@ -98,6 +100,34 @@ def test_counted_calls_are_the_algorithms_formula(overrides):
     assert calls["decoder"] == calls["decoder backward"] == batch * formula["decode"]
     assert calls["reward"] == calls["reward backward"] == batch * formula["image_towers"]
     assert calls["denoiser backward"] == batch * formula["backward"]
+
+
+def test_updates_are_counted_of_every_phase_of_a_run():
+    """The assistant alone, then the generator without and with its reward: calls are the mean over the run, and memory
+    is that of the most an update asks for."""
+    changes = ["trainer.steps=100", "trainer.batch_size=2", "algorithm.assistant_warmup_steps=20"]
+    made = recipe.read("distar-emoji", [*changes, "algorithm.reward_start_step=60"])
+    calls, largest = counts(made)
+    alone, silent, whole = (
+        calls_of(made.algorithm, **phase) for phase in ({"assistant_alone": True}, {"distilling": True}, {})
+    )
+    for part, key in {"denoiser": "predict", "decoder": "decode", "reward": "reward"}.items():
+        expected = 2 * (0.2 * alone[key] + 0.4 * silent[key] + 0.4 * whole[key])
+        assert calls[part] == pytest.approx(expected)
+    assert largest["decoder"] == largest["reward"] == 1 and largest["denoiser"] == 3
+    short = counts(recipe.read("distar-emoji", [*changes, "trainer.steps=20"]))
+    assert "decoder" not in short.calls and short.graph == {"denoiser": 1}
+    words = recipe.read("taste-emoji-words", ["algorithm.context=[black]", "trainer.steps=120"])
+    assert counts(words).calls["decoder"] == words.trainer.batch_size / 2
+    head = recipe.read("distar-emoji-blackbox", ["algorithm.head_first=512", "algorithm.head_queries=1"])
+    assert counts(head).graph["decoder"] == 1  # once the head has its answers
+
+
+def test_parts_that_are_compared_are_counted_once_an_image():
+    weights = ["reward.name=null", "reward.weights={emoji: 1, emoji-heldout: 1}"]
+    plain, parted = (count(recipe.read("grpo-emoji", [*weights, *more]), updates=1)
+                     for more in ([], ["algorithm.per_reward=true"]))  # fmt: skip
+    assert parted == plain
 
 
 def test_guidance_doubles_and_a_reward_without_towers_runs_twice():

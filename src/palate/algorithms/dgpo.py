@@ -30,6 +30,7 @@ Groups: the loop gives B prompts; `step` repeats each `group` times. Image k of 
 Deviations from the papers and their programs:
 - Times are uniform in `times` (then shifted), n for each image in one update, where DGPO's program takes the sampler's
   own steps and makes an update for each. A group shares time and noise, as there.
+- The policy draws the images. DGPO's program has its old weights draw them from update 200 or 500 on.
 - AWM's policy loss is -A rho with a clip of 1, which never acts; its gradient on policy is that of "awm" with beta = 2,
   or .4 where its program divides the clipped advantages by 5. Its solver is SA-Solver; ours is deterministic.
 """

@@ -67,6 +67,11 @@ class DirectSettings:
                 f"DirectSettings expected a template with {{control}} and {{prompt}}; got {self.template!r}"
             )
 
+    @property
+    def phase_ends(self) -> tuple[int, ...]:
+        """The step after which an update asks the reward in place of the reference."""
+        return (self.context_steps,) if self.context else ()
+
 
 class Direct:
     """The algorithm object; its only state is the control words in force. `sampler` is how images are drawn."""

@@ -135,6 +135,11 @@ class DistarSettings:
             ),
         )
 
+    @property
+    def phase_ends(self) -> tuple[int, ...]:
+        """The steps after which an update asks for more: the generator's part, the reward's."""
+        return self.assistant_warmup_steps, self.reward_start_step if self.reward_scale else 0
+
 
 class Distar:
     """The algorithm object; its state is the two running means that tell the assistant's lag, and the head's memory."""

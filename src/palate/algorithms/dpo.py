@@ -56,14 +56,14 @@ Deviations from the papers and their programs:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from palate.algorithms.snapshot import sharded_like, taken, using
 from palate.core import Batch, Loss, Model, Random, Reward, require
@@ -230,9 +230,14 @@ class DPO:
         own = model.parameters("policy")
         if is_cut(own[0]):  # the graph is of the whole parameters, which are gone by now
             raise InputError(CUT)
-        protected = torch.autograd.grad((pairs.weight * preferred).mean(), own, retain_graph=True)
-        mine = torch.autograd.grad((weight * pull[0] * preferred).sum(), own, retain_graph=True)
-        others = torch.autograd.grad((weight * pull[1] * rejected).sum(), own, retain_graph=True)
+        protected, mine, others = (
+            gradients(value, own)
+            for value in (
+                (pairs.weight * preferred).mean(),
+                (weight * pull[0] * preferred).sum(),
+                (weight * pull[1] * rejected).sum(),
+            )
+        )
         lift, drag = (
             torch.stack([(a * b).sum() for a, b in zip(protected, side, strict=True)]).sum() for side in (mine, others)
         )
@@ -385,6 +390,12 @@ def pair_slope(preferred: Tensor, rejected: Tensor, *options: Any) -> tuple[Tens
         m_w, m_l = preferred.detach().requires_grad_(), rejected.detach().requires_grad_()
         on_w, on_l = torch.autograd.grad(pair_loss(m_w, m_l, *options).sum(), (m_w, m_l))
     return on_w, on_l
+
+
+def gradients(value: Tensor, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, ...]:
+    """d value / d parameters, the graph kept; 0 for one that the value does not depend on: a network may have such, as
+    the last block of Qwen-Image, whose text is read by nobody."""
+    return torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
 
 
 def kept_error(preferred: Tensor, beta: float, keep: float) -> Tensor:

@@ -21,9 +21,9 @@ def replay_and_print(bundle: Path) -> None:
         raise InputError(f"{bundle} is of a run that Python started, without a recipe; use palate.train.replay there")
     recipe = recipes.parse(saved.state["recipe"], stored=True)
     torch.manual_seed(recipe.trainer.seed)
-    model, algorithm = recipes.build_model(recipe), recipes.build_algorithm(recipe)
-    recipes.load_consistency(recipe, model)
-    found = replay_bundle(bundle, model, algorithm, recipes.build_reward(recipe.reward))
+    model, algorithm = recipes.build_whole_model(recipe), recipes.build_algorithm(recipe)
+    reward = recipes.as_asked(recipe, recipes.build_reward(recipe.reward))
+    found = replay_bundle(bundle, model, algorithm, reward)
     print(printable(found.text()))
     if not found.reproduced:
         raise typer.Exit(1)

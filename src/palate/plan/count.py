@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from itertools import cycle, islice
-from typing import NamedTuple
+from dataclasses import replace
+from itertools import cycle, islice, pairwise
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from palate.models.gaussian import GaussianModel
 from palate.path import Prediction
 from palate.recipe import Recipe, build_algorithm, prompts_of, trained_names
 from palate.recipe.builder import SharesRollouts
-from palate.recipe.cross_checks import rewards_used
+from palate.recipe.cross_checks import AsksBlackBox, rewards_used
 from palate.recipe.pictures import SamplesPosterior
 from palate.recipe.start import teachers_of
 from palate.rewards.table import find
@@ -28,6 +29,15 @@ class Counts(NamedTuple):
 
     calls: dict[str, float]  # images per update, forward by part and backward as "`part` backward"
     graph: dict[str, float]  # images per image of the batch that the largest single backward pass goes through, by part
+
+
+@runtime_checkable
+class HasPhases(Protocol):
+    """Settings of an algorithm whose first updates ask for other things than its later ones."""
+
+    @property
+    def phase_ends(self) -> tuple[int, ...]:
+        """Steps after which it changes what an update asks for; 0 is none."""
 
 
 class _Counted(GaussianModel):
@@ -70,16 +80,18 @@ class _Counted(GaussianModel):
 
 
 def count(recipe: Recipe, *, updates: int = 8) -> dict[str, float]:
-    """Images per update that go through each part, forward and backward, the mean over the first `updates`."""
+    """Images per update that go through each part, forward and backward, as `counts` counts them."""
     return counts(recipe, updates=updates).calls
 
 
 def counts(recipe: Recipe, *, updates: int = 8) -> Counts:
-    """The calls of an update, the mean over the first `updates`, and its largest graph.
+    """The calls of an update, the mean over the first `updates` of each phase of the run, and its largest graph.
 
     Calls are proportional to the batch, so a large one is counted on a part of it: nothing here grows with it.
     """
     whole, size = recipe.trainer.batch_size, _counted_batch(recipe)
+    if isinstance(recipe.algorithm, AsksBlackBox):  # as an update is once the head has its answers
+        recipe = replace(recipe, algorithm=replace(recipe.algorithm, head_first=2))  # type: ignore[type-var]
     algorithm = build_algorithm(recipe)
     teachers = [name for name, _, _ in teachers_of(recipe)]
     model = _Counted(trained_names(recipe.algorithm.name), teachers)
@@ -91,18 +103,31 @@ def counts(recipe: Recipe, *, updates: int = 8) -> Counts:
     prompts = [f"prompt {'x' * i}" for i in range(size)]
     if teachers:  # who teach prompts of the recipe's own
         prompts = list(islice(cycle(prompts_of(recipe)[0]), size))
-    for step in range(1, updates + 1):
-        rng = Random(0, step, range(size))
-        batch = Batch(prompts, model.encode_prompts(prompts), torch.arange(size), _latents(recipe, rng))
-        for loss in algorithm.step(model, reward, batch, rng):
-            loss.value.backward()
-            if loss.update is not None:
-                for name in algorithm.trains:
-                    for p in model.parameters(name):
-                        p.grad = None
+    mean: dict[str, float] = defaultdict(float)
+    for begin, end in _phases(recipe):
+        model.calls.clear()
+        steps = updates if end == recipe.trainer.steps else min(updates, end - begin)
+        for step in range(begin + 1, begin + steps + 1):
+            rng = Random(0, step, range(size))
+            batch = Batch(prompts, model.encode_prompts(prompts), torch.arange(size), _latents(recipe, rng))
+            for loss in algorithm.step(model, reward, batch, rng):
+                loss.value.backward()
+                if loss.update is not None:
+                    for name in algorithm.trains:
+                        for p in model.parameters(name):
+                            p.grad = None
+        for name, total in model.calls.items():
+            mean[name] += total / steps * ((end - begin) / recipe.trainer.steps)
     parts = {part for graph in model.graphs.values() for part in graph}
     largest = {part: max(graph[part] for graph in model.graphs.values()) / size for part in sorted(parts)}
-    return Counts({name: total / updates * (whole / size) for name, total in model.calls.items()}, largest)
+    return Counts({name: each * (whole / size) for name, each in mean.items()}, largest)
+
+
+def _phases(recipe: Recipe) -> list[tuple[int, int]]:
+    """(Steps before it, its last step) of each phase of the run."""
+    steps = recipe.trainer.steps
+    ends = recipe.algorithm.phase_ends if isinstance(recipe.algorithm, HasPhases) else ()
+    return list(pairwise(sorted({0, steps, *(end for end in ends if 0 < end < steps)})))
 
 
 def _counted_batch(recipe: Recipe) -> int:
@@ -149,6 +174,10 @@ class _CountedReward:
     def features(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """What a head learns a black-box reward on."""
         return self._features(images)[:, None]
+
+    def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, tuple[float, Tensor]]:
+        """All of a weighted sum's, which together are one look at each image."""
+        return {"all": (1.0, self(images, prompts))}
 
     def _features(self, images: Tensor) -> Tensor:
         self.model.calls["reward"] += len(images)

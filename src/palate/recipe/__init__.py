@@ -34,10 +34,12 @@ from palate.runtime.deprecated import old_names
 if TYPE_CHECKING:
     from palate.recipe.builder import (
         Parts,
+        as_asked,
         build,
         build_algorithm,
         build_model,
         build_reward,
+        build_whole_model,
         sampler_of,
     )
     from palate.recipe.evaluators import guard_measure, panel_of
@@ -51,10 +53,12 @@ if TYPE_CHECKING:
 _LATER = {
     "Objective": "palate.recipe.objective",
     "Parts": "palate.recipe.builder",
+    "as_asked": "palate.recipe.builder",
     "build": "palate.recipe.builder",
     "build_algorithm": "palate.recipe.builder",
     "build_model": "palate.recipe.builder",
     "build_reward": "palate.recipe.builder",
+    "build_whole_model": "palate.recipe.builder",
     "check_identity": "palate.recipe.identity",
     "check_folder": "palate.recipe.start",
     "check_start": "palate.recipe.start",
@@ -92,12 +96,14 @@ __all__ = [
     "SampleSettings",
     "TrainerSettings",
     "algorithm_settings",
+    "as_asked",
     "as_tree",
     "begun",
     "build",
     "build_algorithm",
     "build_model",
     "build_reward",
+    "build_whole_model",
     "captioned_images",
     "check_folder",
     "check_identity",

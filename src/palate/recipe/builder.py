@@ -95,12 +95,9 @@ def build(recipe: Recipe, *, before_model: Callable[[], None] = lambda: None) ->
     check_context(recipe)
     with torch.random.fork_rng(devices=[]):  # first, for its missing files; the LoRA's first weights do not see it
         reward, tower = reward_and_tower(recipe.reward)
-        if isinstance(recipe.algorithm, AsksBlackBox) and recipe.algorithm.head_queries:
-            reward = BlackBox(reward, head_features(recipe))
+        reward = as_asked(recipe, reward)
     before_model()
-    model = build_model(recipe)
-    load_consistency(recipe, model)
-    load_teachers(recipe, model)
+    model = build_whole_model(recipe)
     algorithm = build_algorithm(recipe)
     if isinstance(model, TextCached):
         trainer = recipe.trainer  # of a long list, a short run uses only a part
@@ -151,8 +148,15 @@ def build_algorithm(recipe: Recipe) -> Algorithm:
 
 
 def build_reward(settings: RewardSettings) -> Reward:
-    """The reward that the loop is given."""
+    """The reward of the section."""
     return reward_and_tower(settings)[0]
+
+
+def as_asked(recipe: Recipe, reward: Reward) -> Reward:
+    """The reward as the recipe's algorithm asks it: with features beside it where a head is to learn it."""
+    if isinstance(recipe.algorithm, AsksBlackBox) and recipe.algorithm.head_queries:
+        return BlackBox(reward, head_features(recipe))
+    return reward
 
 
 def reward_and_tower(settings: RewardSettings) -> tuple[Reward, EmbedsImages | None]:
@@ -188,6 +192,14 @@ def build_model(recipe: Recipe) -> Model:
     if settings.training_adapter is not None:
         model.weights.add_frozen(settings.training_adapter, TRAINING_ADAPTER, "model.training_adapter")
         model.weights.selection.companion = TRAINING_ADAPTER
+    return model
+
+
+def build_whole_model(recipe: Recipe) -> Model:
+    """The same with the frozen weights that the algorithm asks besides: a consistency model, teachers."""
+    model = build_model(recipe)
+    load_consistency(recipe, model)
+    load_teachers(recipe, model)
     return model
 
 

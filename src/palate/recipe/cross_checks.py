@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
@@ -33,6 +34,14 @@ class ControlWords(Protocol):
     def positive(self) -> tuple[str, ...]: ...
     @property
     def negative(self) -> tuple[str, ...]: ...
+
+
+@runtime_checkable
+class PrefersWords(ControlWords, Protocol):
+    """Such settings of which the words may be compared with each other, where it is "relative"."""
+
+    @property
+    def preference(self) -> str: ...
 
 
 @runtime_checkable
@@ -124,6 +133,7 @@ def check_effects(recipe: Recipe, mistakes: list[str]) -> None:
         kind = algorithms.find(recipe.algorithm.name).load_class()
         check_images_read(recipe.prompts, recipe.algorithm, kind, mistakes)
         _check_told(recipe, kind, mistakes)
+        _check_pairs_of_words(recipe.algorithm, mistakes)
     if problem := average_stays(recipe.trainer):
         mistakes.append(problem)
     labels = sorted(map(short_name, rewards_used(recipe.reward)))
@@ -145,6 +155,22 @@ def _check_told(recipe: Recipe, kind: Any, mistakes: list[str]) -> None:
         mistakes.append(
             f"model.rollout_distilled_guidance: {what} compares what is trained with calls without a gradient, which "
             "would be told another guidance; leave it out, or give model.distilled_guidance the same value"
+        )
+
+
+def _check_pairs_of_words(settings: Any, mistakes: list[str]) -> None:
+    """Whether every pair of the rotation prefers something: one word on both sides makes an update of nothing."""
+    if not isinstance(settings, PrefersWords) or settings.preference != "relative":
+        return
+    wanted, unwanted = settings.positive, settings.negative
+    pairs = [
+        (wanted[i % len(wanted)], unwanted[i % len(unwanted)]) for i in range(math.lcm(len(wanted), len(unwanted)))
+    ]
+    alike = next((word for word, other in pairs if word == other), None)
+    if alike is not None and set(wanted) != set(unwanted):  # of which all is said elsewhere
+        mistakes.append(
+            f"algorithm.positive, algorithm.negative: the rotation compares {alike} with itself, and such an update "
+            "has no preference; keep it on one side"
         )
 
 

@@ -30,6 +30,11 @@ TABLE: dict[str, tuple[Unread, ...]] = {
         Unread(("k_denoise",), lambda a, p: "denoise" not in a.branches, "algorithm.branches without denoise"),
         Unread(("k_inversion",), lambda a, p: "inversion" not in a.branches, "algorithm.branches without inversion"),
         Unread(ROLLOUT, lambda a, p: p.images is not None, "prompts.images, which take the rollout's place"),
+        Unread(
+            ("shift",),
+            lambda a, p: p.images is not None and a.levels == "window",
+            "prompts.images, which take the rollout's place, and algorithm.levels=window",
+        ),
     ),
     "flow_grpo": (
         Unread(("clip",), lambda a, p: a.trust == "kl", "algorithm.trust=kl"),
@@ -42,8 +47,16 @@ TABLE: dict[str, tuple[Unread, ...]] = {
     "distar": (
         Unread(("c",), lambda a, p: a.distance == "l2", "algorithm.distance=l2"),
         Unread(("cfg",), lambda a, p: a.alpha_cfg == 0, "algorithm.alpha_cfg=0"),
-        Unread(("reward_cap", "reward_start_step"), lambda a, p: a.reward_scale == 0, "algorithm.reward_scale=0"),
-        Unread(("head_memory", "head_first"), lambda a, p: a.head_queries == 0, "algorithm.head_queries=0"),
+        Unread(
+            ("reward_cap", "reward_start_step", "head_queries"),
+            lambda a, p: a.reward_scale == 0,
+            "algorithm.reward_scale=0",
+        ),
+        Unread(
+            ("head_memory", "head_first"),
+            lambda a, p: a.head_queries == 0 or a.reward_scale == 0,
+            "algorithm.head_queries=0 or algorithm.reward_scale=0",
+        ),
     ),
     "sqdf": (Unread(("buffer_size", "buffer_memory"), lambda a, p: a.buffer == "none", "algorithm.buffer=none"),),
     "dpo": (

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from palate.core import Reward, TwoTower
+from palate.rewards.combine import as_scores
 from palate.rewards.simple import brightness, colourfulness, high_frequency, saturation, warmth
 from palate.runtime.errors import InputError
 
@@ -26,14 +27,15 @@ SMALLEST_STD = 1e-6  # of a feature; one that does not vary says nothing
 
 class BlackBox:
     """A reward that can only be asked, and features of its images that a head can learn it on. It is a reward itself,
-    without gradient."""
+    without gradient, whatever kind of numbers the other one answers."""
 
     def __init__(self, reward: Reward, features: Features):
         self.reward, self.features = reward, features
 
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.reward(images, prompts)
+        answers: Tensor = as_scores(self.reward(images, prompts), images.device)
+        return answers
 
 
 def tower_features(tower: TwoTower) -> Features:
@@ -73,12 +75,16 @@ class RewardHead:
         return len(self.answers)
 
     def tell(self, features: Tensor, answers: Tensor) -> None:
-        """Remember B answers, forget the oldest ones beyond the memory, and fit."""
-        new = features.detach().double().cpu(), answers.detach().double().cpu()
-        if not bool(torch.isfinite(new[1]).all()):
+        """Remember B answers, forget the oldest ones beyond the memory, and fit. An image whose features are not finite
+        is left out: remembered, it would spoil every later fit, and no checkpoint could be written. InputError: the
+        answer about any other is not finite."""
+        seen, said = features.detach().double().cpu(), answers.detach().double().cpu()
+        sound = torch.isfinite(seen).all(1)
+        seen, said = seen[sound], said[sound]
+        if not bool(torch.isfinite(said).all()):
             raise InputError("the reward answered with numbers that are not finite")
-        kept = new[0] if self.features is None else torch.cat([self.features, new[0]])
-        self.features, self.answers = kept[-self.memory :], torch.cat([self.answers, new[1]])[-self.memory :]
+        kept = seen if self.features is None else torch.cat([self.features, seen])
+        self.features, self.answers = kept[-self.memory :], torch.cat([self.answers, said])[-self.memory :]
         self._fit()
 
     def __call__(self, features: Tensor) -> Tensor:

@@ -55,9 +55,10 @@ class Failures:
         """What the coming step starts from; `updates` is how many the last one made.
 
         A step that makes one update leaves the weights alone when that goes wrong, so only one that makes several, or
-        a number not known yet, has them copied now, with the optimizer.
+        a number not known yet, has them copied now, with the optimizer. Where several names are trained the last step's
+        number says nothing of this one's: Diff-Instruct*'s assistant first learns alone.
         """
-        state = {} if updates == 1 else self.weights.state_dict()
+        state = {} if updates == 1 and len(self.weights.parameters) == 1 else self.weights.state_dict()
         return Snapshot({key: value.detach().clone() for key, value in state.items()}, self.replicas.states())
 
     def skip(self, problem: str, before: Snapshot, samples: Samples, log: RunLog, save: Callable[[], None]) -> None:

@@ -4,7 +4,8 @@ An algorithm yields losses and touches nothing else. Every random number is a fu
 purpose), so a run continued from a checkpoint equals the uninterrupted one bit for bit, and previews or checks never
 disturb it.
 
-Step n is the n-th update (1, 2, ...); checkpoint and samples `step-NNNNNN` hold the weights after n updates.
+Step n (1, 2, ...) makes one update, or the several that an algorithm asks for; checkpoint and samples `step-NNNNNN`
+hold the weights after n steps.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from palate.core import Algorithm, HasNetworks, Loss, Model, Reward, TwoTower
-from palate.rewards.combine import Towers
+from palate.core import Algorithm, HasFeatures, HasNetworks, Loss, Model, Reward, TwoTower
+from palate.rewards.combine import Towers, WeightedTowers, as_scores
+from palate.rewards.learned import BlackBox
 from palate.runtime import checkpoint
 from palate.train.failure import reproduce_step
 from palate.train.update import Stream
@@ -114,14 +115,23 @@ def _watched_model(model: Model, note: Note) -> Iterator[None]:
 
 
 def _watched_reward(reward: Reward, note: Note) -> Reward:
-    def seen(values: Tensor, prompts: Sequence[str]) -> Tensor:
-        _note_bad_row(values, "the reward", prompts, note)
-        return values
+    """The same reward, whose values are looked at; what an algorithm may ask of it besides stays."""
 
+    def watched(ask: Callable[[Any, Sequence[str]], Any]) -> Callable[[Any, Sequence[str]], Tensor]:
+        def seen(images: Any, prompts: Sequence[str]) -> Tensor:
+            device = images.device if isinstance(images, Tensor) else torch.device("cpu")
+            values: Tensor = as_scores(ask(images, prompts), device)  # as the loop takes them
+            _note_bad_row(values, "the reward", prompts, note)
+            return values
+
+        return seen
+
+    if isinstance(reward, WeightedTowers):  # of which the parts may be asked
+        towers = reward.towers.items()
+        return WeightedTowers({name: (weight, look, watched(rate)) for name, (weight, look, rate) in towers})
     if isinstance(reward, TwoTower):
-        score = reward.score
-        return Towers(reward.image_features, lambda features, prompts: seen(score(features, prompts), prompts))
-    return lambda images, prompts: seen(reward(images, prompts), prompts)
+        return Towers(reward.image_features, watched(reward.score))
+    return BlackBox(watched(reward), reward.features) if isinstance(reward, HasFeatures) else watched(reward)
 
 
 def _watched_losses(losses: Stream, note: Note) -> Iterator[Loss]:
