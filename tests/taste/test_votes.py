@@ -207,6 +207,10 @@ def test_export_as_hpdv2_is_read_back_by_dpo_and_by_import(tmp_path):
     assert import_votes(tmp_path / "out" / "train.json", again) == 3
     assert [v.choice for v in again.read()] == ["tie", "left", "tie"]
     assert import_votes(tmp_path / "out", again) == 0  # the folder says the same
+    plain = VoteStore(tmp_path / "plain")
+    assert export_votes(store, tmp_path / "rows", "json") == import_votes(tmp_path / "rows", plain) == 3
+    first, second = ([(v.choice, v.left.file, v.right.file) for v in kept.read()] for kept in (store, plain))
+    assert first == second
 
 
 def test_votes_become_likes_that_kto_trains_on(tmp_path, tiny, palate):
