@@ -165,7 +165,7 @@ def test_the_disk_has_the_log_before_the_checkpoint_and_before_words_that_wait_a
     sync, unlink, save = os.fsync, os.unlink, checkpoint.save
 
     def synced(file):
-        events.extend(["log"] if os.fstat(file).st_ino == log.stat().st_ino else [])
+        events.extend(["log"] if log.is_file() and os.path.samestat(os.fstat(file), log.stat()) else [])
         return sync(file)
 
     def forgotten(path, **options):
@@ -302,6 +302,16 @@ def test_the_first_update_is_that_of_adamw(tmp_path):
     (row,) = rows(tmp_path)
     assert row["grad_norm"] == pytest.approx(norm, rel=1e-5) and row["loss"] == pytest.approx(norm**2 / 2, rel=1e-5)
     assert row["samples"] == 3  # of the batch
+
+
+def test_what_an_algorithm_warns_of_is_said_once(tmp_path, caplog):
+    class Lagging(Quadratic):
+        def warnings(self, rates):
+            return ["it lags behind"]
+
+    with caplog.at_level("INFO", logger="palate"):
+        run(tmp_path, algorithm=Lagging(), steps=3)
+    assert caplog.text.count("it lags behind") == 1
 
 
 def test_losses_without_an_update_accumulate(tmp_path):

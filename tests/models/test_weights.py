@@ -64,6 +64,16 @@ def test_an_adapter_of_another_rank_says_which_to_set(tmp_path):
         make().load(tmp_path)
 
 
+def test_an_adapter_of_another_alpha_says_which_to_set(tmp_path):
+    """Its tensors fit; it would come back too strong or too weak."""
+    make().save(tmp_path)
+    other = make()
+    for module in adapters.adapted(other.network, "policy").values():
+        module.lora_alpha["policy"] = 8
+    with pytest.raises(ValueError, match=r"has alpha 2, this model 8; set model.lora_alpha=2"):
+        other.load(tmp_path)
+
+
 def test_the_first_factor_is_drawn_with_the_deviation_of_one_over_the_rank():
     """`model.lora_init=gaussian`, N(0, 1 / rank^2); the second factor stays as it was."""
     weights = make(rank=5)

@@ -264,7 +264,7 @@ def test_the_evaluation_of_several_runs_is_one_page(runs):
 def test_a_card_shows_each_run_s_own_picture_of_its_prompt(runs, tmp_path):
     """Stored evaluations may be of other prompts, or of the same ones in another order: there the file of that number
     is of another prompt, or there is none."""
-    few = fake_run(tmp_path / "few", prompts=("a cat", "a dog"), lift=0.3)
+    few = fake_run(tmp_path / "few", prompts=("a dog", "a cat"), lift=0.3)
     cards = prompt_cards([runs[0], few], list(evaluated(runs[0], few)["runs"].values()))["cards"]
     shown = {card["prompt"]: {item["alt"]: item["src"] for item in card["pictures"]} for card in cards}
     own = next(row for row in folders.read_index(few / "evaluation/result") if row["prompt"] == "a dog")
@@ -307,6 +307,21 @@ def test_other_words_get_rows_of_their_own(runs):
     assert rows["emoji-relative (+outline)"]["cells"][0] is None and rows["emoji"]["cells"][1]["tag"] == "optimised"
     beside = [row["name"] for row in tables.compare_table(list(found["runs"].values()))]
     assert "emoji" in beside and "emoji-relative" not in beside
+
+
+def test_what_was_optimised_comes_first_and_then_what_was_held_out():
+    keys = ("zebra", "diversity", "concept", "reward/a", "reward/held", "reward/b")
+    found = {"optimised": ["b"], "heldout": "held", "metrics": {key: {"value": 0.0} for key in keys}}
+    assert [(row["key"], row["tag"]) for row in tables.metric_rows(found)] == [
+        ("reward/b", "optimised"), ("reward/held", "held out"), ("reward/a", ""), ("concept", ""), ("diversity", ""),
+        ("zebra", ""),
+    ]  # fmt: skip
+
+
+def test_numbers_have_three_digits_or_two_decimals():
+    values = (None, 0.0, 1234.6, 123.46, -2.346, 0.5, 0.0001)
+    assert [number(value) for value in values] == ["–", "0", "1,235", "123.5", "−2.35", "0.500", "0.00010"]
+    assert [signed(value) for value in (0.5, -0.5, 0.0, None)] == ["+0.500", "−0.500", "0", "–"]
 
 
 def test_drift_is_each_run_s_own():
