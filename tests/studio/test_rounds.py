@@ -306,6 +306,15 @@ def test_charts_are_of_the_last_five_batches_and_of_ratios_to_what_was_before(st
         "right thing shown": [(0, 1.0), (8, 0.5)], "variety": [(0, 1.0), (8, 2.0)]}  # fmt: skip
 
 
+def test_a_word_that_stays_keeps_the_step_from_which_it_holds(studio):
+    _, found = studio
+    view = a_run(found, "mine", "direct-emoji", "", "algorithm.positive=['3d']")
+    changes = ((4, ["3d", "cartoon"]), (7, ["cartoon"]), (9, ["cartoon", "3d"]))
+    rows = [{"event": "steer", "step": step, "positive": words, "negative": None} for step, words in changes]
+    held = [replace(view, rows=rows[:count]).words().positive for count in (1, 2, 3)]
+    assert held == [{"3d": 0, "cartoon": 4}, {"cartoon": 4}, {"cartoon": 4, "3d": 9}]
+
+
 def test_what_a_word_did_is_counted_from_the_last_pictures_without_it(studio, monkeypatch):
     _, found = studio
     styles, large = vocabulary().styles, vocabulary().sizes[-1]
