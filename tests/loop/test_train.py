@@ -302,6 +302,11 @@ def test_the_first_update_is_that_of_adamw(tmp_path):
     (row,) = rows(tmp_path)
     assert row["grad_norm"] == pytest.approx(norm, rel=1e-5) and row["loss"] == pytest.approx(norm**2 / 2, rel=1e-5)
     assert row["samples"] == 3  # of the batch
+    run(tmp_path / "betas", algorithm=Quadratic(), steps=1, clip_norm=0.5, betas=(0.5, 0.9))
+    kept = tensors(tmp_path / "betas", 1)
+    first, second = (torch.cat([v.flatten() for k, v in kept.items() if k.endswith(m)]) for m in ("avg", "avg_sq"))
+    assert float(first.norm()) == pytest.approx(0.5 * 0.5, rel=1e-5)  # (1 - beta1) g, g of norm .5
+    assert float(second.sum()) == pytest.approx(0.1 * 0.25, rel=1e-5)  # (1 - beta2) g^2
 
 
 def test_what_an_algorithm_warns_of_is_said_once(tmp_path, caplog):
