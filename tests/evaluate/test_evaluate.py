@@ -7,6 +7,7 @@ import math
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from palate.models.emoji import EmojiModel
 from palate.path import Prediction, flow_schedule
 from palate.runs import protocol
 from palate.runtime.errors import InputError
+from palate.runtime.images import encode_png
 
 
 class FakeClassifier:
@@ -181,6 +183,14 @@ def test_bootstrap_is_paired_seeded_and_resamples_whole_groups():
     assert grouped == pytest.approx(evaluate.bootstrap_interval(base), abs=1e-9)
     with_gap = torch.cat([base, torch.tensor([math.nan])])
     assert evaluate.bootstrap_interval(with_gap) == pytest.approx(evaluate.bootstrap_interval(base), abs=1e-9)
+
+
+def test_the_interval_is_of_the_mean_over_pictures_where_prompts_have_more_or_fewer():
+    """Fifty prompts of nine ones and fifty of one zero: .9, not the mean of the prompts' means."""
+    values = torch.tensor(([1.0] * 9 + [0.0]) * 50)
+    groups = [f"{k // 10} {'alone' if k % 10 == 9 else 'nine'}" for k in range(500)]
+    low, high = evaluate.bootstrap_interval(values, groups=groups)
+    assert 0.85 < low < 0.9 < high < 0.95
 
 
 def test_where_one_prompt_alone_asks_the_interval_is_that_of_its_pictures():
@@ -389,6 +399,7 @@ def test_quick_check_agrees_with_the_full_evaluation():
         FakeModel(), [prompts[i] for i in shuffled], [ids[i] for i in shuffled], seed=1, panel=panel()
     )
     assert again == pytest.approx(result, rel=1e-4)
+    assert result != evaluate.measure_for_guard(FakeModel(), prompts, ids, seed=2, panel=panel())
 
 
 def test_evaluate_run_measures_the_result_against_the_base_and_repeats_to_the_byte(tmp_path):
@@ -635,6 +646,12 @@ def test_the_verdict_warns_of_over_optimisation():
     assert "held-out reward down" in result["text"] and len(result["warnings"]) == 3
     few = evaluate.verdict(bad, ["r"], "h", num_prompts=2)  # two prompts agree by chance in half of all cases
     assert few["warnings"] == [] and "2 prompts, too few" in few["notes"][0] and "down" not in few["text"]
+    for lost, warned in ((0.02, False), (0.04, True)):  # the limits are .03 of concepts, .85 of the diversity
+        found = evaluate.verdict(good | {"concept": metric(0.98, 0.98 - lost)}, ["r"], "h")["warnings"]
+        assert bool(found) == warned
+    for left, warned in ((0.18, False), (0.16, True)):
+        found = evaluate.verdict(good | {"diversity": metric(0.2, left)}, ["r"], "h")["warnings"]
+        assert bool(found) == warned
     unsure = {"reward/r": metric(1, 3), "reward/h": metric(1, 0.5, 0.6), "concept": metric(0.98, 0.6, 0.5),
               "diversity": metric(0.2, 0.1, 0.2)}  # fmt: skip
     result = evaluate.verdict(unsure, ["r"], "h")
@@ -749,6 +766,20 @@ def test_runs_with_other_prompts_or_seeds_are_not_paired(tmp_path):
         runs.evaluate_samples(a, base_folder=samples(tmp_path / "s", seeds=(0, 7)), panel=panel())
 
 
+def test_a_set_that_was_cut_short_is_not_taken_for_whole(tmp_path):
+    """Nor for the older one that lay there: some of its pictures are those of the new one now."""
+    folder = samples(tmp_path / "a")
+
+    def parts():
+        yield torch.rand(1, 3, 8, 8)
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        runs.write_samples(folder, parts(), ["dog"] * 4, range(4), guidance=3.0, steps=8)
+    with pytest.raises(ValueError, match=r"index.jsonl is missing"):
+        runs.read_samples(folder)
+
+
 def test_missing_and_broken_images_are_named(tmp_path):
     folder = samples(tmp_path / "a")
     png = (folder / "0002.png").read_bytes()
@@ -756,6 +787,9 @@ def test_missing_and_broken_images_are_named(tmp_path):
         (folder / "0002.png").write_bytes(content)
         with pytest.raises(ValueError, match=r"0002.png cannot be read"):
             runs.read_samples(folder)
+    (folder / "0002.png").write_bytes(encode_png(np.zeros((8, 16, 3), np.uint8)))
+    with pytest.raises(InputError, match=r"0002.png is 16x8; expected 8x8 as the first"):
+        runs.read_samples(folder)
     (folder / "0002.png").unlink()
     with pytest.raises(ValueError, match=r"0002.png is missing"):
         runs.read_samples(folder)
@@ -797,11 +831,11 @@ def test_an_evaluation_on_other_prompts_or_seeds_keeps_the_older_one(tmp_path):
     kept = [path for path in (a / "evaluations").iterdir()]
     assert [(path / "evaluation.json").read_bytes() for path in kept] == [whole]
     assert {path.name: path.read_bytes() for path in (kept[0] / "evaluation/result").iterdir()} == pictures
-    runs.evaluate_runs([b], prompts=["dog", "apple"], seeds=[1, 2], **ask)
+    runs.evaluate_runs([b], prompts=["apple", "dog"], seeds=[1, 2], **ask)
     found = runs.evaluate_runs([a, b], panel=panel(), stored=True)["between"]["b"]
     rows = [json.loads((run / "evaluation.json").read_text())["rows"] for run in (a, b)]
-    assert runs.common_rows(*rows) == [(0, 0)]  # ("dog", 1)
-    values = [row[0]["reward/emoji"] for row in rows]
+    assert runs.common_rows(*rows) == [(0, 2)]  # ("dog", 1)
+    values = [rows[0][0]["reward/emoji"], rows[1][2]["reward/emoji"]]
     assert found["reward/emoji"]["change"] == pytest.approx(values[1] - values[0], abs=1e-6)
     assert "vendi" not in found  # of other sets of images
     runs.evaluate_runs([a], prompts=["dog", "apple", "apple blue"], seeds=[0, 1], **ask)

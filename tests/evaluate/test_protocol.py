@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,18 @@ def test_a_run_is_judged_by_what_is_found_and_told_what_is_missing(run, towers, 
 
 
 @pytest.mark.slow
+def test_intervals_of_a_category_are_over_prompts_and_not_over_pictures():
+    """Five pictures of a prompt that are all alike tell no more than one."""
+    prompts = {f"p{k}": "ab"[k % 2] for k in range(16)}
+
+    def found(seeds):
+        rows = [{"prompt": prompt, "seed": seed, "reward/x": math.sin(7 * k), "base": {"reward/x": math.cos(5 * k)}}
+                for k, prompt in enumerate(prompts) for seed in range(seeds)]  # fmt: skip
+        return protocol.by_category({"rows": rows, "metrics": {"reward/x": {}}, "by_prompt": [{}]}, prompts)
+
+    assert found(5) == found(1) and list(found(1)) == ["a", "b"]
+
+
 def test_without_a_reward_to_judge_it_says_which_to_fetch(run, nothing_fetched):
     with pytest.raises(ValueError, match=r"Fetch one: palate fetch clip-score, palate fetch hpsv2$"):
         protocol.evaluate_protocol([run], "drawbench", {"a red boat": ""})

@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from palate import recipe
 from palate.export import WEIGHTS, Lora, export_merged
+from palate.export.card import metrics_of
 from palate.export.hub import Parcel, add_pictures, parcel, push, state_of
 from palate.export.workflow import workflow
 from palate.models import families, lora
@@ -329,6 +330,15 @@ def test_paths_in_a_recipe_for_others_are_names_and_texts_stay():
         "reward": {"weights": {"my.py:Mine": 1.0}, "source": {"remote": "https://a/b"}},
         "optimize": {"oracle": {"command": ["python", "s.py"], "checklist": "q a.json http://a#b"}},
     }
+
+
+def test_numbers_of_an_outdated_evaluation_stand_on_no_card(tmp_path):
+    (tmp_path / "checkpoints" / "step-000010").mkdir(parents=True)
+    found = {"metrics": {"reward/x": {"base": 1.0, "value": 2.0}}, "checkpoint": "checkpoints/step-000010"}
+    (tmp_path / "evaluation.json").write_text(json.dumps(found))
+    assert metrics_of(tmp_path) == {"reward/x": (1.0, 2.0)}  # before, after
+    (tmp_path / "checkpoints" / "step-000020").mkdir()
+    assert metrics_of(tmp_path) == {}
 
 
 def test_pictures_of_an_outdated_evaluation_are_not_shown(tmp_path, monkeypatch, capsys):

@@ -20,7 +20,7 @@ from palate.path import Prediction
 from palate.rewards.combine import weighted
 from palate.rewards.learned import BlackBox
 from palate.runtime import checkpoint
-from palate.testing import TinyFlow
+from palate.testing import PROMPTS, TinyFlow
 from palate.testing import tiny_reward as reward
 
 BAD = 3  # the step that is poisoned
@@ -110,6 +110,23 @@ def test_the_first_value_that_is_not_finite_is_found_again(tmp_path, place, firs
     assert again.reproduced == again.reported == skipped["reason"]
     assert re.match(first, again.trace[0]), again.trace
     assert f"first value that is not finite: {again.trace[0]}" in again.text()
+
+
+def test_a_bundle_holds_the_given_images_of_its_step(tmp_path):
+    class Offline:
+        trains = ("policy",)
+
+        def step(self, model, reward, batch, rng):
+            value = sum((p**2).sum() for p in model.parameters()) * (math.inf if rng.step == BAD else 1.0)
+            yield Loss(value, {"which": batch.latents[:, 0, 0, 0].mean()}, "policy")
+
+    latents = torch.arange(float(len(PROMPTS))).view(-1, 1, 1, 1).expand(-1, 3, 4, 4)
+    run(tmp_path, algorithm=Offline(), latents=latents, steps=BAD)
+    bundle = tmp_path / "failures" / checkpoint.name(BAD)
+    again = failure.replay(bundle, TinyFlow(), Offline(), reward)
+    prompts = checkpoint.load(bundle).state["prompts"]
+    assert again.reproduced == again.reported
+    assert again.metrics["which"] == pytest.approx(sum(map(PROMPTS.index, prompts)) / len(prompts))
 
 
 def test_the_gradient_of_a_parameter_is_named(tmp_path):

@@ -88,6 +88,17 @@ def test_the_view_of_a_model_predicts_as_its_reference_and_leaves_the_policy_alo
     assert all(a is b for a, b in zip(view.parameters(), model.parameters(), strict=True))
 
 
+def test_the_guard_s_prompts_are_spaced_evenly_over_all(tmp_path):
+    seen = []
+
+    def check(model, prompts, ids):
+        seen.append(prompts)
+        return {"concept": 1.0}
+
+    run(tmp_path, check=check, guard=GuardSettings(every=1, prompts=4), steps=1, preview_every=0)
+    assert seen[0] == [PROMPTS[0]] * 2 + [PROMPTS[len(PROMPTS) // 2]] * 2
+
+
 def test_a_start_outside_the_limits_is_refused_before_a_step():
     guard = Guard(GuardSettings(base="reference", concept_drop=0.04))
     with pytest.raises(InputError, match=r"concept fell from 0.97 to 0.9.*model.start.*trainer.guard.base=start"):

@@ -115,6 +115,32 @@ def test_an_image_fits_its_prompt_by_its_lead_over_other_prompts():
     assert not broken_limits({"fit": 0.87, "fit_error": 0.04}, {"fit": 1.0}, GuardSettings())  # within its error
 
 
+def test_a_look_depends_on_seed_and_ids_and_not_on_how_many_are_drawn_at_once():
+    class Reward:
+        """How red, as many times as the prompt has letters."""
+
+        def image_features(self, images):
+            return images.mean((2, 3))
+
+        embed_images = image_features
+
+        def score(self, seen, prompts):
+            return seen[:, 0] * torch.tensor([float(len(prompt)) for prompt in prompts])
+
+        def __call__(self, images, prompts):
+            return self.score(self.image_features(images), prompts)
+
+    def look(seed=1, first=0, batch_size=32):
+        monitor = ImageMonitor(seed=seed, tower=Reward(), heldout=Reward(), batch_size=batch_size)
+        return monitor.look(TinyFlow(), PAIRS, range(first, first + len(PAIRS)))
+
+    whole, parts = look(), look(batch_size=3)
+    assert {"fit", "heldout", "latents", "pictures"} < whole.keys() == parts.keys()
+    assert all(torch.allclose(whole[name], parts[name], atol=1e-5) for name in whole)
+    assert not torch.allclose(look(seed=2)["latents"], whole["latents"], atol=1e-2)
+    assert not torch.allclose(look(first=1)["latents"], whole["latents"], atol=1e-2)
+
+
 def test_latents_are_compared_by_the_noise_that_they_came_from():
     base = {"features": torch.eye(4), "pictures": torch.rand(4, 12), "latents": torch.eye(4)}
     base |= {"cast": torch.zeros(4, 2), "saturation": torch.zeros(4), "detail": torch.zeros(4)}

@@ -40,6 +40,22 @@ def test_tensorboard_holds_the_metrics_previews_and_verdicts(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_step_that_is_made_again_after_a_resume_stands_once_in_tensorboard(tmp_path):
+    """A run that died at step 4 goes on from its checkpoint of step 2; the steps between are of no run."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for resumed_at, losses in ((0, {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0}), (2, {3: 30.0})):
+        tracker = tracking.TensorBoard(tmp_path, {"lr": 1.0}, resumed_at=resumed_at)
+        for step, loss in losses.items():
+            tracker.scalars(step, {"loss": loss})
+        tracker.close()
+    found = EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    assert [(event.step, event.value) for event in found.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+@pytest.mark.slow
 def test_wandb_offline_keeps_a_run(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
     for name, value in {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_DIR": str(tmp_path)}.items():
@@ -165,6 +181,19 @@ def test_a_tracker_that_fails_is_told_once_and_the_others_go_on():
         trackers.row({"step": step, "event": "step", "loss": 1.0})
     trackers.image(2, "previews", np.zeros((2, 2, 3), np.uint8))
     assert len(good.heard) == 3 and len(said) == 1 and "the service is down" in said[0]
+
+
+def test_trackers_are_closed_when_a_run_breaks_off(tmp_path, monkeypatch):
+    """Some services keep what they were told last in memory until then."""
+    tracker = Recording()
+    monkeypatch.setitem(tracking.TRACKERS, "wandb", lambda *_, **__: tracker)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        tracking.tracking(["wandb"], tmp_path, {}, resumed_at=0, note=pytest.fail) as trackers,
+    ):
+        trackers.row({"step": 1, "event": "step", "loss": 1.0})
+        raise KeyboardInterrupt
+    assert [name for name, *_ in tracker.heard] == ["scalars", "close"]
 
 
 def test_a_tracker_that_cannot_be_opened_or_is_missing_is_told(tmp_path, monkeypatch):

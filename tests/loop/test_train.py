@@ -25,6 +25,7 @@ from palate.algorithms.dpo import DPO, DPOSettings
 from palate.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings
 from palate.algorithms.nft import NFT, NFTSettings
 from palate.core import Loss
+from palate.evaluate import generate, quantise, read_samples
 from palate.recipe import GuardSettings
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
@@ -32,6 +33,7 @@ from palate.testing import PROMPTS, TinyFlow
 from palate.testing import tiny_reward as reward
 from palate.train import NonFiniteError, broken_limits, prompt_order, restore_result
 from palate.train.guard import Guard
+from palate.train.steering import await_words
 
 # ------------------------------------------------------------------------------------------------- resume
 
@@ -127,6 +129,58 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path):
     damaged.write_bytes(damaged.read_bytes()[:-1])
     _, outcome = run(tmp_path / "b", resume=True)
     assert outcome.step == STEPS and same(tensors(tmp_path / "a"), tensors(tmp_path / "b"))
+
+
+def test_a_run_goes_on_with_as_many_threads_as_it_began_with(tmp_path):
+    """Sums over more of them, or fewer, differ in the last bits."""
+    seen, before = [], torch.get_num_threads()
+
+    class Counting(Quadratic):
+        def step(self, *given):
+            seen.append(torch.get_num_threads())
+            yield from super().step(*given)
+
+    try:
+        for threads, steps in ((1, 1), (2, 2)):
+            torch.set_num_threads(threads)
+            run(tmp_path, algorithm=Counting(), steps=steps, resume=steps > 1)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 1]
+
+
+@pytest.mark.parametrize("average", [0.0, 0.6])
+def test_the_room_that_is_asked_for_is_that_of_the_checkpoints_that_stay(tmp_path, monkeypatch, average):
+    """The newest ones that are kept, the guard's best, and the one that is being written."""
+    asked = []
+    monkeypatch.setattr(checkpoint, "check_space", lambda folder, need: asked.append(need))
+    run(tmp_path, algorithm=Quadratic(), steps=2, ema_decay=average, keep_checkpoints=3)
+    one = sum(value.numel() * value.element_size() for value in tensors(tmp_path, 2).values())
+    assert asked == [pytest.approx(5 * one, rel=0.05)]
+
+
+def test_the_disk_has_the_log_before_the_checkpoint_and_before_words_that_wait_are_forgotten(tmp_path, monkeypatch):
+    """After a power cut a checkpoint would else stand without its rows, and words would be taken up and unknown."""
+    events, log = [], tmp_path / "metrics.jsonl"
+    sync, unlink, save = os.fsync, os.unlink, checkpoint.save
+
+    def synced(file):
+        events.extend(["log"] if log.is_file() and os.path.samestat(os.fstat(file), log.stat()) else [])
+        return sync(file)
+
+    def forgotten(path, **options):
+        events.extend(["words"] if str(path).endswith("control.json") else [])
+        return unlink(path, **options)
+
+    def saved(folder, step, *given):
+        events.append(f"step {step}")
+        return save(folder, step, *given)
+
+    for where, name, spy in ((os, "fsync", synced), (os, "unlink", forgotten), (checkpoint, "save", saved)):
+        monkeypatch.setattr(where, name, spy)
+    run(tmp_path, algorithm=Steering(tmp_path, {1: (["icy"], None)}), steps=2)
+    before = {event: events[k - 1] for k, event in enumerate(events) if event != "log"}
+    assert before == {"step 1": "log", "words": "log", "step 2": "log"}
 
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
@@ -247,6 +301,22 @@ def test_the_first_update_is_that_of_adamw(tmp_path):
     assert clipped == pytest.approx(0.5, rel=1e-5)
     (row,) = rows(tmp_path)
     assert row["grad_norm"] == pytest.approx(norm, rel=1e-5) and row["loss"] == pytest.approx(norm**2 / 2, rel=1e-5)
+    assert row["samples"] == 3  # of the batch
+    run(tmp_path / "betas", algorithm=Quadratic(), steps=1, clip_norm=0.5, betas=(0.5, 0.9))
+    kept = tensors(tmp_path / "betas", 1)
+    first, second = (torch.cat([v.flatten() for k, v in kept.items() if k.endswith(m)]) for m in ("avg", "avg_sq"))
+    assert float(first.norm()) == pytest.approx(0.5 * 0.5, rel=1e-5)  # (1 - beta1) g, g of norm .5
+    assert float(second.sum()) == pytest.approx(0.1 * 0.25, rel=1e-5)  # (1 - beta2) g^2
+
+
+def test_what_an_algorithm_warns_of_is_said_once(tmp_path, caplog):
+    class Lagging(Quadratic):
+        def warnings(self, rates):
+            return ["it lags behind"]
+
+    with caplog.at_level("INFO", logger="palate"):
+        run(tmp_path, algorithm=Lagging(), steps=3)
+    assert caplog.text.count("it lags behind") == 1
 
 
 def test_losses_without_an_update_accumulate(tmp_path):
@@ -319,6 +389,26 @@ def test_the_result_is_the_average_and_the_weights_stay(tmp_path):
         assert torch.equal(adapter[str(i)], saved[f"ema/policy/{i:04d}"])
         assert torch.equal(fresh.parameters()[i], adapter[str(i)])
         assert not torch.equal(p, adapter[str(i)])
+
+
+def test_guard_and_previews_look_at_the_average(tmp_path):
+    """They judge what the run will hand over, and not the weights that train."""
+    seen = []
+
+    def check(model, prompts, ids):
+        seen.append([p.detach().clone() for p in model.parameters()])
+        return {"heldout": 1.0}
+
+    run(tmp_path, algorithm=Quadratic(), steps=4, lr=0.05, ema_decay=0.6, preview_every=4,
+        guard=GuardSettings(every=2), check=check)  # fmt: skip
+    for step, looked in zip((2, 4), seen[1:], strict=True):
+        saved = tensors(tmp_path, step)
+        assert all(torch.equal(p, saved[f"ema/policy/{i:04d}"]) for i, p in enumerate(looked))
+        assert not all(torch.equal(p, saved[f"weights/policy/{i:04d}"]) for i, p in enumerate(looked))
+    fresh = TinyFlow()
+    restore_result(fresh, tmp_path, warn=pytest.fail)
+    images, shown = read_samples(tmp_path / "samples" / checkpoint.name(4))
+    assert torch.equal(images, quantise(generate(fresh, [row["prompt"] for row in shown], [0])))
 
 
 def test_prompts_each_come_once_an_epoch_in_an_order_that_any_slice_agrees_on():
@@ -530,6 +620,17 @@ def test_unknown_words_of_the_recipe_are_refused_before_the_run_begins(tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_s_answer_is_the_one_to_the_newest_words(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text(
+        '{"step": 1, "event": "step"}\n{"step": 2, "event": "steer", "positive": ["old"], "negative": null}\n'
+    )
+    assert await_words(tmp_path, 2, 0.0) is None
+    with log.open("a") as file:
+        file.write('{"step": 3, "event": "step"}\n{"step": 4, "event": "steer_refused", "reason": "no"}\n')
+    assert await_words(tmp_path, 2, 9.0)["step"] == 4
+
+
 def test_words_given_while_others_wait_join_them(tmp_path):
     class Twice(Steering):
         def step(self, model, reward, batch, rng):
@@ -604,6 +705,8 @@ def test_the_guard_stops_and_the_result_is_the_best_step(tmp_path):
         (row["step"], row["verdict"] == "ok", row.get("best_step")) for row in rows(tmp_path) if row["event"] == "guard"
     ]
     assert events == [(0, False, None), (2, True, 2), (4, True, 4), (6, False, 4)]
+    _, again = run(tmp_path, guard=guard, check=Checks(), checkpoint_every=0, steps=STEPS + 4, resume=True)
+    assert again == outcome  # more steps are for a run that had too few of them
 
 
 def test_the_guard_keeps_the_highest_of_the_named_metric(tmp_path):
@@ -667,6 +770,10 @@ def test_the_guard_rolls_back_with_half_the_rate_and_then_stops(tmp_path):
     assert outcome.step == 6 and "guard" in outcome.reason
     assert same(tensors(tmp_path, 4), tensors(tmp_path, 2)) and same(tensors(tmp_path, 6), tensors(tmp_path, 2))
     assert [row["lr"] for row in rows(tmp_path) if row["event"] == "step"] == pytest.approx([1e-2] * 4 + [5e-3] * 2)
+    halves = tmp_path.with_name("halves")  # stopped after it went back: the rate and the count of rollbacks stay
+    run(halves, guard=guard, check=Checks(1.0, 1.0, 0.0), checkpoint_every=2, steps=5)
+    _, resumed = run(halves, guard=guard, check=Checks(0.0), checkpoint_every=2, resume=True)
+    assert rows(halves) == rows(tmp_path) and resumed.reason == outcome.reason
 
 
 def test_a_rollback_takes_the_algorithms_memory_back_too(tmp_path):
@@ -679,6 +786,30 @@ def test_a_rollback_takes_the_algorithms_memory_back_too(tmp_path):
     old, weights = ([t for k, t in before.items() if k.startswith(p)] for p in ("algorithm/", "weights/"))
     assert old and not all(torch.equal(a, b) for a, b in zip(old, weights, strict=True))
     assert same(before, after) and not same(after, later)
+
+
+def test_new_words_begin_the_search_for_the_best_anew(tmp_path):
+    """What was reached under other words, by a check or by the steps before it, does not compare."""
+    run(tmp_path, algorithm=Steering(tmp_path, {3: (["icy"], None)}), check=Checks(1.0, 3.0, 2.0, 1.5), steps=6,
+        guard=GuardSettings(every=2, best="heldout"))  # fmt: skip
+    best = [row["best_step"] for row in rows(tmp_path) if row["event"] == "guard" and row["step"]]
+    assert best == [2, 4, 4]
+    guard = Guard(GuardSettings(every=2, best="reward"))
+    guard.begin({"heldout": 1.0})
+    guard.add({"reward": 9.0})
+    guard.forget_best()
+    guard.add({"reward": 1.0})
+    guard.decide(2, {"heldout": 1.0})
+    assert guard.state.best_value == 1.0
+
+
+def test_words_stay_in_force_where_the_guard_goes_back(tmp_path):
+    guard = GuardSettings(every=2, action="rollback", rollbacks=1)
+    run(tmp_path, algorithm=Steering(tmp_path, {3: (["icy"], None)}), check=Checks(1.0, 1.0, 0.0, 1.0), guard=guard,
+        steps=6, checkpoint_every=2)  # fmt: skip
+    assert same(tensors(tmp_path, 4), tensors(tmp_path, 2))
+    saved = [checkpoint.load(tmp_path / "checkpoints" / checkpoint.name(step)).state for step in (2, 4, 6)]
+    assert [state["algorithm"]["positive"] for state in saved] == [["warm"], ["icy"], ["icy"]]
 
 
 def test_the_guard_can_only_warn(tmp_path):

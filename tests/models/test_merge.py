@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from palate.models import lora
+from palate.models.adapters import common
 from palate.models.merge import merge_adapters, merged
 from palate.models.original import Lora
 from palate.models.saved import check_rates, read_saved
@@ -37,6 +38,10 @@ def test_the_change_is_the_weighted_sum_whatever_ranks_and_alphas():
     torch.testing.assert_close(change(got["x"]), 0.5 * change(a["x"]) - 2 * change(b["x"]), atol=1e-5, rtol=0)
     torch.testing.assert_close(change(got["y"]), 0.5 * change(a["y"]), atol=1e-6, rtol=0)
     assert got["x"].rank == 5 and got["x"].alpha == 5.0 and got["y"].rank == 2
+
+
+def test_rank_and_alpha_are_those_that_most_layers_have():
+    assert common({"x": layer(0), "y": layer(1), "z": layer(2, rank=5, alpha=1.0)}) == (2, 3.0)
 
 
 def test_files_of_runs_are_merged_and_read_back(tmp_path):

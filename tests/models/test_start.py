@@ -146,6 +146,16 @@ def test_untrained_parts_that_share_their_down_come_back():
     assert [layer.magnitude[0] for layer in found.values()] == [0, 16, 32]
 
 
+def test_a_rank_stabilised_lora_counts_by_the_root_of_its_rank(tmp_path):
+    """(alpha / sqrt(r)) up @ down, as PEFT adds it with use_rslora (Kalajdzievski 2023, arXiv 2312.03732)."""
+    layers = {"x": Lora(torch.randn(4, 3), torch.randn(5, 4), 6.0)}
+    record = json.dumps(lora.peft_config(layers) | {"use_rslora": True})
+    lora.write(tmp_path / lora.FILE, lora.to_peft(layers), {"format": "pt", lora.METADATA: record})
+    found = lora.read(tmp_path / lora.FILE, {"x": (5, 3)}, None, "model.start")["x"]
+    expected = 6.0 / 4**0.5 * layers["x"].up @ layers["x"].down
+    torch.testing.assert_close(found.change(torch.zeros(5, 3)), expected)
+
+
 def test_a_lora_in_krea2s_own_names_is_read(tmp_path):
     """As ai-toolkit and Krea's trainer write one; its alpha is the file's."""
     model = drawn(load("krea2", lora_rank=RANK, lora_alpha=ALPHA))

@@ -64,6 +64,32 @@ def test_an_adapter_of_another_rank_says_which_to_set(tmp_path):
         make().load(tmp_path)
 
 
+def test_an_adapter_of_another_alpha_says_which_to_set(tmp_path):
+    """Its tensors fit; it would come back too strong or too weak."""
+    make().save(tmp_path)
+    other = make()
+    for module in adapters.adapted(other.network, "policy").values():
+        module.lora_alpha["policy"] = 8
+    with pytest.raises(ValueError, match=r"has alpha 2, this model 8; set model.lora_alpha=2"):
+        other.load(tmp_path)
+
+
+def test_the_first_factor_is_drawn_with_the_deviation_of_one_over_the_rank():
+    """`model.lora_init=gaussian`, N(0, 1 / rank^2); the second factor stays as it was."""
+    weights = make(rank=5)
+    before = [p.detach().clone() for p in weights.parameters("policy")]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        weights.draw_first_factor()
+    kinds = [".lora_A." in key for key in adapters.own_parameters(weights.network, "policy", adapter=True)]
+    pairs = list(zip(kinds, before, weights.parameters("policy"), strict=True))
+    drawn = torch.cat([p.detach().flatten() for first, _, p in pairs if first])
+    assert (
+        len(drawn) > 2000 and float(drawn.std()) == pytest.approx(1 / 5, rel=0.06) and abs(float(drawn.mean())) < 0.02
+    )
+    assert all(torch.equal(old, p) for first, old, p in pairs if not first)
+
+
 @pytest.mark.parametrize("training", ["lora", "full"])
 def test_names_are_separate_and_the_reference_is_what_it_was(training):
     weights = make(training)

@@ -99,6 +99,7 @@ def test_curves_over_questions(tmp_path):
     plain = {"optimize": {"oracle": {"function": "mine:score"}, "budget": 100, "surrogate": "ucb"}}
     (title, what, svg), *_ = blackbox.query_curves(tmp_path, asked, plain)
     assert title == "Scores of the queries" and "means of 2" in what and "best so far" in svg
+    assert "best so far from 1 to 9" in svg
     assert "without noise" not in svg  # a question to one's own oracle would be a further one
     facts = dict(blackbox.query_summary(tmp_path, asked, plain))
     assert facts == {"Objective": "function mine:score", "Queries": "82 of 100: 80 answered, 2 failed"}

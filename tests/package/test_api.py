@@ -133,6 +133,8 @@ def test_a_reset_model_is_as_it_was_loaded(training):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(1.0)
+    model.reset(8)
+    assert all(torch.equal(a, b) for a, b in zip(start, model.parameters(), strict=True)) == (training == "full")
     model.reset(7)
     assert all(torch.equal(a, b) for a, b in zip(start, model.parameters(), strict=True))
     x, t = torch.zeros(1, *model.latent_shape), torch.full((1,), 0.5)

@@ -113,7 +113,12 @@ def test_a_remedy_is_a_batch_that_the_algorithm_takes(monkeypatch):
 def test_ranks_without_an_accelerator_share_their_machine(monkeypatch):
     made = recipe.read("srpo-emoji", ["trainer.batch_size=64"])
     monkeypatch.setattr(MEMORY, lambda: 64 * GIB)
-    assert room(made, gpus=2).need == 2 * plan(made, gpus=2).bytes
+    need = room(made, gpus=2).need
+    assert need == 2 * plan(made, gpus=2).bytes
+    monkeypatch.setattr(MEMORY, lambda: 0.45 * need)
+    (key, _), *_ = room(made, gpus=2).remedies
+    assert room(recipe.read("srpo-emoji", ["trainer.batch_size=64", key]), gpus=2).fits
+    monkeypatch.setattr(MEMORY, lambda: 64 * GIB)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # on two machines
     assert room(made).need == 2 * plan(made, gpus=4).bytes

@@ -25,6 +25,7 @@ from palate.plan import (
     DEVICES,
     GIB,
     Unit,
+    as_json,
     count,
     duration,
     measure,
@@ -272,6 +273,10 @@ def test_time_and_cost_follow_the_device_and_the_price():
     hours = whole.seconds(DEVICES["h200"].tflops, 0.5) * made.trainer.steps / 3600
     text = table(made, whole, device="h200", utilisation=0.5, price=3.0)
     assert f"{3.0 * hours:.2f} at 3 per GPU and hour" in text
+    both = [as_json(made, plan(made, units=UNITS, gpus=n), device="h200", utilisation=0.5, price=3.0) for n in (1, 2)]
+    found = [json.loads(text) for text in both]  # two GPUs need half the time, and cost as much
+    assert found[0]["cost"] == found[1]["cost"] == pytest.approx(3.0 * hours)
+    assert found[0]["seconds"] == 2 * found[1]["seconds"] == pytest.approx(3600 * hours)
     name, device = this_machine()
     assert device.tflops > 0 and device.gib > 0.5
     assert f"1 x {name}" in table(made, whole, device=None) and (name == "cpu") != torch.cuda.is_available()

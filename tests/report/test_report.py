@@ -20,9 +20,11 @@ from palate.cli import runs as runs_command
 from palate.cli.compare_table import compare_runs
 from palate.report import Line, Mark, tables
 from palate.report.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, separate_labels, ticks
+from palate.report.curves import smoothed
+from palate.report.evaluation import prompt_cards
 from palate.report.html import number, signed
 from palate.report.page import run_page
-from palate.report.pictures import clearest_pairs, preview_pairs
+from palate.report.pictures import clearest_pairs, grid, picture, preview_pairs, ranked_pairs
 from palate.runtime.errors import InputError
 
 
@@ -259,6 +261,17 @@ def test_the_evaluation_of_several_runs_is_one_page(runs):
     assert "Run against run" not in one.read_text(encoding="utf-8") and not one.with_suffix(".json").exists()
 
 
+def test_a_card_shows_each_run_s_own_picture_of_its_prompt(runs, tmp_path):
+    """Stored evaluations may be of other prompts, or of the same ones in another order: there the file of that number
+    is of another prompt, or there is none."""
+    few = fake_run(tmp_path / "few", prompts=("a dog", "a cat"), lift=0.3)
+    cards = prompt_cards([runs[0], few], list(evaluated(runs[0], few)["runs"].values()))["cards"]
+    shown = {card["prompt"]: {item["alt"]: item["src"] for item in card["pictures"]} for card in cards}
+    own = next(row for row in folders.read_index(few / "evaluation/result") if row["prompt"] == "a dog")
+    assert shown["a dog"]["a dog, few"] == picture(few / "evaluation/result" / own["file"])
+    assert len(shown["a dog"]) == 3 and list(shown["a fox, small"]) == ["a fox, small, before", "a fox, small, a"]
+
+
 def test_prompts_are_sorted_by_change(runs):
     evaluations = list(evaluated(*runs)["runs"].values())
     table = tables.prompt_table(evaluations)
@@ -292,6 +305,46 @@ def test_other_words_get_rows_of_their_own(runs):
     assert {"emoji-relative (+3d −flat, outline)", "emoji-relative (+outline)"} <= set(names())
     rows = {row["name"]: row for table in tables.metric_tables(found["runs"]) for row in table["rows"]}
     assert rows["emoji-relative (+outline)"]["cells"][0] is None and rows["emoji"]["cells"][1]["tag"] == "optimised"
+    beside = [row["name"] for row in tables.compare_table(list(found["runs"].values()))]
+    assert "emoji" in beside and "emoji-relative" not in beside
+
+
+def test_what_was_optimised_comes_first_and_then_what_was_held_out():
+    keys = ("zebra", "diversity", "concept", "reward/a", "reward/held", "reward/b")
+    found = {"optimised": ["b"], "heldout": "held", "metrics": {key: {"value": 0.0} for key in keys}}
+    assert [(row["key"], row["tag"]) for row in tables.metric_rows(found)] == [
+        ("reward/b", "optimised"), ("reward/held", "held out"), ("reward/a", ""), ("concept", ""), ("diversity", ""),
+        ("zebra", ""),
+    ]  # fmt: skip
+
+
+def test_numbers_have_three_digits_or_two_decimals():
+    values = (None, 0.0, 1234.6, 123.46, -2.346, 0.5, 0.0001)
+    assert [number(value) for value in values] == ["–", "0", "1,235", "123.5", "−2.35", "0.500", "0.00010"]
+    assert [signed(value) for value in (0.5, -0.5, 0.0, None)] == ["+0.500", "−0.500", "0", "–"]
+
+
+def test_drift_is_each_run_s_own():
+    drifts = [{"drift": {"saturation_ratio": value}, "metrics": {}} for value in (1.0, 2.0)]
+    assert {row["name"]: row["cells"] for row in tables.drift_rows(drifts)}["saturation"] == [1.0, 2.0]
+
+
+def test_the_first_and_the_last_of_many_previews_are_among_those_shown(tmp_path):
+    folder = fake_run(tmp_path / "a", prompts=("a dog",), steps=9)
+    steps = [head["step"] for head in grid(folder, [], [])["heads"]]
+    assert len(steps) == 6 and (steps[0], steps[-1]) == ("step 0", "step 80")
+
+
+def test_the_best_pairs_are_those_whose_held_out_reward_rose_most(tmp_path):
+    folder = fake_run(tmp_path / "a")
+    found = json.loads((folder / "evaluation.json").read_text())
+    for k, row in enumerate(found["rows"]):
+        row["reward/emoji-heldout"], row["base"]["reward/emoji-heldout"] = 1.0, 0.1 * k
+    order = [(row["prompt"], row["seed"]) for row in found["rows"]]
+    typical, best, worst = ([(pair["prompt"], pair["seed"]) for pair in group["pairs"]]
+                            for group in ranked_pairs(folder, found))  # fmt: skip
+    assert best == order[: len(best)] and worst == order[::-1][: len(worst)]
+    assert not set(typical) & {order[0], order[-1]}
 
 
 def test_hostile_words_are_inert_on_the_page_of_an_evaluation(tmp_path):
@@ -366,6 +419,16 @@ def test_a_chart_places_values_where_they_belong():
     assert points[1] == ((LEFT + right) / 2, (bottom + TOP) / 2)
     assert f'class="mark steer" x1="{points[1][0]}"' in svg and 'aria-label="t: up from 0 to 1; step 10: now"' in svg
     assert report.chart("t", [Line("none", [(0, math.nan)])]) == ""
+
+
+def test_a_smoothed_curve_takes_as_many_steps_from_either_side():
+    """So that a straight one stays as it is, at its ends too."""
+    straight = [(step, 3.0 - 2.0 * step) for step in range(10)]
+    for width in (0, 1, 3, 20):
+        assert smoothed(straight, width) == [(step, pytest.approx(value)) for step, value in straight]
+    assert smoothed([(step, float(step == 2)) for step in range(5)], 1)[1:4] == [
+        (k, pytest.approx(1 / 3)) for k in (1, 2, 3)
+    ]
 
 
 def test_ticks_are_round_and_labels_keep_apart():

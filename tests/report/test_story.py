@@ -14,6 +14,7 @@ from palate.evaluate.verdicts import verdict
 from palate.report import gauges, sentence
 from palate.report.curves import curves
 from palate.report.html import environment
+from palate.report.story import win_share
 
 PROMPTS = 20
 
@@ -87,6 +88,10 @@ def test_a_taste_is_asked_for_in_its_own_words_and_may_change_what_prompts_leave
         assert kept.state == state and ("over-optimised" in "".join(warned)) == (state == "bad")
 
 
+def test_a_picture_that_did_not_change_is_half_a_win():
+    assert win_share([1.0, 0.0, 0.0, -1.0]) == 0.5 == win_share([]) and win_share([0.2, 0.0]) == 0.75
+
+
 def test_a_cost_is_what_went_and_not_what_is_left():
     cost = gauges(evaluation(diversity=metric(0.06, 0.045)))[-1]
     assert (cost.figure, cost.base) == ("25%", 0.0) and cost.value == pytest.approx(0.25)
@@ -133,6 +138,14 @@ def test_the_objective_is_plotted_and_statistics_of_it_are_not():
             for k in range(1, 5)]  # fmt: skip
     ((title, _, svg),) = curves(rows)
     assert title == "The objective" and re.findall(r'<text class="name [^>]*>([^<]*)<', str(svg)) == ["reward"]
+
+
+def test_what_should_stay_is_a_ratio_to_before_and_plain_rewards_are_changes():
+    looks = (0, {"concept": 0.8, "heldout": 2.0, "reward": 5.0}), (4, {"concept": 0.4, "heldout": 1.5, "reward": 5.5})
+    rows = [{"event": "guard", "step": step, "verdict": "ok", **found} for step, found in looks]
+    said = [re.search(r'aria-label="([^"]*)"', str(svg))[1] for *_, svg in curves(rows)]
+    assert said == ["What should stay: concept from 1 to 0.5",
+                    "Rewards of the plain prompts: held-out from 0 to -0.5, reward from 0 to 0.5"]  # fmt: skip
 
 
 def test_folded_rows_of_pictures_say_the_words_too(tmp_path):

@@ -129,6 +129,20 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000004", "step-000008", "step-000010"]
 
 
+def test_a_checkpoint_that_is_being_deleted_is_none_any_more(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+
+    def killed(path, **options):
+        (path / checkpoint.MANIFEST).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.prune(tmp_path, keep=2, also=set())
+    assert checkpoint.steps(tmp_path) == [2, 3]
+
+
 def test_without_a_good_one_the_error_says_so(tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match="there is none"):
         checkpoint.load_newest(tmp_path, warn=print)

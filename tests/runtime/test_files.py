@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import signal
+import stat
 import threading
 from pathlib import Path
 
@@ -114,6 +115,20 @@ def test_a_folder_that_fails_leaves_the_old_one(tmp_path):
         (folder / "f").write_text("broken")
         raise KeyError
     assert (tmp_path / "x/f").read_text() == "new" and sorted(p.name for p in tmp_path.iterdir()) == ["x"]
+
+
+def test_the_disk_has_a_file_before_it_takes_its_name_and_the_name_before_it_is_done(tmp_path, monkeypatch):
+    events, sync, rename = [], os.fsync, os.replace
+
+    def synced(file):
+        found = os.fstat(file)
+        events.append("folder" if stat.S_ISDIR(found.st_mode) else found.st_size)
+        return sync(file)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda old, new: events.append("named") or rename(old, new))
+    write_atomically(tmp_path / "a", b"12345")
+    assert events == [5, "named", "folder"]
 
 
 def test_a_digest_is_that_of_the_bytes(tmp_path):

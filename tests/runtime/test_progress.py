@@ -34,6 +34,14 @@ def test_percent_and_time_left_survive_any_width(width):
     assert "previews" not in bar.line(120)
 
 
+def test_the_time_left_of_a_resumed_run_is_told_by_the_steps_since():
+    bar = Progress(200)
+    bar.begin(100)
+    bar.show(120, {})
+    bar.started -= 40  # two seconds each
+    assert bar.line(80).startswith("60 %, 3 min left")
+
+
 def test_a_phase_that_takes_long_is_named_and_a_short_one_is_not(capsys):
     tell("nobody listens")
     with Progress(3) as bar:

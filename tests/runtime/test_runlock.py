@@ -12,6 +12,7 @@ import textwrap
 
 import pytest
 
+from palate.runtime import runlock
 from palate.runtime.errors import InputError
 from palate.runtime.runlock import OWNER, owned, require_free, status
 
@@ -89,6 +90,16 @@ def test_a_number_that_now_belongs_to_another_process_is_not_the_owner(tmp_path)
     assert status(tmp_path).state == "died"
     with owned(tmp_path):
         pass
+
+
+def test_an_owner_with_this_process_s_own_number_is_an_earlier_one(tmp_path, monkeypatch):
+    """In a container every start may have the same number; where no /proc tells when a process began, too."""
+    monkeypatch.setattr(runlock, "_started", lambda pid: "")
+    earlier = {"host": socket.gethostname(), "pid": os.getpid(), "started": "", "since": "yesterday"}
+    (tmp_path / runlock.OWNER).write_text(json.dumps(earlier))
+    assert runlock.status(tmp_path).state == "died"
+    with runlock.owned(tmp_path):
+        assert runlock.status(tmp_path).state == "running"
 
 
 def test_it_nests_in_one_process_and_leaves_no_empty_folder(tmp_path):

@@ -113,8 +113,61 @@ def test_every_twelfth_choice_is_asked_twice(studio, monkeypatch):
         monkeypatch.setattr(found.voting, "votes", lambda count=count: votes[:count])
         again = found.voting._next(votes[count - 1])
         asked += [count] if again.repeat_of else []
+        if again.repeat_of:  # with its sides exchanged, so that a favoured side is no agreement
+            assert (again.left, again.right) == (pair.right, pair.left)
     assert asked == [12, 24, 36, 48, 60]
     found.voting.forget_pair()
+
+
+def test_the_picture_that_won_stays_and_meets_another_of_its_prompt(studio):
+    """In the mode "champion". A time that no answer takes, of a page left open or a clock put back, is none."""
+    _, found = studio
+    found.workspace.set(mode="champion")
+    before = len(found.voting.votes())
+    for choice, ms, kept in (("left", 900, 900), ("right", -1, None), ("right", 3_600_000, None), ("left", 0, 0)):
+        pair = found.voting.pair()
+        vote = found.voting.vote(pair.id, choice, ms)
+        assert vote.ms == kept
+        shown = found.voting.pair()
+        won, lost = (vote.left, vote.right) if choice == "left" else (vote.right, vote.left)
+        assert won in (shown.left, shown.right) and lost not in (shown.left, shown.right)
+        assert shown.prompt == vote.prompt
+    found.workspace.set(mode="fresh")
+    while len(found.voting.votes()) > before:
+        found.voting.undo()
+
+
+def test_a_picture_depends_on_its_seed_and_not_on_what_is_drawn_with_it(studio):
+    _, found = studio
+    many, one = found.artist.draw(["fox"] * 18, range(18)), found.artist.draw(["fox"], [17])
+    assert torch.allclose(many[17], one[0], atol=1e-4) and not torch.allclose(many[1], one[0], atol=1e-2)
+
+
+def test_each_taste_that_is_learnt_has_a_folder_of_its_own_and_says_what_the_page_says(studio):
+    client, found = studio
+    while len(found.voting.votes()) < 20:
+        client.post("/choose/vote", data={"pair": found.voting.pair().id, "choice": "left"})
+    folders = [found.voting.learn_taste() for _ in range(2)]
+    cards = [json.loads((folder / "card.json").read_text()) for folder in folders]
+    shown = found.voting.summary()["taste"]
+    assert len(set(folders)) == 2
+    assert all(card[key] == shown[key] for card in cards for key in ("expected", "verdict", "learnt"))
+
+
+def test_the_pictures_that_a_taste_likes_are_shown_as_liked(studio, monkeypatch):
+    _, found = studio
+    rows, rng = found.artist.rows(), np.random.default_rng(0)
+    files = [found.workspace.store.path_of(drawn.picture) for drawn in rows]
+    warm = {path.name: float((image[0] - image[2]).mean()) for path in files for image in [read_picture(path)]}
+    votes = []
+    for _ in range(40):
+        left, right = (rows[int(k)] for k in rng.choice(len(rows), 2, replace=False))
+        choice = "left" if warm[left.picture.file] > warm[right.picture.file] else "right"
+        votes.append(Vote(left.prompt, left.picture, right.picture, choice))
+    monkeypatch.setattr(found.voting, "votes", lambda: votes)
+    card = found.voting.summary()["taste"]
+    liked, disliked = ([warm[file] for file in card[side]] for side in ("liked", "disliked"))
+    assert np.mean(liked) > np.mean(list(warm.values())) > np.mean(disliked)
 
 
 def test_pairs_are_of_one_concept_and_no_percentage_is_shown_before_twenty(studio):

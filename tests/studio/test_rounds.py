@@ -16,6 +16,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from palate import recipe
+from palate.data import evenly_spaced
 from palate.models.vocabulary import vocabulary
 from palate.runtime import runlock
 from palate.runtime.errors import InputError
@@ -23,6 +24,7 @@ from palate.studio import app as studio_app
 from palate.studio import routes_runs
 from palate.studio.app import make_app, opened_in_browser, serve
 from palate.studio.artist import Drawn
+from palate.studio.curves import curves_of
 from palate.studio.process import Processes
 from palate.studio.routes_compare import _wall
 from palate.studio.routes_train import _steered, _unasked
@@ -140,10 +142,11 @@ def test_runs_of_any_way_are_compared_each_on_its_own_model(studio, monkeypatch)
     _, found = studio
     monkeypatch.setattr("palate.studio.comparing.EmojiModel.load", lambda folder, training: folder or "base")
     monkeypatch.setattr(found.comparing, "_lora", lambda run: run)
-    drawn = []
+    drawn, strengths = [], []
 
     def draw(showing, prompts, parts):
         drawn.append((showing.model, [run for _, run in parts]))
+        strengths[:] = [strength for strength, _ in parts]
         return torch.zeros(len(prompts), 3, 8, 8)
 
     monkeypatch.setattr(found.comparing, "_draw", draw)
@@ -152,6 +155,10 @@ def test_runs_of_any_way_are_compared_each_on_its_own_model(studio, monkeypatch)
         (found.workspace.runs / name / "checkpoints" / "step-000030").mkdir(parents=True)
         assert len(found.comparing.showing(name).prompts) >= 24
     study = found.comparing.study("taste-emoji", "taste-emoji-dpo")
+    pairs = found.workspace.read(f"compare/{study}/study.json")["pairs"]
+    assert {pair["left"] for pair in pairs} == {"a", "b"}  # neither side is always the run's
+    listed = evenly_spaced(found.comparing.showing("taste-emoji").prompts, len(pairs))
+    assert [pair["prompt"] for pair in pairs] != listed and {pair["prompt"] for pair in pairs} == set(listed)
     assert drawn == [("emoji-1step", ["taste-emoji"]), ("base", ["taste-emoji-dpo"])]
     for number in range(5):
         found.comparing.answer(study, number, "tie")
@@ -161,6 +168,8 @@ def test_runs_of_any_way_are_compared_each_on_its_own_model(studio, monkeypatch)
         found.comparing.grid("taste-emoji", 1.0, "taste-emoji-dpo", 0.5)
     found.comparing.grid("taste-emoji-srpo", 1.0, "taste-emoji-dpo", 0.5)
     assert drawn[-1] == ("base", ["taste-emoji-srpo", "taste-emoji-dpo"])
+    found.comparing.grid("taste-emoji-srpo", 0.8, "taste-emoji-dpo", 0.25)  # a quarter of it is the other run's
+    assert strengths == pytest.approx([0.6, 0.2])
 
 
 def test_a_run_that_others_began_with_is_not_deleted(studio):
@@ -220,12 +229,28 @@ def test_a_round_begins_with_the_background_that_the_taste_likes_unless_the_mode
     monkeypatch.setattr("palate.studio.routes_train.adapter_now", lambda folder: folder / "adapter")
     assert _unasked(found) == [] and started() == ("taste-emoji", [])
     assert "will have a" not in client.get("/align").text
+    assert any(given.startswith("model.start=") and "align-8/adapter" in given for given in begun[-1][2])
+    assert "trainer.guard.base=start" not in begun[-1][2]  # tastes are compared with the plain model
     offered[1] = WordChoice("white", "background", 1.5, 9)
     assert started() == ("taste-emoji-words", ['algorithm.context=["white"]'])
     offered[1] = WordChoice("white", "background", 1.5, 9, error=1.1)  # not clearly better than the black
     assert started() == ("taste-emoji", [])
     del offered[1]
     assert started() == ("taste-emoji", [])
+    a_run(found, "steer-9", "direct-emoji")
+    (found.workspace.runs / "steer-9" / "adapter").mkdir()
+    found.workspace.set(source="steer-9")
+    started()
+    assert "trainer.guard.base=start" in begun[-1][2]  # what its words cost was asked for
+
+
+def test_votes_say_the_round_that_they_are_of_and_the_newest_round_comes_last(studio):
+    _, found = studio
+    for run, rounds in (("a", ["a"]), ("b", ["a", "b"]), ("a", ["b", "a"])):
+        found.workspace.begin_round(run)
+        assert found.workspace.rounds() == rounds and found.workspace.settings()["source"] == run
+    found.voting.add_pictures("fox", [picture(1)], [picture(2)])
+    assert [vote.round for vote in found.voting.votes()] == [3]
 
 
 def test_own_pictures_that_the_model_has_no_words_for_are_no_training_pairs(studio, monkeypatch, tmp_path):
@@ -257,6 +282,37 @@ def test_an_answer_cut_short_swallows_not_the_next_one(studio):
     path.write_bytes(path.read_bytes() + b'{"pair": 1, "cho')
     found.comparing.answer("a.base.30", 2, "right")
     assert found.comparing.answers("a.base.30") == {0: "left", 2: "right"}
+
+
+def test_a_win_is_one_of_the_run_s_own_picture_on_whichever_side_it_stands(studio):
+    _, found = studio
+    pairs = [{"prompt": "fox", "left": side, "files": {"a": "the run's", "b": "another"}} for side in "abbab"]
+    for wanted, rate in (("the run's", 1.0), ("another", 0.0)):
+        found.workspace.write(f"compare/{rate}/study.json", {"run": "a", "other": "", "pairs": pairs})
+        while (pair := found.comparing.next(str(rate))) is not None:
+            side = "left" if pair["left"] == wanted else "right"
+            found.comparing.answer(str(rate), pair["number"], side)
+        assert found.comparing.win_rate(str(rate))["rate"] == rate
+
+
+def test_charts_are_of_the_last_five_batches_and_of_ratios_to_what_was_before(studio):
+    _, found = studio
+    rows = [{"event": "step", "step": k, "reward": float(k)} for k in range(1, 9)]
+    rows += [{"event": "guard", "step": step, "verdict": "ok", "concept": concept, "diversity": diversity}
+             for step, concept, diversity in ((0, 0.8, 0.5), (8, 0.4, 1.0))]  # fmt: skip
+    trained, stays = curves_of(replace(a_run(found, "mine", "direct-emoji"), rows=rows))
+    assert [trained["lines"][0]["points"][k] for k in (0, -1)] == [(1, 1.0), (8, 6.0)]  # the mean of 4 to 8
+    assert {line["label"]: line["points"] for line in stays["lines"]} == {
+        "right thing shown": [(0, 1.0), (8, 0.5)], "variety": [(0, 1.0), (8, 2.0)]}  # fmt: skip
+
+
+def test_a_word_that_stays_keeps_the_step_from_which_it_holds(studio):
+    _, found = studio
+    view = a_run(found, "mine", "direct-emoji", "", "algorithm.positive=['3d']")
+    changes = ((4, ["3d", "cartoon"]), (7, ["cartoon"]), (9, ["cartoon", "3d"]))
+    rows = [{"event": "steer", "step": step, "positive": words, "negative": None} for step, words in changes]
+    held = [replace(view, rows=rows[:count]).words().positive for count in (1, 2, 3)]
+    assert held == [{"3d": 0, "cartoon": 4}, {"cartoon": 4}, {"cartoon": 4, "3d": 9}]
 
 
 def test_what_a_word_did_is_counted_from_the_last_pictures_without_it(studio, monkeypatch):
@@ -307,6 +363,17 @@ def test_a_run_goes_on_where_its_words_are_and_a_many_step_model_draws_no_pairs(
     answer = client.post("/runs/taste-emoji-srpo/keep")
     assert answer.status_code == 422 and "no run of a one-step generator" in answer.text
     assert not found.workspace.rounds()
+
+
+def test_a_finished_run_goes_on_for_as_many_steps_more(studio, monkeypatch):
+    client, found = studio
+    asked = []
+    monkeypatch.setattr(found.processes, "resume", lambda name, overrides: asked.append((name, overrides)))
+    folder = a_run(found, "mine", "direct-emoji", "", "trainer.steps=8").folder
+    (folder / "metrics.jsonl").write_text('{"event": "step", "step": 8}\n')
+    for more in (0, 20):
+        client.post("/runs/mine/resume", data={"more": more})
+    assert asked == [("mine", []), ("mine", ["trainer.steps=28"])]
 
 
 def test_a_run_of_another_machine_is_stopped_there(studio, monkeypatch):

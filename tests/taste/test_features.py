@@ -47,7 +47,10 @@ def test_colour_columns_of_a_red_square_on_a_blue_ground():
     assert column(image, "a large drawing") == pytest.approx(share, abs=0.01)
     assert column(image, "warm colours") == pytest.approx(means[0] - means[2], abs=1e-5)
     assert column(image, "a vivid background") == pytest.approx(0.4, abs=1e-6)
-    assert column(image, "a bright background") == pytest.approx(0.299 * 0.2 + 0.587 * 0.4 + 0.114 * 0.6, abs=1e-5)
+    dark, bright = 0.299, 0.299 * 0.2 + 0.587 * 0.4 + 0.114 * 0.6  # luma of the square and of the ground
+    assert column(image, "a bright background") == pytest.approx(bright, abs=1e-5)
+    assert column(image, "brightness") == pytest.approx(bright + share * (dark - bright), abs=1e-5)
+    assert column(image, "contrast") == pytest.approx((bright - dark) * (share * (1 - share)) ** 0.5, abs=1e-5)
 
 
 def test_colour_has_a_finite_gradient_on_a_plain_picture_too():
@@ -84,7 +87,11 @@ def test_words_are_what_the_embedded_reward_says_of_the_picture_with_its_concept
     styles = torch.stack([scale * reward(image, [f"{s} {concept}"] * 2) for s in vocab.styles], 1)
     n = len(vocab.styles)
     assert torch.allclose(rows[:, :n], styles - styles.mean(1, keepdim=True), atol=1e-3)
+    small, large = (scale * reward(image, [f"{vocab.sizes[k]} {concept}"] * 2) for k in (0, -1))
+    assert torch.allclose(rows[:, n], large - small, atol=1e-3)
     colours = len(vocab.colours)
+    grounds = torch.stack([scale * reward(image, [f"{concept} on a {c} background"] * 2) for c in vocab.colours], 1)
+    assert torch.allclose(rows[:, n + 1 : n + 1 + colours], grounds - grounds.mean(1, keepdim=True), atol=1e-3)
     surely = rows[:, n + 1 + colours : 2 * n + 1 + colours]
     assert torch.allclose(surely, 4 * styles.softmax(1), atol=1e-4)
     assert features.sizes == [2 * n + 1 + 2 * colours] and len(features.columns) == features.sizes[0]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from palate import Taste, fit_taste
-from palate.models.vocabulary import vocabulary, with_words
+from palate.models.vocabulary import parse_prompt, vocabulary, with_words
 from palate.rewards.combine import score_pair
 from palate.runtime.errors import InputError
 from palate.taste.ask import next_pair, telling_pairs
@@ -16,7 +18,7 @@ from palate.taste.features import COLOUR_COLUMNS, features_of
 from palate.taste.learner import Posterior
 from palate.taste.pictures import Choice, as_image
 from palate.taste.taste import load_objective, mixed
-from palate.taste.words import WordChoice, offered, unasked, word_gains
+from palate.taste.words import WordChoice, hidden_prompt, offered, unasked, word_gains
 
 G = torch.Generator().manual_seed(5)
 PICTURES = (torch.rand(60, 3, 8, 8, generator=G) * 0.5 + torch.rand(60, 3, 1, 1, generator=G) * 0.5).clamp(0, 1)
@@ -190,6 +192,8 @@ def test_tastes_add_up_in_their_own_standard_deviations(taste, tmp_path):
     expected = 0.7 * z @ torch.from_numpy(taste.posterior.mean) / parts[0] + 0.3 * z @ own / taste.scaling.std(own)
     got = z @ torch.from_numpy(sum_of.posterior.mean)
     assert torch.allclose(got, expected, atol=1e-8)
+    bounds = [one.objective(absolute=0.0, confidence=2.0)(PICTURES, prompts) for one in (taste, mixed([(3.0, taste)]))]
+    assert torch.allclose(*bounds, atol=1e-4)  # what is uncertain grows with the weight as what is known does
 
 
 def test_raters_have_a_quality_each():
@@ -271,7 +275,9 @@ def test_the_next_pair_is_of_one_prompt_new_and_the_most_telling_of_its_candidat
     shown = {frozenset((0, 1)), frozenset((0, 2))}
     assert next_pair(None, z[:3], ["a"] * 3, shown, rng) in ((1, 2), (2, 1))
     assert next_pair(None, z[:3], ["a"] * 3, shown | {frozenset((1, 2))}, rng) is None
-    assert 7 in next_pair(taste.posterior, z, groups, set(), rng, champion=7)
+    met = [next_pair(taste.posterior, z, groups, set(), rng, champion=7) for _ in range(40)]
+    assert all(7 in pair for pair in met)
+    assert 10 <= sum(pair[0] == 7 for pair in met) <= 30  # on either side: who favours one favours no picture by it
 
 
 def test_pairs_asked_together_use_each_picture_once(taste):
@@ -279,6 +285,8 @@ def test_pairs_asked_together_use_each_picture_once(taste):
     found = telling_pairs(taste.posterior, z, ["a"] * 20, 8, np.random.default_rng(0))
     rows = [row for i, j, _ in found for row in (i, j)]
     assert len(found) == 8 and len(set(rows)) == 16
+    assert [nats for *_, nats in found] == [pytest.approx(taste.posterior.information(z[[i]] - z[[j]])[0])
+                                            for i, j, _ in found]  # fmt: skip
 
 
 def test_a_taste_stands_on_a_reward_with_two_towers_and_each_block_once():
@@ -302,6 +310,36 @@ def test_votes_that_do_not_count_are_said(tmp_path, caplog):
     found = fit_taste(store, base=Tower(), source="clip-score", blocks=["colour"])
     assert "1 of 3 votes do not count" in caplog.text
     assert found.card["liked"] == found.card["disliked"] == []  # ties like nothing better than anything else
+
+
+def test_a_taste_is_standardised_on_pictures_from_all_over_the_studio_s_pool(tmp_path, monkeypatch):
+    """Also on those that came last; lines that were cut, and pictures that are gone, are passed over."""
+    from palate.taste import pictures
+    from palate.taste.votes import VoteStore
+
+    store, names = VoteStore(tmp_path), []
+    for shade in range(7):
+        Image.fromarray(np.full((8, 8, 3), shade, np.uint8)).save(tmp_path / "x.png")
+        names.append(store.keep((tmp_path / "x.png").read_bytes()))
+    rows = [json.dumps({"file": name, "shown": f"p{k}"}) for k, name in enumerate(names)]
+    (tmp_path / "pool.jsonl").write_text("\n".join([*rows, rows[0][:20]]))
+    monkeypatch.setattr(pictures, "POOL", 3)
+    images, shown = pictures.pool_beside(store)
+    assert shown == ["p0", "p3", "p6"] and (255 * images.mean((1, 2, 3))).round().tolist() == [0, 3, 6]
+    (store.pictures / names[3]).unlink()
+    assert pictures.pool_beside(tmp_path)[1] == ["p0", "p2", "p5"]
+
+
+def test_a_hidden_prompt_says_more_where_the_prompt_says_nothing():
+    vocab, rng = vocabulary(), np.random.default_rng(0)
+    concept, style, colour = vocab.concepts[0], vocab.styles[0], next(iter(vocab.colours))
+    plain = [parse_prompt(hidden_prompt(concept, rng)) for _ in range(200)]
+    shares = [np.mean([getattr(said, kind) is not None for said in plain]) for kind in ("size", "style", "background")]
+    assert {said.concept for said in plain} == {concept} and shares == pytest.approx([0.4, 0.7, 0.7], abs=0.12)
+    assert {said.style for said in plain} == {None, *vocab.styles}
+    full = f"{style} {concept} on a {colour} background"
+    told = [parse_prompt(hidden_prompt(full, rng)) for _ in range(20)]
+    assert {(said.concept, said.style, said.background) for said in told} == {(concept, style, colour)}
 
 
 def test_a_picture_without_features_is_named():
@@ -333,7 +371,6 @@ def test_tastes_add_up_with_numbers_alone(weight):
 
 def test_pairs_that_are_asked_for_are_read_when_they_are_answered(tmp_path, monkeypatch, capsys):
     """Their pictures are named from the list's own folder, as in every list, wherever the command was given."""
-    import json
     from types import SimpleNamespace
 
     from palate.cli import fit_taste as command

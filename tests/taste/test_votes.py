@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -100,6 +101,13 @@ def test_a_row_that_is_no_vote_is_named_with_its_line(tmp_path):
         file.write('{"prompt": "x", "choice": "left", "left": {"file": "../../etc/passwd"}, "right": {}}\n')
     with pytest.raises(InputError, match=r"votes\.jsonl line 4"):
         store.read()
+
+
+def test_the_disk_has_a_vote_before_the_next_pair_is_shown(tmp_path, monkeypatch):
+    store, sizes, sync = store_with(tmp_path, 1), [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: sizes.append(os.fstat(file).st_size) or sync(file))
+    store.append(replace(store.read()[0], id="new"))
+    assert sizes == [store.file.stat().st_size]
 
 
 def test_a_full_disk_is_said_and_the_votes_before_stay(tmp_path):
@@ -207,6 +215,21 @@ def test_export_as_hpdv2_is_read_back_by_dpo_and_by_import(tmp_path):
     assert import_votes(tmp_path / "out" / "train.json", again) == 3
     assert [v.choice for v in again.read()] == ["tie", "left", "tie"]
     assert import_votes(tmp_path / "out", again) == 0  # the folder says the same
+    plain = VoteStore(tmp_path / "plain")
+    assert export_votes(store, tmp_path / "rows", "json") == import_votes(tmp_path / "rows", plain) == 3
+    first, second = ([(v.choice, v.left.file, v.right.file) for v in kept.read()] for kept in (store, plain))
+    assert first == second
+
+
+def test_exported_pictures_are_captioned_with_what_they_were_drawn_for(tmp_path):
+    """Which may say more than the prompt that was shown."""
+    store = VoteStore(tmp_path / "votes")
+    left, right = Picture(store.keep(png(1)), "a 3d fox"), Picture(store.keep(png(2)))
+    store.append(Vote("fox", left, right, "left"))
+    export_votes(store, tmp_path / "out")
+    lines = (tmp_path / "out" / "images" / "metadata.jsonl").read_text().splitlines()
+    captions = {row["file_name"]: row["text"] for row in map(json.loads, lines)}
+    assert captions == {left.file: "a 3d fox", right.file: "fox"}
 
 
 def test_votes_become_likes_that_kto_trains_on(tmp_path, tiny, palate):

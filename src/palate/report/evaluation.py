@@ -72,27 +72,35 @@ def judged_run(run: Path, name: str, evaluation: dict[str, Any]) -> dict[str, An
 
 
 def prompt_cards(runs: Sequence[Path], evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A card per prompt, the largest change first: the base's picture of the first seed beside each run's, and the mean
-    changes. {"heads": [name], "cards", "num_hidden"}: of more than CARDS prompts those in the middle are left out."""
+    """A card per prompt, the largest change first: the base's picture of the first seed that all runs have beside each
+    run's, and the mean changes; a run without the prompt shows none. {"heads": [name], "cards", "num_hidden"}: of more
+    than CARDS prompts those in the middle are left out."""
     table = prompt_table(evaluations)
     several = len(evaluations) > 1
     heads = [f"{runs[run].resolve().name}: {name}" if several else name for run, name in table["heads"]]
-    files: dict[str, str] = {}
-    for row in evaluations[0]["rows"]:
-        if "file" in row:
-            files.setdefault(row["prompt"], Path(row["file"]).name)
+    files = [_files(evaluation) for evaluation in evaluations]
     rows = sorted(table["rows"], key=lambda row: row["ranks"][0] if row["ranks"] else 0)
     half = CARDS // 2
     shown = rows if len(rows) <= CARDS else rows[:half] + rows[-half:]
     cards = []
     for row in shown:
         pictures = []
-        if (file := files.get(row["prompt"])) and (runs[0] / "evaluation/base" / file).is_file():
-            sides = [("before", runs[0] / "evaluation/base")]
-            sides += [((run.resolve().name if several else "after"), run / "evaluation/result") for run in runs]
-            pictures = [
-                {"src": picture(folder / file, CARD_PIXELS), "alt": f"{row['prompt']}, {name}"}
-                for name, folder in sides
+        own = [key for key in files[0] if key[0] == row["prompt"]]
+        shared = [key for key in own if all(key in each for each in files)]
+        for key in (shared or own)[:1]:
+            if not (before := runs[0] / "evaluation/base" / files[0][key]).is_file():
+                continue
+            sides = [("before", before)]
+            sides += [
+                (run.resolve().name if several else "after", run / "evaluation/result" / each[key])
+                for run, each in zip(runs, files, strict=True)
+                if key in each  # stored evaluations may be of other prompts, or of the same in another order
             ]
+            pictures = [{"src": picture(path, CARD_PIXELS), "alt": f"{row['prompt']}, {name}"} for name, path in sides]
         cards.append({**row, "pictures": pictures})
     return {"heads": heads, "cards": cards, "num_hidden": len(rows) - len(shown)}
+
+
+def _files(evaluation: dict[str, Any]) -> dict[tuple[str, Any], str]:
+    """(prompt, seed) -> the name of the picture's file."""
+    return {(row["prompt"], row["seed"]): Path(row["file"]).name for row in evaluation["rows"] if "file" in row}
