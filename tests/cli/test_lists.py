@@ -58,6 +58,19 @@ def test_a_group_is_the_mean_and_the_sample_deviation_of_its_runs(seeds):
         compare_table.compare_runs(seeds, "sead")
 
 
+def test_groups_of_several_methods_are_named_by_the_method(seeds, tmp_path):
+    """Two methods have no key in common but the name: a column's head must not list all settings of both."""
+    other = tmp_path / "other"
+    shutil.copytree(seeds[0], other)
+    tree = json.loads((other / "recipe.yaml").read_text())
+    tree["algorithm"] = {"name": "refl", "T": 8}
+    tree["trainer"]["checkpoint_every"] = 7
+    (other / "recipe.yaml").write_text(json.dumps(tree))
+    assert compare_table.compare_runs([*seeds[:3], other], "seed")[0] == ["base", "srpo", "refl"]
+    groups = compare_table.compare_runs([*seeds, other], "seed")[0]
+    assert groups == ["base", "srpo, lr 1e-05", "srpo, lr 0.0001", "refl"]
+
+
 def test_relative_rewards_of_other_words_stand_in_no_table(seeds, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(seeds[0], other)

@@ -249,3 +249,10 @@ def test_commands_to_copy_take_any_path():
     files = Path(palate.__file__).parent.rglob("*.py")
     found = [str(path) for path in files if offered.search(path.read_text("utf-8"))]
     assert found == []
+
+
+def test_an_error_of_a_write_names_the_file_and_not_its_temporary_one(tmp_path):
+    with pytest.raises(OSError) as caught:
+        write_atomically(tmp_path / "none" / "mine.yaml", b"")
+    said = with_remedy(caught.value)
+    assert said.startswith(f"{tmp_path / 'none' / 'mine.yaml'}: No such file") and "make the folder" in said

@@ -38,6 +38,7 @@ _OF_PATHS = {  # of any file that is read or written
     errno.EROFS: "The disk is mounted read-only: name another place",
     errno.EEXIST: "A file of that name is in the way: move it, or name another place",
     errno.ENOTDIR: "A file stands where a folder is needed: move it, or name another place",
+    errno.ENOENT: "It, or the folder that it is to lie in, is not there: look at its name, or make the folder",
     errno.EISDIR: "A folder stands where a file is needed: name a file",
     errno.ENAMETOOLONG: "The name is too long for this disk: name a shorter one",
 }
@@ -92,8 +93,9 @@ def write_atomically(path: Path, data: bytes) -> None:
     try:
         write_durably(temporary, data)
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
+        error.filename = str(path)  # and not the temporary one, which nobody has named
         raise
     sync(path.parent)
 
@@ -154,7 +156,7 @@ def read_json_lines(path: Path, *, cut_short: bool = False) -> list[tuple[int, A
     try:
         lines = split_lines(path.read_text("utf-8"))
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
