@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -238,3 +239,18 @@ def test_a_dry_run_reads_the_models_small_files(here, capsys):
     ):
         assert dry_run(*overrides, f"{key}={value}") == 2
         assert f"bad      {problem}" in capsys.readouterr().out
+
+
+def test_a_folder_that_lacks_a_part_is_told_from_one_of_another_family(here, capsys):
+    """A second download would not help who has named the wrong folder."""
+    cut = here / "cut"
+    shutil.copytree(saved("stable-diffusion")[0], cut)
+    shutil.rmtree(cut / "unet")
+    for folder, why in ((cut, "the download is incomplete"), (saved("flux")[0], "it is a folder of another family")):
+        assert dry_run("model={name: stable-diffusion, folder: " + str(folder) + "}", "prompts={list: [a cat]}",
+                       "reward={name: brightness}", "evaluate.heldout=null") == 2  # fmt: skip
+        assert f"lacks unet; {why}" in capsys.readouterr().out
+    (cut / "model_index.json").unlink()
+    dry_run("model={name: stable-diffusion, folder: " + str(cut) + "}", "prompts={list: [a cat]}",
+            "reward={name: brightness}", "evaluate.heldout=null")  # fmt: skip
+    assert "lacks unet; it holds no model_index.json" in capsys.readouterr().out

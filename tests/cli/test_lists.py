@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import shutil
 import statistics
@@ -109,6 +110,22 @@ def test_the_commands_print_them(seeds, palate):
         assert code == 2 and short(error)
     code, _, error = palate("runs", seeds[0].parent / "nowhere")
     assert code == 2 and short(error)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_no_sign_ends_a_command_whatever_the_output_can_show(encoding, seeds, tmp_path, monkeypatch):
+    """A run's words have a minus sign and an arrow, a folder's name any bytes: an old terminal shows what it can."""
+    shutil.copytree(seeds[0], tmp_path / os.fsdecode(b"caf\xe9"))
+    shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
+    monkeypatch.setattr("sys.stdout", shown)
+    monkeypatch.setattr("sys.argv", ["palate", "runs", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    shown.flush()
+    said = shown.buffer.getvalue().decode(encoding)
+    words = "+3d −flat, outline → step 20: +outline −3d"
+    assert ended.value.code == 0 and "caf?" in said
+    assert (words if encoding == "utf-8" else words.replace("−", "-").replace("→", "->")) in said
 
 
 def test_a_run_that_cannot_be_read_stays_in_the_list(tmp_path):
