@@ -19,6 +19,7 @@ from palate.data.published import PROMPT_SETS, beside_the_cache
 from palate.rewards.published import PUBLISHED, Download, PublishedReward
 from palate.runtime.errors import InputError
 from palate.runtime.hub import hub_file
+from palate.runtime.tensors import writing_tensors
 
 
 def fetch(name: str, out: Path, source: Path | None = None) -> str:
@@ -153,7 +154,7 @@ def convert(source: Path, target: Path) -> None:
         if isinstance(state, dict) else {}  # fmt: skip
     if not tensors:
         raise InputError(f"{source} holds no named tensors; is it {target.stem} as its authors publish it?")
-    with _beside(target) as part:
+    with _beside(target) as part, writing_tensors(target):
         save_file(tensors, part)
 
 

@@ -112,8 +112,19 @@ def sync(path: Path) -> None:
 def replace(source: Path, target: Path) -> None:
     """Rename a file or a folder; a folder at `target` is deleted first."""
     if target.is_dir():
-        shutil.rmtree(target)
+        remove_folder(target)
     os.replace(source, target)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder with all that is in it. OSError names the folder, or a path in it: what deletes below an open
+    folder names the last part alone."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        if not (isinstance(error.filename, str) and os.path.isabs(error.filename)):
+            error.filename = str(folder)
+        raise
 
 
 @contextlib.contextmanager
@@ -125,6 +136,10 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         replace(temporary, target)
+    except OSError as error:
+        if isinstance(error.filename, str) and error.filename.startswith(str(temporary)):
+            error.filename = str(target) + error.filename[len(str(temporary)) :]  # nobody has named the temporary one
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
