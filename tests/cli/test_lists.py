@@ -108,8 +108,12 @@ def test_the_commands_print_them(seeds, palate):
     for arguments in (["--group", "seed"], ["--format", "latex", "--blind"], ["--format", "xml"]):
         code, _, error = palate("compare", *seeds[:2], *arguments)
         assert code == 2 and short(error)
-    code, _, error = palate("runs", seeds[0].parent / "nowhere")
-    assert code == 2 and short(error)
+    for place, why in (("nowhere", "nowhere does not exist"), ("r0/recipe.yaml", "recipe.yaml is a file")):
+        code, _, error = palate("runs", seeds[0].parent / place)
+        assert code == 2 and short(error) and why in error
+    for way in ([], ["--blind"]):
+        code, _, error = palate("compare", seeds[0], seeds[0], *way)
+        assert code == 2 and short(error) and "is given twice" in error
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
@@ -207,6 +211,12 @@ def test_short_helps_are_whole_at_80_columns_and_every_command_has_two_lines_of_
     for name in names:
         if name not in ("palate", "customize", "votes", "taste"):  # groups, whose own commands have them
             assert "Examples:" in palate(name, "--help")[1], name
+
+
+def test_a_group_without_a_command_shows_its_help_as_it_is_laid_out(palate):
+    for group in ("votes", "taste"):
+        asked, (code, out, error) = palate(group, "--help")[1], palate(group)
+        assert code == 2 and not out and error.strip() == asked.strip()
 
 
 def test_seeds_and_words():

@@ -181,7 +181,11 @@ def exit_code_of(error: BaseException) -> int:
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         return 130
     if usage := getattr(error, "format_message", None):  # a mistake in the options, from typer
-        say((usage() or "no command; see palate --help") + suggestion(error, sys.argv[1:]))
+        text = usage() or "no command; see palate --help"
+        if text.startswith("Usage:"):  # a group without a command: its help, as it is laid out
+            print(text, file=sys.stderr)
+        else:
+            say(text + suggestion(error, sys.argv[1:]))
         return 2
     if isinstance(error, PeerAbortedError):  # another rank has said it
         return error.exit_code

@@ -13,7 +13,6 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor
-from torch._weights_only_unpickler import UnpicklingError
 
 from palate.data.published import PROMPT_SETS, beside_the_cache
 from palate.rewards.published import PUBLISHED, Download, PublishedReward
@@ -145,7 +144,9 @@ def convert(source: Path, target: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old pickle protocols
             state = torch.load(source, "cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # of a file of anything, the reader's stack may fail in any way
         raise InputError(
             f"{source} is no checkpoint of plain tensors, or its download is incomplete; fetch it again. It was not run"
         ) from error
