@@ -47,6 +47,14 @@ def test_code_in_a_pickle_never_runs_and_nothing_is_left(tmp_path, palate, monke
     assert not list((tmp_path / "weights").rglob("*.safetensors")) if (tmp_path / "weights").exists() else True
 
 
+def test_a_file_of_any_bytes_is_no_checkpoint_and_no_fault(tmp_path):
+    """What a pickle's reader raises depends on the first signs: a text file began with one that empties its stack."""
+    for content in (b"a fox on a blue background\n", *(bytes([first, 0x80, 2, 46]) for first in range(256))):
+        (tmp_path / "any.pt").write_bytes(content)
+        with pytest.raises(InputError, match=r"any\.pt (is no checkpoint of plain|holds no named) tensors"):
+            fetch.convert(tmp_path / "any.pt", tmp_path / "any.safetensors")
+
+
 def test_what_cannot_be_fetched_is_a_sentence_with_the_way_round(tmp_path, palate, monkeypatch):
     monkeypatch.chdir(tmp_path)
 

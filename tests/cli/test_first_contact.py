@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -139,6 +140,41 @@ def test_a_dry_run_names_what_is_missing_with_its_command(here, capsys, monkeypa
     assert "palate fetch hpsv2" in said and "not ready" in said and "a cat" in said
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("prompts.list=[a fox, a blarg]", "bad      the embedded model does not know 'blarg'"),
+        ("algorithm.positive=[watercolor]", "bad      algorithm.positive: the embedded model does not know"),
+        ("run.folder=file/run", "file is a file, where a folder is needed; change run.folder"),
+        (f"run.folder=runs/{'x' * 300}", "bad: a name in it is too long for this disk; change run.folder"),
+    ],
+)  # fmt: skip
+def test_a_dry_run_is_not_ready_where_the_training_would_refuse(here, capsys, override, told):
+    """Exit code 0 is the promise that the run can start: words and the folder need no weights to be looked at."""
+    (here / "file").write_text("")
+    (here / "mine.yaml").write_text(json.dumps({
+        "model": {"name": "emoji"}, "reward": {"name": "emoji"}, "prompts": {"list": ["a fox"]},
+        "algorithm": {"name": "srpo", "positive": ["3d"], "negative": ["flat"]}, "run": {"folder": "runs/x"},
+    }))  # fmt: skip
+    assert not cli.app(["train", "mine.yaml", "--dry-run"], standalone_mode=False)
+    capsys.readouterr()
+    assert cli.app(["train", "mine.yaml", override, "--dry-run"], standalone_mode=False) == 2
+    said = capsys.readouterr().out
+    assert told in said and "not ready" in said
+
+
+def test_an_unknown_device_is_said_before_anything_is_counted(here, monkeypatch, palate):
+    monkeypatch.setattr("palate.plan.plan", lambda *args, **options: pytest.fail("counted first"))
+    for command in (["plan", "srpo-emoji"], ["doctor", "srpo-emoji"]):
+        code, _, error = palate(*command, "--device", "rtx4090")
+        assert code == 2 and "--device: got 'rtx4090'; expected one of rtx-4060" in error
+
+
+def test_a_model_that_is_none_is_told_from_a_run(here, palate):
+    code, _, error = palate("sample", "--model", "nope", "--prompt", "a fox")
+    assert code == 2 and "nope: there is no such model, run or folder; give emoji, emoji-1step, a run" in error
+
+
 def test_prompts_are_given_by_flags(here):
     (here / "own.txt").write_text("a red kite\na small boat\n")
     cli.app(["init", "--model", "emoji", "--prompts", "own.txt", "--card", "24", "--out", "file.yaml"],
@@ -203,3 +239,18 @@ def test_a_dry_run_reads_the_models_small_files(here, capsys):
     ):
         assert dry_run(*overrides, f"{key}={value}") == 2
         assert f"bad      {problem}" in capsys.readouterr().out
+
+
+def test_a_folder_that_lacks_a_part_is_told_from_one_of_another_family(here, capsys):
+    """A second download would not help who has named the wrong folder."""
+    cut = here / "cut"
+    shutil.copytree(saved("stable-diffusion")[0], cut)
+    shutil.rmtree(cut / "unet")
+    for folder, why in ((cut, "the download is incomplete"), (saved("flux")[0], "it is a folder of another family")):
+        assert dry_run("model={name: stable-diffusion, folder: " + str(folder) + "}", "prompts={list: [a cat]}",
+                       "reward={name: brightness}", "evaluate.heldout=null") == 2  # fmt: skip
+        assert f"lacks unet; {why}" in capsys.readouterr().out
+    (cut / "model_index.json").unlink()
+    dry_run("model={name: stable-diffusion, folder: " + str(cut) + "}", "prompts={list: [a cat]}",
+            "reward={name: brightness}", "evaluate.heldout=null")  # fmt: skip
+    assert "lacks unet; it holds no model_index.json" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 import shutil
 import statistics
@@ -58,6 +59,19 @@ def test_a_group_is_the_mean_and_the_sample_deviation_of_its_runs(seeds):
         compare_table.compare_runs(seeds, "sead")
 
 
+def test_groups_of_several_methods_are_named_by_the_method(seeds, tmp_path):
+    """Two methods have no key in common but the name: a column's head must not list all settings of both."""
+    other = tmp_path / "other"
+    shutil.copytree(seeds[0], other)
+    tree = json.loads((other / "recipe.yaml").read_text())
+    tree["algorithm"] = {"name": "refl", "T": 8}
+    tree["trainer"]["checkpoint_every"] = 7
+    (other / "recipe.yaml").write_text(json.dumps(tree))
+    assert compare_table.compare_runs([*seeds[:3], other], "seed")[0] == ["base", "srpo", "refl"]
+    groups = compare_table.compare_runs([*seeds, other], "seed")[0]
+    assert groups == ["base", "srpo, lr 1e-05", "srpo, lr 0.0001", "refl"]
+
+
 def test_relative_rewards_of_other_words_stand_in_no_table(seeds, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(seeds[0], other)
@@ -94,8 +108,28 @@ def test_the_commands_print_them(seeds, palate):
     for arguments in (["--group", "seed"], ["--format", "latex", "--blind"], ["--format", "xml"]):
         code, _, error = palate("compare", *seeds[:2], *arguments)
         assert code == 2 and short(error)
-    code, _, error = palate("runs", seeds[0].parent / "nowhere")
-    assert code == 2 and short(error)
+    for place, why in (("nowhere", "nowhere does not exist"), ("r0/recipe.yaml", "recipe.yaml is a file")):
+        code, _, error = palate("runs", seeds[0].parent / place)
+        assert code == 2 and short(error) and why in error
+    for way in ([], ["--blind"]):
+        code, _, error = palate("compare", seeds[0], seeds[0], *way)
+        assert code == 2 and short(error) and "is given twice" in error
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_no_sign_ends_a_command_whatever_the_output_can_show(encoding, seeds, tmp_path, monkeypatch):
+    """A run's words have a minus sign and an arrow, a folder's name any bytes: an old terminal shows what it can."""
+    shutil.copytree(seeds[0], tmp_path / os.fsdecode(b"caf\xe9"))
+    shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
+    monkeypatch.setattr("sys.stdout", shown)
+    monkeypatch.setattr("sys.argv", ["palate", "runs", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    shown.flush()
+    said = shown.buffer.getvalue().decode(encoding)
+    words = "+3d −flat, outline → step 20: +outline −3d"
+    assert ended.value.code == 0 and "caf?" in said
+    assert (words if encoding == "utf-8" else words.replace("−", "-").replace("→", "->")) in said
 
 
 def test_a_run_that_cannot_be_read_stays_in_the_list(tmp_path):
@@ -177,6 +211,12 @@ def test_short_helps_are_whole_at_80_columns_and_every_command_has_two_lines_of_
     for name in names:
         if name not in ("palate", "customize", "votes", "taste"):  # groups, whose own commands have them
             assert "Examples:" in palate(name, "--help")[1], name
+
+
+def test_a_group_without_a_command_shows_its_help_as_it_is_laid_out(palate):
+    for group in ("votes", "taste"):
+        asked, (code, out, error) = palate(group, "--help")[1], palate(group)
+        assert code == 2 and not out and error.strip() == asked.strip()
 
 
 def test_seeds_and_words():

@@ -158,7 +158,7 @@ def test_weights_are_looked_for_in_every_place(tmp_path, nothing_fetched, monkey
         (["--protocol", "coco"], "--protocol: got 'coco'; expected one of drawbench, hpdv2, parti"),
         (
             ["--protocol", "drawbench"],
-            "the 200 prompts of DrawBench .* licence: none stated by its authors; or",
+            r"DrawBench .* are not here, and are not fetched \(licence: none stated by its authors\); give your copy",
         ),
         (["--protocol", "parti"], r"palate fetch parti gets it \(Apache-2.0\); or give your copy with --prompts-file"),
         (["--protocol", "parti", "--tasks"], "three evaluations; give one of them"),

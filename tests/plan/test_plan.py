@@ -314,6 +314,7 @@ def test_the_commands_answer_in_text_and_refuse_in_a_line(monkeypatch, capfd, tm
     code, out, _ = palate("plan", "srpo-emoji", "trainer.batch_size=4", "--device", "h200", "--gpus", "2")
     assert code == 0 and "batch 4, 2 x h200" in out and "GiB on each GPU" in out
     assert [duration(seconds) for seconds in (0.5, 90, 600, 9000)] == ["0.5 s", "90 s", "10 min", "2.5 h"]
+    assert [duration(days * 86400) for days in (1.9, 53, 1234.4)] == ["45.6 h", "53 days", "1,234 days"]
     assert palate("doctor")[:2] == (0, "ok      all is well\nnote    no GPU\n")
     monkeypatch.setattr("palate.cli.doctor.findings", lambda: iter([Finding("bad", "torch 1.0; needs >= 2.10")]))
     assert palate("doctor")[0] == 2

@@ -82,7 +82,7 @@ HOSTILE = [
         ["did you mean reward.relative.positive?"],
     ),
     ("prompts none", GOOD, ["prompts={}"], ["exactly one of prompts.file, prompts.list, prompts.images"]),
-    ("prompts two", GOOD, ["prompts.file=a.txt"], ["got prompts.file and prompts.list"]),
+    ("prompts two", GOOD, ["prompts.file=a.txt"], ["got prompts.file and prompts.list", "prompts.file=null"]),
     ("prompts empty", GOOD, ["prompts.list=[]"], ["prompts.list"]),
     ("prompts numbers", GOOD, ["prompts.list=[1]"], ["prompts.list.0", "string"]),
     ("prompts an empty one", GOOD, ['prompts.list=[""]'], ["prompts.list.0"]),
@@ -123,6 +123,21 @@ HOSTILE = [
     ("a key twice", GOOD + "trainer: {lr: 1.0, steps: 2, lr: 2.0}", [], ["lr", "given twice", "line 6"]),
     ("deep nesting", "a: " + "[" * 5000, [], ["YAML"]),
 ]
+
+
+def test_what_is_no_recipe_is_said_with_what_it_is(tmp_path):
+    """A folder, a run, and an override before the recipe are no file that is missing."""
+    run = tmp_path / "run"
+    run.mkdir()
+    with pytest.raises(RecipeError, match="run' is a folder, not a recipe; name the recipe's file in it"):
+        recipe.read(str(run))
+    (run / "recipe.yaml").write_text(GOOD)
+    with pytest.raises(
+        RecipeError, match=r"is a run, not a recipe: palate resume continues it; its recipe is .*\.yaml"
+    ):
+        recipe.read(str(run))
+    with pytest.raises(RecipeError, match=r"'run.folder=runs/x' is an override; the recipe comes first"):
+        recipe.read("run.folder=runs/x", ["srpo-emoji"])
 
 
 @pytest.mark.parametrize(("text", "overrides", "words"), [row[1:] for row in HOSTILE], ids=[row[0] for row in HOSTILE])
@@ -334,7 +349,7 @@ def test_prompt_files(tmp_path):
     with pytest.raises(RecipeError, match="holds no prompt"):
         recipe.read_prompts(str(file))
     file.write_bytes(b"caf\xe9")
-    with pytest.raises(RecipeError, match="not UTF-8"):
+    with pytest.raises(RecipeError, match=r"not UTF-8 text \(byte 3\); save it as UTF-8"):
         recipe.read_prompts(str(file))
     with pytest.raises(RecipeError, match="does not exist"):
         recipe.read_prompts("../recipe")

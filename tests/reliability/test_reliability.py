@@ -6,6 +6,7 @@ docs/reliability.md lists the figures.
 from __future__ import annotations
 
 import ast
+import errno
 import hashlib
 import os
 import random
@@ -20,6 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from diffusers import UNet2DModel
 from support import ROOT
 from support.checkpoints import write
 from support.commands import short
@@ -27,9 +29,12 @@ from support.loop import rows
 from support.ranks import MAKE, go, identical
 
 from palate import recipe
+from palate.models import delta
+from palate.models.saved import save_network
 from palate.recipe import GuardSettings, TrainerSettings
-from palate.runtime import checkpoint
+from palate.runtime import checkpoint, sharding
 from palate.runtime.distributed import Ranks
+from palate.runtime.files import new_folder
 from palate.testing import TinyFlow
 from palate.testing import tiny_reward as reward
 from palate.train import OutOfMemoryError, memory_savings, read_metrics
@@ -241,6 +246,27 @@ def test_ten_fill_levels_leave_the_last_checkpoint_and_name_path_need_and_free(t
         assert not list(tmp_path.glob(".tmp-*"))
     write(tmp_path, 2)
     assert checkpoint.load_newest(tmp_path, warn=pytest.fail).step == 2
+
+
+def _network():
+    return UNet2DModel(sample_size=8, block_out_channels=(32,), layers_per_block=1, down_block_types=("DownBlock2D",),
+                       up_block_types=("UpBlock2D",))  # fmt: skip
+
+
+TENSORS = {
+    "a network": lambda folder: save_network(_network(), folder),
+    "a sharded network": lambda folder: sharding.save_network(None, {"w": torch.randn(100, 100)}, folder),
+    "a difference": lambda folder: delta.save(folder, {"w": torch.randn(300, 300)}, {"w": torch.zeros(300, 300)}),
+}
+
+
+@pytest.mark.parametrize("write_some", TENSORS.values(), ids=TENSORS)
+def test_tensors_that_find_no_room_are_an_error_of_the_disk_that_names_the_place(tmp_path, write_some):
+    """safetensors tells of a full disk in words alone, which were a traceback of hundreds of lines."""
+    with SmallDisk(10_000), pytest.raises(OSError) as caught, new_folder(tmp_path / "out") as temporary:
+        write_some(temporary)
+    assert caught.value.errno == errno.EFBIG and str(caught.value.filename).startswith(str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_on_a_disk_that_fills_up_goes_on_when_there_is_room(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -33,6 +34,7 @@ from palate.runtime.files import (
     json_line,
     new_folder,
     read_json_lines,
+    replace,
     split_lines,
     with_remedy,
     write_atomically,
@@ -264,3 +266,28 @@ def test_commands_to_copy_take_any_path():
     files = Path(palate.__file__).parent.rglob("*.py")
     found = [str(path) for path in files if offered.search(path.read_text("utf-8"))]
     assert found == []
+
+
+def test_an_error_of_a_write_names_the_file_and_not_its_temporary_one(tmp_path):
+    with pytest.raises(OSError) as caught:
+        write_atomically(tmp_path / "none" / "mine.yaml", b"")
+    said = with_remedy(caught.value)
+    assert said.startswith(f"{tmp_path / 'none' / 'mine.yaml'}: No such file") and "make the folder" in said
+
+
+def test_a_folder_that_cannot_be_deleted_is_named_whole(tmp_path, monkeypatch):
+    """Python 3.11 names a file by its last part alone: "0000.png: Read-only file system"."""
+
+    def refuse(folder):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "0000.png")
+
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    with pytest.raises(OSError) as caught:
+        replace(tmp_path / "new", tmp_path)
+    assert with_remedy(caught.value).startswith(f"{tmp_path}: Read-only file system. The disk is mounted read-only")
+
+
+def test_a_new_folder_that_cannot_be_filled_is_named_and_not_its_temporary_one(tmp_path):
+    with pytest.raises(OSError) as caught, new_folder(tmp_path / "merged") as temporary:
+        (temporary / "none" / "file").write_bytes(b"")
+    assert caught.value.filename == str(tmp_path / "merged" / "none" / "file")

@@ -43,6 +43,7 @@ def test_the_link_lets_one_browser_in_once():
     assert first.get("/").status_code == 200
     assert second.get(f"/?token={SECRET}").status_code == 401 and second.get("/").status_code == 401
     assert "start it again: it prints a new link" in second.get("/").text  # as who closed the browser has to
+    assert "Open on another device, on its first page" in second.get("/").text  # as who has it open may
     assert first.get(f"/?token={SECRET}").status_code == 303  # whoever is in may use an old link
     invited = access.invite()
     assert second.get(f"/?token={invited}").status_code == 303 and second.get("/").status_code == 200

@@ -235,6 +235,8 @@ def test_a_round_begins_with_the_background_that_the_taste_likes_unless_the_mode
     assert started() == ("taste-emoji-words", ['algorithm.context=["white"]'])
     offered[1] = WordChoice("white", "background", 1.5, 9, error=1.1)  # not clearly better than the black
     assert started() == ("taste-emoji", [])
+    offered[1] = WordChoice("orange", "background", 1.5, 9)
+    assert "will have an orange one" in client.get("/align").text
     del offered[1]
     assert started() == ("taste-emoji", [])
     a_run(found, "steer-9", "direct-emoji")
@@ -457,6 +459,24 @@ def test_one_run_that_cannot_be_read_hides_no_other(studio, monkeypatch):
     monkeypatch.setattr(found, "view", view)
     views, unreadable = found.seen()
     assert [view.name for view in views] == ["good"] and list(unreadable) == ["bad"]
+
+
+def test_a_run_under_any_name_is_listed_with_what_it_takes_to_open_it(studio):
+    """The command line takes spaces, accents and bytes that are no UTF-8; a page that said "No run yet" hid them."""
+    client, found = studio
+    odd = ["lauf é: 100% {x}", "a" * 65, os.fsdecode(b"caf\xe9")]
+    for name in odd:
+        (found.workspace.runs / name).mkdir()
+        (found.workspace.runs / name / "recipe.yaml").write_text("run: {folder: x}")
+    try:
+        assert not found.workspace.names() or not set(odd) & set(found.workspace.names())
+        page = client.get("/runs").text
+        for shown in (*odd[:2], "caf\N{REPLACEMENT CHARACTER}"):
+            assert f"<strong>{shown}</strong>: rename the folder to open it" in page
+        assert "No run yet" not in page and "none yet" not in client.get("/").text
+    finally:
+        for name in odd:
+            shutil.rmtree(found.workspace.runs / name)
 
 
 def test_pictures_that_another_window_takes_away_are_no_fault(studio, monkeypatch):

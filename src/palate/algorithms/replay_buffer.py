@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from palate.runtime.errors import InputError
+from palate.runtime.tensors import writing_tensors
 
 Distribution = Literal["uniform", "prioritised", "importance"]
 UNIFORM_FRACTION = 0.1  # of importance: no trajectory is left out, and no weight exceeds 1 / UNIFORM_FRACTION
@@ -173,7 +174,8 @@ class ReplayBuffer:
         if self._scratch is None:
             self._scratch = tempfile.TemporaryDirectory(prefix="palate-replay-")
         path = Path(self._scratch.name) / f"{doomed[0]:08d}.safetensors"
-        save_file({str(k): self._held.pop(k) for k in doomed}, str(path))
+        with writing_tensors(path):
+            save_file({str(k): self._held.pop(k) for k in doomed}, str(path))
         self._shards.append((doomed[-1] + 1, path))
         self._mapped |= {int(k): x for k, x in load_file(path).items()}
 

@@ -7,6 +7,8 @@ signals.
 
 from __future__ import annotations
 
+import codecs
+import io
 import logging
 import os
 import shutil
@@ -24,6 +26,15 @@ from palate.runtime.files import with_remedy
 from palate.runtime.progress import printable
 
 MAX_LINES = 12  # of an error message
+OTHER_SIGNS = {
+    "−": "-",
+    "–": "-",
+    "±": "+-",
+    "→": "->",
+    "×": "x",
+    "·": "|",
+    "…": "...",
+}  # for an output that lacks them
 GLOBAL_OPTIONS = {"-q": "--quiet", "--quiet": "--quiet", "-v": "--verbose", "--verbose": "--verbose"}
 TRAIN, LOOK, SHARE, CHECK = "Train", "Look", "Share", "Check"  # the groups of the help
 
@@ -114,8 +125,22 @@ def _strip_controls(record: logging.LogRecord) -> bool:
     return True
 
 
+def print_everywhere() -> None:
+    """No sign ends a command: what the output's encoding lacks is written in other signs, or as a question mark."""
+    codecs.register_error("other signs", _in_other_signs)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="other signs")
+
+
+def _in_other_signs(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError), "an output encodes"
+    return "".join(OTHER_SIGNS.get(sign, "?") for sign in error.object[error.start : error.end]), error.end
+
+
 def main() -> None:
     """Run the command line: errors that a user can fix take a few lines, --debug shows where they come from."""
+    print_everywhere()
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     front = [GLOBAL_OPTIONS[argument] for argument in arguments if argument in GLOBAL_OPTIONS]
@@ -156,7 +181,11 @@ def exit_code_of(error: BaseException) -> int:
     if isinstance(error, (KeyboardInterrupt, typer.Abort)):
         return 130
     if usage := getattr(error, "format_message", None):  # a mistake in the options, from typer
-        say((usage() or "no command; see palate --help") + suggestion(error, sys.argv[1:]))
+        text = usage() or "no command; see palate --help"
+        if text.startswith("Usage:"):  # a group without a command: its help, as it is laid out
+            print(text, file=sys.stderr)
+        else:
+            say(text + suggestion(error, sys.argv[1:]))
         return 2
     if isinstance(error, PeerAbortedError):  # another rank has said it
         return error.exit_code

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from palate.cli.compare_table import as_text, compare_runs
 from palate.report import study, write_report
+from palate.runs import run_names
 from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
 
@@ -24,6 +25,7 @@ def print_table(runs: Sequence[Path], form: str, group: str | None) -> None:
 
 def write_blind_study(runs: Sequence[Path], page: Path | None, count: int, seed: int | None) -> None:
     """Write the page of a blind study of two runs, and its key."""
+    run_names(runs)  # each once
     if len(runs) != 2:
         raise InputError(f"--blind compares two runs, got {len(runs)}")
     page, secret = study.write_study(*runs, page=page, count=count, seed=seed)
@@ -33,4 +35,5 @@ def write_blind_study(runs: Sequence[Path], page: Path | None, count: int, seed:
 
 def write_side_by_side(runs: Sequence[Path]) -> None:
     """Write one page of all runs, into the first one's folder."""
+    run_names(runs)  # each once
     print(f"side by side: {printable(str(write_report(runs[0], compare=runs[1:])))}")

@@ -37,9 +37,9 @@ class Cell(NamedTuple):
 
 def compare_runs(runs: Sequence[Path], group: str | None) -> tuple[list[str], list[str], dict[str, dict[str, Cell]]]:
     """(groups, metric keys, cells by group and key). Runs whose recipes differ only in `group` (for example seed, or
-    trainer.seed) form one group, named by what else differs; without `group` each run is its own. The base model's
-    values are the first group, or one beside each where they differ. InputError where a run was not evaluated or has
-    no such key."""
+    trainer.seed) form one group, named by what else differs, of several methods by the method and what else differs
+    among its runs; without `group` each run is its own. The base model's values are the first group, or one beside each
+    where they differ. InputError where a run was not evaluated or has no such key."""
     evaluations: list[dict[str, Any]] = []
     run_names(runs)  # each once
     for run in runs:
@@ -117,10 +117,20 @@ def _group_names(runs: Sequence[Path], group: str | None) -> list[str]:
         if not keys:
             raise InputError(f"--group: the recipe of {run} has no key {group!r}; for example trainer.seed")
         trees.append({key: value for key, value in tree.items() if key not in (*keys, "run.folder")})
-    differing = sorted({key for tree in trees for key in tree if len({other.get(key) for other in trees}) > 1})
-    last = [key.rpartition(".")[2] for key in differing]
-    short = {key: name if last.count(name) == 1 else key for key, name in zip(differing, last, strict=True)}
-    return [", ".join(f"{short[key]} {tree.get(key)}" for key in differing) or "all runs" for tree in trees]
+    methods = [tree.get("algorithm.name") for tree in trees]
+    differing = []
+    for method in methods:  # other methods have other keys, so that all of a method's would differ from theirs
+        alike = [tree for tree, its in zip(trees, methods, strict=True) if its == method]
+        keys = sorted({key for tree in alike for key in tree})
+        differing.append([key for key in keys if len({tree.get(key) for tree in alike}) > 1])
+    last = [key.rpartition(".")[2] for key in {key for keys in differing for key in keys}]
+    names = []
+    for tree, method, keys in zip(trees, methods, differing, strict=True):
+        short = [name if last.count(name) == 1 else key for key in keys for name in [key.rpartition(".")[2]]]
+        told = [str(method)] if len(set(methods)) > 1 else []
+        told += [f"{name} {tree.get(key)}" for name, key in zip(short, keys, strict=True)]
+        names.append(", ".join(told) or "all runs")
+    return names
 
 
 def as_text(form: str, groups: Sequence[str], keys: Sequence[str], cells: dict[str, dict[str, Cell]]) -> str:

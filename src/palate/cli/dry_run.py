@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from palate.runtime.progress import printable
 
 SHOWN = 5  # prompts
 MISSING = ("bad", "missing")  # states of a finding with which a run cannot start
+Prompts = tuple[list[str], list[str]]  # of training, of previews
 
 
 def dry_run_of(recipe: Recipe, *, gpus: int = 1, fresh: bool = False) -> None:
@@ -44,8 +46,11 @@ def dry_run_of(recipe: Recipe, *, gpus: int = 1, fresh: bool = False) -> None:
     good = _said(each.finding() for each in wanted) and good
     if not any(each.what.startswith("model") and each.state in MISSING for each in wanted):
         good = _said(_wrong(recipe, gpus)) and good
+    prompts = _prompts_of(recipe)
+    good = _said(_unknown(recipe, prompts)) and good
     print("\nprompts")
-    _prompts(recipe)
+    if any(prompts):
+        _show(prompts)
     print(f"\n{'ready' if good else 'not ready'}: nothing was loaded, nothing written")
     if not good:
         raise typer.Exit(2)
@@ -77,15 +82,28 @@ def _headroom(recipe: Recipe, made: planner.Plan | None, gpus: int) -> Iterator[
 
 def _folders(recipe: Recipe, fresh: bool) -> bool:
     folder = Path(recipe.run.folder)
-    held = bool(checkpoint.steps(folder / "checkpoints")) or (folder / "metrics.jsonl").exists()
-    state = "new"
+    problem = _unwritable(folder)
+    held = not problem and (bool(checkpoint.steps(folder / "checkpoints")) or (folder / "metrics.jsonl").exists())
+    state = problem or "new"
     if held:
         state = "holds a run, which --fresh replaces" if fresh else "holds a run already; add --fresh or change it"
     print(f"  run.folder {printable(str(folder))}: {state}")
     print(f"    metrics.jsonl, samples/, checkpoints/ (the newest {recipe.trainer.keep_checkpoints}), adapter/")
     if recipe.model.text_cache is not None:
         print(f"  model.text_cache {printable(recipe.model.text_cache)}")
-    return fresh or not held
+    return not problem and (fresh or not held)
+
+
+def _unwritable(folder: Path) -> str:
+    """Why nothing can be written there, "" where something can."""
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
+    if not there.is_dir():
+        return f"bad: {there} is a file, where a folder is needed; change run.folder"
+    if not os.access(there, os.W_OK | os.X_OK):
+        return f"bad: {there} may not be written to; change its permissions, or run.folder"
+    if max(len(os.fsencode(part)) for part in folder.absolute().parts) > os.pathconf(there, "PC_NAME_MAX"):
+        return "bad: a name in it is too long for this disk; change run.folder"
+    return ""
 
 
 def _wrong(recipe: Recipe, gpus: int) -> Iterator[Finding]:
@@ -102,12 +120,25 @@ def _wrong(recipe: Recipe, gpus: int) -> Iterator[Finding]:
         yield Finding("bad", str(error).splitlines()[0])
 
 
-def _prompts(recipe: Recipe) -> None:
+def _unknown(recipe: Recipe, prompts: Prompts) -> Iterator[Finding]:
+    """Words that the embedded model does not know: it is in the package, so they need not wait for the training."""
+    try:
+        recipes.check_words(recipe, *prompts)
+    except InputError as error:
+        yield Finding("bad", str(error).splitlines()[0])
+
+
+def _prompts_of(recipe: Recipe) -> Prompts:
+    """Those of training and of previews; none where they cannot be read, which the files above say."""
     try:
         pictures = pictures_of(recipe)
-        training, preview = recipes.prompts_of(recipe, pictures.prompts if pictures else None)
-    except (InputError, OSError):  # said above
-        return
+        return recipes.prompts_of(recipe, pictures.prompts if pictures else None)
+    except (InputError, OSError):
+        return [], []
+
+
+def _show(prompts: Prompts) -> None:
+    training, preview = prompts
     for name, texts in (("training", training), ("previews", preview)):
         print(f"  {len(texts)} of {name}, the first:")
         for text in texts[:SHOWN]:

@@ -127,10 +127,11 @@ def prompt_set(name: str, file: str | None) -> dict[str, str]:
     files = find_prompt_set(name)
     if files is None:
         known = PROMPT_SETS[name]
-        fetch = f"palate fetch {name} gets it ({known.licence})" if known.place else f"licence: {known.licence}"
+        fetch = f"; palate fetch {name} gets it ({known.licence}); or" if known.place else (
+            f", and are not fetched (licence: {known.licence});")  # fmt: skip
         raise InputError(
-            f"--protocol {name}: the {known.size} prompts of {known.title} are not here; {fetch}; or give your copy "
-            "with --prompts-file"
+            f"--protocol {name}: the {known.size} prompts of {known.title} are not here{fetch} give your copy with "
+            "--prompts-file"
         )
     return read_prompt_set(files)
 

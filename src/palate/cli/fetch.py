@@ -13,12 +13,12 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor
-from torch._weights_only_unpickler import UnpicklingError
 
 from palate.data.published import PROMPT_SETS, beside_the_cache
 from palate.rewards.published import PUBLISHED, Download, PublishedReward
 from palate.runtime.errors import InputError, first_line
 from palate.runtime.hub import hub_file
+from palate.runtime.tensors import writing_tensors
 
 
 def fetch(name: str, out: Path, source: Path | None = None) -> str:
@@ -142,7 +142,9 @@ def convert(source: Path, target: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old pickle protocols
             state = torch.load(source, "cpu", weights_only=True)
-    except (UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # of a file of anything, the reader's stack may fail in any way
         raise InputError(
             f"{source} is no checkpoint of plain tensors, or its download is incomplete; fetch it again. It was not run"
         ) from error
@@ -151,7 +153,7 @@ def convert(source: Path, target: Path) -> None:
         if isinstance(state, dict) else {}  # fmt: skip
     if not tensors:
         raise InputError(f"{source} holds no named tensors; is it {target.stem} as its authors publish it?")
-    with _beside(target) as part:
+    with _beside(target) as part, writing_tensors(target):
         save_file(tensors, part)
 
 

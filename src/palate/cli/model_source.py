@@ -34,6 +34,11 @@ def load_source(source: str) -> tuple[Model, Sampler | None]:
     if source in families.names() and not path.exists():
         known = next(iter(facts_of(source).licences), "owner/name")
         raise InputError(f"{source} is a family of models; give the folder or hub id of one, for example {known}")
+    if not path.exists():
+        raise InputError(
+            f"{source}: there is no such model, run or folder; give emoji, emoji-1step, a run, a diffusers folder or a "
+            "hub id"
+        )
     return load_run(path)
 
 

@@ -130,6 +130,14 @@ def read_recipe(name: str, overrides: Sequence[str] | None) -> Recipe:
     return read(name, overrides or ())
 
 
+def known_device(name: str | None) -> None:
+    """InputError where no device has that name: said before the minutes that counting a large model takes."""
+    if name is not None:
+        from palate.plan.table import find_device
+
+        find_device(name)
+
+
 def recipe_file(run: Path) -> Path:
     """The recipe of a run folder; InputError where it is none."""
     if run.name == "recipe.yaml" and run.is_file():

@@ -22,6 +22,7 @@ from palate.recipe.pictures import pictures_of
 from palate.rewards.located import cached, located
 from palate.rewards.published import PUBLISHED
 from palate.runtime.errors import InputError
+from palate.runtime.files import parse_json
 
 GATED = ("black-forest-labs/FLUX.1-dev", "stabilityai/stable-diffusion-3")  # beginnings of hub ids behind terms
 VAE_GIGABYTES = 0.17
@@ -78,7 +79,7 @@ def _model(recipe: Recipe, made: Plan | None) -> Iterator[Requirement]:
     if Path(folder).expanduser().is_dir():
         lacking = [part for part in facts.parts if not (Path(folder).expanduser() / part).is_dir()
                    and part not in facts.optional]  # fmt: skip
-        text = f"lacks {', '.join(lacking)}; the download is incomplete" if lacking else "a local folder"
+        text = f"lacks {', '.join(lacking)}; {_why(Path(folder), lacking)}" if lacking else "a local folder"
         yield Requirement("bad" if lacking else "ok", what, f"{text}; licence of {facts.name}: {facts.licence}")
         return
     text_parameters = facts.published.text_parameters if facts.published else 0.0
@@ -100,6 +101,16 @@ def _model(recipe: Recipe, made: Plan | None) -> Iterator[Requirement]:
             "gated: its terms are accepted once, at https://huggingface.co/" + folder,
             "" if get_token() else "hf auth login",
         )
+
+
+def _why(folder: Path, lacking: list[str]) -> str:
+    """Why parts are not in a local folder, as far as its own index tells."""
+    try:
+        parts = parse_json((folder.expanduser() / "model_index.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return "it holds no model_index.json, so it is no diffusers folder, or its download is incomplete"
+    named = isinstance(parts, dict) and set(lacking) & set(parts)
+    return "the download is incomplete" if named else "it is a folder of another family; see docs/models.md"
 
 
 def _patterns(facts: Facts) -> list[str]:

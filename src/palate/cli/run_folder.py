@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from palate.runtime.errors import InputError
-from palate.runtime.files import in_shell
+from palate.runtime.files import in_shell, remove_folder
 from palate.runtime.own_files import foreign_files
 from palate.runtime.runlock import OWNER, owned
 
@@ -34,7 +33,7 @@ def remove_run(folder: Path) -> None:
         with owned(folder):
             for path in folder.iterdir():
                 if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
+                    remove_folder(path)
                 elif path.name != OWNER:
                     path.unlink()
 

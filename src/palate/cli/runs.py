@@ -40,7 +40,8 @@ def find_runs(root: Path) -> list[Path]:
     if (root / "recipe.yaml").is_file():
         return [root]
     if not root.is_dir():
-        raise InputError(f"{root} does not exist; give the folder that holds the runs, for example runs")
+        what = "is a file" if root.exists() else "does not exist"
+        raise InputError(f"{root} {what}; give the folder that holds the runs, for example runs")
     return sorted(path.parent for path in root.glob("*/recipe.yaml"))
 
 

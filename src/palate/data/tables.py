@@ -27,7 +27,7 @@ def read_text(path: Path, *, limit: int) -> str:
             raise RecipeError(f"{path} is larger than {limit // 1024} KiB")
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise RecipeError(f"{path} is not UTF-8 text (byte {error.start})") from error
+        raise RecipeError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
         raise RecipeError(f"cannot read {path}: {error.strerror}") from error
 

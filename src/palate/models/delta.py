@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from palate.runtime.errors import InputError
+from palate.runtime.tensors import writing_tensors
 
 FILE = "delta.safetensors"
 SCALE = ".scale"  # ends the name of the scales that belong to a tensor
@@ -49,7 +50,8 @@ def unpack(packed: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str
 def save(folder: Path, weights: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> None:
     """Write `weights` to `folder` as their difference from `base`, which `load` needs again."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(pack(weights, base), folder / FILE, metadata={"base": _digest(base)})
+    with writing_tensors(folder / FILE):
+        save_file(pack(weights, base), folder / FILE, metadata={"base": _digest(base)})
 
 
 def load(folder: Path, base: Mapping[str, Tensor]) -> dict[str, Tensor]:

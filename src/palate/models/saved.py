@@ -14,6 +14,7 @@ from palate.models.original import Lora
 from palate.models.placement import waits_on_host
 from palate.runtime.errors import InputError
 from palate.runtime.files import write_atomically
+from palate.runtime.tensors import writing_tensors
 
 FILES = {"lora": (lora.FILE,), "full": ("diffusion_pytorch_model.safetensors", delta.FILE)}
 STORED = ("Linear4bit", "Linear8bitLt", "Float8Linear")  # layers of models.quantised
@@ -63,7 +64,8 @@ def write_saved(folder: Path | str, name: str, network: Any, *, training: str) -
 
 def save_network(network: Any, folder: Path | str, *, max_shard_size: str = "10GB") -> None:
     """diffusers' `save_pretrained`, without the path that the network was read from: it names folders of this disk."""
-    network.save_pretrained(folder, max_shard_size=max_shard_size)
+    with writing_tensors(Path(folder)):
+        network.save_pretrained(folder, max_shard_size=max_shard_size)
     file = Path(folder) / "config.json"
     config = json.loads(file.read_text("utf-8"))
     config.pop("_name_or_path", None)

@@ -175,7 +175,7 @@ def _time(recipe: Recipe, made: Plan, card: Device, utilisation: float, price: f
     cost = "" if price is None else f"; {_cost(made, whole, price):.2f} at {price:g} per GPU and hour"
     return [
         f"per update: {made.flops / 1e12:.3f} TFLOP = {made.passes:.1f} denoiser forwards; "
-        f"{seconds:.3g} s at {utilisation:.0%} of {card.tflops:g} TFLOP/s",
+        f"{duration(seconds)} at {utilisation:.0%} of {card.tflops:g} TFLOP/s",
         f"{recipe.trainer.steps} updates: {duration(whole)}{cost} (previews, evaluation and text encoding not counted)",
     ]
 
@@ -204,5 +204,7 @@ def can_fit(recipe: Recipe, made: Plan, device: str | None) -> bool:
 
 def duration(seconds: float) -> str:
     """Seconds in the largest unit of which there are two or more."""
-    unit, name = next(((n, name) for n, name in ((3600, "h"), (60, "min")) if seconds >= 2 * n), (1, "s"))
-    return f"{seconds / unit:.3g} {name}"
+    units = ((86400, "days"), (3600, "h"), (60, "min"))
+    unit, name = next(((n, name) for n, name in units if seconds >= 2 * n), (1, "s"))
+    count = seconds / unit
+    return f"{count:,.0f} {name}" if count >= 1000 else f"{count:.3g} {name}"

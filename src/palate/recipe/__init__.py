@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from palate.recipe.evaluators import guard_measure, panel_of
     from palate.recipe.identity import check_identity, identity_text, run_identity
     from palate.recipe.objective import Objective, control_words, objective_of
-    from palate.recipe.prompts import prompts_of
+    from palate.recipe.prompts import check_words, prompts_of
     from palate.recipe.start import check_folder, check_start, load_consistency, reference_of, warn_of_noise
     from palate.rewards.load import load_reward
 
@@ -62,6 +62,7 @@ _LATER = {
     "check_identity": "palate.recipe.identity",
     "check_folder": "palate.recipe.start",
     "check_start": "palate.recipe.start",
+    "check_words": "palate.recipe.prompts",
     "control_words": "palate.recipe.objective",
     "guard_measure": "palate.recipe.evaluators",
     "load_consistency": "palate.recipe.start",
@@ -109,6 +110,7 @@ __all__ = [
     "check_identity",
     "check_start",
     "check_trainer",
+    "check_words",
     "control_words",
     "dump",
     "evenly_spaced",

@@ -56,7 +56,7 @@ def check_prompts(prompts: PromptSettings, mistakes: list[str]) -> None:
     if len(given) != 1:
         mistakes.append(
             f"prompts: give exactly one of {', '.join(f'prompts.{key}' for key in sources)}; got "
-            f"{' and '.join(given) or 'none'}"
+            f"{' and '.join(given) or 'none'}" + (f"; take one away, as {given[0]}=null" if given else "")
         )
 
 

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from palate.algorithms import table as algorithms
+from palate.core import Steerable
+from palate.core.random import used_prompts
 from palate.data import evenly_spaced, prompts_at
+from palate.models.vocabulary import known_words
 from palate.recipe.settings import Recipe
+from palate.runtime.errors import InputError
 
 
 def prompts_of(recipe: Recipe, captions: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
@@ -19,3 +24,24 @@ def prompts_of(recipe: Recipe, captions: Sequence[str] | None = None) -> tuple[l
     prompts = captions or asked.list or prompts_at("prompts.file", asked.file or "")
     preview = prompts_at("prompts.preview", asked.preview) if asked.preview else evenly_spaced(prompts)
     return list(prompts), preview
+
+
+def check_words(recipe: Recipe, prompts: Sequence[str], preview: Sequence[str]) -> None:
+    """InputError: the embedded model does not know a word of a prompt that the run would use, or its reward one of a
+    control word."""
+    if recipe.model.name != "emoji" or not prompts:
+        return
+    trainer = recipe.trainer
+    used = used_prompts(prompts, trainer.seed, trainer.steps * trainer.batch_size)
+    for prompt in dict.fromkeys([*used, *(preview if trainer.preview_every or trainer.guard.every else [])]):
+        known_words(prompt)
+    algorithm = algorithms.find(recipe.algorithm.name).make(recipe.algorithm)
+    if "emoji" not in (recipe.reward.weights or [recipe.reward.name]) or not isinstance(algorithm, Steerable):
+        return
+    longest = max(used, key=lambda prompt: len(prompt.split()))  # the first to be too long
+    for side, texts in algorithm.control_texts(longest).items():
+        for text in texts:
+            try:
+                known_words(text)
+            except InputError as error:
+                raise InputError(f"algorithm.{side}: {error}") from error

@@ -59,6 +59,15 @@ def text_of(source: str) -> str:
         return (importlib.resources.files("palate") / "recipes" / f"{source}.yaml").read_text("utf-8")
     path = Path(source).expanduser()
     if not path.is_file():
+        if re.match(r"[a-z]+(\.[\w.]+)+=", source):
+            raise RecipeError(f"{source!r} is an override; the recipe comes first, its overrides follow")
+        if (path / "recipe.yaml").is_file():
+            raise RecipeError(
+                f"{source!r} is a run, not a recipe: palate resume continues it; its recipe is {path / 'recipe.yaml'}, "
+                "for another run.folder"
+            )
+        if path.is_dir():
+            raise RecipeError(f"{source!r} is a folder, not a recipe; name the recipe's file in it")
         if len(path.parts) > 1 or path.suffix:  # meant as a path
             raise RecipeError(f"there is no file {source!r}; `palate recipes` lists the published recipes")
         known = published()

@@ -20,7 +20,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from palate.runtime.errors import CheckpointError
-from palate.runtime.files import canonical_json, file_digest, parse_json, replace, sync, write_durably, write_problem
+from palate.runtime.files import (
+    canonical_json,
+    file_digest,
+    parse_json,
+    remove_folder,
+    replace,
+    sync,
+    write_durably,
+    write_problem,
+)
 
 SCHEMA = 1
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
@@ -124,7 +133,7 @@ def prune(folder: Path, *, keep: int, also: set[int]) -> None:
         if step not in also:
             doomed = folder / f".tmp-pruned-{name(step)}"
             replace(folder / name(step), doomed)  # a half-deleted folder must never look like a checkpoint
-            shutil.rmtree(doomed)
+            remove_folder(doomed)
 
 
 def check_space(folder: Path, *, need: int) -> None:
@@ -193,4 +202,4 @@ def _manifest(path: Path) -> dict[str, Any]:
 
 def _remove_unfinished(folder: Path) -> None:
     for left_over in folder.glob(".tmp-*"):
-        shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+        remove_folder(left_over) if left_over.is_dir() else left_over.unlink()

@@ -38,6 +38,7 @@ _OF_PATHS = {  # of any file that is read or written
     errno.EROFS: "The disk is mounted read-only: name another place",
     errno.EEXIST: "A file of that name is in the way: move it, or name another place",
     errno.ENOTDIR: "A file stands where a folder is needed: move it, or name another place",
+    errno.ENOENT: "It, or the folder that it is to lie in, is not there: look at its name, or make the folder",
     errno.EISDIR: "A folder stands where a file is needed: name a file",
     errno.ENAMETOOLONG: "The name is too long for this disk: name a shorter one",
 }
@@ -92,8 +93,9 @@ def write_atomically(path: Path, data: bytes) -> None:
     try:
         write_durably(temporary, data)
         os.replace(temporary, path)
-    except OSError:
+    except OSError as error:
         temporary.unlink(missing_ok=True)
+        error.filename = str(path)  # and not the temporary one, which nobody has named
         raise
     sync(path.parent)
 
@@ -110,8 +112,19 @@ def sync(path: Path) -> None:
 def replace(source: Path, target: Path) -> None:
     """Rename a file or a folder; a folder at `target` is deleted first."""
     if target.is_dir():
-        shutil.rmtree(target)
+        remove_folder(target)
     os.replace(source, target)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder with all that is in it. OSError names the folder, or a path in it: what deletes below an open
+    folder names the last part alone."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:
+        if not (isinstance(error.filename, str) and os.path.isabs(error.filename)):
+            error.filename = str(folder)
+        raise
 
 
 @contextlib.contextmanager
@@ -123,6 +136,10 @@ def new_folder(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         replace(temporary, target)
+    except OSError as error:
+        if isinstance(error.filename, str) and error.filename.startswith(str(temporary)):
+            error.filename = str(target) + error.filename[len(str(temporary)) :]  # nobody has named the temporary one
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -154,7 +171,7 @@ def read_json_lines(path: Path, *, cut_short: bool = False) -> list[tuple[int, A
     try:
         lines = split_lines(path.read_text("utf-8"))
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

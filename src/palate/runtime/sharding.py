@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from palate.runtime.deprecated import old_names
 from palate.runtime.distributed import peers, ranks
 from palate.runtime.errors import InputError, RankLostError
+from palate.runtime.tensors import writing_tensors
 
 
 def mesh(sharding: str) -> DeviceMesh:
@@ -112,7 +113,9 @@ def save_network(network: nn.Module, state: Mapping[str, Tensor], folder: Path) 
     folder.mkdir(parents=True, exist_ok=True)
     if callable(save_config := getattr(network, "save_config", None)):
         save_config(folder)
-    save_file(dict(state), str(folder / "diffusion_pytorch_model.safetensors"), metadata={"format": "pt"})
+    file = folder / "diffusion_pytorch_model.safetensors"
+    with writing_tensors(file):
+        save_file(dict(state), str(file), metadata={"format": "pt"})
 
 
 @contextlib.contextmanager

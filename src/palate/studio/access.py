@@ -27,8 +27,9 @@ UPLOADS = ("/choose/upload",)
 EVERYWHERE = ("0.0.0.0", "::")  # all addresses of this machine, under any of which a phone may call
 FOREIGN = "This name of the machine is not allowed. Open the link that palate studio printed, or start it with --host."
 ONCE = (
-    "Open the link that palate studio printed; it works once. If it was used already, stop palate studio in its "
-    "terminal and start it again: it prints a new link, and nothing that you chose is lost."
+    "Open the link that palate studio printed; it works once. If it was used already, a browser that is let in makes "
+    "another: Open on another device, on its first page. If there is none, stop palate studio in its terminal and "
+    "start it again: it prints a new link, and nothing that you chose is lost."
 )
 SECRET_LENGTH = 16  # characters that a token file must hold at least
 POLICY = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,8 +18,10 @@ from palate.report import write_report
 from palate.runs import RunFolder
 from palate.runtime.errors import InputError
 from palate.runtime.exclusive import exclusive
+from palate.runtime.files import remove_folder
 from palate.runtime.progress import printable
 from palate.runtime.runlock import owned, require_free
+from palate.runtime.tensors import writing_tensors
 from palate.studio.access import POLICY
 from palate.studio.artist import LOADING
 from palate.studio.shared import go_to, studio_of
@@ -61,7 +62,7 @@ def delete(request: Request, run: str, sure: str = Form("")) -> Response:
     if folder.is_symlink():
         raise InputError(f"{run} is a link to another folder; delete it there")
     with exclusive(folder), owned(folder):  # nobody exports or resumes it in another window meanwhile
-        shutil.rmtree(folder)
+        remove_folder(folder)
     studio.processes.forget(run)
     with studio.workspace.turn():
         if drawn_from := studio.workspace.settings()["source"] == run:
@@ -142,7 +143,9 @@ def embedded_lora(folder: Path) -> Path:
     target = folder / "export" / "comfyui"
     target.mkdir(parents=True, exist_ok=True)
     plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    save_file(plain, target / f"{folder.name}.safetensors", {"format": "pt", "palate.family": "emoji", **extra})
+    file = target / f"{folder.name}.safetensors"
+    with writing_tensors(file):
+        save_file(plain, file, {"format": "pt", "palate.family": "emoji", **extra})
     return target
 
 

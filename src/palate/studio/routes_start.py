@@ -31,8 +31,9 @@ def recipe_names() -> dict[str, str]:
 def start(request: Request) -> HTMLResponse:
     studio = studio_of(request)
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "it needs no GPU"
-    return studio.render(request, "start.html", recipes=recipe_names(), machine=machine, runs=studio.views()[:3],
-                         votes=len(studio.voting.votes()))  # fmt: skip
+    views, unreadable = studio.seen()
+    return studio.render(request, "start.html", recipes=recipe_names(), machine=machine, runs=views[:3],
+                         unreadable=unreadable, votes=len(studio.voting.votes()))  # fmt: skip
 
 
 @router.get("/favicon.ico", include_in_schema=False)

@@ -67,8 +67,9 @@ class Studio:
         return self.seen()[0]
 
     def seen(self) -> tuple[list[RunView], dict[str, str]]:
-        """All runs whose recipe can be read, newest first, and why the others cannot: another version's, or edited."""
-        found, unreadable = [], {}
+        """All runs whose recipe can be read, newest first, and why the others cannot: another version's, edited, or
+        under a name of other signs."""
+        found, unreadable = [], self.workspace.unopenable()
         for name in self.workspace.names():
             try:
                 found.append(self.view(name))

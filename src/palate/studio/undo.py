@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from palate.core import Model
@@ -11,6 +10,7 @@ from palate.runs.result import forget_adapter
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
 from palate.runtime.exclusive import exclusive
+from palate.runtime.files import remove_folder
 from palate.runtime.runlock import owned
 from palate.runtime.runlog import METRICS, cut_for_good, read_metrics
 from palate.studio.artist import LOADING
@@ -33,7 +33,7 @@ def go_back(folder: Path, step: int) -> None:
         for kind in ("checkpoints", "samples"):
             for later in checkpoint.steps(folder / kind):
                 if later > step:
-                    shutil.rmtree(folder / kind / checkpoint.name(later))
+                    remove_folder(folder / kind / checkpoint.name(later))
         if any(row["step"] > step for row in read_metrics(folder / METRICS)):
             (folder / CONTROL).unlink(missing_ok=True)
         cut_for_good(folder, step)

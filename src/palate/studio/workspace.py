@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,6 +43,16 @@ class Workspace:
                 if _NAME.fullmatch(path.name) and (path / "recipe.yaml").is_file():
                     found[path.name] = (path / "recipe.yaml").stat().st_mtime
         return sorted(found, key=lambda name: -found[name])
+
+    def unopenable(self) -> dict[str, str]:
+        """Runs of the command line whose names cannot stand in an address, each with the reason."""
+        found = []
+        for path in self.runs.iterdir():
+            with contextlib.suppress(OSError):
+                if not _NAME.fullmatch(path.name) and (path / "recipe.yaml").is_file():
+                    found.append(os.fsencode(path.name).decode("utf-8", "replace"))  # any bytes can be a name
+        why = "rename the folder to open it: at most 64 letters, digits, dots, dashes and underscores"
+        return dict.fromkeys(sorted(found), why)
 
     def run(self, name: str) -> Path:
         """The folder of a run by name. InputError: there is none; a name never leads out of the folder of runs."""

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from palate.cli.app import CHECK, app, examples
-from palate.cli.options import Json, Overrides, RecipeName, Run, belongs, finite, read_recipe
+from palate.cli.options import Json, Overrides, RecipeName, Run, belongs, finite, known_device, read_recipe
 from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.progress import printable
 
@@ -33,6 +33,7 @@ def plan_recipe(
     read = read_recipe(recipe, overrides)
     from palate import plan as planner
 
+    known_device(device)
     made = planner.plan(read, gpus=gpus)
     if as_json:
         print(planner.as_json(read, made, device=device, utilisation=utilisation, price=price))
@@ -69,6 +70,7 @@ def doctor(
     found = list(doctors.findings())  # first of all: what is imported below may be what is broken
     if recipe is not None:
         read = read_recipe(recipe, overrides)
+        known_device(device)
         from palate.cli.requirements import requirements
 
         found += [requirement.finding() for requirement in requirements(read, device)]
