@@ -44,7 +44,7 @@ def row(method, seed, rise, *, task="style", speed=1.0, looks=6, ended="budget",
         points.append({
             "updates": k, "forwards": 100 * k, "differentiated": 25 * k, "scored": 10 * k, "processor_seconds": 2.0 * k,
             "heldout": goal.tolist(), "reward": goal.tolist(), "style": [0.5] * 8, "diversity": [0.2] * 8,
-            "cast": [0.0] * 8, "detail": [0.1] * 8, "concept": [concept if k else 0.9] * 8,
+            "cast": [0.0] * 8, "detail": [0.1] * 8, "drift": [0.1 * k] * 8, "concept": [concept if k else 0.9] * 8,
         })  # fmt: skip
     sheet = [_png(20 * k) for k in range(looks)] if pictures else []
     return {"task": task, "method": method, "seed": seed, "ended": ended, "points": points, "pictures": sheet}

@@ -145,6 +145,7 @@ def test_a_picture_depends_on_its_seed_and_not_on_what_is_drawn_with_it(studio):
 
 def test_each_taste_that_is_learnt_has_a_folder_of_its_own_and_says_what_the_page_says(studio):
     client, found = studio
+    before = len(found.voting.votes())
     while len(found.voting.votes()) < 20:
         client.post("/choose/vote", data={"pair": found.voting.pair().id, "choice": "left"})
     folders = [found.voting.learn_taste() for _ in range(2)]
@@ -152,6 +153,8 @@ def test_each_taste_that_is_learnt_has_a_folder_of_its_own_and_says_what_the_pag
     shown = found.voting.summary()["taste"]
     assert len(set(folders)) == 2
     assert all(card[key] == shown[key] for card in cards for key in ("expected", "verdict", "learnt"))
+    while len(found.voting.votes()) > before:
+        found.voting.undo()
 
 
 def test_the_pictures_that_a_taste_likes_are_shown_as_liked(studio, monkeypatch):

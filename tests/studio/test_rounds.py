@@ -500,7 +500,7 @@ def test_nobody_takes_a_run_that_is_being_deleted(studio, monkeypatch):
     """What another window's start would meet, looked at from inside the deletion."""
     client, found = studio
     folder, seen = a_run(found, "mine", "direct-emoji").folder, []
-    monkeypatch.setattr(routes_runs.shutil, "rmtree", lambda path: seen.append((runlock.status(path).state, path)))
+    monkeypatch.setattr(routes_runs, "remove_folder", lambda path: seen.append((runlock.status(path).state, path)))
     client.post("/runs/mine/delete", data={"sure": "mine"})
     assert seen == [("running", folder)]
 
