@@ -70,10 +70,8 @@ def kept_points(run: dict[str, Any]) -> list[dict[str, float]]:
 
 
 def over_seeds(values: list[float]) -> tuple[float, float, float]:
-    """Mean and Student's 95 % interval, infinite of one value."""
+    """Mean and Student's 95 % interval of two values or more."""
     center = float(np.mean(values))
-    if len(values) < 2:
-        return center, -np.inf, np.inf
     half = student(len(values) - 1) * float(np.std(values, ddof=1)) / len(values) ** 0.5
     return center, center - half, center + half
 
@@ -123,8 +121,10 @@ def table(methods: dict[str, Runs]) -> str:
 
 
 def _interval(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
     center, low, high = over_seeds(values)
-    return f"{center:.2f} ({low:.2f} to {high:.2f})" if len(values) > 1 else f"{center:.2f}"
+    return f"{center:.2f} ({low:.2f} to {high:.2f})"
 
 
 def top_rise(runs: Runs) -> float:
