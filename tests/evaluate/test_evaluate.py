@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -288,6 +289,44 @@ def test_a_reward_may_raise_an_error_that_takes_more_than_a_text():
         evaluate.evaluate_images(torch.rand(1, 3, 8, 8), ["dog"], [0], own)
 
 
+@pytest.mark.parametrize("fits, at_once, on_cpu", [(64, 6, False), (2, 1, False), (0, 6, True)])
+def test_rewards_look_on_the_panels_device_as_far_as_its_memory_goes(fits, at_once, on_cpu, caplog):
+    """meta stands for a GPU that holds so many images; half of what does not fit is tried, at the end the CPU."""
+    asked = []
+
+    def reward(images, prompts):
+        assert len(images) == len(prompts)
+        if images.device.type == "meta" and len(images) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        asked.append((images.device.type, len(images)))
+        return torch.tensor([float(prompt) for prompt in prompts])
+
+    class Classifier(FakeClassifier):
+        styles = ()
+
+        def features(self, images):
+            return reward(images, ["1"] * len(images)).expand(4, -1).T
+
+    device, prompts = torch.device("meta"), [str(i) for i in range(6)]
+    judges = EvaluationPanel({"emoji-heldout": reward}, "emoji-heldout", Classifier(), device=device)
+    found = evaluate.evaluate_images(torch.rand(6, 3, 8, 8), prompts, range(6), judges)
+    assert [row["reward/emoji-heldout"] for row in found.rows] == [0, 1, 2, 3, 4, 5]
+    assert asked == [("cpu" if on_cpu else "meta", at_once)] * (12 // at_once)
+    assert [record.getMessage().split(";")[0] for record in caplog.records] == on_cpu * [
+        "reward emoji-heldout: one image does not fit on meta",
+        "the images' features: one image does not fit on meta",
+    ]
+
+
+def test_what_does_not_fit_on_the_cpu_either_is_an_error():
+    def reward(images, prompts):
+        raise torch.OutOfMemoryError("nothing left")
+
+    judges = panel()._replace(rewards={"emoji-heldout": reward})
+    with pytest.raises(RuntimeError, match=r"reward 'emoji-heldout' failed on 1 images.*nothing left"):
+        evaluate.evaluate_images(torch.rand(1, 3, 8, 8), ["dog"], [0], judges)
+
+
 def test_images_that_a_reward_fails_on_are_named_and_left_out_on_both_sides():
     images = torch.stack([flat_image(g, g, g) for g in (0.5, 0.6, 0.1, 0.8)])
     base = torch.stack([flat_image(g, g, g) for g in (0.3, 0.3, 0.3, 0.1)])
@@ -507,6 +546,24 @@ def test_several_runs_are_paired_on_the_same_prompts_and_noise(tmp_path):
     assert evaluate.to_json(again) == evaluate.to_json(found) and (a / "evaluation.json").read_bytes() == text
     stored = runs.evaluate_runs([a, b], panel=panel(), stored=True)  # the images that lie there, no model
     assert evaluate.to_json(stored) == evaluate.to_json(found)
+
+
+def test_the_network_is_gone_when_the_judges_look(tmp_path):
+    """A GPU that holds the network may have no room for them beside it."""
+    made = []
+
+    def loads(folder):
+        model = FakeModel()
+        made.append(weakref.ref(model))
+        return model, None
+
+    def reward(images, prompts):
+        assert made[-1]() is None
+        return images.mean((1, 2, 3))
+
+    judges = panel()._replace(rewards={"emoji": reward, "emoji-heldout": reward})
+    runs.evaluate_runs([run_folder(tmp_path / "a"), run_folder(tmp_path / "b")], panel=judges, load=loads)
+    assert len(made) == 2
 
 
 def test_relative_rewards_of_other_words_are_other_questions(tmp_path):

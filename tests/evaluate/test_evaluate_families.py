@@ -4,6 +4,7 @@ real classes, judged by a two-tower reward that the run did not optimise."""
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from palate import cli, recipe, runs
 from palate.evaluate import published_panel
 from palate.recipe import RecipeError
 from palate.recipe.evaluators import allowed_fall
+from palate.rewards.located import standings
 from palate.rewards.table import HELD_OUT_CANDIDATES
+from palate.runs import protocol
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +89,21 @@ def test_who_judges(towers, tmp_path):
         recipe.read("srpo-emoji", ["evaluate.heldout=hpsv2"])
     with pytest.raises(RecipeError, match=r"reward.source.hpsv2: hpsv2 is in neither"):
         plan(reward={"source": {"hpsv2": "x"}})
+
+
+def test_judges_compute_where_the_model_does(towers, tmp_path, monkeypatch):
+    """As far as the machine has it: what was drawn on a GPU can be judged where there is none."""
+
+    def devices(**model):
+        tree = json.loads(text(towers, tmp_path))
+        tree["model"] = {key: value for key, value in tree["model"].items() if key != "device"} | model
+        plan = recipe.parse(json.dumps(tree))
+        judges = protocol.protocol_panel([SimpleNamespace(recipe=plan)], standings({"clip-score": str(towers)}))
+        return {recipe.panel_of(plan).device.type, judges.device.type}
+
+    assert devices() == devices(device="cuda") == {"cpu"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert devices() == devices(device="cuda") == {"cuda"} and devices(device="cpu") == {"cpu"}
 
 
 def test_runs_that_others_judge_are_not_paired(towers, tmp_path):

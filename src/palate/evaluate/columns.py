@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from palate.core import Reward
 from palate.evaluate.metrics import CLOSED_FORM, Images, cross_prompt_duplicates, label_correct, position_correct
 from palate.evaluate.panel import EvaluationPanel
 from palate.runtime.errors import InputError
@@ -25,10 +28,44 @@ class Columns(NamedTuple):
     failed: dict[str, dict[int, str]]  # reward/<name> -> image -> why it has no value
 
 
+@dataclass
+class Place:
+    """Where a network of the panel looks at images, and at how many at once: as far as its memory goes."""
+
+    name: str
+    device: torch.device
+    images: int
+
+    def ask(self, look: Callable[[Tensor, list[str]], Tensor], images: Tensor, prompts: list[str]) -> Tensor:
+        """look(images, prompts), one row per image, on the CPU. Images that do not fit on the device are halved
+        in number, down to one; one that does not fit is left to the CPU."""
+        while True:
+            try:
+                parts = [
+                    look(images[i : i + self.images].to(self.device), prompts[i : i + self.images]).cpu()
+                    for i in range(0, len(images), self.images)
+                ]
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
+            except torch.OutOfMemoryError:
+                if self.device.type == "cpu":
+                    raise
+            gc.collect()  # out here the error's frames are gone, and with them what did not fit
+            torch.cuda.empty_cache()
+            if (now := min(self.images, len(images))) > 1:
+                self.images = now // 2
+            else:
+                logging.getLogger("palate").warning(
+                    "%s: one image does not fit on %s; the CPU computes it, which is slow", self.name, self.device
+                )
+                self.device, self.images = torch.device("cpu"), len(images)
+
+
 @torch.no_grad()
 def columns_of(images: Images, prompts: Sequence[str], panel: EvaluationPanel, batch_size: int = 64) -> Columns:
-    """Every per-image measurement, in batches."""
+    """Every per-image measurement, in batches; rewards and the classifier's features on the panel's device."""
     classifier = panel.classifier
+    places = {name: Place(f"reward {name}", panel.device, batch_size) for name in panel.rewards}
+    looks = Place("the images' features", panel.device, batch_size)
     parts: list[dict[str, Tensor]] = []
     features, styles = [], []
     failed: dict[str, dict[int, str]] = {}
@@ -37,7 +74,7 @@ def columns_of(images: Images, prompts: Sequence[str], panel: EvaluationPanel, b
         batch, words = images[start : start + batch_size], list(prompts[start : start + batch_size])
         part = {}
         for name, reward in panel.rewards.items():
-            part[f"reward/{name}"], why = _call(name, reward, batch, words)
+            part[f"reward/{name}"], why = _call(name, partial(places[name].ask, reward), batch, words)
             failed.setdefault(f"reward/{name}", {}).update({start + i: text for i, text in why.items()})
         part |= {name: measure(batch) for name, measure in CLOSED_FORM.items()}
         seen = classifier.style(batch).long().cpu() if classifier.styles else torch.zeros(0)
@@ -48,7 +85,8 @@ def columns_of(images: Images, prompts: Sequence[str], panel: EvaluationPanel, b
         for index, name in enumerate(classifier.styles):  # only where the prompt leaves the style open
             part[f"style/{name}"] = torch.where(free, (seen == index).double(), math.nan)
         parts.append({name: value.detach().double().cpu() for name, value in part.items()})
-        features.append(classifier.features(batch).detach().double().cpu())
+        seen_as = looks.ask(lambda images, _: classifier.features(images), batch, words)
+        features.append(seen_as.detach().double())
         styles += [classifier.styles[int(i)] for i in seen]
     values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     values["copy"] = cross_prompt_duplicates(images, prompts)
@@ -74,7 +112,9 @@ def _what_prompts_name(
     return right | {"correct": torch.where(nothing, math.nan, (answers != 0).all(0).double())}
 
 
-def _call(name: str, reward: Reward, images: Tensor, prompts: list[str]) -> tuple[Tensor, dict[int, str]]:
+def _call(
+    name: str, reward: Callable[[Tensor, list[str]], Tensor], images: Tensor, prompts: list[str]
+) -> tuple[Tensor, dict[int, str]]:
     """A reward's values, NaN where it has none, and by image why: it raised ValueError, or gave a number that is not
     finite. An image that spoils its batch is found by asking for each alone; any other error is not about an image."""
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from palate.core import Reward, TwoTower
@@ -54,6 +55,7 @@ class EvaluationPanel(NamedTuple):
     colours: Sequence[str] = ()
     position: Callable[[Tensor], Tensor] | None = None  # images -> (B, 2) centre (x, y) in [-1, 1], NaN if empty
     digests: Mapping[str, str] = {}  # of rewards whose names do not tell them from others, as tastes
+    device: torch.device = torch.device("cpu")  # on which the rewards, and the classifier's features, are computed
 
 
 def embedded_panel() -> EvaluationPanel:
@@ -84,10 +86,11 @@ class _Tower:
         raise AssertionError("this classifier knows no styles")
 
 
-def published_panel(heldout: str, reward: TwoTower) -> EvaluationPanel:
+def published_panel(heldout: str, reward: TwoTower, device: str | torch.device = "cpu") -> EvaluationPanel:
     """For any model: a two-tower reward that was not optimised. Its image features give distances and diversity; what a
-    prompt asks for is not checked."""
-    return EvaluationPanel({heldout: reward, "jpeg_size": simple.jpeg_size}, heldout, _Tower(reward))
+    prompt asks for is not checked. All rewards of the panel are computed on the device."""
+    rewards: dict[str, Reward] = {heldout: reward, "jpeg_size": simple.jpeg_size}
+    return EvaluationPanel(rewards, heldout, _Tower(reward), device=torch.device(device))
 
 
 def concept_accuracy(classifier: ImageClassifier, images: Tensor, captions: Sequence[Caption]) -> float:

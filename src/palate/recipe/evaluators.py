@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 
+import torch
+
 from palate.core import EmbedsImages, GuardMeasure, Reward, TwoTower
 from palate.evaluate.monitor import ImageMonitor
 from palate.evaluate.panel import EvaluationPanel, embedded_panel, published_panel
+from palate.models.options import place_of
 from palate.recipe.builder import build_algorithm, sampler_of
 from palate.recipe.cross_checks import heldout_of, rewards_used
 from palate.recipe.settings import Recipe
@@ -26,7 +29,12 @@ def panel_of(recipe: Recipe) -> EvaluationPanel:
         raise InputError(f"reward.weights: {candidates} are all optimised, so none is left to judge; leave one out")
     reward = load_reward(name, recipe.reward.source.get(name), recipe.reward.dtype)
     assert isinstance(reward, TwoTower), "the candidates are two-tower rewards"
-    return published_panel(name, reward)
+    return published_panel(name, reward, judging_device(recipe))
+
+
+def judging_device(recipe: Recipe) -> torch.device:
+    """Where the judges compute: model.device, and the CPU on a machine that has no accelerator."""
+    return place_of(recipe.model.device) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def allowed_fall(recipe: Recipe) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,20 +62,35 @@ def evaluate_run(
     The panel's digests are of rewards that other runs optimise."""
     run = run_folder if isinstance(run_folder, RunFolder) else RunFolder(run_folder)
     panel = panel or evaluators.panel_of(run.recipe)
+    if stored:
+        return _evaluate(run, panel, None)
+    prompts = prompts_of(run.recipe) if prompts is None else listed(prompts)
+    seeds = seeds_of(run.recipe) if seeds is None else list(seeds)
+    load = run.model if model is None else lambda: (model, sampler)
+    return _evaluate(run, panel, partial(_draw, run, load, prompts, seeds))
+
+
+def _evaluate(run: RunFolder, panel: EvaluationPanel, draw: Callable[[], None] | None) -> dict[str, Any]:
+    """Draw the pictures, or with None take those that are stored, and judge them."""
     with evaluating(run):
-        if stored:
+        if draw is None:
             check_stored(run)
-        measured, words = _measured(run, stored)
+        measured, words = _measured(run, stored=draw is None)
         rewards, optimised = run.objective().with_words(*words).rewards(panel.rewards, panel.heldout)
-        if not stored:
-            prompts = prompts_of(run.recipe) if prompts is None else listed(prompts)
-            seeds = seeds_of(run.recipe) if seeds is None else list(seeds)
-            if model is None:
-                model, sampler = run.model()
-            make_current(run.path, evaluation_key(*pairs(prompts, seeds)))
-            draw_sides(run, run.path, model, sampler, prompts, seeds)
+        if draw is not None:
+            draw()
         told = measured | {"digests": {**panel.digests, **digests(run.objective().terms)}}
         return _judged(run, panel._replace(rewards=rewards), optimised, told, words)
+
+
+def _draw(
+    run: RunFolder, load: Callable[[], tuple[Model, Sampler | None]], prompts: Sequence[str], seeds: Sequence[int]
+) -> None:
+    """Both sides of an evaluation, which becomes the current one. A model that `load` makes ends with this call: the
+    judges find its memory free."""
+    model, sampler = load()
+    make_current(run.path, evaluation_key(*pairs(prompts, seeds)))
+    draw_sides(run, run.path, model, sampler, prompts, seeds)
 
 
 def _judged(
@@ -147,11 +163,8 @@ def evaluate_runs(
     for name, run, given in zip(names, runs, asked, strict=True):
         own = {t.label: t.load() for t in run.objective().terms if t.digest() != shared[t.label].digest()}
         judges = panel._replace(rewards=dict(panel.rewards) | own, digests=told)
-        if given is None:
-            found[name] = evaluate_run(run, panel=judges, stored=True)
-            continue
-        model, sampler = run.model(warn) if load is None else load(run.path)
-        found[name] = evaluate_run(run, model=model, sampler=sampler, panel=judges, prompts=given[0], seeds=given[1])
+        loads = partial(run.model, warn) if load is None else partial(load, run.path)
+        found[name] = _evaluate(run, judges, None if given is None else partial(_draw, run, loads, *given))
     first, ways = names[0], [_how_drawn(run) for run in runs]
     for name, way in zip(names, ways, strict=True):
         if way != ways[0]:

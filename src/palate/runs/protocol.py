@@ -16,6 +16,7 @@ from palate.data import evenly_spaced
 from palate.evaluate.measurement import mean_and_interval, round_floats, to_json
 from palate.evaluate.panel import EvaluationPanel, embedded_panel, published_panel
 from palate.recipe.cross_checks import heldout_of, rewards_placed, rewards_used
+from palate.recipe.evaluators import judging_device
 from palate.rewards.load import load_reward
 from palate.rewards.located import Standing, standings
 from palate.rewards.table import HELD_OUT_CANDIDATES
@@ -88,7 +89,7 @@ def protocol_panel(runs: Sequence[RunFolder], found: Sequence[Standing]) -> Eval
         )
     reward = rewards[judge]
     assert isinstance(reward, TwoTower), "the candidates are two-tower rewards"
-    panel = published_panel(judge, reward)
+    panel = published_panel(judge, reward, judging_device(runs[0].recipe))
     return panel._replace(rewards=panel.rewards | rewards)
 
 
