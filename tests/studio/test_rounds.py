@@ -321,6 +321,26 @@ def test_a_win_is_one_of_the_run_s_own_picture_on_whichever_side_it_stands(studi
         assert found.comparing.win_rate(str(rate))["rate"] == rate
 
 
+@pytest.mark.parametrize(
+    ("count", "wanted", "said"),
+    [(8, "the run's", "clearly more than half"), (8, "another", "clearly less than half"), (8, "", "half lies between"),
+     (5, "the run's", "the pairs are too few to tell")],
+)  # fmt: skip
+def test_whether_a_study_shows_more_than_chance_is_said_once_after_its_last_pair(studio, count, wanted, said):
+    """Said at each answer, it would be said of two models that are alike in one study of five."""
+    client, found = studio
+    sides = {"a": "the run's", "b": "another"}
+    pairs = [{"prompt": "fox", "left": side, "files": sides} for side in "abbabaab"[:count]]
+    found.workspace.write("compare/s/study.json", {"run": "a", "other": "", "pairs": pairs})
+    for number in range(count):
+        pair = found.comparing.next("s")
+        choice = "tie" if not wanted else "left" if pair["left"] == wanted else "right"
+        page = client.post("/compare/answer", data={"study": "s", "number": number, "choice": choice}).text
+        assert (said in page) == (number == count - 1)
+        assert ("can be said after the last pair" in page) == (5 <= number + 1 < count)
+        assert ("blind comparisons with the model as it came" in page) == (number >= 4)
+
+
 def test_charts_are_of_the_last_five_batches_and_of_ratios_to_what_was_before(studio):
     _, found = studio
     rows = [{"event": "step", "step": k, "reward": float(k)} for k in range(1, 9)]
