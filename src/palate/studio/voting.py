@@ -18,7 +18,7 @@ import torch
 from palate.runtime.errors import InputError
 from palate.studio.artist import Artist, Drawn
 from palate.studio.known import KnownFeatures
-from palate.studio.pair import PAIR, Pair, unanswered
+from palate.studio.pair import PAIR, Pair, asked_once, unanswered
 from palate.studio.steering import one_line
 from palate.studio.workspace import Workspace
 from palate.taste import card as cards
@@ -32,8 +32,8 @@ from palate.taste.words import WordChoice, offered, word_gains
 
 SCALING = "scaling.safetensors"
 REFIT_PRIOR = 10  # votes between choices of the prior
-REMEMBERED = 5  # newest votes whose pairs are not asked again
 FREEZE = 64  # pictures after which the features' constants may be frozen
+Own = tuple[str, bytes]  # a picture of the person's: the name of its file, and what is in it
 
 
 class Voting:
@@ -96,9 +96,8 @@ class Voting:
                 Pair(secrets.token_hex(8), vote.prompt, vote.left, vote.right, vote.repeat_of).show(self.workspace)
             return vote
 
-    def add_pictures(self, prompt: str, better: Sequence[tuple[str, bytes]], worse: Sequence[tuple[str, bytes]]) -> int:
-        """Own pictures, each the name of its file and what is in it, as votes: each of the better ones beat one of the
-        worse ones, in turn; how many votes.
+    def add_pictures(self, prompt: str, better: Sequence[Own], worse: Sequence[Own]) -> int:
+        """Own pictures as votes: each of the better ones beat one of the worse ones, in turn; how many votes.
 
         InputError: a side has none, or one, which is named, is no picture; nothing is stored then."""
         if not better or not worse:
@@ -121,7 +120,7 @@ class Voting:
     def _next(self, last: Vote | None) -> Pair | None:
         votes, name = self.votes(), secrets.token_hex(8)
         due = last is not None and len(votes) % REPEAT_EVERY == 0 and last.repeat_of is None
-        if due and (earlier := self._askable(votes)):
+        if due and (earlier := asked_once(self.workspace, votes)):
             again = earlier[int(self._rng.integers(len(earlier)))]
             return Pair(name, again.prompt, again.right, again.left, again.id).show(self.workspace)
         rows = self.artist.rows(self.workspace.settings()["prompts"])
@@ -144,19 +143,6 @@ class Voting:
             return None
         left, right = (rows[i] for i in chosen)
         return Pair(name, left.prompt, left.picture, right.picture).show(self.workspace)
-
-    def _askable(self, votes: Sequence[Vote]) -> list[Vote]:
-        """Those whose pairs can be asked again: drawn here and still there, asked once, and not still remembered."""
-        twice = {vote.repeat_of for vote in votes} - {None}
-        pictures = self.workspace.store.pictures
-        return [
-            vote
-            for vote in votes[:-REMEMBERED]
-            if vote.repeat_of is None
-            and vote.id not in twice
-            and vote.left.model
-            and all((pictures / picture.file).is_file() for picture in (vote.left, vote.right))
-        ]
 
     # ---------------------------------------------------------------------------------------------------- taste
 
