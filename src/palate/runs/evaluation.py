@@ -164,8 +164,8 @@ def evaluate_runs(
             held.enter_context(evaluating(run))
         for name, run, given in zip(names, runs, asked, strict=True):
             own = {t.label: t.load() for t in run.objective().terms if t.digest() != shared[t.label].digest()}
-            mine = panel._replace(rewards=dict(panel.rewards) | own, digests=told)
-            judges[name] = _judge_of(run, mine, stored=given is None)
+            judging = panel._replace(rewards=dict(panel.rewards) | own, digests=told)
+            judges[name] = _judge_of(run, judging, stored=given is None)
             if given is not None:
                 _draw(run, partial(run.model, warn) if load is None else partial(load, run.path), *given)
         found = {name: judge() for name, judge in judges.items()}  # last: on a GPU they stay where the networks draw
