@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import pytest
 import torch
@@ -83,6 +85,31 @@ def test_each_strength_has_a_place_of_its_own_and_minus_nothing_is_the_base_mode
     assert all((tmp_path / "strengths" / each / "0000.png").is_file() for each in found["strengths"])
     page = write_page_of(tmp_path / "strengths").read_text("utf-8")
     assert all(f"strength {each}<" in page for each in found["strengths"])
+
+
+def test_all_strengths_are_drawn_before_the_first_is_judged(tmp_path, monkeypatch):
+    """The judges stay on a GPU once they are there, which may have no room for the network beside them."""
+    (tmp_path / "recipe.yaml").write_text("algorithm: {name: ddpo}\nreward: {name: emoji}\nprompts: {list: [a dog]}\n")
+    drawn, made = [], []
+
+    def model(run):
+        made.append(weakref.ref(built := recipe.build_model(recipe.read("srpo-emoji", ["model.lora_rank=2"]))))
+        return built, None
+
+    def draws(*_, **__):
+        drawn.append("drawn")
+        return torch.zeros(1, 3, 64, 64)
+
+    def judges(*_, **__):
+        gc.collect()
+        assert made[0]() is None and len(drawn) == 3
+        return {}
+
+    monkeypatch.setattr(RunFolder, "model", model)
+    monkeypatch.setattr("palate.runs.strength.generate", draws)
+    monkeypatch.setattr("palate.runs.strength.evaluate_samples", judges)
+    found = evaluate_strengths(RunFolder(tmp_path), [0.5, 1.0], prompts=["a dog"], seeds=[0])
+    assert list(found["strengths"]) == ["0.5", "1"]
 
 
 def test_what_has_no_strength_is_a_sentence(palate, tmp_path, monkeypatch):

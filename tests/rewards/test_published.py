@@ -11,6 +11,7 @@ import math
 import re
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -693,6 +694,30 @@ def test_a_value_does_not_depend_on_the_batch(every, name):
         together = every[name](images, prompts)
         alone = torch.cat([every[name](images[i : i + 1], prompts[i : i + 1]) for i in range(3)])
     torch.testing.assert_close(together, alone, atol=2e-6 * float(together.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("name", ["hpsv2", "image-reward", "aesthetic", "hpsv3"])
+def test_a_reward_that_does_not_fit_on_a_device_is_whole_on_the_cpu_again(every, name, monkeypatch):
+    """Weights move one by one: what went before the memory ended would pass for all of them at the next call."""
+    reward, images, prompts, moved = every[name], draw(1, 3, 32, 32, seed=5), ["a fox"], []
+    before = reward(images, prompts)
+
+    def move(module, device):
+        moved.append(device.type)
+        if device.type == "meta":  # stands for a GPU
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return module
+
+    monkeypatch.setattr(nn.Module, "to", move)
+    with pytest.raises(torch.OutOfMemoryError):
+        reward(images.to("meta"), prompts)
+    assert moved == ["meta", "cpu"]
+    assert bool((reward(images, prompts) == before).all()) and moved == ["meta", "cpu"]
+
+
+def test_every_reward_follows_its_images_whole():
+    for path in Path(clip.__file__).parent.glob("*.py"):
+        assert ".to(images.device)" not in path.read_text("utf-8"), f"{path.name}: placement.follow moves weights"
 
 
 @pytest.mark.parametrize(

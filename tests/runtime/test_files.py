@@ -33,6 +33,7 @@ from palate.runtime.files import (
     in_shell,
     json_line,
     new_folder,
+    parse_json,
     read_json_lines,
     replace,
     split_lines,
@@ -84,6 +85,14 @@ def test_json_that_python_cannot_read_is_a_sentence_about_its_file(tmp_path, nam
     (tmp_path / name).write_text(text + "\n\n")
     with pytest.raises(InputError, match=name):
         READERS[name](tmp_path / name)
+
+
+def test_half_of_a_character_is_no_text():
+    """What has it can be read, and then neither printed nor written."""
+    for text in ('{"a": ["\\ud83d "]}', b'{"\\uDE00": 1}'):
+        with pytest.raises(ValueError, match=r"it has half of a character, .u(d83d|de00)"):
+            parse_json(text)
+    assert parse_json('"\\ud83d\\ude00"') == "\U0001f600" and parse_json(r'"\\ud800"') == r"\ud800"
 
 
 ODD = "a\u2028b\u0085c\x0cd\x1ce"

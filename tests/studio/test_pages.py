@@ -398,9 +398,9 @@ def test_own_pictures_become_votes(studio):
     new = found.voting.votes()[before:]
     assert [vote.choice for vote in new] == ["left", "right"] and {vote.prompt for vote in new} == {"fox"}
     assert found.voting.summary()["taste"] is not None  # pictures of another size are looked at as well
-    bad = [("better", ("a.png", b"GIF89a")), ("worse", ("c.png", picture(10)))]
+    bad = [("better", ("a.png", picture(11))), ("better", ("b<b>.png", b"GIF89a")), ("worse", ("c.png", picture(10)))]
     answer = client.post("/choose/upload", files=bad)
-    assert answer.status_code == 422 and "not a PNG" in answer.text
+    assert answer.status_code == 422 and ">b&lt;b&gt;.png: not a PNG" in answer.text  # which of them it was
     for _ in new:
         found.workspace.store.undo()
 

@@ -30,7 +30,7 @@ from palate.studio.routes_compare import _wall
 from palate.studio.routes_train import _steered, _unasked
 from palate.studio.runview import RunView, Words
 from palate.studio.shared import readable
-from palate.taste.votes import Picture
+from palate.taste.votes import Picture, Vote
 from palate.taste.words import WordChoice
 
 TOKEN = "a-token-of-the-tests"
@@ -251,8 +251,32 @@ def test_votes_say_the_round_that_they_are_of_and_the_newest_round_comes_last(st
     for run, rounds in (("a", ["a"]), ("b", ["a", "b"]), ("a", ["b", "a"])):
         found.workspace.begin_round(run)
         assert found.workspace.rounds() == rounds and found.workspace.settings()["source"] == run
-    found.voting.add_pictures("fox", [picture(1)], [picture(2)])
+    found.voting.add_pictures("fox", [("1", picture(1))], [("2", picture(2))])
     assert [vote.round for vote in found.voting.votes()] == [3]
+
+
+def test_a_form_that_was_refused_leads_back_to_its_page(studio):
+    client, _ = studio
+    for path, page in (("/choose/upload", "/choose"), ("/runs/a/export/merged", "/runs"), ("/train", "/")):
+        answer = client.post(path, headers={"hx-request": ""})
+        assert answer.status_code == 422 and f'<a href="{page}">Go on</a>' in answer.text
+
+
+def test_after_every_twelfth_choice_a_pair_is_asked_again_that_was_asked_once_and_is_there(studio):
+    """Whatever is drawn by lot: own pictures, repeats and pairs that were repeated are not in the urn."""
+    _, found = studio
+    store, voting = found.workspace.store, found.voting
+    voting.add_pictures("fox", [(f"{i}", picture(i)) for i in range(3)], [("9", picture(9))])
+    files = [store.keep(picture(20 + i)) for i in range(21)]
+    votes = [Vote("fox", Picture(files[k], model="m"), Picture(files[20], model="m"), "left", id=f"v{k}")
+             for k in range(20)]  # fmt: skip
+    gone = Picture("0" * 64 + ".png", model="m")
+    votes[0] = replace(votes[0], left=gone)
+    votes[2:2] = [replace(votes[1], id="again", left=votes[1].right, right=votes[1].left, repeat_of="v1")]
+    store.extend(votes)
+    assert len(voting.votes()) == 24
+    asked = {voting._next(voting.votes()[-1]).repeat_of for _ in range(60)}
+    assert asked <= {f"v{k}" for k in range(2, 15)} and len(asked) > 5
 
 
 def test_own_pictures_that_the_model_has_no_words_for_are_no_training_pairs(studio, monkeypatch, tmp_path):
@@ -263,10 +287,10 @@ def test_own_pictures_that_the_model_has_no_words_for_are_no_training_pairs(stud
     monkeypatch.setattr(found.voting, "summary", lambda: {"votes": 30, "start": 20, "good": 40, "taste": taste})
     monkeypatch.setattr(found.voting, "learn_taste", lambda: tmp_path)
     for prompt in ["my dog Rex", ""] * 10:
-        found.voting.add_pictures(prompt, [picture(1)], [picture(2)])
+        found.voting.add_pictures(prompt, [("1", picture(1))], [("2", picture(2))])
     answer = client.post("/align/start", data={"way": "taste-emoji-dpo"})
     assert answer.status_code == 422 and "no vote about a prompt that the model reads" in answer.text and not begun
-    found.voting.add_pictures("fox", [picture(3)], [picture(4)])
+    found.voting.add_pictures("fox", [("3", picture(3))], [("4", picture(4))])
     for way in ("taste-emoji-dpo", "taste-emoji-srpo"):
         assert client.post("/align/start", data={"way": way}).status_code == 204
         folder = next((found.workspace.home / "pairs").iterdir())
@@ -295,6 +319,26 @@ def test_a_win_is_one_of_the_run_s_own_picture_on_whichever_side_it_stands(studi
             side = "left" if pair["left"] == wanted else "right"
             found.comparing.answer(str(rate), pair["number"], side)
         assert found.comparing.win_rate(str(rate))["rate"] == rate
+
+
+@pytest.mark.parametrize(
+    ("count", "wanted", "said"),
+    [(8, "the run's", "clearly more than half"), (8, "another", "clearly less than half"), (8, "", "half lies between"),
+     (5, "the run's", "the pairs are too few to tell")],
+)  # fmt: skip
+def test_whether_a_study_shows_more_than_chance_is_said_once_after_its_last_pair(studio, count, wanted, said):
+    """Said at each answer, it would be said of two models that are alike in one study of five."""
+    client, found = studio
+    sides = {"a": "the run's", "b": "another"}
+    pairs = [{"prompt": "fox", "left": side, "files": sides} for side in "abbabaab"[:count]]
+    found.workspace.write("compare/s/study.json", {"run": "a", "other": "", "pairs": pairs})
+    for number in range(count):
+        pair = found.comparing.next("s")
+        choice = "tie" if not wanted else "left" if pair["left"] == wanted else "right"
+        page = client.post("/compare/answer", data={"study": "s", "number": number, "choice": choice}).text
+        assert (said in page) == (number == count - 1)
+        assert ("can be said after the last pair" in page) == (5 <= number + 1 < count)
+        assert ("blind comparisons with the model as it came" in page) == (number >= 4)
 
 
 def test_charts_are_of_the_last_five_batches_and_of_ratios_to_what_was_before(studio):

@@ -65,7 +65,8 @@ def rows(workspace, source):
 
 
 def upload(workspace, source, *, damaged=False):
-    Voting(workspace, Artist(workspace)).add_pictures("fox", [png(1), png(2)[: -30 if damaged else None]], [png(3)])
+    better = [("1.png", png(1)), ("2.png", png(2)[: -30 if damaged else None])]
+    Voting(workspace, Artist(workspace)).add_pictures("fox", better, [("3.png", png(3))])
 
 
 def pool(workspace, source):

@@ -358,6 +358,33 @@ def test_a_row_that_says_nothing_is_named_and_no_vote_is_stored(tmp_path, row):
     assert not store.file.exists()
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"prompt": "fox " * 8000}, r"a vote takes 94 KiB, at most 64 are allowed; shorten its texts: "),
+        ({"prompt": "\ud800"}, r"line 2: not JSON \(it has half of a character, .ud800\)"),
+        ({"left": "\udfff.png"}, r"line 2: not JSON \(it has half of a character, .udfff\)"),
+    ],
+)
+def test_a_text_that_no_store_could_hold_is_refused_and_the_store_is_read_as_before(tmp_path, row, said):
+    """A line longer than `read` takes would have made every vote of the store unreadable."""
+    store = store_with(tmp_path / "store")
+    (tmp_path / "1.png").write_bytes(png(1))
+    good, before = {"prompt": "a fox", "left": "1.png", "right": "1.png", "choice": "left"}, store.file.read_bytes()
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(each) + "\n" for each in (good, good | row)))
+    with pytest.raises(InputError, match=said):
+        import_votes(tmp_path / "list.jsonl", store)
+    assert store.file.read_bytes() == before and len(store.read()) == 3
+    (tmp_path / "list.jsonl").write_text(json.dumps(good))
+    with pytest.raises(InputError, match=r"a text of a vote is not UTF-8: .*caf"):
+        import_votes(tmp_path / "list.jsonl", store, rater="caf\udce9")  # as Python reads such a word of a command
+    assert store.file.read_bytes() == before
+    with open(store.file, "a") as file:
+        file.write('{"prompt": "\\ud800"}\n')
+    with pytest.raises(InputError, match=r"votes.jsonl line 4: not a vote \(it has half of a character"):
+        store.read()
+
+
 def test_votes_of_palate_are_read_from_a_json_list_too_and_each_counts_once(tmp_path):
     store = store_with(tmp_path / "a", 2)
     rows = [json.loads(line) for line in store.file.read_text().splitlines()]

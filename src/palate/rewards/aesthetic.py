@@ -15,6 +15,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from palate.rewards.clip import preprocess
 from palate.rewards.files import pretrained, read_tensors, weights_file
+from palate.rewards.placement import follow
 from palate.runtime.errors import InputError
 
 HOW = (
@@ -33,8 +34,7 @@ class AestheticReward:
     def embed_images(self, images: Tensor) -> Tensor:
         """Unit vectors (B, D) of CLIP's image tower; differentiable."""
         own = next(self.tower.parameters())
-        if own.device != images.device:
-            self.tower.to(images.device)
+        follow(self.tower, images.device)
         pixels = preprocess(images, self.tower.config.image_size)
         features = self.tower(pixel_values=pixels.to(own.dtype)).image_embeds.to(pixels.dtype)
         return F.normalize(features, dim=-1)

@@ -30,6 +30,7 @@ from transformers import (
 
 from palate.rewards.files import load_state, pretrained, read_tensors, weights_file
 from palate.rewards.open_clip import from_open_clip, vit_h_14
+from palate.rewards.placement import follow
 from palate.runtime.errors import InputError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of CLIP's training images (Radford et al. 2021)
@@ -89,8 +90,7 @@ class ClipReward:
     def image_features(self, images: Tensor) -> Tensor:
         """Unit vectors (B, D); differentiable."""
         weight = next(self.model.parameters())
-        if weight.device != images.device:
-            self.model.to(images.device)
+        follow(self.model, images.device)
         pixels = preprocess(images, self.image_size, fit=self.fit)
         output = self.model.get_image_features(pixel_values=pixels.to(weight.dtype)).pooler_output
         return F.normalize(output.to(pixels.dtype), dim=-1)

@@ -20,6 +20,7 @@ from palate.core import Reward
 from palate.models.quiet import quietly
 from palate.models.vocabulary import known_words, parse_prompt, vocabulary
 from palate.rewards.clip import ClipReward, preprocess
+from palate.rewards.placement import follow
 from palate.rewards.simple import border
 from palate.runtime.deprecated import old_names
 from palate.runtime.errors import InputError
@@ -68,8 +69,7 @@ class EmojiClassifier:
         self.concepts, self.styles = vocabulary().concepts, vocabulary().styles
 
     def _pooled(self, images: Tensor) -> Tensor:
-        if self.model.device != images.device:
-            self.model.to(images.device)
+        follow(self.model, images.device)
         return self.model.resnet(preprocess(images, 64)).pooler_output
 
     def features(self, images: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLModel
 
 from palate.rewards.clip import normalised_pixels
 from palate.rewards.files import load_state, pretrained, read_tensors, weights_file
+from palate.rewards.placement import follow
 from palate.runtime.errors import InputError
 
 REWARD_TOKEN = "<|Reward|>"
@@ -83,8 +84,7 @@ class HPSv3Reward:
     def image_features(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Merged patch features (B, N, D) and the grid (h, w); differentiable."""
         model: Any = self.parts["model"]
-        if model.device != images.device:
-            self.parts.to(images.device)
+        follow(self.parts, images.device)
         vision: Any = model.config.vision_config
         images = images.to(torch.promote_types(images.dtype, torch.float32))
         shape = resized_shape(

@@ -18,6 +18,7 @@ from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVi
 from palate.rewards.aesthetic import affine_head
 from palate.rewards.clip import preprocess, tokenizer_of
 from palate.rewards.files import load_state, read_tensors, weights_file
+from palate.rewards.placement import follow
 from palate.runtime.errors import InputError
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw score on the authors' images
@@ -50,8 +51,7 @@ class ImageReward:
     def image_features(self, images: Tensor) -> Tensor:
         """Patch features (B, 1 + patches, D); differentiable."""
         own = next(self.towers.parameters())
-        if own.device != images.device:
-            self.towers.to(images.device)
+        follow(self.towers, images.device)
         pixels = preprocess(images, self.image_size)
         return self.vision(pixel_values=pixels.to(own.dtype)).last_hidden_state
 

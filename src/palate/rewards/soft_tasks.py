@@ -29,6 +29,7 @@ from torch import Tensor
 
 from palate.models.vocabulary import Caption
 from palate.rewards.detector import GRID, THRESHOLD, Cells, Detector
+from palate.rewards.placement import follow
 from palate.rewards.tasks import AXES, MARGIN, captions_of, load_detector
 
 SLACK = 0.1  # of the relation, in image halves: beyond the margin by so much is right with .73
@@ -45,8 +46,7 @@ class SoftTaskReward:
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(B,) for images (B, 3, 64, 64) in [0, 1]. InputError: a prompt names no thing, or one that is unknown."""
         captions = captions_of(prompts, "emoji-tasks-soft")
-        if next(self.detector.parameters()).device != images.device:
-            self.detector.to(images.device)
+        follow(self.detector, images.device)
         cells: Cells = self.detector(images)
         found = [torch.stack(self._logs(cells, b, caption)).mean() for b, caption in enumerate(captions)]
         return torch.stack(found).to(images)

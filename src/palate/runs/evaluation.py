@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,25 +62,24 @@ def evaluate_run(
     The panel's digests are of rewards that other runs optimise."""
     run = run_folder if isinstance(run_folder, RunFolder) else RunFolder(run_folder)
     panel = panel or evaluators.panel_of(run.recipe)
-    if stored:
-        return _evaluate(run, panel, None)
-    prompts = prompts_of(run.recipe) if prompts is None else listed(prompts)
-    seeds = seeds_of(run.recipe) if seeds is None else list(seeds)
-    load = run.model if model is None else lambda: (model, sampler)
-    return _evaluate(run, panel, partial(_draw, run, load, prompts, seeds))
-
-
-def _evaluate(run: RunFolder, panel: EvaluationPanel, draw: Callable[[], None] | None) -> dict[str, Any]:
-    """Draw the pictures, or with None take those that are stored, and judge them."""
     with evaluating(run):
-        if draw is None:
-            check_stored(run)
-        measured, words = _measured(run, stored=draw is None)
-        rewards, optimised = run.objective().with_words(*words).rewards(panel.rewards, panel.heldout)
-        if draw is not None:
-            draw()
-        told = measured | {"digests": {**panel.digests, **digests(run.objective().terms)}}
-        return _judged(run, panel._replace(rewards=rewards), optimised, told, words)
+        if stored:
+            return _judge_of(run, panel, stored=True)()
+        prompts = prompts_of(run.recipe) if prompts is None else listed(prompts)
+        seeds = seeds_of(run.recipe) if seeds is None else list(seeds)
+        judge = _judge_of(run, panel, stored=False)
+        _draw(run, run.model if model is None else lambda: (model, sampler), prompts, seeds)
+        return judge()
+
+
+def _judge_of(run: RunFolder, panel: EvaluationPanel, *, stored: bool) -> Callable[[], dict[str, Any]]:
+    """What judges the pictures that lie in the run when it is called: those that are stored now, or are drawn next."""
+    if stored:
+        check_stored(run)
+    measured, words = _measured(run, stored)
+    rewards, optimised = run.objective().with_words(*words).rewards(panel.rewards, panel.heldout)
+    told = measured | {"digests": {**panel.digests, **digests(run.objective().terms)}}
+    return partial(_judged, run, panel._replace(rewards=rewards), optimised, told, words)
 
 
 def _draw(
@@ -159,12 +158,17 @@ def evaluate_runs(
     for run in runs:
         shared = {term.label: term for term in run.objective().terms} | shared
         panel = panel._replace(rewards=run.objective().load(panel.rewards))
-    told, found = digests(shared.values()), {}
-    for name, run, given in zip(names, runs, asked, strict=True):
-        own = {t.label: t.load() for t in run.objective().terms if t.digest() != shared[t.label].digest()}
-        judges = panel._replace(rewards=dict(panel.rewards) | own, digests=told)
-        loads = partial(run.model, warn) if load is None else partial(load, run.path)
-        found[name] = _evaluate(run, judges, None if given is None else partial(_draw, run, loads, *given))
+    told, judges = digests(shared.values()), {}
+    with ExitStack() as held:
+        for run in runs:
+            held.enter_context(evaluating(run))
+        for name, run, given in zip(names, runs, asked, strict=True):
+            own = {t.label: t.load() for t in run.objective().terms if t.digest() != shared[t.label].digest()}
+            judging = panel._replace(rewards=dict(panel.rewards) | own, digests=told)
+            judges[name] = _judge_of(run, judging, stored=given is None)
+            if given is not None:
+                _draw(run, partial(run.model, warn) if load is None else partial(load, run.path), *given)
+        found = {name: judge() for name, judge in judges.items()}  # last: on a GPU they stay where the networks draw
     first, ways = names[0], [_how_drawn(run) for run in runs]
     for name, way in zip(names, ways, strict=True):
         if way != ways[0]:

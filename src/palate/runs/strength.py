@@ -52,19 +52,29 @@ def evaluate_strengths(
     prompts = prompts_of(run.recipe) if prompts is None else listed(prompts)
     seeds = seeds_of(run.recipe) if seeds is None else list(seeds)
     with evaluating(run):
-        return _at_strengths(run, strengths, prompts, seeds, panel, optimised)
+        _draw(run, strengths, prompts, seeds)  # by a network that is gone when the judges look
+        folders = {strength_text(strength): run.path / FOLDER / strength_text(strength) for strength in strengths}
+        base = run.path / FOLDER / "0"
+        result = {
+            "strengths": {
+                text: evaluate_samples(folder, base_folder=base, panel=panel) for text, folder in folders.items()
+            },
+            "prompts": len(prompts),
+            "seeds": len(seeds),
+            "optimised": optimised,
+            "heldout": panel.heldout,
+        }
+        write_atomically(run.path / f"{FOLDER}.json", to_json(result).encode())
+    return result
 
 
-def _at_strengths(
-    run: RunFolder, strengths: Sequence[float], prompts: Sequence[str], seeds: Sequence[int], panel: EvaluationPanel,
-    optimised: list[str],
-) -> dict[str, Any]:  # fmt: skip
+def _draw(run: RunFolder, strengths: Sequence[float], prompts: Sequence[str], seeds: Sequence[int]) -> None:
+    """Write the pictures of strength 0 and of each strength into folders of their own, and all of them side by side."""
     model, sampler = run.model()
     if not isinstance(model, HasStrength) or not isinstance(model, Sampleable):
         raise InputError(f"--strength: the model of {run.path} has none")
     how = run.recipe.sample
     steps, guidance = steps_and_guidance(model, Drawing(how.steps, how.guidance, sampler=sampler))
-    found: dict[str, Any] = {}
     drawn: list[Tensor] = []
     for strength in dict.fromkeys((0.0, *strengths)):
         with model.at_strength(strength):
@@ -72,15 +82,4 @@ def _at_strengths(
         drawn += [images] if strength in strengths else []
         folder = run.path / FOLDER / strength_text(strength)
         write_samples(folder, images, *pairs(prompts, seeds), guidance=guidance, steps=steps)
-        base = run.path / FOLDER / "0"
-        found[folder.name] = evaluate_samples(folder, base_folder=base, panel=panel)
     write_strengths(run.path / FOLDER, drawn, prompts, seeds, strengths, guidance=guidance, steps=steps)
-    result = {
-        "strengths": {text: found[text] for text in map(strength_text, strengths)},
-        "prompts": len(prompts),
-        "seeds": len(seeds),
-        "optimised": optimised,
-        "heldout": panel.heldout,
-    }
-    write_atomically(run.path / f"{FOLDER}.json", to_json(result).encode())
-    return result

@@ -156,11 +156,19 @@ def json_line(row: Any) -> bytes:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text. ValueError: it is none, or nests deeper than Python reads."""
+    """The value of a JSON text. ValueError: it is none, nests deeper than Python reads, or has half of a character as
+    an escape, which can be written into no file."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
+    escapes: Any = (b"\\ud", b"\\uD") if isinstance(text, bytes) else ("\\ud", "\\uD")
+    if any(escape in text for escape in escapes):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"it has half of a character, \\u{ord(error.object[error.start]):x}") from error
+    return value
 
 
 def read_json_lines(path: Path, *, cut_short: bool = False) -> list[tuple[int, Any]]:

@@ -20,6 +20,7 @@ from palate.core import Model, Sampler
 from palate.data import evenly_spaced, read_prompts
 from palate.evaluate import generate, read_index
 from palate.evaluate.intervals import win_rate_interval
+from palate.evaluate.verdicts import MIN_PROMPTS
 from palate.export import Lora, read_adapter
 from palate.models.emoji import EmojiModel
 from palate.runtime import checkpoint
@@ -139,7 +140,9 @@ class Comparing:
 
     def win_rate(self, name: str) -> dict[str, Any] | None:
         """How often the run was preferred, a tie counting half, with its interval and whom it met; None before ENOUGH
-        answers, or all of a study of fewer pairs."""
+        answers, or all of a study of fewer pairs. "verdict": more, less or chance; "few" of fewer than MIN_PROMPTS
+        pairs, and "" before the last answer: of somebody who prefers neither, the interval leaves out one half at some
+        answer from ENOUGH on in one study of five, and after the last in one of twenty."""
         tree, answers = self._tree(name), self.answers(name)
         pairs = tree["pairs"]
         if len(answers) < min(ENOUGH, len(pairs)) or not answers:
@@ -147,7 +150,12 @@ class Comparing:
         scores = [0.5 if choice == "tie" else float(choice == ("left" if pairs[i]["left"] == "a" else "right"))
                   for i, choice in answers.items()]  # fmt: skip
         low, high = win_rate_interval(scores)
-        return {"rate": sum(scores) / len(scores), "low": low, "high": high, "of": len(scores),
+        verdict = "more" if low > 0.5 else "less" if high < 0.5 else "chance"
+        if len(answers) < len(pairs):
+            verdict = ""
+        elif len(pairs) < MIN_PROMPTS:
+            verdict = "few"
+        return {"rate": sum(scores) / len(scores), "low": low, "high": high, "of": len(scores), "verdict": verdict,
                 "run": tree.get("run", ""), "other": tree.get("other", "")}  # fmt: skip
 
     def _folder(self, name: str) -> Path:

@@ -10,6 +10,7 @@ from palate.studio.workspace import Workspace
 from palate.taste.votes import Picture, Vote
 
 PAIR = "pair.json"
+REMEMBERED = 5  # newest votes, whose pairs are not asked again
 
 
 class Pair(NamedTuple):
@@ -51,3 +52,16 @@ def unanswered(workspace: Workspace, votes: Sequence[Vote]) -> Pair | None:
     if pair is None or any(vote.id == pair.id for vote in votes):
         return None
     return pair if all((pictures / p.file).is_file() for p in (pair.left, pair.right)) else None
+
+
+def asked_once(workspace: Workspace, votes: Sequence[Vote]) -> list[Vote]:
+    """Those whose pairs can be asked again: drawn here and still there, asked once, and not still remembered."""
+    twice, pictures = {vote.repeat_of for vote in votes}, workspace.store.pictures
+    return [
+        vote
+        for vote in votes[:-REMEMBERED]
+        if vote.repeat_of is None
+        and vote.id not in twice
+        and vote.left.model
+        and all((pictures / picture.file).is_file() for picture in (vote.left, vote.right))
+    ]

@@ -125,7 +125,7 @@ async def upload(
 
     if len(better) + len(worse) > UPLOADED:
         raise InputError(f"at most {UPLOADED} pictures at once")
-    contents = [[await file.read() for file in side if file.size] for side in (better, worse)]
+    contents = [[(file.filename or "", await file.read()) for file in side if file.size] for side in (better, worse)]
     await run_in_threadpool(studio_of(request).voting.add_pictures, one_line(prompt)[:300], *contents)
     return go_to("/choose", request)
 

@@ -18,7 +18,8 @@ import torch
 from palate.runtime.errors import InputError
 from palate.studio.artist import Artist, Drawn
 from palate.studio.known import KnownFeatures
-from palate.studio.pair import PAIR, Pair, unanswered
+from palate.studio.pair import PAIR, Pair, asked_once, unanswered
+from palate.studio.steering import one_line
 from palate.studio.workspace import Workspace
 from palate.taste import card as cards
 from palate.taste.ask import RANDOM, REPEAT_EVERY, next_pair
@@ -26,12 +27,13 @@ from palate.taste.features import Scaling, scaling_of
 from palate.taste.learner import Array, Posterior, fit
 from palate.taste.staging import bring_in, staging
 from palate.taste.taste import SIDE_STD, Taste, fit_taste, learn
-from palate.taste.votes import CHOICES, OUTCOMES, Picture, Vote
+from palate.taste.votes import CHOICES, OUTCOMES, Picture, Vote, VoteStore
 from palate.taste.words import WordChoice, offered, word_gains
 
 SCALING = "scaling.safetensors"
 REFIT_PRIOR = 10  # votes between choices of the prior
 FREEZE = 64  # pictures after which the features' constants may be frozen
+Own = tuple[str, bytes]  # a picture of the person's: the name of its file, and what is in it
 
 
 class Voting:
@@ -94,15 +96,15 @@ class Voting:
                 Pair(secrets.token_hex(8), vote.prompt, vote.left, vote.right, vote.repeat_of).show(self.workspace)
             return vote
 
-    def add_pictures(self, prompt: str, better: Sequence[bytes], worse: Sequence[bytes]) -> int:
+    def add_pictures(self, prompt: str, better: Sequence[Own], worse: Sequence[Own]) -> int:
         """Own pictures as votes: each of the better ones beat one of the worse ones, in turn; how many votes.
 
-        InputError: a side has none, or one of them is no picture; nothing is stored then."""
+        InputError: a side has none, or one, which is named, is no picture; nothing is stored then."""
         if not better or not worse:
             raise InputError("give at least one picture that you like and one that you do not")
         store, votes = self.workspace.store, []
         with staging(store) as staged:
-            kept = [[staged.keep(content) for content in side] for side in (better, worse)]
+            kept = [[_kept(staged, *each) for each in side] for side in (better, worse)]
             for i in range(max(map(len, kept))):
                 liked, other = (Picture(side[i % len(side)], prompt) for side in kept)
                 left, right, choice = (liked, other, "left") if i % 2 == 0 else (other, liked, "right")
@@ -117,10 +119,10 @@ class Voting:
 
     def _next(self, last: Vote | None) -> Pair | None:
         votes, name = self.votes(), secrets.token_hex(8)
-        if last is not None and len(votes) % REPEAT_EVERY == 0 and last.repeat_of is None:
-            again = votes[int(self._rng.integers(len(votes) - 5))]  # not one that is still remembered
-            if again.repeat_of is None and again.left.model:
-                return Pair(name, again.prompt, again.right, again.left, again.id).show(self.workspace)
+        due = last is not None and len(votes) % REPEAT_EVERY == 0 and last.repeat_of is None
+        if due and (earlier := asked_once(self.workspace, votes)):
+            again = earlier[int(self._rng.integers(len(earlier)))]
+            return Pair(name, again.prompt, again.right, again.left, again.id).show(self.workspace)
         rows = self.artist.rows(self.workspace.settings()["prompts"])
         if len(rows) < 2:
             return None
@@ -234,3 +236,11 @@ class Voting:
     def words(self) -> list[WordChoice]:
         card = self.summary()["taste"]
         return list(card["offered"]) if card else []
+
+
+def _kept(store: VoteStore, name: str, content: bytes) -> str:
+    """The name of a picture in the store. InputError names the person's file."""
+    try:
+        return store.keep(content)
+    except InputError as error:
+        raise InputError(f"{one_line(name)[:80] or 'a file'}: {error}") from error

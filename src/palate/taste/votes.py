@@ -20,6 +20,7 @@ from typing import Any
 
 from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.exclusive import exclusive
+from palate.runtime.files import parse_json
 from palate.taste.encoded import picture_ending
 
 CHOICES = ("left", "right", "tie", "both-bad")
@@ -157,7 +158,20 @@ class VoteStore:
         return there, len(votes) - len(there)
 
     def _add(self, rows: list[dict[str, Any]]) -> None:
-        lines = b"".join(json.dumps(row, sort_keys=True, ensure_ascii=False).encode() + b"\n" for row in rows)
+        """Write the rows, all or none. InputError: one is longer than what `read` takes for a vote, or has a text of
+        bytes that are none."""
+        try:
+            each = [json.dumps(row, sort_keys=True, ensure_ascii=False).encode() for row in rows]
+        except UnicodeEncodeError as error:  # of a command line in another encoding
+            raise InputError(
+                f"a text of a vote is not UTF-8: {error.object[max(0, error.start - 40) :][:60]!r}"
+            ) from error
+        if len(longest := max(each, key=len)) > LINE_LIMIT:
+            raise InputError(
+                f"a vote takes {len(longest) >> 10} KiB, at most {LINE_LIMIT >> 10} are allowed; shorten its texts: "
+                f"{longest.decode()[:80]}..."
+            )
+        lines = b"".join(line + b"\n" for line in each)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with exclusive(self.folder), open(self.file, "ab+", buffering=0) as out:
@@ -212,10 +226,10 @@ def _rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
         try:
             if len(line) > LINE_LIMIT:
                 raise ValueError("longer than a vote")
-            row = json.loads(line)
+            row = parse_json(line)
             if not isinstance(row, dict):
                 raise ValueError("not a mapping")
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             if (number == len(lines) and not whole) or _cut(lines, number):
                 continue  # the process ended while it wrote this line
             raise InputError(f"{path} line {number}: not a vote ({str(error)[:60]}); take the line out") from error
