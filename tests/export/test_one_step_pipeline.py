@@ -167,7 +167,8 @@ def test_the_card_of_a_family_draws_what_palate_draws(tmp_path, monkeypatch, nam
 
 
 def test_a_bfloat16_generator_of_a_half_downloaded_folder(tmp_path, monkeypatch):
-    """As from the hub: SD1.5's safety checker is there as a configuration only; the network is stored in bfloat16."""
+    """As from the hub: SD1.5's safety checker is there as a configuration only; the network is stored in bfloat16, and
+    of other parts there is the variant fp16 alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     source, folder = tmp_path / "base", tmp_path / "one-step"
     shutil.copytree(tiny_families.saved("stable-diffusion")[0], source)
@@ -176,6 +177,9 @@ def test_a_bfloat16_generator_of_a_half_downloaded_folder(tmp_path, monkeypatch)
     (source / "model_index.json").write_text(json.dumps(index))
     (source / "safety_checker").mkdir()
     (source / "safety_checker/config.json").write_text("{}")
+    for part in ("vae", "text_encoder"):  # of some there is this variant alone
+        (weights,) = (source / part).glob("*.safetensors")
+        weights.rename(weights.with_suffix(".fp16.safetensors"))
     model = generator_of("stable-diffusion", source, "bfloat16")
     export_one_step(model, DistarSettings(generator=SD15), folder)
     noise = torch.randn((1, *model.latent_shape), generator=torch.Generator().manual_seed(0))

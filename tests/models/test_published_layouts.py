@@ -54,7 +54,7 @@ def test_a_network_of_another_noise_is_refused(name, scheduler, tmp_path, nothin
 
 @pytest.mark.parametrize("name", ["stable-diffusion", "sdxl"])
 def test_a_latent_consistency_model_is_refused(name, tmp_path, nothing_loads):
-    """Its pipeline embeds the guidance beside the time; without it the network draws something else, and says nothing."""
+    """Its pipeline embeds the guidance beside the time; without it the network draws something else in silence."""
     folder = copied(name, tmp_path)
     change(folder / "unet" / "config.json", time_cond_proj_dim=256)
     with pytest.raises(InputError, match="its unet is told the strength of guidance with the time"):

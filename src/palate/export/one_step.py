@@ -51,6 +51,8 @@ def export_one_step(model: Any, settings: Any, folder: Path | str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for part in copied:
         shutil.copytree(source / part, folder / part)
+        if isinstance(model, LoadedModel) and model.parts.repository.variant(part) == "fp16":
+            _as_plain(folder / part)
     network = model.weights.merged()
     save_network(network, folder / denoiser)
     scheduler.save_pretrained(folder / "scheduler")
@@ -143,6 +145,14 @@ def _copied(source: Path, index: Mapping[str, Any], denoiser: str) -> list[str]:
     if missing := [part for part in copied if not _whole(source / part)]:
         raise InputError(f"{source}: {', '.join(missing)} is not whole, and a pipeline needs it; complete the download")
     return copied
+
+
+def _as_plain(part: Path) -> None:
+    """Give the files of a part that is there as the variant fp16 alone the names that are read without a variant."""
+    for file in sorted(part.glob("*.fp16*")):
+        if file.suffix == ".json":  # which file holds which tensor
+            write_atomically(file, file.read_text("utf-8").replace(".fp16", "").encode())
+        file.rename(file.with_name(file.name.replace(".fp16", "")))
 
 
 def _whole(part: Path) -> bool:

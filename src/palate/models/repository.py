@@ -179,9 +179,7 @@ def open_repository(
         )
     index = read_settings(root / "model_index.json")
     known = _files_in(root) if files is None else files  # without the hub those that are here
-    repository = Repository(
-        str(path) if local else source, root, index, tuple(known), (options or {}).get("quantize")
-    )
+    repository = Repository(str(path) if local else source, root, index, tuple(known), (options or {}).get("quantize"))
     check_task(source, str(index.get("_class_name")), family)
     for part, kind in parts.items():
         if part in repository or part not in optional:

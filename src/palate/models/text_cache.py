@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from palate.runtime.errors import InputError
-from palate.runtime.files import write_file
+from palate.runtime.files import write_atomically
 from palate.runtime.phases import tell
 
 Encode = Callable[[str], dict[str, Tensor]]  # one prompt -> its tensors, without a batch axis
@@ -83,7 +84,7 @@ class TextCache:
         return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
     def fill(self, prompts: Sequence[str]) -> None:
-        """Encode what is missing of `prompts` and the empty one, then free the encoders. Warns once if prompts are too long."""
+        """Encode what is missing of `prompts` and the empty one, then free the encoders. Warns once of long prompts."""
         different = list(dict.fromkeys([self.empty, *prompts]))
         self._warn_of_long(different)
         missing = [prompt for prompt in different if self._read(prompt) is None]
@@ -104,9 +105,7 @@ class TextCache:
         """InputError if nothing can be written, before the encoders load."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / f".{os.getpid()}.part"
-            probe.touch()
-            probe.unlink()
+            tempfile.TemporaryFile(dir=self.folder).close()
         except OSError as error:
             raise InputError(
                 f"text embeddings cannot be written to {self.folder} ({error.strerror}); set model.text_cache to a "
@@ -130,9 +129,7 @@ class TextCache:
         tensors = {name: value.cpu().contiguous() for name, value in self._encode(prompt).items()}
         path = self._path(prompt)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        write_file(part, save(tensors))
-        os.replace(part, path)
+        write_atomically(path, save(tensors))
         return tensors
 
     def _warn_of_long(self, prompts: list[str]) -> None:
