@@ -13,6 +13,8 @@ from support.tiny_families import FAMILIES, SIZE, load, saved
 
 from palate import recipe
 from palate.core import used_prompts
+from palate.evaluate import generate
+from palate.models.repository import Repository
 from palate.models.text_cache import TextCache, TextReader
 
 LONG = 300
@@ -117,3 +119,21 @@ def warned_of(model, prompt):
         warnings.simplefilter("always")
         text._warn_of_long([prompt])
     return len(told)
+
+
+def test_no_text_encoder_is_in_memory_while_pictures_are_drawn(tmp_path, monkeypatch):
+    """Each is read once for all batches, and is gone before the network runs."""
+    model, read = load("flux", text_cache=tmp_path, training="none"), []
+    monkeypatch.setattr(Repository, "read", reading(Repository.read, read))
+    held = []
+    model.weights.network.register_forward_pre_hook(lambda *_: held.append(model.parts.text.loaded))
+    generate(model, ["a cat", "a dog", "a cow"], (0,), steps=1, batch_size=1)
+    assert held == [False] * 3 and sorted(read) == ["text_encoder", "text_encoder_2"]
+
+
+def reading(read, seen):
+    def watched(self, part, *arguments, **options):
+        seen.append(part)
+        return read(self, part, *arguments, **options)
+
+    return watched
