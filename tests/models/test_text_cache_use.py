@@ -1,4 +1,4 @@
-"""What a run costs grows with the run: of a long list, the prompts that its steps and previews use are embedded."""
+"""Text embeddings: of a long list a run makes those that it uses; what decides them, and when their encoders go."""
 
 from __future__ import annotations
 

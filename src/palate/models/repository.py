@@ -94,7 +94,7 @@ class Repository:
     ) -> nn.Module:
         """A network in `dtype`, in evaluation mode, frozen. `file`: its weights in place of the repository's own.
         whole: what four bits leave as it is (`models.quantised`)."""
-        missing: list[str] = []
+        lacking: list[str] = []
         try:
             if file is not None:
                 network = kind.from_single_file(file, config=str(self.root), subfolder=part, torch_dtype=dtype)
@@ -107,7 +107,7 @@ class Repository:
                     network, told = kind.from_pretrained(
                         place, subfolder=part, use_safetensors=True, output_loading_info=True, **options
                     )
-                missing = sorted(name for name in told["missing_keys"] if not name.endswith(COUNTED))
+                lacking = sorted(name for name in told["missing_keys"] if not name.endswith(COUNTED))
         except READING_ERRORS as error:
             if file is None and (missing := absent(self.source, self.root, part)):
                 raise missing from error
@@ -115,10 +115,10 @@ class Repository:
             raise InputError(
                 f"{what}: cannot be read as {kind.__name__}; is it another model's? ({first_line(error)})"
             ) from error
-        if missing:
+        if lacking:
             raise InputError(
-                f"{self.source}: its {part} lacks {len(missing)} of {len(network.state_dict())} tensors of "
-                f"{type(network).__name__}, {missing[0]} for one; download it again"
+                f"{self.source}: its {part} lacks {len(lacking)} of {len(network.state_dict())} tensors of "
+                f"{type(network).__name__}, {lacking[0]} for one; download it again"
             )
         if any(p.is_meta for p in network.parameters()):
             raise InputError(f"{file or self.source}: holds no weights for parts of {kind.__name__}; is it whole?")
@@ -167,6 +167,7 @@ def open_repository(
     if file is not None:
         check_file(Path(file).expanduser())
     source, path, local = locate(folder, family, file)
+    files: list[str] | None
     if local:
         root, files = path, _files_in(path)
     else:
