@@ -7,13 +7,14 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.tiny_families import SIZE, load, saved
 
 from palate import cli
 from palate.models import flux
 from palate.models.repository import Repository
 from palate.plan.measure import local_config
+from palate.runtime.errors import InputError
 
 DENOISER = "transformer/diffusion_pytorch_model"
 
@@ -65,6 +66,35 @@ def test_a_broken_download_is_named_before_anything_loads(case, tmp_path, nothin
     with pytest.raises(ValueError, match=message) as error:
         load("flux", folder)
     assert str(folder) in str(error.value) and len(str(error.value)) < 500
+
+
+def drop_tensor(folder, part, name):
+    """The part's file without one of its tensors."""
+    (path,) = (folder / part).glob("*.safetensors")
+    tensors = load_file(path)
+    del tensors[name]
+    save_file(tensors, path, {"format": "pt"})
+
+
+TENSORS = {  # of every kind of network that is read: diffusers', transformers' by its class or by AutoModel; a buffer
+    "flux": {
+        "transformer": "transformer_blocks.0.attn.to_q.weight",
+        "vae": "decoder.conv_in.weight",
+        "text_encoder": "encoder.layers.0.mlp.fc1.weight",
+        "text_encoder_2": "encoder.block.0.layer.0.SelfAttention.q.weight",
+    },
+    "flux2-klein": {"vae": "bn.running_var", "text_encoder": "model.layers.0.mlp.up_proj.weight"},
+}
+
+
+@pytest.mark.parametrize(("name", "part"), [(name, part) for name, parts in TENSORS.items() for part in parts])
+def test_a_part_that_lacks_a_tensor_is_refused_and_not_filled_with_random_numbers(name, part, tmp_path):
+    tensor = TENSORS[name][part]
+    folder = shutil.copytree(saved(name)[0], tmp_path / name)
+    drop_tensor(folder, part, tensor)
+    said = rf"its {part} lacks 1 of \d+ tensors of \w+, \S*{tensor.removeprefix('model.')} for one; download it again"
+    with pytest.raises(InputError, match=said):
+        load(name, folder, text_cache=tmp_path / "text").encode_prompts(["a cat"])
 
 
 @pytest.fixture

@@ -357,7 +357,7 @@ def test_a_folder_is_known_by_its_content_and_the_hub_by_its_commit(tmp_path):
     assert local.version(["vae"]) != before
 
 
-@pytest.mark.parametrize("name", ["sdxl", "sd3", "flux", "z-image"])
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_text_is_read_once_and_the_encoders_are_freed(name, tmp_path, monkeypatch):
     networks, read = [], Repository.read
 
@@ -374,7 +374,7 @@ def test_text_is_read_once_and_the_encoders_are_freed(name, tmp_path, monkeypatc
     networks.clear()
     again = load(name, text_cache=tmp_path)
     cond = again.encode_prompts([PROMPTS[1], PROMPTS[0]])
-    again.predict(noise_for(again), torch.tensor([0.5, 0.5]), cond, guidance=2.0)  # "" is there as well
+    again.predict(noise_for(again), torch.tensor([0.5, 0.5]), cond, guidance=2.0)  # the empty prompt is there as well
     assert not networks
     fresh = load(name, text_cache=tmp_path / "other").encode_prompts(PROMPTS)
     assert all(torch.equal(a, b.flip(0)) for a, b in zip(fresh, cond, strict=True))

@@ -98,6 +98,15 @@ def test_what_is_in_the_cache_loads_without_a_network_and_what_is_not_is_named(o
     assert len(tried) == hub.TRIES
 
 
+def test_a_cached_repository_with_the_variant_fp16_alone_loads_without_a_network(offline):
+    snapshot = into_cache(offline[1], "flux-schnell", BASE)
+    for file in snapshot.glob("*/*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    theirs = saved("flux-schnell")[1].transformer.state_dict()
+    ours = opened("flux-schnell", BASE).weights.network.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
 KEYS = {
     "black-forest-labs/FLUX.1-schnell": ("flux", ["double_blocks.0.img_attn.norm.key_norm.scale"]),
     "black-forest-labs/FLUX.1-dev": (

@@ -40,6 +40,27 @@ def test_a_network_with_further_channels_is_no_text_to_image_model(name, tmp_pat
         load(name, folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [("sdxl", "EDMDPMSolverMultistepScheduler"), ("sdxl", "EDMEulerScheduler"), ("sana", "SCMScheduler")],
+)
+def test_a_network_of_another_noise_is_refused(name, scheduler, tmp_path, nothing_loads):
+    """Playground v2.5, SANA-Sprint: their parts are those of the family, their predictions are not."""
+    folder = copied(name, tmp_path)
+    change(folder / "model_index.json", scheduler=["diffusers", scheduler])
+    with pytest.raises(InputError, match=f"is sampled by {scheduler}, whose noise is not that of {name}"):
+        load(name, folder)
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion", "sdxl"])
+def test_a_latent_consistency_model_is_refused(name, tmp_path, nothing_loads):
+    """Its pipeline embeds the guidance beside the time; without it the network draws something else in silence."""
+    folder = copied(name, tmp_path)
+    change(folder / "unet" / "config.json", time_cond_proj_dim=256)
+    with pytest.raises(InputError, match="its unet is told the strength of guidance with the time"):
+        load(name, folder)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_quantised_part_is_named(name, tmp_path, nothing_loads):
     parts = [part for part in FAMILIES[name].model.facts.parts if part.startswith(("unet", "transf", "text_enc"))]

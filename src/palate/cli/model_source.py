@@ -14,6 +14,7 @@ from palate.export import load_one_step, one_step_folder
 from palate.models import families
 from palate.models.emoji import EmojiModel
 from palate.models.facts import facts_of
+from palate.models.repository import kinds_in
 from palate.runs import trained_model
 from palate.runtime.errors import InputError, first_line
 from palate.runtime.files import parse_json
@@ -60,7 +61,7 @@ def load_base(source: str) -> Model:
 
 def family_of(index: dict[str, Any], source: str) -> str:
     """The family whose parts model_index.json lists, the one with the most where several fit."""
-    kinds = {part: entry[1] for part, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    kinds = kinds_in(index)
     found: dict[str, int] = {}
     for name in families.names():
         facts = None if name == "emoji" else facts_of(name)
@@ -70,7 +71,7 @@ def family_of(index: dict[str, Any], source: str) -> str:
         if all(part in kinds for part in needed):
             found[name] = len(needed)
     if not found:
-        held = ", ".join(sorted(str(kind) for kind in kinds.values() if kind)) or "no parts"
+        held = ", ".join(sorted(kinds.values())) or "no parts"
         raise InputError(f"{source} is of no family that Palate knows ({held}); see docs/models.md")
     return max(found, key=lambda name: found[name])
 

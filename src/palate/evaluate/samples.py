@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from palate.core import Model, Random, Sampleable, Sampler
+from palate.core import Model, Random, Sampleable, Sampler, TextCached
 from palate.data.prompts import listed
 from palate.data.tables import TEXT_LIMIT, read_text
 from palate.evaluate.metrics import Images
@@ -116,6 +116,8 @@ def drawn(model: Model, prompts: Sequence[str], noises: Sequence[Tensor], how: D
         raise InputError(f"guidance is {guidance}; expected a finite number, 1 = off")
     if steps < 1:
         raise InputError(f"steps is {steps}; expected 1 or more")
+    if isinstance(model, TextCached):
+        model.cache_prompts(prompts)  # so that no text encoder is in memory while the network runs
     found = []
     for start in range(0, len(prompts), how.batch_size):
         tell("drawing", start, len(prompts))

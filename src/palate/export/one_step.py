@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 
 from palate.models import families
 from palate.models.parts import LoadedModel
+from palate.models.repository import kinds_in, read_settings
 from palate.models.saved import save_network
 from palate.path import flow_schedule
 from palate.runtime.errors import InputError
@@ -37,7 +39,9 @@ def export_one_step(model: Any, settings: Any, folder: Path | str) -> Path:
     source = Path(model.parts.repository.root if isinstance(model, LoadedModel) else model.folder)
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty; give a new folder")
-    index = json.loads((source / "model_index.json").read_text("utf-8"))
+    index = read_settings(source / "model_index.json")
+    if not hasattr(diffusers, str(index.get("_class_name"))):
+        raise InputError(f"{source}: diffusers has no {index.get('_class_name')}, so it could not draw with the export")
     denoiser = model.facts.denoiser
     label = round(1000 * generator.t_init) - (0 if model.schedule is flow_schedule else 1)
     scheduler, call = _one_step_scheduler(model, generator.t_init, label, denoiser)
@@ -47,6 +51,8 @@ def export_one_step(model: Any, settings: Any, folder: Path | str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for part in copied:
         shutil.copytree(source / part, folder / part)
+        if isinstance(model, LoadedModel) and model.parts.repository.variant(part) == "fp16":
+            _as_plain(folder / part)
     network = model.weights.merged()
     save_network(network, folder / denoiser)
     scheduler.save_pretrained(folder / "scheduler")
@@ -63,13 +69,16 @@ def export_one_step(model: Any, settings: Any, folder: Path | str) -> Path:
 
 def _readme(model: Any, record: Mapping[str, Any], pipeline: str, dtype: torch.dtype, call: str, label: int) -> str:
     """How a program that knows diffusers alone draws with the folder. call: the pipeline's arguments for one step."""
-    size, scale = model.latent_shape, record["input_scale"]
+    size, scale, packed = model.latent_shape, record["input_scale"], ""
+    takes = inspect.signature(getattr(diffusers, pipeline).__call__).parameters
+    if "guidance_scale" in takes and takes["guidance_scale"].default is not None:
+        embedded = model.weights.network.config.get("guidance_embeds")
+        call += f", guidance_scale={record['distilled_guidance'] if embedded else 0.0}"
     if isinstance(model, LoadedModel):
         call += f", height={model.image_size[0]}, width={model.image_size[1]}"
-    if "text_tokens" in record:
+    if "text_tokens" in record and "max_sequence_length" in takes:
         call += f", max_sequence_length={record['text_tokens']}"
     call += model.facts.one_step_call
-    guidance, packed = record.get("distilled_guidance", 0.0), ""
     if model.facts.packs_noise:
         packed = f"\nnoise = pipe._pack_latents(noise, 1, {size[0]}, {size[1]}, {size[2]})"
     drawn = "torch.randn" if scale == 1.0 else f"{scale:.9g} * torch.randn"
@@ -81,7 +90,7 @@ from diffusers import {pipeline}
 
 pipe = {pipeline}.from_pretrained("path/to/this/folder", torch_dtype={dtype})
 noise = {drawn}(1, {size[0]}, {size[1]}, {size[2]}, dtype=pipe.dtype)  # the scale is part of the generator{packed}
-image = pipe("a prompt", latents=noise, guidance_scale={guidance}, {call}).images[0]
+image = pipe(prompt="a prompt", latents=noise, {call}).images[0]
 ```
 
 One network evaluation per image, at time label {label}.
@@ -132,11 +141,18 @@ def _how_to_load(model: Any) -> dict[str, Any]:
 
 def _copied(source: Path, index: Mapping[str, Any], denoiser: str) -> list[str]:
     """The parts that a one-step pipeline takes from its base as they are; ValueError if one is not there."""
-    parts = [part for part, kind in index.items() if isinstance(kind, list) and kind[0]]
-    copied = [part for part in parts if part not in (denoiser, "scheduler")]
+    copied = [part for part in kinds_in(index) if part not in (denoiser, "scheduler")]
     if missing := [part for part in copied if not _whole(source / part)]:
         raise InputError(f"{source}: {', '.join(missing)} is not whole, and a pipeline needs it; complete the download")
     return copied
+
+
+def _as_plain(part: Path) -> None:
+    """Give the files of a part that is there as the variant fp16 alone the names that are read without a variant."""
+    for file in sorted(part.glob("*.fp16*")):
+        if file.suffix == ".json":  # which file holds which tensor
+            write_atomically(file, file.read_text("utf-8").replace(".fp16", "").encode())
+        file.rename(file.with_name(file.name.replace(".fp16", "")))
 
 
 def _whole(part: Path) -> bool:

@@ -211,7 +211,10 @@ class Flux2(LoadedModel):
 
             return encode
 
-        text = TextReader(load_encoders, lambda prompt: len(tokenizer(as_chat(prompt)).input_ids), text_tokens)
+        def count(prompt: str) -> int:
+            return len(tokenizer(as_chat(prompt)).input_ids)
+
+        text = TextReader(load_encoders, count, text_tokens, settings=SYSTEM_MESSAGE if mistral else "")
         parts = load_parts(repository, FACTS, text, Options(**options), default_size=1024)
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(repository.config("scheduler"))
         return cls(parts, scheduler, distilled_guidance=distilled_guidance)

@@ -83,6 +83,7 @@ FACTS = Facts(
         OriginalBlocks("text_fusion.refiner_blocks", "txtfusion_refiner_blocks", ORIGINAL),
     ),
     few_steps="turbo",
+    packs_noise=True,
 )
 
 
@@ -126,7 +127,7 @@ class Krea2(LoadedModel):
         def count(prompt: str) -> int:
             return len(tokenizer(BEFORE + prompt).input_ids) - DROPPED + ADDED
 
-        text = TextReader(load_encoders, count, text_tokens)
+        text = TextReader(load_encoders, count, text_tokens, settings=f"layers {list(layers)}")
         parts = load_parts(repository, FACTS, text, Options(**options), default_size=1024)
         return cls(parts, FlowMatchEulerDiscreteScheduler.from_config(repository.config("scheduler")))
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers.loaders import FromOriginalModelMixin
@@ -23,21 +23,12 @@ from palate.models.facts import Facts, NetworkCall
 from palate.models.options import Options, check_placement, place_of, precision_of
 from palate.models.placement import check_compile, compile_blocks, keep_blocks_on_host, use_attention
 from palate.models.quantised import check_installed
-from palate.models.repository import Repository, check_channels
+from palate.models.repository import Repository, check_call, check_channels
 from palate.models.repository_checks import READERS
 from palate.models.sizes import OtherSizes, shape_of
-from palate.models.text_cache import Encode, TextCache
+from palate.models.text_cache import TextCache, TextReader
 from palate.models.weights import NamedWeights
 from palate.runtime.errors import InputError
-
-
-class TextReader(NamedTuple):
-    """How a family reads prompts. load: (dtype, device) -> the function that encodes one prompt."""
-
-    load: Callable[[torch.dtype, torch.device], Encode]
-    count_tokens: Callable[[str], int]  # of a prompt, before any is cut off
-    limit: int  # how many tokens are read
-    text_tokens: int | None = None  # the recipe's, where `limit` is another number
 
 
 @dataclass(frozen=True)
@@ -159,6 +150,7 @@ def load_parts(
     """
     precision, where = precision_of(options.dtype, options.training), place_of(options.device)
     check_channels(repository, facts)
+    check_call(repository, facts)
     check_placement(options)
     check_installed(options.quantize)
     if options.compile:
@@ -227,12 +219,11 @@ def _text_cache(
     key = f"{family} {text.limit} {options.dtype} {repository.version(read)}"
     key += f" {options.quantize}" if options.quantize else ""
     key += f" text_tokens {text.text_tokens}" if text.text_tokens is not None else ""
+    key += f" {text.settings}" if text.settings else ""
     return TextCache(
+        text,
         lambda: text.load(precision, where),
         key=hashlib.sha256(key.encode()).hexdigest(),
-        count_tokens=text.count_tokens,
-        limit=text.limit,
-        text_tokens=text.text_tokens,
         device=where,
         folder=options.text_cache,
     )

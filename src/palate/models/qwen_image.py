@@ -42,6 +42,7 @@ SYSTEM = (
 )
 TEMPLATE = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n{{}}<|im_end|>\n<|im_start|>assistant\n"
 DROPPED = 34  # tokens of the template before the user's words
+EMPTY = " "  # what its authors give to guidance's other half
 
 
 class Cond(NamedTuple):
@@ -69,6 +70,7 @@ FACTS = Facts(
     lora_loader=QwenImageLoraLoaderMixin,
     published=Published({}, {"base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4]}, 1024, 512, _condition, 8.29),
     few_steps="lightning|turbo",
+    packs_noise=True,
     comfyui=ComfyUI(
         "qwen_image_2512_fp8_e4m3fn.safetensors",
         encoders=("qwen_2.5_vl_7b_fp8_scaled.safetensors",),
@@ -110,9 +112,10 @@ class QwenImage(LoadedModel):
 
             return encode
 
-        text = TextReader(
-            load_encoders, lambda prompt: len(tokenizer(TEMPLATE.format(prompt)).input_ids) - DROPPED, text_tokens
-        )
+        def count(prompt: str) -> int:
+            return len(tokenizer(TEMPLATE.format(prompt)).input_ids) - DROPPED
+
+        text = TextReader(load_encoders, count, text_tokens, empty=EMPTY)
         parts = load_parts(repository, FACTS, text, Options(**options), default_size=1024)
         return cls(parts, FlowMatchEulerDiscreteScheduler.from_config(repository.config("scheduler")))
 
@@ -122,7 +125,7 @@ class QwenImage(LoadedModel):
     def predict(
         self, xt: Tensor, t: Tensor, cond: Cond, *, guidance: float = 1.0, weights: str = "policy"
     ) -> Prediction:
-        output = self._guided(weights, xt, t, cond, lambda: self.encode_prompts([" "]), guidance)
+        output = self._guided(weights, xt, t, cond, lambda: self.encode_prompts([EMPTY]), guidance)
         return from_velocity(xt, output, *self.schedule(t))
 
     @staticmethod

@@ -68,6 +68,7 @@ FACTS = Facts(
     lora_loader=QwenImageLoraLoaderMixin,
     published=Published({}, {"z_dim": 64, "dim_mult": [1, 2, 4, 8, 8]}, 1024, 512, _condition, 8.77),
     few_steps="turbo|lightning",
+    packs_noise=True,
 )
 
 

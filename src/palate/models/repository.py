@@ -25,6 +25,7 @@ from palate.models.families import LoadOptions
 from palate.models.quantised import quantise
 from palate.models.quiet import quietly
 from palate.models.repository_checks import (
+    OTHER_NOISE,
     READERS,
     READING_ERRORS,
     WEIGHTS,
@@ -39,6 +40,7 @@ from palate.models.source import absent, from_hub, loader_place, locate
 from palate.runtime.errors import InputError, first_line
 from palate.runtime.files import parse_json
 
+COUNTED = "num_batches_tracked"  # ends the name of a tensor that no prediction reads
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 
 
@@ -49,7 +51,7 @@ class Repository:
     source: str
     root: Path
     index: dict[str, Any]  # model_index.json
-    files: tuple[str, ...] = ()  # part/file of all there are; none where the hub could not be asked
+    files: tuple[str, ...] = ()  # part/file of all there are; where the hub could not be asked, of those in its cache
     quantize: str | None = None  # how the large layers of what `read` reads are stored, `models.quantised`
 
     def __contains__(self, part: str) -> bool:
@@ -57,8 +59,7 @@ class Repository:
 
     def kind(self, part: str) -> str | None:
         """The class of a part, None if the repository lacks it."""
-        entry = self.index.get(part)
-        return entry[1] if isinstance(entry, list) else None
+        return kinds_in(self.index).get(part)
 
     def config(self, part: str) -> dict[str, Any]:
         file = self.root / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
@@ -93,6 +94,7 @@ class Repository:
     ) -> nn.Module:
         """A network in `dtype`, in evaluation mode, frozen. `file`: its weights in place of the repository's own.
         whole: what four bits leave as it is (`models.quantised`)."""
+        lacking: list[str] = []
         try:
             if file is not None:
                 network = kind.from_single_file(file, config=str(self.root), subfolder=part, torch_dtype=dtype)
@@ -102,7 +104,10 @@ class Repository:
                     options["variant"] = variant
                 place = loader_place(self.source, self.root)
                 with quietly(place):
-                    network = kind.from_pretrained(place, subfolder=part, use_safetensors=True, **options)
+                    network, told = kind.from_pretrained(
+                        place, subfolder=part, use_safetensors=True, output_loading_info=True, **options
+                    )
+                lacking = sorted(name for name in told["missing_keys"] if not name.endswith(COUNTED))
         except READING_ERRORS as error:
             if file is None and (missing := absent(self.source, self.root, part)):
                 raise missing from error
@@ -110,6 +115,11 @@ class Repository:
             raise InputError(
                 f"{what}: cannot be read as {kind.__name__}; is it another model's? ({first_line(error)})"
             ) from error
+        if lacking:
+            raise InputError(
+                f"{self.source}: its {part} lacks {len(lacking)} of {len(network.state_dict())} tensors of "
+                f"{type(network).__name__}, {lacking[0]} for one; download it again"
+            )
         if any(p.is_meta for p in network.parameters()):
             raise InputError(f"{file or self.source}: holds no weights for parts of {kind.__name__}; is it whole?")
         network = network.eval().requires_grad_(False)
@@ -157,6 +167,7 @@ def open_repository(
     if file is not None:
         check_file(Path(file).expanduser())
     source, path, local = locate(folder, family, file)
+    files: list[str] | None
     if local:
         root, files = path, _files_in(path)
     else:
@@ -168,9 +179,8 @@ def open_repository(
             "diffusers' from_single_file(...).save_pretrained(folder), or give a hub id (owner/name)"
         )
     index = read_settings(root / "model_index.json")
-    repository = Repository(
-        str(path) if local else source, root, index, tuple(files or ()), (options or {}).get("quantize")
-    )
+    known = _files_in(root) if files is None else files  # without the hub those that are here
+    repository = Repository(str(path) if local else source, root, index, tuple(known), (options or {}).get("quantize"))
     check_task(source, str(index.get("_class_name")), family)
     for part, kind in parts.items():
         if part in repository or part not in optional:
@@ -189,6 +199,13 @@ def open_repository(
     return repository
 
 
+def kinds_in(index: Mapping[str, Any]) -> dict[str, str]:
+    """Part -> class, of the parts that a model_index.json says are there. It has settings beside them, some of them
+    lists: the layers of Krea 2's text encoder."""
+    pairs = {part: entry[1] for part, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    return {part: kind for part, kind in pairs.items() if isinstance(kind, str)}
+
+
 def check_channels(repository: Repository, facts: Facts) -> None:
     """InputError for networks that take more than the noisy latents: inpainting, control, editing."""
     expected = facts.packing * channels_of(repository.config("vae"))
@@ -200,11 +217,27 @@ def check_channels(repository: Repository, facts: Facts) -> None:
         )
 
 
+def check_call(repository: Repository, facts: Facts) -> None:
+    """InputError for a network that would draw something else with the calls and the noise of its family: one that is
+    told its guidance with the time (a latent consistency model), and one that was trained on noise of another kind."""
+    if repository.config(facts.denoiser).get("time_cond_proj_dim"):
+        raise InputError(
+            f"model.folder {repository.source}: its {facts.denoiser} is told the strength of guidance with the time (a "
+            "latent consistency model), which palate does not tell it; give the model that it was distilled from"
+        )
+    kind = str(repository.kind("scheduler"))
+    if OTHER_NOISE.match(kind):
+        raise InputError(
+            f"model.folder {repository.source} is sampled by {kind}, whose noise is not that of {facts.name}; give a "
+            "folder of the base model"
+        )
+
+
 def _check_part(repository: Repository, source: str, part: str, kind: str, family: str) -> None:
     """InputError unless the repository has that part, of that class."""
     index, got = repository.index, repository.kind(part)
     if got is None:
-        other = next((found for k in map(repository.kind, index) if (found := family_with(k))), None)
+        other = next((found for k in kinds_in(index).values() if (found := family_with(k))), None)
         if other is not None and part in ("unet", "transformer"):
             raise InputError(
                 f"model.folder {source} holds {index.get('_class_name')}, not a {family} model; set "
@@ -221,7 +254,7 @@ def _check_part(repository: Repository, source: str, part: str, kind: str, famil
         )
 
 
-def _files_in(path: Path) -> list[str] | None:
+def _files_in(path: Path) -> list[str]:
     return [file.relative_to(path).as_posix() for file in path.glob("*/*")]
 
 

@@ -34,6 +34,7 @@ READING_ERRORS = (
     AttributeError,
     TypeError,
 )
+OTHER_NOISE = re.compile(r"EDM|SCM|CMStochastic")  # begins the names of schedulers: Playground v2.5's, SANA-Sprint's
 OTHER_TASKS = re.compile(r"Inpaint|Img2Img|Edit|Pix2Pix|ControlNet|Upscale|Fill|Layered|KleinKV")  # in pipelines' names
 
 

@@ -90,13 +90,16 @@ class Sana(LoadedModel):
         tokenizer = repository.tokenizer("tokenizer", AutoTokenizer)
         before = len(tokenizer.encode(INSTRUCTION)) - 2  # tokens that are dropped again
 
+        def as_read(prompt: str) -> str:
+            said = prompt.lower().strip()
+            return INSTRUCTION + said if prompt else said
+
         def load_encoders(precision: torch.dtype, where: torch.device) -> Encode:
             gemma = repository.read("text_encoder", AutoModel, precision).to(where)
 
             def encode(prompt: str) -> dict[str, Tensor]:
-                said = prompt.lower().strip()
                 tokens = tokenizer(
-                    INSTRUCTION + said if prompt else said,
+                    as_read(prompt),
                     padding="max_length",
                     padding_side="right",
                     max_length=text_tokens + (before if prompt else 0),
@@ -109,7 +112,10 @@ class Sana(LoadedModel):
 
             return encode
 
-        text = TextReader(load_encoders, lambda prompt: len(tokenizer(prompt).input_ids), text_tokens)
+        def count(prompt: str) -> int:
+            return len(tokenizer(as_read(prompt)).input_ids) - (before if prompt else 0)
+
+        text = TextReader(load_encoders, count, text_tokens, settings=INSTRUCTION)
         parts = load_parts(repository, FACTS, text, Options(**options), default_size=1024)
         # the published scheduler is this one at order 2; its first-order form is Euler's step
         return cls(parts, DPMSolverMultistepScheduler.from_config(repository.config("scheduler"), solver_order=1))

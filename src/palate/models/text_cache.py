@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -19,36 +21,44 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from palate.runtime.errors import InputError
-from palate.runtime.files import write_file
+from palate.runtime.files import write_atomically
 from palate.runtime.phases import tell
 
 Encode = Callable[[str], dict[str, Tensor]]  # one prompt -> its tensors, without a batch axis
 
 
+class TextReader(NamedTuple):
+    """How a family reads prompts. load: (dtype, device) -> the function that encodes one prompt."""
+
+    load: Callable[[torch.dtype, torch.device], Encode]
+    count_tokens: Callable[[str], int]  # of a prompt, before any is cut off
+    limit: int  # how many tokens are read
+    text_tokens: int | None = None  # the recipe's, where `limit` is another number
+    empty: str = ""  # the prompt of guidance's other half
+    settings: str = ""  # what decides an embedding beside the files, the dtype and `limit`: a template, chosen layers
+
+
 class TextCache:
     """Embeddings of prompts. The encoders are loaded when one is missing and dropped once nothing is.
 
-    load: returns the function that encodes one prompt. key: hash of encoders, tokenizers and settings. count_tokens: of
-    a prompt, before any is cut off; limit: how many the encoder reads; text_tokens: the model's setting,
-    where that is another. "" (guidance's other half) is always kept.
+    load: returns the function that encodes one prompt. key: hash of encoders, tokenizers and settings. The reader's
+    `empty` is always kept.
     """
 
     def __init__(
         self,
+        reader: TextReader,
         load: Callable[[], Encode],
         *,
         key: str,
-        count_tokens: Callable[[str], int],
-        limit: int,
-        text_tokens: int | None = None,
         device: torch.device,
         folder: str | Path | None = None,
     ):
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.folder = Path(folder).expanduser() if folder is not None else cache / "palate" / "text"
-        self._load, self._key, self._count = load, key, count_tokens
-        self.limit, self.device = limit, device
-        self.text_tokens = limit if text_tokens is None else text_tokens
+        self._load, self._key, self._count = load, key, reader.count_tokens
+        self.limit, self.empty, self.device = reader.limit, reader.empty, device
+        self.text_tokens = reader.limit if reader.text_tokens is None else reader.text_tokens
         self._encode: Encode | None = None
         self._warned = False
 
@@ -66,7 +76,7 @@ class TextCache:
             if self._encode is None:
                 self._check_folder()
                 self._encode = self._load()
-                missing += [""] if "" not in found and self._read("") is None else []
+                missing += [self.empty] if self.empty not in found and self._read(self.empty) is None else []
             found |= {prompt: self._write(prompt) for prompt in missing}
         elif self._encode is not None:
             self.free()
@@ -74,8 +84,8 @@ class TextCache:
         return {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
 
     def fill(self, prompts: Sequence[str]) -> None:
-        """Encode what is missing of `prompts` and "", then free the encoders. Warns once if prompts are too long."""
-        different = list(dict.fromkeys(["", *prompts]))
+        """Encode what is missing of `prompts` and the empty one, then free the encoders. Warns once of long prompts."""
+        different = list(dict.fromkeys([self.empty, *prompts]))
         self._warn_of_long(different)
         missing = [prompt for prompt in different if self._read(prompt) is None]
         if missing:
@@ -95,9 +105,7 @@ class TextCache:
         """InputError if nothing can be written, before the encoders load."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            probe = self.folder / f".{os.getpid()}.part"
-            probe.touch()
-            probe.unlink()
+            tempfile.TemporaryFile(dir=self.folder).close()
         except OSError as error:
             raise InputError(
                 f"text embeddings cannot be written to {self.folder} ({error.strerror}); set model.text_cache to a "
@@ -121,15 +129,13 @@ class TextCache:
         tensors = {name: value.cpu().contiguous() for name, value in self._encode(prompt).items()}
         path = self._path(prompt)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        write_file(part, save(tensors))
-        os.replace(part, path)
+        write_atomically(path, save(tensors))
         return tensors
 
     def _warn_of_long(self, prompts: list[str]) -> None:
         if self._warned:
             return
-        given = [prompt for prompt in prompts if prompt]
+        given = [prompt for prompt in prompts if prompt != self.empty]
         long = sum(self._count(prompt) > self.limit for prompt in given)
         if long:
             self._warned = True
