@@ -712,6 +712,7 @@ def test_steer_checks_what_it_is_given(tmp_path):
     assert json.loads((tmp_path / "control.json").read_text()) == {"positive": ["3d"], "negative": ["flat"]}
     steered = {"step": 3, "event": "steer", "positive": ["cartoon"], "negative": None}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(steered) + "\n")
+    (tmp_path / "control.json").unlink()  # as the run does that has taken it
     with pytest.raises(ValueError, match="both be cartoon"):  # of the words in force now, not of the recipe's
         palate.steer(tmp_path, None, ["cartoon"])
 
