@@ -504,5 +504,5 @@ def test_an_empty_section_has_its_defaults_inside_another_too():
 def test_a_prompt_with_a_next_line_sign_is_kept_as_it_is():
     """U+0085 is what an ellipsis of Windows becomes when it is read as Latin-1; to YAML it is a line end."""
     made = recipe.parse(GOOD, ["prompts={list: ['a dog']}"])
-    made = dataclasses.replace(made, prompts=dataclasses.replace(made.prompts, list=["a dog\x85 running"]))
-    assert recipe.parse(recipe.dump(made), stored=True).prompts.list == ["a dog\x85 running"]
+    made = dataclasses.replace(made, prompts=dataclasses.replace(made.prompts, list=["a dog\x85running"]))
+    assert recipe.parse(recipe.dump(made), stored=True).prompts.list == ["a dog\x85running"]
