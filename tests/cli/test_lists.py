@@ -338,3 +338,40 @@ def test_an_evaluation_that_is_none_is_said_and_hides_no_other_run(seeds, tmp_pa
     rows = {row.name: row for row in map(runs_command.describe, runs_command.find_runs(tmp_path))}
     assert rows["odd"].state == "broken" and "is no evaluation" in rows["odd"].headline
     assert rows["good"].state != "broken"
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        *(("recipe.yaml", {section: value}) for section in ("trainer", "algorithm", "reward", "optimize")
+          for value in ("x", [1], 3)),
+        ("recipe.yaml", {"trainer": {"steps": "40"}}),
+        ("recipe.yaml", {"optimize": {"budget": "40"}}),
+        ("recipe.yaml", {"reward": {"relative": "x"}}),
+        ("evaluation.json", {"optimised": 3}),
+        ("evaluation.json", {"verdict": 3}),
+    ],
+)  # fmt: skip
+def test_a_run_whose_files_somebody_changed_does_not_end_the_list(seeds, tmp_path, file, changes):
+    shutil.copytree(seeds[0], tmp_path / "odd")
+    tree = json.loads((tmp_path / "odd" / file).read_text())
+    (tmp_path / "odd" / file).write_text(json.dumps(tree | changes))
+    row = runs_command.describe(tmp_path / "odd")
+    assert row.state == "broken" and file in row.headline
+
+
+def test_numbers_that_an_algorithm_calls_positive_are_no_words(seeds, tmp_path):
+    shutil.copytree(seeds[0], tmp_path / "own")
+    tree = json.loads((tmp_path / "own" / "recipe.yaml").read_text())
+    tree["algorithm"] |= {"positive": 0.5, "negative": "much"}
+    (tmp_path / "own" / "recipe.yaml").write_text(json.dumps(tree))
+    assert runs_command.describe(tmp_path / "own").words.startswith("no words → ")
+
+
+def test_a_folder_that_was_deleted_is_named_before_anything_loads(palate, tmp_path, monkeypatch):
+    """Even torch does not load there."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    code, _, error = palate("doctor")
+    assert code == 2 and "the current folder was deleted or moved" in error

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import re
+import struct
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from palate import recipe
 from palate.algorithms.dpo import DPOSettings
@@ -16,6 +18,7 @@ from palate.data import (
     Like,
     Pair,
     RecipeError,
+    captioned_images,
     check_images,
     encode_images,
     geneval,
@@ -26,7 +29,9 @@ from palate.data import (
     read_rows,
     single_likes,
 )  # fmt: skip
+from palate.data.buckets import shape_of
 from palate.recipe.pictures import kept_likes
+from palate.runtime.images import read_pixels
 
 pyarrow = pytest.importorskip("pyarrow")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -356,3 +361,39 @@ def test_a_broken_image_is_found_before_any_weight_loads(tmp_path, monkeypatch):
     (tmp_path / "train.json").write_text(json.dumps(rows))
     with pytest.raises(RecipeError, match=r"cannot read the image .*b.png"):
         recipe.build(recipe.read("dpo-emoji", ["prompts.file=null", f"prompts.pairs={tmp_path / 'train.json'}"]))
+
+
+def test_greys_in_fractions_are_not_black(tmp_path):
+    """A TIFF of floats from 0 to 1; one of floats up to 255 is as it was."""
+    for scale in (1, 255):
+        Image.fromarray(np.full((8, 8), 0.5 * scale, np.float32)).save(tmp_path / "grey.tif")
+        assert float(load_images([tmp_path / "grey.tif"], size=8).mean()) == pytest.approx(0.5, abs=0.003)
+
+
+@pytest.mark.parametrize(("tag", "shape"), [(6, (12, 8)), (9, (8, 12)), (0, (8, 12)), (b"6", (8, 12))])
+def test_the_shape_of_a_picture_is_that_of_what_is_loaded(tag, shape):
+    """A tag that no camera writes turns nothing, as PIL has it."""
+    kind, value = (2, tag) if isinstance(tag, bytes) else (3, tag.to_bytes(2, "little"))  # a text, or 16 bits
+    entry = struct.pack("<HHI4s", ExifTags.Base.Orientation, kind, 1, value)
+    stream = io.BytesIO()
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 1) + entry + bytes(4)
+    Image.new("RGB", (12, 8)).save(stream, "JPEG", exif=exif)
+    assert shape_of(stream.getvalue()) == shape == read_pixels(stream.getvalue()).shape[:2]
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.json", "metadata.jsonl"])
+def test_half_a_sign_in_a_prompt_is_named_with_its_row(tmp_path, name):
+    """Captions that were cut by a program that counts in UTF-16."""
+    row = json.dumps({"prompt": "a \ud83d dog", "file_name": "a.png", "text": "a \ud83d dog"})
+    (tmp_path / name).write_text(f"[{row}]" if name == "p.json" else row)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(RecipeError, match=rf"{name}, (row|line) 1: (prompt|text) holds half a sign \(.ud83d\)"):
+        captioned_images(tmp_path) if name == "metadata.jsonl" else read_prompts(str(tmp_path / name))
+
+
+def test_labelled_pairs_without_a_picture_are_left_out_and_counted(tmp_path, caplog):
+    columns = {"caption": ["a", "b", "c"], "jpg_0": [png("red"), None, None], "jpg_1": [png("blue")] * 3,
+               "label_0": [1.0] * 3, "has_label": [True, True, False]}  # fmt: skip
+    parquet.write_table(pyarrow.table(columns), tmp_path / "pairs.parquet")
+    assert [pair.prompt for pair in preference_pairs(str(tmp_path / "pairs.parquet"))] == ["a"]
+    assert "prompts.pairs: 1 rows of" in caplog.text

@@ -348,6 +348,15 @@ def test_a_rank_ends_without_the_tear_down_that_gloos_threads_abort():
     assert "torn down" in alone.stdout and "torn down" not in rank.stdout
 
 
+def test_a_rank_alone_in_the_environment_is_named_with_what_is_missing(monkeypatch):
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    said = r"RANK is set.*WORLD_SIZE, MASTER_ADDR, MASTER_PORT not.*unset RANK"
+    with pytest.raises(InputError, match=said), distributed.process_group():
+        pass
+
+
 if __name__ == "__main__":
     code = 0
     try:

@@ -21,6 +21,7 @@ from support.loop import STEPS, Quadratic, Steering, rows, run, same, srpo, tens
 from support.ranks import MAKE
 
 import palate
+from palate import recipe as recipes
 from palate.algorithms.dpo import DPO, DPOSettings
 from palate.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings
 from palate.algorithms.nft import NFT, NFTSettings
@@ -33,6 +34,9 @@ from palate.testing import PROMPTS, TinyFlow
 from palate.testing import tiny_reward as reward
 from palate.train import NonFiniteError, broken_limits, prompt_order, restore_result
 from palate.train.guard import Guard
+from palate.train.notes import how_to_continue
+from palate.train.python_recipe import HEAD
+from palate.train.state import Counters
 from palate.train.steering import await_words
 
 # ------------------------------------------------------------------------------------------------- resume
@@ -93,6 +97,18 @@ def test_words_given_before_a_resume_come_after_the_replayed_ones(uninterrupted,
     assert same(tensors(folder, 7), tensors(uninterrupted, 7))
     saved = checkpoint.load(folder / "checkpoints" / checkpoint.name(STEPS)).state["algorithm"]
     assert saved == {"positive": ["new"], "negative": ["grey", "pale"]}
+
+
+def test_words_that_were_taken_when_a_kill_came_are_not_taken_twice(uninterrupted, tmp_path):
+    """Their event was logged and their file not yet deleted: the resumed run replays them, and that is all."""
+    folder = tmp_path / "run"
+    shutil.copytree(uninterrupted, folder)
+    for step in range(3, STEPS + 1):
+        shutil.rmtree(folder / "checkpoints" / checkpoint.name(step))
+    (folder / "control.json").write_text('{"positive": null, "negative": ["grey", "pale"]}')
+    run(folder, ema_decay=0.7, warmup=4, preview_every=4, resume=True,
+        guard=GuardSettings(every=2), check=lambda model, prompts, ids: {"heldout": 1.0})  # fmt: skip
+    assert rows(folder) == rows(uninterrupted) and not (folder / "control.json").exists()
 
 
 def test_frequencies_of_previews_and_checkpoints_change_nothing(uninterrupted, tmp_path):
@@ -659,6 +675,25 @@ def test_a_broken_control_file_is_ignored(tmp_path, junk):
     assert all(row["event"] == "step" for row in rows(tmp_path))
 
 
+@pytest.mark.parametrize(("name", "known"), [("emoji", False), ("clip-score", True)])
+def test_the_reward_that_is_asked_decides_which_words_may_be_steered_to(tmp_path, name, known):
+    """The embedded model never sees them, so its vocabulary counts where its own reward does."""
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "recipe.yaml").write_text(recipes.dump(recipes.read("srpo-emoji", [f"reward={{name: {name}}}"])))
+    with contextlib.nullcontext() if known else pytest.raises(InputError, match=r"^positive: .*dreamlike"):
+        palate.steer(tmp_path, ["dreamlike"])
+    assert (tmp_path / "control.json").exists() == known
+
+
+def test_words_are_checked_together_with_those_that_wait(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "recipe.yaml").write_text(recipes.dump(recipes.read("srpo-emoji")))
+    palate.steer(tmp_path, ["outline"])
+    with pytest.raises(InputError, match="both be outline"):
+        palate.steer(tmp_path, None, ["outline"])
+    assert json.loads((tmp_path / "control.json").read_text()) == {"positive": ["outline"], "negative": None}
+
+
 def test_steer_checks_what_it_is_given(tmp_path):
     with pytest.raises(ValueError, match="not a run"):
         palate.steer(tmp_path, ["3d"])
@@ -677,6 +712,7 @@ def test_steer_checks_what_it_is_given(tmp_path):
     assert json.loads((tmp_path / "control.json").read_text()) == {"positive": ["3d"], "negative": ["flat"]}
     steered = {"step": 3, "event": "steer", "positive": ["cartoon"], "negative": None}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(steered) + "\n")
+    (tmp_path / "control.json").unlink()  # as the run does that has taken it
     with pytest.raises(ValueError, match="both be cartoon"):  # of the words in force now, not of the recipe's
         palate.steer(tmp_path, None, ["cartoon"])
 
@@ -861,3 +897,34 @@ def test_two_thousand_steps_leave_memory_and_files_flat(tmp_path):
 
     run(tmp_path, steps=2000, keep_checkpoints=2, checkpoint_every=50, guard=GuardSettings(every=200), check=look)
     assert marks[-1][0] - marks[3][0] < 8 << 20 and marks[-1][1] == marks[3][1]
+
+
+def test_a_metric_that_is_no_number_does_not_end_a_guarded_run(tmp_path):
+    """It is left out of the means by which the best step is chosen, and of the checkpoint, which holds numbers."""
+
+    class Odd(Steering):
+        def step(self, model, reward, batch, rng):
+            for loss in self.inner.step(model, reward, batch, rng):
+                value = math.nan if rng.step == 2 else float(rng.step)
+                yield loss._replace(metrics=loss.metrics | {"odd": torch.tensor(value)})
+
+    guard = GuardSettings(every=2, best="odd")
+    _, outcome = run(tmp_path, algorithm=Odd(tmp_path, {}), steps=4, guard=guard, check=lambda *given: {"heldout": 1.0})
+    kept = checkpoint.load(tmp_path / "checkpoints" / checkpoint.name(4)).state["guard"]
+    assert outcome.reason == "finished" and (kept["best_step"], kept["best_value"]) == (4, 3.5)
+
+
+def test_a_guard_that_cannot_compare_says_so_before_the_first_step(tmp_path):
+    guard = GuardSettings(every=2)
+    with pytest.raises(InputError, match=r"^trainer.guard: heldout is nan before training"):
+        run(tmp_path, steps=4, guard=guard, check=lambda *given: {"heldout": math.nan})
+
+
+@pytest.mark.parametrize(
+    ("text", "way"), [(None, "more steps"), ("# Begun from", "resume=True"), ("a: 1", "`palate r")]
+)
+def test_how_a_finished_run_goes_on_is_told_as_it_works(tmp_path, text, way):
+    """A round of a search has no recipe of its own, and a run that Python began is gone on with from there."""
+    if text:
+        (tmp_path / "recipe.yaml").write_text(HEAD if text.startswith("#") else text)
+    assert way in how_to_continue(Counters(step=4, finished="finished"), tmp_path)

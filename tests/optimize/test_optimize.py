@@ -603,3 +603,23 @@ def test_a_search_keeps_the_paths_that_it_began_with(tmp_path, monkeypatch):
             assert stored.read_text() == recipe.dump(kept)
         stored.write_text(recipe.dump(made))  # as versions from before have written it
     assert recipe.begun(made).model.training_adapter == str(tmp_path / "lora")
+
+
+@pytest.mark.parametrize("answer", ["12", b"12", {0: 0.5, 1: 0.25}, {0.5, 0.25}, [0.5, None], 3])
+def test_an_answer_that_is_no_list_of_numbers_is_refused(answer):
+    """The letters of a text, the keys of a mapping and a set in no order would all pass for scores."""
+    with pytest.raises(ValueError, match="expected 2 numbers, one per image, got"):
+        validate_scores(answer, 2)
+
+
+@pytest.mark.parametrize(
+    "changed", ["sample.guidance=3", "sample.steps=7", "optimize.oracle={{checklist: '{} https://a/v1#n'}}"]
+)
+def test_a_search_goes_on_with_pictures_drawn_alike_and_judged_alike(tmp_path, monkeypatch, changed):
+    monkeypatch.setenv("PALATE_REWARD_TOKEN", "x")
+    (questions := tmp_path / "q.jsonl").write_text('{"prompt": "a dog", "questions": ["Is there a dog?"]}\n')
+    given = [f"run.folder='{tmp_path / 'run'}'", f"optimize.oracle={{checklist: '{questions} https://a/v1#m'}}"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe.dump(recipe.parse(GOOD, given)))
+    with pytest.raises(ValueError, match="was begun with other settings"):
+        from_recipe(recipe.parse(GOOD, [*given, changed.format(questions)]))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import yaml
 
 from palate import recipe
 from palate.recipe.editing import with_value, with_values, without_head
-from palate.recipe.reader import text_of
+from palate.recipe.reader import Loader, text_of
 
 TEXT = """# a recipe
 run:
@@ -62,3 +63,9 @@ def test_a_key_of_another_depth_is_refused():
     for key in ("run", "trainer.guard.every"):
         with pytest.raises(ValueError, match=r"expected section\.key"):
             with_value(TEXT, key, 1)
+
+
+def test_a_word_that_yaml_would_read_as_another_value_stands_in_quotes():
+    for word in ("True", "FALSE", "Null", "NO"):
+        text = with_value("algorithm:\n  name: srpo\n", "algorithm.template", word)
+        assert yaml.load(text, Loader)["algorithm"]["template"] == word

@@ -180,3 +180,56 @@ def test_a_start_that_is_no_reference_may_go_on(tmp_path):
     (tmp_path / "lora.safetensors").write_bytes(b"one")
     made = recipe.read("srpo-emoji", [f"model.start={tmp_path / 'lora.safetensors'}"])
     assert "model.start" not in json.loads(recipe.identity_text(made))
+
+
+URL = "http://127.0.0.1:9/v1/chat/completions"
+OTHER_SOURCES = {
+    "reward.source.taste": ("reward={{name: taste, source: {{taste: '{place}:0.5, {place}:1'}}}}", "taste.safetensors"),
+    "reward.source.pickscore": (
+        "reward={{name: taste, source: {{taste: '{place}', pickscore: '{place}/model'}}}}", "model/model.safetensors",
+    ),
+    "reward.source.mine.py:Mine": (
+        "reward={{name: '{place}/mine.py:Mine', source: {{'{place}/mine.py:Mine': '{place}/list.txt'}}}}", "list.txt",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", OTHER_SOURCES)
+def test_what_a_reward_is_made_of_is_the_same_when_a_run_goes_on(key, tmp_path):
+    """A taste that was learnt anew in its folder, and what a reward of one's own reads. Older runs have kept none."""
+    override, file = OTHER_SOURCES[key]
+    (tmp_path / "mine.py").write_text("class Mine:\n    def __init__(self, source): pass\n")
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_bytes(b"one")
+    made = recipe.read("srpo-emoji", [override.format(place=tmp_path)])
+    (tmp_path / "identity.json").write_text(recipe.identity_text(made))
+    before = recipe.run_identity(made)
+    recipe.check_identity(tmp_path, made)
+    (tmp_path / file).write_bytes(b"another")
+    with pytest.raises(InputError, match=f"^{key}: what it names has changed"):
+        recipe.check_identity(tmp_path, made)
+    assert recipe.run_identity(made) == before  # of checkpoints from before this was kept
+
+
+@pytest.mark.parametrize("name", ["vlm-judge", "checklist"])
+def test_another_judge_is_refused_and_another_address_is_not(name, tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"prompt": "a dog", "questions": ["Is there a dog?"]}\n')
+
+    def judged_by(url):
+        source = f"{tmp_path / 'q.jsonl'} {url}" if name == "checklist" else url
+        return recipe.read("grpo-emoji", [f"reward={{name: {name}}}", f"reward.source.{name}={source}"])
+
+    (tmp_path / "identity.json").write_text(recipe.identity_text(judged_by(f"{URL}#first-judge-of-all")))
+    recipe.check_identity(tmp_path, judged_by("http://127.0.0.1:10/v1#first-judge-of-all"))
+    other = judged_by(f"{URL}#first-judge-of-some")
+    with pytest.raises(InputError, match=r"changed.*\(first-judge-of-all, now first-judge-of-some\)"):
+        recipe.check_identity(tmp_path, other)
+    assert recipe.run_identity(other) == recipe.run_identity(judged_by(f"{URL}#x"))
+
+
+def test_the_folders_of_a_sum_of_tastes_are_found_from_any_folder(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    made = recipe.read("srpo-emoji", ["reward={name: taste, source: {taste: 'a:0.5, b'}}"])
+    assert made.reward.source["taste"] == f"{tmp_path / 'a'}:0.5, {tmp_path / 'b'}"

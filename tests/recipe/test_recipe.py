@@ -492,3 +492,17 @@ def test_what_a_file_manager_leaves_in_a_folder_is_no_picture_and_changes_no_run
     assert (recipe.captioned_images(images), reader.content_digest(str(images))) == before
     (images / "more.txt").write_text("a caption")
     assert reader.content_digest(str(images)) != before[1]
+
+
+def test_an_empty_section_has_its_defaults_inside_another_too():
+    made = recipe.parse(GOOD, ["trainer.guard=null"])
+    assert made.trainer.guard == recipe.GuardSettings()
+    with pytest.raises(RecipeError, match=r"trainer.guard: input should be a mapping of keys, got \[1\]"):
+        recipe.parse(GOOD, ["trainer.guard=[1]"])
+
+
+def test_a_prompt_with_a_next_line_sign_is_kept_as_it_is():
+    """U+0085 is what an ellipsis of Windows becomes when it is read as Latin-1; to YAML it is a line end."""
+    made = recipe.parse(GOOD, ["prompts={list: ['a dog']}"])
+    made = dataclasses.replace(made, prompts=dataclasses.replace(made.prompts, list=["a dog\x85running"]))
+    assert recipe.parse(recipe.dump(made), stored=True).prompts.list == ["a dog\x85running"]

@@ -41,6 +41,9 @@ WORDS = "run: {{folder: runs/x}}\nalgorithm: {{name: {}}}\nreward: {{name: emoji
         ("srpo", ["trainer.ema_every=4"], "trainer.ema_decay=0"),
         ("srpo", ["trainer.guard.rollbacks=5"], "action=rollback"),
         ("srpo", ["trainer.guard.every=0", "trainer.guard.after=5"], "trainer.guard.every=0"),
+        ("srpo", ["trainer.guard.every=0", "trainer.guard.concept_drop=0.1"], "trainer.guard.every=0"),
+        ("srpo", ["trainer.guard.drift=0.3"], "the embedded model's judge"),
+        ("srpo", ["trainer.guard.measures=images", "trainer.guard.concept_drop=0.1"], "image measures"),
         ("nft", ["algorithm.old_rate=0", "algorithm.old_most=0.1"], "algorithm.old_rate=0"),
     ],
 )

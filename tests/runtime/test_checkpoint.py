@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from support.checkpoints import STATE, TENSORS, write
 
 from palate.runtime import checkpoint
+from palate.runtime.errors import InputError
 
 
 def test_what_is_loaded_is_bitwise_what_was_saved(tmp_path):
@@ -162,3 +163,13 @@ def test_split_and_join_are_inverse():
     assert torch.equal(back["a"][1]["b"], torch.arange(3)) and torch.equal(back["c"]["d"], torch.ones(2))
     with pytest.raises(TypeError, match="must be strings"):
         checkpoint.flatten_state({1: 2}, "x", {})
+
+
+def test_a_folder_whose_name_cannot_be_opened_is_not_called_damaged(tmp_path):
+    """safetensors opens UTF-8 paths alone: said before a run begins, and no reason to start a whole one again."""
+    write(tmp_path / "run", 1)
+    odd = tmp_path / os.fsdecode(b"run\xe9")
+    (tmp_path / "run").rename(odd)
+    for act in (lambda: checkpoint.load_newest(odd, warn=pytest.fail), lambda: checkpoint.check_space(odd, need=1)):
+        with pytest.raises(InputError, match=r"not UTF-8.*rename it"):
+            act()

@@ -21,7 +21,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-from palate.runtime.errors import CheckpointError, PalateError, PeerAbortedError
+from palate.runtime.errors import CheckpointError, InputError, PalateError, PeerAbortedError
 from palate.runtime.files import with_remedy
 from palate.runtime.progress import printable
 
@@ -151,6 +151,7 @@ def main() -> None:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         warnings.showwarning = _show_warning
     try:
+        require_here()
         code = app(arguments or ["--help"], prog_name="palate", standalone_mode=False)
     except BaseException as error:  # every kind gets its exit code; an error of our own keeps its traceback
         if debug and not isinstance(error, (SystemExit, typer.Exit)):
@@ -161,6 +162,14 @@ def main() -> None:
 
         exit_process(code if isinstance(code, int) else 0)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def require_here() -> None:
+    """InputError: the current folder is gone, in which torch does not even load."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise InputError("the current folder was deleted or moved; change into one that is there, as `cd ~`") from error
 
 
 def _show_warning(

@@ -41,7 +41,7 @@ def nearest(shapes: Sequence[tuple[int, int]], sizes: Sequence[Size]) -> int:
 def shape_of(image: Path | bytes) -> tuple[int, int]:
     """Height and width of a picture as it is shown, of its head alone."""
     with opened(image) as found:
-        turned = found.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # lying on its side
+        turned = found.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)  # lying on its side
         width, height = found.size
         return (width, height) if turned else (height, width)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,14 +33,18 @@ LIKES = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0":
 def preference_pairs(source: str) -> Iterator[Pair]:
     """Pairs of Pick-a-Pic (.parquet) or HPDv2 (train.json, its images beside it or in train/), in the file's order.
 
-    Rows without a label are left out. Pick-a-Pic is read row group by row group: its files are large.
+    Rows without a label are left out, and so are those that lack a picture, which are counted in a warning. Pick-a-Pic
+    is read row group by row group: its files are large.
     """
     path = Path(source)
     if not path.is_file():
         raise RecipeError(f"pairs file {source!r} does not exist; give a Pick-a-Pic .parquet or HPDv2's train.json")
+    lacking = 0
     for number, row in enumerate(parquet_rows(path) if path.suffix.lower() == ".parquet" else read_rows(path), 1):
         if {"caption", "jpg_0", "jpg_1", "label_0"} <= row.keys():
-            if row.get("has_label", True) and row["jpg_0"] and row["jpg_1"]:
+            labelled, whole = row.get("has_label", True), row["jpg_0"] and row["jpg_1"]
+            lacking += bool(labelled and not whole)
+            if labelled and whole:
                 first, second = (image["bytes"] if isinstance(image, dict) and "bytes" in image else image
                                  for image in (row["jpg_0"], row["jpg_1"]))  # fmt: skip
                 _check(path, number, row["caption"], [first, second], bytes, [])
@@ -59,6 +64,10 @@ def preference_pairs(source: str) -> Iterator[Pair]:
                 f"{path}, row {number}: neither Pick-a-Pic (caption, jpg_0, jpg_1, label_0) nor HPDv2 "
                 f"(prompt, file_path, human_preference); got {', '.join(map(str, row))}"[:300]
             )
+    if lacking:
+        logging.getLogger("palate").warning(
+            "prompts.pairs: %d rows of %s lack a picture and are left out", lacking, path
+        )
 
 
 def single_likes(source: str) -> Iterator[Like]:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -151,10 +151,13 @@ def validate_scores(answer: Any, count: int) -> list[float]:
         raise InputError(f"expected {count} numbers, one per image, got a tensor of shape {tuple(answer.shape)}")
     if isinstance(answer, Tensor):
         answer = answer.detach().flatten().tolist()
+    got = f"{type(answer).__name__} {str(answer)[:60]}"
+    if isinstance(answer, (str, bytes, Mapping, Set)):  # whose letters, keys or members are no scores in order
+        raise InputError(f"expected {count} numbers, one per image, got {got}")
     try:
         found = [float(score) for score in answer]
     except TypeError as error:
-        raise InputError(f"expected {count} numbers, one per image, got {type(answer).__name__}") from error
+        raise InputError(f"expected {count} numbers, one per image, got {got}") from error
     if len(found) != count:
         raise InputError(f"expected {count} numbers, one per image, got {len(found)}")
     return found

@@ -36,7 +36,7 @@ def from_recipe(recipe: Recipe, *, progress: bool = True, say: Callable[[str], N
         raise InputError(f"{folder} holds a run of palate train; choose another run.folder, or replace it with --fresh")
     if identity_of(begun) != identity_of(recipe):
         recipe = reader.begun(recipe)  # a search of before has kept its paths as they were written
-    if identity_of(begun) != identity_of(recipe):
+    if identity_of(begun) != identity_of(recipe) or besides(begun) != besides(recipe):
         raise InputError(
             f"{folder} was begun with other settings (its recipe.yaml); only how the oracle is reached "
             "may change. Choose another run.folder, or replace it with --fresh, answers included"
@@ -67,6 +67,13 @@ def from_recipe(recipe: Recipe, *, progress: bool = True, say: Callable[[str], N
         identity=identity_of(recipe),
     )
     return optimize(search, progress=progress, say=say)
+
+
+def besides(recipe: Recipe) -> tuple[int | None, float | None, str]:
+    """What decides the queries besides: how pictures are drawn, and the model of a judge. Not in `identity_of`, which
+    the rounds of older searches have kept."""
+    judge = ((recipe.optimize and recipe.optimize.oracle.checklist) or "").rpartition(" ")[2]
+    return recipe.sample.steps, recipe.sample.guidance, judge.partition("#")[2]
 
 
 def identity_of(recipe: Recipe) -> str:

@@ -6,6 +6,7 @@ All mistakes are reported at once, each as a sentence that names its key and the
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
 import types
 import warnings
@@ -174,6 +175,8 @@ def _as_meant(kind: type, values: Any, prefix: str) -> Any:
     for key, value in values.items():
         hint = hints.get(key, Any)
         inner = _dataclass_in(hint)
+        if value is None and inner is hint:  # a section without a key in it has its defaults
+            continue
         if inner is not None:
             value = _as_meant(inner, value, f"{prefix}{key}.")
         elif isinstance(value, str) and _is_list_of_words(hint):
@@ -241,7 +244,8 @@ def _sentence(kind: type, problem: dict[str, Any], prefix: str) -> str:
         return f"{key}: {problem['msg'].removeprefix('Value error, ')}"
     got = repr(problem.get("input"))
     got = got if len(got) <= 60 else got[:57] + "..."
-    message = problem["msg"].replace("valid tuple", "list").replace("tuple", "list").replace("Tuple", "List")
+    message = re.sub(r"dictionary or an instance of \w+|valid dictionary", "mapping of keys", problem["msg"])
+    message = message.replace("valid tuple", "list").replace("tuple", "list").replace("Tuple", "List")
     hint = ""
     if problem["type"] == "literal_error" and isinstance(problem.get("input"), str):
         choices = problem["ctx"]["expected"].replace(" or ", ", ").replace("'", "").split(", ")

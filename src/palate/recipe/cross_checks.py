@@ -104,6 +104,11 @@ def heldout_of(recipe: Recipe) -> str | None:
     return recipe.evaluate.heldout or next((name for name in rewards.HELD_OUT_CANDIDATES if name not in used), None)
 
 
+def judge_guards(recipe: Recipe) -> bool:
+    """Whether the embedded model's judge, which has names for what it sees, measures for the run's guard."""
+    return recipe.model.name == "emoji" and recipe.trainer.guard.measures != "images"
+
+
 def trained_names(algorithm: str) -> tuple[str, ...]:
     """The named weights that an algorithm trains."""
     return algorithms.find(algorithm).load_class().trains

@@ -51,6 +51,11 @@ def without_head(text: str) -> str:
 def _written(value: Any) -> str:
     """A value as YAML of one line: JSON, which YAML reads, with plain words left bare."""
     words = ("true", "false", "null", "yes", "no", "on", "off")
-    if isinstance(value, str) and value[:1].isalpha() and value.replace("-", "").isalnum() and value not in words:
+    if (
+        isinstance(value, str)
+        and value[:1].isalpha()
+        and value.replace("-", "").isalnum()
+        and value.lower() not in words
+    ):
         return value
     return json.dumps(value, ensure_ascii=False)

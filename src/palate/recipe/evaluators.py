@@ -11,7 +11,7 @@ from palate.evaluate.monitor import ImageMonitor
 from palate.evaluate.panel import EvaluationPanel, embedded_panel, published_panel
 from palate.models.options import place_of
 from palate.recipe.builder import build_algorithm, sampler_of
-from palate.recipe.cross_checks import heldout_of, rewards_used
+from palate.recipe.cross_checks import heldout_of, judge_guards, rewards_used
 from palate.recipe.settings import Recipe
 from palate.rewards.load import load_reward
 from palate.rewards.located import located
@@ -41,7 +41,7 @@ def allowed_fall(recipe: Recipe) -> float:
     """How far the held-out reward of a run towards a taste may fall: as far as its guard lets it, since a taste changes
     what plain prompts leave open and has no words to be judged by; 0 for every other run."""
     guard = recipe.trainer.guard
-    judged = bool(guard.every) and recipe.model.name == "emoji" and guard.measures != "images"
+    judged = bool(guard.every) and judge_guards(recipe)
     return guard.heldout_drop if judged and recipe.reward.name == "taste" else 0.0
 
 
@@ -51,7 +51,7 @@ def guard_measure(recipe: Recipe, tower: EmbedsImages | None = None) -> GuardMea
     tower: the image tower of what is optimised, `Parts.tower`.
     """
     guard, trainer = recipe.trainer.guard, recipe.trainer
-    if not guard.every or (recipe.model.name == "emoji" and guard.measures != "images"):
+    if not guard.every or judge_guards(recipe):
         return None
     return ImageMonitor(
         seed=trainer.seed,

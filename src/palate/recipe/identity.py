@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
@@ -17,17 +18,21 @@ from palate.recipe.reader import content_digest, fingerprint
 from palate.recipe.settings import Recipe
 from palate.recipe.start import UsesTeachers, start_folder, teachers_of, wants_consistency
 from palate.rewards import table as rewards
+from palate.rewards.table import HELD_OUT_CANDIDATES
 from palate.runtime.code import code_digest, names_a_file, short_name
 from palate.runtime.errors import InputError
 from palate.runtime.files import file_digest, json_digest, parse_json
+from palate.taste.saved import parts_of
 
 FILE = "identity.json"
 WEIGHTS = "*.safetensors"
+KEY = "reward.source."
+DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def identity(recipe: Recipe) -> dict[str, str]:
-    """Key of the recipe -> SHA-256 of what it names: prompts, images, pairs, likes, code, weights of rewards, frozen
-    LoRAs."""
+    """Key of the recipe -> SHA-256 of what it names: prompts, images, pairs, likes, code, what rewards are made of,
+    frozen LoRAs; of a judge behind a URL the name of its model, whose address may change."""
     prompts, found = recipe.prompts, {}
     named = {"file": prompts.file, "images": prompts.images, "pairs": prompts.pairs, "likes": prompts.likes}
     for key, path in named.items():
@@ -36,14 +41,36 @@ def identity(recipe: Recipe) -> dict[str, str]:
     for key, name in (("model.name", recipe.model.name), ("algorithm.name", recipe.algorithm.name)):
         if names_a_file(name):
             found[key] = code_digest(name)
-    for name in sorted(rewards_used(recipe.reward)):
-        if names_a_file(name):
-            found[f"reward {short_name(name)}"] = code_digest(name)
-        elif rewards.find(name).kind == "published" and name in recipe.reward.source:
-            found[f"reward.source.{name}"] = weights_digest(recipe.reward.source[name])
-        elif name == "checklist" and (source := recipe.reward.source.get(name)):
-            found["reward.source.checklist"] = content_digest(source.rpartition(" ")[0]) or ""
-    return found | frozen(recipe)
+    for name in sorted(filter(names_a_file, rewards_used(recipe.reward))):
+        found[f"reward {short_name(name)}"] = code_digest(name)
+    return found | weights_of_rewards(recipe) | other_sources(recipe) | frozen(recipe)
+
+
+def weights_of_rewards(recipe: Recipe) -> dict[str, str]:
+    """Likewise of published rewards and of the questions of a checklist: in the checkpoints' identity as well."""
+    sources, found = recipe.reward.source, {}
+    for name in sorted(rewards_used(recipe.reward) & sources.keys()):
+        if name == "checklist":
+            found[KEY + name] = content_digest(sources[name].rpartition(" ")[0]) or ""
+        elif rewards.find(name).kind == "published":
+            found[KEY + name] = weights_digest(sources[name])
+    return found
+
+
+def other_sources(recipe: Recipe) -> dict[str, str]:
+    """Likewise of what else reward.source names: a taste and what it stands on, the model of a judge, what a reward of
+    one's own is given. Where a server is does not count."""
+    sources, used, found = recipe.reward.source, rewards_used(recipe.reward), {}
+    for name in sorted(used & sources.keys()):
+        if name == "taste":
+            found[KEY + name] = json_digest([[weights_digest(part), share] for part, share in parts_of(sources[name])])
+            bases = sorted({*HELD_OUT_CANDIDATES} & sources.keys() - used)
+            found |= {KEY + base: weights_digest(sources[base]) for base in bases}
+        elif name in ("vlm-judge", "checklist"):
+            found[f"{KEY}{name} model"] = sources[name].rpartition(" ")[2].partition("#")[2]
+        elif rewards.find(name).kind == "external" and "://" not in sources[name]:
+            found[KEY + short_name(name)] = content_digest(sources[name]) or ""
+    return found
 
 
 def frozen(recipe: Recipe) -> dict[str, str]:
@@ -67,7 +94,7 @@ def frozen(recipe: Recipe) -> dict[str, str]:
 
 def run_identity(recipe: Recipe) -> str:
     """What a resumed run must share: the settings that decide its numbers, and the weights of its rewards."""
-    weights = {key: value for key, value in identity(recipe).items() if key.startswith("reward.source.")}
+    weights = weights_of_rewards(recipe)
     return json_digest([fingerprint(recipe), weights]) if weights else fingerprint(recipe)
 
 
@@ -100,10 +127,15 @@ def changes(folder: Path, recipe: Recipe) -> list[str]:
         raise InputError(f"{folder / FILE}: not what a run keeps ({error}); delete it to go on without it") from error
     now = identity(recipe)
     return [
-        f"{key}: what it names has changed since the run began ({before[key][:12]}, now {now[key][:12]})"
+        f"{key}: what it names has changed since the run began ({_short(before[key])}, now {_short(now[key])})"
         for key in before
         if key in now and before[key] != now[key]
     ]
+
+
+def _short(name: str) -> str:
+    """The first digits of a digest; a name, as that of a model, whole."""
+    return name[:12] if DIGEST.fullmatch(name) else name
 
 
 def check_identity(folder: Path, recipe: Recipe) -> None:

@@ -50,8 +50,21 @@ def with_absolute_paths(tree: dict[str, Any], beside: Path | None = None, *, beg
             if isinstance(reward.get(key), dict):
                 reward[key] = {_absolute_name(name, beside): value for name, value in reward[key].items()}
         if isinstance(reward.get("source"), dict):
-            reward["source"] = {name: absolute(value, beside) for name, value in reward["source"].items()}
+            reward["source"] = {
+                name: _absolute_tastes(value, beside) if name == "taste" else absolute(value, beside)
+                for name, value in reward["source"].items()
+            }
     return tree
+
+
+def _absolute_tastes(value: Any, beside: Path | None) -> Any:
+    """ "FOLDER", or "FOLDER:WEIGHT, FOLDER:WEIGHT" as `taste.saved.parts_of` reads it, with the folders absolute."""
+    whole = absolute(value, beside)
+    if whole != value or not isinstance(value, str):
+        return whole
+    parts = [part.strip().rpartition(":") for part in value.split(",")]
+    return ", ".join(f"{absolute(folder, beside)}{colon}{last}" if colon else absolute(last, beside)
+                     for folder, colon, last in parts)  # fmt: skip
 
 
 def absolute(value: Any, beside: Path | None = None, *, file: bool = False) -> Any:

@@ -9,6 +9,7 @@ from palate.core import Steerable
 from palate.core.random import used_prompts
 from palate.data import evenly_spaced, prompts_at
 from palate.models.vocabulary import known_words
+from palate.recipe.cross_checks import rewards_used
 from palate.recipe.settings import Recipe
 from palate.runtime.errors import InputError
 
@@ -36,12 +37,23 @@ def check_words(recipe: Recipe, prompts: Sequence[str], preview: Sequence[str]) 
     for prompt in dict.fromkeys([*used, *(preview if trainer.preview_every or trainer.guard.every else [])]):
         known_words(prompt)
     algorithm = algorithms.find(recipe.algorithm.name).make(recipe.algorithm)
-    if "emoji" not in (recipe.reward.weights or [recipe.reward.name]) or not isinstance(algorithm, Steerable):
+    if isinstance(algorithm, Steerable):
+        check_control_words(recipe, algorithm, longest_of(used), "algorithm.")
+
+
+def longest_of(prompts: Sequence[str]) -> str:
+    """The prompt with the most words: the first that is too long with a control word before it."""
+    return max(prompts, key=lambda prompt: len(prompt.split()))
+
+
+def check_control_words(recipe: Recipe, algorithm: Steerable, prompt: str, key: str = "") -> None:
+    """InputError: the embedded reward, if the recipe asks it, does not know one of the control words in force, or not
+    with the prompt behind it. key: what stands before the side's name in the message."""
+    if recipe.model.name != "emoji" or "emoji" not in rewards_used(recipe.reward):
         return
-    longest = max(used, key=lambda prompt: len(prompt.split()))  # the first to be too long
-    for side, texts in algorithm.control_texts(longest).items():
+    for side, texts in algorithm.control_texts(prompt).items():
         for text in texts:
             try:
                 known_words(text)
             except InputError as error:
-                raise InputError(f"algorithm.{side}: {error}") from error
+                raise InputError(f"{key}{side}: {error}") from error

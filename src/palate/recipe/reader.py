@@ -46,6 +46,23 @@ class Loader(yaml.SafeLoader):
 Loader.add_implicit_resolver(BOOLEAN, re.compile("(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
+class Dumper(yaml.SafeDumper):
+    """YAML that is read back as it was: a text with U+0085 in it, which is a line end to YAML, stands in quotes."""
+
+
+def _text_node(dumper: Dumper, text: str) -> yaml.Node:
+    style = '"' if "\x85" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+Dumper.add_representer(str, _text_node)
+
+
+def yaml_of(tree: Any) -> str:
+    """The YAML text of plain values, their keys in order."""
+    return yaml.dump(tree, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
 def published() -> dict[str, str]:
     """Name -> first comment line of every recipe in the package."""
     folder = importlib.resources.files("palate") / "recipes"
@@ -126,12 +143,12 @@ def begun(recipe: Recipe) -> Recipe:
 
 def dump(recipe: Recipe) -> str:
     """The complete recipe as YAML, defaults included; `parse` reads it back to an equal one."""
-    return yaml.safe_dump(as_tree(recipe), sort_keys=False, allow_unicode=True)
+    return yaml_of(as_tree(recipe))
 
 
 def to_share(recipe: Recipe) -> str:
     """`dump` for others: without the folders of this disk."""
-    return yaml.safe_dump(without_folders(as_tree(recipe)), sort_keys=False, allow_unicode=True)
+    return yaml_of(without_folders(as_tree(recipe)))
 
 
 def as_tree(recipe: Recipe) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from palate.runs import trained_to, tree_words
+from palate.runtime.runlog import words_after
 
 
 class WordChange(NamedTuple):
@@ -29,7 +30,7 @@ def word_changes(recipe: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list
     found = [WordChange(0, tuple(words["positive"]), tuple(words["negative"]))]
     for row in rows:
         if row.get("event") == "steer":
-            words |= {side: list(row[side]) for side in words if row.get(side) is not None}
+            words = words_after(words, row)
             found.append(WordChange(row["step"], tuple(words["positive"]), tuple(words["negative"])))
     return [] if all(not (change.positive or change.negative) for change in found) else found
 

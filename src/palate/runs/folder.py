@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from palate.core import Model, Sampler
-from palate.recipe import builder, reader
+from palate.recipe import SECTIONS, builder, reader
 from palate.recipe.cross_checks import rewards_placed
 from palate.recipe.identity import changes
 from palate.recipe.objective import Objective, control_words, objective_of
@@ -21,10 +21,15 @@ from palate.recipe.settings import Recipe
 from palate.runs.result import load_result
 from palate.runtime.errors import InputError
 from palate.runtime.result import result_of
-from palate.runtime.runlog import METRICS, read_metrics
+from palate.runtime.runlog import METRICS, read_metrics, words_after
 
 RECIPE = "recipe.yaml"
 SOURCE = "reward.source."
+SHAPES: dict[tuple[str, ...], type] = {  # of a run's recipe: what lists and reports read, the outer ones first
+    **{(section,): dict for section in ("algorithm", *SECTIONS)},
+    ("reward", "relative"): dict, ("trainer", "steps"): int, ("optimize", "budget"): int,
+}  # fmt: skip
+KINDS = {dict: "a mapping", int: "a whole number"}
 # What a finished run may be judged with, other than its recipe says; nothing of it changes the run.
 JUDGING = ("evaluate.", "sample.", SOURCE, "model.device", "model.text_cache")
 
@@ -68,6 +73,8 @@ class RunFolder:
             raise InputError(f"{self.path / RECIPE} is not YAML: {error}") from error
         if not isinstance(tree, dict):
             raise InputError(f"{self.path / RECIPE} holds {type(tree).__name__}; expected a mapping")
+        if wrong := misshapen(tree):
+            raise InputError(f"{self.path / RECIPE}: {wrong}; restore the file")
         return tree
 
     @cached_property
@@ -100,6 +107,17 @@ class RunFolder:
         model = builder.build_model(without_savings(seen) if mergeable else seen)
         load_result(model, self.path, warn=warn)
         return model, builder.sampler_of(builder.build_algorithm(self.recipe))
+
+
+def misshapen(tree: Mapping[str, Any]) -> str:
+    """What of a run's recipe is not of the kind that lists and reports read, in words; "" where all of it is."""
+    for keys, kind in SHAPES.items():
+        value: Any = tree
+        for key in keys:
+            value = (value or {}).get(key)
+        if value is not None and not isinstance(value, kind):
+            return f"{'.'.join(keys)} is {type(value).__name__}, where {KINDS[kind]} is expected"
+    return ""
 
 
 def open_runs(run_folders: Sequence[str | Path], overrides: Sequence[str] = ()) -> list[RunFolder]:
@@ -151,7 +169,7 @@ def steered(
     last = math.inf if step is None else trained_to(rows, step)
     for row in rows:
         if row.get("event") == "steer" and row["step"] <= last:
-            words = words | {side: list(row[side]) for side in words if row.get(side) is not None}
+            words = words_after(words, row)
     return words["positive"], words["negative"]
 
 
@@ -169,7 +187,8 @@ def tree_words(tree: dict[str, Any]) -> dict[str, list[str]]:
     """`recipe.objective.control_words` of a recipe as plain values."""
     if relative := (tree.get("reward") or {}).get("relative"):
         return {side: [relative[side]] if relative.get(side) else [] for side in ("positive", "negative")}
-    return {side: list((tree.get("algorithm") or {}).get(side) or ()) for side in ("positive", "negative")}
+    own = {side: (tree.get("algorithm") or {}).get(side) for side in ("positive", "negative")}
+    return {side: list(given) if isinstance(given, list) else [] for side, given in own.items()}  # else no words
 
 
 def read_recipe(run_folder: str | Path) -> dict[str, Any]:

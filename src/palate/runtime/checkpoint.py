@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from palate.runtime.errors import CheckpointError
+from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.files import (
     canonical_json,
     file_digest,
@@ -81,7 +81,9 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
 
 
 def load(path: Path) -> Checkpoint:
-    """The checkpoint at `path`, every byte verified. Raises CheckpointError with the first problem found."""
+    """The checkpoint at `path`, every byte verified. CheckpointError: the first problem found; InputError: the path is
+    not UTF-8."""
+    _require_utf8(path)
     manifest = _manifest(path)
     for part, expected in manifest["files"].items():
         try:
@@ -137,7 +139,9 @@ def prune(folder: Path, *, keep: int, also: set[int]) -> None:
 
 
 def check_space(folder: Path, *, need: int) -> None:
-    """CheckpointError now rather than after an hour, if `folder` cannot be written or lacks `need` bytes."""
+    """CheckpointError now rather than after an hour, if `folder` cannot be written or lacks `need` bytes; InputError if
+    its name is not UTF-8."""
+    _require_utf8(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".tmp-probe"
@@ -198,6 +202,17 @@ def _manifest(path: Path) -> dict[str, Any]:
     if not placed:
         raise CheckpointError(f"{file}: belongs to step {manifest['step']}, not to {path.name}")
     return manifest
+
+
+def _require_utf8(path: Path) -> None:
+    """InputError: safetensors would not open the path, whatever lies there."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        shown = str(path).encode(errors="replace").decode()
+        raise InputError(
+            f"{shown}: a name in this path is not UTF-8, and no tensors can be kept there; rename it"
+        ) from error
 
 
 def _remove_unfinished(folder: Path) -> None:

@@ -22,9 +22,10 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from palate.runtime.deprecated import old_names
-from palate.runtime.errors import PalateError, PeerAbortedError, RankLostError, first_line
+from palate.runtime.errors import InputError, PalateError, PeerAbortedError, RankLostError, first_line
 
 T = TypeVar("T")
+PLACE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # in the environment of each rank, as torchrun sets them
 
 
 class Ranks:
@@ -112,8 +113,13 @@ def ranks() -> Ranks:
 def process_group(*, timeout_seconds: float = 600) -> Iterator[Ranks]:
     """Inside, this process is one of the ranks that the environment names. No rank waits longer than the time-out.
 
-    RankLostError: they did not all arrive in time.
+    RankLostError: they did not all arrive in time. InputError: the environment names a rank, and not the others.
     """
+    if lacking := [name for name in PLACE if name not in os.environ]:
+        raise InputError(
+            f"RANK is set in the environment and {', '.join(lacking)} not; start several ranks with --nproc or "
+            "torchrun, which set all of them, or run `unset RANK` for a single one"
+        )
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

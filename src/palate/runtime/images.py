@@ -51,7 +51,8 @@ def encode_jpeg(pixels: np.ndarray, *, quality: int = 75) -> bytes:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """The picture in RGB, 8 bits a channel: transparency over white, 16-bit greys scaled to 8 bits, upright.
+    """The picture in RGB, 8 bits a channel: transparency over white, 16-bit greys scaled to 8 bits, greys in fractions
+    as if of 0 to 1 where none is larger, upright.
 
     PIL's own conversion shows whatever colour lies under the transparency, and clips 16-bit values at 255; a
     camera that was turned stores its picture lying on its side and says so in a tag.
@@ -64,6 +65,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
         greys = np.asarray(image)
         if image.mode != "F":  # PIL reads 16-bit greys as I;16 or as 32-bit integers
             greys = greys.astype(np.float64) / 257
+        elif greys.max() <= 1:
+            greys = greys * 255
         return Image.fromarray(greys.clip(0, 255).round().astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         over = image.convert("RGBA")

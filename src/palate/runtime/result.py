@@ -66,7 +66,8 @@ def evaluation_of(run: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise InputError(f"{path} is not JSON ({error}); write it again with palate evaluate") from error
     metrics = found.get("metrics") if isinstance(found, dict) else None
-    if not isinstance(metrics, dict) or not all(isinstance(metric, dict) for metric in metrics.values()):
+    known = isinstance(metrics, dict) and all(isinstance(metric, dict) for metric in metrics.values())
+    if not known or any(not isinstance(found.get(key) or kind(), kind) for key, kind in KNOWN.items()):
         raise InputError(f"{path} is no evaluation; write it again with palate evaluate {in_shell(run)}")
     return {**found, "outdated": _outdated(run, found.get("checkpoint"), found.get("manifest"))}
 

@@ -10,7 +10,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -65,6 +65,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise InputError(f"{path}, line {number}: expected an object with a whole number as step")
         rows.append(row)
     return rows
+
+
+def words_after(words: Mapping[str, Sequence[str]], row: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The control words by side after a steering event, which keeps a side that it does not give."""
+    return {side: list(old if row.get(side) is None else row[side]) for side, old in words.items()}
 
 
 def rewind(folder: Path, step: int) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
 from palate.runtime.files import folder_size
 from palate.runtime.result import evaluation_of
-from palate.runtime.runlog import read_metrics
+from palate.runtime.runlog import read_metrics, words_after
 from palate.studio.process import Processes
 
 STATES = {"waiting": "Starting", "running": "Running", "stopped": "Stopped", "died": "Died", "finished": "Finished"}
@@ -212,9 +212,9 @@ class RunView:
 
     def marks(self) -> list[tuple[int, str]]:
         """Steps from which other words hold, with what was added (+) and taken away (-)."""
-        found, before = [], {side: tuple(getattr(self.recipe.algorithm, side, ())) for side in ("positive", "negative")}
+        found, before = [], {side: list(getattr(self.recipe.algorithm, side, ())) for side in ("positive", "negative")}
         for row in self.of("steer"):
-            now = {side: before[side] if row.get(side) is None else tuple(row[side]) for side in before}
+            now = words_after(before, row)
             said = [
                 f"{sign}{title} {word}"
                 for side, title in (("positive", "wanted"), ("negative", "unwanted"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -62,7 +63,13 @@ class Guard:
 
     def begin(self, base: dict[str, float], start: dict[str, float] | None = None) -> list[dict[str, Any]]:
         """Take the values to compare with, and those before the first step where these are others; returns the rows of
-        metrics.jsonl. InputError: the start is outside the limits, so that every result would be."""
+        metrics.jsonl. InputError: a value to compare with is no finite number, or the start is outside the limits, so
+        that every result would be."""
+        if broken := [key for key, value in base.items() if not math.isfinite(value)]:
+            raise InputError(
+                f"trainer.guard: {broken[0]} is {base[broken[0]]} before training, which nothing can be compared with; "
+                "look at what measures it"
+            )
         rows: list[dict[str, Any]] = [{"step": 0, "event": "guard", "verdict": "base", **base}]
         if start is not None:
             if broken := broken_limits(start, base, self.settings):
@@ -89,7 +96,7 @@ class Guard:
                 f"{', '.join(sorted(known))}"
             )
         sums, counts = dict(self.state.sums), dict(self.state.counts)
-        for key, value in metrics.items():
+        for key, value in ((key, value) for key, value in metrics.items() if math.isfinite(value)):
             sums[key], counts[key] = sums.get(key, 0.0) + value, counts.get(key, 0) + 1
         self.state = dataclasses.replace(self.state, sums=sums, counts=counts, best_seen=best_seen)
 
@@ -107,7 +114,7 @@ class Guard:
         if not broken:
             value = float(step) if settings.best is None else values.get(settings.best)
             # None: no step since the last check had that metric, and nothing tells how good this one is
-            if value is not None and (state.best_value is None or value >= state.best_value):
+            if value is not None and math.isfinite(value) and (state.best_value is None or value >= state.best_value):
                 state = dataclasses.replace(state, best_step=step, best_value=value)
         else:
             action = settings.action

@@ -11,11 +11,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from palate.core import Algorithm, Model, Reward
 from palate.recipe import SampleSettings, TrainerSettings, text_of
 from palate.recipe.names import PYTHON
+from palate.recipe.reader import yaml_of
 
 HEAD = "# Begun from Python: the parts named python:... are objects. Pass them: palate.load(folder, model=...)\n"
 
@@ -37,7 +36,7 @@ def describe_job(
         "sample": dataclasses.asdict(sample),
     }
     plain = json.loads(json.dumps(tree, default=str))
-    return HEAD + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    return HEAD + yaml_of(plain)
 
 
 def from_python(folder: Path) -> bool:

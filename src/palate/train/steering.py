@@ -18,7 +18,7 @@ import torch
 
 from palate import recipe as recipes
 from palate.core import Model, Random, Reward, Steerable
-from palate.models.vocabulary import known_words
+from palate.recipe.prompts import check_control_words, longest_of
 from palate.runtime.distributed import Ranks
 from palate.runtime.errors import InputError
 from palate.runtime.exclusive import exclusive
@@ -54,25 +54,20 @@ def steer(folder: str | Path, positive: Sequence[str] | None = None, negative: S
         for row in read_metrics(folder / METRICS):
             if row.get("event") == "steer":  # the words in force are those of the recipe, changed since
                 algorithm.steer(row.get("positive"), row.get("negative"))
-        _check_words(recipe, algorithm, words)
-    control = folder / CONTROL
+        together = _with_waiting(words, folder / CONTROL)
+        algorithm.steer(together["positive"], together["negative"])
+        check_control_words(recipe, algorithm, "a dog")
     with exclusive(folder):
-        with contextlib.suppress(FileNotFoundError, ValueError):  # what still waits for the next step is not lost
-            waiting = parse_control(control.read_bytes())
-            words = {side: waiting[side] if given is None else given for side, given in words.items()}
-        write_atomically(control, json.dumps(words).encode())
+        write_atomically(folder / CONTROL, json.dumps(_with_waiting(words, folder / CONTROL)).encode())
 
 
-def _check_words(recipe: Any, algorithm: Steerable, words: Words) -> None:
-    """InputError now for what the run would refuse later: unknown words, the same ones on both sides, none at all."""
-    algorithm.steer(words["positive"], words["negative"])
-    if recipe.model.name == "emoji":
-        for side, texts in algorithm.control_texts("a dog").items():
-            for text in texts if words.get(side) else ():
-                try:
-                    known_words(text)
-                except ValueError as error:
-                    raise InputError(f"{side}: {error}") from error
+def _with_waiting(words: Words, control: Path) -> Words:
+    """The words, and on a side that they leave as it is those that still wait for the next step."""
+    try:
+        waiting = parse_control(control.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return words
+    return {side: waiting[side] if given is None else given for side, given in words.items()}
 
 
 def await_words(folder: Path, seen: int, seconds: float) -> dict[str, Any] | None:
@@ -115,6 +110,7 @@ class Steering:
         self.control, self.replicas, self.ranks = folder / CONTROL, replicas, ranks
         self.unknown_words, self.note = unknown_words, note
         self.replay: list[dict[str, Any]] = []  # events of before a resume, in the order of their steps
+        self._replayed: Words | None = None  # the last of them that was replayed
         self._read = b""  # the control file as it was read
         self._from_file = False  # whether the words of this step came from it and not from a replay
 
@@ -164,10 +160,14 @@ class Steering:
             if self.replay[0]["step"] > step:
                 return None, False
             row = self.replay.pop(0)
-            return {"positive": row.get("positive"), "negative": row.get("negative")}, False
+            self._replayed = {"positive": row.get("positive"), "negative": row.get("negative")}
+            return self._replayed, False
         try:
             self._read = self.control.read_bytes()
             words = parse_control(self._read)
+            if words == self._replayed:  # a kill came after they were taken and before their file was deleted
+                self._forget_control()
+                return None, False
             if not isinstance(self.replicas.algorithms[0], Steerable):
                 lacks = [name for name in STEERABLE_MEMBERS if name not in dir(self.replicas.algorithms[0])]
                 raise InputError(f"this algorithm has no control words (it lacks {', '.join(lacks)})")
@@ -196,9 +196,8 @@ def unknown_words(
         return ""
 
     def ask() -> str:
-        longest = max(prompts, key=lambda prompt: len(prompt.split()))  # the first to be too long
         image = noise_images(model, seed, 1)
-        for side, texts in algorithm.control_texts(longest).items():
+        for side, texts in algorithm.control_texts(longest_of(prompts)).items():
             for text in texts:
                 try:
                     reward(image, [text])
