@@ -97,6 +97,21 @@ def test_a_part_that_lacks_a_tensor_is_refused_and_not_filled_with_random_number
         load(name, folder, text_cache=tmp_path / "text").encode_prompts(["a cat"])
 
 
+def test_a_text_encoder_without_its_eyes_reads_as_one_with_them(tmp_path):
+    """Some are published so, to be smaller: no prompt needs a vision tower, nor the layer that names tokens."""
+    whole = saved("qwen-image")[0]
+    folder = shutil.copytree(whole, tmp_path / "qwen-image")
+    (path,) = (folder / "text_encoder").glob("*.safetensors")
+    tensors = load_file(path)
+    read = {name: tensor for name, tensor in tensors.items() if not name.startswith(("visual.", "lm_head."))}
+    assert len(read) < len(tensors)
+    save_file(read, path, {"format": "pt"})
+    each = [
+        load("qwen-image", f, text_cache=tmp_path / f.parent.name).encode_prompts(["a cat"]) for f in (whole, folder)
+    ]
+    assert all(map(torch.equal, *each))
+
+
 @pytest.fixture
 def train(tmp_path, monkeypatch, capfd):
     """`palate train srpo-flux` on the tiny folder, with overrides: the exit code and what it said."""

@@ -7,6 +7,7 @@ Weights come from safetensors alone.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,8 @@ from palate.models.source import absent, from_hub, loader_place, locate
 from palate.runtime.errors import InputError, first_line
 from palate.runtime.files import parse_json
 
-COUNTED = "num_batches_tracked"  # ends the name of a tensor that no prediction reads
+# in the names of tensors that no prompt and no picture reads: a language model's eyes and last layer, counts of batches
+UNREAD = re.compile(r"\b(visual|vision_tower|multi_modal_projector|lm_head|num_batches_tracked)\b")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model", "tokenizer.model")
 
 
@@ -107,7 +109,7 @@ class Repository:
                     network, told = kind.from_pretrained(
                         place, subfolder=part, use_safetensors=True, output_loading_info=True, **options
                     )
-                lacking = sorted(name for name in told["missing_keys"] if not name.endswith(COUNTED))
+                lacking = sorted(name for name in told["missing_keys"] if not UNREAD.search(name))
         except READING_ERRORS as error:
             if file is None and (missing := absent(self.source, self.root, part)):
                 raise missing from error
