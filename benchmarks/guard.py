@@ -124,8 +124,9 @@ def over_optimise(
         }
         kept = concepts(parts.model, held_out)
     with tempfile.TemporaryDirectory() as folder:
+        free_of = [override for override in overrides if not override.startswith("trainer.guard.")]
         plan, parts, reward = build(
-            method, seed, lr, ["trainer.guard.every=0", *overrides, f"trainer.steps={2 * outcome.step}"]
+            method, seed, lr, ["trainer.guard.every=0", *free_of, f"trainer.steps={2 * outcome.step}"]
         )
         whole(
             train(

@@ -382,12 +382,12 @@ def test_the_shape_of_a_picture_is_that_of_what_is_loaded(tag, shape):
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.json", "metadata.jsonl"])
-def test_half_a_sign_in_a_prompt_is_named_with_its_row(tmp_path, name):
+def test_half_of_a_character_in_a_prompt_is_named(tmp_path, name):
     """Captions that were cut by a program that counts in UTF-16."""
     row = json.dumps({"prompt": "a \ud83d dog", "file_name": "a.png", "text": "a \ud83d dog"})
     (tmp_path / name).write_text(f"[{row}]" if name == "p.json" else row)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises(RecipeError, match=rf"{name}, (row|line) 1: (prompt|text) holds half a sign \(.ud83d\)"):
+    with pytest.raises(RecipeError, match=rf"{name}(, line 1)?: .*it has half of a character, .ud83d"):
         captioned_images(tmp_path) if name == "metadata.jsonl" else read_prompts(str(tmp_path / name))
 
 

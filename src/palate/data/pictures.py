@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from palate.core import EncodesPictures, HasPosterior
-from palate.data.tables import TEXT_LIMIT, RecipeError, read_text, require_whole
+from palate.data.tables import TEXT_LIMIT, RecipeError, read_text
 from palate.runtime.errors import InputError
 from palate.runtime.files import is_litter, own_files, parse_json, split_lines
 from palate.runtime.images import UNREADABLE, as_rgb, from_pixels
@@ -94,9 +94,9 @@ def _captions(folder: Path, images: list[Path]) -> dict[str, str]:
                     raise TypeError("a name and a caption are texts")
             except (ValueError, KeyError, TypeError) as error:
                 raise RecipeError(
-                    f'{file}, line {number}: expected {{"file_name": ..., "text": ...}} with both as texts'
+                    f'{file}, line {number}: expected {{"file_name": ..., "text": ...}} with both as texts '
+                    f"({type(error).__name__}: {error})"
                 ) from error
-            require_whole(text, f"{file}, line {number}: text")
             rows[name] = text.strip()
     elif (file := folder / CAPTIONS).is_file():
         for number, line in enumerate(split_lines(read_text(file, limit=TEXT_LIMIT)), 1):

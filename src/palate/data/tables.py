@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from palate.runtime.files import parse_json, split_lines
 
 TEXT_LIMIT = 64 * 1024 * 1024  # bytes of a prompt file
 MORE = "more fields"  # of a row, than the table has columns
-HALF = re.compile("[\ud800-\udfff]")  # of a sign beyond U+FFFF, as JSON writes it
 END = "\x1eend"  # put behind a table: what does not come back as a row of its own was swallowed by an open quotation
 
 
@@ -44,18 +42,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         row = {"prompt": row} if isinstance(row, str) else row
         if not isinstance(row, dict):
             raise RecipeError(f"{path}, row {number}: expected a prompt or a mapping, got {type(row).__name__}")
-        for key, value in row.items():
-            require_whole(value, f"{path}, row {number}: {key}")
         rows.append(row)
     return rows
-
-
-def require_whole(value: Any, where: str) -> None:
-    """RecipeError for a text with half a sign, which JSON can write (\\ud83d) and nothing can encode."""
-    if isinstance(value, str) and (half := HALF.search(value)):
-        raise RecipeError(
-            f"{where} holds half a sign (\\u{ord(half[0]):04x}): it was cut in the middle; mend or remove it"
-        )
 
 
 def _jsonl(path: Path) -> Iterator[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from palate.algorithms import table as algorithms
 from palate.core import Steerable
@@ -46,13 +46,15 @@ def longest_of(prompts: Sequence[str]) -> str:
     return max(prompts, key=lambda prompt: len(prompt.split()))
 
 
-def check_control_words(recipe: Recipe, algorithm: Steerable, prompt: str, key: str = "") -> None:
-    """InputError: the embedded reward, if the recipe asks it, does not know one of the control words in force, or not
-    with the prompt behind it. key: what stands before the side's name in the message."""
+def check_control_words(
+    recipe: Recipe, algorithm: Steerable, prompt: str, key: str = "", sides: Collection[str] = ("positive", "negative")
+) -> None:
+    """InputError: the embedded reward, if the recipe asks it, does not know one of the control words in force on those
+    sides, or not with the prompt behind it. key: what stands before the side's name in the message."""
     if recipe.model.name != "emoji" or "emoji" not in rewards_used(recipe.reward):
         return
     for side, texts in algorithm.control_texts(prompt).items():
-        for text in texts:
+        for text in texts if side in sides else ():
             try:
                 known_words(text)
             except InputError as error:

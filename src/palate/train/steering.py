@@ -56,7 +56,8 @@ def steer(folder: str | Path, positive: Sequence[str] | None = None, negative: S
                 algorithm.steer(row.get("positive"), row.get("negative"))
         together = _with_waiting(words, folder / CONTROL)
         algorithm.steer(together["positive"], together["negative"])
-        check_control_words(recipe, algorithm, "a dog")
+        given = [side for side, side_words in together.items() if side_words is not None]
+        check_control_words(recipe, algorithm, "a dog", sides=given)
     with exclusive(folder):
         write_atomically(folder / CONTROL, json.dumps(_with_waiting(words, folder / CONTROL)).encode())
 
