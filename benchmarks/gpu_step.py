@@ -33,7 +33,8 @@ from palate import plan as planner
 from palate import recipe
 from palate.core import Batch, Random
 from palate.models import flux, flux2, sana, sdxl
-from palate.models.autoencoder import Autoencoder, latent_shape
+from palate.models.autoencoder import Autoencoder
+from palate.models.latents import latent_shape
 from palate.models.parts import Options, Parts, named_weights, place
 from palate.models.quantised import quantise
 from palate.rewards.clip import ClipReward, vit_h_14

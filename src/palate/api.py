@@ -12,7 +12,7 @@ from torch import Tensor
 
 from palate.core import DrawsOwnSamples, Model, Sampler
 from palate.evaluate import generate, quantise
-from palate.models.autoencoder import ImageSize
+from palate.models.latents import ImageSize
 from palate.models.sizes import at_size
 from palate.recipe import SampleSettings
 from palate.recipe.names import PYTHON

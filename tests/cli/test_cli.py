@@ -46,6 +46,20 @@ def test_help_is_quick_because_nothing_heavy_is_imported():
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0  # 0.2 s measured on a quiet core
 
 
+def test_a_recipe_is_read_and_refused_before_the_libraries_of_networks_load(tmp_path):
+    """They take three quarters of the seconds of a command that only reads."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    code = "import sys\nfrom palate.cli import main\n"
+    code += "for given in (['recipes'], ['checkpoints', 'runs/none'], ['train', 'srpo-emoji', 'trainer.steps=-1']):\n"
+    code += "    sys.argv = ['palate', *given]\n    try: main()\n    except SystemExit as ended: print(ended.code)\n"
+    code += "heavy = {'diffusers', 'transformers', 'peft', 'scipy'} & set(sys.modules)\n"
+    code += "sys.exit(str(heavy) if heavy else 0)"
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.splitlines()[-2:] == ["4", "2"] and "srpo-emoji" in ended.stdout
+    assert "trainer.steps" in ended.stderr
+
+
 def test_train_sample_checkpoints_and_resume(tiny, palate):
     code, out, err = palate("train", "tiny.yaml")
     assert (code, err) == (0, "") and "step 4/4" in out and "finished at step 4: runs/tiny" in out

@@ -10,7 +10,7 @@ from palate.cli.model_source import load_source
 from palate.core import HasStrength, Model, Sampler
 from palate.evaluate import generate, pairs, read_index, write_samples
 from palate.evaluate.samples import Drawing, steps_and_guidance, write_strengths
-from palate.models.autoencoder import ImageSize
+from palate.models.latents import ImageSize
 from palate.models.sizes import at_size
 from palate.recipe import SampleSettings
 from palate.report.sheet import write_sheet

@@ -14,8 +14,8 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from palate.models import families
-from palate.models.autoencoder import sides
 from palate.models.facts import ComfyUI, Facts, HasFacts
+from palate.models.latents import sides
 from palate.recipe import Recipe
 
 Link = list[Any]  # [node id, number of its output]

@@ -13,9 +13,9 @@ from diffusers.loaders import AuraFlowLoraLoaderMixin
 from torch import Tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from palate.models.autoencoder import factor_of
 from palate.models.facts import VAE_4, Facts, NetworkCall, Published
 from palate.models.families import LoadOptions
+from palate.models.latents import factor_of
 from palate.models.parts import LoadedModel, Options, TextReader, load_parts
 from palate.models.repository import open_repository
 from palate.models.schedules import flow_times

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from palate.models import families
-from palate.models.autoencoder import LatentLayout
+from palate.models.latents import LatentLayout
 from palate.runtime.errors import InputError
 
 

@@ -18,9 +18,9 @@ from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from palate.models.autoencoder import LatentLayout
 from palate.models.facts import VAE_16, ComfyUI, Facts, NetworkCall, OriginalBlocks, Published
 from palate.models.families import LoadOptions
+from palate.models.latents import LatentLayout
 from palate.models.parts import LoadedModel, Options, Parts, TextReader, load_parts
 from palate.models.repository import open_repository
 from palate.models.schedules import flow_times

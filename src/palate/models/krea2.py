@@ -17,10 +17,10 @@ from diffusers.loaders import Krea2LoraLoaderMixin
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from palate.models.autoencoder import LatentLayout
 from palate.models.facts import Facts, NetworkCall, OriginalBlocks, Published
 from palate.models.families import LoadOptions
 from palate.models.flux import pack, positions, unpack
+from palate.models.latents import LatentLayout
 from palate.models.parts import LoadedModel, Options, Parts, TextReader, load_parts
 from palate.models.qwen_image import DROPPED, SYSTEM
 from palate.models.repository import open_repository

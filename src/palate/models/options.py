@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from palate.models.autoencoder import ImageSize
+from palate.models.latents import ImageSize
 from palate.runtime.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

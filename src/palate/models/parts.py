@@ -18,8 +18,9 @@ import torch
 from diffusers.loaders import FromOriginalModelMixin
 from torch import Tensor, nn
 
-from palate.models.autoencoder import Autoencoder, factor_of, sides
+from palate.models.autoencoder import Autoencoder
 from palate.models.facts import Facts, NetworkCall
+from palate.models.latents import factor_of, sides
 from palate.models.options import Options, check_placement, place_of, precision_of
 from palate.models.placement import check_compile, compile_blocks, keep_blocks_on_host, use_attention
 from palate.models.quantised import check_installed

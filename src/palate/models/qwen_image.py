@@ -17,10 +17,10 @@ from diffusers.loaders import QwenImageLoraLoaderMixin
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from palate.models.autoencoder import LatentLayout
 from palate.models.facts import ComfyUI, Facts, NetworkCall, Published
 from palate.models.families import LoadOptions
 from palate.models.flux import pack, unpack
+from palate.models.latents import LatentLayout
 from palate.models.parts import LoadedModel, Options, TextReader, load_parts
 from palate.models.repository import open_repository
 from palate.models.schedules import flow_times

@@ -22,9 +22,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import AutoModel, AutoTokenizer
 
-from palate.models.autoencoder import LatentLayout
 from palate.models.facts import Facts, NetworkCall, Published
 from palate.models.families import LoadOptions
+from palate.models.latents import LatentLayout
 from palate.models.parts import LoadedModel, Options, Parts, TextReader, load_parts
 from palate.models.repository import open_repository
 from palate.models.schedules import flow_times

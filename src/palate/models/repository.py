@@ -20,9 +20,9 @@ from torch import nn
 
 from palate.models import lora
 from palate.models.adapters import common, shapes_of
-from palate.models.autoencoder import channels_of
 from palate.models.facts import Facts
 from palate.models.families import LoadOptions
+from palate.models.latents import channels_of
 from palate.models.quantised import quantise
 from palate.models.quiet import quietly
 from palate.models.repository_checks import (

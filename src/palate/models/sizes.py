@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from palate.core import DrawsOtherSizes, Model
-from palate.models.autoencoder import ImageSize, factor_of, latent_shape, sides
 from palate.models.facts import Facts
+from palate.models.latents import ImageSize, factor_of, latent_shape, sides
 from palate.models.repository import Repository
 from palate.runtime.errors import InputError
 

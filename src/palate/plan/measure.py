@@ -19,9 +19,10 @@ from transformers import (
 )
 
 from palate.models import families
-from palate.models.autoencoder import decode_with, encode_with, latent_shape, recompute_pieces, sides
+from palate.models.autoencoder import decode_with, encode_with, recompute_pieces
 from palate.models.emoji import EmojiModel
 from palate.models.facts import Facts, NetworkCall, Published
+from palate.models.latents import latent_shape, sides
 from palate.models.parts import LoadedModel, Options, named_weights
 from palate.models.quantised import quantisable, stored_in_fours
 from palate.models.repository import read_settings

@@ -13,8 +13,8 @@ from palate.algorithms import table as algorithms
 from palate.core import Model, TakesConsistency
 from palate.data import RecipeError
 from palate.models import families
-from palate.models.autoencoder import ImageSize
 from palate.models.facts import HasFacts
+from palate.models.latents import ImageSize
 from palate.models.lora import find_file
 from palate.models.parts import LoadedModel
 from palate.models.placement import check_compile

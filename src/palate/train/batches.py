@@ -12,7 +12,7 @@ from torch import Tensor
 
 from palate.core import Batch, Model, Random, prompt_order, used_prompts
 from palate.data.buckets import Bucket
-from palate.models.autoencoder import ImageSize
+from palate.models.latents import ImageSize
 from palate.runtime.distributed import Ranks
 from palate.runtime.errors import InputError
 

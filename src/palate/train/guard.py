@@ -16,8 +16,8 @@ from torch import Tensor
 from palate.core import Cond, EmbedsImages, GuardMeasure, Model, Random, Sampler
 from palate.evaluate import embedded_panel, measure_for_guard
 from palate.evaluate.monitor import ImageMonitor
-from palate.models.autoencoder import ImageSize
 from palate.models.emoji import EmojiModel
+from palate.models.latents import ImageSize
 from palate.models.sizes import at_size
 from palate.path import Prediction
 from palate.recipe import GuardSettings, evenly_spaced

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from palate.core import Algorithm, DrawsOwnSamples, GuardMeasure, Model, ReadsImages, Reward, TakesAnySize
 from palate.data.buckets import Bucket
-from palate.models.autoencoder import ImageSize, sides
+from palate.models.latents import ImageSize, sides
 from palate.models.sizes import at_size
 from palate.recipe import RESUMABLE_FIELDS, GuardSettings, SampleSettings, TrainerSettings, check_trainer
 from palate.recipe.cross_checks import average_stays

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from palate.core import Algorithm, GuardMeasure, Model, Reward
 from palate.data import listed
-from palate.models.autoencoder import ImageSize
+from palate.models.latents import ImageSize
 from palate.recipe import SampleSettings, TrainerSettings, evenly_spaced
 from palate.runtime import distributed
 from palate.runtime.runlock import owned
