@@ -92,8 +92,9 @@ def test_every_program_of_examples_is_on_the_page_of_examples():
     assert shown == {path.stem for path in (ROOT / "examples").glob("*.py")}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_site_builds_strictly(tmp_path):
+    """Continuous integration builds it too (`make docs`)."""
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]

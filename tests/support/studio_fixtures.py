@@ -9,11 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support.studio import wait_for
 
 TOKEN = "a-token-of-the-tests"
+SMALL = str(Path(__file__).with_name("small_studio.py"))
 CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
 DRIVER = shutil.which("chromedriver")
 
@@ -42,7 +44,7 @@ class Server:
         self.runs = runs
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "palate", "studio", "--port", str(port), "--no-browser", "--runs", str(runs)],
+            [sys.executable, SMALL, "studio", "--port", str(port), "--no-browser", "--runs", str(runs)],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
         )  # fmt: skip
         self.line = self.process.stdout.readline()
