@@ -42,28 +42,35 @@ def pairs_of(n):
 
 @pytest.mark.parametrize("schedule", [flow_schedule, VP], ids=["flow", "vp"])
 @pytest.mark.parametrize("moved", [0.0, 0.2])
-def test_gradient_in_closed_form(schedule, moved):
+@pytest.mark.parametrize("n", [1, 3])
+def test_gradient_in_closed_form(schedule, moved, n):
     """A velocity shift b moves eps_theta by c b, c = alpha/(alpha + sigma). With e = eps - eps_ref and the margin
-    s = -beta/2 (m_w - m_l):  dL/db = -(1 - sigmoid(s)) beta c / D (e_w - e_l),  (1 - sigmoid) = 1/2 at the reference.
+    s = -beta/2 (m_w - m_l):  dL/db = -(1 - sigmoid(s)) beta c / D (e_w - e_l),  (1 - sigmoid) = 1/2 at the reference;
+    of several times the mean.
     """
     beta, model, pairs = 3.0, model_of(schedule), pairs_of(2)
     with torch.no_grad():
         model.parameters()[0].fill_(moved)
-    grad, losses = run(DPOSettings(beta=beta), model=model, reward=never, pairs=pairs)
-    rng = Random(0, 1, [0, 1])
-    eps, t = rng.normal("inject", (1, 2, 2)).double(), 1 - rng.uniform("level")
-    alpha, sigma = schedule(t)
-    c, cond = alpha / (alpha + sigma), model.encode_prompts(["cat", "cat"])
-    e_w, e_l = (
-        eps - model.predict(add_noise(pairs[:, k], eps, alpha, sigma), t, cond, weights="reference").eps for k in (0, 1)
-    )
-    m_w, m_l = (((e - c * moved).square() - e.square()).mean((1, 2, 3)) for e in (e_w, e_l))
-    s = -beta / 2 * (m_w - m_l)
-    expected = -((1 - torch.sigmoid(s)).view(-1, 1, 1, 1) * beta * c / 4 * (e_w - e_l)).mean(0)
-    torch.testing.assert_close(grad, expected, atol=1e-12, rtol=0)
-    torch.testing.assert_close(losses[0].value.detach(), -torch.nn.functional.logsigmoid(s).mean(), atol=1e-12, rtol=0)
-    if not moved:
-        assert float(losses[0].value.detach()) == pytest.approx(0.6931471805599453)
+    grad, losses = run(DPOSettings(beta=beta, n=n), model=model, reward=never, pairs=pairs)
+    assert [loss.update for loss in losses] == [None] * (n - 1) + ["policy"]
+    rng, cond, expected = Random(0, 1, [0, 1]), model.encode_prompts(["cat", "cat"]), []
+    for loss, name in zip(losses, ("", "-1", "-2")[:n], strict=True):
+        eps, t = rng.normal(f"inject{name}", (1, 2, 2)).double(), 1 - rng.uniform(f"level{name}")
+        alpha, sigma = schedule(t)
+        c = alpha / (alpha + sigma)
+        e_w, e_l = (
+            eps - model.predict(add_noise(pairs[:, k], eps, alpha, sigma), t, cond, weights="reference").eps
+            for k in (0, 1)
+        )
+        m_w, m_l = (((e - c * moved).square() - e.square()).mean((1, 2, 3)) for e in (e_w, e_l))
+        s = -beta / 2 * (m_w - m_l)
+        expected.append(-((1 - torch.sigmoid(s)).view(-1, 1, 1, 1) * beta * c / 4 * (e_w - e_l)).mean(0))
+        value = -torch.nn.functional.logsigmoid(s).mean() / n
+        torch.testing.assert_close(loss.value.detach(), value, atol=1e-12, rtol=0)
+        torch.testing.assert_close(loss.metrics["excess_preferred"], m_w.mean(), atol=1e-12, rtol=0)  # sees the noise
+        if not moved:
+            assert float(loss.value.detach()) == pytest.approx(0.6931471805599453 / n)
+    torch.testing.assert_close(grad, torch.stack(expected).mean(0), atol=1e-12, rtol=0)
 
 
 def test_swapping_a_pair_swaps_the_gradient_and_equal_images_give_none():
@@ -116,8 +123,9 @@ def test_loss_and_excess_error():
     assert float(got) == 2.0
 
 
-def test_calls():
-    model, settings = model_of(), DPOSettings(steps=3, guidance=2.0)
+@pytest.mark.parametrize("n", [1, 3])
+def test_calls(n):
+    model, settings = model_of(), DPOSettings(steps=3, guidance=2.0, n=n)
     run(settings, model=model, ids=(0, 1, 2))
     calls = calls_per_update(settings)
     assert [model.forward, model.backward, model.decoded] == [3 * calls[k] for k in ("forward", "backward", "decode")]

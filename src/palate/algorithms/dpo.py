@@ -89,6 +89,7 @@ class DPOSettings:
     mu: float = 0.9  # how much of the preferred image's own descent must remain (SDPO's SD1.5 script)
     keep: float = 0.0  # weight of beta/2 max(0, m_w), which brings that error back where it has risen above its start
     noise: Literal["fresh", "tracked"] = "fresh"  # tracked: each image with the noise it was made from (PNAPO)
+    n: int = 1  # trained times per pair; the program has one
 
     pairs_from: Literal["reference", "policy"] = "reference"  # this and the next five: how pairs are drawn
     candidates: int = 2  # images per prompt, of which the best and the worst make the pair
@@ -107,7 +108,7 @@ class DPOSettings:
     flip: bool = False  # mirror half of the pairs (the authors' program does); of prompts.pairs before encoding
     posterior: bool = False  # draw given images' latents from the encoder's Gaussian, anew each time (the program does)
 
-    later_keys: ClassVar[Mapping[str, float]] = {"desirable_weight": 1.0, "undesirable_weight": 1.0}
+    later_keys: ClassVar[Mapping[str, float]] = {"desirable_weight": 1.0, "undesirable_weight": 1.0, "n": 1}
 
     def __post_init__(self) -> None:
         require(
@@ -118,6 +119,7 @@ class DPOSettings:
             ("mu: between 0 and 1", not 0 <= self.mu <= 1),
             ("keep: at least 0", not self.keep >= 0),
             ("noise: 'fresh' or 'tracked'", self.noise not in ("fresh", "tracked")),
+            ("n: at least 1", self.n < 1),
             ("pairs_from: 'reference' or 'policy'", self.pairs_from not in ("reference", "policy")),
             ("candidates: at least 2", self.candidates < 2),
             ("steps: at least 1", self.steps < 1),
@@ -165,16 +167,30 @@ class DPO:
         self.reference = None if state["reference"] is None else [tensor.clone() for tensor in state["reference"]]
 
     def step(self, model: Model, reward: Reward, batch: Batch, rng: Random) -> Iterator[Loss]:
-        """One update on a pair for each prompt; then, every `refresh_every` steps, a new reference."""
+        """One update on a pair for each prompt, at n times; then, every `refresh_every` steps, a new reference."""
         s = self.settings
         if self.reference is not None:
             self.reference = sharded_like(self.reference, model.parameters("policy"))
         with torch.no_grad():
-            pairs, metrics = self._pairs(model, reward, batch, rng)
+            pairs, drawing = self._pairs(model, reward, batch, rng)
+        for j in range(s.n):
+            value, metrics = self._loss(model, pairs, batch, rng, "" if j == 0 else f"-{j}")
+            metrics = {name: number.detach() for name, number in (drawing | metrics).items()}
+            yield Loss(value / s.n, metrics, "policy" if j == s.n - 1 else None)
+        if s.refresh_every and rng.step % s.refresh_every == 0:
+            self.reference = taken(model.parameters("policy"))
+
+    def _loss(
+        self, model: Model, pairs: Pairs, batch: Batch, rng: Random, name: str
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The pairs' loss at one time each, and its metrics. name: what tells its random numbers from other times'."""
+        s = self.settings
+        with torch.no_grad():
             captions, there = self._captions(batch.prompts, rng) * 2, rows_present(pairs)
             cond = model.encode_prompts([captions[i] for i in there.tolist()])
-            x0, eps = (both[there] for both in self._noised(model, pairs, rng, drawn=batch.latents is None))
-            t = (1 - rng.uniform("level")).to(x0).repeat(2)[there]
+            noised = self._noised(model, pairs, rng, f"inject{name}", drawn=batch.latents is None)
+            x0, eps = (both[there] for both in noised)
+            t = (1 - rng.uniform(f"level{name}")).to(x0).repeat(2)[there]
             xt = add_noise(x0, eps, *model.schedule(t))
             with self._speaks(model) as weights:
                 reference = model.predict(xt, t, cond, weights=weights).eps
@@ -187,12 +203,8 @@ class DPO:
             rejected = scaled_gradient(rejected, scale)
         losses, right = dpo_loss(preferred, rejected, s.beta, s.loss, pairs.preference, side_weights(pairs, s))
         of_pairs |= {"prefers": right, "excess_preferred": preferred, "excess_rejected": rejected}
-        metrics |= means_of(of_pairs, pairs)
         losses = losses + pairs.present[:, 0] * kept_error(preferred, s.beta, s.keep)
-        value = (pairs.weight * losses).mean()
-        yield Loss(value, {name: number.detach() for name, number in metrics.items()}, "policy")
-        if s.refresh_every and rng.step % s.refresh_every == 0:
-            self.reference = taken(model.parameters("policy"))
+        return (pairs.weight * losses).mean(), means_of(of_pairs, pairs)
 
     def _speaks(self, model: Model) -> Any:
         """A context in which the weights it names are the reference. For calls without gradient only."""
@@ -206,11 +218,11 @@ class DPO:
         dropped = rng.uniform("caption") < self.settings.caption_dropout
         return ["" if gone else prompt for gone, prompt in zip(dropped.tolist(), prompts, strict=True)]
 
-    def _noised(self, model: Model, pairs: Pairs, rng: Random, *, drawn: bool) -> tuple[Tensor, Tensor]:
+    def _noised(self, model: Model, pairs: Pairs, rng: Random, name: str, *, drawn: bool) -> tuple[Tensor, Tensor]:
         """Clean latents and noises (2 B, C, h, w), first all preferred images, then all rejected ones."""
         x0, noise = pairs.x0, pairs.noise
         if self.settings.noise == "fresh" or noise is None:
-            noise = rng.normal("inject", model.latent_shape).to(x0)[:, None].expand_as(x0)
+            noise = rng.normal(name, model.latent_shape).to(x0)[:, None].expand_as(x0)
         if self.settings.flip and drawn:
             flip = (rng.uniform("flip") < 0.5).to(x0.device).view(-1, 1, 1, 1, 1)
             x0, noise = torch.where(flip, x0.flip(-1), x0), torch.where(flip, noise.flip(-1), noise)
@@ -452,9 +464,10 @@ def calls_per_update(settings: DPOSettings, *, given: bool = False) -> dict[str,
     """Denoiser evaluations of one update per prompt of the batch, a guided call counted twice; `given`: pairs are.
     A single like, of which one image is absent, costs half of 4 and 2.
 
-    forward = 4 + (0 given, else candidates steps g),  backward = 2,  decode = reward = (0 given, else candidates),
+    forward = 4 n + (0 given, else candidates steps g),  backward = 2 n,  decode = reward = (0 given, else candidates),
     g = 2 with guidance.
     """
     drawn = 0 if given else settings.candidates
     guided = 1 if settings.guidance == 1 else 2
-    return {"forward": 4 + drawn * settings.steps * guided, "backward": 2, "decode": drawn, "reward": drawn}
+    forward = 4 * settings.n + drawn * settings.steps * guided
+    return {"forward": forward, "backward": 2 * settings.n, "decode": drawn, "reward": drawn}
