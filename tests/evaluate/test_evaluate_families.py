@@ -12,7 +12,7 @@ from support.tiny_families import save_clip, saved
 
 from palate import cli, recipe, runs
 from palate.evaluate import published_panel
-from palate.recipe import RecipeError
+from palate.recipe import RecipeError, evaluators
 from palate.recipe.evaluators import allowed_fall
 from palate.rewards.located import standings
 from palate.rewards.table import HELD_OUT_CANDIDATES
@@ -89,6 +89,26 @@ def test_who_judges(towers, tmp_path):
         recipe.read("srpo-emoji", ["evaluate.heldout=hpsv2"])
     with pytest.raises(RecipeError, match=r"reward.source.hpsv2: hpsv2 is in neither"):
         plan(reward={"source": {"hpsv2": "x"}})
+
+
+def test_the_guard_asks_a_reward_that_nothing_optimises(towers, tmp_path, monkeypatch):
+    """The one that judges the result, else another whose weights are here; of a taste none that it may stand on."""
+    here = set(HELD_OUT_CANDIDATES)
+    monkeypatch.setattr(evaluators, "located", lambda name, source: source or ("" if name in here else None))
+    monkeypatch.setattr(evaluators, "load_reward", lambda name, *where: name)
+
+    def asked(*, name=None, weights=None, source=None, heldout=None):
+        reward = {"name": name, "weights": weights, "source": source or {}}
+        made = recipe.parse(text(towers, tmp_path, reward=reward, evaluate={"heldout": heldout}))
+        return recipe.guard_measure(made).heldout
+
+    assert asked(name="pickscore") == "clip-score" and asked(name="pickscore", heldout="hpsv2") == "hpsv2"
+    assert asked(name="clip-score") == "pickscore"
+    assert asked(weights=dict.fromkeys(HELD_OUT_CANDIDATES, 1.0)) is None
+    taste = {"name": "taste", "source": {"taste": "x", "clip-score": "y"}}
+    assert asked(**taste) == "pickscore"
+    here -= {"clip-score", "hpsv2"}
+    assert asked(name="brightness") == "pickscore" and asked(name="pickscore", heldout="hpsv2") is None
 
 
 def test_judges_compute_where_the_model_does(towers, tmp_path, monkeypatch):

@@ -321,6 +321,34 @@ def test_the_file_says_what_it_is_and_the_card_how_it_was_made(run, tmp_path):
     (folder / "evaluation.json").unlink()
 
 
+BASES = {  # family, width of the text that its network reads -> the base as the WebUI's Lora page tells it
+    ("stable-diffusion", 768): "SD1",
+    ("stable-diffusion", 1024): "SD2",
+    ("sdxl", 2048): "SDXL",
+}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_webui_shows_a_lora_beside_the_models_that_it_is_for(base, tmp_path):
+    """Its page hides what its metadata say is of another base: SDXL and 2.x by kohya's keys, all others are of 1.x."""
+    family, width = base
+    text = f"model: {{name: {family}, folder: a/b}}\nalgorithm: {{name: ddpo}}\nreward: {{name: emoji}}\n"
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "recipe.yaml").write_text(f"{text}prompts: {{list: [a fox]}}\n")
+    stem = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+    save_file(
+        {f"{stem}.lora_A.weight": torch.zeros(RANK, width), f"{stem}.lora_B.weight": torch.zeros(640, RANK)},
+        tmp_path / "adapter" / WEIGHTS,
+        metadata={"lora_adapter_metadata": json.dumps({"r": RANK, "lora_alpha": ALPHA})},
+    )
+    written = export_lora(tmp_path, "kohya")
+    with safe_open(written / lora_file(tmp_path, "kohya"), "pt") as file:
+        metadata = file.metadata()
+    xl, two = metadata["ss_base_model_version"].startswith("sdxl_"), metadata.get("ss_v2") == "True"
+    assert ("SDXL" if xl else "SD2" if two else "SD1") == BASES[base]
+    assert metadata["modelspec.architecture"].endswith("/lora")
+
+
 @pytest.mark.parametrize("form", ["diffusers", "kohya"])
 def test_the_card_of_another_run_is_not_written_over(form, tmp_path):
     """In diffusers' form its weights would go with it; in the others they would stay, without a card. A run's own

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save_file
 from support.tiny_families import FAMILIES, saved
+from transformers import T5EncoderModel
 
 import palate
 from palate.cli import model_source
@@ -105,6 +107,42 @@ def test_a_cached_repository_with_the_variant_fp16_alone_loads_without_a_network
     theirs = saved("flux-schnell")[1].transformer.state_dict()
     ours = opened("flux-schnell", BASE).weights.network.state_dict()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.fixture
+def refusing(offline, monkeypatch):
+    """A hub that is behind a proxy, so that nobody knows whether it can be reached, and that refuses every connection
+    with an error of the client's HTTP library, which is no OSError."""
+
+    class Refused(HfHubHTTPError.__bases__[0]):
+        pass
+
+    def refuse(*_, **__):
+        raise Refused("Connection refused")
+
+    assert not issubclass(Refused, OSError)
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    hub.reachable.cache_clear()
+    monkeypatch.setattr(hub, "hf_hub_download", refuse)
+    monkeypatch.setattr(source, "snapshot_download", refuse)
+    monkeypatch.setattr(source.HfApi, "list_repo_files", refuse)
+    monkeypatch.setattr(T5EncoderModel, "from_pretrained", refuse)
+    return offline[1]
+
+
+@pytest.mark.parametrize(
+    "way", [*WAYS.values(), lambda: files.pretrained(T5EncoderModel, "clip-score", BASE, how="It is published there.")]
+)
+def test_a_connection_that_is_refused_is_a_sentence(way, refusing):
+    with pytest.raises(InputError, match=r"Connection refused|cannot be reached") as told:
+        way()
+    assert len(str(told.value).splitlines()) == 1
+
+
+def test_what_is_in_the_cache_serves_where_the_hub_refuses(refusing, monkeypatch):
+    snapshot = into_cache(refusing, "flux-schnell", BASE)
+    monkeypatch.setattr(source, "snapshot_download", lambda *_, **__: str(snapshot))
+    assert source.from_hub(BASE) == (snapshot, None)
 
 
 KEYS = {

@@ -8,6 +8,7 @@ import logging
 
 import pytest
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from support.tiny_families import FAMILIES, load, saved
 
@@ -154,6 +155,19 @@ def test_a_rank_stabilised_lora_counts_by_the_root_of_its_rank(tmp_path):
     found = lora.read(tmp_path / lora.FILE, {"x": (5, 3)}, None, "model.start")["x"]
     expected = 6.0 / 4**0.5 * layers["x"].up @ layers["x"].down
     torch.testing.assert_close(found.change(torch.zeros(5, 3)), expected)
+
+
+@pytest.mark.parametrize(
+    "pattern", ["to_q", "attn.to_q", r"blocks\.\d+\.attn\.to_[qk]", "q", "blocks.2.attn.to_q", "*"]
+)
+def test_a_pattern_of_alphas_is_of_the_layers_that_peft_takes_it_for(pattern, tmp_path):
+    name = "blocks.1.attn.to_q"
+    layers = {name: Lora(torch.randn(4, 3), torch.randn(5, 4), 8.0)}
+    record = json.dumps(lora.peft_config(layers) | {"alpha_pattern": {pattern: 2.0}})
+    lora.write(tmp_path / lora.FILE, lora.to_peft(layers), {"format": "pt", lora.METADATA: record})
+    found = lora.read(tmp_path / lora.FILE, {name: (5, 3)}, None, "model.start")[name]
+    taken = pattern != "*" and get_pattern_key([pattern], name) == pattern  # which is no regular expression
+    assert found.alpha == (2.0 if taken else 8.0)
 
 
 def test_a_lora_in_krea2s_own_names_is_read(tmp_path):

@@ -87,6 +87,18 @@ def test_two_that_fill_one_cache_at_once_both_end_well(tmp_path, monkeypatch):
     assert second and not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
 
 
+@pytest.mark.parametrize("other", [{"dtype": "bfloat16"}, {"quantize": "fp8"}, {"text_tokens": 24}], ids=str)
+def test_embeddings_of_other_settings_are_others(other, tmp_path):
+    """What decides an embedding decides its file: no run reads what other settings have made."""
+
+    def stored(**options):
+        load("flux", text_cache=tmp_path, training="none", **options).encode_prompts(["a cat"])
+        return {path.name for path in tmp_path.rglob("*.safetensors")}
+
+    one = stored()
+    assert one == stored() and len(stored(**other)) == 2 * len(one)
+
+
 def test_embeddings_of_other_layers_are_others(tmp_path):
     """Krea 2's layers stand in the folder's index, beside the encoder's files."""
     found = []

@@ -244,6 +244,27 @@ def test_a_run_spends_its_budget_and_learns(tmp_path):
     assert (tmp_path / "round-02" / "metrics.jsonl").is_file() and (tmp_path / "adapter").exists()
 
 
+def test_rewards_stay_in_deviations_of_the_base_models_own_answers(tmp_path, monkeypatch):
+    """alpha_kl is per one of them, in every round. The oracle is affine in the features, so the surrogate is exact."""
+    rewards, noises, step = {}, {}, Stopping.step
+
+    def watch(self, model, reward, batch, rng):
+        rewards[id(reward)], noises[id(reward)] = reward, rng.normal("watched", (2,))
+        yield from step(self, model, reward, batch, rng)
+
+    monkeypatch.setattr(Stopping, "step", watch)
+    go(tmp_path, Oracle(), budget=24, surrogate="ucb")
+    images, prompts, scores, rounds = Queries(tmp_path).evaluated(2)
+    own = scores[rounds == 1]
+    for surrogate in rewards.values():
+        surrogate.bonus = None
+        found = surrogate(images[:], prompts).double()
+        assert torch.allclose(found, (scores - own.mean()) / own.std(correction=0), atol=0.02)
+    first, second = noises.values()  # and each round draws and trains with randomness of its own
+    drawn = [[row["prompt"] for row in rows(tmp_path) if row.get("round") == k][:8] for k in (1, 2)]
+    assert not torch.equal(first, second) and drawn[0] != drawn[1]
+
+
 def test_the_oracle_sees_what_is_stored(tmp_path):
     oracle = Oracle()
     go(tmp_path, oracle, surrogate="ucb")

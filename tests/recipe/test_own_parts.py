@@ -14,6 +14,7 @@ import yaml
 
 from palate import recipe, runs
 from palate.evaluate import EvaluationPanel
+from palate.rewards.table import HELD_OUT_CANDIDATES
 from palate.runtime.code import code_digest
 from palate.runtime.errors import InputError
 
@@ -209,6 +210,22 @@ def test_what_a_reward_is_made_of_is_the_same_when_a_run_goes_on(key, tmp_path):
     with pytest.raises(InputError, match=f"^{key}: what it names has changed"):
         recipe.check_identity(tmp_path, made)
     assert recipe.run_identity(made) == before  # of checkpoints from before this was kept
+
+
+@pytest.mark.parametrize("name", HELD_OUT_CANDIDATES)
+def test_a_head_stands_on_any_tower_that_is_named_and_on_the_same_when_a_run_goes_on(name, tmp_path):
+    """As the message says that asks for one: also on a tower that is neither optimised nor judges the result."""
+    weights = tmp_path / "tower.safetensors"
+    weights.write_bytes(b"one")
+    text = "model: {name: sdxl, folder: a/b}\nalgorithm: {name: distar, head_queries: 16}\nprompts: {list: [a fox]}\n"
+    made = recipe.parse(f"{text}reward: {{name: jpeg_size, source: {{{name}: {weights}}}}}\n")
+    (tmp_path / "identity.json").write_text(recipe.identity_text(made))
+    recipe.check_identity(tmp_path, made)
+    weights.write_bytes(b"another")
+    with pytest.raises(InputError, match=f"^reward.source.{name}: what it names has changed"):
+        recipe.check_identity(tmp_path, made)
+    with pytest.raises(InputError, match=f"reward.source.{name}: {name} is in neither"):
+        recipe.parse(f"reward: {{name: emoji, source: {{{name}: {weights}}}}}\n{text.replace('sdxl', 'emoji')}")
 
 
 @pytest.mark.parametrize("name", ["vlm-judge", "checklist"])

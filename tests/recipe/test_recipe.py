@@ -16,7 +16,8 @@ import palate
 from palate import recipe
 from palate.algorithms.opd import Teacher, routes_of
 from palate.data import load_images
-from palate.recipe import RecipeError, TrainerSettings, builder, reader
+from palate.recipe import RecipeError, RelativeSettings, RewardSettings, TrainerSettings, builder, reader
+from palate.recipe.objective import reward_objective
 
 GOOD = """
 run: {folder: runs/x}
@@ -199,6 +200,27 @@ def test_a_reward_without_gradient_is_for_those_that_need_none():
     for algorithm in ("distar", "refl", "draft", "sqdf"):
         with pytest.raises(RecipeError, match=f"reward.name: {algorithm} needs the reward's gradient"):
             recipe.parse(GOOD, [f"algorithm={{name: {algorithm}}}", "reward.name=jpeg_size"])
+
+
+@pytest.mark.parametrize("k", [None, 1.0])
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"name": "brightness"},
+        {"weights": {"brightness": 0.5}},
+        {"weights": {"brightness": -2.0}},
+        {"weights": {"brightness": -1.0, "warmth": 0.1}},
+        {"name": "brightness", "scale": {"brightness": (5.0, 2.0)}},
+    ],
+)
+def test_an_evaluation_calls_that_the_objective_which_training_lets_rise(section, k):
+    """The first reward of an evaluation puts any two pictures in the order of what the loop is handed."""
+    relative = None if k is None else RelativeSettings(positive="bright", k=k)
+    objective = reward_objective(RewardSettings(**section, relative=relative))
+    rewards, optimised = objective.rewards({"held": lambda images, prompts: images.mean((1, 2, 3))}, "held")
+    images, prompts = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)), ["dog"] * 8
+    trained, shown = objective.reward()(images, prompts), rewards[optimised[0]](images, prompts)
+    assert torch.equal(trained.argsort(), shown.argsort()) and len(trained.unique()) == 8
 
 
 def test_a_reward_of_a_sum_that_moves_nothing_is_told(caplog):

@@ -14,6 +14,7 @@ import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -96,6 +97,21 @@ def test_a_repeated_request_is_answered_from_memory(served):
     assert torch.equal(first, remote(images(2, 3, 8, 8, seed=1), ["a", "b"])) and reward.calls == before + 1
     remote(images(2, 3, 8, 8, seed=1), ["a", "c"])
     assert reward.calls == before + 2
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
+def test_numbers_of_any_kind_come_back_in_the_order_of_pictures_of_any_size(kind):
+    scorer = _Scorer(lambda images, prompts: kind([x.mean().item() for x in images]), 8, torch.device("cpu"))
+    pictures = [Image.new("RGB", size, (grey,) * 3) for size, grey in (((4, 4), 0), ((8, 4), 51), ((4, 4), 255))]
+    assert scorer.compute(("1", b""), pictures, ["a"] * 3) == pytest.approx([0, 0.2, 1])
+
+
+@pytest.mark.parametrize("answer", [[1.0], [[1.0], [2.0]], "ab", 3.0, torch.ones(())])
+def test_a_server_whose_reward_gives_no_number_per_picture_says_so(answer):
+    scorer = _Scorer(lambda images, prompts: answer, 8, torch.device("cpu"))
+    with pytest.raises(Exception, match="the reward gave no 2 numbers for 2 images") as told:
+        scorer.compute(("1", b""), [Image.new("RGB", (4, 4))] * 2, ["a", "b"])
+    assert told.value.status == 500
 
 
 def test_the_reward_is_given_its_images_on_the_servers_device():

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from palate.data.published import PROMPT_SETS, beside_the_cache
 from palate.rewards.published import PUBLISHED, Download, PublishedReward
 from palate.runtime.errors import InputError, first_line
-from palate.runtime.hub import hub_file
+from palate.runtime.hub import UNREACHED, hub_file
 from palate.runtime.tensors import writing_tensors
 
 
@@ -69,7 +69,7 @@ def fetch_prompts(name: str) -> list[Path]:
         return [_download_address(known.place, name, f"Download it elsewhere and give it to {_use(name)}")]
     try:
         return [hub_file(known.place, file, repo_type="dataset") for file in known.files]
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except UNREACHED as error:
         raise InputError(
             f"fetch {name}: {known.place} cannot be reached ({first_line(error)}). Download its files elsewhere and "
             f"give their folder with --prompts-file: {', '.join(known.files)}"
@@ -96,7 +96,7 @@ def download(what: Download, name: str) -> list[Path]:
             if file.endswith((".safetensors", ".pt")):
                 raise InputError(f"fetch {name}: {what.place} has no {file} any more; see docs/rewards.md") from error
             continue  # a tokenizer in one form is enough
-        except (HfHubHTTPError, OSError) as error:
+        except UNREACHED as error:
             raise InputError(_unreachable(name, what, error)) from error
     return found
 

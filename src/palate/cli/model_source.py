@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError
 
 from palate.cli.options import recipe_file
 from palate.core import Model, Sampler
@@ -18,7 +18,7 @@ from palate.models.repository import kinds_in
 from palate.runs import trained_model
 from palate.runtime.errors import InputError, first_line
 from palate.runtime.files import parse_json
-from palate.runtime.hub import hub_file
+from palate.runtime.hub import UNREACHED, hub_file
 
 INDEX = "model_index.json"
 
@@ -82,7 +82,7 @@ def _index(source: str) -> dict[str, Any]:
         if not path.is_file():
             path = hub_file(source, INDEX)
         found = parse_json(path.read_text("utf-8"))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except (HFValidationError, *UNREACHED, ValueError) as error:
         raise InputError(
             f"{source} is no run, no folder with a {INDEX} and no hub id that can be reached ({first_line(error)}); "
             "give emoji, a run or a diffusers folder"

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from palate.export.card import CARD, PICTURES, SIDES
 from palate.runtime.errors import InputError, first_line
 from palate.runtime.files import write_atomically
+from palate.runtime.hub import UNREACHED
 from palate.runtime.result import evaluation_of
 
 SHOWN = 4  # pairs of pictures on the card
 UNKNOWN = "unknown"
-UNREACHED: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)  # one is any error of the connection
 
 
 class Parcel(NamedTuple):

@@ -134,6 +134,7 @@ def describe(run: Path, recipe: Recipe, layers: Mapping[str, Lora], words: Words
     said = {side: text for side, text in (words or {}).items() if text}
     facts: Facts = facts_of(recipe.model.name)
     wanted = "".join(f"; {side}: {text}" for side, text in said.items())
+    inputs = {name: lora.down.shape[1] for name, lora in layers.items()}
     return {
         "palate.version": version("palate"),
         "palate.recipe": recipes.fingerprint(recipe),
@@ -149,6 +150,7 @@ def describe(run: Path, recipe: Recipe, layers: Mapping[str, Lora], words: Words
         "modelspec.title": run.resolve().name,
         "modelspec.architecture": f"{facts.name}/lora",
         "modelspec.description": f"{recipe.algorithm.name} on {facts.name}{wanted}",
+        **(facts.listed_as(inputs) if facts.listed_as else {}),
     }
 
 

@@ -84,6 +84,8 @@ class Facts:
     patch: int | None = None  # side of the denoiser's patches, in latents; None = its configuration's patch_size
     published: Published | None = None
     lora_loader: Any = None  # diffusers' loader of this family's LoRAs, which translates other programs' names
+    # the widths of a LoRA's layers' inputs -> what kohya's program and modelspec call the family, in a file's metadata
+    listed_as: Callable[[Mapping[str, int]], Mapping[str, str]] | None = None
     original: tuple[OriginalBlocks, ...] = ()  # the names of the original program, which kohya's form uses
     one_step_call: str = ""  # what a pipeline is told besides when a one-step generator of this family draws
     few_steps: str = ""  # regular expression of the hub ids, folders and files that are distilled to few steps

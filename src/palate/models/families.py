@@ -34,6 +34,7 @@ MECHANISM = frozenset(
         "facts",
         "families",
         "gaussian",
+        "latents",
         "lora",
         "merge",
         "options",

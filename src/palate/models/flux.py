@@ -78,6 +78,7 @@ FACTS = Facts(
     packing=4,
     patch=2,
     lora_loader=FluxLoraLoaderMixin,
+    listed_as=lambda inputs: {"ss_base_model_version": "flux1"},
     published=Published({"guidance_embeds": True}, VAE_16, 1024, 512, _condition, 4.88),
     original=(
         OriginalBlocks(

@@ -235,9 +235,18 @@ class Rates:
     def alpha(self, layer: str, rank: int) -> float:
         """A layer's alpha; its rank where nothing says more, as all readers take it."""
         own = {PREFIXES.sub("", name): value for name, value in (self.config.get("alpha_pattern") or {}).items()}
-        found = next((v for end, v in own.items() if layer == end or layer.endswith(f".{end}")), None)
+        found = next((value for pattern, value in own.items() if _means(pattern, layer)), None)
         alpha = float(self.config.get("lora_alpha") or rank) if found is None else float(found)
         return alpha * rank**0.5 if self.config.get("use_rslora") else alpha  # alpha / sqrt(rank) in place of / rank
+
+
+def _means(pattern: str, layer: str) -> bool:
+    """Whether PEFT takes the pattern, a regular expression, for the layer: for its name, or the end of it after a
+    dot."""
+    try:
+        return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", layer) is not None
+    except re.error:
+        return False
 
 
 def _named(

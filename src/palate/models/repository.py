@@ -40,6 +40,7 @@ from palate.models.repository_checks import (
 from palate.models.source import absent, from_hub, loader_place, locate
 from palate.runtime.errors import InputError, first_line
 from palate.runtime.files import parse_json
+from palate.runtime.hub import UNREACHED
 
 # in the names of tensors that no prompt and no picture reads: a language model's eyes and last layer, counts of batches
 UNREAD = re.compile(r"\b(visual|vision_tower|multi_modal_projector|lm_head|num_batches_tracked)\b")
@@ -135,7 +136,7 @@ class Repository:
             )
         try:
             return kind.from_pretrained(loader_place(self.source, self.root), subfolder=part)
-        except (OSError, ValueError) as error:
+        except (*UNREACHED, ValueError) as error:
             raise InputError(f"model.folder {self.source}: {part} cannot be read: {first_line(error)}") from error
 
     def _reads(self, file: Path) -> bool:

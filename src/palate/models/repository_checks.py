@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from palate.models import families
 from palate.models.facts import facts_of
 from palate.runtime.errors import InputError
+from palate.runtime.hub import UNREACHED
 
 # a part's weights: whole or in shards, plain or as the variant fp16
 WEIGHTS = re.compile(
@@ -26,7 +27,7 @@ QUANTISED = re.compile(
 )
 READERS = ("tokenizer", "processor")  # parts without weights that turn prompts into tokens
 READING_ERRORS = (
-    OSError,
+    *UNREACHED,
     SafetensorError,
     SingleFileComponentError,
     RuntimeError,

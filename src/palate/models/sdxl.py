@@ -56,6 +56,10 @@ FACTS = Facts(
     licence="CreativeML Open RAIL++-M",
     licences={"stabilityai/stable-diffusion-xl-base-1.0": "openrail++"},
     lora_loader=StableDiffusionXLLoraLoaderMixin,
+    listed_as=lambda inputs: {
+        "ss_base_model_version": "sdxl_base_v1-0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+    },
     whole=("proj_in", "proj_out"),
     published=Published(
         {

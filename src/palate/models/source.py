@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from palate.models.facts import facts_of
 from palate.runtime.errors import InputError
-from palate.runtime.hub import reachable
+from palate.runtime.hub import UNREACHED, reachable
 
 SMALL = ["model_index.json", "*/*.json", "*/*.txt", "*/*.model", "*/*.jinja"]  # configurations and tokenizers
 
@@ -76,14 +76,14 @@ def from_hub(source: str) -> tuple[Path, list[str] | None]:
             f"model.folder {source}: no such folder, and the hub has no such repository. If it is "
             "private, log in with `hf auth login` or set HF_TOKEN"
         ) from error
-    except (errors.HFValidationError, OSError) as error:
+    except (errors.HFValidationError, *UNREACHED) as error:
         raise InputError(
             f"model.folder {source}: no such folder, and the hub cannot be reached "
             f"({type(error).__name__}); download it first, `hf download {source}`"
         ) from error
     try:
         return root, HfApi().list_repo_files(source) if reachable() else None
-    except OSError:
+    except UNREACHED:
         return root, None
 
 

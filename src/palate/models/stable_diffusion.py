@@ -5,7 +5,7 @@ The network outputs eps (1.x, 2-base) or v (2.1 at 768 pixels), as the scheduler
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Unpack
 
@@ -45,6 +45,15 @@ def _condition(config: Any, tokens: int, dtype: torch.dtype) -> Cond:
     return Cond(torch.empty(1, tokens, config.cross_attention_dim, dtype=dtype))
 
 
+def _listed_as(inputs: Mapping[str, int]) -> dict[str, str]:
+    """A text has 768 numbers a token in 1.x and 1024 in 2.x; nothing where no layer of the LoRA reads the text."""
+    text = {width for layer, width in inputs.items() if layer.endswith(("attn2.to_k", "attn2.to_v"))}
+    if text == {1024}:
+        return {"ss_v2": "True", "ss_base_model_version": "sd_v2"}
+    named = {"ss_base_model_version": "sd_v1", "modelspec.architecture": "stable-diffusion-v1/lora"}
+    return {"ss_v2": "False", **named} if text == {768} else {}
+
+
 FACTS = Facts(
     FAMILY,
     PARTS,
@@ -53,6 +62,7 @@ FACTS = Facts(
     licence="CreativeML Open RAIL-M (1.x), CreativeML Open RAIL++-M (2.x)",
     licences={"stable-diffusion-v1-5/stable-diffusion-v1-5": "creativeml-openrail-m"},
     lora_loader=StableDiffusionXLLoraLoaderMixin,
+    listed_as=_listed_as,
     whole=("to_out",),
     published=Published(  # 1.5
         {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}, VAE_4, 512, 77, _condition, 0.123

@@ -92,8 +92,15 @@ def rewards_used(reward: RewardSettings) -> set[str]:
 def rewards_placed(recipe: Recipe) -> set[str]:
     """The names that `reward.source` may give a place: of rewards that are optimised or judge the result."""
     used = rewards_used(recipe.reward)
-    bases = set(rewards.HELD_OUT_CANDIDATES) if "taste" in used else set()  # a taste may stand on one of them
+    bases = set(rewards.HELD_OUT_CANDIDATES) if stands_on_tower(recipe) else set()
     return used | bases | {heldout_of(recipe) or ""}
+
+
+def stands_on_tower(recipe: Recipe) -> bool:
+    """Whether what is optimised may stand on the image tower of a reward that is not: a taste, or a head that learns a
+    black-box reward, which for the embedded model stands on its own."""
+    head = isinstance(recipe.algorithm, AsksBlackBox) and recipe.algorithm.head_queries > 0
+    return (head and recipe.model.name != "emoji") or "taste" in rewards_used(recipe.reward)
 
 
 def heldout_of(recipe: Recipe) -> str | None:

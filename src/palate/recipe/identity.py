@@ -13,7 +13,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 from palate.models.lora import find_file
-from palate.recipe.cross_checks import rewards_used
+from palate.recipe.cross_checks import rewards_used, stands_on_tower
 from palate.recipe.reader import content_digest, fingerprint
 from palate.recipe.settings import Recipe
 from palate.recipe.start import UsesTeachers, start_folder, teachers_of, wants_consistency
@@ -58,19 +58,18 @@ def weights_of_rewards(recipe: Recipe) -> dict[str, str]:
 
 
 def other_sources(recipe: Recipe) -> dict[str, str]:
-    """Likewise of what else reward.source names: a taste and what it stands on, the model of a judge, what a reward of
-    one's own is given. Where a server is does not count."""
+    """Likewise of what else reward.source names: a taste, what it or a head stands on, the model of a judge, what a
+    reward of one's own is given. Where a server is does not count."""
     sources, used, found = recipe.reward.source, rewards_used(recipe.reward), {}
     for name in sorted(used & sources.keys()):
         if name == "taste":
             found[KEY + name] = json_digest([[weights_digest(part), share] for part, share in parts_of(sources[name])])
-            bases = sorted({*HELD_OUT_CANDIDATES} & sources.keys() - used)
-            found |= {KEY + base: weights_digest(sources[base]) for base in bases}
         elif name in ("vlm-judge", "checklist"):
             found[f"{KEY}{name} model"] = sources[name].rpartition(" ")[2].partition("#")[2]
         elif rewards.find(name).kind == "external" and "://" not in sources[name]:
             found[KEY + short_name(name)] = content_digest(sources[name]) or ""
-    return found
+    bases = sorted({*HELD_OUT_CANDIDATES} & sources.keys() - used) if stands_on_tower(recipe) else []
+    return found | {KEY + base: weights_digest(sources[base]) for base in bases}
 
 
 def frozen(recipe: Recipe) -> dict[str, str]:

@@ -103,7 +103,8 @@ class Objective:
 
     def rewards(self, have: Mapping[str, Reward], heldout: str) -> tuple[dict[str, Reward], list[str]]:
         """What an evaluation asks, by name, and the names of what is optimised, the objective itself first: "weighted"
-        is a sum, "NAME-relative" what control words make of NAME. The held-out reward is asked for the same words."""
+        is a sum, also of one reward with a weight below 0, "NAME-relative" what control words make of NAME. The
+        held-out reward is asked for the same words."""
         rewards = self.load(have)
         optimised = [term.label for term in self.terms]
         if not optimised:
@@ -111,7 +112,7 @@ class Objective:
         parts = {term.label: (term.weight, term.part(rewards[term.label])) for term in self.terms}
         label = optimised[0]
         objective = parts[label][1]
-        if len(self.terms) > 1:
+        if len(self.terms) > 1 or self.terms[0].weight < 0:  # of a single reward that is to fall, the sum is to rise
             objective, label = weighted(parts), "weighted"
             rewards[label] = objective
             optimised.insert(0, label)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from transformers.utils import logging as of_transformers
 from palate.models.quiet import quietly
 from palate.runtime.errors import InputError, first_line
 from palate.runtime.files import in_shell
-from palate.runtime.hub import hub_file, reachable
+from palate.runtime.hub import UNREACHED, hub_file, reachable
 
 OFFLINE = "and the hub cannot be reached"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -77,7 +77,7 @@ def weights_file(reward: str, source: str, *, default: str, how: str) -> Path:
         if not reachable():
             raise InputError(f"{key}: {source} is not in the local cache, {OFFLINE}. {how}") from error
         raise InputError(f"{key}: {source} holds no reachable {default} ({first_line(error)}). {how}") from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HFValidationError, *UNREACHED) as error:
         raise InputError(f"{key}: {source} holds no reachable {default} ({first_line(error)}). {how}") from error
 
 
@@ -110,7 +110,7 @@ def pretrained(kind: Any, reward: str, source: str, *, how: str, **options: Any)
     try:
         with quietly(source), _without_report():
             found = kind.from_pretrained(source, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (*UNREACHED, ValueError, SafetensorError) as error:
         if options.get("local_files_only"):
             raise InputError(f"{key}: {source} is not in the local cache, {OFFLINE}. {how}") from error
         hint = "accept its terms on huggingface.co and run `hf auth login`" if "gated" in str(error) else how

@@ -23,6 +23,7 @@ from PIL import Image
 from palate.core import Reward
 from palate.models.options import place_of as device_of
 from palate.rewards.client import LOOPBACK, TOKEN, place_of
+from palate.rewards.combine import as_scores
 from palate.runtime.errors import InputError
 from palate.runtime.files import parse_json
 from palate.runtime.images import as_rgb, from_pixels
@@ -67,7 +68,7 @@ class _Scorer:
             for rows in groups.values():
                 batch = torch.stack([from_pixels(np.asarray(images[i])) for i in rows]).to(self.device)
                 with torch.no_grad():
-                    values = self.reward(batch, [prompts[i] for i in rows]).tolist()
+                    values = _numbers(self.reward(batch, [prompts[i] for i in rows]), len(rows), self.device)
                 for i, value in zip(rows, values, strict=True):
                     scores[i] = float(value)
             if not all(math.isfinite(score) for score in scores):
@@ -76,6 +77,14 @@ class _Scorer:
             while len(self.answers) > self.remembered:
                 self.answers.popitem(last=False)
             return scores
+
+
+def _numbers(answer: Any, count: int, device: torch.device) -> list[float]:
+    """A reward's answer, of any kind that the loop takes too."""
+    values = as_scores(answer, device)
+    if not isinstance(values, torch.Tensor) or values.shape != (count,):
+        raise _Refused(500, f"the reward gave no {count} numbers for {count} images")
+    return values.tolist()
 
 
 def make_app(

@@ -9,9 +9,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 TRIES, SECONDS = 2, 3.0
+# what the hub's client raises where it gets no answer: of its HTTP library some are no OSError, as a refused connection
+UNREACHED: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
 
 
 @cache
