@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -105,7 +107,7 @@ def test_prompts_that_cannot_be_reached_are_given_to_the_evaluation(palate, monk
         raise OSError("no connection")
 
     monkeypatch.setattr(published, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    monkeypatch.setattr("urllib.request.urlopen", offline)
     code, _, error = palate("fetch", "parti")
     assert code == 2 and short(error) and "--protocol parti --prompts-file FILE" in error and "--from" not in error
     code, _, error = palate("fetch", "aesthetic")
@@ -210,7 +212,7 @@ def test_prompt_sets_are_fetched_where_their_licence_allows_it(palate, monkeypat
     (tmp_path / "palate").mkdir()
     (tmp_path / "palate" / "PartiPrompts.tsv").write_text("Prompt\tCategory\na dog\tAnimals\n")
     code, out, _ = palate("fetch", "parti")
-    assert code == 0 and "--protocol parti (1 files" in out
+    assert code == 0 and "--protocol parti (1 file," in out
     code, _, error = palate("fetch", "drawbench")
     assert code == 2 and short(error) and "none stated by its authors" in error and "--prompts-file FILE" in error
 
@@ -220,3 +222,30 @@ def test_prompt_sets_are_fetched_where_their_licence_allows_it(palate, monkeypat
     monkeypatch.setattr(fetch, "hub_file", offline)
     code, _, error = palate("fetch", "hpdv2")
     assert code == 2 and short(error) and "cannot be reached" in error and "benchmark/photo.json" in error
+
+
+@pytest.mark.parametrize("promised", [40, 100])
+def test_a_download_that_broke_off_is_not_kept(palate, monkeypatch, tmp_path, promised):
+    """Read to its end, an answer that is too short raises nothing; a later fetch would take it for the whole file."""
+
+    class Half(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(promised))
+            self.end_headers()
+            self.wfile.write(b"x" * 40)
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setattr(published, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Half) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}/prompts.tsv"
+        if promised == 40:
+            assert fetch._download_address(address, "parti", "").read_bytes() == b"x" * 40
+        else:
+            with pytest.raises(InputError, match=r"broke off, 60 bytes before the end\). Download it elsewhere"):
+                fetch._download_address(address, "parti", "Download it elsewhere")
+        server.shutdown()
+    assert [path.name for path in (tmp_path / "palate").iterdir()] == (["prompts.tsv"] if promised == 40 else [])

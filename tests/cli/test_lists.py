@@ -13,11 +13,13 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import typer
+from PIL import Image
 from support.commands import short
 from support.pages import fake_run
 
-from palate import cli
-from palate.cli import compare_table
+from palate import cli, recipe
+from palate.cli import compare_table, optimize
 from palate.cli import runs as runs_command
 from palate.cli.doctor import EMBEDDED
 from palate.cli.options import Seeds, Words
@@ -26,6 +28,7 @@ from palate.models.vocabulary import vocabulary
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
 from palate.runtime.phases import listening, tell
+from palate.train import Outcome
 
 ASSETS = Path(str(files("palate") / "assets"))
 
@@ -375,3 +378,53 @@ def test_a_folder_that_was_deleted_is_named_before_anything_loads(palate, tmp_pa
     (tmp_path / "gone").rmdir()
     code, _, error = palate("doctor")
     assert code == 2 and "the current folder was deleted or moved" in error
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_to_continue_an_optimisation_costs_no_score_that_was_paid_for(tmp_path, monkeypatch, capsys, fresh):
+    made = recipe.read("optimize-emoji", [f"run.folder={tmp_path / 'run'}"])
+    monkeypatch.setattr(optimize, "require_room", lambda made: None)
+    monkeypatch.setattr(optimize, "from_recipe", lambda *_, **__: Outcome(tmp_path / "run", 8, "signal", 130))
+    with pytest.raises(typer.Exit):
+        optimize.optimize_recipe(made, fresh=fresh, quiet=True)
+    said = capsys.readouterr().out
+    assert "continue with the same command" in said and ("without --fresh" in said) is fresh
+
+
+def test_words_for_a_run_that_is_over_or_stopped_come_with_a_way_that_takes_them(tiny, palate):
+    assert palate("train", "tiny.yaml")[0] == 0
+    run = tiny / "runs/tiny"
+    newest = run / "checkpoints" / checkpoint.name(4) / "state.json"
+    ended = newest.read_text()
+
+    def said():
+        code, out, _ = palate("steer", "runs/tiny", "--positive", "3d")
+        assert code == 0
+        return out
+
+    assert "(finished), so the words wait; `palate resume runs/tiny trainer.steps=8` takes them" in said()
+    newest.write_text(json.dumps(json.loads(ended) | {"finished": ""}))  # stopped: it keeps its own length
+    assert "(stopped), so the words wait; `palate resume runs/tiny` takes them" in said()
+    newest.write_text(ended)
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write(json.dumps({"step": 4, "event": "guard", "action": "stop", "best_step": 2}) + "\n")
+    assert "its guard has ended this run" in said() and "palate resume" not in said()
+
+
+def test_weights_for_a_taste_on_the_embedded_reward_are_refused_in_words_that_its_command_knows(palate, monkeypatch):
+    monkeypatch.setattr("palate.cli.fit_taste.source_of", lambda folder: "emoji")
+    code, _, error = palate("taste", "show", "mine", "--weights", "w")
+    assert code == 2 and short(error) and "leave the option out" in error and "--features" not in error
+    code, _, error = palate("taste", "fit", "votes", "--weights", "w")
+    assert code == 2 and short(error) and "--features" in error
+
+
+def test_one_vote_is_one_vote(palate, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for side, shade in (("win", 200), ("lose", 20)):
+        (tmp_path / "own" / side).mkdir(parents=True)
+        Image.new("RGB", (64, 64), (shade, 0, 0)).save(tmp_path / "own" / side / "a.png")
+    code, out, _ = palate("votes", "import", "own", "--to", "votes")
+    assert code == 0 and "1 new vote, 1 in all" in out
+    assert palate("votes", "show", "votes")[1].startswith("1 vote: 1 ")
+    assert "1 vote: pairs" in palate("votes", "export", "votes", "--out", "pairs")[1]

@@ -44,7 +44,7 @@ def test_the_base_is_drawn_as_the_family_draws_it(tmp_path, palate):
     code, out, _ = palate(
         "sample", "--model", folder, "--prompt", "a dog", "--seeds", "1", "--steps", "2", "--out", tmp_path
     )
-    assert code == 0 and "1 images" in out
+    assert code == 0 and "1 image in" in out
     images = generate(load("stable-diffusion", training="none", dtype="bfloat16"), ["a dog"], [1], steps=2)
     drawn = torch.tensor(to_pixels(images)[0].astype(int))
     found = torch.tensor(list(Image.open(tmp_path / "0000.png").tobytes())).view(drawn.shape)

@@ -138,7 +138,9 @@ def test_the_gradient_of_a_parameter_is_named(tmp_path):
             value = ((p - p.detach()).abs() + 0.0).sqrt().sum() + sum((q**2).sum() for q in model.parameters())
             yield Loss(value, {}, "policy")
 
-    with pytest.raises(RuntimeError, match="palate replay"):
+    with pytest.raises(
+        RuntimeError, match=r"with `palate\.train\.replay\('.*step-000003', model, algorithm, reward\)`"
+    ):
         run(tmp_path, algorithm=Root())
     again = failure.replay(tmp_path / "failures" / checkpoint.name(3), TinyFlow(), Root(), reward)
     assert again.reproduced.startswith("the norm of the policy gradient is")

@@ -21,7 +21,7 @@ from palate.cli.compare_table import compare_runs
 from palate.report import Line, Mark, tables
 from palate.report.chart import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, separate_labels, ticks
 from palate.report.curves import smoothed
-from palate.report.evaluation import prompt_cards
+from palate.report.evaluation import _fall, prompt_cards
 from palate.report.html import number, signed
 from palate.report.page import run_page
 from palate.report.pictures import clearest_pairs, grid, picture, preview_pairs, ranked_pairs
@@ -182,7 +182,7 @@ def test_a_comparison_is_of_the_prompts_and_seeds_that_all_have(runs, tmp_path):
                 before = sum(row["base"][key] for row in evaluation["rows"]) / len(keys[2])
                 assert metric["base"] == pytest.approx(before, abs=1e-5)
     text = report.write_report(few, compare=(runs[0],)).read_text(encoding="utf-8")
-    assert f"the {len(keys[2])} prompts and seeds that all have" in text
+    assert f"{len(keys[2])} pictures of the same prompt and seed" in text
     side_by_side = text.split("<h2>Side by side</h2>")[1].split("<h2>Numbers</h2>")[0]
     assert side_by_side.count("<img") == 2 * 3 and "a cat" not in side_by_side
     for stranger in (fake_run(tmp_path / "c", prompts=("a cat", "a mouse")), fake_run(tmp_path / "d", seeds=(5,))):
@@ -284,10 +284,8 @@ def test_prompts_are_sorted_by_change(runs):
     for row in table["rows"]:
         values = of(row["prompt"], "reward/emoji-heldout")
         assert row["changes"][4] == pytest.approx(sum(values) / len(values))
-    changes = [row["changes"][4] for row in table["rows"]]
-    ordered = sorted(range(4), key=lambda i: table["rows"][i]["ranks"][4])
-    assert [changes[i] for i in ordered] == sorted(changes, reverse=True)
-    assert tables.sort_ranks([0.2, None, -1.0, 0.2]) == [0, 3, 2, 1]
+    cards = [{"changes": [first, 9.0]} for first in (0.2, None, -1.0, 0.3)]
+    assert [card["changes"][0] for card in sorted(cards, key=_fall)] == [0.3, 0.2, -1.0, None]
     text = report.write_evaluation(runs, evaluated(*runs)).read_text(encoding="utf-8")
     cards = re.findall(r'<figure data-changes="([^"]*)">', text)
     first = [float(card.split()[0]) for card in cards]
@@ -440,3 +438,12 @@ def test_ticks_are_round_and_labels_keep_apart():
         and places[4] == 240
         and places[2] == 20
     )
+
+
+def test_a_damaged_file_beside_a_run_has_a_remedy_that_works(tmp_path):
+    run = fake_run(tmp_path / "run", steps=2)
+    (run / "environment.json").write_text("{")
+    with pytest.raises(InputError, match=r"environment\.json is not JSON .*; delete it$"):
+        report.write_report(run)
+    (run / "environment.json").unlink()
+    assert report.write_report(run).is_file()

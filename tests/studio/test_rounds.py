@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import socket
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -63,6 +64,11 @@ def test_what_words_cost_is_not_held_against_a_taste_that_goes_on_from_there(stu
     _, found = studio
     assert a_run(found, "align-1", "taste-emoji").began_with == ""
     assert a_run(found, "align-2", "taste-emoji", "align-1").began_with == "align-1"
+    runs = found.workspace.runs
+    by_hand = {name: f"model.start='{start}'" for name, start in (("b", runs / "align-1"), ("c", "/elsewhere/align-1"))}
+    assert a_run(found, "b", "taste-emoji", "", by_hand["b"]).began_with == "align-1"  # the run itself, not its adapter
+    assert a_run(found, "c", "taste-emoji", "", by_hand["c"]).began_with == "/elsewhere/align-1"  # no run of these
+    assert a_run(found, "d", "taste-emoji", "", "model.start=emoji-1step").began_with == ""  # in the package
     a_run(found, "steer-1", "direct-emoji", "align-2")
     a_run(found, "align-3", "taste-emoji", "steer-1")
     a_run(found, "align-4", "taste-emoji", "deleted-since")
@@ -459,7 +465,11 @@ def test_a_port_in_use_and_no_display_are_said_beside_the_one_line_with_the_link
         serve(tmp_path, port=port)
     out, err = capsys.readouterr()
     assert out.startswith("Palate Studio: http://127.0.0.1:") and out.count("\n") == 1 and f":{port}/" not in out
-    assert f"port {port} is in use; taking" in err and "no browser could be opened here" in err and "ssh -L" in err
+    assert (
+        f"port {port} is in use or not allowed; taking" in err
+        and "no browser could be opened here" in err
+        and "ssh -L" in err
+    )
     serve(tmp_path, port=0, browser=False)
     assert not capsys.readouterr().err
 
@@ -662,6 +672,8 @@ def test_a_run_says_what_it_waits_for_while_no_step_ends(studio):
 
     assert "Loading" in at("waiting", 0)[0] and "before the first step" in at("running", 0)[0]
     assert at("running", 2) == ("", "4 seconds left")
+    assert at("running", 3)[1] == "2 seconds left" and replace(view, state="running", rows=[
+        {"event": "step", "step": 3, "step_seconds": 0.5}]).time_left == "1 second left"  # fmt: skip
     assert at("running", 4) == ("A last look; then it is saved.", "")  # not "0 seconds left" for as long as that takes
     assert at("finished", 4) == ("", "")
 
@@ -688,3 +700,43 @@ def test_the_page_align_shows_the_run_that_is_watched_first_and_runs_of_words_el
     monkeypatch.setattr(Processes, "state", lambda self, folder: ("running", ""))
     busy = client.get("/align").text
     assert busy.index('data-testid="step"') < busy.index('data-testid="align-start"')
+
+
+def test_words_that_the_run_refused_are_said_once(studio, monkeypatch):
+    client, found = studio
+    view = a_run(found, "mine", "direct-emoji")
+    row = {"step": 3, "event": "steer_refused", "positive": ["3d"], "negative": None, "reason": "no such word here"}
+    (view.folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    monkeypatch.setattr(Processes, "state", lambda self, folder: ("running", ""))
+    assert client.get("/steer?run=mine").text.count("no such word here") == 1
+
+
+def test_a_picture_is_drawn_by_a_model_and_its_own_sampler(studio):
+    """Both change while another thread waits for its turn to draw."""
+    _, found = studio
+    artist, seen = found.artist, []
+
+    class Stand:
+        latent_shape = (3, 8, 8)
+
+        def __init__(self, name):
+            self.name, self.steps = name, 1
+
+        def encode_prompts(self, prompts):
+            return prompts
+
+        def decode(self, latents):
+            return latents
+
+        def __call__(self, model, cond, noises, *, weights="policy"):
+            seen.append((model.name, self.name))
+            return noises[0]
+
+    artist.model, artist.sampler = Stand("old"), Stand("old")
+    with artist._using:
+        drawing = threading.Thread(target=artist.draw, args=(["fox"], [0]))
+        drawing.start()
+        drawing.join(0.3)  # it waits
+        artist.model, artist.sampler = Stand("new"), Stand("new")
+    drawing.join()
+    assert seen == [("new", "new")]

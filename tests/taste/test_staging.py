@@ -79,7 +79,7 @@ def pool(workspace, source):
 
 def study(workspace, source):
     """The studio draws a blind study, and cannot write down whose pictures are whose."""
-    comparing = Comparing(workspace, Artist(workspace))
+    comparing = Comparing(workspace)
     comparing.showing = lambda run: SimpleNamespace(prompts=["fox"])
     comparing._draw = lambda showing, prompts, parts: torch.full((1, 3, 8, 8), 0.1 * len(parts))
     comparing._lora = comparing._made = lambda *runs: {}

@@ -210,7 +210,7 @@ def exit_code_of(error: BaseException) -> int:
 def suggestion(error: BaseException, arguments: list[str]) -> str:
     """ "; did you mean trainer.steps=3?" for an unknown option that is a key of recipes; else nothing."""
     option = getattr(error, "option_name", None)
-    if not option or not {"train", "resume", "optimize", "plan"} & set(arguments):
+    if not option or not {"train", "resume", "optimize", "plan", "doctor"} & set(arguments):
         return ""
     from palate.recipe import algorithm_settings, homes_of
 

@@ -34,7 +34,7 @@ def prune_checkpoints(run: Path, keep: int) -> None:
     steps = checkpoint.steps(folder)
     good = [step for step in steps if checkpoint.verify(folder / checkpoint.name(step)) is None]
     if not good:
-        raise CheckpointError(f"all {len(steps)} checkpoints of {run} are damaged; nothing is deleted")
+        raise CheckpointError(f"every checkpoint of {run} is damaged; nothing is deleted")
     guard = [row["best_step"] for row in read_metrics(run / METRICS) if row.get("best_step") is not None]
     first = good[-keep:][0]
     checkpoint.prune(folder, keep=sum(step >= first for step in steps), also={int(guard[-1])} if guard else set())

@@ -14,7 +14,7 @@ from palate.runtime.progress import printable
 
 def print_score(choices: Sequence[Path], key: Path | None, run: Path | None) -> None:
     """Print what the choices of a blind study say. key: None = looked for beside the choices and in `run`."""
-    result = study.score(study.read_choices(list(choices)), study.find_key(list(choices), key, run))
+    result = study.score(study.read_choices(choices), study.find_key(choices, key, run))
     print(printable(study.text_of(result)))
 
 
@@ -25,7 +25,6 @@ def print_table(runs: Sequence[Path], form: str, group: str | None) -> None:
 
 def write_blind_study(runs: Sequence[Path], page: Path | None, count: int, seed: int | None) -> None:
     """Write the page of a blind study of two runs, and its key."""
-    run_names(runs)  # each once
     if len(runs) != 2:
         raise InputError(f"--blind compares two runs, got {len(runs)}")
     page, secret = study.write_study(*runs, page=page, count=count, seed=seed)

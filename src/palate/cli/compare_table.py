@@ -60,7 +60,7 @@ def compare_runs(runs: Sequence[Path], group: str | None) -> tuple[list[str], li
         evaluation["metrics"] |= answered
     names = _group_names(runs, group)
     first = evaluations[0]
-    keys = [key for key in headline_keys(first, wanted_styles(first))]
+    keys = headline_keys(first, wanted_styles(first))
     keys += [key for key in first["metrics"] if key not in keys]
     keys = [key for key in keys if all(key in evaluation["metrics"] for evaluation in evaluations)]
     if different := [key for key in keys if not same_meaning(evaluations, key)]:
@@ -73,7 +73,7 @@ def compare_runs(runs: Sequence[Path], group: str | None) -> tuple[list[str], li
     shared = all(_alike(base, bases[0]) for base in bases)  # else of several models, or drawn in several ways
     values: dict[str, dict[str, list[float]]] = {"base": {}} if shared else {}
     for name, evaluation, base in zip(names, evaluations, bases, strict=True):
-        own = f"{name} (run)" if name in values and name == "base" else name
+        own = f"{name} (run)" if shared and name == "base" else name
         for key in keys:
             if base[key] is not None:
                 values.setdefault("base" if shared else f"base of {name}", {}).setdefault(key, []).append(base[key])

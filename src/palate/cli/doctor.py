@@ -14,6 +14,8 @@ from typing import NamedTuple
 from packaging.version import Version
 
 from palate.runtime.errors import InputError, RewardServiceError
+from palate.runtime.files import nearest_existing
+from palate.runtime.progress import counted
 
 FLOORS = {
     "torch": "2.10",
@@ -45,6 +47,7 @@ EXTRAS = {
 EMBEDDED = (  # folders of palate/assets that hold weights
     "emoji", "emoji-1step", "emoji-consistency", "reward-emoji", "reward-heldout", "judge", "detector",
 )  # fmt: skip
+STOPS = ("bad", "missing")  # states of a finding with which a run cannot start
 
 
 class Finding(NamedTuple):
@@ -83,10 +86,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _counted(number: int, thing: str) -> str:
-    return f"{number} {thing}" + ("" if number == 1 else "s")
-
-
 def _torchvision() -> Iterator[Finding]:
     """It is not needed, and a build for another torch breaks imports of transformers."""
     if importlib.util.find_spec("torchvision") is None:
@@ -107,7 +106,7 @@ def _devices() -> Iterator[Finding]:
     threads = os.environ.get("OMP_NUM_THREADS")
     yield Finding(
         "ok",
-        f"{_counted(os.cpu_count() or 1, 'core')}, torch uses {_counted(torch.get_num_threads(), 'thread')}"
+        f"{counted(os.cpu_count() or 1, 'core')}, torch uses {counted(torch.get_num_threads(), 'thread')}"
         + (f" (OMP_NUM_THREADS={threads})" if threads else ""),
     )
     if not torch.cuda.is_available():
@@ -127,8 +126,7 @@ def _disk() -> Iterator[Finding]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     for what, path in (("here", Path.cwd()), ("in the hub's cache", Path(HF_HUB_CACHE))):
-        there = next(p for p in (path, *path.parents) if p.exists())
-        free = shutil.disk_usage(there).free / 2**30
+        free = shutil.disk_usage(nearest_existing(path)).free / 2**30
         yield Finding("ok" if free > 5 else "note", f"{free:.1f} GiB of disk free {what} ({path})")
 
 

@@ -10,7 +10,7 @@ import typer
 
 from palate import plan as planner
 from palate import recipe as recipes
-from palate.cli.doctor import Finding
+from palate.cli.doctor import STOPS, Finding
 from palate.cli.requirements import files_required
 from palate.data import check_images
 from palate.plan.table import FREE, GIB
@@ -18,10 +18,10 @@ from palate.recipe import Recipe
 from palate.recipe.pictures import pictures_of
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
+from palate.runtime.files import nearest_existing
 from palate.runtime.progress import printable
 
 SHOWN = 5  # prompts
-MISSING = ("bad", "missing")  # states of a finding with which a run cannot start
 Prompts = tuple[list[str], list[str]]  # of training, of previews
 
 
@@ -44,7 +44,7 @@ def dry_run_of(recipe: Recipe, *, gpus: int = 1, fresh: bool = False) -> None:
     print("\nneeded")
     wanted = list(files_required(recipe, made))
     good = _said(each.finding() for each in wanted) and good
-    if not any(each.what.startswith("model") and each.state in MISSING for each in wanted):
+    if not any(each.what.startswith("model") and each.state in STOPS for each in wanted):
         good = _said(_wrong(recipe, gpus)) and good
     prompts = _prompts_of(recipe)
     good = _said(_unknown(recipe, prompts)) and good
@@ -61,7 +61,7 @@ def _said(findings: Iterator[Finding]) -> bool:
     good = True
     for finding in findings:
         print("\n".join(f"  {printable(line)}" for line in f"{finding.state:8} {finding.text}".split("\n")))
-        good = good and finding.state not in MISSING
+        good = good and finding.state not in STOPS
     return good
 
 
@@ -96,7 +96,7 @@ def _folders(recipe: Recipe, fresh: bool) -> bool:
 
 def _unwritable(folder: Path) -> str:
     """Why nothing can be written there, "" where something can."""
-    there = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
+    there = nearest_existing(folder)
     if not there.is_dir():
         return f"bad: {there} is a file, where a folder is needed; change run.folder"
     if not os.access(there, os.W_OK | os.X_OK):

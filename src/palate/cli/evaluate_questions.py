@@ -14,7 +14,7 @@ from palate.rewards.checklist import connect
 from palate.runs.checklist import evaluate_runs_by_questions
 from palate.runs.evaluation import Load
 from palate.runtime.errors import InputError
-from palate.runtime.progress import printable
+from palate.runtime.progress import counted, printable
 
 EXAMPLE = "http://127.0.0.1:8000/v1/chat/completions#MODEL"
 
@@ -38,12 +38,13 @@ def evaluate_with_questions(runs: Sequence[Path], options: EvaluateOptions, *, l
     if options.as_json:
         print(to_json(found), end="")
         return
-    print(printable(f"asked now: {judge.asked} questions; the others were answered before; judge {judge.chat.model}"))
+    asked = counted(judge.asked, "question")
+    print(printable(f"asked now: {asked}; the others were answered before; judge {judge.chat.model}"))
     for name, result in found["runs"].items():
-        print(printable(f"{name}: {result['prompts']} prompts, {result['images']} pictures, {2 * result['questions']} "
-                        "questions"))  # fmt: skip
+        counts = {"prompt": result["prompts"], "picture": result["images"], "question": 2 * result["questions"]}
+        print(printable(f"{name}: " + ", ".join(counted(number, thing) for thing, number in counts.items())))
         if unclear := sum(result["unclear"].values()):
-            print(f"{unclear} answers could not be read and count as wrong")
+            print(f"counted as wrong, because they could not be read: {counted(unclear, 'answer')}")
         print_changes(name, result["metrics"])
     for name, metrics in found["between"].items():
         print_changes(f"{name} against {found['first']}", metrics)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import urllib.request
 import warnings
 from collections.abc import Iterator
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -120,15 +122,16 @@ def _unreachable(name: str, what: Download, error: Exception) -> str:
 
 
 def _download_address(address: str, name: str, remedy: str) -> Path:
-    from torch.hub import download_url_to_file
-
     target = beside_the_cache(address)
     if target.is_file():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        download_url_to_file(address, str(target), progress=False)
-    except OSError as error:
+        with urllib.request.urlopen(address) as answer, _beside(target) as part:
+            with open(part, "wb") as file:
+                shutil.copyfileobj(answer, file)
+            if answer.length:  # what is left of the length that was promised; reading it to its end raises nothing
+                raise OSError(f"the connection broke off, {answer.length} bytes before the end")
+    except (OSError, HTTPException) as error:
         raise InputError(f"fetch {name}: {address} cannot be reached ({error}). {remedy}") from error
     return target
 

@@ -14,7 +14,7 @@ from palate.models.vocabulary import with_words
 from palate.recipe import load_reward
 from palate.runtime.errors import InputError
 from palate.runtime.files import in_shell, write_atomically
-from palate.runtime.progress import printable
+from palate.runtime.progress import counted, printable
 from palate.taste.ask import telling_pairs
 from palate.taste.saved import source_of
 from palate.taste.taste import Taste, fit_taste
@@ -23,7 +23,7 @@ from palate.taste.words import FEWEST, GAIN, offered, unasked, word_gains
 
 def fit(votes: Path, out: Path, features: str, weights: str | None, blocks: str | None) -> None:
     """Learn a taste from the votes, save it and print what it is worth."""
-    base = _reward(features, weights)
+    base = _reward(features, weights, "which has its own; leave the option out, or give --features too")
     names = [name.strip() for name in blocks.split(",")] if blocks else None
     taste = fit_taste(votes, base=base, source=features, blocks=names)
     taste.save(out)
@@ -44,11 +44,11 @@ def ask(folder: Path, pictures: Path, *, count: int, out: Path, seed: int, weigh
     pairs = telling_pairs(found.posterior, found.rows(images, prompts), prompts, count, np.random.default_rng(seed))
     if not pairs:
         raise InputError(f"{pictures} holds no two pictures of one prompt; draw several seeds of each")
-    folder = pictures.resolve()
-    inside = folder.is_relative_to(out.parent.resolve())
-    folder = folder.relative_to(out.parent.resolve()) if inside else folder  # as every list names its pictures
+    place, beside = pictures.resolve(), out.parent.resolve()
+    inside = place.is_relative_to(beside)
+    place = place.relative_to(beside) if inside else place  # as every list names its pictures
     lines = [
-        {"prompt": prompts[i], "left": str(folder / rows[i]["file"]), "right": str(folder / rows[j]["file"]),
+        {"prompt": prompts[i], "left": str(place / rows[i]["file"]), "right": str(place / rows[j]["file"]),
          "nats": round(nats, 4)} for i, j, nats in pairs
     ]  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def ask(folder: Path, pictures: Path, *, count: int, out: Path, seed: int, weigh
     if not inside:
         print(f"{printable(str(pictures))} lies outside the folder of the list; palate votes import reads lists that "
               "lie beside or above their pictures")  # fmt: skip
-    print(f"{len(lines)} pairs, most telling first: {printable(str(out))}")
+    print(f"{counted(len(lines), 'pair')}, most telling first: {printable(str(out))}")
 
 
 def words(folder: Path, pictures: Path, *, prompt: str, weights: str | None) -> None:
@@ -76,7 +76,7 @@ def words(folder: Path, pictures: Path, *, prompt: str, weights: str | None) -> 
         print("The words are a guess, because this taste is not learnt yet: palate taste show says why.")
     for choice in chosen:
         print(f"{choice.word} ({choice.kind}): {choice.gain:+.2f} standard deviations above plain prompts, "
-              f"{choice.pictures} pictures")  # fmt: skip
+              f"{counted(choice.pictures, 'picture')}")  # fmt: skip
     if not chosen:
         best = gains[0]
         print(f"no word is worth {GAIN} standard deviations; the best is {best.word} with {best.gain:+.2f}")
@@ -93,7 +93,7 @@ def print_card(taste: Taste) -> None:
     print(printable(str(card.get("verdict", "a mix of tastes"))))
     if "votes" in card:
         error = card["calibration_error"]
-        print(f"{card['votes']} votes, {card['ties']} of them ties; calibration error "
+        print(f"{counted(card['votes'], 'vote')}, {card['ties']} of them ties; calibration error "
               + ("not known" if error is None else f"{error:.3f}"))  # fmt: skip
     perhaps = "" if taste.learnt else "perhaps "
     for side, names in (card.get("words") or {}).items():
@@ -111,14 +111,15 @@ def print_card(taste: Taste) -> None:
 
 
 def _load(folder: Path, weights: str | None) -> Taste:
-    source = source_of(folder)
-    return Taste.load(folder, base=_reward(source, weights))
+    """InputError: there is no taste, or its reward cannot be loaded."""
+    remedy = "which this taste stands on; leave the option out"
+    return Taste.load(folder, base=_reward(source_of(folder), weights, remedy))
 
 
-def _reward(source: str, weights: str | None) -> Reward | None:
+def _reward(source: str, weights: str | None, remedy: str) -> Reward | None:
     """The reward of that name; None for the embedded one. InputError: it cannot be loaded, or needs no weights."""
     if source != "emoji":
         return load_reward(source, weights)
     if weights is not None:
-        raise InputError("--weights: the embedded reward has its own; leave the option out, or give --features too")
+        raise InputError(f"--weights: no weights are read for the embedded reward, {remedy}")
     return None

@@ -16,6 +16,7 @@ import typer
 
 from palate import plan as planner
 from palate import recipe as recipes
+from palate.cli.options import Words
 from palate.data import read_prompts
 from palate.models.facts import facts_of
 from palate.plan.table import GIB, Device, find_device
@@ -177,8 +178,8 @@ def asked(answers: Answers, known: dict[tuple[str, str], str]) -> Answers:
     card = answers.card or typer.prompt("Card (a name, or its GiB; empty = this machine)", default="") or None
     positive, negative, reward = answers.positive, answers.negative, answers.reward
     if not (positive or negative or reward):
-        positive = _words(typer.prompt("Words that pictures should match better (empty = none)", default=""))
-        negative = _words(typer.prompt("Words that they should match less (empty = none)", default=""))
+        positive = Words(typer.prompt("Words that pictures should match better (empty = none)", default=""))
+        negative = Words(typer.prompt("Words that they should match less (empty = none)", default=""))
     if not reward:
         reward = typer.prompt("Reward (empty = as in the published recipe)", default="") or None
     prompts = answers.prompts
@@ -189,10 +190,6 @@ def asked(answers: Answers, known: dict[tuple[str, str], str]) -> Answers:
 
 def _choice(what: str, choices: Sequence[str], default: str) -> str:
     return typer.prompt(f"{what} ({', '.join(choices)})", default=default)
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 def _check_free(path: Path) -> None:

@@ -33,6 +33,6 @@ def optimize_recipe(recipe: Recipe, *, fresh: bool, quiet: bool) -> None:
             remove_run(folder)
         outcome = from_recipe(recipe, progress=not quiet, say=_silent if quiet else _print)
     if outcome.exit_code:
-        print("continue with the same command")
+        print(f"continue with the same command{', without --fresh' if fresh else ''}")
         raise typer.Exit(outcome.exit_code)
     print(f"finished after {outcome.step} queries: {printable(recipe.run.folder)}")

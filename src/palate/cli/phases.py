@@ -22,10 +22,9 @@ class Phases:
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if phase != self.phase or done == 0:
-            fresh, self.phase, self.started = phase != self.phase, phase, now
-        else:
-            fresh = False
+        fresh = phase != self.phase
+        if fresh or done == 0:
+            self.phase, self.started = phase, now
         if not self.terminal and (not total or (not fresh and now - self.spoken < SECONDS)):
             return  # a log wants few lines, and none before anything is known
         text = line(phase, done, total, now - self.started)

@@ -22,7 +22,7 @@ from palate.recipe.pictures import pictures_of
 from palate.rewards.located import cached, located
 from palate.rewards.published import PUBLISHED
 from palate.runtime.errors import InputError
-from palate.runtime.files import parse_json
+from palate.runtime.files import nearest_existing, parse_json
 
 GATED = ("black-forest-labs/FLUX.1-dev", "stabilityai/stable-diffusion-3")  # beginnings of hub ids behind terms
 VAE_GIGABYTES = 0.17
@@ -152,7 +152,6 @@ def _reward(what: str, name: str, source: str | None) -> Requirement:
     note = f"; {known.note}" if known.note else ""
     if source and Path(source).expanduser().exists():
         return Requirement("ok", what, f"{source}; licence {known.licence}{note}")
-    size = known.weights.gigabytes + sum(extra.gigabytes for extra in known.extra)
     if here := located(name):
         command = f"add reward.source.{name}={here}"
         return Requirement(
@@ -162,7 +161,8 @@ def _reward(what: str, name: str, source: str | None) -> Requirement:
     if name != "hpsv3" and cached(known._replace(weights=place)):
         return Requirement("ok", what, f"in the hub's cache; licence {known.licence}{note}")
     return Requirement(
-        "missing", what, f"about {size:.2f} GB; licence {known.licence}{note}", f"palate fetch {name}", size
+        "missing", what, f"about {known.gigabytes:.2f} GB; licence {known.licence}{note}", f"palate fetch {name}",
+        known.gigabytes,
     )  # fmt: skip
 
 
@@ -180,8 +180,7 @@ def _prompts(recipe: Recipe) -> Iterator[Requirement]:
 
 
 def _disk(download: float) -> Iterator[Requirement]:
-    cache = next(path for path in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents) if path.exists())
-    free = shutil.disk_usage(cache).free / 1e9
+    free = shutil.disk_usage(nearest_existing(Path(HF_HUB_CACHE))).free / 1e9
     text = f"{free:.0f} GB free in the hub's cache ({HF_HUB_CACHE}), {download:.1f} GB still to download"
     yield Requirement("ok" if free > download * 1.05 + 1 else "bad", "disk", text)
 

@@ -11,6 +11,7 @@ from palate.report.curves import read_metrics
 from palate.report.page import run_words
 from palate.report.story import wanted_styles
 from palate.runs import read_recipe
+from palate.runs.folder import ended_by_guard
 from palate.runtime.errors import InputError, PalateError
 from palate.runtime.files import folder_size
 from palate.runtime.progress import printable
@@ -73,12 +74,6 @@ def state_of(folder: Path, step: int, steps: int | None) -> tuple[str, str]:
         return found.state, found.owner.text()
     ended = all(status(newest).state == "finished" for newest in sorted(folder.glob("round-*"))[-1:])
     return ("finished" if steps is not None and step >= steps and ended else "stopped"), ""
-
-
-def ended_by_guard(rows: list[dict[str, Any]]) -> bool:
-    """Whether the guard's last look at the run made it end before its last step."""
-    actions = [row.get("action") for row in rows if row.get("event") == "guard"]
-    return actions[-1:] == ["stop"]
 
 
 def headline(evaluation: dict[str, Any] | None) -> str:

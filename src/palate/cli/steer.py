@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from palate.runs.folder import ended_by_guard
 from palate.runtime.errors import InputError
-from palate.runtime.files import in_shell
 from palate.runtime.progress import say
 from palate.runtime.runlock import status
 from palate.runtime.runlog import METRICS, read_metrics
+from palate.train.python_recipe import way_on
 from palate.train.steering import await_words, steer
 
 
@@ -19,10 +20,16 @@ def steer_and_wait(run: Path, positive: Sequence[str] | None, negative: Sequence
     steer(run, *(None if words is None else list(words) for words in (positive, negative)))
     state = status(run).state
     if state != "running":
+        if state == "finished" and ended_by_guard(seen):
+            say(
+                f"{run}: its guard has ended this run, so nothing takes the words; begin another with model.start={run}"
+            )
+            return
         done = max((row["step"] for row in seen), default=0)
+        way = way_on(run, 2 * done if state == "finished" else None)
         say(
-            f"{run}: this run is not running ({state}), so the words wait; `palate resume {in_shell(run)} "
-            f"trainer.steps={2 * max(done, 1)}` takes them at its first step, or after the words that it has to replay"
+            f"{run}: this run is not running ({state}), so the words wait; {way} takes them at its first step, or "
+            "after the words that it has to replay"
         )
         return
     longest = max([row["step_seconds"] for row in seen[-20:] if "step_seconds" in row], default=10.0)

@@ -35,6 +35,7 @@ from palate.rewards.oracles import Oracle
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
 from palate.runtime.files import json_line, new_folder, read_json_lines, write_atomically
+from palate.runtime.result import forget_adapter
 from palate.train import Job, Outcome, restore_result, run_job
 
 
@@ -89,7 +90,7 @@ def optimize(search: Search, *, progress: bool = True, say: Callable[[str], None
             sample=search.sample,
             identity=hashlib.sha256(f"{search.identity}|{number}|{queries.digest(number)}".encode()).hexdigest(),
         )
-        shutil.rmtree(folder / "adapter", ignore_errors=True)  # of an earlier round: the result no more
+        forget_adapter(folder)  # of an earlier round
         outcome = run_job(job, resume=resume, progress=progress)
         if outcome.exit_code:
             return outcome

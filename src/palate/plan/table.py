@@ -13,6 +13,7 @@ from palate.plan.memory import DTYPE_BYTES, Plan, memory_savings
 from palate.recipe import Recipe
 from palate.runtime.environment import host_memory
 from palate.runtime.errors import InputError
+from palate.runtime.progress import counted
 
 GIB = 2**30
 FREE = 0.9  # of the memory; kernels' workspace, fragmentation and the context take the rest
@@ -176,7 +177,8 @@ def _time(recipe: Recipe, made: Plan, card: Device, utilisation: float, price: f
     return [
         f"per update: {made.flops / 1e12:.3f} TFLOP = {made.passes:.1f} denoiser forwards; "
         f"{duration(seconds)} at {utilisation:.0%} of {card.tflops:g} TFLOP/s",
-        f"{recipe.trainer.steps} updates: {duration(whole)}{cost} (previews, evaluation and text encoding not counted)",
+        f"{counted(recipe.trainer.steps, 'update')}: {duration(whole)}{cost} "
+        "(previews, evaluation and text encoding not counted)",
     ]
 
 

@@ -30,7 +30,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     try:
         found = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}); write it again with palate evaluate") from error
+        raise InputError(f"{path} is not JSON ({error}); delete it") from error
     if not isinstance(found, dict):
         raise InputError(f"{path} holds {type(found).__name__}, where an object is expected; delete it")
     return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,8 @@ from palate.report.story import gauges, sentence, wanted_styles
 from palate.report.tables import between_table, drift_rows, headline_keys, metric_tables, prompt_table
 from palate.report.words import spell
 from palate.runs import read_index, run_names
+from palate.runtime.files import in_shell
+from palate.runtime.progress import counted
 
 CARDS, CARD_PIXELS = 120, 192  # prompts shown with pictures, and the size at which they are embedded
 
@@ -40,7 +41,7 @@ def write_evaluation(run_folders: Sequence[str | Path], found: dict[str, Any], p
         between=between_table(found),
         drift=drift_rows(evaluations),
         cards=prompt_cards(runs, evaluations),
-        command="palate evaluate " + " ".join(shlex.quote(str(run)) for run in runs) + " --stored",
+        command="palate evaluate " + " ".join(map(in_shell, runs)) + " --stored",
     )
     page = runs[0] / "evaluation.html" if path is None else Path(path)
     write_page(page, text)
@@ -57,7 +58,7 @@ def judged_run(run: Path, name: str, evaluation: dict[str, Any]) -> dict[str, An
         ("Optimised", ", ".join(evaluation.get("optimised") or ["nothing"])),
         ("Held out", evaluation.get("heldout")),
         ("Words", spell(words) if words.get("positive") or words.get("negative") else None),
-        ("Sampling", f"{how.get('steps')} step{'' if how.get('steps') == 1 else 's'}, guidance {how.get('guidance')}"),
+        ("Sampling", f"{counted(how['steps'], 'step')}, guidance {how['guidance']}" if "steps" in how else None),
     ]
     return {
         "name": name,
@@ -79,7 +80,7 @@ def prompt_cards(runs: Sequence[Path], evaluations: Sequence[dict[str, Any]]) ->
     several = len(evaluations) > 1
     heads = [f"{runs[run].resolve().name}: {name}" if several else name for run, name in table["heads"]]
     files = [_files(evaluation) for evaluation in evaluations]
-    rows = sorted(table["rows"], key=lambda row: row["ranks"][0] if row["ranks"] else 0)
+    rows = sorted(table["rows"], key=_fall)
     half = CARDS // 2
     shown = rows if len(rows) <= CARDS else rows[:half] + rows[-half:]
     cards = []
@@ -99,6 +100,12 @@ def prompt_cards(runs: Sequence[Path], evaluations: Sequence[dict[str, Any]]) ->
             pictures = [{"src": picture(path, CARD_PIXELS), "alt": f"{row['prompt']}, {name}"} for name, path in sides]
         cards.append({**row, "pictures": pictures})
     return {"heads": heads, "cards": cards, "num_hidden": len(rows) - len(shown)}
+
+
+def _fall(row: dict[str, Any]) -> tuple[bool, float]:
+    """A row's first change, the largest first; what was not measured comes last."""
+    first = (row["changes"] or [0.0])[0]
+    return first is None, -(first or 0.0)
 
 
 def _files(evaluation: dict[str, Any]) -> dict[tuple[str, Any], str]:

@@ -18,6 +18,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from palate.runtime.files import write_atomically
+from palate.runtime.progress import counted
 
 
 def number(value: float | None) -> str:
@@ -53,7 +54,9 @@ def shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def render(template: str, *, styles: tuple[str, ...] = ("style.css",), script: str | None = "page.js", **values: Any):
+def render(
+    template: str, *, styles: tuple[str, ...] = ("style.css",), script: str | None = "page.js", **values: Any
+) -> str:
     """A page as text. `styles` and `script` are files beside the templates; the page's policy admits these alone."""
     css = "\n".join(_text(name) for name in styles)
     code = _text(script) if script else ""
@@ -77,7 +80,7 @@ def environment() -> Environment:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_finalize,
         loader=FunctionLoader(_text),
     )  # fmt: skip
-    made.filters |= {"number": number, "signed": signed, "shorten": shorten, "direction": direction}
+    made.filters |= {"number": number, "signed": signed, "counted": counted, "direction": direction}
     return made
 
 

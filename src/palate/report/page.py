@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ from palate.report.story import gauges, sentence, wanted_styles
 from palate.report.tables import DRIFT, HEADLINES, compare_table, headline_keys, metric_rows
 from palate.report.words import WordChange, history, word_changes, words_at
 from palate.runs import on_common_rows, read_recipe
+from palate.runtime.files import in_shell
+from palate.runtime.progress import counted
 from palate.runtime.result import whole_evaluation_of
 from palate.runtime.runlock import status
 
@@ -113,7 +114,8 @@ def unjudged(recipe: dict[str, Any], changes: Sequence[WordChange], last_step: i
     """The first sentence for a run that palate evaluate has not seen yet."""
     words = f" towards {history(changes)}" if changes else ""
     steps = (recipe.get("trainer") or {}).get("steps")
-    progress = f"{last_step} of {steps} steps" if steps and recipe.get("optimize") is None else f"{last_step} steps"
+    whole = steps if recipe.get("optimize") is None else None
+    progress = f"{last_step} of {counted(whole, 'step')}" if whole else counted(last_step, "step")
     return f"Trained for {progress}{words}. Not measured yet: palate evaluate does that."
 
 
@@ -143,4 +145,4 @@ def command(run_folder: Path, recipe: dict[str, Any]) -> str:
     """The command that repeats the run, from its own recipe into a new folder."""
     again = f"{(recipe.get('run') or {}).get('folder') or run_folder}-again"
     verb = "train" if recipe.get("optimize") is None else "optimize"
-    return f"palate {verb} {shlex.quote(str(run_folder / 'recipe.yaml'))} {shlex.quote('run.folder=' + again)}"
+    return f"palate {verb} {in_shell(run_folder / 'recipe.yaml')} {in_shell('run.folder=' + again)}"

@@ -22,15 +22,20 @@ LARGEST = 512  # pixels; larger pictures are embedded at this size
 CRISP = 128  # pixels up to which a picture is embedded without loss and scaled up by whole pixels
 
 
-def picture(path: Path, largest: int = LARGEST) -> str:
-    """A data URI of at most `largest` pixels a side: PNG up to CRISP, JPEG above. InputError names a broken file."""
+def open_picture(path: Path) -> Image.Image:
+    """The picture in RGB. InputError names a broken file."""
     try:
         with Image.open(path) as stored:
-            image = as_rgb(stored)
+            return as_rgb(stored)
     except FileNotFoundError as error:
-        raise InputError(f"image {path} is missing, though index.jsonl lists it; sample again") from error
+        raise InputError(f"image {path} is missing, though index.jsonl lists it; draw it again") from error
     except UNREADABLE as error:
-        raise InputError(f"image {path} cannot be read ({error}); sample again") from error
+        raise InputError(f"image {path} cannot be read ({error}); draw it again") from error
+
+
+def picture(path: Path, largest: int = LARGEST) -> str:
+    """A data URI of at most `largest` pixels a side: PNG up to CRISP, JPEG above. InputError names a broken file."""
+    image = open_picture(path)
     image.thumbnail((largest, largest), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     if max(image.size) <= CRISP:
@@ -123,9 +128,8 @@ def compare_grid(runs: Sequence[Path], words: Sequence[str]) -> dict[str, Any]:
 
 
 def judged_rows(run_folder: Path, evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of an evaluation that have a base and pictures that are still there."""
-    folder = run_folder / "evaluation"
-    if not (folder / "base").is_dir():
+    """The rows of an evaluation that have a base's picture; none where the pictures were taken away."""
+    if not (run_folder / "evaluation" / "base").is_dir():
         return []
     return [row for row in evaluation.get("rows", []) if "base" in row and "file" in row]
 
@@ -198,12 +202,11 @@ def preview_pairs(run_folder: Path) -> list[dict[str, Any]]:
     ]
 
 
-def _distance(*files: Path) -> float:
+def _distance(one: Path, two: Path) -> float:
     """How far two pictures are apart, looked at coarsely; 0 where one cannot be read, which `picture` says."""
     try:
-        with Image.open(files[0]) as one, Image.open(files[1]) as two:
-            a, b = (np.asarray(as_rgb(image).resize((32, 32)), dtype=np.float32) for image in (one, two))
-    except (FileNotFoundError, *UNREADABLE):
+        a, b = (np.asarray(open_picture(path).resize((32, 32)), dtype=np.float32) for path in (one, two))
+    except InputError:
         return 0.0
     return float(np.abs(a - b).mean())
 

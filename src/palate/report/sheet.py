@@ -10,9 +10,7 @@ from PIL import Image
 from palate.evaluate import read_index
 from palate.evaluate.samples import strength_text
 from palate.report.html import render, write_page
-from palate.report.pictures import picture
-from palate.runtime.errors import InputError
-from palate.runtime.images import UNREADABLE, as_rgb
+from palate.report.pictures import open_picture, picture
 
 
 def write_sheet(folder: Path) -> tuple[Path, Path]:
@@ -20,7 +18,7 @@ def write_sheet(folder: Path) -> tuple[Path, Path]:
     rows = read_index(folder)
     by_prompt = _by_prompt(rows)
     columns = max(map(len, by_prompt.values()))
-    tiles = {row["file"]: _open(folder / row["file"]) for row in rows}
+    tiles = {row["file"]: open_picture(folder / row["file"]) for row in rows}
     width, height = (max(size) for size in zip(*(tile.size for tile in tiles.values()), strict=True))
     grid = Image.new("RGB", (columns * width, len(by_prompt) * height), "white")
     for y, own in enumerate(by_prompt.values()):
@@ -68,11 +66,3 @@ def _by_prompt(rows: list[dict[str, Any]]) -> dict[tuple[str, int | None], list[
 def _alt_text(row: dict[str, Any]) -> str:
     strength = f", strength {strength_text(row['strength'])}" if "strength" in row else ""
     return f"{row['prompt']}, seed {row['seed']}{strength}"
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return as_rgb(image)
-    except UNREADABLE as error:
-        raise InputError(f"image {path} cannot be read ({error}); sample again") from error

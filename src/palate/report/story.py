@@ -16,6 +16,7 @@ from palate.evaluate.verdicts import MIN_PROMPTS, over_optimised
 from palate.models.vocabulary import vocabulary
 from palate.report.html import direction, number
 from palate.report.tables import change, metric_name
+from palate.runtime.progress import counted
 
 TASTE = "taste"  # the reward's name where a person's taste was optimised
 STAYED = 0.05  # of the base's variety, by which it may change and is still said to have stayed
@@ -117,7 +118,7 @@ def pairs_won(evaluation: dict[str, Any], key: str) -> str | None:
     if not changes:
         return None
     total = len(changes) if len(changes) < FEW else 100
-    return f"{round(win_share(changes) * total)} of {total} pairs"
+    return f"{round(win_share(changes) * total)} of {counted(total, 'pair')}"
 
 
 def win_share(changes: Sequence[float]) -> float:

@@ -20,6 +20,7 @@ from palate.report.pictures import picture, preview_folders
 from palate.runs import common_rows, common_to_all, read_index, run_names
 from palate.runtime.errors import InputError
 from palate.runtime.files import file_digest, parse_json, split_lines, write_atomically
+from palate.runtime.progress import counted
 
 CHOICES = ("left", "right", "tie")
 
@@ -137,9 +138,9 @@ def find_key(
 ) -> dict[str, Any]:
     """The key of the study that the first choice belongs to: `key`, or the *-key.json with its name among those beside
     the choices, in `run` and in the folders of runs/. InputError where there is none."""
-    study = read_choices(choices[:1])[0]["study"]
     if key is not None:
         return _read_key(Path(key))
+    study = read_choices(choices[:1])[0]["study"]
     places = [Path(choices[0]).parent, *([Path(run)] if run else []), *sorted(Path("runs").glob("*/"))]
     for path in [path for place in places for path in sorted(place.glob("*-key.json"))]:
         with contextlib.suppress(InputError):  # a broken key of another study
@@ -209,9 +210,10 @@ def text_of(result: dict[str, Any]) -> str:
     """The result in a few lines."""
     a, b = result["runs"]["a"], result["runs"]["b"]
     lead = a if result["low"] > 0.5 else b if result["high"] < 0.5 else None
+    wins = [f"{name}: {counted(result['wins'][side], 'win')}" for side, name in (("a", a), ("b", b))]
+    made = ", ".join(counted(result[kind + "s"], kind) for kind in ("choice", "session"))
     lines = [
-        f"{a}: {result['wins']['a']} wins, {b}: {result['wins']['b']} wins, {result['ties']} ties "
-        f"({result['choices']} choices, {result['sessions']} sessions)",
+        f"{', '.join(wins)}, {counted(result['ties'], 'tie')} ({made})",
         f"win rate of {a}: {result['win_rate']:.3f}, 95 % interval {result['low']:.3f} to {result['high']:.3f} "
         "(a tie is half a win)",
     ]

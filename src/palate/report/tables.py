@@ -152,8 +152,8 @@ def change(row: dict[str, Any], key: str | None) -> float | None:
 
 def prompt_table(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A row per prompt: the mean change over its seeds of the first optimised reward, the held-out reward and the
-    object, run by run. {"heads": [(run index, name)], "rows": [{"prompt", "changes", "ranks"}]}; `ranks` are the row's
-    places from the largest change to the smallest in each column, what was not measured comes last."""
+    object, run by run. {"heads": [(run index, name)], "rows": [{"prompt", "changes"}]}, None in `changes` for
+    what was not measured."""
     heads, columns = [], []
     prompts = list(dict.fromkeys(row["prompt"] for row in evaluations[0]["rows"]))
     for i, evaluation in enumerate(evaluations):
@@ -166,27 +166,8 @@ def prompt_table(evaluations: Sequence[dict[str, Any]]) -> dict[str, Any]:
             if changes:
                 heads.append((i, name))
                 columns.append([sum(c) / len(c) if (c := changes.get(p)) else None for p in prompts])
-    ranks = [sort_ranks(column) for column in columns]
-    return {
-        "heads": heads,
-        "rows": [
-            {"prompt": prompt, "changes": [column[i] for column in columns], "ranks": [rank[i] for rank in ranks]}
-            for i, prompt in enumerate(prompts)
-        ],
-    }
-
-
-def sort_ranks(values: Sequence[float | None]) -> list[int]:
-    """Each value's place from 0, the largest first; equal values keep their order, None comes last."""
-
-    def size(i: int) -> tuple[bool, float]:
-        value = values[i]
-        return value is None, 0.0 if value is None else -value
-
-    places = [0] * len(values)
-    for place, i in enumerate(sorted(range(len(values)), key=size)):
-        places[i] = place
-    return places
+    rows = [{"prompt": prompt, "changes": [column[i] for column in columns]} for i, prompt in enumerate(prompts)]
+    return {"heads": heads, "rows": rows}
 
 
 def compare_table(measured: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

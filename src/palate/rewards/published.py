@@ -26,6 +26,11 @@ class PublishedReward(NamedTuple):
     extra: tuple[Download, ...] = ()
     note: str = ""
 
+    @property
+    def gigabytes(self) -> float:
+        """Of everything that it needs."""
+        return self.weights.gigabytes + sum(extra.gigabytes for extra in self.extra)
+
 
 CLIP = "openai/clip-vit-large-patch14"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")

@@ -161,6 +161,11 @@ def trained_to(rows: Sequence[dict[str, Any]], step: int) -> int:
     return step
 
 
+def ended_by_guard(rows: Sequence[dict[str, Any]]) -> bool:
+    """Whether the guard's last look at the run made it end before its last step."""
+    return [row.get("action") for row in rows if row.get("event") == "guard"][-1:] == ["stop"]
+
+
 def steered(
     words: dict[str, list[str]], rows: Sequence[dict[str, Any]], step: int | None
 ) -> tuple[list[str], list[str]]:

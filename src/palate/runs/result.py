@@ -6,18 +6,16 @@ when it is asked for and missing.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from palate.core import Model, SavesAdapter
 from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.files import new_folder
-from palate.runtime.result import result_of
+from palate.runtime.result import ADAPTER, result_of
 from palate.runtime.runlock import owned, require_free
 from palate.train import restore_result
 
-ADAPTER = "adapter"
 Warn = Callable[[str], None]
 
 
@@ -55,8 +53,3 @@ def write_adapter(run: Path, model: Model) -> None:
         raise InputError(f"{run}: its model has no adapter to write")
     with new_folder(run / ADAPTER) as temporary:
         model.save_adapter(temporary)
-
-
-def forget_adapter(run: Path) -> None:
-    """Take RUN/adapter away: it is about to be no copy of the result any more."""
-    shutil.rmtree(run / ADAPTER, ignore_errors=True)

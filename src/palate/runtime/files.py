@@ -246,10 +246,14 @@ def with_remedy(error: OSError) -> str:
     return f"{path}: {error.strerror}. {remedy}" if remedy else str(error)
 
 
+def nearest_existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(place for place in (path, *path.absolute().parents) if os.path.exists(place))
+
+
 def write_problem(folder: Path, need: int, error: Exception) -> str:
     """The message for a write under `folder` that failed: what was wrong, and the remedy for that."""
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(nearest_existing(folder)).free
     reason = error.strerror if isinstance(error, OSError) and error.strerror else error
     code = error.errno if isinstance(error, OSError) else None
     if code in (*FULL, None):

@@ -49,6 +49,11 @@ def _silence(stream: Any) -> None:
         os.close(nowhere)
 
 
+def counted(number: int, thing: str) -> str:
+    """ "1 vote", "2 votes"."""
+    return f"{number} {thing}" + ("" if number == 1 else "s")
+
+
 def duration(seconds: float) -> str:
     """ "40 s", "35 min", "3 h 5 min": what a person would say."""
     if seconds < 60:

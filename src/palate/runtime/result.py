@@ -7,6 +7,7 @@ to the same step with other weights.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +16,16 @@ from palate.runtime.errors import InputError
 from palate.runtime.files import file_digest, in_shell, parse_json
 from palate.runtime.runlock import RunStatus, status
 
+ADAPTER = "adapter"  # in a run's folder: a copy of the result for other programs, `runs.result`
 EVALUATION = "evaluation.json"
 NEEDED = {"rows": list, "prompts": int, "seeds": list}  # by a page of an evaluation
 KNOWN = {"verdict": dict, "words": dict, "drift": dict, "optimised": list}  # shown where they are there
 CHANGES = ("base_low", "base_high", "change", "change_low", "change_high")  # beside a metric's base
+
+
+def forget_adapter(run: Path) -> None:
+    """Take RUN/adapter away: it is about to be no copy of the result any more."""
+    shutil.rmtree(run / ADAPTER, ignore_errors=True)
 
 
 class Result(NamedTuple):

@@ -26,6 +26,7 @@ UPLOAD_LIMIT = 64 << 20  # bytes of uploaded pictures
 UPLOADS = ("/choose/upload",)
 EVERYWHERE = ("0.0.0.0", "::")  # all addresses of this machine, under any of which a phone may call
 FOREIGN = "This name of the machine is not allowed. Open the link that palate studio printed, or start it with --host."
+TOO_LARGE = "The request is too large."
 ONCE = (
     "Open the link that palate studio printed; it works once. If it was used already, a browser that is let in makes "
     "another: Open on another device, on its first page. If there is none, stop palate studio in its terminal and "
@@ -95,7 +96,7 @@ class Access:
         if answer is None and not scope["path"].startswith("/static/") and not self._known(headers):
             asks = _form(scope) if self.lasting else ""
             how = "Enter the token." if self.lasting else ONCE
-            answer = HTMLResponse(PLAIN.format(sentence=f"This browser is not let in. {how}", form=asks), 401)
+            answer = _page(f"This browser is not let in. {how}", 401, asks)
         if answer is not None:
             await answer(scope, receive, _with_headers(send))
             return
@@ -105,7 +106,7 @@ class Access:
         """What is refused whoever asks: a foreign host, another origin, a body that is too large."""
         name, _ = place_of("//" + headers.get("host", ""))
         if name not in self.hosts and not (self.anywhere and _is_address(name)):
-            return HTMLResponse(PLAIN.format(sentence=FOREIGN, form=""), 403)
+            return _page(FOREIGN, 403)
         origin = headers.get("origin")
         foreign = origin is not None and origin.partition("://")[2] != headers.get("host")
         entry = (
@@ -114,10 +115,10 @@ class Access:
             and b"token=" in scope["query_string"]
         )
         if foreign or (headers.get("sec-fetch-site") in ("cross-site", "same-site") and not entry):
-            return HTMLResponse(PLAIN.format(sentence="Calls from another page are not allowed.", form=""), 403)
+            return _page("Calls from another page are not allowed.", 403)
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > limit_of(scope["path"]):
-            return HTMLResponse(PLAIN.format(sentence="The request is too large.", form=""), 413)
+            return _page(TOO_LARGE, 413)
         return None
 
     def _exchange(self, scope: Scope, headers: Headers) -> Response | None:
@@ -173,8 +174,11 @@ class Access:
             await self.app(scope, counted, noted)
         except TooLarge:
             if not begun:
-                page = HTMLResponse(PLAIN.format(sentence="The request is too large.", form=""), 413)
-                await page(scope, receive, _with_headers(send))
+                await _page(TOO_LARGE, 413)(scope, receive, _with_headers(send))
+
+
+def _page(sentence: str, status: int, form: str = "") -> HTMLResponse:
+    return HTMLResponse(PLAIN.format(sentence=sentence, form=form), status)
 
 
 def _path(scope: Scope) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import socket
@@ -27,7 +28,7 @@ from palate.studio import routes_choose, routes_compare, routes_runs, routes_sta
 from palate.studio.access import EVERYWHERE, SECRET_LENGTH, Access
 from palate.studio.shared import Studio, studio_of
 
-PORT, TRIES = 8420, 20
+TRIES = 20  # ports, one after the other
 FIRST = "demo-studio"  # the run of `palate demo`; "demo" is that of `make demo`, which begins its own anew
 
 
@@ -100,7 +101,7 @@ def listen(host: str, port: int) -> socket.socket:
             return opened
         except OSError as error:
             opened.close()
-            if error.errno not in (98, 48, 13):  # in use (Linux, macOS), not allowed
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise InputError(
                     f"--host {host}: {error.strerror or error}; give an address of this machine"
                 ) from error
@@ -116,7 +117,7 @@ def opened_in_browser(url: str) -> bool:
 def serve(
     runs: str | Path,
     *,
-    port: int = PORT,
+    port: int = 8420,
     host: str = "127.0.0.1",
     token_file: Path | None = None,
     browser: bool = True,
@@ -143,7 +144,7 @@ def serve(
     opened = listen(host, port)
     own = opened.getsockname()[1]
     if port and own != port:
-        print(f"palate: port {port} is in use; taking {own}", file=sys.stderr)
+        print(f"palate: port {port} is in use or not allowed; taking {own}", file=sys.stderr)
     named = host if host not in EVERYWHERE else socket.gethostname()
     app = make_app(runs, token=token, hosts=(host, named), lasting=token_file is not None, port=own)
     page = "/"

@@ -88,6 +88,16 @@ class Artist:
         """Whether model and reward are loaded, within the time."""
         return self.ready.wait(seconds)
 
+    @property
+    def works(self) -> bool:
+        """Whether model and reward are loaded, and nothing is wrong with them."""
+        return self.ready.is_set() and not self.problem
+
+    @property
+    def silence(self) -> str:
+        """Why there is nothing to say or to draw yet."""
+        return self.problem or "the model is still loading; try again in a moment"
+
     def rows(self, prompts: Sequence[str] = ()) -> list[Drawn]:
         """What can be voted on now: pictures by the model in use that are still there; of `prompts`, if any."""
         source, pictures = self.workspace.settings()["source"], self.workspace.store.pictures
@@ -107,19 +117,15 @@ class Artist:
 
     # ------------------------------------------------------------------------------------------------- drawing
 
-    def draw(
-        self, prompts: Sequence[str], seeds: Sequence[int], *, weights: str = "policy", model: Model | None = None,
-        sampler: Sampler | None = None
-    ) -> Tensor:  # fmt: skip
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         """Images (N, 3, H, W) in [0, 1]; the noise is a function of the seed alone, so runs are compared in pairs."""
-        model, sampler = model or self.model, sampler or self.sampler
         with self._using, torch.no_grad():
-            parts = []
+            model, sampler, parts = self.model, self.sampler, []  # read inside: the two change together
             for i in range(0, len(prompts), 16):
                 rng = Random(0, 0, seeds[i : i + 16])
                 noises = [rng.normal(f"studio-{k}", model.latent_shape) for k in range(sampler.steps)]
                 cond = model.encode_prompts(list(prompts[i : i + 16]))
-                parts.append(model.decode(sampler(model, cond, noises, weights=weights)))
+                parts.append(model.decode(sampler(model, cond, noises)))
         return torch.cat(parts).float()
 
     def _work(self) -> None:

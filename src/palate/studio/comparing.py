@@ -27,7 +27,7 @@ from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
 from palate.runtime.exclusive import exclusive
 from palate.runtime.files import append, file_digest, json_digest
-from palate.studio.artist import LOADING, Artist, png_of
+from palate.studio.artist import LOADING, png_of
 from palate.studio.undo import adapter_now
 from palate.studio.workspace import Workspace
 from palate.taste.staging import bring_in, staging
@@ -47,8 +47,8 @@ class Showing(NamedTuple):
 
 
 class Comparing:
-    def __init__(self, workspace: Workspace, artist: Artist):
-        self.workspace, self.artist = workspace, artist
+    def __init__(self, workspace: Workspace):
+        self.workspace = workspace
         self._lock = threading.Lock()
         self._models: dict[str, Model] = {}
 

@@ -38,9 +38,8 @@ def curves_of(view: RunView, liking: Sequence[tuple[int, float]] = ()) -> list[d
 
 def smooth(points: Sequence[tuple[int, float]], window: int = 5) -> list[tuple[int, float]]:
     """The running mean of the last `window` values: single batches are noisy."""
-    values = [value for _, value in points]
-    return [(step, sum(values[max(0, i - window + 1) : i + 1]) / len(values[max(0, i - window + 1) : i + 1]))
-            for i, (step, _) in enumerate(points)]  # fmt: skip
+    last = [[value for _, value in points[max(0, end - window) : end]] for end in range(1, len(points) + 1)]
+    return [(step, sum(values) / len(values)) for (step, _), values in zip(points, last, strict=True)]
 
 
 def _number(value: Any) -> bool:

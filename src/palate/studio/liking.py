@@ -34,7 +34,7 @@ class Liking:
     def of(self, view: RunView) -> list[tuple[int, float]]:
         """(step, mean taste above that of the pictures before training, in standard deviations of the pool), over the
         prompts and seeds that all steps have; empty for a run without a taste, or while nothing can be said yet."""
-        if not self.artist.ready.is_set() or self.artist.problem:
+        if not self.artist.works:
             return []
         taste = self._taste(view.recipe)
         if taste is None:

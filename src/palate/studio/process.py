@@ -143,9 +143,6 @@ class Processes:
             child.poll()  # a killed child stays a process until somebody asks how it ended
         return runlock.status(self.workspace.runs / name)
 
-    def running(self) -> list[str]:
-        return [name for name in self.workspace.names() if self.owner(name) is not None]
-
     def children(self) -> list[subprocess.Popen[bytes]]:
         """The processes that this studio began, whether they still live or not."""
         return list(self._children.values())

@@ -16,6 +16,7 @@ from palate.studio.artist import png_of
 from palate.studio.shared import Studio, go_to, studio_of
 from palate.studio.steering import one_line
 from palate.studio.workspace import MODES
+from palate.taste.card import GOOD, START
 
 router = APIRouter()
 PICTURE = re.compile(r"[0-9a-f]{64}\.(png|jpg|webp|bmp)")
@@ -40,7 +41,8 @@ def _sources(studio: Studio) -> list[str]:
 def _pair(request: Request) -> dict[str, object]:
     studio = studio_of(request)
     pair = studio.voting.pair() if studio.artist.ready.is_set() else None
-    return {"pair": pair, "votes": len(studio.voting.votes()), "problem": studio.artist.problem, "modes": MODES}
+    return {"pair": pair, "votes": len(studio.voting.votes()), "problem": studio.artist.problem, "start": START,
+            "good": GOOD}  # fmt: skip
 
 
 @router.get("/choose/pair")
@@ -135,7 +137,7 @@ def drawn(request: Request, prompt: str) -> Response:
     """A picture of a prompt, by the model in use."""
     artist = studio_of(request).artist
     if not artist.wait(0) or not artist.pool:
-        raise InputError(artist.problem or "the model is still loading; try again in a moment")
+        raise InputError(artist.silence)
     known_words(prompt)
     return Response(png_of(artist.draw([prompt], [7])[0]), media_type="image/png")
 

@@ -10,7 +10,7 @@ from fastapi.responses import FileResponse, HTMLResponse, Response
 from palate.runs import common_rows
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
-from palate.studio.comparing import ENOUGH, STRONGEST
+from palate.studio.comparing import ENOUGH, PAIRS, STRONGEST
 from palate.studio.runview import RunView
 from palate.studio.shared import Studio, go_to, studio_of
 
@@ -22,7 +22,8 @@ def compare(request: Request, run: str | None = None, other: str = "", step: int
     studio = studio_of(request)
     views = [view for view in studio.views() if view.previews]
     view = studio.view(run) if run else (views[0] if views else None)
-    values: dict[str, object] = {"view": view, "views": views, "other": other, "strongest": STRONGEST, "study": None}
+    values: dict[str, object] = {"view": view, "views": views, "other": other, "strongest": STRONGEST, "most": PAIRS,
+                                "study": None}  # fmt: skip
     if view is not None:
         second = studio.view(other) if other else None  # LoRAs of two models do not add up
         values["mixes"] = second is not None and second.recipe.model.folder == view.recipe.model.folder

@@ -34,16 +34,18 @@ REPORT_POLICY = "sandbox allow-scripts; frame-ancestors 'self'; form-action 'non
 
 @router.get("/runs")
 def runs(request: Request) -> HTMLResponse:
-    studio = studio_of(request)
-    views, unreadable = studio.seen()
-    return studio.render(request, "runs.html", views=views, unreadable=unreadable)
+    return _listed(request, "runs.html")
 
 
 @router.get("/runs/list")
 def run_list(request: Request) -> HTMLResponse:
+    return _listed(request, "runlist.html")
+
+
+def _listed(request: Request, template: str) -> HTMLResponse:
     studio = studio_of(request)
     views, unreadable = studio.seen()
-    return studio.render(request, "runlist.html", views=views, unreadable=unreadable)
+    return studio.render(request, template, views=views, unreadable=unreadable)
 
 
 @router.post("/runs/{run}/delete")

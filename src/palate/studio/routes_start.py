@@ -15,6 +15,7 @@ from palate import recipe as recipes
 from palate.runtime.errors import InputError
 from palate.studio.process import quoted
 from palate.studio.shared import go_to, studio_of
+from palate.taste.card import GOOD, START
 
 router = APIRouter()
 POLL = 0.4  # seconds between looks at a run folder
@@ -33,7 +34,7 @@ def start(request: Request) -> HTMLResponse:
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else "it needs no GPU"
     views, unreadable = studio.seen()
     return studio.render(request, "start.html", recipes=recipe_names(), machine=machine, runs=views[:3],
-                         unreadable=unreadable, votes=len(studio.voting.votes()))  # fmt: skip
+                         unreadable=unreadable, votes=len(studio.voting.votes()), start=START, good=GOOD)  # fmt: skip
 
 
 @router.get("/favicon.ico", include_in_schema=False)
@@ -82,8 +83,7 @@ def train(request: Request, text: str = Form(""), name: str = Form(""), steps: i
 def invite(request: Request) -> Response:
     """A link for another browser or a phone, which works once."""
     studio = studio_of(request)
-    if studio.access is None:
-        raise InputError("this studio has no access control")
+    assert studio.access is not None, "make_app gives it one"
     return PlainTextResponse(studio.access.invitation(request.headers["host"]))
 
 

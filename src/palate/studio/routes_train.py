@@ -14,7 +14,7 @@ from palate.runs import common_rows
 from palate.runtime.errors import InputError
 from palate.studio.curves import curves_of
 from palate.studio.process import quoted
-from palate.studio.runview import RunView
+from palate.studio.runview import SIDES, RunView
 from palate.studio.shared import Studio, go_to, studio_of
 from palate.studio.steering import Draft, change, wanted_words
 from palate.studio.undo import adapter_now, go_back
@@ -50,14 +50,12 @@ def align(request: Request, run: str | None = None) -> HTMLResponse:
 
 
 def _live(studio: Studio, view: RunView | None) -> dict[str, object]:
-    """What the live part of a page shows of a run."""
+    """What the live part of a page shows of a run. refused: the word that was just written; none was."""
     if view is None:
         return {"view": None, "words": None, "effects": {}, "refused": "", "curves": [], "wall": []}
     words = wanted_words(view)
-    effects = studio.effects.of(view, words)
-    curves = curves_of(view, studio.liking.of(view))
-    return {"view": view, "words": words, "effects": effects, "refused": view.refusal(), "curves": curves,
-            "wall": _wall(view)}  # fmt: skip
+    return {"view": view, "words": words, "effects": studio.effects.of(view, words), "refused": "",
+            "curves": curves_of(view, studio.liking.of(view)), "wall": _wall(view)}  # fmt: skip
 
 
 def _wall(view: RunView) -> list[dict[str, object]]:
@@ -103,7 +101,7 @@ def start(request: Request, way: str = Form("taste-emoji")) -> Response:
         raise InputError(f"a first taste needs {START} votes, there are {votes}; choose some more pictures")
     taste = studio.voting.summary()["taste"]
     if taste is None:
-        raise InputError(studio.artist.problem or "the model is still loading; try again in a moment")
+        raise InputError(studio.artist.silence)
     if not taste["learnt"]:
         raise InputError(taste["verdict"])
     name, made = studio.workspace.new_name("align"), way
@@ -184,7 +182,7 @@ def back(request: Request, run: str, step: int = Form()) -> Response:
     """Undo: the run ends at an earlier step."""
     studio = studio_of(request)
     view = studio.view(run)
-    if view.state in ("running", "waiting"):
+    if view.busy:
         raise InputError(f"{run} is training; stop it, then go back to a step")
     go_back(view.folder, step)
     return go_to(view.page, request, run=run)
@@ -195,7 +193,7 @@ def keep(request: Request, run: str) -> Response:
     """Vote on with pictures of this run's model: the next round."""
     studio = studio_of(request)
     view = studio.view(run)
-    if view.state in ("running", "waiting"):
+    if view.busy:
         raise InputError(f"{run} is training; stop it, or wait for its end")
     if not view.one_step:
         raise InputError(f"{run} is no run of a one-step generator, and pictures to choose among are drawn by one")
@@ -213,7 +211,7 @@ def keep(request: Request, run: str) -> Response:
 def steer(request: Request, run: str | None = None) -> HTMLResponse:
     studio = studio_of(request)
     view = studio.chosen(run, steerable=True)
-    if view is not None and run is None and view.state not in ("running", "waiting"):
+    if view is not None and run is None and not view.busy:
         view = None
     known = _live(studio, view)
     if view is None:
@@ -253,7 +251,7 @@ def steer_start(request: Request, way: str = Form("direct-emoji")) -> Response:
     if way == "srpo-emoji" and not (words.positive and words.negative):
         raise InputError("SRPO compares wanted with unwanted words: add at least one of each, or take the quick way")
     name = studio.workspace.new_name("steer")
-    overrides = [f"algorithm.{side}={json.dumps(list(words.of(side)))}" for side in ("positive", "negative")]
+    overrides = [f"algorithm.{side}={json.dumps(list(words.of(side)))}" for side in SIDES]
     source = studio.workspace.settings()["source"]
     if way == "srpo-emoji":
         overrides += OFTEN  # what the page shows; the source is a one-step model's, from which this one cannot begin

@@ -15,13 +15,16 @@ from palate.evaluate import read_index
 from palate.recipe import Recipe
 from palate.report import sentence
 from palate.runs import trained_to
+from palate.runs.folder import ended_by_guard
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
 from palate.runtime.files import folder_size
+from palate.runtime.progress import counted
 from palate.runtime.result import evaluation_of
 from palate.runtime.runlog import read_metrics, words_after
 from palate.studio.process import Processes
 
+SIDES = ("positive", "negative")  # of control words
 STATES = {"waiting": "Starting", "running": "Running", "stopped": "Stopped", "died": "Died", "finished": "Finished"}
 LOST = {  # figure of the guard -> what a person lost when it broke its limit
     "concept": "pictures that show the right thing",
@@ -76,6 +79,11 @@ class RunView:
         return STATES[self.state]
 
     @property
+    def busy(self) -> bool:
+        """Whether a process trains it, or loads its model."""
+        return self.state in ("running", "waiting")
+
+    @property
     def step(self) -> int:
         return max((int(row.get("step", 0)) for row in self.rows), default=0)
 
@@ -87,18 +95,13 @@ class RunView:
         return [row for row in self.rows if row.get("event") == event]
 
     @property
-    def seconds_left(self) -> float | None:
+    def time_left(self) -> str:
         times = [float(row["step_seconds"]) for row in self.of("step")[-RECENT:] if "step_seconds" in row]
         if not times or self.state != "running" or self.step >= self.steps:
-            return None
-        return sum(times) / len(times) * (self.steps - self.step)
-
-    @property
-    def time_left(self) -> str:
-        seconds = self.seconds_left
-        if seconds is None:
             return ""
-        return f"{math.ceil(seconds)} seconds left" if seconds < 90 else f"{round(seconds / 60)} minutes left"
+        seconds = sum(times) / len(times) * (self.steps - self.step)
+        left = counted(math.ceil(seconds), "second") if seconds < 90 else f"{round(seconds / 60)} minutes"
+        return f"{left} left"
 
     @property
     def waits_for(self) -> str:
@@ -142,9 +145,8 @@ class RunView:
     def words(self) -> Words:
         """Those of the recipe, then those of each steering event that the result of a run ended by its guard has seen;
         a word that stays keeps its step."""
-        now = {side: dict.fromkeys(getattr(self.recipe.algorithm, side, ()), 0) for side in ("positive", "negative")}
-        ended = [row.get("action") for row in self.of("guard")][-1:] == ["stop"]  # its result is an earlier step
-        last = trained_to(self.rows, self.step) if ended else self.step
+        now = {side: dict.fromkeys(getattr(self.recipe.algorithm, side, ()), 0) for side in SIDES}
+        last = trained_to(self.rows, self.step) if ended_by_guard(self.rows) else self.step
         for row in self.of("steer"):
             for side in now if row["step"] <= last else ():
                 if row.get(side) is not None:
@@ -158,9 +160,13 @@ class RunView:
 
     @property
     def began_with(self) -> str:
-        """The run whose result this one goes on from; "" for one that begins with the plain model."""
-        start = self.recipe.model.start
-        return Path(start).parent.name if start else ""
+        """The run whose result this one goes on from, or the path where it lies elsewhere; "" for one that begins with
+        the plain model, or one of the package."""
+        start, runs = self.recipe.model.start, self.folder.parent.resolve()
+        if start is None or "/" not in start:
+            return ""
+        places = (place for place in (Path(start).absolute(), Path(start).resolve()) if runs in place.parents)
+        return next((place.relative_to(runs).parts[0] for place in places), start)
 
     def needs(self, folder: Path) -> bool:
         """Whether the result that it began with lies in that run's folder."""
@@ -185,16 +191,10 @@ class RunView:
         broken = [part.partition(" ")[0] for part in last["verdict"].split("; ")]
         base: dict[str, Any] = next((row for row in rows if row["verdict"] == "base"), {})
         lost = {LOST[key]: LOST[key] + _left(key, last, base) for key in broken if key in LOST}
-        what = (
-            f"too much was lost of {' and of '.join(lost.values())}"
-            if lost
-            else ("the pictures changed more than they may")
-        )
+        too_much = f"too much was lost of {' and of '.join(lost.values())}"
+        what = too_much if lost else "the pictures changed more than they may"
         since = " over all rounds" if self.began_with and self.recipe.trainer.guard.base == "reference" else ""
         return f"The guard at step {last['step']}{since}: {what}.{back}"
-
-    def prompts(self) -> list[str]:
-        return [row["prompt"] for row in self.pictures(self.previews[0])] if self.previews else []
 
     def drawn(self, step: int) -> tuple[str, int, int]:
         """What tells these pictures of a step from others: a run that went back draws the same step anew."""
@@ -212,7 +212,7 @@ class RunView:
 
     def marks(self) -> list[tuple[int, str]]:
         """Steps from which other words hold, with what was added (+) and taken away (-)."""
-        found, before = [], {side: list(getattr(self.recipe.algorithm, side, ())) for side in ("positive", "negative")}
+        found, before = [], {side: list(getattr(self.recipe.algorithm, side, ())) for side in SIDES}
         for row in self.of("steer"):
             now = words_after(before, row)
             said = [
@@ -240,7 +240,7 @@ class RunView:
 
     def size(self) -> str:
         total = folder_size(self.folder)
-        return f"{total / 2**20:.0f} MB" if total >= 2**20 else f"{total / 2**10:.0f} kB"
+        return f"{total / 1e6:.0f} MB" if total >= 1e6 else f"{total / 1e3:.0f} kB"
 
 
 def view_of(folder: Path, processes: Processes) -> RunView:

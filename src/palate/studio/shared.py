@@ -11,15 +11,15 @@ from fastapi import Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from palate.models.vocabulary import vocabulary
 from palate.runtime.errors import PalateError
+from palate.runtime.progress import counted
 from palate.studio.access import Access
 from palate.studio.artist import Artist
 from palate.studio.comparing import Comparing
 from palate.studio.liking import Liking
 from palate.studio.process import Processes
 from palate.studio.runview import RunView, view_of
-from palate.studio.steering import Effects
+from palate.studio.steering import Effects, control_words
 from palate.studio.voting import Voting
 from palate.studio.workspace import Workspace
 
@@ -40,19 +40,18 @@ class Studio:
         self.artist = Artist(self.workspace)
         self.voting = Voting(self.workspace, self.artist)
         self.processes = Processes(self.workspace)
-        self.comparing = Comparing(self.workspace, self.artist)
+        self.comparing = Comparing(self.workspace)
         self.effects = Effects(self.artist)
         self.liking = Liking(self.artist)
         self.pages = Environment(loader=PackageLoader("palate.studio", "templates"), autoescape=True,
                                  undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-        self.pages.filters["readable"] = readable
+        self.pages.filters |= {"readable": readable, "counted": counted}
         self.access: Access | None = None
 
     @property
     def control_words(self) -> list[str]:
-        """Words of style, size and background that the embedded model reads."""
-        vocab = vocabulary()
-        return [*vocab.styles, *vocab.sizes, *vocab.colours]
+        """Those that a page offers."""
+        return control_words()
 
     def render(self, request: Request, template: str, **values: Any) -> HTMLResponse:
         page = self.pages.get_template(template)
@@ -84,7 +83,7 @@ class Studio:
             return self.view(name)
         views = [view for view in self.views() if view.steerable or not steerable]
         newest = next((view for view in views if steerable or view.page == "/align"), None)
-        return next((view for view in views if view.state in ("running", "waiting")), newest)
+        return next((view for view in views if view.busy), newest)
 
 
 def studio_of(request: Request) -> Studio:

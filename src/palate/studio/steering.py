@@ -16,17 +16,22 @@ from palate.runtime.errors import InputError
 from palate.runtime.exclusive import exclusive
 from palate.studio.artist import Artist
 from palate.studio.known import previews
-from palate.studio.runview import RunView, Words, read_rows
+from palate.studio.runview import SIDES, RunView, Words, read_rows
 from palate.studio.workspace import Workspace
 from palate.train.steering import CONTROL, parse_control, steer
 
-SIDES = ("positive", "negative")
 LONGEST = 40  # characters of a word
 
 
 def one_line(text: str) -> str:
     """The text on one line, without signs that write backwards or not at all."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def control_words() -> list[str]:
+    """Words of style, size and background that the embedded model reads."""
+    vocab = vocabulary()
+    return [*vocab.styles, *vocab.sizes, *vocab.colours]
 
 
 def checked_word(word: str, words: Words, *, embedded: bool) -> str:
@@ -42,8 +47,7 @@ def checked_word(word: str, words: Words, *, embedded: bool) -> str:
             meaning = known_words(word)
         except InputError as error:  # the field is no prompt: the word and what is near is enough
             unknown = str(error).splitlines()[0].partition(" in prompt ")[0]
-            known = (*vocabulary().styles, *vocabulary().sizes, *vocabulary().colours)
-            said = f"{unknown[:1].upper()}{unknown[1:]}; it knows {', '.join(known)}"
+            said = f"{unknown[:1].upper()}{unknown[1:]}; it knows {', '.join(control_words())}"
             raise InputError(said) from error
         for other in taken:
             if known_words(other) == meaning:
@@ -76,13 +80,17 @@ def wanted_words(view: RunView) -> Words:
     return Words(**sides)
 
 
-def change(view: RunView, side: str, word: str, *, add: bool) -> None:
-    """Add a word to a side of a run at work, or take it away. What another window does at once counts as well."""
+def _check_side(side: str) -> None:
     if side not in SIDES:
         raise InputError("a word is wanted (positive) or unwanted (negative)")
+
+
+def change(view: RunView, side: str, word: str, *, add: bool) -> None:
+    """Add a word to a side of a run at work, or take it away. What another window does at once counts as well."""
+    _check_side(side)
     if not view.steerable:
         raise InputError(f"{view.name} trains with {view.recipe.algorithm.name}, which has no control words")
-    if view.state not in ("running", "waiting"):
+    if not view.busy:
         raise InputError(f"{view.name} is not training ({view.state}); start a run, or resume this one, then steer it")
     with exclusive(view.folder):
         words = wanted_words(view)
@@ -111,8 +119,7 @@ class Draft:
         return Words(**{side: dict.fromkeys(words, 0) for side, words in sides.items()})
 
     def change(self, side: str, word: str, *, add: bool) -> None:
-        if side not in SIDES:
-            raise InputError("a word is wanted (positive) or unwanted (negative)")
+        _check_side(side)
         with self.workspace.turn():
             words = self.words()
             sides = {s: list(words.of(s)) for s in SIDES}
@@ -134,12 +141,7 @@ class Effects:
         """word -> {"before", "now", "of"}, `now` None while there is no picture since the word holds; words that are no
         style, size or background are left out."""
         found: dict[str, dict[str, Any]] = {}
-        if (
-            view.recipe.model.name != "emoji"
-            or not view.previews
-            or not self.artist.ready.is_set()
-            or self.artist.problem
-        ):
+        if view.recipe.model.name != "emoji" or not view.previews or not self.artist.works:
             return found
         for word, since in {**words.positive, **words.negative}.items():
             known = known_words(word)

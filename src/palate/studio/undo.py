@@ -6,11 +6,11 @@ from pathlib import Path
 
 from palate.core import Model
 from palate.runs import adapter_of, trained_model, write_adapter
-from palate.runs.result import forget_adapter
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
 from palate.runtime.exclusive import exclusive
 from palate.runtime.files import remove_folder
+from palate.runtime.result import forget_adapter
 from palate.runtime.runlock import owned
 from palate.runtime.runlog import METRICS, cut_for_good, read_metrics
 from palate.studio.artist import LOADING

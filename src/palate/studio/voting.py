@@ -222,7 +222,7 @@ class Voting:
     def learn_taste(self) -> Path:
         """Fit the taste on all votes so far and save it under the next number; its folder."""
         if not self.artist.wait(60):
-            raise InputError("the model is still loading; try again in a moment")
+            raise InputError(self.artist.silence)
         rows = self.artist.rows() or self.artist.pool
         scaling = self.scaling(rows)
         taste: Taste = fit_taste(self.workspace.store, base=self.artist.reward, scaling=scaling)

@@ -68,7 +68,8 @@ class Failures:
         counters.bad_in_a_row += 1
         log.write({"step": counters.step, "event": "skip", "reason": problem, "in_a_row": counters.bad_in_a_row})
         bundle = self._bundle(problem, before, samples)
-        where = f"palate replay {in_shell(bundle)}"
+        by_hand = f"palate.train.replay({str(bundle)!r}, model, algorithm, reward)"
+        where = f"palate replay {in_shell(bundle)}" if self._recipe() else by_hand
         self.note(f"step {counters.step}: {problem}; this update is skipped. To see where: {where}")
         if counters.bad_in_a_row < MAX_BAD_STEPS:
             return
@@ -79,6 +80,11 @@ class Failures:
             f"arises with `{where}`; lower trainer.lr or trainer.clip_norm, or look at the reward"
         )
 
+    def _recipe(self) -> str | None:
+        """The text from which `palate replay` builds the run's parts; None of a run that Python began."""
+        file = self.folder / "recipe.yaml"
+        return file.read_text("utf-8") if file.is_file() and not from_python(self.folder) else None
+
     def _bundle(self, problem: str, before: Snapshot, samples: Samples) -> Path:
         """Write what `reproduce_step` needs; the newest bundle replaces the one before."""
         tensors = before.tensors
@@ -88,7 +94,6 @@ class Failures:
         tensors = {key: sharding.gather(value) for key, value in tensors.items()}
         if samples.latents is not None:
             tensors["batch/latents"] = samples.latents
-        recipe = self.folder / "recipe.yaml"
         state = {
             "reason": problem,
             "trains": list(self.weights.parameters),
@@ -98,7 +103,7 @@ class Failures:
             **self.replicas.gather(before.algorithms, tensors),
             "settings": dataclasses.asdict(self.settings),
             "lr_scale": self.counters.lr_scale,
-            "recipe": recipe.read_text("utf-8") if recipe.is_file() and not from_python(self.folder) else None,
+            "recipe": self._recipe(),
             "base_fingerprint": self.base,
             "versions": versions(),
             "threads": torch.get_num_threads(),

@@ -21,6 +21,7 @@ from palate.recipe.guard import identifying
 from palate.recipe.names import near
 from palate.runtime.errors import InputError
 from palate.runtime.files import json_digest
+from palate.runtime.progress import counted
 from palate.train.checks import check_parts
 from palate.train.tracking import check_trackers
 
@@ -61,7 +62,8 @@ class Job:
         if not count:
             raise InputError("got no prompts; give at least one")
         if self.latents is not None and len(self.latents) != count:
-            raise InputError(f"got {len(self.latents)} latents and {count} prompts; expected one prompt per image")
+            got = f"{counted(len(self.latents), 'latent')} and {counted(count, 'prompt')}"
+            raise InputError(f"got {got}; expected one prompt per image")
         if self.latents is not None and bool((broken := _broken(self.latents)).any()):
             bad = int(broken.nonzero()[0])
             raise InputError(

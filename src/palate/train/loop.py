@@ -25,6 +25,7 @@ from palate.runtime import distributed, sharding
 from palate.runtime.errors import InputError
 from palate.runtime.images import encode_png, grid
 from palate.runtime.progress import Progress
+from palate.runtime.result import forget_adapter
 from palate.runtime.runlog import RunLog
 from palate.runtime.signals import Stop
 from palate.train.batches import Batches
@@ -109,7 +110,7 @@ class Run:
                 self.progress.note(f"{ended}; {how_to_continue(counters, folder)}")
                 return Outcome(folder, counters.step, counters.finished, 0)
             counters.finished = ""
-            self.ranks.on_main(self.saver.remove_adapter)
+            self.ranks.on_main(lambda: forget_adapter(folder))
             self.warnings.say(counters.step)
             if counters.step == 0 and not resume:  # a checkpoint of step 0 was saved after this
                 if self.job.reference:

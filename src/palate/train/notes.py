@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from palate.core import Algorithm, Warns
-from palate.runtime.files import in_shell
-from palate.train.python_recipe import from_python
+from palate.train.python_recipe import way_on
 from palate.train.state import Counters, Weights
 
 
@@ -32,8 +31,4 @@ def how_to_continue(counters: Counters, folder: Path) -> str:
     """What may be done with a run that has ended."""
     if counters.finished != "finished":
         return f"its result can begin a new run with other settings: model.start={folder}"
-    if not (folder / "recipe.yaml").is_file():
-        return "with more steps it goes on"
-    if from_python(folder):
-        return f"train on with train(..., resume=True, steps={counters.step * 2})"
-    return f"train on with `palate resume {in_shell(folder)} trainer.steps={counters.step * 2}`"
+    return f"train on with {way_on(folder, counters.step * 2)}"

@@ -15,6 +15,7 @@ from palate.core import Algorithm, Model, Reward
 from palate.recipe import SampleSettings, TrainerSettings, text_of
 from palate.recipe.names import PYTHON
 from palate.recipe.reader import yaml_of
+from palate.runtime.files import in_shell
 
 HEAD = "# Begun from Python: the parts named python:... are objects. Pass them: palate.load(folder, model=...)\n"
 
@@ -43,6 +44,13 @@ def from_python(folder: Path) -> bool:
     """Whether the run's recipe.yaml is such a description."""
     file = folder / "recipe.yaml"
     return file.is_file() and text_of(str(file)).startswith(HEAD)
+
+
+def way_on(folder: Path, steps: int | None = None) -> str:
+    """The command, or the call, that continues a run; with so many steps in all."""
+    if (folder / "recipe.yaml").is_file() and not from_python(folder):
+        return f"`palate resume {in_shell(folder)}{f' trainer.steps={steps}' if steps else ''}`"
+    return f"train(..., resume=True{f', steps={steps}' if steps else ''})"
 
 
 def _name(thing: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,10 @@ from palate.runtime import checkpoint, sharding
 from palate.runtime.distributed import Ranks
 from palate.runtime.environment import environment, versions
 from palate.runtime.errors import CheckpointError, InputError
-from palate.runtime.files import in_shell, write_atomically
+from palate.runtime.files import write_atomically
 from palate.runtime.runlog import METRICS, RunLog, rewind
 from palate.train.guard import Guard
-from palate.train.python_recipe import from_python
+from palate.train.python_recipe import way_on
 from palate.train.state import Counters, Replicas, Weights, copy_into
 from palate.train.steering import CONTROL, describe
 
@@ -50,11 +49,9 @@ class Saver:
     def begin(self) -> None:
         """The files that a run has before its first step. InputError: the folder holds a run."""
         if checkpoint.steps(self.checkpoints) or (self.folder / METRICS).exists():
-            named = (self.folder / "recipe.yaml").exists() and not from_python(self.folder)
-            way = f"`palate resume {in_shell(self.folder)}`" if named else "train(..., resume=True)"
             raise InputError(
-                f"{self.folder} already holds a run: continue it with {way}, choose another folder, or replace it "
-                "(--fresh on the command line)"
+                f"{self.folder} already holds a run: continue it with {way_on(self.folder)}, choose another folder, or "
+                "replace it (--fresh on the command line)"
             )
         self.write_recipe()
         if self.kept is not None:
@@ -65,10 +62,6 @@ class Saver:
     def write_recipe(self) -> None:
         if self.recipe is not None:
             write_atomically(self.folder / "recipe.yaml", self.recipe.encode())
-
-    def remove_adapter(self) -> None:
-        """The adapter of an earlier end is not the result any more, once a run goes on."""
-        shutil.rmtree(self.folder / "adapter", ignore_errors=True)
 
     def check_space(self) -> None:
         """CheckpointError: the disk has no room for the checkpoints that are kept."""

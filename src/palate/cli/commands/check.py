@@ -11,7 +11,7 @@ import typer
 from palate.cli.app import CHECK, app, examples
 from palate.cli.options import Json, Overrides, RecipeName, Run, belongs, finite, known_device, read_recipe
 from palate.runtime.errors import CheckpointError, InputError
-from palate.runtime.progress import printable
+from palate.runtime.progress import counted, printable
 
 
 @app.command("plan", rich_help_panel=CHECK, epilog=examples(
@@ -81,7 +81,7 @@ def doctor(
     else:
         for state, text in found:
             print(f"{state:8}{printable(text)}")
-    if any(finding.state in ("bad", "missing") for finding in found):
+    if any(finding.state in doctors.STOPS for finding in found):
         raise typer.Exit(2)
 
 
@@ -108,12 +108,13 @@ def fetch(
 
     if source is None and name in fetching.PROMPT_SETS:
         files, licence = fetching.fetch_prompts(name), fetching.PROMPT_SETS[name].licence
-        print(f"ready: palate evaluate RUN --protocol {name} ({len(files)} files, {licence})")
+        print(f"ready: palate evaluate RUN --protocol {name} ({counted(len(files), 'file')}, {licence})")
         return
     if source is None and name in fetching.PUBLISHED:
         reward = fetching.PUBLISHED[name]
-        size = reward.weights.gigabytes + sum(extra.gigabytes for extra in reward.extra)
-        print(f"{name}: about {size:.2f} GB from {reward.weights.place}; licence {reward.licence}", flush=True)
+        print(
+            f"{name}: about {reward.gigabytes:.2f} GB from {reward.weights.place}; licence {reward.licence}", flush=True
+        )
     where = fetching.fetch(name, out, source)
     if note := fetching.PUBLISHED[name].note:
         print(note)
@@ -138,7 +139,9 @@ def checkpoints(
     if prune:
         prune_checkpoints(run, keep or 1)
     elif damaged:
-        raise CheckpointError(f"{damaged} of {there} checkpoints are damaged; resuming passes them over")
+        raise CheckpointError(
+            f"damaged: {damaged} of {counted(there, 'checkpoint')}; resuming passes over what is damaged"
+        )
 
 
 @app.command(rich_help_panel=CHECK, epilog=examples("palate replay runs/mine/failures/step-000012"))
@@ -150,7 +153,7 @@ def replay(
     Prints where the first value that is not finite arises. Exit code 1 where the step no longer fails.
     """
     if (bundle / "recipe.yaml").is_file():
-        left = sorted(path for path in (bundle / "failures").glob("step-*"))
+        left = sorted((bundle / "failures").glob("step-*"))
         remedy = f"give one of its failures, for example {left[-1]}" if left else "it has left no failures to replay"
         raise InputError(f"{bundle} is a run; {remedy}")
     from palate.cli.replay import replay_and_print

@@ -26,7 +26,7 @@ from palate.cli.options import (
 )
 from palate.cli.phases import show_phases
 from palate.runtime.errors import InputError
-from palate.runtime.progress import printable
+from palate.runtime.progress import counted, printable
 
 
 @app.command(rich_help_panel=LOOK, epilog=examples(
@@ -62,7 +62,7 @@ def sample(
 
         source = model if model is not None else str(run)
         count = draw(source, prompts, seeds, Wanted(steps, guidance, size, strength), out)
-    print(f"{count} images in {printable(str(out))}, all together in {printable(str(out / 'grid.png'))}")
+    print(f"{counted(count, 'image')} in {printable(str(out))}, all together in {printable(str(out / 'grid.png'))}")
 
 
 @app.command(rich_help_panel=LOOK, epilog=examples(

@@ -11,7 +11,7 @@ import typer
 from palate.cli.app import SHARE, app, examples
 from palate.cli.options import Run, belongs, new_place, recipe_file
 from palate.runtime.errors import InputError
-from palate.runtime.progress import printable
+from palate.runtime.progress import counted, printable
 
 
 @app.command(rich_help_panel=SHARE, epilog=examples(
@@ -62,7 +62,9 @@ def merge(
         if not math.isfinite(number):
             raise InputError(f"--weights: expected finite numbers, got {number}")
     if len(numbers) != len(adapters):
-        raise InputError(f"--weights: {len(adapters)} adapters take as many numbers, got {len(numbers)}")
+        raise InputError(
+            f"--weights: expected {counted(len(adapters), 'number')}, one for each adapter, got {len(numbers)}"
+        )
     from palate.models.merge import merge_adapters
 
     rank = merge_adapters(adapters, numbers, out)

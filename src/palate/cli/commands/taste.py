@@ -9,7 +9,7 @@ import typer
 
 from palate.cli.app import LOOK, TRAIN, app, examples
 from palate.runtime.errors import InputError
-from palate.runtime.progress import printable
+from palate.runtime.progress import counted, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,7 +46,7 @@ def import_votes(
 
     store = readers.VoteStore(to)
     count = readers.import_votes(source, store, prompt=prompt, rater=rater, key=key)
-    print(f"{count} new votes, {len(store.read())} in all: {printable(str(store.file))}")
+    print(f"{counted(count, 'new vote')}, {len(store.read())} in all: {printable(str(store.file))}")
 
 
 @votes_app.command("export", epilog=examples(
@@ -63,7 +63,8 @@ def export_votes(
     """Write votes where dpo and other programs read them."""
     from palate.taste import exported
 
-    print(f"{exported.export_votes(exported.VoteStore(votes), out, form)} votes: {printable(str(out))}")
+    count = exported.export_votes(exported.VoteStore(votes), out, form)
+    print(f"{counted(count, 'vote')}: {printable(str(out))}")
 
 
 @votes_app.command("show")
@@ -80,17 +81,16 @@ def show_votes(votes: Votes) -> None:
         raise InputError(
             f"{store.file} holds no vote; make some in palate studio, or bring some with palate votes import"
         )
-    print(
-        f"{len(everything)} votes: " + ", ".join(f"{n} {c}" for c, n in Counter(v.choice for v in everything).items())
-    )
+    choices = Counter(vote.choice for vote in everything)
+    print(f"{counted(len(everything), 'vote')}: " + ", ".join(f"{n} {choice}" for choice, n in choices.items()))
     kinds = {"session": {v.session for v in everything}, "rater": {v.rater for v in everything},
              "prompt": {v.prompt for v in everything}}  # fmt: skip
-    print(", ".join(f"{len(found)} {kind}{'' if len(found) == 1 else 's'}" for kind, found in kinds.items()))
+    print(", ".join(counted(len(found), kind) for kind, found in kinds.items()))
     times = sorted(v.ms for v in there if v.ms is not None)
     if times:
         print(f"median time per vote {times[len(times) // 2] / 1000:.1f} s")
     if gone:
-        print(f"{gone} votes do not count: a picture of them is gone")
+        print(f"not counted, because a picture is gone: {counted(gone, 'vote')}")
 
 
 @taste_app.command("fit", epilog=examples(
