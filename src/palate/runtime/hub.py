@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 TRIES, SECONDS = 2, 3.0
 # what the hub's client raises where it gets no answer: of its HTTP library some are no OSError, as a refused connection
-UNREACHED: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
+UNREACHED: tuple[type[Exception], type[Exception]] = (HfHubHTTPError.__bases__[0], OSError)
 
 
 @cache
