@@ -31,4 +31,6 @@ def how_to_continue(counters: Counters, folder: Path) -> str:
     """What may be done with a run that has ended."""
     if counters.finished != "finished":
         return f"its result can begin a new run with other settings: model.start={folder}"
+    if not (folder / "recipe.yaml").is_file():
+        return "with more steps it goes on"  # a round of a search, whose recipe is above it
     return f"train on with {way_on(folder, counters.step * 2)}"
