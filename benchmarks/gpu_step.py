@@ -109,8 +109,8 @@ def build(args: argparse.Namespace, made: recipe.Recipe, device: torch.device) -
         SimpleNamespace(index={}), facts, weights, vae, None, shape, (args.size,) * 2, dtype, device, None
     )  # fmt: skip
     towers = vit_h_14()
-    if small:
-        towers.vision_config.num_hidden_layers = towers.text_config.num_hidden_layers = 1
+    for tower in (towers.vision_config, towers.text_config) if small else ():
+        tower.num_hidden_layers, tower.hidden_size, tower.intermediate_size, tower.num_attention_heads = 1, 32, 64, 2
     reward = ClipReward(
         random_network(CLIPModel, {"config": towers}, dtype, device),
         lambda prompts: {"input_ids": torch.full((len(prompts), 77), 49407)},
