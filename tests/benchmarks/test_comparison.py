@@ -125,6 +125,14 @@ def test_a_best_look_that_is_chance_is_no_rise():
     assert abs(comparison.at_best(found, "heldout").mean()) < 0.01
 
 
+def test_processor_seconds_are_those_of_the_run_that_was_disturbed_least():
+    runs = [row("SRPO", s, 0.5) for s in range(3)]
+    for point in runs[1]["points"]:
+        point["processor_seconds"] *= 2.6  # the same run, beside other work
+    cost = comparison.summary(runs)["style"]["methods"]["SRPO"]["to_best"]
+    assert (cost["forwards"], cost["scored"], cost["processor_seconds"]) == (500, 50, pytest.approx(10.0))
+
+
 def test_the_summary_pairs_seeds_and_names_what_it_cost(tmp_path):
     runs = [row("SRPO", s, 0.5) for s in range(3)] + [row("DDPO", s, 0.2, ended="saturated") for s in (1, 2)]
     found = comparison.summary(runs)["style"]
