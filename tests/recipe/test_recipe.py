@@ -480,8 +480,8 @@ def test_what_an_algorithm_needs_of_rewards_and_pairs_is_said_when_the_recipe_is
             recipe.read("grpo-emoji", changes)
     given = ["prompts.file=null", "prompts.pairs=train.json"]
     with pytest.raises(RecipeError, match=r"algorithm.noise: tracked needs the noise of each picture"):
-        recipe.read("dpo-emoji-online", given)
-    assert recipe.read("dpo-emoji-online", [*given, "algorithm.noise=fresh"]).algorithm.noise == "fresh"
+        recipe.read("dpo-emoji-online", [*given, "algorithm.noise=tracked"])
+    assert recipe.read("dpo-emoji-online", given).algorithm.noise == "fresh"
 
 
 def test_a_caption_is_text_and_the_remedy_names_the_file_that_is_read(images):
