@@ -517,7 +517,7 @@ CLAIMS = [
           "bars"),
     Claim("dpo-nft", "Palate", "online DPO needs no more forwards than DiffusionNFT", "times the forwards", 1.0,
           COMPARE, ratio("DiffusionNFT", "online DPO"), "curves",
-          "fresh and tracked noise, with and without the safeguard, beta 100 and 2,000"),
+          "four and eight pictures a pair, each pair once and eight times, batches of four and eight, five rates"),
     Claim("flow-scenes", "Palate", "Flow-GRPO raises the embedded GenEval by .15", "fraction right", 0.15, SCENES,
           rises("scenes", *RELEASED), "bars", "one seed of 12,000 forwards; without guidance, below"),
     Claim("nft-scenes", "Palate", "DiffusionNFT raises the embedded GenEval by .15", "fraction right", 0.15, SCENES,
