@@ -378,7 +378,7 @@ def _cost(runs: Sequence[dict[str, Any]], ends: Sequence[dict[str, Any]]) -> dic
     """Of reaching these looks, on average. Processor seconds are the forwards' at the price of the run that was
     disturbed least: the same row takes up to 2.6 times as long on another machine, or beside other work."""
     last = [run["points"][-1] for run in runs]
-    price = min(end["processor_seconds"] / end["forwards"] for end in last)
+    price = min(end["processor_seconds"] / end["forwards"] for end in last if end["forwards"])  # 0: never finite
     cost = {key: float(np.mean([end[key] for end in ends])) for key in ("forwards", "differentiated", "scored")}
     return cost | {"processor_seconds": price * cost["forwards"]}
 

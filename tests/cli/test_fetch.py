@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import pickle
 import threading
@@ -249,3 +251,18 @@ def test_a_download_that_broke_off_is_not_kept(palate, monkeypatch, tmp_path, pr
                 fetch._download_address(address, "parti", "Download it elsewhere")
         server.shutdown()
     assert [path.name for path in (tmp_path / "palate").iterdir()] == (["prompts.tsv"] if promised == 40 else [])
+
+
+def test_a_full_disk_is_no_address_that_cannot_be_reached(monkeypatch, tmp_path):
+    class Answer(io.BytesIO):
+        length = 0
+
+    class Full(io.BytesIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(published, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(fetch.urllib.request, "urlopen", lambda _: Answer(b"prompts"))
+    monkeypatch.setattr(fetch, "open", lambda *_: Full(), raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        fetch._download_address("http://127.0.0.1/prompts.tsv", "parti", "Download it elsewhere")

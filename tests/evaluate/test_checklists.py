@@ -70,7 +70,7 @@ def test_an_unanswered_question_counts_as_wrong_and_is_counted(judge):
     found = evaluate_checklists(pictures(1.0, 0.0), ["a dog"] * 2, [0, 1], LISTS, judge.asks())
     assert found["unclear"] == {"result": 2} and found["metrics"]["arithmetic"]["value"] == 0.5
     judge.say = lambda pixels, question: "banana"
-    with pytest.raises(RewardServiceError, match=r"none of 2 answers could be read; is m a model that sees pictures"):
+    with pytest.raises(RewardServiceError, match=r"no answer could be read, of 2; is m a model that sees pictures"):
         evaluate_checklists(pictures(1.0), ["a dog"], [0], LISTS, judge.asks())
     with pytest.raises(ValueError, match="no questions for the prompt 'a fox'"):
         evaluate_checklists(pictures(1.0), ["a fox"], [0], LISTS, judge.asks())

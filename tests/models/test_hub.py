@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,8 +112,8 @@ def test_a_cached_repository_with_the_variant_fp16_alone_loads_without_a_network
 
 @pytest.fixture
 def refusing(offline, monkeypatch):
-    """A hub that is behind a proxy, so that nobody knows whether it can be reached, and that refuses every connection
-    with an error of the client's HTTP library, which is no OSError."""
+    """A hub behind a proxy that lets the first question pass and refuses every other connection, with an error of the
+    client's HTTP library, which is no OSError."""
 
     class Refused(HfHubHTTPError.__bases__[0]):
         pass
@@ -123,6 +124,7 @@ def refusing(offline, monkeypatch):
     assert not issubclass(Refused, OSError)
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     hub.reachable.cache_clear()
+    monkeypatch.setattr(hub, "get_session", lambda: SimpleNamespace(head=lambda *_, **__: None))
     monkeypatch.setattr(hub, "hf_hub_download", refuse)
     monkeypatch.setattr(source, "snapshot_download", refuse)
     monkeypatch.setattr(source.HfApi, "list_repo_files", refuse)
@@ -143,6 +145,13 @@ def test_what_is_in_the_cache_serves_where_the_hub_refuses(refusing, monkeypatch
     snapshot = into_cache(refusing, "flux-schnell", BASE)
     monkeypatch.setattr(source, "snapshot_download", lambda *_, **__: str(snapshot))
     assert source.from_hub(BASE) == (snapshot, None)
+
+
+def test_what_is_in_the_cache_loads_behind_a_proxy_that_refuses(offline, monkeypatch):
+    snapshot = into_cache(offline[1], "flux-schnell", BASE)
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    assert source.from_hub(BASE) == (snapshot, None)
+    assert hub.hub_file(BASE, "model_index.json") == snapshot / "model_index.json"
 
 
 KEYS = {

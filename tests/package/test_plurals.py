@@ -11,7 +11,7 @@ from support import ROOT
 
 from palate.runtime.progress import counted
 
-FLOORS = ("cli", "plan", "report", "runs", "studio", "train")
+FLOORS = ("cli", "evaluate", "plan", "report", "runs", "studio", "train")
 THINGS = (
     r"(?:(?:new|more|stored) )?(?:adapters|answers|checkpoints|choices|files|images|latents|metrics|pairs|pictures|"
     r"prompts|questions|rows|runs|seconds|seeds|sessions|steps|ties|updates|votes|wins)\b"

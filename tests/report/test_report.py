@@ -182,7 +182,7 @@ def test_a_comparison_is_of_the_prompts_and_seeds_that_all_have(runs, tmp_path):
                 before = sum(row["base"][key] for row in evaluation["rows"]) / len(keys[2])
                 assert metric["base"] == pytest.approx(before, abs=1e-5)
     text = report.write_report(few, compare=(runs[0],)).read_text(encoding="utf-8")
-    assert f"{len(keys[2])} pictures of the same prompt and seed" in text
+    assert f"{len(keys[2])} pairs of prompt and seed that all runs have" in text
     side_by_side = text.split("<h2>Side by side</h2>")[1].split("<h2>Numbers</h2>")[0]
     assert side_by_side.count("<img") == 2 * 3 and "a cat" not in side_by_side
     for stranger in (fake_run(tmp_path / "c", prompts=("a cat", "a mouse")), fake_run(tmp_path / "d", seeds=(5,))):

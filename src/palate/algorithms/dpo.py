@@ -45,7 +45,7 @@ Deviations from the papers and their programs:
 - The drawn pairs; times are uniform in (0, 1], as the paper's discrete ones are.
 - safeguard = "output" is SDPO's proxy, gradients in the network's output, but for each pair by itself, where its
   program has one lambda per batch. "parameters" takes the gradients in the parameters, to which the guarantee belongs,
-  for the rank's whole batch; it costs three more backwards.
+  for the rank's whole batch, at each of the n levels by itself; it costs three more backwards each.
 - PNAPO's dynamic beta is left out.
 - `flip` mirrors both images of a pair together, before they are encoded; each pair of prompts.pairs then stands there
   twice, once mirrored, where the program tosses a coin each time. Latents that are given from Python are taken as they
@@ -89,7 +89,7 @@ class DPOSettings:
     mu: float = 0.9  # how much of the preferred image's own descent must remain (SDPO's SD1.5 script)
     keep: float = 0.0  # weight of beta/2 max(0, m_w), which brings that error back where it has risen above its start
     noise: Literal["fresh", "tracked"] = "fresh"  # tracked: each image with the noise it was made from (PNAPO)
-    n: int = 1  # trained times per pair; the program has one
+    n: int = 1  # noise levels trained per pair and update; the program has one
 
     pairs_from: Literal["reference", "policy"] = "reference"  # this and the next five: how pairs are drawn
     candidates: int = 2  # images per prompt, of which the best and the worst make the pair
@@ -167,7 +167,7 @@ class DPO:
         self.reference = None if state["reference"] is None else [tensor.clone() for tensor in state["reference"]]
 
     def step(self, model: Model, reward: Reward, batch: Batch, rng: Random) -> Iterator[Loss]:
-        """One update on a pair for each prompt, at n times; then, every `refresh_every` steps, a new reference."""
+        """One update on a pair for each prompt, at n levels; then, every `refresh_every` steps, a new reference."""
         s = self.settings
         if self.reference is not None:
             self.reference = sharded_like(self.reference, model.parameters("policy"))
@@ -183,7 +183,7 @@ class DPO:
     def _loss(
         self, model: Model, pairs: Pairs, batch: Batch, rng: Random, name: str
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The pairs' loss at one time each, and its metrics. name: what tells its random numbers from other times'."""
+        """The pairs' loss at one level each, and its metrics. name: what tells its random numbers from the others'."""
         s = self.settings
         with torch.no_grad():
             captions, there = self._captions(batch.prompts, rng) * 2, rows_present(pairs)
@@ -462,7 +462,7 @@ class _named:
 
 def calls_per_update(settings: DPOSettings, *, given: bool = False) -> dict[str, int]:
     """Denoiser evaluations of one update per prompt of the batch, a guided call counted twice; `given`: pairs are.
-    A single like, of which one image is absent, costs half of 4 and 2.
+    A single like, of which one image is absent, costs half of 4 n and 2 n.
 
     forward = 4 n + (0 given, else candidates steps g),  backward = 2 n,  decode = reward = (0 given, else candidates),
     g = 2 with guidance.

@@ -44,7 +44,7 @@ def evaluate_with_questions(runs: Sequence[Path], options: EvaluateOptions, *, l
         counts = {"prompt": result["prompts"], "picture": result["images"], "question": 2 * result["questions"]}
         print(printable(f"{name}: " + ", ".join(counted(number, thing) for thing, number in counts.items())))
         if unclear := sum(result["unclear"].values()):
-            print(f"counted as wrong, because they could not be read: {counted(unclear, 'answer')}")
+            print(f"not readable, so counted as wrong: {counted(unclear, 'answer')}")
         print_changes(name, result["metrics"])
     for name, metrics in found["between"].items():
         print_changes(f"{name} against {found['first']}", metrics)

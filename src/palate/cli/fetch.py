@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import urllib.request
 import warnings
@@ -125,15 +126,22 @@ def _download_address(address: str, name: str, remedy: str) -> Path:
     target = beside_the_cache(address)
     if target.is_file():
         return target
+    with _beside(target) as part, open(part, "wb") as file:
+        for chunk in _received(address, f"fetch {name}: {address} cannot be reached", remedy):
+            file.write(chunk)
+    return target
+
+
+def _received(address: str, refusal: str, remedy: str) -> Iterator[bytes]:
+    """What lies at an address, in parts. InputError: it is not there, or the connection broke off."""
     try:
-        with urllib.request.urlopen(address) as answer, _beside(target) as part:
-            with open(part, "wb") as file:
-                shutil.copyfileobj(answer, file)
+        with urllib.request.urlopen(address) as answer:
+            while chunk := answer.read(1 << 20):
+                yield chunk
             if answer.length:  # what is left of the length that was promised; reading it to its end raises nothing
                 raise OSError(f"the connection broke off, {answer.length} bytes before the end")
     except (OSError, HTTPException) as error:
-        raise InputError(f"fetch {name}: {address} cannot be reached ({error}). {remedy}") from error
-    return target
+        raise InputError(f"{refusal} ({error}). {remedy}") from error
 
 
 def convert(source: Path, target: Path) -> None:
@@ -164,7 +172,7 @@ def convert(source: Path, target: Path) -> None:
 def _beside(target: Path) -> Iterator[Path]:
     """A temporary name that takes the place of `target` when the block ends well."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".tmp-{target.name}")
+    part = target.with_name(f".tmp-{os.getpid()}-{target.name}")
     try:
         yield part
         part.replace(target)

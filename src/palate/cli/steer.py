@@ -7,6 +7,7 @@ from pathlib import Path
 
 from palate.runs.folder import ended_by_guard
 from palate.runtime.errors import InputError
+from palate.runtime.files import in_shell
 from palate.runtime.progress import say
 from palate.runtime.runlock import status
 from palate.runtime.runlog import METRICS, read_metrics
@@ -21,9 +22,8 @@ def steer_and_wait(run: Path, positive: Sequence[str] | None, negative: Sequence
     state = status(run).state
     if state != "running":
         if state == "finished" and ended_by_guard(seen):
-            say(
-                f"{run}: its guard has ended this run, so nothing takes the words; begin another with model.start={run}"
-            )
+            begin = in_shell(f"model.start={run}")
+            say(f"{run}: its guard has ended this run, so nothing takes the words; begin another with {begin}")
             return
         done = max((row["step"] for row in seen), default=0)
         way = way_on(run, 2 * done if state == "finished" else None)

@@ -48,7 +48,7 @@ def evaluate_checklists(
     unclear = [sum(not score.clear for image in side for score in image) for side in sides]
     if sum(unclear) == len(scores):
         raise RewardServiceError(
-            f"checklist {judge.chat.url}: none of {len(scores)} answers could be read; is {judge.chat.model} a model "
+            f"checklist {judge.chat.url}: no answer could be read, of {len(scores)}; is {judge.chat.model} a model "
             "that sees pictures, and is its thinking switched off?"
         )
     names = ("result", "base")[: len(sides)]

@@ -17,6 +17,7 @@ from palate.evaluate.metrics import CLOSED_FORM, Images, cross_prompt_duplicates
 from palate.evaluate.panel import EvaluationPanel
 from palate.runtime.errors import InputError
 from palate.runtime.phases import tell
+from palate.runtime.progress import counted
 
 
 class Columns(NamedTuple):
@@ -125,7 +126,7 @@ def _call(
         alone = [_call(name, reward, images[i : i + 1], prompts[i : i + 1]) for i in range(len(images))]
         return torch.cat([value for value, _ in alone]), {i: why[0] for i, (_, why) in enumerate(alone) if why}
     except (RuntimeError, OSError) as error:
-        text = f"reward {name!r} failed on {len(images)} images, the first of {prompts[0]!r}: {error}"
+        text = f"reward {name!r} failed on {counted(len(images), 'image')}, the first of {prompts[0]!r}: {error}"
         try:
             told = type(error)(text)
         except TypeError:  # a class of somebody else's, which takes more than a text

@@ -28,6 +28,7 @@ from palate.evaluate.samples import (
 )
 from palate.runtime.errors import InputError
 from palate.runtime.images import quantise
+from palate.runtime.progress import counted
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,8 @@ def evaluate_images(
     An image that a reward fails on (`failed`) is left out of that reward on both sides; InputError where none is left.
     """
     if not len(images) == len(prompts) == len(seeds) or not len(images):
-        raise InputError(
-            f"got {len(images)} images, {len(prompts)} prompts, {len(seeds)} seeds; expected one of each per image"
-        )
+        got = f"{counted(len(images), 'image')}, {counted(len(prompts), 'prompt')}, {counted(len(seeds), 'seed')}"
+        raise InputError(f"got {got}; expected one of each per image")
     if base is not None and tuple(base.shape) != tuple(images.shape):
         raise InputError(
             f"base images have shape {tuple(base.shape)}; expected {tuple(images.shape)}, one for each image"
@@ -188,7 +188,9 @@ def measure_for_guard(
     (the first of the panel's), heldout, concept, background, diversity, saturation, style/<name>; a question that no
     prompt asks is left out. Diversity is that of one style, and needs a prompt that occurs twice."""
     if len(prompts) != len(ids):
-        raise InputError(f"got {len(prompts)} prompts and {len(ids)} ids; expected one id per image")
+        raise InputError(
+            f"got {counted(len(prompts), 'prompt')} and {counted(len(ids), 'id')}; expected one id per image"
+        )
     panel = panel or embedded_panel()
     # the purpose keeps the name that the function once had: it decides the noise
     noises = noises_of([Random(seed, 0, ids)], "quick_check", model.latent_shape, sampler)

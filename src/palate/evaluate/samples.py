@@ -24,6 +24,7 @@ from palate.runtime.errors import InputError
 from palate.runtime.files import parse_json, split_lines, write_atomically, write_file
 from palate.runtime.images import UNREADABLE, encode_png, from_pixels, read_pixels, to_pixels
 from palate.runtime.phases import tell
+from palate.runtime.progress import counted
 from palate.sampling import sample
 
 ROOM = 2 << 30  # bytes of the images that are drawn before they are written
@@ -54,7 +55,8 @@ def steps_and_guidance(model: Model, how: Drawing) -> tuple[int, float]:
 def pairs(prompts: Sequence[str], seeds: Sequence[int]) -> tuple[list[str], list[int]]:
     """The rows of prompts x seeds, all seeds of the first prompt first, as `generate` draws them. InputError: none."""
     if not len(prompts) or not len(seeds):
-        raise InputError(f"got {len(prompts)} prompts and {len(seeds)} seeds; give at least one of each")
+        got = f"{counted(len(prompts), 'prompt')} and {counted(len(seeds), 'seed')}"
+        raise InputError(f"got {got}; give at least one of each")
     return [p for p in prompts for _ in seeds], [int(s) for _ in prompts for s in seeds]
 
 
@@ -274,6 +276,7 @@ def check_same(rows: Sequence[dict], others: Sequence[dict], name: str, other_na
     if len(rows) != len(others):
         extra = next(iter(islice((rows if len(rows) > len(others) else others), min(len(rows), len(others)), None)))
         raise InputError(
-            f"{name} and {other_name} cannot be paired: {len(rows)} and {len(others)} images; the first without a "
-            f"partner is prompt {extra['prompt']!r} seed {extra['seed']}; sample both with the same prompts and seeds"
+            f"{name} and {other_name} cannot be paired: they hold {len(rows)} and {counted(len(others), 'image')}; the "
+            f"first without a partner is prompt {extra['prompt']!r} seed {extra['seed']}; sample both with the same "
+            "prompts and seeds"
         )

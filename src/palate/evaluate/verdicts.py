@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from palate.runtime.progress import counted
+
 CONCEPT_LIMIT = 0.03  # the verdict warns past such a fall of concept accuracy
 DIVERSITY_LIMIT = 0.85  # and below this fraction of the base model's diversity
 MIN_PROMPTS = 6  # all changes of fewer prompts have one sign by chance in more than 5 % of cases
@@ -39,7 +41,8 @@ def verdict(
         parts.append(f"diversity x {diversity['value'] / diversity['base']:.2f}")
     text = ", ".join(parts)
     warnings: list[str] = []
-    notes = [f"Measured on {num_prompts} prompts, too few to tell a change from chance; use 8 or more."] if few else []
+    on = counted(num_prompts or 0, "prompt")
+    notes = [f"Measured on {on}, too few to tell a change from chance; use 8 or more."] if few else []
     if not few:
         for side in (_about_heldout(metrics, heldout, may_fall), _about_concept(concept), _about_diversity(metrics)):
             warnings += side[0]
@@ -108,7 +111,7 @@ def _about_failures(failed: Sequence[dict[str, Any]]) -> list[str]:
     for name in dict.fromkeys(failure["metric"] for failure in failed):
         images = [failure for failure in failed if failure["metric"] == name]
         warnings.append(
-            f"{name} failed on {len(images)} images, left out before and after: {images[0]['prompt']!r}, seed "
-            f"{images[0]['seed']} ({images[0]['side']}), for one: {images[0]['why']}"
+            f"{name} failed on {counted(len(images), 'image')}, left out before and after: {images[0]['prompt']!r}, "
+            f"seed {images[0]['seed']} ({images[0]['side']}), for one: {images[0]['why']}"
         )
     return warnings

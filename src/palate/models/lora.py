@@ -235,7 +235,9 @@ class Rates:
     def alpha(self, layer: str, rank: int) -> float:
         """A layer's alpha; its rank where nothing says more, as all readers take it."""
         own = {PREFIXES.sub("", name): value for name, value in (self.config.get("alpha_pattern") or {}).items()}
-        found = next((value for pattern, value in own.items() if _means(pattern, layer)), None)
+        found = own.get(layer)
+        if found is None:
+            found = next((value for pattern, value in own.items() if _means(pattern, layer)), None)
         alpha = float(self.config.get("lora_alpha") or rank) if found is None else float(found)
         return alpha * rank**0.5 if self.config.get("use_rslora") else alpha  # alpha / sqrt(rank) in place of / rank
 

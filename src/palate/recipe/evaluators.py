@@ -11,7 +11,7 @@ from palate.evaluate.monitor import ImageMonitor
 from palate.evaluate.panel import EvaluationPanel, embedded_panel, published_panel
 from palate.models.options import place_of
 from palate.recipe.builder import build_algorithm, sampler_of
-from palate.recipe.cross_checks import heldout_of, judge_guards, rewards_used
+from palate.recipe.cross_checks import heldout_of, judge_guards, rewards_used, stands_on_tower
 from palate.recipe.settings import Recipe
 from palate.rewards.load import load_reward
 from palate.rewards.located import located
@@ -66,7 +66,7 @@ def guard_measure(recipe: Recipe, tower: EmbedsImages | None = None) -> GuardMea
 def _heldout_at_hand(recipe: Recipe) -> Reward | None:
     """The held-out reward, else another candidate that is not optimised, of which the weights are on this machine."""
     used = rewards_used(recipe.reward)
-    if "taste" in used:  # it may stand on any of them
+    if stands_on_tower(recipe):
         used |= {*recipe.reward.source} & {*HELD_OUT_CANDIDATES}
     wanted = heldout_of(recipe)
     names = [name for name in dict.fromkeys([wanted, *HELD_OUT_CANDIDATES]) if name and name not in used]

@@ -83,7 +83,8 @@ def _numbers(answer: Any, count: int, device: torch.device) -> list[float]:
     """A reward's answer, of any kind that the loop takes too."""
     values = as_scores(answer, device)
     if not isinstance(values, torch.Tensor) or values.shape != (count,):
-        raise _Refused(500, f"the reward gave no {count} numbers for {count} images")
+        got = f"shape {tuple(values.shape)}" if isinstance(values, torch.Tensor) else type(values).__name__
+        raise _Refused(500, f"the reward gave {got}; expected {count} numbers, one per image")
     return values.tolist()
 
 

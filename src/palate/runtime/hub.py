@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.utils import get_session
 
 TRIES, SECONDS = 2, 3.0
 # what the hub's client raises where it gets no answer: of its HTTP library some are no OSError, as a refused connection
@@ -18,12 +19,17 @@ UNREACHED: tuple[type[Exception], type[Exception]] = (HfHubHTTPError.__bases__[0
 
 @cache
 def reachable() -> bool:
-    """True if a connection to the hub opens, or where a proxy makes it; False offline, or with HF_HUB_OFFLINE=1."""
+    """True if a connection to the hub opens, directly or through a proxy; False offline, or with HF_HUB_OFFLINE=1."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
+    endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True
-    address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+        try:
+            get_session().head(endpoint, timeout=SECONDS)  # any answer will do
+            return True
+        except UNREACHED:
+            return False
+    address = urlsplit(endpoint)
     port = address.port or (80 if address.scheme == "http" else 443)
     for _ in range(TRIES):
         try:

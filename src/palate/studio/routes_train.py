@@ -50,7 +50,8 @@ def align(request: Request, run: str | None = None) -> HTMLResponse:
 
 
 def _live(studio: Studio, view: RunView | None) -> dict[str, object]:
-    """What the live part of a page shows of a run. refused: the word that was just written; none was."""
+    """What the live part of a page shows of a run. refused: why a word that was just sent was not taken; here none
+    was sent."""
     if view is None:
         return {"view": None, "words": None, "effects": {}, "refused": "", "curves": [], "wall": []}
     words = wanted_words(view)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from palate.core import Algorithm, Warns
+from palate.runtime.files import in_shell
 from palate.train.python_recipe import way_on
 from palate.train.state import Counters, Weights
 
@@ -30,7 +31,7 @@ class Warnings:
 def how_to_continue(counters: Counters, folder: Path) -> str:
     """What may be done with a run that has ended."""
     if counters.finished != "finished":
-        return f"its result can begin a new run with other settings: model.start={folder}"
+        return f"its result can begin a new run with other settings: {in_shell(f'model.start={folder}')}"
     if not (folder / "recipe.yaml").is_file():
         return "with more steps it goes on"  # a round of a search, whose recipe is above it
     return f"train on with {way_on(folder, counters.step * 2)}"
