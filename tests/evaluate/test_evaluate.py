@@ -285,7 +285,7 @@ def test_a_reward_may_raise_an_error_that_takes_more_than_a_text():
         raise TheirError("no such weights", response=404)
 
     own = panel()._replace(rewards={**panel().rewards, "mine": broken})
-    with pytest.raises(RuntimeError, match=r"reward 'mine' failed on 1 images, the first of 'dog': no such weights"):
+    with pytest.raises(RuntimeError, match=r"reward 'mine' failed on 1 image, the first of 'dog': no such weights"):
         evaluate.evaluate_images(torch.rand(1, 3, 8, 8), ["dog"], [0], own)
 
 
@@ -323,7 +323,7 @@ def test_what_does_not_fit_on_the_cpu_either_is_an_error():
         raise torch.OutOfMemoryError("nothing left")
 
     judges = panel()._replace(rewards={"emoji-heldout": reward})
-    with pytest.raises(RuntimeError, match=r"reward 'emoji-heldout' failed on 1 images.*nothing left"):
+    with pytest.raises(RuntimeError, match=r"reward 'emoji-heldout' failed on 1 image.*nothing left"):
         evaluate.evaluate_images(torch.rand(1, 3, 8, 8), ["dog"], [0], judges)
 
 
