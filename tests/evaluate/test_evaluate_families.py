@@ -92,7 +92,7 @@ def test_who_judges(towers, tmp_path):
 
 
 def test_the_guard_asks_a_reward_that_nothing_optimises(towers, tmp_path, monkeypatch):
-    """The one that judges the result, else another whose weights are here; of a taste none that it may stand on."""
+    """The one that judges the result, else another whose weights are here; of a taste, or a head, none that it may stand on."""
     here = set(HELD_OUT_CANDIDATES)
     monkeypatch.setattr(evaluators, "located", lambda name, source: source or ("" if name in here else None))
     monkeypatch.setattr(evaluators, "load_reward", lambda name, *where: name)
@@ -107,6 +107,9 @@ def test_the_guard_asks_a_reward_that_nothing_optimises(towers, tmp_path, monkey
     assert asked(weights=dict.fromkeys(HELD_OUT_CANDIDATES, 1.0)) is None
     taste = {"name": "taste", "source": {"taste": "x", "clip-score": "y"}}
     assert asked(**taste) == "pickscore"
+    head = "model: {name: sdxl, folder: a/b}\nalgorithm: {name: distar, head_queries: 16}\nprompts: {list: [a fox]}\n"
+    made = recipe.parse(f"{head}reward: {{name: jpeg_size, source: {{clip-score: y}}}}\n")
+    assert evaluators._heldout_at_hand(made) == "pickscore"
     here -= {"clip-score", "hpsv2"}
     assert asked(name="brightness") == "pickscore" and asked(name="pickscore", heldout="hpsv2") is None
 

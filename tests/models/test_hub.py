@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import close_session
 from safetensors.torch import save_file
 from support.tiny_families import FAMILIES, saved
 from transformers import T5EncoderModel
@@ -147,11 +150,31 @@ def test_what_is_in_the_cache_serves_where_the_hub_refuses(refusing, monkeypatch
     assert source.from_hub(BASE) == (snapshot, None)
 
 
-def test_what_is_in_the_cache_loads_behind_a_proxy_that_refuses(offline, monkeypatch):
-    snapshot = into_cache(offline[1], "flux-schnell", BASE)
-    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
-    assert source.from_hub(BASE) == (snapshot, None)
-    assert hub.hub_file(BASE, "model_index.json") == snapshot / "model_index.json"
+def test_what_is_in_the_cache_loads_behind_a_proxy_that_lets_nothing_pass(tmp_path, monkeypatch):
+    """Its client takes the answer 403 for one about the file, and does not look into the cache."""
+
+    class Closed(BaseHTTPRequestHandler):
+        def do_CONNECT(self):
+            self.send_error(403)
+
+        def log_message(self, *_):
+            pass
+
+    snapshot = into_cache(tmp_path, "flux-schnell", BASE)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Closed) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{proxy.server_address[1]}")
+        close_session()  # which keeps the proxy that it began with
+        hub.reachable.cache_clear()
+        try:
+            assert source.from_hub(BASE) == (snapshot, None)
+            assert hub.hub_file(BASE, "model_index.json") == snapshot / "model_index.json"
+        finally:
+            close_session()
+            hub.reachable.cache_clear()
+            proxy.shutdown()
 
 
 KEYS = {
