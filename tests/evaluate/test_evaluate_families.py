@@ -92,7 +92,8 @@ def test_who_judges(towers, tmp_path):
 
 
 def test_the_guard_asks_a_reward_that_nothing_optimises(towers, tmp_path, monkeypatch):
-    """The one that judges the result, else another whose weights are here; of a taste, or a head, none that it may stand on."""
+    """The one that judges the result, else another whose weights are here; of a taste, or a head, none that it may
+    stand on."""
     here = set(HELD_OUT_CANDIDATES)
     monkeypatch.setattr(evaluators, "located", lambda name, source: source or ("" if name in here else None))
     monkeypatch.setattr(evaluators, "load_reward", lambda name, *where: name)
