@@ -517,7 +517,8 @@ CLAIMS = [
           "bars"),
     Claim("dpo-nft", "Palate", "online DPO needs no more forwards than DiffusionNFT", "times the forwards", 1.0,
           COMPARE, ratio("DiffusionNFT", "online DPO"), "curves",
-          "four and eight pictures a pair, one, four and eight noise levels a pair, two to eight pairs an update, rates of 2e-3 to 4e-2"),
+          "four and eight pictures a pair, one to eight noise levels a pair, two to eight pairs an update, "
+          "rates of 2e-3 to 4e-2"),
     Claim("flow-scenes", "Palate", "Flow-GRPO raises the embedded GenEval by .15", "fraction right", 0.15, SCENES,
           rises("scenes", *RELEASED), "bars", "one seed of 12,000 forwards; without guidance, below"),
     Claim("nft-scenes", "Palate", "DiffusionNFT raises the embedded GenEval by .15", "fraction right", 0.15, SCENES,
