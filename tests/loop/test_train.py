@@ -518,8 +518,9 @@ def test_a_loss_without_gradient_is_refused_with_its_likely_cause(tmp_path):
         def step(self, model, reward, batch, rng):
             yield Loss(torch.ones(1, requires_grad=True).sum(), {}, "policy")
 
-    with pytest.raises(ValueError, match="policy gradient of step 1 is zero in all 4 tensors"):
-        run(tmp_path / "d", algorithm=OtherNetwork())
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="policy gradient of step 1 is zero in all 4 tensors"):
+            run(tmp_path / "d", algorithm=OtherNetwork(), resume=resume)
     with pytest.raises(ValueError, match=r"does not read the prompt.*algorithm.preference=absolute"):
         run(tmp_path / "e", reward=lambda images, prompts: images.mean((1, 2, 3)))
     run(tmp_path / "f", reward=lambda images, prompts: images.mean((1, 2, 3)), algorithm=srpo(preference="absolute"))

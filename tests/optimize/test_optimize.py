@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 import threading
@@ -234,9 +235,11 @@ def test_the_bootstrap_is_the_largest_head():
 # The budget, and resuming
 
 
-def test_a_run_spends_its_budget_and_learns(tmp_path):
+def test_a_run_spends_its_budget_and_learns(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("palate"), "propagate", True)
     oracle = Oracle()
     go(tmp_path, oracle)
+    assert not [record for record in caplog.records if "trained before" in record.getMessage()]  # rounds go on
     assert len(oracle.seen) == 14 == Queries(tmp_path).spent
     assert [row["round"] for row in rows(tmp_path) if "prompt" in row] == [1] * 4 + [2] * 10
     rounds = [json.loads(line) for line in (tmp_path / "rounds.jsonl").read_text().splitlines()]

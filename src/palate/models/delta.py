@@ -37,13 +37,13 @@ def pack(weights: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str,
 
 
 def unpack(packed: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights, float32: no further from those that were packed than half a scale, at the row's largest 1/254."""
+    """The weights, float32 on the CPU: no further from those packed than half a scale, the row's largest / 254."""
     weights = {}
     for name, tensor in base.items():
         difference = packed[name].float()
         if name + SCALE in packed:
             difference = difference * packed[name + SCALE].view(-1, *[1] * (tensor.ndim - 1))
-        weights[name] = tensor.float() + difference
+        weights[name] = tensor.cpu().float() + difference
     return weights
 
 

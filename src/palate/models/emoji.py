@@ -161,10 +161,10 @@ class EmojiModel:
         return with_words(prompt, words, replacing=False)
 
     def encode(self, images: Tensor) -> Tensor:
-        return self.vae.encode(images * 2 - 1).latents
+        return self.vae.encode(images.to(self.device) * 2 - 1).latents
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.vae.decode(latents).sample.add(1).div(2).clamp(0, 1)
+        return self.vae.decode(latents.to(self.device)).sample.add(1).div(2).clamp(0, 1)
 
     def predict(
         self, xt: Tensor, t: Tensor, cond: Tensor, *, guidance: float = 1.0, weights: str = "policy"

@@ -91,7 +91,7 @@ def optimize(search: Search, *, progress: bool = True, say: Callable[[str], None
             identity=hashlib.sha256(f"{search.identity}|{number}|{queries.digest(number)}".encode()).hexdigest(),
         )
         forget_adapter(folder)  # of an earlier round
-        outcome = run_job(job, resume=resume, progress=progress)
+        outcome = run_job(job, resume=resume, progress=progress, goes_on=number > 1)
         if outcome.exit_code:
             return outcome
         restore_result(model, round_folder, warn=logging.getLogger("palate").warning)

@@ -117,7 +117,7 @@ class Run:
                     self.log.write({"step": 0, "event": "reference", "reference": self.job.reference})
                 self._first_look()
             while counters.step < steps and not counters.finished:
-                self.updater.check_gradient = not resume and counters.step == 0
+                self.updater.check_gradient = counters.step == 0
                 with memory_advice(self.weights), sharding.inside_networks():
                     self.advance()
                 stop.stepped = True

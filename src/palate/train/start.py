@@ -70,26 +70,29 @@ def train(
     return run_job(dataclasses.replace(job, recipe=text), resume=resume, progress=progress)
 
 
-def run_job(job: Job, *, resume: bool = False, progress: bool = True) -> Outcome:
-    """Run a job to its end, a signal or an error; on several ranks, each calls this with an equal job."""
+def run_job(job: Job, *, resume: bool = False, progress: bool = True, goes_on: bool = False) -> Outcome:
+    """Run a job to its end, a signal or an error; on several ranks, each calls this with an equal job.
+
+    goes_on: the model is meant to begin with what an earlier job left in it.
+    """
     job.check(resume=resume)
     with contextlib.ExitStack() as held:
         distributed.ranks().on_main(lambda: held.enter_context(owned(job.folder)))
         runs: list[Run] = []
         stop = held.enter_context(stop_signals(lambda number: _answer(runs, number)))
         runs.append(Run(job, progress=progress))
-        _warn_of_earlier_training(job.model, runs[0], resume)
+        _warn_of_earlier_training(job.model, runs[0], resume or goes_on)
         return runs[0].go(stop, resume=resume)
 
 
-def _warn_of_earlier_training(model: Model, run: Run, resume: bool) -> None:
+def _warn_of_earlier_training(model: Model, run: Run, meant: bool) -> None:
     """Three seeds in a loop are not three seeds if each begins where the one before ended."""
     now = [float(p.detach().double().sum()) for ps in run.weights.parameters.values() for p in ps]
     try:
         start = _starts.setdefault(model, now)
     except TypeError:  # an object without a weak reference or a hash
         return
-    if start != now and not resume:
+    if start != now and not meant:
         logger.warning(
             "this model object was trained before and starts from those weights; for a new start call its reset(), or "
             "load it again"
