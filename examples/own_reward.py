@@ -3,7 +3,7 @@
     python examples/own_reward.py [steps]
 
 A reward of your own takes images (B, 3, H, W) in [0, 1] and B prompts, and returns (B,), larger is better. SRPO and
-DRaFT follow its gradient; DDPO, Flow-GRPO, DiffusionNFT and SQDF with an estimator need its value only.
+DRaFT follow its gradient; DDPO, Flow-GRPO, DiffusionNFT and DPO need its value only.
 """
 
 import sys

@@ -156,9 +156,20 @@ def flux(monkeypatch, tmp_path):
     return of
 
 
+def test_a_folder_that_is_not_there_is_a_sentence(tmp_path):
+    for folder in ("./mysdxl", str(tmp_path / "sdxl")):
+        read = recipe.read("srpo-sdxl-24gb", [f"model.folder={folder}"])
+        (found,) = [need for need in requirements.files_required(read, None) if need.what.startswith("model")]
+        assert found.state == "bad" and "no folder here" in found.text
+    lost = recipe.read("srpo-sdxl-24gb", [f"model.file={tmp_path / 'lost.safetensors'}"])
+    assert "bad" in {need.state for need in requirements.files_required(lost, None) if need.what == "model.file"}
+
+
 def test_every_file_of_a_recipe_is_listed_with_one_command(flux, tmp_path):
     found, cached = flux()
     assert found["model"].state == "missing" and "hf download black-forest-labs/FLUX.1-dev" in found["model"].command
+    (line,) = (found["model"].command,)
+    assert line.count(" --include ") == len(line.split()) // 2 - 1  # hf takes one pattern each
     assert found["model"].gigabytes == pytest.approx(2 * (12 + 4.88) + 0.17)
     assert found["access to"].command == "hf auth login"
     assert found["reward hpsv2"].command == "palate fetch hpsv2"

@@ -21,6 +21,7 @@ from palate.path import Prediction, flow_schedule
 from palate.runs import protocol
 from palate.runtime.errors import InputError
 from palate.runtime.images import encode_png
+from palate.testing import TinyFlow
 
 
 class FakeClassifier:
@@ -906,6 +907,22 @@ def test_overrides_judge_a_finished_run_and_change_nothing_of_it(tmp_path):
     for change in ("trainer.lr=1", "reward.name=warmth", "algorithm.name=dpo", "prompts.list=a"):
         with pytest.raises(InputError, match="start a new run"):
             runs.RunFolder(folder, [change])
+
+
+def test_large_images_are_drawn_a_few_at_a_time():
+    class Seen(TinyFlow):
+        def __init__(self, side):
+            super().__init__()
+            self.image_size, self.rows = side, []
+
+        def decode(self, latents):
+            self.rows.append(len(latents))
+            return super().decode(latents)
+
+    for side, rows in ((8, [20]), (1024, [8, 8, 4]), ([2048, 4096], [1] * 20)):
+        model = Seen(side)
+        evaluate.generate(model, [f"{i} foxes" for i in range(20)], [0], steps=1)
+        assert model.rows == rows
 
 
 def test_images_drawn_in_parts_are_those_drawn_at_once(tmp_path):

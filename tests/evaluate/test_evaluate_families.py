@@ -70,13 +70,18 @@ def test_a_run_of_a_real_family_is_guarded_and_evaluated(towers, tmp_path, capsy
     assert (run / "evaluation.json").read_bytes() == before
 
 
-def test_who_judges(towers, tmp_path):
+def test_who_judges(towers, tmp_path, monkeypatch):
     def plan(**sections):
         return recipe.parse(text(towers, tmp_path, **sections))
 
     assert recipe.heldout_of(plan()) == "clip-score"
     assert recipe.heldout_of(plan(reward={"name": "clip-score"})) == "pickscore"
     assert recipe.heldout_of(plan(evaluate={"heldout": "hpsv2"}, reward={"source": {"hpsv2": "x"}})) == "hpsv2"
+    taste = plan(reward={"name": "taste", "source": {"taste": "tastes/mine"}})
+    assert recipe.heldout_of(taste) == "clip-score"  # while there is no taste to be read
+    with monkeypatch.context() as patch:
+        patch.setattr("palate.taste.saved.source_of", lambda folder: "clip-score")
+        assert recipe.heldout_of(taste) == "pickscore"  # a taste is a function of its reward's features
     every = {"name": None, "weights": {name: 1.0 for name in HELD_OUT_CANDIDATES}}
     with pytest.raises(ValueError, match=r"reward.weights: clip-score, pickscore, hpsv2 are all optimised"):
         recipe.panel_of(plan(reward=every))

@@ -24,6 +24,7 @@ from palate import recipe
 from palate.export.one_step import _how_to_load as how_to_load
 from palate.models import (
     aura_flow,
+    autoencoder,
     chroma,
     families,
     flux,
@@ -586,6 +587,23 @@ def test_hub_errors_say_what_to_do(case, monkeypatch):
     monkeypatch.setattr(source, "snapshot_download", fail)
     with pytest.raises(ValueError, match=message):
         load("flux", "a/b")
+
+
+@pytest.mark.parametrize("name", ["sdxl", "flux2-klein", "qwen-image", "sana"])
+def test_large_images_are_decoded_a_few_at_a_time(name, monkeypatch):
+    model, rows = load(name), []
+    latents = torch.randn((3, *model.latent_shape), generator=torch.Generator().manual_seed(0))
+    expected = model.decode(latents)
+    decode = autoencoder.decode_with
+    monkeypatch.setattr(autoencoder, "decode_with", lambda vae, of, x: rows.append(len(x)) or decode(vae, of, x))
+    height, width = expected.shape[-2:]
+    monkeypatch.setattr(autoencoder, "AT_ONCE", 2 * height * width)
+    with torch.no_grad():
+        found = model.decode(latents)
+    assert rows == [2, 1] and torch.allclose(found, expected, atol=1e-5)
+    rows.clear()
+    model.decode(latents)  # a training chose its batch itself
+    assert rows == [3]
 
 
 # Recipes

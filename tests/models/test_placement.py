@@ -8,6 +8,7 @@ from support.tiny_families import load
 
 from palate import recipe
 from palate.models import adapters, placement
+from palate.models.options import place_of
 from palate.models.placement import blocks_of, compile_blocks
 from palate.plan import Unit
 from palate.plan.memory import memory_of
@@ -30,7 +31,7 @@ def gradient(model):
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
 
 
-@pytest.mark.parametrize("name", ["flux", "qwen-image", "chroma", "sd3"])
+@pytest.mark.parametrize("name", ["flux", "qwen-image", "chroma", "sd3", "sdxl", "stable-diffusion"])
 def test_blocks_on_the_host_change_no_gradient(name, monkeypatch):
     """Between calls their weights here are not a number, as unreachable for autograd as those of another device."""
     expected = gradient(load(name))
@@ -106,6 +107,21 @@ def test_named_attention_kernels():
         load("flux", attention="flasch")
     with pytest.raises(InputError, match=r"model.attention=flash: .*leave it out for torch's own kernels"):
         load("flux", attention="flash")  # which is not installed
+
+
+def test_kernels_without_a_gradient_do_not_train():
+    with pytest.raises(InputError, match=r"model.attention=sage_hub has no gradient.*leave it out"):
+        load("flux", attention="sage_hub")
+
+
+def test_each_of_several_processes_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert place_of("cuda:1") == torch.device("cuda:1")
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert place_of("cuda:1") == torch.device("cuda:1") and place_of("cuda") == torch.device("cuda")
+    with pytest.raises(InputError, match=r"model.device cuda:0: .*leave it out"):
+        place_of("cuda:0")
 
 
 @pytest.mark.parametrize(

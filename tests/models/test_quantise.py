@@ -10,6 +10,7 @@ from transformers import T5EncoderModel, UMT5EncoderModel
 
 from palate import recipe
 from palate.cli.export import export_run
+from palate.models import adapters
 from palate.models.quantised import BYTES, METHODS, Float8Linear, quantisable, quantise, stored_in_fours
 from palate.plan import Unit
 from palate.plan.memory import memory_of
@@ -35,6 +36,13 @@ def gradient(model):
     cond = model.encode_prompts(["a cat", "two dogs"])
     model.predict(noise, torch.tensor([0.7, 0.4]), cond).x0.square().mean().backward()
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in model.parameters()])
+
+
+def test_an_adapter_of_a_network_in_eight_bits_is_not_in_eight_bits():
+    network = load("flux", quantize="fp8").weights.network
+    adapters.add(network, "later", network.peft_config["policy"])
+    later = adapters.own_parameters(network, "later", adapter=True)
+    assert later and {p.dtype for p in later.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("method", METHODS)

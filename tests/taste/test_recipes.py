@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 from palate import fit_taste, recipe
 from palate.algorithms.srpo import SRPO, SRPOSettings
 from palate.cli import app
+from palate.cli.requirements import files_required
 from palate.data import RecipeError
 from palate.models.vocabulary import vocabulary
 from palate.recipe import GuardSettings
+from palate.recipe.objective import check_taste
 from palate.runtime.errors import InputError
 from palate.train import broken_limits
 
@@ -94,6 +96,16 @@ def coin(tmp_path_factory):
         choice = str(rng.choice(["left", "right"]))
         votes.append({"prompt": PROMPT, "left": PICTURES[i], "right": PICTURES[j], "choice": choice})
     return fit_taste(votes, blocks=["colour"]).save(tmp_path_factory.mktemp("coin") / "coin")
+
+
+def test_what_a_taste_stands_on_is_asked_before_anything_loads(tastes, tmp_path):
+    """The embedded reward knows no photographs; and the reward that a taste stands on is no held-out judge."""
+    of = lambda name, folder: recipe.read(name, [f"reward.source.taste={folder}"])  # noqa: E731
+    with pytest.raises(InputError, match=r"knows no other pictures: palate taste fit VOTES --features clip-score"):
+        check_taste(of("taste-sdxl", tastes / "red").reward, "sdxl")
+    check_taste(of("taste-emoji", tastes / "red").reward, "emoji")
+    found = {need.what: need for need in files_required(of("taste-sdxl", tmp_path / "none"), None)}
+    assert found["reward taste"].state == "bad" and "holds no taste" in found["reward taste"].text
 
 
 def test_a_taste_that_is_not_learnt_is_not_trained_towards_unless_the_recipe_says_so(coin, tastes, monkeypatch):

@@ -148,8 +148,8 @@ def card_of(card: str | None) -> tuple[str, Device]:
             return find_device(card)
         except InputError as error:
             raise InputError(str(error).replace("--device", "--card")) from error
-    if gib <= 0:
-        raise InputError(f"--card: expected a card or its GiB, got {card!r}")
+    if not 0 < gib <= 1000:
+        raise InputError(f"--card: expected a card (as rtx-4090) or its GiB, got {card!r}")
     return f"a card of {gib:g} GiB", Device(100.0, gib)
 
 

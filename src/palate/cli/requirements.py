@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from huggingface_hub import get_token, try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from palate import recipe as recipes
 from palate.cli.doctor import Finding
@@ -18,11 +20,13 @@ from palate.models.source import published_base
 from palate.plan import GIB, Plan, plan
 from palate.plan.table import find_device
 from palate.recipe import Recipe
+from palate.recipe.objective import check_taste
 from palate.recipe.pictures import pictures_of
 from palate.rewards.located import cached, located
 from palate.rewards.published import PUBLISHED
 from palate.runtime.errors import InputError
 from palate.runtime.files import nearest_existing, parse_json
+from palate.taste.saved import parts_of, source_of
 
 GATED = ("black-forest-labs/FLUX.1-dev", "stabilityai/stable-diffusion-3")  # beginnings of hub ids behind terms
 VAE_GIGABYTES = 0.17
@@ -69,6 +73,8 @@ def _model(recipe: Recipe, made: Plan | None) -> Iterator[Requirement]:
     if not isinstance(families.find(recipe.model.name).load_class(), HasFacts):
         yield Requirement("ok", f"model {recipe.model.name}", "read by a class of its own")
         return
+    if recipe.model.file is not None and not Path(recipe.model.file).expanduser().is_file():
+        yield Requirement("bad", "model.file", f"{recipe.model.file} does not exist")
     facts, folder = facts_of(recipe.model.name), recipe.model.folder
     if folder is None and recipe.model.file is not None:
         folder = published_base(Path(recipe.model.file).expanduser(), recipe.model.name)
@@ -86,13 +92,18 @@ def _model(recipe: Recipe, made: Plan | None) -> Iterator[Requirement]:
     denoiser = made.units["denoiser"].parameters / 1e9 if made else 0.0
     size = (denoiser + text_parameters) * 2 + VAE_GIGABYTES
     licence = facts.licences.get(folder, facts.licence)
+    try:
+        validate_repo_id(folder)
+    except HFValidationError:
+        yield Requirement("bad", what, "is no folder here, and no hub id (owner/name)")
+        return
     missing = [part for part in facts.parts if not _cached_part(folder, part)]
     if not missing:
         yield Requirement("ok", what, f"in the hub's cache; licence {licence}")
         return
     yield Requirement(
         "missing", what, f"{', '.join(missing)}, about {size:.0f} GB in all; licence {licence}",
-        f"hf download {folder} --include {' '.join(_patterns(facts))}", size,
+        f"hf download {folder} {' '.join(f'--include {pattern}' for pattern in _patterns(facts))}", size,
     )  # fmt: skip
     if folder.startswith(GATED):
         yield Requirement(
@@ -137,12 +148,30 @@ def _rewards(recipe: Recipe) -> Iterator[Requirement]:
     used = list(settings.weights or ([settings.name] if settings.name else []))
     judge = recipes.heldout_of(recipe) if recipe.model.name != "emoji" else None
     sources = settings.source or {}
+    if "taste" in used:
+        yield from _taste(recipe)
     for name in used:
+        if name == "taste":
+            continue
         yield _reward(f"reward {name}", name, sources.get(name))
     if judge:  # training goes on without it
         found = _reward(f"held-out reward {judge}", judge, sources.get(judge))
         missing = found.state == "missing"
         yield found._replace(state="note", text=f"trains without it; {found.text}", gigabytes=0.0) if missing else found
+
+
+def _taste(recipe: Recipe) -> Iterator[Requirement]:
+    """The taste, and the published reward that it stands on."""
+    sources = recipe.reward.source
+    try:
+        check_taste(recipe.reward, recipe.model.name)
+        bases = {source_of(folder) for folder, _ in parts_of(sources.get("taste"))}
+    except InputError as error:
+        yield Requirement("bad", "reward taste", str(error))
+        return
+    yield Requirement("ok", "reward taste", sources["taste"])
+    for base in sorted(bases & PUBLISHED.keys()):
+        yield _reward(f"reward {base}, on which the taste stands", base, sources.get(base))
 
 
 def _reward(what: str, name: str, source: str | None) -> Requirement:

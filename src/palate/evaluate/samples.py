@@ -27,6 +27,7 @@ from palate.runtime.phases import tell
 from palate.runtime.progress import counted
 from palate.sampling import sample
 
+AT_ONCE = 32 * 512**2  # pixels of the images that are drawn together at most
 ROOM = 2 << 30  # bytes of the images that are drawn before they are written
 DEFAULT_STEPS = 25  # of a model that names none of its own
 
@@ -87,12 +88,22 @@ def generate_parts(
     high resolution need not be in memory at once."""
     repeated, _ = pairs(prompts, seeds)
     rows = [Random(int(s), 0, [i]) for i in range(len(prompts)) for s in seeds]
-    size = model.image_size
-    pixels = size * size if isinstance(size, int) else size[0] * size[1]
-    part = max(1, room // (12 * pixels) // how.batch_size) * how.batch_size  # float32 in three channels
+    together = at_once(model, how)
+    part = max(1, room // (12 * pixels_of(model)) // together) * together  # float32 in three channels
     for start in range(0, len(rows), part):
         noises = noises_of(rows[start : start + part], "evaluate", model.latent_shape, how.sampler)
         yield draw(model, repeated[start : start + part], noises, how)
+
+
+def pixels_of(model: Sampleable) -> int:
+    """Of one image of the model."""
+    size = model.image_size
+    return size * size if isinstance(size, int) else size[0] * size[1]
+
+
+def at_once(model: Model, how: Drawing) -> int:
+    """Images that are drawn together: the batch, or as many as a card of 24 GB takes beside a large model."""
+    return min(how.batch_size, max(1, AT_ONCE // pixels_of(model))) if isinstance(model, Sampleable) else how.batch_size
 
 
 def noises_of(rows: Sequence[Random], purpose: str, shape: Sequence[int], sampler: Sampler | None) -> list[Tensor]:
@@ -121,10 +132,11 @@ def drawn(model: Model, prompts: Sequence[str], noises: Sequence[Tensor], how: D
     if isinstance(model, TextCached):
         model.cache_prompts(prompts)  # so that no text encoder is in memory while the network runs
     found = []
-    for start in range(0, len(prompts), how.batch_size):
+    together = at_once(model, how)
+    for start in range(0, len(prompts), together):
         tell("drawing", start, len(prompts))
-        cond = model.encode_prompts(list(prompts[start : start + how.batch_size]))
-        parts = [noise[start : start + how.batch_size].to(device) for noise in noises]
+        cond = model.encode_prompts(list(prompts[start : start + together]))
+        parts = [noise[start : start + together].to(device) for noise in noises]
         if how.sampler is None:
             latents = sample(model, cond, parts[0], steps, guidance=guidance, weights=how.weights)
         else:

@@ -51,7 +51,11 @@ def add(network: Any, name: str, config: LoraConfig) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
         network.add_adapter(config, adapter_name=name)
-    bring_adapters(network, own_parameters(network, name, adapter=True).values())
+    own = own_parameters(network, name, adapter=True).values()
+    for p in own:
+        if p.dtype.itemsize == 1:  # PEFT gives it the precision of the layer, which may be stored in eight bits
+            p.data = p.data.float()
+    bring_adapters(network, own)
 
 
 def config_of(layers: Mapping[str, Lora]) -> LoraConfig:

@@ -25,7 +25,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from palate.models.latents import LatentLayout
+from palate.models.latents import LatentLayout, factor_of
 from palate.runtime.errors import InputError
 
 PIECES = (
@@ -65,6 +65,9 @@ def recompute_pieces(decoder: Any, run: Callable[..., Any]) -> None:
     for part in last[:-1]:
         part.forward = lambda x: x
     last[-1].forward = piece(lambda x: reduce(lambda value, function: function(value), together, x))
+
+
+AT_ONCE = 4 * 1024**2  # pixels that are decoded together without gradient; 1.5 GiB for 1024 x 1024 in bfloat16
 
 
 def decode_with(vae: Any, layout: LatentLayout, latents: Tensor) -> Tensor:
@@ -137,8 +140,14 @@ class Autoencoder:
         mean, std = (self.layout.folded(x).float() for x in (encoded.latent_dist.mean, encoded.latent_dist.std))
         return (mean - self._mean) / self._scale, std / self._scale
 
+    def _at_once(self, inside: Tensor) -> int:
+        height, width = (side * factor_of(self.vae.config) for side in self.layout.unfolded(inside[:1]).shape[-2:])
+        return max(1, AT_ONCE // (height * width))
+
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1]; differentiable. Values are clipped, so a saturated pixel has no gradient."""
-        inside = latents.to(self.device, torch.float32) * self._scale + self._mean
-        images = decode_with(self.vae, self.layout, inside.to(self.dtype))
+        inside = (latents.to(self.device, torch.float32) * self._scale + self._mean).to(self.dtype)
+        # where a gradient is wanted the caller has chosen how many images there are
+        together = len(inside) if torch.is_grad_enabled() else self._at_once(inside)
+        images = torch.cat([decode_with(self.vae, self.layout, part) for part in inside.split(max(together, 1))])
         return images.float().add(1).div(2).clamp(0, 1)

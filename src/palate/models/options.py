@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,11 @@ def check_placement(options: Options) -> None:
     """InputError for what cannot be together, before anything loads."""
     if options.quantize is not None and options.training == "full":
         raise InputError("model.quantize stores frozen weights; set model.weights=lora, or leave it out")
+    if options.training != "none" and (options.attention or "").startswith("sage"):
+        raise InputError(
+            f"model.attention={options.attention} has no gradient, so that what stands before an attention would not "
+            "learn; use it for sampling only, or leave it out"
+        )
     if not options.offload:
         return
     for wrong, why in (
@@ -73,4 +79,7 @@ def place_of(name: str | None, *, key: str = "model.device") -> torch.device:
         raise InputError(f"{key} got {name!r}; expected cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"{key} {name}: this torch sees no such device; leave it out, or set it to cpu")
+    own = int(os.environ.get("LOCAL_RANK", "0"))
+    if device.type == "cuda" and device.index not in (None, own) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(f"{key} {name}: each of several processes takes the GPU of its own number; leave it out")
     return device

@@ -128,7 +128,8 @@ class LoadedModel(OtherSizes):
             xt, t = torch.cat([xt, xt]), torch.cat([t, t])
             cond = type(cond)(*(torch.cat([n.expand_as(c), c]) for n, c in zip(null(), cond, strict=True)))
         cond = type(cond)(*(c.to(inside) if c.is_floating_point() else c for c in cond))
-        autocast = torch.autocast(self.device.type, dtype, enabled=full)
+        # a cache of cast weights would be a second network beside the activations
+        autocast = torch.autocast(self.device.type, dtype, enabled=full, cache_enabled=False)
         with self.weights.using(weights) as network, autocast:
             output = self.output(network, xt.to(inside), t, cond, self.call).to(outside)
         if guidance == 1.0:
@@ -164,7 +165,9 @@ def load_parts(
     shape = shape_of(repository, facts, image_size)
     cache = _text_cache(repository, facts.name, text, options, precision, where)
     vae = Autoencoder(
-        repository.read("vae", facts.vae, precision),
+        repository.read(
+            "vae", facts.vae, torch.float32 if precision == torch.float16 else precision
+        ),  # SDXL's overflows
         device=where,
         gradient_checkpointing=options.gradient_checkpointing,
         layout=facts.layout,

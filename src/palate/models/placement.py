@@ -24,7 +24,9 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from diffusers import ModelMixin
+from diffusers import ModelMixin, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from palate.runtime.errors import InputError, first_line
@@ -48,6 +50,8 @@ def compile_blocks(network: Any, backend: str = "inductor") -> None:
     InputError: diffusers does not know this network's repeated blocks.
     """
     check_compile(type(network))
+    # a version for each name, size and gradient mode; past torch's eight the rest would run uncompiled
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     network.compile_repeated_blocks(backend=backend)
 
 
@@ -58,7 +62,10 @@ def check_compile(kind: Any) -> None:
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
-    """The blocks of the network's own lists, most of its weights."""
+    """The blocks that are recomputed one by one, most of the network's weights: of a UNet the layers inside its blocks,
+    of others their own lists."""
+    if isinstance(network, UNet2DConditionModel):
+        return [part for part in network.modules() if isinstance(part, (ResnetBlock2D, BasicTransformerBlock))]
     return [block for part in network.children() if isinstance(part, nn.ModuleList) for block in part]
 
 

@@ -6,6 +6,7 @@ prompt. Prompts are encoded one at a time, so an embedding does not depend on it
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -97,7 +98,9 @@ class TextCache:
         self.free()
 
     def free(self) -> None:
-        self._encode = None
+        if self._encode is not None:
+            self._encode = None
+            gc.collect()  # encoders in four bits hold themselves
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -91,7 +91,7 @@ def build(recipe: Recipe, *, before_model: Callable[[], None] = lambda: None) ->
     prompts, preview = prompts_of(recipe, pictures.prompts if pictures else None)
     check_folder(recipe)
     check_start(recipe)
-    check_taste(recipe.reward)
+    check_taste(recipe.reward, recipe.model.name)
     check_context(recipe)
     with torch.random.fork_rng(devices=[]):  # first, for its missing files; the LoRA's first weights do not see it
         reward, tower = reward_and_tower(recipe.reward)

@@ -108,7 +108,18 @@ def heldout_of(recipe: Recipe) -> str | None:
     if recipe.model.name == "emoji":
         return "emoji-heldout"
     used = rewards_used(recipe.reward)
+    if recipe.evaluate.heldout is None and "taste" in used:
+        used = used | _bases_of_taste(recipe)
     return recipe.evaluate.heldout or next((name for name in rewards.HELD_OUT_CANDIDATES if name not in used), None)
+
+
+def _bases_of_taste(recipe: Recipe) -> set[str]:
+    """The rewards on whose features the recipe's taste stands, as far as it is there to be read."""
+    from palate.taste.saved import parts_of, source_of  # loads the libraries of networks
+
+    with contextlib.suppress(InputError):
+        return {source_of(folder) for folder, _ in parts_of(recipe.reward.source.get("taste"))}
+    return set()
 
 
 def judge_guards(recipe: Recipe) -> bool:
@@ -215,7 +226,9 @@ def _check_sizes(recipe: Recipe, mistakes: list[str]) -> None:
 def _check_rewards(recipe: Recipe, mistakes: list[str]) -> None:
     reward = recipe.reward
     used = rewards_used(reward)
-    if recipe.optimize is None and (reward.name is None) == (not reward.weights):
+    if reward.name is not None and reward.weights:
+        mistakes.append("reward: got reward.name and reward.weights; take one away, as reward.name=null")
+    elif recipe.optimize is None and reward.name is None and not reward.weights:
         mistakes.append("reward: give reward.name, or reward.weights with at least one name and its weight")
     if recipe.evaluate.heldout is not None:
         if recipe.model.name == "emoji":

@@ -16,9 +16,10 @@ from palate.rewards.load import load_reward
 from palate.rewards.oracles import exact_reward
 from palate.rewards.table import find
 from palate.runtime.code import code_digest, names_a_file, short_name
+from palate.runtime.errors import InputError
 from palate.runtime.files import json_digest
 from palate.taste.reward import TasteReward
-from palate.taste.saved import check_learnt, parts_of
+from palate.taste.saved import check_learnt, parts_of, source_of
 from palate.taste.taste import load_objective
 
 ORACLE = "oracle-"  # begins the name under which a built-in oracle is a reward of an evaluation
@@ -175,11 +176,20 @@ def reward_objective(settings: RewardSettings) -> Objective:
     return Objective(terms, settings.name is None, pairs, relative.k if relative is not None else 0.0)
 
 
-def check_taste(settings: RewardSettings) -> None:
-    """InputError: the recipe aligns to a taste that is not learnt, and does not say that it wants to."""
-    named = settings.name == "taste" or "taste" in (settings.weights or ())
-    if named and not (settings.taste is not None and settings.taste.allow_unlearnt):
-        check_learnt(settings.source.get("taste"))
+def check_taste(settings: RewardSettings, model: str) -> None:
+    """InputError: the recipe aligns to a taste that is not learnt, and does not say that it wants to, or to a taste of
+    other pictures than the model of that name draws."""
+    if settings.name != "taste" and "taste" not in (settings.weights or ()):
+        return
+    source = settings.source.get("taste")
+    for folder, _ in parts_of(source) if model != "emoji" else ():
+        if source_of(folder) == "emoji":
+            raise InputError(
+                f"reward.source.taste: {folder} stands on the embedded model's reward, which knows no other pictures: "
+                "palate taste fit VOTES --features clip-score"
+            )
+    if not (settings.taste is not None and settings.taste.allow_unlearnt):
+        check_learnt(source)
 
 
 def image_tower(rewards: Iterable[Reward]) -> EmbedsImages | None:

@@ -7,12 +7,15 @@ for again.
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from palate.core import DrawsReference, Model, Sampleable, Sampler
 from palate.data import evenly_spaced, listed, prompts_at
@@ -90,6 +93,10 @@ def _draw(
     model, sampler = load()
     make_current(run.path, evaluation_key(*pairs(prompts, seeds)))
     draw_sides(run, run.path, model, sampler, prompts, seeds)
+    del model, sampler
+    gc.collect()  # a network and what recomputes its blocks hold one another
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _judged(

@@ -122,14 +122,20 @@ def process_group(*, timeout_seconds: float = 600) -> Iterator[Ranks]:
         )
     gpu = torch.cuda.is_available()
     if gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        own, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if own >= there:
+            raise InputError(f"rank {own} of this machine has no GPU, it has {there}; start at most {there} (--nproc)")
+        torch.cuda.set_device(own)
     limit = datetime.timedelta(seconds=timeout_seconds)
     with peers():
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=limit)
+    ended = False
     try:
         yield ranks()
+        ended = True
     finally:
-        dist.destroy_process_group()
+        if ended or not gpu:  # nccl would wait for peers in a collective, and the error would be said after that
+            dist.destroy_process_group()
 
 
 def exit_process(code: int) -> NoReturn:
@@ -154,6 +160,8 @@ def peers() -> Iterator[None]:
     """Inside, ranks talk to one another: what that raises is RankLostError."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # dist.DistError and what gloo and nccl raise are RuntimeErrors
         raise RankLostError(f"another rank is lost ({first_line(error)}); continue with palate resume") from error
 

@@ -149,7 +149,10 @@ def memory_advice(weights: Weights) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        signs = ("out of memory", "can't allocate memory", "not enough memory")
+        signs = (
+            "out of memory", "can't allocate memory", "not enough memory",
+            "CUBLAS_STATUS_ALLOC_FAILED", "unable to find an engine",
+        )  # fmt: skip
         known = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(sign in str(error) for sign in signs)
         if not known:
             raise

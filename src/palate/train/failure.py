@@ -31,6 +31,12 @@ from palate.train.update import Stream, Updater, as_trained
 MAX_BAD_STEPS = 3  # updates in a row that are not finite, then the run stops
 
 
+def _kept(value: Tensor) -> Tensor:
+    """A copy in the host's memory: beside the weights and their moments a card has no room for a second set. A piece of
+    a sharded tensor stays, since it is gathered where it is."""
+    return value.detach().clone() if sharding.is_cut(value) else value.detach().to("cpu", copy=True)
+
+
 class Snapshot(NamedTuple):
     """What a step starts from: tensors (none where the weights are known to stay) and the algorithm's states."""
 
@@ -59,7 +65,7 @@ class Failures:
         number says nothing of this one's: Diff-Instruct*'s assistant first learns alone.
         """
         state = {} if updates == 1 and len(self.weights.parameters) == 1 else self.weights.state_dict()
-        return Snapshot({key: value.detach().clone() for key, value in state.items()}, self.replicas.states())
+        return Snapshot({key: _kept(value) for key, value in state.items()}, self.replicas.states())
 
     def skip(self, problem: str, before: Snapshot, samples: Samples, log: RunLog, save: Callable[[], None]) -> None:
         """Log the step and write its bundle. NonFiniteError: it was one of several in a row; `save` is called first."""
