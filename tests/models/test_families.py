@@ -589,6 +589,13 @@ def test_hub_errors_say_what_to_do(case, monkeypatch):
         load("flux", "a/b")
 
 
+def test_a_vae_is_not_read_in_float16():
+    """SDXL's overflows in it; the network samples in it all the same."""
+    model = load("sdxl", training="none", dtype="float16")
+    assert model.parts.vae.dtype == torch.float32
+    assert {p.dtype for p in model.weights.network.parameters()} == {torch.float16}
+
+
 @pytest.mark.parametrize("name", ["sdxl", "flux2-klein", "qwen-image", "sana"])
 def test_large_images_are_decoded_a_few_at_a_time(name, monkeypatch):
     model, rows = load(name), []

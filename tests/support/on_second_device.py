@@ -91,9 +91,10 @@ def test_full_training_computes_in_bfloat16():
     noise = Random(0, 0, range(2)).normal("noise", model.latent_shape).to(GPU)
     seen = []
     model.weights.network.register_forward_hook(lambda module, given, output: seen.append(output[0].dtype))
+    model.weights.network.register_forward_hook(lambda *_: seen.append(torch.is_autocast_cache_enabled()))
     x0 = model.predict(noise, torch.tensor([0.8, 0.3], device=GPU), model.encode_prompts(PROMPTS)).x0
     x0.square().mean().backward()
-    assert seen == [torch.bfloat16] and x0.dtype == torch.float32
+    assert seen == [torch.bfloat16, False] and x0.dtype == torch.float32
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
 
 

@@ -164,10 +164,9 @@ def load_parts(
         image_size = default_size or repository.config(facts.denoiser)["sample_size"] * factor_of(vae_config)
     shape = shape_of(repository, facts, image_size)
     cache = _text_cache(repository, facts.name, text, options, precision, where)
+    precise = torch.float32 if precision == torch.float16 else precision  # SDXL's VAE overflows in float16
     vae = Autoencoder(
-        repository.read(
-            "vae", facts.vae, torch.float32 if precision == torch.float16 else precision
-        ),  # SDXL's overflows
+        repository.read("vae", facts.vae, precise),
         device=where,
         gradient_checkpointing=options.gradient_checkpointing,
         layout=facts.layout,
