@@ -80,7 +80,7 @@ def test_who_judges(towers, tmp_path, monkeypatch):
     taste = plan(reward={"name": "taste", "source": {"taste": "tastes/mine"}})
     assert recipe.heldout_of(taste) == "clip-score"  # while there is no taste to be read
     with monkeypatch.context() as patch:
-        patch.setattr("palate.taste.saved.source_of", lambda folder: "clip-score")
+        patch.setattr("palate.recipe.cross_checks.source_of", lambda folder: "clip-score")
         assert recipe.heldout_of(taste) == "pickscore"  # a taste is a function of its reward's features
     every = {"name": None, "weights": {name: 1.0 for name in HELD_OUT_CANDIDATES}}
     with pytest.raises(ValueError, match=r"reward.weights: clip-score, pickscore, hpsv2 are all optimised"):

@@ -17,6 +17,7 @@ from palate.recipe.settings import Recipe, RewardSettings, TrainerSettings
 from palate.rewards import table as rewards
 from palate.runtime.code import load_object, names_a_file, short_name
 from palate.runtime.errors import InputError
+from palate.taste.saved import parts_of, source_of
 
 
 @runtime_checkable
@@ -115,8 +116,6 @@ def heldout_of(recipe: Recipe) -> str | None:
 
 def _bases_of_taste(recipe: Recipe) -> set[str]:
     """The rewards on whose features the recipe's taste stands, as far as it is there to be read."""
-    from palate.taste.saved import parts_of, source_of  # loads the libraries of networks
-
     with contextlib.suppress(InputError):
         return {source_of(folder) for folder, _ in parts_of(recipe.reward.source.get("taste"))}
     return set()

@@ -18,8 +18,9 @@ from palate.rewards.table import find
 from palate.runtime.code import code_digest, names_a_file, short_name
 from palate.runtime.errors import InputError
 from palate.runtime.files import json_digest
+from palate.taste import card as cards
 from palate.taste.reward import TasteReward
-from palate.taste.saved import check_learnt, parts_of, source_of
+from palate.taste.saved import about, parts_of, source_of
 from palate.taste.taste import load_objective
 
 ORACLE = "oracle-"  # begins the name under which a built-in oracle is a reward of an evaluation
@@ -181,15 +182,22 @@ def check_taste(settings: RewardSettings, model: str) -> None:
     other pictures than the model of that name draws."""
     if settings.name != "taste" and "taste" not in (settings.weights or ()):
         return
-    source = settings.source.get("taste")
-    for folder, _ in parts_of(source) if model != "emoji" else ():
-        if source_of(folder) == "emoji":
+    unlearnt = settings.taste is not None and settings.taste.allow_unlearnt
+    for folder, _ in parts_of(settings.source.get("taste")):
+        if model != "emoji" and source_of(folder) == "emoji":
             raise InputError(
                 f"reward.source.taste: {folder} stands on the embedded model's reward, which knows no other pictures: "
                 "palate taste fit VOTES --features clip-score"
             )
-    if not (settings.taste is not None and settings.taste.allow_unlearnt):
-        check_learnt(source)
+        if unlearnt:
+            continue
+        card = about(folder)["card"]
+        if not cards.learnt(card):
+            why = "A sum of tastes, of which one is not learnt." if "mixed" in card else cards.verdict(card)
+            raise InputError(
+                f"reward.source.taste: {folder}: {why} To train towards it all the same, set "
+                "reward.taste.allow_unlearnt=true."
+            )
 
 
 def image_tower(rewards: Iterable[Reward]) -> EmbedsImages | None:

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from palate.runtime.errors import InputError
-from palate.taste import card as cards
 
 FILE, CARD = "taste.safetensors", "card.json"
 
@@ -58,15 +57,3 @@ def about(folder: str | Path) -> dict[str, Any]:
 def source_of(folder: str | Path) -> str:
     """The name of the reward that a saved taste stands on. InputError: there is no taste."""
     return str(about(folder)["source"])
-
-
-def check_learnt(source: str | None) -> None:
-    """InputError unless every taste that the recipe names predicts held-out votes well enough to be optimised."""
-    for folder, _ in parts_of(source):
-        card = about(folder)["card"]
-        if not cards.learnt(card):
-            why = "A sum of tastes, of which one is not learnt." if "mixed" in card else cards.verdict(card)
-            raise InputError(
-                f"reward.source.taste: {folder}: {why} To train towards it all the same, set "
-                "reward.taste.allow_unlearnt=true."
-            )
