@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -15,11 +16,13 @@ from support.ranks import MAKE, TEACHERS, Networks
 from palate import train as failure
 from palate.algorithms.distar import Distar, DistarSettings, Generator
 from palate.algorithms.flow_grpo import FlowGRPO, FlowGRPOSettings
+from palate.cli import doctor
 from palate.core import Loss
 from palate.path import Prediction
 from palate.rewards.combine import weighted
 from palate.rewards.learned import BlackBox
-from palate.runtime import checkpoint
+from palate.runtime import checkpoint, distributed
+from palate.runtime.errors import InputError, RankLostError
 from palate.testing import PROMPTS, TinyFlow
 from palate.testing import tiny_reward as reward
 
@@ -318,3 +321,29 @@ def test_the_command_builds_all_that_the_algorithm_asks(tiny, palate, monkeypatc
     code, out, err = palate("replay", "runs/tiny/failures/step-000003")
     assert (code, err) == (0, "") and "first value that is not finite: model.encode_prompts" in out
     assert given == first * 2
+
+
+def test_memory_that_ran_out_among_ranks_is_no_lost_rank():
+    with pytest.raises(torch.OutOfMemoryError), distributed.peers():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(RankLostError), distributed.peers():
+        raise RuntimeError("connection closed by peer")
+
+
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
+    for name in distributed.PLACE:
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    said = r"rank 2 of this machine has no GPU, it has 2.*--nproc"
+    with pytest.raises(InputError, match=said), distributed.process_group():
+        raise AssertionError("no group was made")
+
+
+def test_a_card_without_bfloat16_of_its_own_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (2**30, 2**34))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(name="card", major=(7, 8)[i]))
+    old, new = [found for found in doctor._devices() if "cuda:" in found.text]
+    assert (old.state, new.state) == ("note", "ok") and "set model.dtype=float32" in old.text
