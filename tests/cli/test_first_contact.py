@@ -14,6 +14,7 @@ from support.tiny_families import saved
 from palate import cli, recipe
 from palate.cli.init import Answers, template_of, templates, write_recipe
 from palate.plan.table import GIB
+from palate.recipe.cross_checks import rewards_used
 from palate.runtime.errors import InputError
 
 
@@ -82,6 +83,37 @@ def test_words_go_where_the_method_reads_them_and_a_reward_alone_is_absolute(her
         write_recipe(Answers("flux", "srpo", "80", ("a",)), here / "d.yaml", plan=small)
     with pytest.raises(InputError, match=r"--words: the reward aesthetic reads no prompt"):
         write_recipe(Answers("sdxl", "sqdf", "80", ("a",)), here / "d.yaml", plan=small)
+
+
+ONE_MODEL_EACH = {method: (model, method) for model, method in templates()}.values()
+
+
+@pytest.mark.parametrize("model, method", ONE_MODEL_EACH, ids=[method for _, method in ONE_MODEL_EACH])
+def test_a_reward_in_place_of_the_templates_is_written_with_nothing_of_the_old_one(here, model, method):
+    for number, reward in enumerate(("image-reward", "taste")):
+        read = recipe.parse(
+            write_recipe(Answers(model, method, "80", reward=reward), here / f"{number}.yaml", plan=small).read_text()
+        )
+        assert rewards_used(read.reward) == {reward} and reward in read.reward.source
+        assert getattr(read.algorithm, "hinge", None) is None  # in units of the old reward
+        words = read.algorithm if hasattr(read.algorithm, "positive") else SimpleNamespace(positive=(), negative=())
+        assert not any((*words.positive, *words.negative)) and read.reward.relative is None
+    if method != "srpo":  # which compares two words
+        one = write_recipe(Answers(model, method, "80", ("3d",)), here / "word.yaml", plan=small).read_text()
+        read = recipe.parse(one)
+        assert "3d" in (getattr(read.algorithm, "positive", None) or read.reward.relative.positive)
+
+
+def test_a_template_keeps_its_taste_and_finds_its_reward_where_it_is_fetched_to(here):
+    taste = recipe.parse(write_recipe(Answers("sdxl", "taste", "80", reward="taste"), here / "a.yaml",
+                                      plan=small).read_text()).reward  # fmt: skip
+    assert taste.taste.absolute == 0.1 and set(taste.source) == {"taste", "clip-score"}
+    fetched = recipe.parse(write_recipe(Answers("flux", "srpo", "80"), here / "b.yaml", plan=small).read_text())
+    assert fetched.reward.source["hpsv2"].endswith("weights/hpsv2/HPS_v2.1_compressed.safetensors")
+    server = write_recipe(Answers("emoji", "nft", "80", reward="remote"), here / "c.yaml", plan=small)
+    assert recipe.parse(server.read_text()).reward.source["remote"].startswith("http://127.0.0.1")
+    with pytest.raises(InputError, match=r"--words: the reward aesthetic reads no prompt"):
+        write_recipe(Answers("flux", "srpo", "80", ("a",), ("b",), "aesthetic"), here / "d.yaml", plan=small)
 
 
 def test_what_has_no_room_is_changed_as_the_plan_advises(here, monkeypatch):
@@ -212,6 +244,23 @@ def test_a_dry_run_says_what_stays_free_on_the_device_in_use(here, capsys, monke
     assert said.startswith("  bad      a step needs 0.") and "trainer.micro_batches=" in said.splitlines()[0]
     assert not dry_run("run.check_memory=false")
     assert capsys.readouterr().out.partition("\nheadroom\n")[2].startswith("  note     a step needs")
+
+
+@pytest.mark.parametrize("override, problem", [
+    ("model.device=gpu", "model.device got 'gpu'; expected cpu, cuda or cuda:N"),
+    ("model.device=cuda:1", "model.device cuda:1: this torch sees no such device"),
+    ("trainer.tracker=[trackio]", "trainer.tracker: trackio is not installed"),
+    ("model.training_adapter=nowhere", "model.training_adapter: nowhere does not exist"),
+    ("model={name: sdxl, folder: ./none, training_adapter: nowhere}", "model.training_adapter: nowhere does not exist"),
+])  # fmt: skip
+def test_what_the_machine_lacks_is_said_before_anything_loads(here, capsys, monkeypatch, override, problem):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert dry_run(override) == 2
+    assert f"  bad      {problem}" in capsys.readouterr().out
+    monkeypatch.setattr("palate.recipe.builder.load_reward", lambda *given: pytest.fail("loaded first"))
+    with pytest.raises(InputError, match=re.escape(problem) if "sdxl" not in override else "none"):
+        cli.app(["train", "draft-emoji", "run.folder=runs/x", override], standalone_mode=False)
 
 
 def test_a_dry_run_goes_on_where_nothing_can_be_counted(here, capsys):

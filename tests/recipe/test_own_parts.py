@@ -96,6 +96,14 @@ def test_a_changed_file_is_another_run(own):
     assert recipe.fingerprint(recipe.read("own.yaml")) != before
 
 
+SHORT = """
+def score(images): ...
+class Score:
+    def __call__(self, images, prompts, scale): ...
+class Model:
+    @classmethod
+    def load(cls, folder, training): ...
+"""
 WRONG = [
     ("reward.name=nowhere.py:score", "reward.name: nowhere.py does not exist"),
     ("reward.name=reward.py:rate", "has no rate; it has score"),
@@ -104,12 +112,17 @@ WRONG = [
     ("algorithm.temprature=1", "did you mean algorithm.temperature?"),
     ("model.name=model.py:Mine", "has no Mine"),
     ("algorithm.name=broken.py:Mine", "cannot be imported (SyntaxError"),
+    ("reward.name=short.py:score", "reward.name: short.py:score is called as (images, prompts): too many positional"),
+    ("reward.name=short.py:Score", "reward.name: short.py:Score is called as (images, prompts): missing a required"),
+    ("model.name=short.py:Model", "Model.load is called as (folder, training, lora_rank, "),
+    ("model.name=short.py:score", "score.load is called as (folder, training, lora_rank, "),
 ]
 
 
 @pytest.mark.parametrize(("override", "message"), WRONG, ids=[each for each, _ in WRONG])
 def test_what_is_wrong_with_a_part_is_a_sentence(own, palate, override, message):
     (own / "broken.py").write_text("class Mine(:\n")
+    (own / "short.py").write_text(SHORT)
     code, _, err = palate("train", "own.yaml", override)
     assert code == 2 and message in err and "Traceback" not in err, err
 

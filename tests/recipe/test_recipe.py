@@ -77,6 +77,12 @@ HOSTILE = [
         ["reward.relative: warmth reads no prompt"],
     ),
     (
+        "words that no reward reads",
+        GOOD,
+        ["reward.name=warmth", "algorithm.positive=[3d]", "algorithm.negative=[flat]"],
+        ["algorithm.positive, algorithm.negative: warmth reads no prompt", "algorithm.preference=absolute"],
+    ),
+    (
         "relative misspelt",
         GOOD,
         ["algorithm={name: draft}", "reward.relative={positve: 3d, negative: flat}"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import typer
@@ -13,6 +14,7 @@ from palate import recipe as recipes
 from palate.cli.doctor import STOPS, Finding
 from palate.cli.requirements import files_required
 from palate.data import check_images
+from palate.models.options import place_of
 from palate.plan.table import FREE, GIB
 from palate.recipe import Recipe
 from palate.recipe.pictures import pictures_of
@@ -20,6 +22,7 @@ from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
 from palate.runtime.files import nearest_existing
 from palate.runtime.progress import printable
+from palate.train.tracking import check_trackers
 
 SHOWN = 5  # prompts
 Prompts = tuple[list[str], list[str]]  # of training, of previews
@@ -44,8 +47,8 @@ def dry_run_of(recipe: Recipe, *, gpus: int = 1, fresh: bool = False) -> None:
     print("\nneeded")
     wanted = list(files_required(recipe, made))
     good = _said(each.finding() for each in wanted) and good
-    if not any(each.what.startswith("model") and each.state in STOPS for each in wanted):
-        good = _said(_wrong(recipe, gpus)) and good
+    whole = not any(each.what.startswith("model") and each.state in STOPS for each in wanted)
+    good = _said(_wrong(recipe, gpus, whole)) and good
     prompts = _prompts_of(recipe)
     good = _said(_unknown(recipe, prompts)) and good
     print("\nprompts")
@@ -67,6 +70,11 @@ def _said(findings: Iterator[Finding]) -> bool:
 
 def _headroom(recipe: Recipe, made: planner.Plan | None, gpus: int) -> Iterator[Finding]:
     """What a step leaves free on the device that the run is to use, as `palate train` asks before it loads."""
+    try:
+        place_of(recipe.model.device)
+    except InputError as error:
+        yield Finding("bad", str(error))
+        return
     found = planner.room(recipe, gpus=gpus, units=made.units) if made else None
     if found is None:
         yield Finding("note", "not known: the memory of a step cannot be counted")
@@ -106,18 +114,31 @@ def _unwritable(folder: Path) -> str:
     return ""
 
 
-def _wrong(recipe: Recipe, gpus: int) -> Iterator[Finding]:
+def _wrong(recipe: Recipe, gpus: int, whole: bool) -> Iterator[Finding]:
     """What the files that are there say: a folder of another family, a size that it cannot draw, a LoRA that does not
-    fit, a picture that cannot be read; and a batch that the ranks cannot share."""
-    try:
-        planner.require_equal_parts(recipe, gpus)
-        pictures = pictures_of(recipe)
-        check_images(pictures.files if pictures else [])
-        recipes.check_folder(recipe)
-        recipes.check_start(recipe)
-        recipes.warn_of_noise(recipe)
-    except (InputError, OSError) as error:
-        yield Finding("bad", str(error).splitlines()[0])
+    fit, a picture that cannot be read; a batch that the ranks cannot share; a tracker that is not installed. whole:
+    whether the model is there to be asked."""
+    model = _check_model if whole else recipes.check_named_files
+    for check in (partial(planner.require_equal_parts, gpus=gpus), _check_trackers, _check_pictures, model):
+        try:
+            check(recipe)
+        except (InputError, OSError) as error:
+            yield Finding("bad", str(error).splitlines()[0])
+
+
+def _check_trackers(recipe: Recipe) -> None:
+    check_trackers(recipe.trainer.tracker)
+
+
+def _check_pictures(recipe: Recipe) -> None:
+    pictures = pictures_of(recipe)
+    check_images(pictures.files if pictures else [])
+
+
+def _check_model(recipe: Recipe) -> None:
+    recipes.check_folder(recipe)
+    recipes.check_start(recipe)
+    recipes.warn_of_noise(recipe)
 
 
 def _unknown(recipe: Recipe, prompts: Prompts) -> Iterator[Finding]:

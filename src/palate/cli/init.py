@@ -21,7 +21,7 @@ from palate.data import read_prompts
 from palate.models.facts import facts_of
 from palate.plan.table import GIB, Device, find_device
 from palate.recipe import Recipe
-from palate.recipe.cross_checks import ControlWords, rewards_used
+from palate.recipe.cross_checks import ControlWords, PrefersWords, rewards_used
 from palate.recipe.editing import with_value, with_values, without_head
 from palate.recipe.reader import literal, text_of
 from palate.rewards import table as rewards
@@ -99,37 +99,14 @@ def template_of(answers: Answers, known: dict[tuple[str, str], str]) -> str:
 
 def changes_for(recipe: Recipe, answers: Answers) -> dict[str, Any]:
     """Keys of the template that the answers change, with their values. InputError: answers that exclude each other."""
-    changes: dict[str, Any] = {}
-    words, own = bool(answers.positive or answers.negative), isinstance(recipe.algorithm, ControlWords)
-    if answers.reward is not None:
-        known = PUBLISHED.get(answers.reward)
-        source = f"weights/{answers.reward}/{known.converted}" if known and known.converted else None
-        if answers.reward == "taste":
-            source = "tastes/mine"
-        changes |= {"reward.name": answers.reward, "reward.weights": None, "reward.taste": None}
-        changes["reward.source"] = {answers.reward: source} if source else None
-        if recipe.evaluate.heldout == answers.reward:
-            changes["evaluate.heldout"] = None
-    if words and own:
-        if not (answers.positive and answers.negative):
-            missing = "--without" if answers.positive else "--words"
-            raise InputError(f"{missing}: {recipe.algorithm.name} compares wanted with unwanted words; give both")
-        changes["algorithm.positive"], changes["algorithm.negative"] = list(answers.positive), list(answers.negative)
-        changes |= {"algorithm.preference": None}
-    elif words:
-        if len(answers.positive) > 1 or len(answers.negative) > 1:
-            raise InputError(f"--words: {recipe.algorithm.name} takes one wanted and one unwanted word")
-        asked = {answers.reward} if answers.reward else rewards_used(recipe.reward)
-        if not any(rewards.find(name).reads_prompt for name in asked):
-            raise InputError(
-                f"--words: the reward {', '.join(sorted(asked))} reads no prompt, so no word changes it; add --reward "
-                "hpsv2, or another that reads prompts"
-            )
-        pair = {"positive": (*answers.positive, "")[0], "negative": (*answers.negative, "")[0]}
-        changes["reward.relative"] = {**pair, "k": KEPT}
-    elif answers.reward is not None and own:  # the reward alone is what is wanted
-        changes |= {"algorithm.positive": [], "algorithm.negative": [], "algorithm.preference": "absolute",
-                    "algorithm.branches": ["denoise"]}  # fmt: skip
+    changes = _reward_changes(recipe, answers.reward)
+    if answers.positive or answers.negative:
+        changes |= _word_changes(recipe, answers)
+    elif answers.reward is not None and isinstance(recipe.algorithm, ControlWords):  # it alone is what is wanted
+        changes |= {"algorithm.positive": [], "algorithm.negative": []}
+        if isinstance(recipe.algorithm, PrefersWords):
+            changes |= {"algorithm.preference": "absolute", "algorithm.branches": ["denoise"],
+                        "algorithm.k_denoise": None, "algorithm.k_inversion": None}  # fmt: skip
     if answers.prompts is not None:
         read_prompts(answers.prompts)  # InputError: it is not there, or holds none
     if answers.prompts is not None or answers.prompt_list:
@@ -137,6 +114,54 @@ def changes_for(recipe: Recipe, answers: Answers) -> dict[str, Any]:
                     "prompts.images": None, "prompts.pairs": None, "prompts.likes": None,
                     "prompts.preview": None, "evaluate.file": None}  # fmt: skip
     return changes
+
+
+def _reward_changes(recipe: Recipe, name: str | None) -> dict[str, Any]:
+    """The reward that is named in place of the template's, with nothing of the old one's; None: the template's. Either
+    is looked for where it will be."""
+    reward, used, kept = recipe.reward, rewards_used(recipe.reward), recipe.reward.source
+    changes: dict[str, Any] = {}
+    if name is not None and used != {name}:
+        used, kept = {name}, {}
+        changes = {"reward.name": name, "reward.weights": None, "reward.taste": None, "reward.relative": None,
+                   "reward.scale": None, "reward.noised": None}  # fmt: skip
+        if getattr(recipe.algorithm, "hinge", None) is not None:  # in units of the old one
+            changes["algorithm.hinge"] = None
+        if recipe.evaluate.heldout == name:
+            changes["evaluate.heldout"] = None
+    source = {**kept, **{each: place for each in sorted(used) if (place := _place(each))}}
+    if source != reward.source:
+        changes["reward.source"] = source or None
+    return changes
+
+
+def _place(reward: str) -> str:
+    """Where `palate fetch` or `palate taste fit` writes it, or a server's usual address; "" where none is needed."""
+    known = PUBLISHED.get(reward)
+    if known is not None and known.converted:
+        return f"weights/{reward}/{known.converted}"
+    return "tastes/mine" if reward == "taste" else rewards.find(reward).example
+
+
+def _word_changes(recipe: Recipe, answers: Answers) -> dict[str, Any]:
+    """The words, where the method reads them."""
+    name, own = recipe.algorithm.name, isinstance(recipe.algorithm, ControlWords)
+    if isinstance(recipe.algorithm, PrefersWords) and not (answers.positive and answers.negative):
+        missing = "--without" if answers.positive else "--words"
+        raise InputError(f"{missing}: {name} compares wanted with unwanted words; give both")
+    if not own and (len(answers.positive) > 1 or len(answers.negative) > 1):
+        raise InputError(f"--words: {name} takes one wanted and one unwanted word")
+    asked = {answers.reward} if answers.reward else rewards_used(recipe.reward)
+    if not any(rewards.find(each).reads_prompt for each in asked):
+        raise InputError(
+            f"--words: the reward {', '.join(sorted(asked))} reads no prompt, so no word changes it; add --reward "
+            "hpsv2, or another that reads prompts"
+        )
+    if own:
+        return {"algorithm.positive": list(answers.positive), "algorithm.negative": list(answers.negative),
+                "algorithm.preference": None}  # fmt: skip
+    pair = {"positive": (*answers.positive, "")[0], "negative": (*answers.negative, "")[0]}
+    return {"reward.relative": {**pair, "k": KEPT}}
 
 
 def card_of(card: str | None) -> tuple[str, Device]:

@@ -13,6 +13,7 @@ from palate import recipe as recipes
 from palate.cli.phases import show_phases
 from palate.cli.ranks import OnMain
 from palate.cli.run_folder import remove_run
+from palate.models.options import place_of
 from palate.plan import require_room
 from palate.recipe import Recipe
 from palate.report.pictures import preview_folders
@@ -22,6 +23,7 @@ from palate.runtime.files import in_shell
 from palate.runtime.progress import say
 from palate.runtime.runlock import owned
 from palate.train import Job, Outcome, run_job
+from palate.train.tracking import check_trackers
 
 
 def train_recipe(recipe: Recipe, on_main: OnMain, *, resume: bool, fresh: bool, quiet: bool) -> None:
@@ -52,6 +54,8 @@ def _trained(recipe: Recipe, on_main: OnMain, *, resume: bool, fresh: bool, quie
     else:
         recipe = recipes.begun(recipe)
     torch.manual_seed(recipe.trainer.seed)  # the LoRA's first weights; nothing later draws from this generator
+    place_of(recipe.model.device)  # before anything large loads
+    check_trackers(recipe.trainer.tracker)
     with show_phases(quiet or "RANK" in os.environ):
         parts = recipes.build(recipe, before_model=lambda: on_main(lambda: require_room(recipe)))
     if fresh:

@@ -23,7 +23,7 @@ from palate.rewards.checklist import load_checklist
 from palate.rewards.client import TOKEN, JsonClient, Patience
 from palate.rewards.oracles import BUILT_IN, Oracle
 from palate.rewards.remote import RemoteReward
-from palate.runtime.code import load_module_object, load_object, names_a_file
+from palate.runtime.code import load_module_object, load_object, names_a_file, refused_call
 from palate.runtime.errors import InputError
 from palate.runtime.files import parse_json
 from palate.runtime.images import encode_png, to_pixels
@@ -38,6 +38,8 @@ def load_oracle(settings: OracleSettings, *, seed: int = 0) -> Oracle:
         found = load_object(named, key=key) if names_a_file(named) else load_module_object(named, key=key)
         if not callable(found):
             raise InputError(f"{key}: expected module:function of something callable, got {named!r}")
+        if problem := refused_call(found, None, []):
+            raise InputError(f"{key}: {named} is called as (images, prompts): {problem}")
         return found
     if settings.command is not None:
         if shutil.which(settings.command[0]) is None:

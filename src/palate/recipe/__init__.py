@@ -46,7 +46,14 @@ if TYPE_CHECKING:
     from palate.recipe.identity import check_identity, identity_text, run_identity
     from palate.recipe.objective import Objective, control_words, objective_of
     from palate.recipe.prompts import check_words, prompts_of
-    from palate.recipe.start import check_folder, check_start, load_consistency, reference_of, warn_of_noise
+    from palate.recipe.start import (
+        check_folder,
+        check_named_files,
+        check_start,
+        load_consistency,
+        reference_of,
+        warn_of_noise,
+    )
     from palate.rewards.load import load_reward
 
 # These need torch, transformers and diffusers; a recipe is read and checked without them.
@@ -61,6 +68,7 @@ _LATER = {
     "build_whole_model": "palate.recipe.builder",
     "check_identity": "palate.recipe.identity",
     "check_folder": "palate.recipe.start",
+    "check_named_files": "palate.recipe.start",
     "check_start": "palate.recipe.start",
     "check_words": "palate.recipe.prompts",
     "control_words": "palate.recipe.objective",
@@ -108,6 +116,7 @@ __all__ = [
     "captioned_images",
     "check_folder",
     "check_identity",
+    "check_named_files",
     "check_start",
     "check_trainer",
     "check_words",

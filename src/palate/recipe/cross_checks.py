@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
@@ -15,7 +16,7 @@ from palate.recipe.names import near
 from palate.recipe.picture_checks import ComparesErrors, check_images_read, check_pictures, check_prompts
 from palate.recipe.settings import Recipe, RewardSettings, TrainerSettings
 from palate.rewards import table as rewards
-from palate.runtime.code import load_object, names_a_file, short_name
+from palate.runtime.code import load_object, names_a_file, refused_call, short_name
 from palate.runtime.errors import InputError
 from palate.taste.saved import parts_of, source_of
 
@@ -156,6 +157,7 @@ def check_effects(recipe: Recipe, mistakes: list[str]) -> None:
         check_images_read(recipe.prompts, recipe.algorithm, kind, mistakes)
         _check_told(recipe, kind, mistakes)
         _check_pairs_of_words(recipe.algorithm, mistakes)
+        _check_words_read(recipe.reward, recipe.algorithm, mistakes)
     if problem := average_stays(recipe.trainer):
         mistakes.append(problem)
     labels = sorted(map(short_name, rewards_used(recipe.reward)))
@@ -194,6 +196,19 @@ def _check_pairs_of_words(settings: Any, mistakes: list[str]) -> None:
             f"algorithm.positive, algorithm.negative: the rotation compares {alike} with itself, and such an update "
             "has no preference; keep it on one side"
         )
+
+
+def _check_words_read(reward: RewardSettings, settings: Any, mistakes: list[str]) -> None:
+    """Whether a reward reads the control words: what none of them reads cancels in the difference."""
+    words = isinstance(settings, ControlWords) and any((*settings.positive, *settings.negative))
+    used = rewards_used(reward)
+    if not words or not used or any(rewards.find(name).reads_prompt for name in used):
+        return
+    without = "algorithm.preference=absolute" if isinstance(settings, PrefersWords) else "no words"
+    mistakes.append(
+        f"algorithm.positive, algorithm.negative: {', '.join(sorted(used))} reads no prompt, so no word changes it; "
+        f"use another reward, for example emoji or hpsv2, or {without}"
+    )
 
 
 def average_stays(trainer: TrainerSettings) -> str:
@@ -252,10 +267,15 @@ def _check_rewards(recipe: Recipe, mistakes: list[str]) -> None:
     for name in sorted(used):
         entry = rewards.find(name)
         if names_a_file(name):
+            key = "reward.name" if reward.name else "reward.weights"
             try:
-                load_object(name, key="reward.name" if reward.name else "reward.weights")
+                found = load_object(name, key=key)
             except InputError as error:
                 mistakes.append(str(error))
+            else:
+                problem = "" if inspect.isclass(found) or not callable(found) else refused_call(found, None, [])
+                if problem:
+                    mistakes.append(f"{key}: {short_name(name)} is called as (images, prompts): {problem}")
         if entry.kind == "service" and name not in reward.source:
             mistakes.append(f"reward.source.{name}: give the server's URL, for example {entry.example}")
 

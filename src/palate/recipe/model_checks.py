@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from palate.models import families
 from palate.models.options import Options, check_placement
 from palate.recipe.settings import ModelSettings
-from palate.runtime.code import names_a_file
+from palate.runtime.code import names_a_file, refused_call
 from palate.runtime.errors import InputError
 
 
@@ -14,7 +16,7 @@ def check_model(model: ModelSettings, mistakes: list[str]) -> None:
     try:
         family = families.find(model.name)
         if names_a_file(model.name):
-            family.load_class()
+            _check_load(family.load_class(), mistakes)
         reads = family.keys
     except InputError as error:
         mistakes.append(str(error))
@@ -29,6 +31,17 @@ def check_model(model: ModelSettings, mistakes: list[str]) -> None:
     own_family = family.module.startswith("palate.models.") and model.name != "emoji"
     if own_family and model.folder is None and model.file is None:  # a single file knows its published base
         mistakes.append(f"model.folder: {model.name} needs a diffusers folder or a hub id, or model.file a checkpoint")
+
+
+def _check_load(kind: Any, mistakes: list[str]) -> None:
+    """Whether a class of one's own can be loaded as a recipe loads it."""
+    load = getattr(kind, "load", None)
+    problem = refused_call(load, None, **dict.fromkeys(families.GIVEN)) if callable(load) else "it has none"
+    if problem:
+        mistakes.append(
+            f"model.name: {getattr(kind, '__name__', kind)}.load is called as (folder, {', '.join(families.GIVEN)}), "
+            f"the latter by name, and with the keys of model that it has: {problem}"
+        )
 
 
 def check_lora_read(model: ModelSettings, mistakes: list[str]) -> None:

@@ -44,16 +44,15 @@ class UsesTeachers(Protocol):
         """Name -> an object with `adapter`, the folder of a LoRA."""
 
 
-def check_start(recipe: Recipe) -> None:
-    """model.start, and the LoRAs that the recipe names against the architecture of its folder, before weights load."""
-    settings, family = recipe.model, families.find(recipe.model.name).load_class()
+def check_named_files(recipe: Recipe) -> None:
+    """That the weights which the recipe names beside the model's folder are there, whatever else is."""
+    settings = recipe.model
     if settings.file is not None:
         check_file(Path(settings.file).expanduser())
+    for key, adapter in _adapters_of(recipe):
+        find_file(adapter, key)
     start = None if settings.start is None else start_folder(settings.start)
     whole = start is not None and any((start / name).is_file() for name in FILES["full"])
-    teachers = teachers_of(recipe)
-    for _, key, adapter in teachers:
-        find_file(adapter, key)
     if start is not None and settings.weights == "lora" and not whole:
         find_file(start, "model.start")
     elif start is not None:
@@ -61,16 +60,23 @@ def check_start(recipe: Recipe) -> None:
             adapter_file(start, settings.weights)
         except ValueError as error:
             raise RecipeError(f"model.start: {error}") from error
+
+
+def check_start(recipe: Recipe) -> None:
+    """The weights that the recipe names, and its LoRAs against the architecture of its folder, before weights load."""
+    check_named_files(recipe)
+    settings, family = recipe.model, families.find(recipe.model.name).load_class()
     if not isinstance(family, HasFacts) or (settings.folder is None and settings.file is None):
         return
-    facts, consistency = family.facts, wants_consistency(recipe)
-    if consistency and settings.consistency is None:
+    facts = family.facts
+    if wants_consistency(recipe) and settings.consistency is None:
         raise RecipeError(
             "model.consistency: name the folder of an LCM-LoRA (pytorch_lora_weights.safetensors) "
             f"for {settings.name}, or use another algorithm.estimator: tweedie, rollout-2"
         )
-    started = start is not None and settings.weights == "lora"
-    if not (started or consistency or teachers or settings.training_adapter is not None):
+    adapters = _adapters_of(recipe)
+    started = settings.start is not None and settings.weights == "lora"
+    if not (started or adapters):
         return
     denoiser = facts.denoiser
     repository = open_repository(
@@ -79,14 +85,19 @@ def check_start(recipe: Recipe) -> None:
         parts={denoiser: facts.parts[denoiser]},
         options={"file": settings.file},
     )
-    if started and start is not None:
-        repository.check_lora(facts, start, key="model.start", rank=settings.lora_rank)
-    if settings.training_adapter is not None:
-        repository.check_lora(facts, settings.training_adapter, key="model.training_adapter")
-    if consistency and settings.consistency is not None:
-        repository.check_lora(facts, settings.consistency, key="model.consistency")
-    for _, key, adapter in teachers:
+    if started and settings.start is not None:
+        repository.check_lora(facts, start_folder(settings.start), key="model.start", rank=settings.lora_rank)
+    for key, adapter in adapters:
         repository.check_lora(facts, adapter, key=key)
+
+
+def _adapters_of(recipe: Recipe) -> list[tuple[str, str]]:
+    """Key of the recipe and LoRA, of all that stay frozen beside the model."""
+    model = recipe.model
+    found = [("model.training_adapter", model.training_adapter)]
+    found += [("model.consistency", model.consistency)] if wants_consistency(recipe) else []
+    found += [(key, adapter) for _, key, adapter in teachers_of(recipe)]
+    return [(key, adapter) for key, adapter in found if adapter is not None]
 
 
 def check_folder(recipe: Recipe) -> None:

@@ -12,7 +12,7 @@ import torch
 from palate.core import Reward, TwoTower
 from palate.rewards.combine import as_tensor_reward
 from palate.rewards.table import Entry, find
-from palate.runtime.code import imported, load_object, names_a_file
+from palate.runtime.code import imported, load_object, names_a_file, refused_call, short_name
 from palate.runtime.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -56,4 +56,6 @@ def _external(entry: Entry, source: str | None) -> Reward:
     if not callable(found):
         kind = type(found).__name__
         raise InputError(f"reward.name: {entry.name} is a {kind}; expected a function of images and prompts")
+    if problem := refused_call(found, None, []):
+        raise InputError(f"reward.name: {short_name(entry.name)} is called as (images, prompts): {problem}")
     return found if isinstance(found, TwoTower) else as_tensor_reward(found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,6 +62,17 @@ def load_object(name: str, *, key: str) -> Any:
         own = [each for each in vars(module) if not each.startswith("_")]
         raise InputError(f"{key}: {path} has no {attribute}; it has {', '.join(own) or 'nothing'}")
     return vars(module)[attribute]
+
+
+def refused_call(function: Any, *arguments: Any, **named: Any) -> str:
+    """Why the function cannot be called so, as "missing a required argument: 'x'"; "" where it can, or may."""
+    try:
+        inspect.signature(function).bind(*arguments, **named)
+    except TypeError as error:
+        return str(error)
+    except ValueError:  # it has no signature that can be read, as of one in C
+        pass
+    return ""
 
 
 def imported(module: str, attribute: str) -> Any:

@@ -14,6 +14,7 @@ from palate.recipe import TrainerSettings
 from palate.recipe.cross_checks import NeedsRewardGradient
 from palate.rewards.combine import as_scores, as_tensor_reward
 from palate.runtime import distributed
+from palate.runtime.code import refused_call
 from palate.runtime.distributed import Ranks
 from palate.runtime.errors import InputError, OutOfMemoryError
 from palate.runtime.phases import tell
@@ -53,6 +54,8 @@ def check_parts(model: Model, algorithm: Any, reward: Reward, *, samples: bool) 
         problems.append(
             f"the reward ({type(reward).__name__}) cannot be called; expected a function (images, prompts) -> (B,)"
         )
+    elif problem := refused_call(reward, None, []):
+        problems.append(f"the reward is called as (images, prompts): {problem}")
     if problems:
         raise InputError("\n".join(problems))
 
