@@ -51,7 +51,7 @@ def palate(monkeypatch, capfd):
 def tiny(tmp_path, monkeypatch):
     """A recipe whose model and reward are the stand-ins."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("palate.recipe.builder.build_model", lambda settings: TinyFlow())
+    monkeypatch.setattr("palate.recipe.builder.build_model", lambda recipe, **options: TinyFlow())
     monkeypatch.setattr("palate.recipe.builder.reward_and_tower", lambda settings: (tiny_reward, None))
     monkeypatch.setattr("palate.cli.model_source.base_model", TinyFlow)
     (tmp_path / "tiny.yaml").write_text(RECIPE.format(folder="runs/tiny"))

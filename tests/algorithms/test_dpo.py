@@ -144,7 +144,7 @@ def test_pairs_of_a_recipe_arrive_preferred_first_without_the_ties(tmp_path, mon
     ]
     (tmp_path / "train.json").write_text(json.dumps(listed))
     model = SimpleNamespace(image_size=2, encode=lambda images: images)
-    monkeypatch.setattr("palate.recipe.builder.build_model", lambda *args: model)
+    monkeypatch.setattr("palate.recipe.builder.build_model", lambda *args, **options: model)
     monkeypatch.setattr("palate.recipe.builder.reward_and_tower", lambda *args: (linear, None))
     text = f"algorithm: {{name: dpo}}\nreward: {{name: emoji}}\nprompts: {{pairs: {tmp_path / 'train.json'}}}"
     parts = recipe.build(recipe.parse(text))
@@ -172,7 +172,7 @@ def test_given_ties_and_mirror_images_are_samples_of_their_own(tmp_path, monkeyp
               for i, votes in enumerate([[0, 1], [1, 1]])]  # fmt: skip
     (tmp_path / "train.json").write_text(json.dumps(listed))
     model = SimpleNamespace(image_size=2, encode=lambda images: images[..., :1] * 255)
-    monkeypatch.setattr("palate.recipe.builder.build_model", lambda *args: model)
+    monkeypatch.setattr("palate.recipe.builder.build_model", lambda *args, **options: model)
     monkeypatch.setattr("palate.recipe.builder.reward_and_tower", lambda *args: (linear, None))
     text = (f"algorithm: {{name: dpo, ties: equal, flip: true}}\nreward: {{name: emoji}}\n"
             f"prompts: {{pairs: {tmp_path / 'train.json'}}}")  # fmt: skip

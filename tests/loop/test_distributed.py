@@ -59,6 +59,20 @@ class Noticed:
         yield from self.inner.step(model, reward, batch, rng)
 
 
+class HalfWay:
+    """SRPO that notes after its first loss of step 1 which of the network's gradients are there, as pieces."""
+
+    def __init__(self, said):
+        self.inner, self.said = srpo(), said
+        self.trains, self.steer = self.inner.trains, self.inner.steer
+
+    def step(self, model, reward, batch, rng):
+        for number, loss in enumerate(self.inner.step(model, reward, batch, rng)):
+            if number == 1 and rng.step == 1:
+                self.said += [p.grad is not None for p in model.parameters("policy")]
+            yield loss
+
+
 class SickEnd:
     """SRPO whose last loss of step 2 is not a number, in the second share."""
 
@@ -99,6 +113,10 @@ def together(folder: Path) -> None:
     for name in MEANS:
         go(folder / f"{name}-fused", name, dtype=torch.float64)
     go(folder / "srpo-fused-full", dtype=torch.float64, sharding="full")
+    for way in ("update", "loss"):
+        said[f"pieces after a loss, reduced at each {way}"] = pieces = []
+        go(folder / f"srpo-fused-{way}", algorithm=HalfWay(pieces), dtype=torch.float64, sharding="full",
+           reduce_gradients=way)  # fmt: skip
     for name in ("one-two", "one-full"):  # begun by one process, in float64
         go(folder / name, dtype=torch.float64, resume=True, sharding="full" if name == "one-full" else "none")
     go(folder / "two-one", dtype=torch.float64, steps=2)
@@ -212,11 +230,18 @@ def test_ranks_of_a_sharded_network_may_need_different_numbers_of_calls():
     assert any(a > b for a, b in zip(*longest, strict=True)) and any(a < b for a, b in zip(*longest, strict=True))
 
 
-@pytest.mark.parametrize("folder", [*(f"{name}-fused" for name in MEANS), "srpo-fused-full"])
+@pytest.mark.parametrize("folder", [*(f"{name}-fused" for name in MEANS), "srpo-fused-full", "srpo-fused-loss"])
 def test_two_ranks_are_the_whole_batch_in_one_go(pair, tmp_path, folder):
     """A mean over samples, whose numbers follow from their ids: only the order of additions differs."""
     go(tmp_path, folder.partition("-")[0], dtype=torch.float64)
     assert furthest(tmp_path, pair / folder) <= 1e-12
+
+
+def test_gradients_that_are_reduced_at_each_loss_are_never_whole_on_a_rank(pair):
+    said = json.loads((pair / "said-0.json").read_text())
+    assert all(said["pieces after a loss, reduced at each loss"])
+    waiting = said["pieces after a loss, reduced at each update"]  # a sum that each rank keeps whole until its end
+    assert waiting and not any(waiting)
 
 
 @pytest.mark.parametrize("folder", ["one-two", "one-full", "two-one", "full-one"])

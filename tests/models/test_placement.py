@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.tiny_families import load
+from support.tiny_families import load, saved
 
 from palate import recipe
 from palate.models import adapters, placement
 from palate.models.options import place_of
 from palate.models.placement import blocks_of, compile_blocks
 from palate.plan import Unit
+from palate.plan.count import Counts
 from palate.plan.memory import memory_of
 from palate.runtime.errors import InputError
 
+CUT = """
+model: {{name: flux, folder: {}, weights: full, dtype: float32}}
+algorithm: {{name: draft, K: 1, n: 0, steps: 2, guidance: 1.0}}
+reward: {{name: brightness}}
+evaluate: {{heldout: clip-score}}
+prompts: {{list: [a cat]}}
+trainer: {{sharding: full, guard: {{every: 0}}}}
+"""
 TIMES = torch.tensor([0.7, 0.4])
 
 
@@ -29,6 +38,20 @@ def gradient(model):
         other = model.predict(noise, TIMES, cond, weights="reference").x0
     (found - other).square().mean().backward()
     return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+
+
+def test_networks_that_are_to_be_cut_wait_on_the_host(monkeypatch):
+    """FSDP brings them to the card block by block; whole, a large one would not fit. A result is drawn uncut."""
+    model = load("flux", training="full", cut=True, device="meta")
+    assert {p.device.type for network in model.weights.networks.values() for p in network.parameters()} == {"cpu"}
+    assert model.device.type == "meta" and all(p.is_meta for p in model.parts.vae.vae.parameters())
+    made = recipe.parse(CUT.format(saved("flux")[0]))
+    asked = []
+    monkeypatch.setattr("palate.models.flux.Flux.load", lambda folder, **options: asked.append(options) or 1 / 0)
+    for build in (recipe.build, recipe.build_model):
+        with pytest.raises(ZeroDivisionError):
+            build(made)
+    assert asked[0]["cut"] is True and "cut" not in asked[1]
 
 
 @pytest.mark.parametrize("name", ["flux", "qwen-image", "chroma", "sd3", "sdxl", "stable-diffusion"])
@@ -145,7 +168,7 @@ def test_a_plan_knows_offload_and_the_small_optimizer():
     units = {name: unit for name in ("denoiser", "decoder", "encoder", "reward")}
 
     def planned(*more):
-        return memory_of(recipe.read("srpo-flux", [*base, *more]), units, {}, 1)
+        return memory_of(recipe.read("srpo-flux", [*base, *more]), units, Counts({}, {}), 1)
 
     assert planned("model.offload=true")["denoiser, frozen"] == (900 - 800 + 80) * 2
     assert planned("model.offload=true", "model.quantize=fp8")["denoiser, frozen"] == 300 * 2 + 600 - 720

@@ -13,6 +13,7 @@ from palate.cli.export import export_run
 from palate.models import adapters
 from palate.models.quantised import BYTES, METHODS, Float8Linear, quantisable, quantise, stored_in_fours
 from palate.plan import Unit
+from palate.plan.count import Counts
 from palate.plan.memory import memory_of
 from palate.runtime.errors import InputError
 
@@ -181,7 +182,7 @@ def test_a_plan_knows_what_is_stored(method):
     less = recipe.read("srpo-flux", [*base, f"model.quantize={method}"])
     unit = Unit(1000, 1.0, 1.0, 0.0, 0.0, 0.0, 100, 0.0, 600)
     units = {name: unit for name in ("denoiser", "decoder", "encoder", "reward")}
-    before, after = (memory_of(r, units, {}, 1)["denoiser, frozen"] for r in (made, less))
+    before, after = (memory_of(r, units, Counts({}, {}), 1)["denoiser, frozen"] for r in (made, less))
     assert before == 900 * 2 and after == pytest.approx(300 * 2 + 600 * BYTES[method])
     assert recipe.fingerprint(made) != recipe.fingerprint(less)
 
@@ -193,6 +194,6 @@ def test_a_plan_leaves_out_what_four_bits_leave_whole():
 
     def frozen(method):
         read = recipe.read("srpo-flux", [*base, f"model.quantize={method}"])
-        return memory_of(read, units, {}, 1)["denoiser, frozen"]
+        return memory_of(read, units, Counts({}, {}), 1)["denoiser, frozen"]
 
     assert frozen("nf4") == pytest.approx(500 * 2 + 400 * BYTES["nf4"]) and frozen("int8") == 300 * 2 + 600

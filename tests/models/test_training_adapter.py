@@ -102,7 +102,7 @@ def test_a_teacher_of_another_model_is_refused_before_anything_loads(tmp_path, m
     save_layers(tmp_path, "sdxl")
     free = "reward: {name: brightness}\nprompts: {list: [a cat]}\n"
     model = f"model: {{name: flux, folder: '{saved('flux')[0]}', image_size: {SIZE}, device: cpu}}\n"
-    monkeypatch.setattr("palate.recipe.builder.build_model", lambda made: pytest.fail("a model is loaded"))
+    monkeypatch.setattr("palate.recipe.builder.build_model", lambda made, **options: pytest.fail("a model is loaded"))
     for adapter, said in ((tmp_path, "LoRA of another model"), (tmp_path / "none", "does not exist")):
         text = f"algorithm: {{name: opd, teachers: {{warm: {{adapter: '{adapter}'}}}}}}\n"
         with pytest.raises(ValueError, match=rf"algorithm.teachers.warm.adapter: .*{said}"):

@@ -617,7 +617,7 @@ def test_a_search_keeps_the_paths_that_it_began_with(tmp_path, monkeypatch):
     made = recipe.read("optimize-emoji", ["model.training_adapter=lora", "run.folder=search"])
     for name in ("check_folder", "check_start", "load_consistency"):
         monkeypatch.setattr(start, name, lambda *args: None)
-    monkeypatch.setattr(start.builder, "build_model", lambda made: None)
+    monkeypatch.setattr(start.builder, "build_model", lambda made, **options: None)
     monkeypatch.setattr(start, "load_reward", stop)  # once recipe.yaml is written
     stored = tmp_path / "search" / "recipe.yaml"
     for kept in (recipe.begun(made), made):

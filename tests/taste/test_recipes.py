@@ -111,7 +111,7 @@ def test_what_a_taste_stands_on_is_asked_before_anything_loads(tastes, tmp_path)
 def test_a_taste_that_is_not_learnt_is_not_trained_towards_unless_the_recipe_says_so(coin, tastes, monkeypatch):
     """Before anything large loads; a sum with such a part is refused as well. An evaluation may still read it."""
     built = []
-    monkeypatch.setattr("palate.recipe.builder.build_model", lambda recipe: built.append(recipe) or 1 / 0)
+    monkeypatch.setattr("palate.recipe.builder.build_model", lambda recipe, **options: built.append(recipe) or 1 / 0)
     for source in (f"{coin}", f"{tastes / 'red'}:0.7, {coin}:0.3"):
         given = f"reward.source.taste={source}"
         with pytest.raises(InputError, match=r"no taste is learnt yet.*Choose 20 more.*reward\.taste\.allow_unlearnt"):

@@ -76,6 +76,7 @@ class LoadOptions(TypedDict, total=False):
     compile: bool
     offload: bool
     text_cache: str | Path | None
+    cut: bool
 
 
 @dataclass(frozen=True)

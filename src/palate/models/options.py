@@ -34,6 +34,7 @@ class Options:
     compile: bool = False  # the denoiser's blocks
     offload: bool = False  # the denoiser's frozen blocks wait in the host's memory
     text_cache: str | Path | None = None
+    cut: bool = False  # its networks stay in the host's memory until `runtime.sharding.shard` takes them, by blocks
 
 
 def check_placement(options: Options) -> None:

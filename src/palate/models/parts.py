@@ -172,7 +172,7 @@ def load_parts(
         layout=facts.layout,
     )
     network = repository.read(facts.denoiser, facts.network, precision, file=options.file, whole=facts.whole)
-    network = network if options.offload else network.to(where)
+    network = network if options.offload or options.cut else network.to(where)
     weights = named_weights(network, facts, options)
     place(weights, options, where)
     return Parts(repository, facts, weights, vae, cache, shape, sides(image_size), precision, where, options.file)

@@ -29,6 +29,7 @@ class Counts(NamedTuple):
 
     calls: dict[str, float]  # images per update, forward by part and backward as "`part` backward"
     graph: dict[str, float]  # images per image of the batch that the largest single backward pass goes through, by part
+    passes: int = 1  # backward passes between two updates, at most
 
 
 @runtime_checkable
@@ -104,15 +105,19 @@ def counts(recipe: Recipe, *, updates: int = 8) -> Counts:
     if teachers:  # who teach prompts of the recipe's own
         prompts = list(islice(cycle(prompts_of(recipe)[0]), size))
     mean: dict[str, float] = defaultdict(float)
+    most = 1
     for begin, end in _phases(recipe):
         model.calls.clear()
         steps = updates if end == recipe.trainer.steps else min(updates, end - begin)
         for step in range(begin + 1, begin + steps + 1):
             rng = Random(0, step, range(size))
             batch = Batch(prompts, model.encode_prompts(prompts), torch.arange(size), _latents(recipe, rng))
+            passes = 0
             for loss in algorithm.step(model, reward, batch, rng):
                 loss.value.backward()
+                passes += 1
                 if loss.update is not None:
+                    most, passes = max(most, passes), 0
                     for name in algorithm.trains:
                         for p in model.parameters(name):
                             p.grad = None
@@ -120,7 +125,7 @@ def counts(recipe: Recipe, *, updates: int = 8) -> Counts:
             mean[name] += total / steps * ((end - begin) / recipe.trainer.steps)
     parts = {part for graph in model.graphs.values() for part in graph}
     largest = {part: max(graph[part] for graph in model.graphs.values()) / size for part in sorted(parts)}
-    return Counts({name: each * (whole / size) for name, each in mean.items()}, largest)
+    return Counts({name: each * (whole / size) for name, each in mean.items()}, largest, most)
 
 
 def _phases(recipe: Recipe) -> list[tuple[int, int]]:

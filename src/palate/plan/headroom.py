@@ -100,7 +100,7 @@ def _micro_batches(recipe: Recipe, made: Plan, budget: float) -> tuple[str, floa
     """The fewest micro-batches with which a step fits, and its bytes; None where even single images do not."""
     for parts in micro_batches(recipe, made.gpus):
         changed = replace(recipe, trainer=replace(recipe.trainer, micro_batches=parts))
-        value = sum(memory_of(changed, made.units, made.graph, made.gpus).values())
+        value = sum(memory_of(changed, made.units, made.counts, made.gpus).values())
         if value <= budget:
             return f"trainer.micro_batches={parts}", value
     return None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from palate.models.quantised import BYTES
 from palate.models.sizes import largest
 from palate.plan.activations import Unit
-from palate.plan.count import counts, takes_batch
+from palate.plan.count import Counts, counts, takes_batch
 from palate.plan.measure import family_of, local_config, measure
 from palate.recipe import Recipe, trained_names
 from palate.recipe.cross_checks import rewards_used
@@ -27,13 +27,17 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 class Plan:
     """Of one update; memory of one GPU. FLOPs are multiply and add apart; bytes in `memory` are by term."""
 
-    calls: dict[str, float]  # images per update, all GPUs together
+    counts: Counts
     units: dict[str, Unit]
     flops: float  # all GPUs together
     memory: dict[str, float]
     gpus: int
     notes: tuple[str, ...] = ()
-    graph: dict[str, float] = field(default_factory=dict)  # of its largest backward pass (`count.Counts`)
+
+    @property
+    def calls(self) -> dict[str, float]:
+        """Images per update, all GPUs together."""
+        return self.counts.calls
 
     @property
     def bytes(self) -> float:
@@ -56,7 +60,8 @@ def plan(recipe: Recipe, *, gpus: int = 1, units: Mapping[str, Unit] | None = No
     if recipe.prompts.sizes:
         recipe = replace(recipe, model=replace(recipe.model, image_size=largest(recipe.prompts.sizes)))
     units = dict(units or measure(recipe))
-    calls, graph = counts(recipe)
+    asked = counts(recipe)
+    calls = asked.calls
     checkpointed = recipe.model.gradient_checkpointing is not False and recipe.model.name != "emoji"
     flops = 0.0
     for part, unit in units.items():
@@ -70,8 +75,7 @@ def plan(recipe: Recipe, *, gpus: int = 1, units: Mapping[str, Unit] | None = No
         notes.append(
             f"{recipe.model.folder} is not a local folder: the published architecture of {recipe.model.name} is assumed"
         )
-    memory = memory_of(recipe, units, graph, gpus)
-    return Plan(calls, units, flops, memory, gpus, tuple(notes), graph)
+    return Plan(asked, units, flops, memory_of(recipe, units, asked, gpus), gpus, tuple(notes))
 
 
 def require_equal_parts(recipe: Recipe, gpus: int) -> None:
@@ -84,7 +88,7 @@ def require_equal_parts(recipe: Recipe, gpus: int) -> None:
         )
 
 
-def memory_of(recipe: Recipe, units: Mapping[str, Unit], graph: Mapping[str, float], gpus: int) -> dict[str, float]:
+def memory_of(recipe: Recipe, units: Mapping[str, Unit], asked: Counts, gpus: int) -> dict[str, float]:
     """Bytes of one GPU by term. trainer.sharding cuts every network over the GPUs, or those of a machine; else each GPU
     has all of them.
 
@@ -103,16 +107,18 @@ def memory_of(recipe: Recipe, units: Mapping[str, Unit], graph: Mapping[str, flo
         base -= (denoiser.blocks - denoiser.largest_block) * (1 if recipe.model.quantize == "fp8" else width)
     pieces = _pieces(recipe, gpus)
     base, trained = base / pieces, names * denoiser.trained * 4 / pieces
+    several = asked.passes > 1 and recipe.trainer.reduce_gradients == "update"
+    gradients = denoiser.trained * 4 if pieces > 1 and several else trained  # whole until its last loss
     small = recipe.trainer.optimizer == "adamw8bit"
     ema = trained if recipe.trainer.ema_decay else 0.0
     batch = max(1.0, recipe.trainer.batch_size / gpus / recipe.trainer.micro_batches)
     decoder = units["decoder"]
     denoiser_kept, decoder_kept = (u.kept_checkpointed if checkpointed else u.kept for u in (denoiser, decoder))
-    passed = {part: graph.get(part, 0.0) for part in ("denoiser", "decoder", "reward")}
+    passed = {part: asked.graph.get(part, 0.0) for part in ("denoiser", "decoder", "reward")}
     return {
         "denoiser, frozen" if not full else "frozen reference": base,
         "trained weights (float32)": trained,
-        "gradients (float32)": trained,
+        "gradients (float32)": gradients,
         "Adam's two moments (8 bits)" if small else "Adam's two moments (float32)": trained * (MOMENTS if small else 2),
         "moving average": ema,
         "VAE": units["decoder"].weight_bytes + units["encoder"].weight_bytes,
@@ -162,6 +168,9 @@ def _changes(recipe: Recipe, gpus: int) -> list[tuple[str, Recipe]]:
         found += [(f"model.quantize={q}", replace(recipe, model=replace(model, quantize=q))) for q in ("int8", "nf4")]
     if trainer.optimizer == "adamw" and trainer.sharding == "none":
         found.append(("trainer.optimizer=adamw8bit", replace(recipe, trainer=replace(trainer, optimizer="adamw8bit"))))
+    if trainer.sharding != "none" and trainer.reduce_gradients == "update":
+        cut = replace(recipe, trainer=replace(trainer, reduce_gradients="loss"))
+        found.append(("trainer.reduce_gradients=loss", cut))
     if trainer.ema_decay:
         found.append(("trainer.ema_decay=0", replace(recipe, trainer=replace(trainer, ema_decay=0.0))))
     if model.weights == "full":
@@ -204,4 +213,4 @@ def _bytes(recipe: Recipe, changed: Recipe, made: Plan) -> float:
     if changed.reward.dtype != recipe.reward.dtype:
         reward = units["reward"]
         units["reward"] = reward._replace(weight_bytes=reward.weight_bytes / 2, kept=reward.kept / 2)
-    return sum(memory_of(changed, units, made.graph, made.gpus).values())
+    return sum(memory_of(changed, units, made.counts, made.gpus).values())

@@ -97,7 +97,7 @@ def build(recipe: Recipe, *, before_model: Callable[[], None] = lambda: None) ->
         reward, tower = reward_and_tower(recipe.reward)
         reward = as_asked(recipe, reward)
     before_model()
-    model = build_whole_model(recipe)
+    model = build_whole_model(recipe, cut=recipe.trainer.sharding != "none")
     algorithm = build_algorithm(recipe)
     if isinstance(model, TextCached):
         trainer = recipe.trainer  # of a long list, a short run uses only a part
@@ -166,8 +166,9 @@ def reward_and_tower(settings: RewardSettings) -> tuple[Reward, EmbedsImages | N
     return objective.reward(loaded), image_tower(loaded.values())
 
 
-def build_model(recipe: Recipe) -> Model:
-    """The model, with the named weights that the recipe's algorithm trains."""
+def build_model(recipe: Recipe, *, cut: bool = False) -> Model:
+    """The model, with the named weights that the recipe's algorithm trains. cut: its networks wait on the host until
+    the loop cuts them over the ranks."""
     settings = recipe.model
     family, values = families.find(settings.name), vars(settings)
     model = family.load_class().load(
@@ -177,6 +178,7 @@ def build_model(recipe: Recipe) -> Model:
         lora_alpha=settings.lora_alpha,
         lora_targets=settings.lora_targets,
         names=trained_names(recipe.algorithm.name),
+        **({"cut": True} if cut and "cut" in family.keys else {}),
         **{key: values[key] for key in family.keys if key in values and values[key] is not None},
     )
     if settings.lora_init == "gaussian":
@@ -195,9 +197,9 @@ def build_model(recipe: Recipe) -> Model:
     return model
 
 
-def build_whole_model(recipe: Recipe) -> Model:
+def build_whole_model(recipe: Recipe, *, cut: bool = False) -> Model:
     """The same with the frozen weights that the algorithm asks besides: a consistency model, teachers."""
-    model = build_model(recipe)
+    model = build_model(recipe, cut=cut)
     load_consistency(recipe, model)
     load_teachers(recipe, model)
     return model

@@ -201,6 +201,7 @@ def _check_pairs_of_words(settings: Any, mistakes: list[str]) -> None:
 def _check_words_read(reward: RewardSettings, settings: Any, mistakes: list[str]) -> None:
     """Whether a reward reads the control words: what none of them reads cancels in the difference."""
     words = isinstance(settings, ControlWords) and any((*settings.positive, *settings.negative))
+    words = words and not (isinstance(settings, PrefersWords) and settings.preference == "absolute")
     used = rewards_used(reward)
     if not words or not used or any(rewards.find(name).reads_prompt for name in used):
         return

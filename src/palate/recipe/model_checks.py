@@ -17,7 +17,7 @@ def check_model(model: ModelSettings, mistakes: list[str]) -> None:
         family = families.find(model.name)
         if names_a_file(model.name):
             _check_load(family.load_class(), mistakes)
-        reads = family.keys
+        reads = [key for key in family.keys if key in vars(model)]
     except InputError as error:
         mistakes.append(str(error))
         return

@@ -14,7 +14,7 @@ from palate.runtime.errors import InputError
 # of trainer: these may change when a run is resumed
 RESUMABLE_FIELDS = (
     "steps", "checkpoint_every", "keep_checkpoints", "preview_every", "preview_prompts", "threads", "micro_batches",
-    "sharding", "tracker",
+    "sharding", "reduce_gradients", "tracker",
 )  # fmt: skip
 _STRICT = ConfigDict(extra="forbid")
 
@@ -160,6 +160,9 @@ class TrainerSettings:
     micro_batches: Positive = 1
     # weights = full on several ranks: FSDP2; hybrid = inside a machine
     sharding: Literal["none", "full", "hybrid"] = "none"
+    # of cut networks: over the ranks once an update, bit for bit as one rank would; or after each loss, so that no rank
+    # ever holds the whole gradient
+    reduce_gradients: Literal["update", "loss"] = "update"
     # where the log is sent as well: metrics, previews, the guard's verdicts
     tracker: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     guard: GuardSettings = field(default_factory=GuardSettings)

@@ -105,7 +105,10 @@ SECTIONS: dict[str, tuple[Unread, ...]] = {  # likewise, of the other sections
             "model.start, whose layers the LoRA has",
         ),
     ),
-    "trainer": (Unread(("ema_every",), lambda a, r: a.ema_decay == 0, "trainer.ema_decay=0"),),
+    "trainer": (
+        Unread(("ema_every",), lambda a, r: a.ema_decay == 0, "trainer.ema_decay=0"),
+        Unread(("reduce_gradients",), lambda a, r: a.sharding == "none", "trainer.sharding=none"),
+    ),
     "trainer.guard": (
         Unread(("rollbacks",), lambda a, r: a.action != "rollback", "no trainer.guard.action=rollback"),
         Unread(

@@ -67,6 +67,11 @@ def gather(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def gather_to_host(tensor: Tensor) -> Tensor:
+    """The same, on the CPU where it was cut: no device has room for many whole tensors."""
+    return gather(tensor).cpu() if isinstance(tensor, DTensor) else tensor
+
+
 def shard_like(value: Tensor, target: Tensor) -> Tensor:
     """`value` (whole, the same on every rank), cut as `target` is."""
     if isinstance(target, DTensor) and not isinstance(value, DTensor):

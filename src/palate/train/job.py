@@ -118,7 +118,7 @@ def identity_of(settings: TrainerSettings, looked_at: ImageSize | None = None) -
     Fields that came later than others are left out while they are unset, so that older runs can be resumed.
     """
     tree = {**dataclasses.asdict(settings), **dict.fromkeys(RESUMABLE_FIELDS)}
-    del tree["tracker"]
+    del tree["tracker"], tree["reduce_gradients"]
     tree["guard"] = identifying(tree["guard"])
     if tree["ema_every"] == 1:
         del tree["ema_every"]

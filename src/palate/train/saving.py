@@ -70,7 +70,11 @@ class Saver:
 
     def save(self) -> None:
         """Write the checkpoint of this step; older ones go, but for the newest few and the guard's best."""
-        tensors = {key: sharding.gather(value) for key, value in self.weights.state_dict().items()}
+        tensors = {}
+        for key, value in self.weights.state_dict().items():
+            whole = sharding.gather_to_host(value)  # every rank takes part
+            if self.ranks.is_main:
+                tensors[key] = whole
         state = {
             "trains": list(self.weights.parameters),
             "samples": self.counters.step * self.settings.batch_size,

@@ -159,7 +159,7 @@ class Replicas:
         total = self.ranks.size * len(states)
         first: dict[str, Tensor] = {}
         plain = checkpoint.flatten_state(states[0], "algorithm", first)
-        first = {key: sharding.gather(value) for key, value in first.items()}
+        first = {key: sharding.gather_to_host(value) for key, value in first.items()}
         if total == 1 or len(set(self._of_all([state_digest(state) for state in states]))) == 1:
             tensors |= first
             return {"shares": total, "algorithm": plain}

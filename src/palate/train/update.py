@@ -133,7 +133,8 @@ class Updater:
                 problem = f"the loss is {float(loss.value.detach())}"
             if self.sharded:  # their backward reduces over the ranks, so all ranks run it or none
                 problem = next((wrong for wrong in self.ranks.all_gather_json(problem) if wrong), "")
-                sharding.sync_gradients(self.sharded, loss.update is not None)
+                each = self.weights.settings.reduce_gradients == "loss"
+                sharding.sync_gradients(self.sharded, each or loss.update is not None)
             if not problem:
                 averager.loss += float(loss.value.detach())
             if not problem or self.sharded:  # FSDP would keep an unfinished sum of gradients for the next step
