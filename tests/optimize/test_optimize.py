@@ -629,6 +629,27 @@ def test_a_search_keeps_the_paths_that_it_began_with(tmp_path, monkeypatch):
     assert recipe.begun(made).model.training_adapter == str(tmp_path / "lora")
 
 
+@pytest.mark.parametrize("named", ["mine.py:score", "mine:score"])
+def test_answers_of_another_version_of_an_objective_are_not_mixed_unseen(tmp_path, monkeypatch, named):
+    monkeypatch.chdir(tmp_path)
+    code = tmp_path / "mine.py"
+    code.write_text("def score(images, prompts): return [0.0] * len(prompts)\n")
+    for owner, name in ((start.builder, "build_model"), (start, "load_consistency")):
+        monkeypatch.setattr(owner, name, lambda *args, **options: None)
+    monkeypatch.setattr(start, "load_reward", lambda *args: pytest.fail("begun"))  # once its files are written
+    made = recipe.read("optimize-emoji", [f"optimize.oracle={{function: '{named}'}}", "run.folder=search"])
+    with pytest.raises(pytest.fail.Exception):
+        start.from_recipe(made)
+    code.write_text("def score(images, prompts): return [1.0] * len(prompts)\n")
+    with pytest.raises(ValueError, match=r"optimize.oracle.function: what it names has changed since") as told:
+        start.from_recipe(made)
+    assert "or delete search/identity.json to go on with the answers" in str(told.value)
+    (tmp_path / "search" / "identity.json").unlink()
+    for _ in range(2):
+        with pytest.raises(pytest.fail.Exception):
+            start.from_recipe(made)
+
+
 @pytest.mark.parametrize("answer", ["12", b"12", {0: 0.5, 1: 0.25}, {0.5, 0.25}, [0.5, None], 3])
 def test_an_answer_that_is_no_list_of_numbers_is_refused(answer):
     """The letters of a text, the keys of a mapping and a set in no order would all pass for scores."""

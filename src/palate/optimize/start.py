@@ -12,6 +12,7 @@ from palate.optimize.loop import Search, optimize, round_sizes
 from palate.optimize.oracles import load_oracle
 from palate.optimize.surrogate import reward_features
 from palate.recipe import builder, reader
+from palate.recipe.identity import FILE, changes, identity_text
 from palate.recipe.prompts import prompts_of
 from palate.recipe.settings import Recipe
 from palate.recipe.start import check_folder, check_start, load_consistency
@@ -41,6 +42,11 @@ def from_recipe(recipe: Recipe, *, progress: bool = True, say: Callable[[str], N
             f"{folder} was begun with other settings (its recipe.yaml); only how the oracle is reached "
             "may change. Choose another run.folder, or replace it with --fresh, answers included"
         )
+    if stored.is_file() and (changed := changes(folder, recipe)):
+        raise InputError(
+            "\n".join([*changed, f"restore it, choose another run.folder, or delete {folder / FILE} to go on with "
+                                 "the answers that are there"])
+        )  # fmt: skip
     prompts, preview = prompts_of(recipe)
     check_folder(recipe)
     check_start(recipe)
@@ -49,6 +55,8 @@ def from_recipe(recipe: Recipe, *, progress: bool = True, say: Callable[[str], N
     load_consistency(recipe, model)
     if isinstance(model, TextCached):
         model.cache_prompts([*prompts, *preview])
+    if not stored.is_file() or not (folder / FILE).is_file():
+        write_atomically(folder / FILE, identity_text(recipe).encode())
     write_atomically(stored, reader.dump(recipe).encode())
     tower = load_reward(settings.features, settings.features_source)
     assert isinstance(tower, TwoTower), "optimize.features names two-tower rewards only"

@@ -16,7 +16,7 @@ from palate.models.lora import find_file
 from palate.recipe.cross_checks import rewards_used, stands_on_tower
 from palate.recipe.reader import content_digest, fingerprint
 from palate.recipe.settings import Recipe
-from palate.recipe.start import UsesTeachers, start_folder, teachers_of, wants_consistency
+from palate.recipe.start import UsesTeachers, adapters_of, start_folder
 from palate.rewards import table as rewards
 from palate.rewards.table import HELD_OUT_CANDIDATES
 from palate.runtime.code import code_digest, names_a_file, short_name
@@ -41,6 +41,8 @@ def identity(recipe: Recipe) -> dict[str, str]:
     for key, name in (("model.name", recipe.model.name), ("algorithm.name", recipe.algorithm.name)):
         if names_a_file(name):
             found[key] = code_digest(name)
+    if recipe.optimize is not None and (function := recipe.optimize.oracle.function) is not None:
+        found["optimize.oracle.function"] = code_digest(function)
     for name in sorted(filter(names_a_file, rewards_used(recipe.reward))):
         found[f"reward {short_name(name)}"] = code_digest(name)
     return found | weights_of_rewards(recipe) | other_sources(recipe) | frozen(recipe)
@@ -76,14 +78,12 @@ def frozen(recipe: Recipe) -> dict[str, str]:
     """Likewise of the LoRAs that a run reads anew whenever it goes on, and of what its teachers teach; a LoRA that is
     not there has no digest. A start that is no reference is read once: the checkpoints have what became of it."""
     model = recipe.model
-    loras = [("model.training_adapter", model.training_adapter)]
-    loras += [(key, adapter) for _, key, adapter in teachers_of(recipe)]
+    loras = adapters_of(recipe)
     loras += [("model.start", str(start_folder(model.start)))] if model.start and model.reference == "start" else []
-    loras += [("model.consistency", model.consistency)] if wants_consistency(recipe) else []
     found: dict[str, str] = {}
     for key, source in loras:
         with contextlib.suppress(InputError):
-            found |= {key: file_digest(find_file(source, key))} if source is not None else {}
+            found[key] = file_digest(find_file(source, key))
     for name, teacher in recipe.algorithm.teachers.items() if isinstance(recipe.algorithm, UsesTeachers) else ():
         path = getattr(teacher, "file", None)
         if path is not None and Path(path).is_file():

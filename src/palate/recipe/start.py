@@ -49,7 +49,7 @@ def check_named_files(recipe: Recipe) -> None:
     settings = recipe.model
     if settings.file is not None:
         check_file(Path(settings.file).expanduser())
-    for key, adapter in _adapters_of(recipe):
+    for key, adapter in adapters_of(recipe):
         find_file(adapter, key)
     start = None if settings.start is None else start_folder(settings.start)
     whole = start is not None and any((start / name).is_file() for name in FILES["full"])
@@ -74,7 +74,7 @@ def check_start(recipe: Recipe) -> None:
             "model.consistency: name the folder of an LCM-LoRA (pytorch_lora_weights.safetensors) "
             f"for {settings.name}, or use another algorithm.estimator: tweedie, rollout-2"
         )
-    adapters = _adapters_of(recipe)
+    adapters = adapters_of(recipe)
     started = settings.start is not None and settings.weights == "lora"
     if not (started or adapters):
         return
@@ -91,7 +91,7 @@ def check_start(recipe: Recipe) -> None:
         repository.check_lora(facts, adapter, key=key)
 
 
-def _adapters_of(recipe: Recipe) -> list[tuple[str, str]]:
+def adapters_of(recipe: Recipe) -> list[tuple[str, str]]:
     """Key of the recipe and LoRA, of all that stay frozen beside the model."""
     model = recipe.model
     found = [("model.training_adapter", model.training_adapter)]

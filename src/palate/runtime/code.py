@@ -42,8 +42,16 @@ def short_name(name: str) -> str:
 
 
 def code_digest(name: str) -> str:
-    """SHA-256 of the file that FILE.py:OBJECT names; "" where there is no such file."""
-    path, _ = split_name(name)
+    """SHA-256 of the file that FILE.py:OBJECT names, or package.module:object; "" where there is no such file."""
+    if names_a_file(name):
+        path, _ = split_name(name)
+    else:
+        with importable(Path.cwd()):
+            try:
+                found = importlib.util.find_spec(name.partition(":")[0])
+            except (ImportError, ValueError):
+                found = None
+        path = Path((found and found.origin) or "")
     return file_digest(path) if path.is_file() else ""
 
 
