@@ -49,7 +49,7 @@ def code_digest(name: str) -> str:
         with importable(Path.cwd()):
             try:
                 found = importlib.util.find_spec(name.partition(":")[0])
-            except (ImportError, ValueError):
+            except Exception:  # a package above it is imported, which runs the user's own code
                 found = None
         path = Path((found and found.origin) or "")
     return file_digest(path) if path.is_file() else ""
