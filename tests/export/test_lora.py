@@ -127,7 +127,7 @@ FAMILIES = {
 RECIPE = """
 run: {{folder: {folder}}}
 model: {{name: {name}, folder: owner/base, lora_rank: 3, lora_alpha: 7.0, weights: {weights}}}
-algorithm: {{name: srpo, positive: ["3d"], negative: [flat]}}
+algorithm: {{name: srpo, preference: absolute}}
 reward: {{name: warmth}}
 prompts: {{list: [a dog]}}
 """

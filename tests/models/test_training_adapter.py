@@ -140,7 +140,7 @@ WHOLE = {
 
 def noisy(name, folder, algorithm):
     text = f"model: {{name: {name}, folder: {folder}}}\nalgorithm: {{name: {algorithm}}}\n"
-    return recipe.parse(f"{text}reward: {{name: brightness}}\nprompts: {{list: [a cat]}}\n", [])
+    return recipe.parse(f"{text}reward: {{name: clip-score}}\nprompts: {{list: [a cat]}}\n", [])
 
 
 def test_distilled_models_are_known_by_name_and_by_their_folders():

@@ -135,7 +135,7 @@ def test_parts_that_are_compared_are_counted_once_an_image():
 def test_guidance_doubles_and_a_reward_without_towers_runs_twice():
     guided = count(recipe_of("emoji", "algorithm.rollout_guidance=3.0"), updates=1)
     assert guided["denoiser"] == 2 * (2 * 4 + 2) and guided["denoiser backward"] == 2 * 2
-    plain = count(recipe_of("emoji", "reward.name=warmth"), updates=1)
+    plain = count(recipe_of("emoji", "reward.name=emoji-tasks-soft"), updates=1)
     assert plain["reward"] == 2 * 2 * 2
 
 
@@ -162,7 +162,8 @@ def test_the_flops_of_every_family_are_those_of_a_real_call(name):
     folder, model = saved(name)[0], load(name, lora_rank=16, gradient_checkpointing=False)
     side = SIZE * FAMILIES[name].scale
     settings = {"folder": folder, "dtype": "float32", **FAMILIES[name].load, "image_size": side}
-    made = recipe_of(model.facts.name, "reward.name=warmth", *(f"model.{k}={v}" for k, v in settings.items()))
+    reward = ("reward.name=warmth", "algorithm.preference=absolute")
+    made = recipe_of(model.facts.name, *reward, *(f"model.{k}={v}" for k, v in settings.items()))
     units, network = measure(made), model.weights.network
     published = model.facts.published
     cond = published.condition(network.config, made.model.text_tokens or published.text_tokens, torch.float32)

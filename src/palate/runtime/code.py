@@ -6,6 +6,7 @@ SHA-256 is kept with the run, so that a changed file is noticed.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -74,6 +75,8 @@ def load_object(name: str, *, key: str) -> Any:
 
 def refused_call(function: Any, *arguments: Any, **named: Any) -> str:
     """Why the function cannot be called so, as "missing a required argument: 'x'"; "" where it can, or may."""
+    if not (inspect.isroutine(function) or isinstance(function, functools.partial)):
+        function, arguments = type(function).__call__, (function, *arguments)  # an object may be a stand-in for another
     try:
         inspect.signature(function).bind(*arguments, **named)
     except TypeError as error:
