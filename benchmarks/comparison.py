@@ -10,10 +10,10 @@
 A run goes on until it saturates (no better value of the goal in the last STALL looks), until its loss is not finite, or
 until its task's denoiser forwards are spent (BUDGETS), and says which. It is judged at the best goal of any look that
 kept the concepts within LOST of the base's, the base itself among them: each at its own best, by one rule. Which look
-that is, every second prompt decides for the others: a best that is chosen by what it is judged on flatters, and most
-where nothing is learned. The goal is not what was optimised, jpeg's apart (tasks.py). Two methods are compared on the
-same prompts, noise and training seeds; intervals are over prompts and seeds at once (`crossed`), so that a result of
-one lucky seed is not one of the method.
+that is, and whether it kept the concepts, every second prompt decides for the others: a best that is chosen by what it
+is judged on flatters, and most where nothing is learned. The goal is not what was optimised, jpeg's apart (tasks.py).
+Two methods are compared on the same prompts, noise and training seeds; intervals are over prompts and seeds at once
+(`crossed`), so that a result of one lucky seed is not one of the method.
 
 All of it is meant for one night of two cores, and `plan` says beforehand how long it takes here. So every method has
 the same cut: learning rates are searched on SEARCHED and carried to the other tasks, since Adam is blind to a reward's
@@ -250,19 +250,19 @@ def mean(point: dict[str, Any], key: str) -> float:
 
 
 def best_kept(points: Points, task: str, prompts: slice = slice(None)) -> int:
-    """The place of the best goal, of these prompts, among the looks that kept the concepts."""
-    return max(kept_looks(points, task), key=lambda i: float(np.nanmean(points[i]["heldout"][prompts])))
+    """The place of the best goal among the looks that kept the concepts, both of these prompts."""
+    return max(kept_looks(points, task, prompts), key=lambda i: float(np.nanmean(points[i]["heldout"][prompts])))
 
 
-def kept_looks(points: Points, task: str) -> list[int]:
+def kept_looks(points: Points, task: str, prompts: slice = slice(None)) -> list[int]:
     """The places of the looks that lost at most LOST of the concepts, where the task's prompts have one each."""
-    return keeping(points, LOST) if task in CONCEPTS else list(range(len(points)))
+    return keeping(points, LOST, prompts) if task in CONCEPTS else list(range(len(points)))
 
 
-def keeping(points: Points, lost: float) -> list[int]:
-    """The places of the looks that lost at most so much of the concepts, the base among them."""
-    floor = mean(points[0], "concept") - lost
-    return [i for i, point in enumerate(points) if i == 0 or mean(point, "concept") >= floor]
+def keeping(points: Points, lost: float, prompts: slice = slice(None)) -> list[int]:
+    """The places of the looks that lost at most so much of these prompts' concepts, the base among them."""
+    share = [float(np.nanmean(point["concept"][prompts])) for point in points]
+    return [i for i in range(len(points)) if i == 0 or share[i] >= share[0] - lost]
 
 
 def cross_fitted(points: Points, key: str, pick: Callable[[slice], int]) -> np.ndarray:
@@ -366,7 +366,8 @@ def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 "spent": float(np.mean([end["forwards"] for end in last])),
                 "ended": {reason: why.count(reason) for reason in dict.fromkeys(why)},
             }  # fmt: skip
-        leader = max(told, key=lambda method: told[method]["goal"][0])
+        enough = min(len(seeds_of(task)), max(len(own) for own in runs.values()), len(SEEDS))
+        leader = max((m for m in told if len(runs[m]) >= enough), key=lambda method: told[method]["goal"][0])
         for method, own in runs.items():
             if method != leader and {r["seed"] for r in own} & {r["seed"] for r in runs[leader]}:
                 told[method][f"less than {leader}"] = crossed(_paired(runs[leader], own, "heldout"))
@@ -460,7 +461,9 @@ def table(result: dict[str, Any], rates: Mapping[str, str] | None = None) -> str
 
 
 def spelled(value: Sequence[float], digits: int = 3) -> str:
-    """ "+0.123 (+0.100 to +0.140)"."""
+    """ "+0.123 (+0.100 to +0.140)"; without an interval where nothing moved at all."""
+    if not any(value):
+        return f"{0:+.{digits}f}"
     center, low, high = (f"{x:+.{digits}f}" for x in value)
     return f"{center} ({low} to {high})"
 
