@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from statistics import NormalDist
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from palate.evaluate.intervals import student
 from palate.rewards import simple
 from palate.rewards.simple import SIDES
 
@@ -19,6 +21,7 @@ CLOSED_FORM: dict[str, Callable[[Tensor], Tensor]] = {
     for f in (simple.saturation, simple.brightness, simple.warmth, simple.colourfulness, simple.high_frequency)
 }
 CHANNELS = ("red", "green", "blue")
+FEW_GROUPS = 6  # below, all of them move one way by chance in more than 5 of 100 cases, and resampling sees no other
 SAME_PICTURE = 0.05  # root mean square difference of the pixels below which two images are the same picture
 
 
@@ -143,7 +146,10 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean of values (N,), or of values - base in pairs. NaNs are left out.
 
-    Whole `groups` are resampled (images of one prompt are not independent) where two or more have a value."""
+    Whole `groups` are resampled (images of one prompt are not independent) where two or more have a value. The tails
+    are those that make it as wide as Student's interval where values are normal (the expanded percentile of Hesterberg
+    2015, The American Statistician 69, 371): the plain one of 8 groups misses the mean in 12 of 100 cases. Of fewer
+    than FEW_GROUPS, which have no such tails, it is Student's own; of one value alone it is that value."""
     data = np.asarray(values, dtype=np.float64) - (0.0 if base is None else np.asarray(base, dtype=np.float64))
     labels = np.arange(len(data)) if groups is None else labels_of(groups)
     labels, data = labels[~np.isnan(data)], data[~np.isnan(data)]
@@ -153,9 +159,18 @@ def bootstrap_interval(
     if len(found) < 2:
         labels = np.arange(len(data))
     sums, counts = np.bincount(labels, data), np.bincount(labels)
-    drawn = np.random.default_rng(seed).integers(0, len(sums), (resamples, len(sums)))
+    count = len(sums)
+    if count == 1:
+        return float(data[0]), float(data[0])
+    wide = student(level, count - 1) * math.sqrt(count / (count - 1))
+    if count < FEW_GROUPS:
+        center = sums.sum() / counts.sum()
+        error = float(np.std(sums - center * counts)) / math.sqrt(count) / counts.mean()
+        return float(center - wide * error), float(center + wide * error)
+    drawn = np.random.default_rng(seed).integers(0, count, (resamples, count))
     means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    tail = NormalDist().cdf(-wide)
+    low, high = np.quantile(means, [tail, 1 - tail])
     return float(low), float(high)
 
 

@@ -139,8 +139,10 @@ def _variety(metric: dict[str, float] | None) -> str:
     if not metric or not metric.get("base"):
         return ""
     lost = 1 - metric["value"] / metric["base"]
-    if abs(lost) < STAYED or (metric["change_low"] <= 0 <= metric["change_high"]):
+    if abs(lost) < STAYED:
         return "the variety stayed"
+    if metric["change_low"] <= 0 <= metric["change_high"]:
+        return f"the variety may have {'fallen' if lost > 0 else 'grown'}"
     if lost < 0:
         return f"the variety grew by {-lost:.0%}".replace("%", " %")
     return f"{min(PORTIONS, key=lambda portion: abs(portion[0] - lost))[1]} of the variety went"

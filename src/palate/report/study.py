@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from palate.evaluate.intervals import win_rate_interval
+from palate.evaluate.intervals import MANY_PEOPLE, win_rate_interval
 from palate.report.html import render
 from palate.report.pictures import picture, preview_folders
 from palate.runs import common_rows, common_to_all, read_index, run_names
@@ -170,9 +170,10 @@ def score(choices: Sequence[dict[str, Any]], key: dict[str, Any]) -> dict[str, A
     the same among the choices that were not ties ("decided", None when all were).
 
     A tie counts as half a win for each. The 95 % intervals are those of `evaluate.intervals.win_rate_interval`, grouped
-    by pair: several people on the same pairs say less than as many choices on different ones."""
+    by prompt and by session: several choices on one prompt, or by one person, say less than as many on different ones.
+    """
     wins, ties = {"a": 0, "b": 0}, 0
-    scores, pairs = [], []
+    scores, prompts, people = [], [], []
     for row in choices:
         if row["study"] != key["study"]:
             raise InputError(
@@ -183,26 +184,28 @@ def score(choices: Sequence[dict[str, Any]], key: dict[str, Any]) -> dict[str, A
             raise InputError(f"a choice is of pair {row['pair']}; this study has pairs 0 to {len(key['pairs']) - 1}")
         left = key["pairs"][row["pair"]]["left"]
         winner = None if row["choice"] == "tie" else left if row["choice"] == "left" else "ab".replace(left, "")
-        pairs.append(row["pair"])
+        prompts.append(key["pairs"][row["pair"]].get("prompt", row["pair"]))
+        people.append(str(row["session"]))
         scores.append(0.5 if winner is None else float(winner == "a"))
         if winner is None:
             ties += 1
         else:
             wins[winner] += 1
-    decided = [(score, pair) for score, pair in zip(scores, pairs, strict=True) if score != 0.5]
+    rows = list(zip(scores, prompts, people, strict=True))
+    decided = [row for row in rows if row[0] != 0.5]
     return {
         "runs": key["runs"],
         "wins": wins,
         "ties": ties,
         "choices": len(choices),
-        "sessions": len({row["session"] for row in choices}),
-        **_rate(scores, pairs),
+        "sessions": len(set(people)),
+        **_rate(*zip(*rows, strict=True)),
         "decided": _rate(*zip(*decided, strict=True)) if decided else None,
     }
 
 
-def _rate(scores: Sequence[float], pairs: Sequence[int]) -> dict[str, float]:
-    low, high = win_rate_interval(scores, pairs)
+def _rate(scores: Sequence[float], prompts: Sequence[str | int], people: Sequence[str]) -> dict[str, float]:
+    low, high = win_rate_interval(scores, prompts, people)
     return {"win_rate": sum(scores) / len(scores), "low": low, "high": high}
 
 
@@ -219,6 +222,7 @@ def text_of(result: dict[str, Any]) -> str:
     ]
     if rate := result["decided"]:
         lines.append(f"without ties: {rate['win_rate']:.3f}, {rate['low']:.3f} to {rate['high']:.3f}")
+    whose = "" if result["sessions"] >= MANY_PEOPLE else f" by {'this person' if result['sessions'] == 1 else 'these'}"
     return "\n".join(
-        [*lines, f"{lead} is preferred" if lead else "no preference is shown: the interval holds one half"]
+        [*lines, f"{lead} is preferred{whose}" if lead else "no preference is shown: the interval holds one half"]
     )
