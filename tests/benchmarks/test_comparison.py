@@ -556,6 +556,11 @@ def test_rises_of_the_tasks_and_a_black_box_beyond_the_best_of_eight(tmp_path):
     assert found["distar-blackbox-concept"].verdict == "fails"
 
 
+def test_a_seed_that_settings_were_chosen_by_counts_for_no_claim(tmp_path):
+    keep(tmp_path, *(row("DiffusionNFT", s, 0.2 if s else 0.9, task="unguided") for s in range(3)))
+    assert verdicts(tmp_path)["nft-unguided"].found.value == pytest.approx(0.2)
+
+
 def test_a_colour_cast_and_a_hacked_reward_count_against(tmp_path):
     def ablation(style, cast, optimised, heldout):
         return {"drift": {"colour_cast": cast, "high_frequency_ratio": 0.7}, "relative emoji": optimised,

@@ -85,10 +85,10 @@ def test_words_go_where_the_method_reads_them_and_a_reward_alone_is_absolute(her
         write_recipe(Answers("sdxl", "sqdf", "80", ("a",)), here / "d.yaml", plan=small)
 
 
-ONE_MODEL_EACH = {method: (model, method) for model, method in templates()}.values()
+ONE_MODEL_EACH = [*{method: (model, method) for model, method in templates()}.values(), ("emoji", "srpo")]
 
 
-@pytest.mark.parametrize("model, method", ONE_MODEL_EACH, ids=[method for _, method in ONE_MODEL_EACH])
+@pytest.mark.parametrize("model, method", ONE_MODEL_EACH, ids=[f"{method} {model}" for model, method in ONE_MODEL_EACH])
 def test_a_reward_in_place_of_the_templates_is_written_with_nothing_of_the_old_one(here, model, method):
     for number, reward in enumerate(("image-reward", "taste")):
         read = recipe.parse(
@@ -258,7 +258,7 @@ def test_what_the_machine_lacks_is_said_before_anything_loads(here, capsys, monk
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert dry_run(override) == 2
     assert f"  bad      {problem}" in capsys.readouterr().out
-    monkeypatch.setattr("palate.recipe.builder.load_reward", lambda *given: pytest.fail("loaded first"))
+    monkeypatch.setattr("palate.recipe.builder.reward_and_tower", lambda *given: pytest.fail("loaded first"))
     with pytest.raises(InputError, match=re.escape(problem) if "sdxl" not in override else "none"):
         cli.app(["train", "draft-emoji", "run.folder=runs/x", override], standalone_mode=False)
 

@@ -152,6 +152,10 @@ def test_a_choice_counts_for_the_run_that_was_on_that_side_and_a_tie_for_both():
         sides = ["left" if pair["left"] == "b" else "right" for pair in key["pairs"]]
         one_sided = study.score([row(i, side, str(i % people)) for i, side in enumerate(sides)], key)
         assert one_sided["win_rate"] == 0.0 and study.text_of(one_sided).endswith(f"beta is preferred{whose}")
+    halves = sides[:6] + sides[1:7]  # beta of the first six pairs, alpha of the others
+    alike = study.score([row(i, side, str(i % 6)) for i, side in enumerate(halves)], key)
+    apart = study.score([row(i, side, str(i // 2)) for i, side in enumerate(halves)], key)
+    assert apart["win_rate"] == alike["win_rate"] == 0.5 and apart["high"] > alike["high"]  # six with a taste each
     few = study.score([row(i % 4, sides[i % 4], str(i)) for i in range(12)], KEY)
     assert few["win_rate"] == 0.0 and "no preference" in study.text_of(few)  # four pairs agree once in eight by chance
     two_prompts = {**key, "pairs": [pair | {"prompt": "ab"[i % 2]} for i, pair in enumerate(key["pairs"])]}
