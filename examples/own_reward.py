@@ -30,7 +30,7 @@ def main(folder: Path, steps: int = 20) -> float:
         darkness(generate(model, PROMPTS, [0], steps=8, weights=weights), PROMPTS).mean().item()
         for weights in ("reference", "policy")
     )
-    print(f"darkness: {before:.3f} before, {after:.3f} after {steps} steps; pictures in {folder / 'samples'}")
+    print(f"darkness: {before:.3f} before, {after:.3f} after {steps} steps; the run is {folder}")
     return after - before
 
 

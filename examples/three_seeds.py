@@ -26,9 +26,11 @@ def main(folder: Path, steps: int = 20, seeds: tuple[int, ...] = (0, 1, 2)) -> d
             palate.SRPOSettings(positive=["3d"], negative=["flat"], rollout_steps=8, rollout_guidance=3.0)
         )
         run = folder / f"seed-{seed}"
-        palate.train(
+        outcome = palate.train(
             model, srpo, palate.load_reward("emoji"), PROMPTS, folder=run, steps=steps, batch_size=4, lr=3e-4, seed=seed
         )
+        if outcome.exit_code:  # Ctrl-C ends one run, and a part of it is no seed to compare
+            sys.exit(outcome.exit_code)
         measured = evaluate_model(model, PROMPTS, [0], panel=panel, steps=8, base_weights="reference")
         for name in ("reward/emoji", "reward/emoji-heldout", "style/3d", "concept"):
             changes.setdefault(name, []).append(measured.summary["metrics"][name]["change"])

@@ -14,7 +14,7 @@ from palate.core import DrawsOwnSamples, Model, Sampler
 from palate.evaluate import generate, quantise
 from palate.models.latents import ImageSize
 from palate.models.sizes import at_size
-from palate.recipe import SampleSettings
+from palate.recipe import SampleSettings, builder
 from palate.recipe.names import PYTHON
 from palate.report import write_report
 from palate.runs import RunFolder, evaluate_run, load_result, read_recipe
@@ -90,7 +90,7 @@ def load(run: str | Path, *, model: Model | None = None, algorithm: Any = None) 
     recipe = read_recipe(folder)
     if model is not None:
         step = load_result(model, folder, warn=logger.warning)
-        sampler = algorithm.sampler if isinstance(algorithm, DrawsOwnSamples) else None
+        sampler = algorithm.sampler if isinstance(algorithm, DrawsOwnSamples) else _sampler_of(folder)
         return LoadedRun(folder, model, step, sampler, SampleSettings(**(recipe.get("sample") or {})))
     if str((recipe.get("model") or {}).get("name", "")).startswith(PYTHON):
         raise InputError(f"{folder} was begun from Python; pass the model: palate.load({str(folder)!r}, model=...)")
@@ -108,7 +108,15 @@ def evaluate(run: str | Path, *, model: Model | None = None, **options: Any) -> 
     folder = Path(run)
     if model is not None:
         load_result(model, folder, warn=logger.warning)
+        options.setdefault("sampler", _sampler_of(folder))
     return evaluate_run(folder, model=model, **options)
+
+
+def _sampler_of(folder: Path) -> Sampler | None:
+    """How a run's algorithm draws where it draws in its own way, as far as its recipe names the algorithm."""
+    if str((read_recipe(folder).get("algorithm") or {}).get("name", PYTHON)).startswith(PYTHON):
+        return None
+    return builder.sampler_of(builder.build_algorithm(RunFolder(folder).recipe))
 
 
 def report(run: str | Path) -> Path:

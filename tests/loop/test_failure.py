@@ -295,7 +295,7 @@ def test_the_command_builds_all_that_the_algorithm_asks(tiny, palate, monkeypatc
     """Teachers, and the features of a black-box reward."""
     asked, given = [], []
 
-    def model(recipe):
+    def model(recipe, **options):
         made = Networks(others=OTHERS[name])
         made.weights.add_frozen = lambda adapter, name, key: given.append(name)
         made.encode_prompts = lambda prompts: Networks.encode_prompts(made, prompts) * (math.nan if asked else 1.0)

@@ -930,3 +930,36 @@ def test_how_a_finished_run_goes_on_is_told_as_it_works(tmp_path, text, way):
     if text:
         (tmp_path / "recipe.yaml").write_text(HEAD if text.startswith("#") else text)
     assert way in how_to_continue(Counters(step=4, finished="finished"), tmp_path)
+
+
+class Ending:
+    """SRPO whose last loss of a step names no weights, or whose metrics have a name of the log's own."""
+
+    def __init__(self, *, update="policy", metric=None):
+        self.inner, self.update, self.metric = srpo(), update, metric
+        self.trains, self.steer = self.inner.trains, self.inner.steer
+
+    def step(self, model, reward, batch, rng):
+        for loss in self.inner.step(model, reward, batch, rng):
+            metrics = loss.metrics | ({self.metric: torch.tensor(1.0)} if self.metric else {})
+            yield loss._replace(update=loss.update and self.update, metrics=metrics)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"update": None}, "last loss names no weights"), ({"metric": "step"}, "metric is named step")],
+)
+def test_a_step_that_could_not_count_is_refused_and_the_folder_can_be_used_again(tmp_path, wrong, said):
+    """What fails before its first step leaves nothing in the way of the next try, whatever the caller's autograd."""
+    with pytest.raises(InputError, match=said):
+        run(tmp_path, algorithm=Ending(**wrong), steps=2)
+    with torch.no_grad():
+        _, outcome = run(tmp_path, algorithm=Ending(), steps=2)
+    assert outcome.step == 2 and [row["step"] for row in rows(tmp_path) if row["event"] == "step"] == [1, 2]
+    with pytest.raises(InputError, match="already holds a run"):
+        run(tmp_path, algorithm=Ending(), steps=2)
+
+
+def test_a_reward_that_changes_its_images_is_refused(tmp_path):
+    with pytest.raises(InputError, match="the reward changed the images"):
+        run(tmp_path, reward=lambda images, prompts: images.mul_(0.5).mean((1, 2, 3)))

@@ -146,7 +146,7 @@ def test_the_command_refuses_before_anything_loads(command, monkeypatch, capfd, 
     name = {"train": "srpo-emoji", "optimize": "optimize-emoji"}[command]
     monkeypatch.chdir(tmp_path)
 
-    def built(*_):
+    def built(*_, **options):
         raise AssertionError("built")
 
     monkeypatch.setattr("palate.recipe.builder.build_model", built)

@@ -81,9 +81,14 @@ def require_sampleable(model: Model, what: str) -> Sampleable:
 def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Reward:
     """The reward, as one that returns a float tensor: lists, NumPy arrays and whole numbers are converted.
 
-    InputError: it does not return one finite number for each image.
+    InputError: it does not return one finite number for each image, or changes the images.
     """
+    before = images.clone()
     values = reward(images, prompts)
+    if not torch.equal(images, before):
+        raise InputError(
+            "the reward changed the images that it was given, which others look at after it; let it work on a copy"
+        )
     if not isinstance(values, Tensor) or not values.is_floating_point():
         reward = as_tensor_reward(reward)
         values = as_scores(values, images.device)

@@ -17,7 +17,7 @@ from palate.runtime.distributed import Ranks
 from palate.runtime.environment import environment, versions
 from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.files import write_atomically
-from palate.runtime.runlog import METRICS, RunLog, rewind
+from palate.runtime.runlog import METRICS, RunLog, read_metrics, rewind
 from palate.train.guard import Guard
 from palate.train.python_recipe import way_on
 from palate.train.state import Counters, Replicas, Weights, copy_into
@@ -48,11 +48,13 @@ class Saver:
 
     def begin(self) -> None:
         """The files that a run has before its first step. InputError: the folder holds a run."""
-        if checkpoint.steps(self.checkpoints) or (self.folder / METRICS).exists():
+        rows = read_metrics(self.folder / METRICS)
+        if checkpoint.steps(self.checkpoints) or any(row.get("event") == "step" for row in rows):
             raise InputError(
                 f"{self.folder} already holds a run: continue it with {way_on(self.folder)}, choose another folder, or "
                 "replace it (--fresh on the command line)"
             )
+        (self.folder / METRICS).unlink(missing_ok=True)  # of one that failed before its first step
         self.write_recipe()
         if self.kept is not None:
             write_atomically(self.folder / "identity.json", self.kept.encode())

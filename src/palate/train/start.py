@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from palate.core import Algorithm, GuardMeasure, Model, Reward
@@ -47,9 +48,14 @@ def train(
     progress: bool = True,
     **changes: Any,
 ) -> Outcome:
-    """Train `model` in place and write everything into `folder`; returns how the run ended.
+    """Train `model` in place and write everything into `folder`; returns how the run ended: `reason` ("finished",
+    "signal" or "guard: ..."), `step` and `exit_code`, 0 unless a signal stopped it.
 
-    trainer: the settings of the loop; `changes` are fields of it by name, as `steps=20, lr=1e-4`. Without `trainer`
+    folder: of the run; one that holds a run is refused, unless `resume`, which goes on from its newest checkpoint, or
+    it has made no step. With `ema_decay` the result is the average, which `palate.load(folder, model=...)` puts into a
+    model; `model` itself keeps the last weights. progress: a line on the terminal.
+    trainer: the settings of the loop; `changes` are fields of it by name, as `steps=20, lr=1e-4` (TrainerSettings has
+    them all: 40 steps of 16 samples at 1e-5 where nothing is said). Without `trainer`
     the guard is off unless `guard=GuardSettings(...)` is given. preview: prompts of the previews and, all of them, of
     the guard (None = evenly spaced over `prompts`); sample: how previews are drawn. latents (N, C, h, w): clean latents
     of N real images captioned by `prompts` (offline training). sizes: image sizes, of which every step draws one.
@@ -57,17 +63,18 @@ def train(
     Inside `palate.runtime.distributed.process_group` every rank calls this with the same arguments, and `batch_size` is
     what all of them work on together. InputError: what was given cannot work.
     """
-    prompts = listed(prompts)
+    prompts, folder = listed(prompts), Path(folder).expanduser()
     sample, identity = _renamed_options(sample, changes)
     settings = check_settings(trainer, changes)
     how = sample or SampleSettings()
     job = Job(
-        model, algorithm, reward, prompts, Path(folder), settings,
+        model, algorithm, reward, prompts, folder, settings,
         listed(preview) if preview else evenly_spaced(prompts), how, latents, check, identity, sizes=list(sizes),
     )  # fmt: skip
     job.check(resume=resume)
     text = describe_job(model, algorithm, reward, job.prompts, str(folder), settings, how)
-    return run_job(dataclasses.replace(job, recipe=text), resume=resume, progress=progress)
+    with torch.enable_grad():  # whatever the caller has set
+        return run_job(dataclasses.replace(job, recipe=text), resume=resume, progress=progress)
 
 
 def run_job(job: Job, *, resume: bool = False, progress: bool = True, goes_on: bool = False) -> Outcome:

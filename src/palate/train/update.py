@@ -20,6 +20,7 @@ from palate.runtime.errors import InputError
 from palate.train.state import Weights
 
 Stream = Iterator[Loss]
+KEPT_NAMES = ("step", "event")  # of a row of metrics.jsonl
 
 
 def as_trained(model: Model) -> AbstractContextManager[None]:
@@ -36,6 +37,8 @@ class MetricAverager:
 
     def add(self, loss: Loss) -> None:
         for key, value in loss.metrics.items():
+            if key in KEPT_NAMES:
+                raise InputError(f"a metric is named {key}, which each row of metrics.jsonl has; give it another name")
             self.found.setdefault(key, []).append(float(value))
 
     def means(self) -> dict[str, float]:
@@ -125,7 +128,9 @@ class Updater:
         return gathered[0][0][0], next((wrong for _, wrong in gathered if wrong), "")
 
     def _one_to_next_update(self, stream: Stream, averager: MetricAverager, problem: str) -> tuple[str | None, str]:
+        unused = False
         for loss in stream:
+            unused = loss.value.requires_grad
             if loss.value.ndim:
                 raise InputError(f"the loss has shape {tuple(loss.value.shape)}; expected a scalar")
             averager.add(loss)
@@ -141,6 +146,11 @@ class Updater:
                 self._backward(loss)
             if loss.update:
                 return loss.update, problem
+        if unused:
+            raise InputError(
+                "the step's last loss names no weights to update, so that its gradient would be thrown away; yield it "
+                'as Loss(value, metrics, "policy")'
+            )
         return None, problem
 
     def _backward(self, loss: Loss) -> None:
