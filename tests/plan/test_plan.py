@@ -109,7 +109,7 @@ def test_updates_are_counted_of_every_phase_of_a_run():
     is that of the most an update asks for."""
     changes = ["trainer.steps=100", "trainer.batch_size=2", "algorithm.assistant_warmup_steps=20"]
     made = recipe.read("distar-emoji", [*changes, "algorithm.reward_start_step=60"])
-    calls, largest = counts(made)
+    calls, largest, _ = counts(made)
     alone, silent, whole = (
         calls_of(made.algorithm, **phase) for phase in ({"assistant_alone": True}, {"distilling": True}, {})
     )

@@ -41,6 +41,7 @@ class Saver:
     identity: str  # what a resumed run must share
     recipe: str | None = None  # the text of recipe.yaml
     kept: str | None = None  # the text of identity.json
+    begun: bool = False  # by this object
 
     @property
     def checkpoints(self) -> Path:
@@ -48,18 +49,24 @@ class Saver:
 
     def begin(self) -> None:
         """The files that a run has before its first step. InputError: the folder holds a run."""
-        rows = read_metrics(self.folder / METRICS)
-        if checkpoint.steps(self.checkpoints) or any(row.get("event") == "step" for row in rows):
+        if checkpoint.steps(self.checkpoints) or (self.folder / METRICS).exists():
             raise InputError(
                 f"{self.folder} already holds a run: continue it with {way_on(self.folder)}, choose another folder, or "
                 "replace it (--fresh on the command line)"
             )
-        (self.folder / METRICS).unlink(missing_ok=True)  # of one that failed before its first step
+        self.begun = True
         self.write_recipe()
         if self.kept is not None:
             write_atomically(self.folder / "identity.json", self.kept.encode())
         write_atomically(self.folder / "environment.json", json.dumps(environment(self.base), indent=1).encode())
         (self.folder / CONTROL).unlink(missing_ok=True)
+
+    def take_back(self) -> None:
+        """Forget the log of a run that this object began and that failed before anything happened, so that the folder
+        can be used again."""
+        idle = all(row["event"] == "reference" for row in read_metrics(self.folder / METRICS))
+        if self.begun and idle and not checkpoint.steps(self.checkpoints):
+            (self.folder / METRICS).unlink(missing_ok=True)
 
     def write_recipe(self) -> None:
         if self.recipe is not None:

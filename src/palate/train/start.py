@@ -89,7 +89,11 @@ def run_job(job: Job, *, resume: bool = False, progress: bool = True, goes_on: b
         stop = held.enter_context(stop_signals(lambda number: _answer(runs, number)))
         runs.append(Run(job, progress=progress))
         _warn_of_earlier_training(job.model, runs[0], resume or goes_on)
-        return runs[0].go(stop, resume=resume)
+        try:
+            return runs[0].go(stop, resume=resume)
+        except BaseException:
+            runs[0].saver.take_back()
+            raise
 
 
 def _warn_of_earlier_training(model: Model, run: Run, meant: bool) -> None:
