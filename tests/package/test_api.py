@@ -158,3 +158,18 @@ def test_a_loaded_run_draws_as_its_recipe_says(monkeypatch):
     assert drawn == [(7, 1.5), (2, 1.0)]
     with pytest.raises(InputError, match="leave them out"):
         dataclasses.replace(loaded, sampler=object()).sample(["a dog"], steps=2)
+
+
+def test_a_generators_run_is_drawn_in_its_one_step_whoever_loads_the_model(tmp_path, request):
+    """A model that is given must not be drawn in many guided steps: the evaluation would be of other pictures."""
+    command = request.getfixturevalue("palate")
+    command("train", "direct-emoji", f"run.folder={tmp_path / 'run'}", "trainer.steps=1",
+            "trainer.batch_size=2", "trainer.preview_every=0", "trainer.guard.every=0")  # fmt: skip
+    alone = palate.load(tmp_path / "run")
+    given = palate.load(tmp_path / "run", model=alone.model)
+    assert alone.sampler is not None and given.sampler == alone.sampler
+    drawn = [each.sample(["a dog"], seeds=[0]).tensor for each in (alone, given)]
+    assert torch.equal(*drawn)
+    found = [palate.evaluate(tmp_path / "run", prompts=["a dog"], seeds=[0], **more)["metrics"]["reward/emoji"]["value"]
+             for more in ({}, {"model": alone.model})]  # fmt: skip
+    assert found[0] == found[1]
