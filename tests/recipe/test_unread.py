@@ -85,6 +85,8 @@ WITHOUT_EFFECT = [
     ("srpo", "trainer.ema_every", ["trainer.steps=3", "trainer.ema_decay=0.9", "trainer.ema_every=4"]),
     ("srpo", "algorithm.positive, algorithm.negative", ["algorithm.positive=[3d, large]",
                                                         "algorithm.negative=[flat, large]"]),
+    ("srpo", "algorithm.positive, algorithm.negative", ["algorithm.positive=[3d, large]",
+                                                        "algorithm.negative=[flat, small, 3d]"]),  # the third pair
     ("srpo", "algorithm.positive, algorithm.negative", ["reward.name=warmth"]),
     ("srpo", "prompts.sizes", ["model={name: sdxl, folder: x}", "reward=null", "trainer.guard.every=0",
                                "optimize={oracle: {name: jpeg-size}}", "prompts.sizes=[512, 1024]"]),
