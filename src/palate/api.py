@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from palate.core import DrawsOwnSamples, Model, Sampler
-from palate.evaluate import generate, quantise
+from palate.evaluate import EvaluationPanel, generate, quantise
 from palate.models.latents import ImageSize
 from palate.models.sizes import at_size
 from palate.recipe import SampleSettings, builder
@@ -99,17 +99,24 @@ def load(run: str | Path, *, model: Model | None = None, algorithm: Any = None) 
     return LoadedRun(folder, found, None, sampler, own.recipe.sample)
 
 
-def evaluate(run: str | Path, *, model: Model | None = None, **options: Any) -> dict[str, Any]:
-    """Measure a run's result against its base and write evaluation.json; `palate evaluate` in Python.
+def evaluate(
+    run: str | Path, *, model: Model | None = None, prompts: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None, panel: EvaluationPanel | None = None, sampler: Sampler | None = None,
+    stored: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure the result of a run that a recipe began against its base, and write and return evaluation.json; `palate
+    evaluate` in Python.
 
-    options: prompts, seeds, panel, sampler, stored, as of `palate.runs.evaluate_run`. InputError: not a run, or begun
-    from Python with a reward that no recipe can name.
+    model: an object of the run's kind, whose weights are replaced; None = the recipe's. prompts, seeds, panel: None =
+    what the recipe's section `evaluate` says. sampler: how a model that was passed is drawn from. stored: judge the
+    images that lie there already. InputError: not a run, or one that was begun from Python; of that,
+    `palate.evaluate.evaluate_model` measures the model of `palate.load(run, model=...)`.
     """
     folder = Path(run)
     if model is not None:
         load_result(model, folder, warn=logger.warning)
-        options.setdefault("sampler", _sampler_of(folder))
-    return evaluate_run(folder, model=model, **options)
+        sampler = sampler or _sampler_of(folder)
+    return evaluate_run(folder, model=model, prompts=prompts, seeds=seeds, panel=panel, sampler=sampler, stored=stored)
 
 
 def _sampler_of(folder: Path) -> Sampler | None:

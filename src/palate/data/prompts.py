@@ -90,6 +90,8 @@ def listed(prompts: Sequence[str]) -> list[str]:
     """The prompts as a list. InputError: a single text, of which Python would make a list of letters."""
     if isinstance(prompts, str):
         raise InputError(f"prompts: expected a list of prompts, got the text {prompts!r}; write [{prompts!r}]")
+    if isinstance(prompts, Path):
+        raise InputError(f"prompts: expected a list of prompts, got a path; palate.data.read_prompts reads {prompts}")
     return list(prompts)
 
 

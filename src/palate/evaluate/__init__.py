@@ -4,7 +4,8 @@ Everything is measured per image or per prompt first, so that two models that dr
 pairs and every mean has an interval. The optimised reward stands beside those that were not optimised: when the
 first rises and the others fall, the run is over-optimised. The run folders themselves are `palate.runs`.
 
-`palate.evaluate(run)` calls `palate.api.evaluate`, which measures a run's result against its base.
+`palate.evaluate(run)` calls `palate.api.evaluate`, which measures a run's result against its base;
+`help(palate.api.evaluate)` has its arguments.
 """
 
 from __future__ import annotations

@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
 
 from palate.models import families
 from palate.models.latents import LatentLayout
+from palate.runtime.code import imported
 from palate.runtime.errors import InputError
 
 
@@ -78,7 +78,7 @@ class Facts:
     licence: str  # of the published base models; a folder of one's own may have another
     licences: Mapping[str, str] = field(default_factory=dict)  # hub id -> the hub's licence id
     optional: tuple[str, ...] = ()  # parts that may be missing
-    vae: type[nn.Module] = AutoencoderKL
+    vae: type[nn.Module] = field(default_factory=lambda: imported("diffusers", "AutoencoderKL"))
     layout: LatentLayout = field(default_factory=LatentLayout)  # of the VAE's latents
     packing: int = 1  # channels of the denoiser's input per channel of the VAE's latents
     patch: int | None = None  # side of the denoiser's patches, in latents; None = its configuration's patch_size

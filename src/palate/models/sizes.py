@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from palate.core import DrawsOtherSizes, Model
 from palate.models.facts import Facts
 from palate.models.latents import ImageSize, factor_of, latent_shape, sides
-from palate.models.repository import Repository
 from palate.runtime.errors import InputError
+
+if TYPE_CHECKING:  # it loads diffusers, which whoever only looks at a size must not wait for
+    from palate.models.repository import Repository
 
 
 def shape_of(repository: Repository, facts: Facts, image_size: ImageSize) -> tuple[int, int, int]:

@@ -123,7 +123,8 @@ def parse(text: str, overrides: Sequence[str] = (), *, beside: Path | None = Non
     if objects:
         raise RecipeError(
             f"this run was begun from Python, and its {', '.join(objects)} cannot be rebuilt from the recipe; go on "
-            "with palate.train(..., resume=True), draw with palate.load(folder, model=...).sample(prompts)"
+            "with palate.train(..., resume=True), draw with palate.load(folder, model=...).sample(prompts), measure "
+            "that model with palate.evaluate.evaluate_model(model, prompts, seeds, base_weights='reference')"
         )
     mistakes: list[str] = []
     for override in overrides:

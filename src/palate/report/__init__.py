@@ -4,7 +4,8 @@
 choose between two runs without knowing whose pictures they see. Nothing is loaded: images are data URIs, charts inline
 SVG. All text is escaped, so a prompt is shown, never obeyed.
 
-`palate.report(run)` calls `palate.api.report`, which writes a run's page and returns its path.
+`palate.report(run)` calls `palate.api.report`, which writes a run's page and returns its path;
+`help(palate.api.report)` has its arguments.
 """
 
 from palate.report.blackbox import read_queries, read_rounds

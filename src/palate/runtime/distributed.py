@@ -104,6 +104,12 @@ class Ranks:
         return [load(row.numpy().tobytes()) for row in rows]
 
 
+def joined() -> bool:
+    """Whether this process knows its peers, where its environment names any."""
+    alone = any(name not in os.environ for name in PLACE) or os.environ["WORLD_SIZE"] == "1"
+    return alone or dist.is_initialized()
+
+
 def ranks() -> Ranks:
     """This process's ranks: those of `process_group`, or it alone."""
     return Ranks(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Ranks()

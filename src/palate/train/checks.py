@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from palate.train.steering import noise_images
 if TYPE_CHECKING:
     from palate.train.state import Weights
 
+logger = logging.getLogger("palate")
 MODEL_MEMBERS = ("schedule", "latent_shape", "encode_prompts", "encode", "decode", "predict", "parameters")
 SAMPLEABLE_MEMBERS = ("default_steps", "default_guidance", "image_size", "device")
 ALGORITHM_MEMBERS = ("trains", "step")
@@ -78,6 +80,22 @@ def require_sampleable(model: Model, what: str) -> Sampleable:
     return model
 
 
+def checked_images(images: Tensor) -> Tensor:
+    """The images. InputError: what a model decodes are none. A warning: their values are far outside [0, 1], in which
+    rewards and the pictures of the run take them to be."""
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise InputError(
+            f"model.decode returned {images.dtype} {tuple(images.shape)}; expected floating-point images (B, 3, H, W)"
+        )
+    low, high = float(images.min()), float(images.max())
+    if low < -0.05 or high > 1.05:
+        logger.warning(
+            f"model.decode returned values from {low:.3g} to {high:.3g}; rewards and pictures take images to lie in "
+            "[0, 1]: let it end with .add(1).div(2).clamp(0, 1) where its decoder speaks of [-1, 1]"
+        )
+    return images
+
+
 def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Reward:
     """The reward, as one that returns a float tensor: lists, NumPy arrays and whole numbers are converted.
 
@@ -102,6 +120,26 @@ def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Rewa
             f"the reward returned {[round(float(v), 4) for v in values]} for images of noise; expected finite numbers"
         )
     return reward
+
+
+@contextlib.contextmanager
+def as_judge(reward: Reward) -> Iterator[None]:
+    """Inside, a reward that is a module judges: without dropout, and its weights collect no gradients."""
+    if not isinstance(reward, nn.Module):
+        yield
+        return
+    training = [module for module in reward.modules() if module.training]
+    learning = [p for p in reward.parameters() if p.requires_grad]
+    reward.eval()
+    for p in learning:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+        for p in learning:
+            p.requires_grad_(True)
 
 
 def shard_networks(model: Model, sharding: str, ranks: Ranks) -> list[nn.Module]:

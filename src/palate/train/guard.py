@@ -16,7 +16,7 @@ from torch import Tensor
 from palate.core import Cond, EmbedsImages, GuardMeasure, Model, Random, Sampler
 from palate.evaluate import embedded_panel, measure_for_guard
 from palate.evaluate.monitor import ImageMonitor
-from palate.models.emoji import EmojiModel
+from palate.models import families
 from palate.models.latents import ImageSize
 from palate.models.sizes import at_size
 from palate.path import Prediction
@@ -27,6 +27,13 @@ from palate.runtime.phases import tell
 from palate.train.job import Job
 from palate.train.state import Weights
 
+FALLS = {"heldout": "heldout_drop", "concept": "concept_drop", "background": "background_drop"}
+RISES = {"duplicates": "duplicates_rise"}
+SHIFTS = {
+    name: name for name in ("cast_shift", "saturation_shift", "detail_shift", "drift", "latent_drift", "heldout_fall")
+}
+SHARES = {"variety": "variety_ratio", "fit": "fit_ratio"}
+LIMITS = {**FALLS, **RISES, **SHIFTS, **SHARES, "diversity": "diversity_ratio"}  # of what is measured: the setting
 SEEDS = 2  # images per guard prompt: diversity needs two, concept accuracy many prompts
 
 
@@ -69,6 +76,11 @@ class Guard:
             raise InputError(
                 f"trainer.guard: {broken[0]} is {base[broken[0]]} before training, which nothing can be compared with; "
                 "look at what measures it"
+            )
+        if not base.keys() & LIMITS.keys() and self.settings.best not in base:
+            raise InputError(
+                f"trainer.guard: what is measured ({', '.join(base) or 'nothing'}) has no limit; name it as one of "
+                f"{', '.join(LIMITS)}, or let trainer.guard.best name it"
             )
         rows: list[dict[str, Any]] = [{"step": 0, "event": "guard", "verdict": "base", **base}]
         if start is not None:
@@ -140,34 +152,20 @@ class Guard:
 def broken_limits(now: Mapping[str, float], base: Mapping[str, float], guard: GuardSettings) -> list[str]:
     """Which of the guard's limits the values break, a sentence each. A value that is not measured breaks none, and one
     that is not a number breaks its limit."""
-    # a held-out reward is judged in its own units, or where its spread was taken too in that
-    falls = {
-        "heldout": None if "heldout_fall" in base else guard.heldout_drop,
-        "concept": guard.concept_drop,
-        "background": guard.background_drop,
-    }
-    rises = {"duplicates": guard.duplicates_rise}
-    shifts = {
-        "cast_shift": guard.cast_shift,
-        "saturation_shift": guard.saturation_shift,
-        "detail_shift": guard.detail_shift,
-        "drift": guard.drift,
-        "latent_drift": guard.latent_drift,
-        "heldout_fall": guard.heldout_fall,
-    }
-    shares = {"variety": guard.variety_ratio, "fit": guard.fit_ratio}
-    limits = {**falls, **rises, **shifts, **shares, "diversity": guard.diversity_ratio}
+    limits = {key: getattr(guard, limit) for key, limit in LIMITS.items()}
+    if "heldout_fall" in base:  # judged by its spread, where that was taken, and not in its own units
+        limits["heldout"] = None
     watched = {key: limit for key, limit in limits.items() if limit is not None and key in now and key in base}
     broken = []
     for key, limit in watched.items():
         change = f"from {base[key]:.4g} to {now[key]:.4g}"
-        if key in falls and not base[key] - now[key] <= limit:
+        if key in FALLS and not base[key] - now[key] <= limit:
             broken.append(f"{key} fell {change}, more than {limit:g}")
-        if key in rises and not now[key] - base[key] <= limit:
+        if key in RISES and not now[key] - base[key] <= limit:
             broken.append(f"{key} rose {change}, more than {limit:g}")
-        if key in shifts and not now[key] <= limit:
+        if key in SHIFTS and not now[key] <= limit:
             broken.append(f"{key} is {now[key]:.3g} of the base's spread, more than {limit:g}")
-        if key in shares and not now[key] + now.get(f"{key}_error", 0.0) >= limit:
+        if key in SHARES and not now[key] + now.get(f"{key}_error", 0.0) >= limit:
             broken.append(f"{key} is {now[key]:.3g} of the base's, below {limit:g}")
         if key == "diversity" and not now[key] >= limit * base[key]:
             broken.append(f"{key} fell {change}, below {limit:g} of it")
@@ -203,6 +201,10 @@ class Measurer:
         with torch.no_grad(), at_size(self.model, self.image_size):  # a view is made of the model as it is then
             model = as_reference(self.model) if reference else self.model
             values = self.measure(model, prompts, list(range(len(prompts))))
+        if not isinstance(values, Mapping):
+            raise InputError(
+                f"check returned {type(values).__name__}; expected named numbers, for example {{'concept': 0.9}}"
+            )
         return self.ranks.all_gather_json({key: float(value) for key, value in values.items()})[0]
 
     def _moved(self) -> bool:
@@ -234,7 +236,7 @@ def measure_of(job: Job, sampler: Sampler | None) -> GuardMeasure:
     settings = job.trainer
     if job.measure is not None:
         return job.measure
-    if isinstance(job.model, EmojiModel) and settings.guard.measures != "images":
+    if isinstance(job.model, families.find("emoji").load_class()) and settings.guard.measures != "images":
         return embedded_measure(settings.seed, sampler)
     tower = job.reward if isinstance(job.reward, EmbedsImages) else None
     at_once = max(1, settings.batch_size // settings.micro_batches)

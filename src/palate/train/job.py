@@ -61,17 +61,11 @@ class Job:
         count = len(self.prompts)
         if not count:
             raise InputError("got no prompts; give at least one")
-        if self.latents is not None and len(self.latents) != count:
-            got = f"{counted(len(self.latents), 'latent')} and {counted(count, 'prompt')}"
-            raise InputError(f"got {got}; expected one prompt per image")
-        if self.latents is not None and bool((broken := _broken(self.latents)).any()):
-            bad = int(broken.nonzero()[0])
-            raise InputError(
-                f"the latents of image {bad} ({self.prompts[bad]!r}) are not finite; expected numbers: encode it again"
-            )
         check_trackers(self.trainer.tracker)
         draws = bool(self.trainer.preview_every or (self.trainer.guard.every and self.measure is None))
         check_parts(self.model, self.algorithm, self.reward, samples=draws)
+        if self.latents is not None:
+            check_latents(self.latents, self.prompts, self.model.latent_shape[0])
         if unknown := sorted(set(self.trainer.lrs or ()) - set(self.algorithm.trains)):
             raise InputError(f"trainer.lrs.{unknown[0]}: the algorithm trains {', '.join(self.algorithm.trains)}")
         given = self.latents is not None or bool(self.buckets)
@@ -99,6 +93,23 @@ class Job:
         for size, key in sizes:
             with at_size(self.model, size, key):
                 pass
+
+
+def check_latents(latents: Tensor, prompts: Sequence[str], channels: int) -> None:
+    """InputError: they are not one image or pair for each prompt, of finite numbers, in latents of so many channels."""
+    if len(latents) != len(prompts):
+        got = f"{counted(len(latents), 'latent')} and {counted(len(prompts), 'prompt')}"
+        raise InputError(f"got {got}; expected one prompt per image")
+    if latents.ndim not in (4, 5) or latents.shape[-3] != channels or latents.shape[1:-3] not in ((), (2,)):
+        raise InputError(
+            f"latents have shape {tuple(latents.shape)}; expected (images, {channels}, height, width) of the model's "
+            f"latents, or (pairs, 2, {channels}, height, width)"
+        )
+    if bool((broken := _broken(latents)).any()):
+        bad = int(broken.nonzero()[0])
+        raise InputError(
+            f"the latents of image {bad} ({prompts[bad]!r}) are not finite; expected numbers: encode it again"
+        )
 
 
 def _broken(latents: Tensor) -> Tensor:

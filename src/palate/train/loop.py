@@ -29,7 +29,7 @@ from palate.runtime.result import forget_adapter
 from palate.runtime.runlog import RunLog
 from palate.runtime.signals import Stop
 from palate.train.batches import Batches
-from palate.train.checks import check_reward, encode_all, gradient_cause, memory_advice, shard_networks
+from palate.train.checks import check_reward, checked_images, encode_all, gradient_cause, memory_advice, shard_networks
 from palate.train.failure import Failures
 from palate.train.guard import Guard, Measurer, measure_of
 from palate.train.guard_action import carry_out
@@ -127,6 +127,9 @@ class Run:
                     self._hand_over()
                     self.progress.note(f"stopped by signal {number} after step {counters.step}; a checkpoint is saved")
                     return Outcome(folder, counters.step, "signal", 128 + number)
+            if counters.step and not resume and not self.updater.losses:
+                name = type(self.job.algorithm).__name__
+                raise InputError(f"{name}.step yielded no loss in {counters.step} steps, so that nothing was trained")
             counters.finished = counters.finished or "finished"
             self._finish()
             return Outcome(folder, counters.step, counters.finished, 0)
@@ -216,7 +219,9 @@ class Run:
         encode_all(job.model, [*used, *other], preview)
         job.check_sizes()
         with torch.no_grad():
-            self.reward = check_reward(job.reward, noise_images(job.model, s.seed, 2), [used[0], used[-1]])
+            images = checked_images(noise_images(job.model, s.seed, 2))
+            self.reward = check_reward(job.reward, images, [used[0], used[-1]])
+        self.replicas.check_states()
         if problem := self._unknown_words():
             raise InputError(problem)
         self.ranks.on_main(self.saver.check_space)

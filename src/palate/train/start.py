@@ -21,11 +21,13 @@ from palate.data import listed
 from palate.models.latents import ImageSize
 from palate.recipe import SampleSettings, TrainerSettings, evenly_spaced
 from palate.runtime import distributed
+from palate.runtime.errors import InputError
 from palate.runtime.runlock import owned
 from palate.runtime.signals import stop_signals
+from palate.train.checks import as_judge
 from palate.train.job import Job, Outcome, check_settings
 from palate.train.loop import Run
-from palate.train.python_recipe import describe_job
+from palate.train.python_recipe import check_same, describe_job
 
 logger = logging.getLogger("palate")
 _starts: weakref.WeakKeyDictionary[Model, list[float]] = weakref.WeakKeyDictionary()  # sums of first parameters
@@ -63,6 +65,11 @@ def train(
     Inside `palate.runtime.distributed.process_group` every rank calls this with the same arguments, and `batch_size` is
     what all of them work on together. InputError: what was given cannot work.
     """
+    if not distributed.joined():
+        raise InputError(
+            "this process is one of several ranks, which do not know one another yet; call train inside "
+            "`with palate.runtime.distributed.process_group():`"
+        )
     prompts, folder = listed(prompts), Path(folder).expanduser()
     sample, identity = _renamed_options(sample, changes)
     settings = check_settings(trainer, changes)
@@ -72,9 +79,12 @@ def train(
         listed(preview) if preview else evenly_spaced(prompts), how, latents, check, identity, sizes=list(sizes),
     )  # fmt: skip
     job.check(resume=resume)
-    text = describe_job(model, algorithm, reward, job.prompts, str(folder), settings, how)
+    if check is not None and not settings.guard.every:
+        raise InputError("check: the guard is off, so that nothing calls it; add guard=GuardSettings(every=10)")
+    if resume:
+        check_same(job)
     with torch.enable_grad():  # whatever the caller has set
-        return run_job(dataclasses.replace(job, recipe=text), resume=resume, progress=progress)
+        return run_job(dataclasses.replace(job, recipe=describe_job(job)), resume=resume, progress=progress)
 
 
 def run_job(job: Job, *, resume: bool = False, progress: bool = True, goes_on: bool = False) -> Outcome:
@@ -83,7 +93,7 @@ def run_job(job: Job, *, resume: bool = False, progress: bool = True, goes_on: b
     goes_on: the model is meant to begin with what an earlier job left in it.
     """
     job.check(resume=resume)
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as held, as_judge(job.reward):
         distributed.ranks().on_main(lambda: held.enter_context(owned(job.folder)))
         runs: list[Run] = []
         stop = held.enter_context(stop_signals(lambda number: _answer(runs, number)))

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import hashlib
 import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -150,6 +151,17 @@ class Replicas:
         for algorithm, state in zip(self.algorithms, states, strict=True):
             if isinstance(algorithm, Stateful):
                 algorithm.load_state_dict(state)
+
+    def check_states(self) -> None:
+        """InputError: the algorithm's state holds what no checkpoint can."""
+        for state in self.states()[:1]:
+            try:
+                json.dumps(checkpoint.flatten_state(state, "algorithm", {}))
+            except (TypeError, ValueError) as error:
+                raise InputError(
+                    f"{type(self.algorithms[0]).__name__}.state_dict: {error}; a checkpoint holds tensors, numbers, "
+                    "texts, and lists and dictionaries of them"
+                ) from error
 
     def gather(self, states: Sequence[dict[str, Any]], tensors: dict[str, Tensor]) -> dict[str, Any]:
         """The algorithm's part of a checkpoint: "algorithm" where all replicas agree, else one each in "algorithms".

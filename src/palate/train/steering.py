@@ -33,7 +33,11 @@ Words = dict[str, Any]  # {"positive": list or None, "negative": list or None}; 
 
 
 def steer(folder: str | Path, positive: Sequence[str] | None = None, negative: Sequence[str] | None = None) -> None:
-    """Change the control words of the run in `folder`, from its next step on; None keeps a list."""
+    """Change the control words of the run in `folder`, from its next step on; None keeps a list.
+
+    Of a run that is stopped or has finished they wait until it goes on, for more steps if need be. InputError: they are
+    no words, or the run trains without any.
+    """
     folder = Path(folder)
     words: Words = {"positive": positive, "negative": negative}
     if positive is None and negative is None:

@@ -66,6 +66,7 @@ class Updater:
         self.weights, self.ranks, self.micro_batches = weights, ranks, micro_batches
         self.sharded, self.diagnose = sharded, diagnose
         self.check_gradient = False
+        self.losses = 0  # of all steps
         self.updates = 0  # that the last step made; 0 = no step yet
 
     def step(self, streams: Sequence[Stream], step: int, scale: float = 1.0) -> tuple[dict[str, float], str]:
@@ -134,6 +135,10 @@ class Updater:
             if loss.value.ndim:
                 raise InputError(f"the loss has shape {tuple(loss.value.shape)}; expected a scalar")
             averager.add(loss)
+            self.losses += 1
+            if loss.update is not None and loss.update not in self.weights.parameters:
+                known = ", ".join(self.weights.parameters)
+                raise InputError(f"a loss updates {loss.update!r}; the algorithm's `trains` has {known}")
             if not problem and not torch.isfinite(loss.value):
                 problem = f"the loss is {float(loss.value.detach())}"
             if self.sharded:  # their backward reduces over the ranks, so all ranks run it or none
