@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from palate.core import DrawsOwnSamples, Model, Sampler
+from palate.core import Algorithm, DrawsOwnSamples, Model, Reward, Sampler
 from palate.evaluate import EvaluationPanel, generate, quantise
 from palate.models.latents import ImageSize
 from palate.models.sizes import at_size
@@ -18,6 +18,7 @@ from palate.recipe import SampleSettings, builder
 from palate.recipe.names import PYTHON
 from palate.report import write_report
 from palate.runs import RunFolder, evaluate_run, load_result, read_recipe
+from palate.runs.python_run import PythonRun, begun_in_python
 from palate.runtime.errors import InputError
 from palate.runtime.files import write_file
 from palate.runtime.images import encode_png, grid
@@ -100,23 +101,29 @@ def load(run: str | Path, *, model: Model | None = None, algorithm: Any = None) 
 
 
 def evaluate(
-    run: str | Path, *, model: Model | None = None, prompts: Sequence[str] | None = None,
-    seeds: Sequence[int] | None = None, panel: EvaluationPanel | None = None, sampler: Sampler | None = None,
-    stored: bool = False,
+    run: str | Path, *, model: Model | None = None, algorithm: Algorithm | None = None, reward: Reward | None = None,
+    prompts: Sequence[str] | None = None, seeds: Sequence[int] | None = None, panel: EvaluationPanel | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure the result of a run that a recipe began against its base, and write and return evaluation.json; `palate
-    evaluate` in Python.
+    """Measure a run's result against its base, and write and return evaluation.json; `palate evaluate` in Python.
 
-    model: an object of the run's kind, whose weights are replaced; None = the recipe's. prompts, seeds, panel: None =
-    what the recipe's section `evaluate` says. sampler: how a model that was passed is drawn from. stored: judge the
-    images that lie there already. InputError: not a run, or one that was begun from Python; of that,
-    `palate.evaluate.evaluate_model` measures the model of `palate.load(run, model=...)`.
+    model, algorithm, reward: the objects of a run that Python began; the model's weights are replaced, the algorithm is
+    needed where it draws in its own way, and the reward is what counts as optimised. None = what the recipe names.
+    prompts, seeds, panel: None = what its section `evaluate` says; of a run that Python began 64 of its prompts, four
+    seeds, and the embedded model's judges. `palate.runs.evaluate_run(..., stored=True)` judges images that lie there.
+    InputError: not a run, or an object has to be passed.
     """
-    folder = Path(run)
+    folder = RunFolder(run)
+    sampler = algorithm.sampler if isinstance(algorithm, DrawsOwnSamples) else _sampler_of(folder.path)
+    if begun_in_python(folder):
+        if model is None:
+            raise InputError(f"{run} was begun from Python; pass the model: palate.evaluate({str(run)!r}, model=...)")
+        folder = own = PythonRun(run, model, reward=reward, algorithm=algorithm)
+        panel, prompts, seeds = own.panel(panel), prompts or own.prompts(), seeds or own.seeds()
+    elif reward is not None:
+        raise InputError(f"reward: {run} names its own in its recipe; leave it out")
     if model is not None:
-        load_result(model, folder, warn=logger.warning)
-        sampler = sampler or _sampler_of(folder)
-    return evaluate_run(folder, model=model, prompts=prompts, seeds=seeds, panel=panel, sampler=sampler, stored=stored)
+        load_result(model, folder.path, warn=logger.warning)
+    return evaluate_run(folder, model=model, prompts=prompts, seeds=seeds, panel=panel, sampler=sampler)
 
 
 def _sampler_of(folder: Path) -> Sampler | None:

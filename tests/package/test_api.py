@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pydoc
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,13 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from support.loop import run, srpo
+from support.ranks import MAKE
 
 import palate
 from palate import api
+from palate.evaluate import published_panel, read_samples
 from palate.models.emoji import EmojiModel
 from palate.recipe import SampleSettings
 from palate.runtime.errors import InputError
-from palate.testing import PROMPTS, TinyFlow
+from palate.testing import PROMPTS, TinyFlow, text_vector
 from palate.testing import tiny_reward as reward
 
 
@@ -97,12 +100,73 @@ def test_what_cannot_be_rebuilt_is_named_with_the_way_that_works(begun):
 
 
 def test_a_run_from_python_goes_on_and_can_be_steered(begun, tmp_path):
-    import shutil
-
     folder = shutil.copytree(begun[0], tmp_path / "run")
     palate.steer(folder, ["icy"])
     _, outcome = run(folder, steps=4, resume=True)
     assert outcome.step == 4
+
+
+class Towers:
+    """A held-out reward with an image tower: minus what the run optimises."""
+
+    def __call__(self, images, prompts):
+        return self.score(self.image_features(images), prompts)
+
+    @staticmethod
+    def image_features(images):
+        return images.mean((2, 3)) + 0.1
+
+    @staticmethod
+    def score(features, prompts):
+        return -(features * torch.stack([text_vector(p, 3) for p in prompts])).sum(1)
+
+
+def judged(run, **options):
+    panel = published_panel("towers", Towers())
+    return palate.evaluate(run, panel=panel, seeds=[0, 1], **options)
+
+
+def test_a_run_from_python_is_measured_with_the_objects_that_are_passed(begun, tmp_path):
+    folder = shutil.copytree(begun[0], tmp_path / "run")
+    palate.steer(folder, ["icy"])
+    run(folder, steps=4, resume=True)
+    found = judged(folder, model=TinyFlow(), reward=reward)
+    name = "tiny_reward-relative"
+    assert found["optimised"] == [name, "tiny_reward"] and found["heldout"] == "towers"
+    assert found["words"] == {"positive": ["icy"], "negative": ["cold", "dull"]} and found["prompts"] == len(PROMPTS)
+    assert found["checkpoint"].endswith("step-000004")
+    loaded = palate.load(folder, model=TinyFlow())
+    drawn, base = (loaded.sample(PROMPTS, seeds=(0, 1), weights=w).tensor for w in ("policy", "reference"))
+    prompts = [p for p in PROMPTS for _ in range(2)]
+    for images, side in ((drawn, "value"), (base, "base")):
+        wanted, cold, dull = (reward(images, [f"{word}. {p}" for p in prompts]) for word in ("icy", "cold", "dull"))
+        expected = float((wanted - (cold + dull) / 2).mean())
+        assert found["metrics"][f"reward/{name}"][side] == pytest.approx(expected, abs=1e-5)
+    text = palate.report(folder).read_text("utf-8")
+    assert "tiny_reward" in text and "not judged" not in text
+    alone = judged(folder, model=TinyFlow())
+    assert alone["optimised"] == [] and alone["metrics"]["reward/towers"] == found["metrics"]["reward/towers"]
+
+
+def test_a_generator_from_python_is_measured_as_it_draws(tmp_path):
+    algorithm = MAKE["direct"]()
+    palate.train(TinyFlow(), algorithm, reward, PROMPTS, folder=tmp_path, steps=2, batch_size=2, lr=0.1, progress=False)
+    found = [
+        judged(tmp_path, model=TinyFlow(), reward=reward, **more)["rows"] for more in ({"algorithm": algorithm}, {})
+    ]
+    assert found[0] != found[1]
+    drawn = palate.load(tmp_path, model=TinyFlow(), algorithm=algorithm).sample(PROMPTS[:1], seeds=[0]).tensor
+    kept = read_samples(tmp_path / "evaluation" / "result")[0][:1]
+    assert not torch.equal(drawn, kept)
+    judged(tmp_path, model=TinyFlow(), algorithm=algorithm)
+    assert torch.equal(drawn, read_samples(tmp_path / "evaluation" / "result")[0][:1])
+
+
+def test_what_an_evaluation_from_python_lacks_is_named(begun):
+    with pytest.raises(InputError, match=r"pass the model: palate.evaluate\('.*', model=...\)"):
+        palate.evaluate(begun[0])
+    with pytest.raises(InputError, match=r"has no judges of its own.*published_panel"):
+        palate.evaluate(begun[0], model=TinyFlow())
 
 
 def test_training_an_object_twice_is_told_unless_it_was_reset(tmp_path, caplog):

@@ -124,7 +124,7 @@ def parse(text: str, overrides: Sequence[str] = (), *, beside: Path | None = Non
         raise RecipeError(
             f"this run was begun from Python, and its {', '.join(objects)} cannot be rebuilt from the recipe; go on "
             "with palate.train(..., resume=True), draw with palate.load(folder, model=...).sample(prompts), measure "
-            "that model with palate.evaluate.evaluate_model(model, prompts, seeds, base_weights='reference')"
+            "with palate.evaluate(folder, model=..., reward=...)"
         )
     mistakes: list[str] = []
     for override in overrides:

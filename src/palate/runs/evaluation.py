@@ -32,11 +32,10 @@ from palate.evaluate.samples import (
 )
 from palate.evaluate.verdicts import verdict
 from palate.models.sizes import at_size
-from palate.recipe import builder, evaluators
+from palate.recipe import evaluators
 from palate.recipe.cross_checks import heldout_of
 from palate.recipe.objective import ORACLE, Term
 from palate.recipe.settings import Recipe
-from palate.recipe.start import reference_of
 from palate.runs.comparison import between
 from palate.runs.folder import RECIPE, RunFolder, open_runs, run_names
 from palate.runtime.errors import InputError
@@ -106,14 +105,14 @@ def _judged(
     """Write what the panel says of the pictures that lie in the run, and return it."""
     folder, objective = run.path / "evaluation", run.objective()
     result = evaluate_samples(folder / "result", base_folder=folder / "base", panel=panel)
-    (positive, negative), fall = words, evaluators.allowed_fall(run.recipe)
+    (positive, negative), fall = words, run.may_fall
     result |= {
         "optimised": optimised,
         "heldout": panel.heldout,
         **({"heldout_may_fall": fall} if fall else {}),
         "objective": objective.description(),
         **told,
-        **({"reference": reference} if (reference := reference_of(run.recipe)) else {}),
+        **({"reference": run.reference} if run.reference else {}),
         "words": {"positive": positive, "negative": negative} | ({"k": objective.k} if objective.k else {}),
         "verdict": verdict(
             result["metrics"], optimised, panel.heldout, result["failed"], num_prompts=result["prompts"], may_fall=fall
@@ -269,7 +268,7 @@ def evaluating(run: RunFolder) -> AbstractContextManager[None]:
 
 def sides(run: RunFolder, sampler: Sampler | None) -> tuple[Drawing, Drawing]:
     """How base and result are drawn, by the run's recipe and the result's own sampler."""
-    how, algorithm = run.recipe.sample, builder.build_algorithm(run.recipe)
+    how, algorithm = run.sample, run.algorithm
     alike = isinstance(algorithm, DrawsReference) and algorithm.draws_reference
     base = sampler if alike else None  # else the result stands beside its teacher, drawn in many steps
     return (
@@ -285,7 +284,7 @@ def draw_sides(
     assert isinstance(model, Sampleable), "a run's model can be sampled"
     for side, how in zip(SIDES, sides(run, sampler), strict=True):
         steps, guidance = steps_and_guidance(model, how)
-        with at_size(model, run.recipe.sample.image_size):  # the images are drawn as they are written
+        with at_size(model, run.sample.image_size):  # the images are drawn as they are written
             images = generate_parts(model, prompts, seeds, how)
             write_samples(into / "evaluation" / side, images, *pairs(prompts, seeds), guidance=guidance, steps=steps)
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import yaml
 
-from palate.core import Model, Sampler
-from palate.recipe import SECTIONS, builder, reader
+from palate.core import Algorithm, Model, Sampler
+from palate.recipe import SECTIONS, SampleSettings, builder, evaluators, reader
 from palate.recipe.cross_checks import rewards_placed
 from palate.recipe.identity import changes
 from palate.recipe.objective import Objective, control_words, objective_of
 from palate.recipe.settings import Recipe
+from palate.recipe.start import reference_of
 from palate.runs.result import load_result
 from palate.runtime.errors import InputError
 from palate.runtime.result import result_of
@@ -89,6 +90,26 @@ class RunFolder:
             step = result.step
         return steered(control_words(self.recipe), self.metrics, step)
 
+    @property
+    def sample(self) -> SampleSettings:
+        """How the run's pictures are drawn."""
+        return self.recipe.sample
+
+    @cached_property
+    def algorithm(self) -> Algorithm:
+        """The run's algorithm, in its first state."""
+        return builder.build_algorithm(self.recipe)
+
+    @property
+    def may_fall(self) -> float:
+        """How far the held-out reward may fall without a warning, in its own units."""
+        return evaluators.allowed_fall(self.recipe)
+
+    @property
+    def reference(self) -> str | None:
+        """What the result is compared with, in words, where that needs saying."""
+        return reference_of(self.recipe)
+
     def objective(self) -> Objective:
         """What the run optimised, with the words of its result."""
         return objective_of(self.recipe).with_words(*self.words())
@@ -106,7 +127,7 @@ class RunFolder:
         seen = looked_at(self.recipe)
         model = builder.build_model(without_savings(seen) if mergeable else seen)
         load_result(model, self.path, warn=warn)
-        return model, builder.sampler_of(builder.build_algorithm(self.recipe))
+        return model, builder.sampler_of(self.algorithm)
 
 
 def misshapen(tree: Mapping[str, Any]) -> str:
