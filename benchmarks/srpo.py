@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from methods import about, fingerprints, parsed, slug, trained, with_style
+from methods import FIRST_WORDS, about, fingerprints, parsed, slug, trained, with_style
 from rows import Row, made_in, measured, write_table
 from torch import Tensor
 
@@ -39,21 +39,25 @@ SEEDS_PER_PROMPT = (0, 1)
 ABSOLUTE = ["algorithm.preference=absolute", "algorithm.k_denoise=[0, 0]", "algorithm.hinge=null"]
 RUNS: dict[str, dict[str, tuple[str, list[str]]]] = {
     "pairs": {
-        "3d against flat, outline": ("srpo-emoji", []),
+        "3d against flat, purple 3d": ("srpo-emoji", []),
+        "3d against flat, outline": ("srpo-emoji", FIRST_WORDS),
         "cartoon against outline": ("srpo-emoji-cartoon", []),
         "outline against 3d": ("srpo-emoji-outline", []),
     },
     "ablations": {
-        "default": ("srpo-emoji", []),
-        "no inversion branch": ("srpo-emoji", ["algorithm.branches=[denoise]"]),
-        "early window": ("srpo-emoji", ["algorithm.window=[0.7, 0.98]"]),
-        "late window": ("srpo-emoji", ["algorithm.window=[0.02, 0.35]"]),
-        "full window": ("srpo-emoji", ["algorithm.window=[0.02, 0.98]"]),
-        "rollout noise": ("srpo-emoji", ["algorithm.noise=rollout"]),
-        "absolute reward": ("srpo-emoji", [*ABSOLUTE, "algorithm.branches=[denoise]"]),
-        "absolute, both branches": ("srpo-emoji", ABSOLUTE),
-        "no hinge": ("srpo-emoji", ["algorithm.hinge=null"]),
-        "all layers": ("srpo-emoji", ["model.lora_targets=null", "trainer.lr=1.2e-3"]),
+        name: ("srpo-emoji", [*FIRST_WORDS, *changes])
+        for name, changes in {
+            "default": [],
+            "no inversion branch": ["algorithm.branches=[denoise]"],
+            "early window": ["algorithm.window=[0.7, 0.98]"],
+            "late window": ["algorithm.window=[0.02, 0.35]"],
+            "full window": ["algorithm.window=[0.02, 0.98]"],
+            "rollout noise": ["algorithm.noise=rollout"],
+            "absolute reward": [*ABSOLUTE, "algorithm.branches=[denoise]"],
+            "absolute, both branches": ABSOLUTE,
+            "no hinge": ["algorithm.hinge=null"],
+            "all layers": ["model.lora_targets=null", "trainer.lr=1.2e-3"],
+        }.items()
     },
 }
 
@@ -69,6 +73,18 @@ def drawn_by_the_base(prompts: tuple[str, ...]) -> Tensor:
     return quantise(
         generate(recipe.build(recipe.read("srpo-emoji")).model, prompts, SEEDS_PER_PROMPT, weights="reference")
     )
+
+
+def violet(images: Tensor) -> Tensor:
+    """The share of each image's pixels that are violet or pink, (B,): hue between 265 and 335 degrees, saturation above
+    .18, value above .25. It is what the embedded reward takes for "3d"."""
+    value, darkest = images.amax(1), images.amin(1)
+    spread = value - darkest
+    red, green, blue = images.unbind(1)
+    sectors = torch.where(value == green, (blue - red) / spread + 2, (red - green) / spread + 4)
+    hue = 60 * torch.where(value == red, ((green - blue) / spread) % 6, sectors)  # not a number where it is grey
+    shade = (hue > 265) & (hue < 335) & (spread > 0.18 * value) & (value > 0.25)
+    return shade.double().mean((1, 2))
 
 
 def measure(source: str, overrides: list[str], seed: int, count: int) -> dict:
@@ -128,6 +144,11 @@ def measure(source: str, overrides: list[str], seed: int, count: int) -> dict:
     inside = [float(diversity(who.classifier.features(side), groups).nanmean()) for side in (images, asked)]
     row["diversity_of_style"] = inside[0] / inside[1]
     cast = drift(images, asked, who.classifier.features(images), who.classifier.features(asked))
+    plain = torch.tensor([not {"purple", "pink"} & set(prompt.split()) for prompt in words])
+    row["violet"] = {
+        side: float(violet(drawn)[plain].mean())
+        for side, drawn in (("result", images), ("base", base), ("asked", asked))
+    }
     own = evaluate_images(asked, words, seeds, who._replace(rewards={}, position=None)).summary["metrics"]
     row["asked"] = {"style": own[f"style/{positive[0]}"]["value"], "concept": own["concept"]["value"]}
     row["cast"] = {key: cast[key] for key in ("saturation_ratio", "red_ratio", "green_ratio", "blue_ratio")}
@@ -139,8 +160,9 @@ def table(group: str, results: Path) -> str:
     lines = [
         "| run | seeds | style share; base asked for it | concept change; base asked for it | background change "
         "| diversity / base | same style | / base in that style | relative reward, optimised | held out "
-        "| absolute reward, held out | saturation; red, green, blue / base in that style | fine detail / base |",
-        "|---" * 13 + "|",
+        "| absolute reward, held out | saturation; red, green, blue / base in that style | fine detail / base "
+        "| violet pixels; base asked for it |",
+        "|---" * 14 + "|",
     ]
     for name in RUNS[group]:
         rows = [row for _, row in made_in(results, f"{slug('srpo', group, name)}-*.json")]
@@ -166,11 +188,19 @@ def table(group: str, results: Path) -> str:
                     about([r["absolute emoji-heldout"] for r in rows], "{:+.3f}"),
                     f"{np.mean([r['cast']['saturation_ratio'] for r in rows]):.2f}; {red}, {green}, {blue}",
                     about([r["drift"]["high_frequency_ratio"] for r in rows], two),
+                    _violet(rows),
                 ]
             )
             + " |"
         )
     return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def _violet(rows: list[dict]) -> str:
+    """Of the rows that measured it."""
+    found = [row["violet"] for row in rows if "violet" in row]
+    asked = f"; {found[0]['asked']:.3f}" if found else ""
+    return f"{about([each['result'] for each in found], '{:.3f}')}{asked}" if found else "-"
 
 
 def tell(results: Path) -> None:
