@@ -30,6 +30,7 @@ import opd  # noqa: E402
 import publish  # noqa: E402
 import rows  # noqa: E402
 import sqdf  # noqa: E402
+import srpo  # noqa: E402
 import time_to_preference as time_to  # noqa: E402
 
 
@@ -167,6 +168,18 @@ def test_the_search_takes_the_best_that_kept_its_concepts():
     assert best("style", *((lr, 0.2, 1.0, False) for lr in (1, 2, 4))) is None
 
 
+def test_violet_is_a_share_of_the_pixels():
+    def shade(red, green, blue):
+        return torch.tensor([red, green, blue]).view(1, 3, 1, 1)
+
+    seen = {(0.6, 0.2, 0.8): 1, (0.9, 0.4, 0.8): 1, (0.2, 0.3, 0.8): 0, (0.8, 0.2, 0.2): 0, (0.5, 0.5, 0.5): 0,
+            (0.62, 0.58, 0.65): 0, (0.12, 0.02, 0.2): 0, (0.3, 0.8, 0.4): 0}  # fmt: skip
+    for colours, share in seen.items():
+        assert float(srpo.violet(shade(*colours))) == share, colours
+    both = torch.cat([shade(0.6, 0.2, 0.8), shade(0.3, 0.8, 0.4)], 3).expand(2, 3, 4, 2)
+    assert srpo.violet(both).tolist() == [0.5, 0.5]
+
+
 def test_a_run_that_a_signal_ended_is_no_row(tmp_path):
     """`train` returns normally after SIGTERM, to be resumed; a table must not take such a run for a whole one."""
     outcome = methods.Outcome(tmp_path, 7, "signal", 143)
@@ -293,7 +306,7 @@ def test_quick_comparison_of_a_method_or_two(quick, command, rows):
         ("guard.py", [f"| {method}, seed 0 |" for method in guard.UNHELD]),
         ("sqdf.py sweep", ["| SQDF alpha_kl 0 |"]),
         ("sqdf.py ablations", ["| the recipe |", "| rollout-2 |"]),
-        ("srpo.py pairs", ["| 3d against flat, outline | 1 |"]),
+        ("srpo.py pairs", ["| 3d against flat, purple 3d | 1 |"]),
         ("comparison.py --tasks style absolute --methods SRPO DDPO", ["| SRPO | 1 |", "**absolute reward**"]),
         ("comparison.py --tasks taste --methods ReFL", ["| ReFL | 1 |"]),
         ("comparison.py tune --tasks style --methods ReFL", ['"style: ReFL": ']),
