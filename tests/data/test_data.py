@@ -254,7 +254,7 @@ def test_bad_pairs_name_the_row(tmp_path, row, message):
 
 def test_other_files_are_refused(tmp_path):
     (tmp_path / "a.xlsx").write_text("x")
-    with pytest.raises(RecipeError, match=re.escape(".jsonl, .json, .csv, .tsv, .parquet")):
+    with pytest.raises(RecipeError, match=re.escape(".jsonl, .ndjson, .json, .csv, .tsv, .parquet")):
         read_rows(tmp_path / "a.xlsx")
     with pytest.raises(RecipeError, match="does not exist"):
         list(preference_pairs(str(tmp_path / "absent.parquet")))

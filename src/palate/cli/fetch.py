@@ -53,7 +53,8 @@ def fetch(name: str, out: Path, source: Path | None = None) -> str:
         files = [source]
     if reward.converted is not None:
         target = out / name / reward.converted
-        convert(files[0], target)
+        if source is not None or not target.is_file() or target.stat().st_mtime < files[0].stat().st_mtime:
+            convert(files[0], target)  # a file that was named is meant, however old it is
         return str(target)
     if name == "hpsv3":
         return str(_together(reward, files[0], out / name))
@@ -145,10 +146,8 @@ def _received(address: str, refusal: str, remedy: str) -> Iterator[bytes]:
 
 
 def convert(source: Path, target: Path) -> None:
-    """A pickled checkpoint as safetensors; only tensors are read, no code in it can run. A newer target is kept.
-    InputError where the file holds anything but tensors."""
-    if target.is_file() and target.stat().st_mtime >= source.stat().st_mtime:
-        return
+    """A pickled checkpoint as safetensors; only tensors are read, no code in it can run. InputError where the file
+    holds anything but tensors."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old pickle protocols

@@ -168,6 +168,8 @@ def new_place(option: str, path: Path | None) -> None:
         return
     if path.exists() and not path.is_dir():
         raise InputError(f"{option}: {path} is a file; name a folder")
+    if path.suffix == ".safetensors":
+        raise InputError(f"{option}: {path} is the name of a file; name the folder that is to hold it")
     whole = path.resolve()
     for folder in (whole, *whole.parents):
         if (folder / "metrics.jsonl").is_file() and (folder / "recipe.yaml").is_file():

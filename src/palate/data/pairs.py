@@ -48,12 +48,17 @@ def preference_pairs(source: str) -> Iterator[Pair]:
                 first, second = (image["bytes"] if isinstance(image, dict) and "bytes" in image else image
                                  for image in (row["jpg_0"], row["jpg_1"]))  # fmt: skip
                 _check(path, number, row["caption"], [first, second], bytes, [])
-                yield Pair(row["caption"], first, second, _share(path, number, row["label_0"]))
+                yield Pair(" ".join(row["caption"].split()), first, second, _share(path, number, row["label_0"]))
         elif {"prompt", "human_preference"} <= row.keys() and (names := row.get("file_path") or row.get("image_path")):
             _check(path, number, row["prompt"], names, str, row["human_preference"])
             first, second = (_picture_of(path, name) for name in names)
             votes = [float(vote) for vote in row["human_preference"]]
-            yield Pair(row["prompt"], first, second, _share(path, number, votes[0] / sum(votes) if sum(votes) else 0.5))
+            yield Pair(
+                " ".join(row["prompt"].split()),
+                first,
+                second,
+                _share(path, number, votes[0] / sum(votes) if sum(votes) else 0.5),
+            )
         elif {"image", "like"} <= row.keys():
             raise RecipeError(
                 f"{path}, row {number}: one picture and a like, where a pair is expected; give the file as "
@@ -93,7 +98,7 @@ def single_likes(source: str) -> Iterator[Like]:
         if like is None:
             raise RecipeError(f"{path}, row {number}: a like of {str(row['like'])[:40]!r}; expected true or false")
         image = row["image"]["bytes"] if isinstance(row["image"], dict) and "bytes" in row["image"] else row["image"]
-        if not isinstance(image, (str, bytes)) or not isinstance(row["prompt"], str):
+        if not isinstance(image, (str, bytes)) or not isinstance(row["prompt"], str) or not row["prompt"].strip():
             raise RecipeError(f"{path}, row {number}: expected a prompt in words, and an image as the name of its file")
         yield Like(" ".join(row["prompt"].split()), _picture_of(path, image) if isinstance(image, str) else image, like)
 
@@ -102,7 +107,12 @@ def _check(path: Path, number: int, prompt: Any, images: Any, kind: type, votes:
     """RecipeError unless a pair is two images of the kind for a prompt in words, with two numbers or none as votes."""
     good = isinstance(images, list) and len(images) == 2 and all(isinstance(image, kind) for image in images)
     good = good and isinstance(votes, list) and len(votes) == (0 if kind is bytes else 2)
-    if not good or not isinstance(prompt, str) or not all(isinstance(vote, (int, float)) for vote in votes):
+    if (
+        not good
+        or not isinstance(prompt, str)
+        or not prompt.strip()
+        or not all(isinstance(vote, (int, float)) for vote in votes)
+    ):
         what = "two images as bytes" if kind is bytes else "two images by name and two votes, as in HPDv2's train.json"
         raise RecipeError(f"{path}, row {number}: expected {what}, and a prompt in words")
 
@@ -118,8 +128,13 @@ def _picture_of(listed: Path, name: str) -> Path:
 
     A name never leads out of that folder; links that lie in it are followed, wherever they lead.
     """
-    folder = listed.parent
+    folder, given = listed.parent, Path(name)
+    if given.is_absolute() and given.is_relative_to(folder.absolute()):
+        name = str(given.relative_to(folder.absolute()))
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise RecipeError(f"{folder}: the image path {name!r} leaves the folder of its list")
+        raise RecipeError(
+            f"{listed}: the image path {name!r} leaves the folder of its list; put the pictures there and write their "
+            "names as they are seen from it"
+        )
     inner = folder / listed.stem / name
     return inner if inner.is_file() and not (folder / name).is_file() else folder / name

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.resources
+import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from palate.data.tables import TABLES, TEXT_LIMIT, RecipeError, read_rows, read_
 from palate.runtime.errors import InputError
 from palate.runtime.files import split_lines
 
+OPTIONS = re.compile(r" --(?:n|w|h|d|l|s|ar|no|v|niji|seed|stylize|chaos) \S")  # of sd-scripts and Midjourney
 PROMPT_COLUMNS = ("prompt", "prompts", "caption", "text")  # case does not matter; the first that is there
 
 
@@ -21,14 +24,25 @@ def read_prompts(source: str) -> list[str]:
     packaged = importlib.resources.files("palate") / "assets" / "prompts" / f"{source.removesuffix('.txt')}.txt"
     if not path.is_file() and path.name == source and packaged.is_file():
         prompts = _lines(packaged.read_text("utf-8"))
+    elif path.is_dir():
+        raise RecipeError(f"prompt file {source!r} is a folder; pictures with captions are prompts.images")
     elif not path.is_file():
         raise RecipeError(f"prompt file {source!r} does not exist; give a text file with one prompt per line")
     elif is_checklist(path):
         prompts = [item.prompt for item in read_checklists(path)]
     elif path.suffix.lower() in TABLES:
         prompts = [prompt for _, prompt in prompt_rows(source)]
+    elif path.suffix.lower() in (".yaml", ".yml"):
+        raise RecipeError(f"prompt file {source!r} is YAML; write the prompts one per line, or as .jsonl or .csv")
     else:
         prompts = _lines(read_text(path, limit=TEXT_LIMIT))
+        if all(prompt.startswith("{") and prompt.endswith("}") for prompt in prompts[:3]) and prompts:
+            raise RecipeError(f"prompt file {source!r} holds JSON lines; give it a name that ends in .jsonl")
+    if options := [prompt for prompt in prompts if OPTIONS.search(prompt)]:
+        logging.getLogger("palate").warning(
+            "%s: %d prompts hold options of another program, as %r, which are read as words; take them out",
+            source, len(options), options[0][-80:],
+        )  # fmt: skip
     if not prompts:
         raise RecipeError(f"prompt file {source!r} holds no prompt; write one per line")
     return prompts

@@ -108,6 +108,7 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 TABLES: dict[str, Callable[[Path], Iterable[Any]]] = {
     ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
     ".json": _json,
     ".csv": _csv,
     ".tsv": _csv,

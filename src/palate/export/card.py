@@ -74,6 +74,8 @@ def _what(recipe: Any, form: str) -> str:
 def base_name(recipe: Any) -> str:
     """The base model as others know it: its hub id, or the last part of a local path, which says nothing of a disk."""
     folder = recipe.model.folder
+    if recipe.model.file:
+        return Path(recipe.model.file).name
     if not folder:
         return recipe.model.name
     local = Path(folder).expanduser().exists() or folder.startswith((".", "/", "~")) or folder.count("/") != 1
@@ -90,7 +92,8 @@ def metrics_of(run: Path) -> dict[str, tuple[float, float]]:
 
 def card_data(run: Path, recipe: Any, form: str, metrics: Mapping[str, tuple[float, float]]) -> ModelCardData:
     """The YAML head: licence, base model, tags and results. The licence is the base model's, where it is known."""
-    facts, base = facts_of(recipe.model.name), recipe.model.folder or recipe.model.name
+    facts = facts_of(recipe.model.name)
+    base = recipe.model.file or recipe.model.folder or recipe.model.name  # of a file nobody knows the licence
     licence = facts.licences.get(base)
     named = licence is None or licence in LICENCE_IDS
     results = [
@@ -106,7 +109,9 @@ def card_data(run: Path, recipe: Any, form: str, metrics: Mapping[str, tuple[flo
     return ModelCardData(
         license=licence if named and licence else "other",
         license_name=None if named else licence,
-        base_model=base if base.count("/") == 1 and not base.startswith((".", "/", "~")) else None,
+        base_model=base
+        if base.count("/") == 1 and not recipe.model.file and not base.startswith((".", "/", "~"))
+        else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["palate", *(["lora"] if form != "merged" else []), "text-to-image", recipe.algorithm.name],

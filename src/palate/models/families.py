@@ -49,6 +49,7 @@ MECHANISM = frozenset(
         "repository",
         "repository_checks",
         "schedules",
+        "sgm",
         "sizes",
         "text_cache",
         "vocabulary",

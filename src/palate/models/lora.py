@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from palate.models import sgm
 from palate.models.facts import Facts
 from palate.models.original import Lora, row_norms, split
 from palate.runtime.errors import InputError
@@ -35,8 +36,9 @@ FILE = "pytorch_lora_weights.safetensors"
 FILES = (FILE, "adapter_model.safetensors")  # diffusers', PEFT's
 METADATA = "lora_adapter_metadata"  # where diffusers keeps the configuration
 PREFIXES = re.compile(
-    r"^(?:base_model\.model\.)?(?:transformer\.|unet\.|diffusion_model\.|lora_unet_|lora_transformer_)?"
+    r"^(?:base_model\.model\.)?(?:transformer\.|unet\.|diffusion_model\.|lora_unet_|lora_transformer_|lycoris_)?"
 )
+OLD = re.compile(r"\.processor\.(to_[qkv]|to_out)_lora\.")  # diffusers, before its layers were PEFT's
 KINDS = {  # how a tensor's name ends -> what it is
     "lora_A.weight": "down",
     "lora_down.weight": "down",
@@ -139,6 +141,8 @@ def read(
     if len(own) < len(tensors):
         _say_left_out(path, key)
     groups, rates = _grouped(own, path, key), Rates(metadata, path)
+    if config is not None and isinstance(each := config.get("layers_per_block"), int):
+        groups = {sgm.to_diffusers(PREFIXES.sub("", s).replace(".", "_"), each): parts for s, parts in groups.items()}
     layers: dict[str, Lora] = {}
     known = _known(shapes, facts)
     if facts is not None and facts.lora_loader is not None and not all(known(stem) for stem in groups):
@@ -184,9 +188,9 @@ def _translated(tensors: Mapping[str, Tensor], loader: Any, config: Mapping[str,
         found = loader.lora_state_dict(dict(tensors), **options)
     except (ValueError, KeyError, RuntimeError, IndexError, NotImplementedError, AttributeError):
         return tensors  # diffusers raises any of these on names it does not know; the caller reports such a layer
-    if not isinstance(found, tuple):
-        return found
-    state, alphas = found[0], found[1] or {}
+    state, alphas = (found[0], found[1] or {}) if isinstance(found, tuple) else (found, {})
+    if any(name.endswith(".dora_scale") for name in tensors) and not any("dora_scale" in name for name in state):
+        return tensors  # diffusers leaves the norms of a DoRA out, which is then another change of the weights
     return {**state, **{name: torch.as_tensor(float(alpha)) for name, alpha in alphas.items()}}
 
 
@@ -202,11 +206,12 @@ def open_file(path: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _grouped(tensors: Mapping[str, Tensor], path: Path, key: str) -> dict[str, dict[str, Tensor]]:
     """Layer's name as it stands -> what its tensors are -> tensor."""
     groups: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
+    for given, value in tensors.items():
+        name = OLD.sub(lambda found: f".{found[1]}{'.0' if found[1] == 'to_out' else ''}.lora.", given)
         end = next((end for end in sorted(KINDS, key=len, reverse=True) if name.endswith(f".{end}")), None)
         if end is None:
             other = next((method for mark, method in OTHER_METHODS.items() if f".{mark}" in name), None)
-            what = f"holds {other}" if other else f"holds {name}, which is no part of a LoRA"
+            what = f"holds {other}" if other else f"holds {given}, which is no part of a LoRA"
             raise InputError(f"{key}: {path} {what}; palate reads LoRA and DoRA")
         groups.setdefault(name.removesuffix(f".{end}"), {})[KINDS[end]] = value
     return groups

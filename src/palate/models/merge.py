@@ -19,6 +19,8 @@ from palate.models.adapters import common
 from palate.models.original import Lora
 from palate.runtime.errors import InputError
 
+MERGED = "palate.merged"  # of a file's metadata: the weights of a sum
+
 
 def merged(adapters: Sequence[Mapping[str, Lora]], weights: Sequence[float]) -> dict[str, Lora]:
     """Layer -> the weighted sum of the adapters' changes. A layer that an adapter lacks is not changed by it.
@@ -32,8 +34,8 @@ def merged(adapters: Sequence[Mapping[str, Lora]], weights: Sequence[float]) -> 
         parts = [(adapter[name], weight) for adapter, weight in zip(adapters, weights, strict=True) if name in adapter]
         if any(part.magnitude is not None for part, _ in parts):
             raise InputError("a DoRA cannot be added to another adapter; merge LoRAs")
-        down = torch.cat([part.down for part, _ in parts])
-        up = torch.cat([weight * part.scale * part.up for part, weight in parts], 1)
+        down = torch.cat([part.down.float() for part, _ in parts])  # a weight times a half-precision factor rounds
+        up = torch.cat([weight * part.scale * part.up.float() for part, weight in parts], 1)
         layers[name] = Lora(down, up, float(down.shape[0]))
     return layers
 
@@ -47,6 +49,7 @@ def merge_adapters(sources: Sequence[Path | str], weights: Sequence[float], out:
     """
     if not all(map(math.isfinite, weights)):
         raise InputError(f"merge: expected finite weights, got {', '.join(f'{weight:g}' for weight in weights)}")
+    _check_free(Path(out))
     paths = [lora.find_file(source, "merge") for source in sources]
     adapters = [lora.read(path, shapes_in(path), None, "merge") for path in paths]
     for path, adapter in zip(paths[1:], adapters[1:], strict=True):
@@ -54,8 +57,15 @@ def merge_adapters(sources: Sequence[Path | str], weights: Sequence[float], out:
             raise InputError(f"merge: {path} has no layer in common with {paths[0]}; they are of different networks")
     layers = merged(adapters, weights)
     record = json.dumps(lora.peft_config(layers), indent=2, sort_keys=True)
-    lora.write(Path(out) / lora.FILE, lora.to_peft(layers), {"format": "pt", lora.METADATA: record})
+    metadata = {"format": "pt", lora.METADATA: record, MERGED: " ".join(f"{weight:g}" for weight in weights)}
+    lora.write(Path(out) / lora.FILE, lora.to_peft(layers), metadata)
     return common(lora.read(Path(out) / lora.FILE, shapes_in(Path(out) / lora.FILE), None, "merge"))[0]
+
+
+def _check_free(out: Path) -> None:
+    """InputError: the folder holds a LoRA that was not merged here, which would be written over."""
+    if (out / lora.FILE).is_file() and MERGED not in lora.open_file(out / lora.FILE, "--out")[1]:
+        raise InputError(f"--out: {out} holds a LoRA that would be written over; name a folder of its own")
 
 
 def shapes_in(path: Path) -> dict[str, tuple[int, int]]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ WEIGHTS = re.compile(
 )
 # ends of the names of tensors that come with quantised weights: ComfyUI's scaled fp8 and later forms, bitsandbytes,
 # SVDQuant, GPTQ. Weights read without them would be other numbers
+TEXT_PARTS = ("conditioner.embedders.", "cond_stage_model.", "text_encoders.")  # of whole checkpoints
 QUANTISED = re.compile(
     r"(^|\.)(scaled_fp8|scale_weight|weight_scale|weight_scale_2|comfy_quant|weight\.absmax|weight\.quant_map|"
     r"weight\.quant_state\.\w+|SCB|qweight|wscales)$"
@@ -71,6 +74,16 @@ def check_quantised(source: str, part: str, config: Mapping[str, Any]) -> None:
         )
 
 
+@cache
+def _say_left_out(file: Path) -> None:
+    """Once for a file, which is looked at more than once."""
+    logging.getLogger("palate").warning(
+        "model.file %s: its text encoders are not read; those of the base model are, and other programs that load the "
+        "file draw otherwise if they were trained. Give the whole model as model.folder to train with them",
+        file,
+    )
+
+
 def check_file(file: Path) -> None:
     """InputError unless `file` is a .safetensors file that exists."""
     if not file.is_file():
@@ -81,7 +94,10 @@ def check_file(file: Path) -> None:
         )
     check_header(file)
     with safe_open(file, "pt") as opened:
-        found = next((name for name in opened.keys() if QUANTISED.search(name)), None)  # noqa: SIM118, no mapping
+        names = list(opened.keys())
+    found = next((name for name in names if QUANTISED.search(name)), None)
+    if any(name.startswith(TEXT_PARTS) for name in names):
+        _say_left_out(file)
     if found is not None:
         raise InputError(
             f"model.file {file}: its weights are stored quantised (it holds {found}), which is not read; give the file "

@@ -40,11 +40,21 @@ def locate(folder: str | Path | None, family: str, file: str | None = None) -> t
     return source, path, path.exists() or source.startswith((".", "/", "~")) or source.count("/") != 1
 
 
+OTHER_PREDICTION = {"v_pred", "ztsnr", "edm_mean", "edm_std", "edm_vpred.sigma_max"}  # empty tensors that ComfyUI reads
+
+
 def published_base(file: Path, family: str) -> str | None:
     """The hub id of the base model that a single file belongs to, by its tensors' names and shapes; None without one.
 
     A file that diffusers does not know by itself gets the family's first published base.
     """
+    with safe_open(file, "pt") as opened:
+        other = OTHER_PREDICTION & set(opened.keys())
+    if other:
+        raise InputError(
+            f"model.file {file} holds {', '.join(sorted(other))}, by which it predicts otherwise than the base which "
+            "its tensors tell of; give model.folder too, the same model as a diffusers folder"
+        )
     known = list(facts_of(family).licences)
     found = _by_tensors(file)
     return found if found in known else known[0] if known else None
