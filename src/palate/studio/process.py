@@ -22,7 +22,8 @@ from palate.studio.workspace import Workspace
 
 LOG_TAIL = 64 * 1024  # bytes of a log that are shown
 COMMAND = (sys.executable, "-m", "palate")
-STOPS = (130, 143)  # exit codes of a run that was asked to stop
+STOPS = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # exit codes of a run that was asked to stop, or while it loaded
+SILENT = "its process ended without a word; it was killed, or the machine went down"
 
 
 class Processes:
@@ -101,7 +102,10 @@ class Processes:
         name, found = folder.name, self._status(folder.name)
         if found.state == "running":
             elsewhere = found.owner is not None and found.owner.host != socket.gethostname()
-            return "running", f"It is trained by {found.owner.text()}." if elsewhere and found.owner else ""
+            if elsewhere and found.owner:
+                remedy = f"If that machine no longer runs it, delete {name}/{runlock.OWNER} and press Resume."
+                return "running", f"It is trained by {found.owner.text()}. {remedy}"
+            return "running", ""
         if self.owner(name) is not None:
             return "waiting", ""
         if found.state == "finished":
@@ -198,7 +202,7 @@ def last_message(log: str) -> str:
     """The last line that says something, without the progress lines."""
     lines = [line.strip() for line in log.replace("\r", "\n").splitlines() if line.strip()]
     own = [line.removeprefix("palate: ") for line in lines if line.startswith("palate: ")]
-    return (own or lines or ["its process ended without a word; it was killed, or the machine went down"])[-1][:300]
+    return (own or lines or [SILENT])[-1][:300]
 
 
 def quoted(path: Path) -> str:

@@ -100,6 +100,10 @@ def start(request: Request, way: str = Form("taste-emoji")) -> Response:
         raise InputError(f"expected one of {', '.join(WAYS)}")
     if votes < START:
         raise InputError(f"a first taste needs {START} votes, there are {votes}; choose some more pictures")
+    _require_idle(studio)
+    source = studio.workspace.settings()["source"]
+    if source and source not in studio.workspace.names():
+        raise InputError(f"{source}, whose pictures you chose between, is gone; choose another model under Settings")
     taste = studio.voting.summary()["taste"]
     if taste is None:
         raise InputError(studio.artist.silence)
@@ -115,7 +119,6 @@ def start(request: Request, way: str = Form("taste-emoji")) -> Response:
             "taste-emoji-srpo": f"images={quoted(pairs / 'images')}",
         }
         overrides.append(f"prompts.{of[way]}")
-    source = studio.workspace.settings()["source"]
     if source and way == "taste-emoji":
         overrides.append(f"model.start={quoted(adapter_now(studio.workspace.run(source)))}")
         if _steered(studio, source):  # words may cost more than a taste: what they cost was asked for
@@ -125,6 +128,12 @@ def start(request: Request, way: str = Form("taste-emoji")) -> Response:
         overrides.append(f"algorithm.context={json.dumps(words)}")
     studio.processes.train(made, name, overrides)
     return go_to("/align", request, run=name)
+
+
+def _require_idle(studio: Studio) -> None:
+    """InputError while this machine trains a run: a page that is older than it still has its button."""
+    if busy := next((name for name in studio.workspace.names() if studio.processes.owner(name) is not None), ""):
+        raise InputError(f"{busy} is training already; look at it, or stop it first")
 
 
 def _reads(prompt: str) -> bool:
@@ -150,11 +159,11 @@ def _steered(studio: Studio, run: str) -> bool:
 def _rounds(studio: Studio, run: str) -> Iterator[RunView]:
     """The run, the one whose result it began with, and so on back to the plain model; none for ""."""
     seen: set[str] = set()
-    while run and run not in seen:
+    while run in studio.workspace.names() and run not in seen:
         seen.add(run)
         view = studio.view(run)
         yield view
-        run = view.began_with if view.began_with in studio.workspace.names() else ""
+        run = view.began_with
 
 
 @router.post("/runs/{run}/stop")
@@ -173,6 +182,10 @@ def resume(request: Request, run: str, more: int = Form(0)) -> Response:
     """Continue a run that stopped or died; `more` steps beyond its end for one that finished."""
     studio = studio_of(request)
     view = studio.view(run)
+    if view.ended_by_guard:
+        raise InputError(
+            f"the guard has ended {view.name}: its result is what was still well. Choose again, or compare"
+        )
     overrides = [f"trainer.steps={max(view.steps, view.step) + min(more, 1000)}"] if more > 0 else []
     studio.processes.resume(view.name, overrides)
     return go_to(view.page, request, run=run)
@@ -251,6 +264,7 @@ def steer_start(request: Request, way: str = Form("direct-emoji")) -> Response:
         raise InputError("choose at least one word, wanted or unwanted, before you start")
     if way == "srpo-emoji" and not (words.positive and words.negative):
         raise InputError("SRPO compares wanted with unwanted words: add at least one of each, or take the quick way")
+    _require_idle(studio)
     name = studio.workspace.new_name("steer")
     overrides = [f"algorithm.{side}={json.dumps(list(words.of(side)))}" for side in SIDES]
     source = studio.workspace.settings()["source"]

@@ -22,7 +22,7 @@ from palate.runtime.files import folder_size
 from palate.runtime.progress import counted
 from palate.runtime.result import evaluation_of
 from palate.runtime.runlog import read_metrics, words_after
-from palate.studio.process import Processes
+from palate.studio.process import SILENT, Processes
 
 SIDES = ("positive", "negative")  # of control words
 STATES = {"waiting": "Starting", "running": "Running", "stopped": "Stopped", "died": "Died", "finished": "Finished"}
@@ -157,6 +157,16 @@ class RunView:
         """Why the newest words were refused by the run; "" once others were taken up."""
         last = [row for row in self.rows if row.get("event") in ("steer", "steer_refused")][-1:]
         return str(last[0].get("reason", "")) if last and last[0]["event"] == "steer_refused" else ""
+
+    @property
+    def silent(self) -> bool:
+        """Whether the message is the studio's own, of a process that said nothing."""
+        return self.message == SILENT
+
+    @property
+    def ended_by_guard(self) -> bool:
+        """Whether the guard ended it, so that it does not go on."""
+        return self.state == "finished" and self.message.startswith("guard")
 
     @property
     def began_with(self) -> str:

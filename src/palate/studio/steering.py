@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from palate.algorithms.srpo import SRPOSettings
-from palate.models.vocabulary import known_words, parse_prompt, vocabulary
+from palate.models.vocabulary import kind_of, known_words, parse_prompt, vocabulary
 from palate.runs import common_rows
 from palate.runtime.errors import InputError
 from palate.runtime.exclusive import exclusive
@@ -45,6 +45,7 @@ def checked_word(word: str, words: Words, *, embedded: bool) -> str:
     if embedded:
         try:
             meaning = known_words(word)
+            kind_of(word)
         except InputError as error:  # the field is no prompt: the word and what is near is enough
             unknown = str(error).splitlines()[0].partition(" in prompt ")[0]
             said = f"{unknown[:1].upper()}{unknown[1:]}; it knows {', '.join(control_words())}"
@@ -138,8 +139,8 @@ class Effects:
         self._counts: dict[tuple[str | int, ...], dict[str, int]] = {}
 
     def of(self, view: RunView, words: Words) -> dict[str, dict[str, Any]]:
-        """word -> {"before", "now", "of"}, `now` None while there is no picture since the word holds; words that are no
-        style, size or background are left out."""
+        """word -> {"before", "now", "of"}, `now` None while there is no picture since the word holds; what is not one
+        word of style, size or background is left out."""
         found: dict[str, dict[str, Any]] = {}
         if view.recipe.model.name != "emoji" or not view.previews or not self.artist.works:
             return found
@@ -152,9 +153,11 @@ class Effects:
             shared = common_rows(*rows)  # a resumed run may draw other prompts than before
             before = self._count(view, earlier[-1], [rows[0][i] for i, _ in shared])
             now = self._count(view, newest, [rows[1][j] for _, j in shared])
-            if known and known[-1] in now:  # nothing is in it while its pictures are being written, or taken away
-                found[word] = {"before": before.get(known[-1], 0), "of": now[""],
-                               "now": now[known[-1]] if newest >= holds else None}  # fmt: skip
+            if (
+                len(known) == 1 and known[0] in now
+            ):  # nothing is in it while its pictures are being written, or taken away
+                found[word] = {"before": before.get(known[0], 0), "of": now[""],
+                               "now": now[known[0]] if newest >= holds else None}  # fmt: skip
         return found
 
     def _count(self, view: RunView, step: int, rows: Sequence[dict[str, Any]]) -> dict[str, int]:

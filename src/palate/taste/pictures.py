@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from palate.taste.learner import Array
 from palate.taste.votes import VoteStore, choice_of
 
 BATCH = 64
+PIXELS = BATCH * 512 * 512  # that are looked at together at most: photographs of a phone come one by one
 POOL = 240  # pictures of the studio's pool that are looked at
 
 
@@ -39,13 +41,18 @@ def read_choices(votes: str | Path | VoteStore | Sequence[Any]) -> list[Choice]:
     if isinstance(votes, (str, Path)):
         votes = VoteStore(votes)
     if isinstance(votes, VoteStore):
-        there, missing = votes.with_pictures()
-        if not there and missing:
+        found, missing = votes.with_pictures()
+        if not found and missing:
             raise InputError(f"the pictures of all {missing} votes are gone from {votes.pictures}; copy them back")
-        if missing:
+        opens = functools.cache(lambda picture: _opens(votes.path_of(picture)))
+        there = [vote for vote in found if opens(vote.left) and opens(vote.right)]
+        if lost := missing + len(found) - len(there):
             logging.getLogger("palate").warning(
-                "%s: %d of %d votes do not count: a picture of them is gone", votes.file, missing, missing + len(there)
-            )
+                "%s: %d of %d votes do not count: a picture of them is gone or damaged",
+                votes.file, lost, missing + len(found),
+            )  # fmt: skip
+        if not there and found:
+            raise InputError(f"the pictures of all votes in {votes.pictures} are damaged; copy them back")
         paths = [(votes.path_of(v.left), votes.path_of(v.right)) for v in there]
         return [
             Choice(v.prompt, left, right, v.choice, v.rater, f"{left.name}{right.name}")
@@ -106,11 +113,26 @@ def as_image(picture: Any) -> Tensor:
     raise InputError(f"expected a picture as a tensor, a PIL image or a file, got {type(picture).__name__}")
 
 
+def _opens(file: Path) -> bool:
+    """Whether the picture is whole."""
+    try:
+        read_pixels(file)
+    except UNREADABLE:
+        return False
+    return True
+
+
 def raw_features(features: Features, images: Tensor, prompts: Sequence[str]) -> Array:
     """(N, D) in batches, without gradient."""
+    size = _at_once(images)
     with torch.no_grad():
-        parts = [features(images[i : i + BATCH], prompts[i : i + BATCH]) for i in range(0, len(images), BATCH)]
+        parts = [features(images[i : i + size], prompts[i : i + size]) for i in range(0, len(images), size)]
     return torch.cat(parts).double().cpu().numpy()
+
+
+def _at_once(image: Tensor) -> int:
+    """How many pictures (..., H, W) of that size are looked at together."""
+    return max(1, min(BATCH, PIXELS // (image.shape[-2] * image.shape[-1])))
 
 
 def features_of_choices(features: Features, choices: Sequence[Choice]) -> tuple[Array, Array]:
@@ -144,7 +166,7 @@ def features_of_choices(features: Features, choices: Sequence[Choice]) -> tuple[
         image = as_image(picture)
         own = waiting.setdefault(tuple(image.shape), [])
         own.append((i, image))
-        if len(own) == BATCH:
+        if len(own) == _at_once(image):
             look(waiting.pop(tuple(image.shape)))
     for members in waiting.values():
         look(members)
