@@ -10,16 +10,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
+from PIL import Image
 from safetensors.torch import save_file
 
 from palate.cli import fetch
 from palate.cli.options import new_place
-from palate.data import RecipeError, preference_pairs, read_prompts, single_likes
+from palate.data import RecipeError, captioned_images, preference_pairs, read_prompts, single_likes
 from palate.export.card import base_name, card_data
 from palate.models import adapters, lora, repository_checks, sgm, source
 from palate.models.facts import facts_of
 from palate.models.merge import merge_adapters
 from palate.recipe import read
+from palate.recipe.reader import content_digest
 from palate.runtime.errors import InputError
 
 BLOCKS = [*(f"input_blocks_{i}_1" for i in (4, 5, 7, 8)), "middle_block_1", *(f"output_blocks_{i}_1" for i in range(6))]
@@ -189,6 +191,22 @@ def test_lists_of_pictures_by_whole_paths_and_without_prompts(tmp_path):
     for reader, name in ((preference_pairs, "pairs.json"), (single_likes, "likes.jsonl")):
         with pytest.raises(RecipeError, match=r"row 1: expected .*a prompt in words"):
             list(reader(str(tmp_path / name)))
+
+
+def test_a_folder_of_pictures_beside_what_others_keep_there(tmp_path, caplog):
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "metadata.jsonl").write_text(
+        "".join(f'{{"file_name": "{name}.png", "text": "a cat"}}\n' for name in ("a", "b", "c"))
+    )
+    before = content_digest(str(tmp_path))
+    (tmp_path / "a_sdxl.npz").write_bytes(b"latents of sd-scripts")
+    assert content_digest(str(tmp_path)) == before
+    with caplog.at_level(logging.WARNING, "palate"):
+        assert len(captioned_images(tmp_path)) == 2
+    assert "1 caption of" in caplog.text and "no picture c.png" in caplog.text
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes() + b"x")
+    assert content_digest(str(tmp_path)) != before
 
 
 def test_what_a_whole_checkpoint_says_of_itself(tmp_path, caplog):

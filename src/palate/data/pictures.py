@@ -20,6 +20,7 @@ from palate.data.tables import TEXT_LIMIT, RecipeError, read_text
 from palate.runtime.errors import InputError
 from palate.runtime.files import is_litter, own_files, parse_json, split_lines
 from palate.runtime.images import UNREADABLE, as_rgb, from_pixels
+from palate.runtime.progress import counted
 
 ENCODED_TOGETHER = 32  # images
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -44,6 +45,13 @@ def captioned_images(folder: Path) -> list[tuple[Path, str]]:
     if left_out:
         logging.getLogger("palate").warning("prompts.images: %s uses %d pictures; %s", folder, len(images), left_out)
     captions = {_composed(name): caption for name, caption in _captions(folder, images).items()}
+    if absent := sorted(captions.keys() - {_composed(path.name) for path in images}):
+        logging.getLogger("palate").warning(
+            "prompts.images: %s of %s without its picture, %s for one",
+            counted(len(absent), "caption"),
+            folder,
+            absent[0],
+        )
     missing = [path.name for path in images if not captions.get(_composed(path.name))]
     if missing:
         lists = [name for name in (METADATA, CAPTIONS) if (folder / name).is_file()]

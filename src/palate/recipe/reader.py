@@ -31,6 +31,7 @@ from palate.runtime.files import file_digest, json_digest, own_files
 
 YAML_LIMIT = 256 * 1024  # bytes; a recipe is a page of text
 YAML_DEPTH = 100
+CACHES = (".npz", ".npy", ".pt")  # beside a folder's pictures: latents and texts as sd-scripts and others keep them
 BOOLEAN = "tag:yaml.org,2002:bool"
 
 
@@ -195,13 +196,14 @@ def fingerprint(recipe: Recipe) -> str:
 
 
 def content_digest(path: str | None) -> str | None:
-    """A file's SHA-256, or that of the names and contents of a folder's files (`own_files`); the name of anything
-    else."""
+    """A file's SHA-256, or that of the names and contents of a folder's files (`own_files`) without what other trainers
+    cache there; the name of anything else."""
     if path is None or not Path(path).exists():
         return path
     if Path(path).is_file():
         return file_digest(Path(path))
-    return json_digest([[each.name, file_digest(each)] for each in own_files(Path(path))])
+    files = [each for each in own_files(Path(path)) if each.suffix.lower() not in CACHES]
+    return json_digest([[each.name, file_digest(each)] for each in files])
 
 
 def _with_code(tree: Any) -> Any:
