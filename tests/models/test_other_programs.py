@@ -204,7 +204,7 @@ def test_a_folder_of_pictures_beside_what_others_keep_there(tmp_path, caplog):
     assert content_digest(str(tmp_path)) == before
     with caplog.at_level(logging.WARNING, "palate"):
         assert len(captioned_images(tmp_path)) == 2
-    assert "1 caption of" in caplog.text and "no picture c.png" in caplog.text
+    assert "1 caption of" in caplog.text and "without its picture, c.png for one" in caplog.text
     (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes() + b"x")
     assert content_digest(str(tmp_path)) != before
 
