@@ -3,6 +3,8 @@ prompt files, lists and single-file checkpoints of theirs hold besides."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import logging
 import os
 from types import SimpleNamespace
@@ -107,9 +109,20 @@ def test_a_dora_keeps_its_norms_in_these_names_or_is_refused(tmp_path, sdxl):
     path = file_of(tmp_path / "a.safetensors", {stem: (5120, 640)}, dora_scale=norms)
     (found,) = read_sdxl(path, sdxl).values()
     assert torch.equal(found.magnitude, norms[:, 0])
-    path = file_of(tmp_path / "b.safetensors", {"lora_unet_unheard_of": (640, 640)}, dora_scale=torch.rand(640, 1))
-    with pytest.raises(InputError, match="a LoRA of another model"):
-        read_sdxl(path, sdxl)
+
+    class Loader:
+        """Translates a name, and leaves norms out, as diffusers' loaders do."""
+
+        @staticmethod
+        def lora_state_dict(tensors, **_):
+            named = {name.replace("theirs", "ours"): value for name, value in tensors.items()}
+            return {name: value for name, value in named.items() if not name.endswith("dora_scale")}
+
+    facts = dataclasses.replace(facts_of("sdxl"), lora_loader=Loader)
+    for more, refused in (({}, False), ({"dora_scale": torch.rand(6, 1)}, True)):
+        path = file_of(tmp_path / "b.safetensors", {"theirs": (6, 4)}, **more)
+        with pytest.raises(InputError, match="a LoRA of another model") if refused else contextlib.nullcontext():
+            assert list(lora.read(path, {"ours": (6, 4)}, facts, "model.start")) == ["ours"]
 
 
 def test_a_sum_of_half_precision_loras_is_exact(tmp_path):
