@@ -471,7 +471,6 @@ ALONE = (
 )
 RELEASED = ("Flow-GRPO released", "Flow-GRPO")
 COMPARE, ABLATE = "python benchmarks/comparison.py", "python benchmarks/srpo.py ablations"
-WORDS, SHIPPED = "python benchmarks/srpo.py pairs", "3d against flat, purple 3d"
 SCENES, BLACKBOX = f"{COMPARE} --tasks scenes", "python benchmarks/distar.py blackbox"
 TEACHER = "python benchmarks/distar.py teacher emoji-1step"
 HELD = "held-out preference"
@@ -559,9 +558,9 @@ CLAIMS = [
           "the same; a look that kept them on half of the prompts need not on the others"),
     Claim("srpo-shipped", "Palate",
           "the recipe srpo-emoji without its guard shows the style in .80 after 8,000 forwards", "of the pictures",
-          0.8, WORDS, changed("srpo", "pairs", SHIPPED, "style", from_base=False), "bars"),
+          0.8, ABLATE, changed("srpo", "ablations", "default", "style", from_base=False), "bars"),
     Claim("srpo-shipped-concept", "Palate", "the recipe srpo-emoji without its guard keeps the concepts within .03",
-          "change of concepts", -0.03, WORDS, changed("srpo", "pairs", SHIPPED, "concept", from_base=True),
+          "change of concepts", -0.03, ABLATE, changed("srpo", "ablations", "default", "concept", from_base=True),
           "bars"),
     Claim("dpo-nft", "Palate", "online DPO needs no more forwards than DiffusionNFT", "times the forwards", 1.0,
           COMPARE, ratio("DiffusionNFT", "online DPO"), "curves",

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from methods import FAIR, FIXED, METHODS, WORDS, beside_eval, objective, parsed, rate, slug, whole
+from methods import FAIR, METHODS, WORDS, beside_eval, objective, parsed, rate, slug, whole
 from rows import Row, made_in, measured, write_table
 
 from palate import recipe
@@ -49,7 +49,6 @@ def build_plan(method: str, overrides: list[str]) -> recipe.Recipe:
         [
             *WORDS.get(recipe.read(source).algorithm.name, []),
             *FAIR,
-            *FIXED.get(method, []),
             *UNHELD[method],
             "trainer.ema_decay=0",
             "trainer.preview_every=0",

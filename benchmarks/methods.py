@@ -66,9 +66,7 @@ QUICK = {
     "dgpo": ["algorithm.steps=3", "algorithm.group=2"],
     "leap_align": ["algorithm.steps=3"],
 }  # --quick, by family
-FIRST_WORDS = ['algorithm.negative=["flat", "outline"]', "trainer.lr=4e-3"]  # srpo-emoji before "purple 3d" was in it
 FIXED = {
-    "SRPO": ["trainer.lr=4e-3"],  # where its search began
     "DRaFT-1": ["algorithm.n=0"],  # its recipe is DRaFT-LV
     "MixGRPO": ["algorithm.window_every=3"],  # its few updates then visit all levels, as its recipe's many do
     # alpha is twice the rank that all have, as its 64 of 32. Its rate of 3e-4 belongs to a model of 2.5 billion

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from comparison import crossed, spelled
-from methods import FIRST_WORDS, PLAIN, parsed, slug, trained
+from methods import PLAIN, parsed, slug, trained
 from rows import Row, measured, write_table
 
 from palate import recipe
@@ -32,7 +32,7 @@ from palate.evaluate import embedded_panel, generate, label_correct, pairs, quan
 from palate.models.merge import merge_adapters
 from palate.models.vocabulary import parse_prompt, vocabulary
 
-TASTES = {"3d": ("srpo-emoji", FIRST_WORDS), "outline": ("srpo-emoji-outline", [])}  # style -> its teacher's recipe
+TASTES = {"3d": "srpo-emoji", "outline": "srpo-emoji-outline"}  # style -> the recipe of its teacher
 STUDENT = "opd-emoji"
 FIRST_THING = "car"  # in the vocabulary: before it animals, plants and food, the first taste's; from it on the second's
 MERGED = {"merged, whole": (1.0, 1.0), "merged, half each": (0.5, 0.5)}
@@ -62,8 +62,8 @@ def row(seed: int, prompts: int, overrides: list[str]) -> dict[str, Any]:
     found: dict[str, dict[str, list[float]]] = {}
     with tempfile.TemporaryDirectory() as root:
         folders = {style: Path(root) / style for style in TASTES}
-        for style, (source, changes) in TASTES.items():
-            model = trained(recipe.read(source, [*changes, *PLAIN, *overrides, f"trainer.seed={seed}"]))
+        for style, source in TASTES.items():
+            model = trained(recipe.read(source, [*PLAIN, *overrides, f"trainer.seed={seed}"]))
             if not found:
                 found["base"] = judged(model, asked, "reference")
             found[f"teacher of {style}"] = judged(model, asked)
@@ -83,7 +83,7 @@ def row(seed: int, prompts: int, overrides: list[str]) -> dict[str, Any]:
 
 def settings() -> str:
     """The fingerprints of all that is trained, which a row keeps."""
-    return "-".join(recipe.fingerprint(recipe.read(*made))[:8] for made in (*TASTES.values(), (STUDENT, [])))
+    return "-".join(recipe.fingerprint(recipe.read(source))[:8] for source in (*TASTES.values(), STUDENT))
 
 
 def named(teachers: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
@@ -94,7 +94,7 @@ def named(teachers: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
 def merged(adapters: Sequence[Path], weights: Sequence[float], out: Path) -> Any:
     """The model with the weighted sum of the adapters."""
     rank = merge_adapters(list(adapters), list(weights), out)
-    source, _ = next(iter(TASTES.values()))
+    source = next(iter(TASTES.values()))
     return recipe.build_model(recipe.read(source, [f"model.start={out}", f"model.lora_rank={rank}"]))
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from methods import FIRST_WORDS, about, fingerprints, parsed, slug, trained, with_style
+from methods import about, fingerprints, parsed, slug, trained, with_style
 from rows import Row, made_in, measured, write_table
 from torch import Tensor
 
@@ -36,16 +36,17 @@ from palate.evaluate import (
 from palate.rewards.combine import score_pair, with_control
 
 SEEDS_PER_PROMPT = (0, 1)
+PURPLE = ['algorithm.negative=["flat", "purple 3d"]', "trainer.lr=5e-3"]  # against the violet that its reward likes
 ABSOLUTE = ["algorithm.preference=absolute", "algorithm.k_denoise=[0, 0]", "algorithm.hinge=null"]
 RUNS: dict[str, dict[str, tuple[str, list[str]]]] = {
     "pairs": {
-        "3d against flat, purple 3d": ("srpo-emoji", []),
-        "3d against flat, outline": ("srpo-emoji", FIRST_WORDS),
+        "3d against flat, outline": ("srpo-emoji", []),
+        "3d against flat, purple 3d": ("srpo-emoji", PURPLE),
         "cartoon against outline": ("srpo-emoji-cartoon", []),
         "outline against 3d": ("srpo-emoji-outline", []),
     },
     "ablations": {
-        name: ("srpo-emoji", [*FIRST_WORDS, *changes])
+        name: ("srpo-emoji", changes)
         for name, changes in {
             "default": [],
             "no inversion branch": ["algorithm.branches=[denoise]"],

@@ -306,7 +306,7 @@ def test_quick_comparison_of_a_method_or_two(quick, command, rows):
         ("guard.py", [f"| {method}, seed 0 |" for method in guard.UNHELD]),
         ("sqdf.py sweep", ["| SQDF alpha_kl 0 |"]),
         ("sqdf.py ablations", ["| the recipe |", "| rollout-2 |"]),
-        ("srpo.py pairs", ["| 3d against flat, purple 3d | 1 |"]),
+        ("srpo.py pairs", ["| 3d against flat, outline | 1 |"]),
         ("comparison.py --tasks style absolute --methods SRPO DDPO", ["| SRPO | 1 |", "**absolute reward**"]),
         ("comparison.py --tasks taste --methods ReFL", ["| ReFL | 1 |"]),
         ("comparison.py tune --tasks style --methods ReFL", ['"style: ReFL": ']),
