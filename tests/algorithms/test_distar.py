@@ -38,6 +38,7 @@ from palate.algorithms.distar import (
 )
 from palate.core import Batch, Random
 from palate.evaluate import generate
+from palate.models import families
 from palate.models.gaussian import GaussianModel
 from palate.path import Prediction, add_noise, flow_schedule, from_eps, from_v, from_velocity, from_x0, vp_schedule
 from palate.train import train
@@ -1076,7 +1077,7 @@ def test_the_guard_draws_as_the_generator_does(tmp_path, monkeypatch):
     from palate.train import guard
 
     asked = []
-    monkeypatch.setattr(guard, "EmojiModel", object)  # the judges are asked about any model
+    monkeypatch.setattr(families.Family, "load_class", lambda self: object)  # the judges are asked about any model
     monkeypatch.setattr(guard, "embedded_panel", lambda: None)
     monkeypatch.setattr(
         guard,

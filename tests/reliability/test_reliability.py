@@ -385,9 +385,8 @@ def test_out_of_memory_is_exit_6(tiny, palate, monkeypatch):
 def test_ten_repeats_have_one_sha256_whatever_is_logged_between(tmp_path):
     digests = set()
     for i in range(10):
-        every = (0, 1, 2, 3)[i % 4]
-        go(tmp_path / str(i), preview_every=every, checkpoint_every=(0, 1, 3)[i % 3], check=lambda *_: {"heldout": 1.0},
-           guard=GuardSettings(every=(0, 2)[i % 2]))  # fmt: skip
+        guarded = {"check": lambda *_: {"heldout": 1.0}, "guard": GuardSettings(every=2)} if i % 2 else {}
+        go(tmp_path / str(i), preview_every=(0, 1, 2, 3)[i % 4], checkpoint_every=(0, 1, 3)[i % 3], **guarded)
         digests.add(hashlib.sha256((tmp_path / str(i) / "adapter" / "tiny.safetensors").read_bytes()).hexdigest())
     assert len(digests) == 1
 

@@ -94,6 +94,7 @@ def card_data(run: Path, recipe: Any, form: str, metrics: Mapping[str, tuple[flo
     """The YAML head: licence, base model, tags and results. The licence is the base model's, where it is known."""
     facts = facts_of(recipe.model.name)
     base = recipe.model.file or recipe.model.folder or recipe.model.name  # of a file nobody knows the licence
+    known = base.count("/") == 1 and not recipe.model.file and not base.startswith((".", "/", "~"))
     licence = facts.licences.get(base)
     named = licence is None or licence in LICENCE_IDS
     results = [
@@ -109,9 +110,7 @@ def card_data(run: Path, recipe: Any, form: str, metrics: Mapping[str, tuple[flo
     return ModelCardData(
         license=licence if named and licence else "other",
         license_name=None if named else licence,
-        base_model=base
-        if base.count("/") == 1 and not recipe.model.file and not base.startswith((".", "/", "~"))
-        else None,
+        base_model=base if known else None,
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=["palate", *(["lora"] if form != "merged" else []), "text-to-image", recipe.algorithm.name],

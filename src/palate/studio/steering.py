@@ -153,9 +153,8 @@ class Effects:
             shared = common_rows(*rows)  # a resumed run may draw other prompts than before
             before = self._count(view, earlier[-1], [rows[0][i] for i, _ in shared])
             now = self._count(view, newest, [rows[1][j] for _, j in shared])
-            if (
-                len(known) == 1 and known[0] in now
-            ):  # nothing is in it while its pictures are being written, or taken away
+            # nothing is in `now` while its pictures are being written, or taken away
+            if len(known) == 1 and known[0] in now:
                 found[word] = {"before": before.get(known[0], 0), "of": now[""],
                                "now": now[known[0]] if newest >= holds else None}  # fmt: skip
         return found

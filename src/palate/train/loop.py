@@ -127,9 +127,8 @@ class Run:
                     self._hand_over()
                     self.progress.note(f"stopped by signal {number} after step {counters.step}; a checkpoint is saved")
                     return Outcome(folder, counters.step, "signal", 128 + number)
-            if counters.step and not resume and not self.updater.losses:
-                name = type(self.job.algorithm).__name__
-                raise InputError(f"{name}.step yielded no loss in {counters.step} steps, so that nothing was trained")
+            if counters.step and not resume:
+                self.updater.require_losses(self.job.algorithm)
             counters.finished = counters.finished or "finished"
             self._finish()
             return Outcome(folder, counters.step, counters.finished, 0)

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from palate.core import Loss, Model, TrainsOtherwise
+from palate.core import Algorithm, Loss, Model, TrainsOtherwise
 from palate.runtime import sharding
 from palate.runtime.distributed import Ranks
 from palate.runtime.errors import InputError
@@ -88,6 +88,11 @@ class Updater:
         for name in self.weights.parameters:
             metrics["lr" if name == "policy" else f"lr_{name}"] = self.weights.learning_rate(name, step, scale)
         return metrics, problem
+
+    def require_losses(self, algorithm: Algorithm) -> None:
+        """InputError: no step of the run yielded a loss."""
+        if not self.losses:
+            raise InputError(f"{type(algorithm).__name__}.step yielded no loss in any step, so nothing was trained")
 
     def _to_next_update(
         self, streams: Sequence[Stream], averagers: Sequence[MetricAverager], problem: str
