@@ -87,15 +87,13 @@ def load(run: str | Path, *, model: Model | None = None, algorithm: Any = None) 
     model: an object as the run was begun with, for a run of Python's own parts; its weights are replaced. algorithm:
     likewise, needed where it draws samples in its own way. InputError: not a run, or a part has to be passed.
     """
-    folder = Path(run)
-    recipe = read_recipe(folder)
+    folder, own = Path(run), RunFolder(run)
     if model is not None:
         step = load_result(model, folder, warn=logger.warning)
         sampler = algorithm.sampler if isinstance(algorithm, DrawsOwnSamples) else _sampler_of(folder)
-        return LoadedRun(folder, model, step, sampler, SampleSettings(**(recipe.get("sample") or {})))
-    if str((recipe.get("model") or {}).get("name", "")).startswith(PYTHON):
+        return LoadedRun(folder, model, step, sampler, SampleSettings(**(own.tree.get("sample") or {})))
+    if begun_in_python(own):
         raise InputError(f"{folder} was begun from Python; pass the model: palate.load({str(folder)!r}, model=...)")
-    own = RunFolder(folder)
     found, sampler = own.model(logger.warning)
     return LoadedRun(folder, found, None, sampler, own.recipe.sample)
 
