@@ -16,7 +16,7 @@ from palate.recipe import RecipeError, evaluators
 from palate.recipe.evaluators import allowed_fall
 from palate.rewards.located import standings
 from palate.rewards.table import HELD_OUT_CANDIDATES
-from palate.runs import protocol
+from palate.runs import evaluation, protocol
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +157,18 @@ def test_the_held_out_reward_of_a_taste_may_fall_as_far_as_its_guard_lets_it():
     assert allowed("taste-emoji") == 0.08 and allowed("taste-emoji", "trainer.guard.heldout_drop=0.02") == 0.02
     assert allowed("taste-emoji", "trainer.guard.every=0") == 0.0  # nobody watched it
     assert allowed("direct-emoji") == 0.0  # its words are what it is judged by
+
+
+@pytest.mark.parametrize("fall", [0.08, 0.0])
+def test_an_evaluation_keeps_how_far_its_run_lets_the_held_out_reward_fall(tmp_path, monkeypatch, fall):
+    (tmp_path / "recipe.yaml").write_text(recipe.dump(recipe.read("taste-emoji")))
+    run = runs.RunFolder(tmp_path)
+    assert run.may_fall == 0.08
+    monkeypatch.setattr(type(run), "may_fall", fall)
+    told = {"metrics": {"reward/held": {"base": 1.0, "value": 0.95, "change": -0.05, "change_low": -0.06,
+                                        "change_high": -0.04}}, "failed": [], "prompts": 99}  # fmt: skip
+    monkeypatch.setattr(evaluation, "evaluate_samples", lambda *given, **how: dict(told))
+    judges = published_panel("held", SimpleNamespace(image_features=None, score=None))
+    found = evaluation._judged(run, judges, [], {}, ([], []))
+    assert found.get("heldout_may_fall", 0.0) == fall
+    assert bool(found["verdict"]["warnings"]) == (fall == 0.0)  # a fall of .05
