@@ -7,11 +7,7 @@ from importlib.resources import files
 
 import pytest
 from safetensors.torch import load_file, save_file
-
-SMALL = [
-    "trainer.batch_size=2", "algorithm.rollout_steps=1", "algorithm.n=1", "trainer.guard.every=0",
-    "trainer.preview_every=0", "trainer.steps=1", "prompts={list: [a dog, an apple]}",
-]  # fmt: skip
+from support.commands import SMALL
 
 
 @pytest.fixture(scope="module")

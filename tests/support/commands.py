@@ -12,6 +12,12 @@ prompts: {{list: [a red fox, a blue whale]}}
 trainer: {{steps: 4, batch_size: 2, lr: 0.01, checkpoint_every: 2, preview_every: 2, guard: {{every: 0}}}}
 """
 
+# Overrides that make one step of a recipe of the embedded model a matter of seconds.
+SMALL = [
+    "trainer.batch_size=2", "algorithm.rollout_steps=1", "algorithm.n=1", "trainer.guard.every=0",
+    "trainer.preview_every=0", "trainer.steps=1", "prompts={list: [a dog, an apple]}",
+]  # fmt: skip
+
 
 def short(error: str) -> bool:
     return (

@@ -10,6 +10,7 @@ from pathlib import Path
 from palate import recipe as recipes
 from palate.cli.options import recipe_file
 from palate.recipe import Recipe
+from palate.recipe.relocation import told_of_moves
 from palate.runtime import checkpoint
 from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.files import in_shell
@@ -19,7 +20,8 @@ def read_resumed(run: Path, overrides: Sequence[str]) -> Recipe:
     """The run's own recipe with the overrides. InputError where they would change the run itself; CheckpointError
     where there is nothing to continue from."""
     text = recipes.text_of(str(file := recipe_file(run)))
-    started = recipes.parse(text, beside=file.absolute().parent, stored=True)
+    with told_of_moves(run, lambda: recipes.reader.read_yaml(text, "recipe")):
+        started = recipes.parse(text, beside=file.absolute().parent, stored=True)
     if started.optimize is not None:
         raise InputError(f"{run} queries a black-box objective; continue it with `palate optimize {in_shell(file)}`")
     recipe = recipes.parse(text, overrides, beside=file.absolute().parent, stored=True)

@@ -16,6 +16,8 @@ from palate.cli.run_folder import remove_run
 from palate.models.options import place_of
 from palate.plan import require_room
 from palate.recipe import Recipe
+from palate.recipe.identity import stored
+from palate.recipe.relocation import first_texts, told_of_moves
 from palate.report.pictures import preview_folders
 from palate.report.sheet import write_page_of
 from palate.runtime.checkpoint import check_space
@@ -32,7 +34,8 @@ def train_recipe(recipe: Recipe, on_main: OnMain, *, resume: bool, fresh: bool, 
     with contextlib.ExitStack() as held:
         on_main(lambda: held.enter_context(owned(folder)))
         on_main(lambda: check_space(folder, need=1 << 20))
-        outcome = _trained(recipe, on_main, resume=resume, fresh=fresh, quiet=quiet)
+        with told_of_moves(folder, lambda: recipes.as_tree(recipe)) if resume else contextlib.nullcontext():
+            outcome = _trained(recipe, on_main, resume=resume, fresh=fresh, quiet=quiet)
         on_main(lambda: _index_previews(folder))
     if outcome.exit_code:
         on_main(lambda: say(f"continue with: palate resume {in_shell(folder)}"))
@@ -49,6 +52,7 @@ def _index_previews(folder: Path) -> None:
 
 def _trained(recipe: Recipe, on_main: OnMain, *, resume: bool, fresh: bool, quiet: bool) -> Outcome:
     folder = Path(recipe.run.folder)
+    first = first_texts(stored(folder)) if resume else {}
     if resume:
         recipes.check_identity(folder, recipe)
     else:
@@ -73,7 +77,7 @@ def _trained(recipe: Recipe, on_main: OnMain, *, resume: bool, fresh: bool, quie
         buckets=parts.buckets,
         latents=parts.latents,
         measure=recipes.guard_measure(recipe, parts.tower),
-        identity=recipes.run_identity(recipe),
+        identity=recipes.run_identity(recipe, first),
         recipe=recipes.dump(recipe),
         kept=recipes.identity_text(recipe),
         reference=recipes.reference_of(recipe),

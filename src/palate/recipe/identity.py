@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
@@ -91,10 +92,12 @@ def frozen(recipe: Recipe) -> dict[str, str]:
     return found
 
 
-def run_identity(recipe: Recipe) -> str:
-    """What a resumed run must share: the settings that decide its numbers, and the weights of its rewards."""
+def run_identity(recipe: Recipe, first: Mapping[str, str] | None = None) -> str:
+    """What a resumed run must share: the settings that decide its numbers, and the weights of its rewards. first: the
+    paths it began with, `kept` by it, of those that were named anew."""
     weights = weights_of_rewards(recipe)
-    return json_digest([fingerprint(recipe), weights]) if weights else fingerprint(recipe)
+    settings = fingerprint(recipe, first)
+    return json_digest([settings, weights]) if weights else settings
 
 
 def weights_digest(source: str) -> str:
@@ -114,17 +117,22 @@ def identity_text(recipe: Recipe) -> str:
     return json.dumps(identity(recipe), indent=1, sort_keys=True) + "\n"
 
 
-def changes(folder: Path, recipe: Recipe) -> list[str]:
-    """What has changed since the run in `folder` began, a sentence each; empty for a run that kept no identity."""
+def stored(folder: Path) -> dict[str, str]:
+    """What identity.json of the run in `folder` holds; nothing for a run that kept none. InputError: it is damaged."""
     try:
-        before = parse_json((folder / FILE).read_bytes())
-        if not isinstance(before, dict) or not all(isinstance(digest, str) for digest in before.values()):
+        found = parse_json((folder / FILE).read_bytes())
+        if not isinstance(found, dict) or not all(isinstance(digest, str) for digest in found.values()):
             raise ValueError("expected texts by name")
     except FileNotFoundError:
-        return []
+        return {}
     except ValueError as error:
         raise InputError(f"{folder / FILE}: not what a run keeps ({error}); delete it to go on without it") from error
-    now = identity(recipe)
+    return found
+
+
+def changes(folder: Path, recipe: Recipe) -> list[str]:
+    """What has changed since the run in `folder` began, a sentence each; empty for a run that kept no identity."""
+    before, now = stored(folder), identity(recipe)
     return [
         f"{key}: what it names has changed since the run began ({_short(before[key])}, now {_short(now[key])})"
         for key in before

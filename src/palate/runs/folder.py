@@ -17,6 +17,7 @@ from palate.recipe import SECTIONS, SampleSettings, builder, evaluators, reader
 from palate.recipe.cross_checks import rewards_placed
 from palate.recipe.identity import changes
 from palate.recipe.objective import Objective, control_words, objective_of
+from palate.recipe.relocation import told_of_moves
 from palate.recipe.settings import Recipe
 from palate.recipe.start import reference_of
 from palate.runs.result import load_result
@@ -122,10 +123,11 @@ class RunFolder:
         the recipe has one. `warn` gets a sentence for each damaged checkpoint that was passed over. CheckpointError:
         there is none, or the base model's files have changed. mergeable: as `without_savings` says.
         """
-        for change in changes(self.path, self.recipe):
-            warn(f"{self.path}: {change}")
-        seen = looked_at(self.recipe)
-        model = builder.build_model(without_savings(seen) if mergeable else seen)
+        with told_of_moves(self.path, lambda: self.tree):
+            for change in changes(self.path, self.recipe):
+                warn(f"{self.path}: {change}")
+            seen = looked_at(self.recipe)
+            model = builder.build_model(without_savings(seen) if mergeable else seen)
         load_result(model, self.path, warn=warn)
         return model, builder.sampler_of(self.algorithm)
 

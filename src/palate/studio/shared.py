@@ -17,6 +17,7 @@ from palate.studio.access import Access
 from palate.studio.artist import Artist
 from palate.studio.comparing import Comparing
 from palate.studio.liking import Liking
+from palate.studio.moved import follow_move
 from palate.studio.process import Processes
 from palate.studio.runview import RunView, view_of
 from palate.studio.steering import Effects, control_words
@@ -37,6 +38,7 @@ class Studio:
 
     def __init__(self, runs: str | Path):
         self.workspace = Workspace(runs)
+        follow_move(self.workspace)
         self.artist = Artist(self.workspace)
         self.voting = Voting(self.workspace, self.artist)
         self.processes = Processes(self.workspace)

@@ -1,4 +1,4 @@
-"""Commands that check: plan, doctor, fetch, checkpoints, replay."""
+"""Commands that check: plan, doctor, fetch, checkpoints, relocate, replay."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from typing import Annotated
 import typer
 
 from palate.cli.app import CHECK, app, examples
-from palate.cli.options import Json, Overrides, RecipeName, Run, belongs, finite, known_device, read_recipe
+from palate.cli.options import (
+    Json,
+    Overrides,
+    RecipeName,
+    Run,
+    belongs,
+    finite,
+    known_device,
+    read_recipe,
+    run_names,
+)
 from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.progress import counted, printable
 
@@ -142,6 +152,24 @@ def checkpoints(
         raise CheckpointError(
             f"damaged: {damaged} of {counted(there, 'checkpoint')}; resuming passes over what is damaged"
         )
+
+
+@app.command(rich_help_panel=CHECK, epilog=examples(
+    "palate relocate runs/mine --from /old/flux --to /new/flux",
+    "palate relocate runs/* --from /old --to /new    everything below these folders",
+))  # fmt: skip
+def relocate(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.", autocompletion=run_names)],
+    old: Annotated[Path, typer.Option("--from", help="Where files lay that the runs stand on, or a folder above.")],
+    new: Annotated[Path, typer.Option("--to", help="Where that lies now.")],
+) -> None:
+    """Tell runs where their files lie now.
+
+    Moves nothing: it changes the paths in their recipes. Files that are not those a run began with are refused.
+    """
+    from palate.cli.relocate import relocate_runs
+
+    relocate_runs(runs, old, new)
 
 
 @app.command(rich_help_panel=CHECK, epilog=examples("palate replay runs/mine/failures/step-000012"))

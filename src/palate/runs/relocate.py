@@ -1,0 +1,44 @@
+"""Tell a run where the files that it stands on lie now: its recipe is written anew, and nothing else of it changes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from palate.recipe import reader
+from palate.recipe.identity import FILE, changes, stored
+from palate.recipe.relocation import gone, relocated, remembering
+from palate.runs.folder import RECIPE, RunFolder
+from palate.runtime.errors import InputError
+from palate.runtime.files import write_atomically
+from palate.runtime.runlock import owned, require_free
+
+
+class Relocation(NamedTuple):
+    """What becomes of one run."""
+
+    run: Path
+    recipe: str  # the text of its recipe.yaml
+    identity: dict[str, str]  # what its identity.json holds
+    changed: dict[str, str]  # dotted key of the recipe -> the text of before
+
+    def write(self) -> None:
+        """The first texts come before the recipe that needs them, so that a crash in between harms nothing."""
+        with owned(self.run):
+            write_atomically(self.run / FILE, (json.dumps(self.identity, indent=1, sort_keys=True) + "\n").encode())
+            write_atomically(self.run / RECIPE, self.recipe.encode())
+
+
+def relocation(run: Path, old: str, new: str) -> Relocation:
+    """The run's recipe with every path under `old` under `new`. InputError: nothing lies there, or something else than
+    the run began with, or another process trains the run."""
+    folder = RunFolder(run)
+    require_free(run, "its recipe stays as it is")
+    tree, changed = relocated(folder.tree, old, new)
+    text = reader.yaml_of(tree)
+    if changed:
+        missing = [f"{key}: nothing lies at {path}" for key, path in gone(tree) if key in changed]
+        if missing := missing or changes(run, reader.parse(text, stored=True)):
+            raise InputError("\n".join(f"{run}: {sentence}" for sentence in missing))
+    return Relocation(run, text, remembering(stored(run), changed), changed)
