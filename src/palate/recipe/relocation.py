@@ -50,15 +50,15 @@ def relocated(tree: Mapping[str, Any], old: str, new: str) -> tuple[dict[str, An
 
 def with_first_texts(tree: Mapping[str, Any], first: Mapping[str, str]) -> dict[str, Any]:
     """The recipe's tree with those texts at their dotted keys, as it was when the run began."""
-    tree = copy.deepcopy(dict(tree))
+    begun = copy.deepcopy(dict(tree))
     for key, text in first.items():
         *sections, last = key.split(".")
-        below: Any = tree
+        below: Any = begun
         for section in sections:
             below = below.get(section) if isinstance(below, dict) else None
         if isinstance(below, dict) and last in below:
             below[last] = text
-    return tree
+    return begun
 
 
 def first_texts(identity: Mapping[str, str]) -> dict[str, str]:
