@@ -292,8 +292,8 @@ def test_own_pictures_that_the_model_has_no_words_for_are_no_training_pairs(stud
     taste = {"learnt": True, "verdict": "", "expected": 0.8}
     monkeypatch.setattr(found.voting, "summary", lambda: {"votes": 30, "start": 20, "good": 40, "taste": taste})
     monkeypatch.setattr(found.voting, "learn_taste", lambda: tmp_path)
-    for prompt in ["my dog Rex", ""] * 10:
-        found.voting.add_pictures(prompt, [("1", picture(1))], [("2", picture(2))])
+    for prompt in ("my dog Rex", ""):
+        found.voting.add_pictures(prompt, [(f"{k}", picture(k)) for k in range(10, 20)], [("2", picture(2))])
     answer = client.post("/align/start", data={"way": "taste-emoji-dpo"})
     assert answer.status_code == 422 and "no vote about a prompt that the model reads" in answer.text and not begun
     found.voting.add_pictures("fox", [("3", picture(3))], [("4", picture(4))])

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from palate.runtime.errors import InputError
+from palate.runtime.files import json_digest
 from palate.studio.artist import Artist, Drawn
 from palate.studio.known import KnownFeatures
 from palate.studio.pair import PAIR, Pair, asked_once, unanswered
@@ -97,7 +98,8 @@ class Voting:
             return vote
 
     def add_pictures(self, prompt: str, better: Sequence[Own], worse: Sequence[Own]) -> int:
-        """Own pictures as votes: each of the better ones beat one of the worse ones, in turn; how many votes.
+        """Own pictures as votes: each of the better ones beat one of the worse ones, in turn; how many new votes. The
+        same two pictures for the same prompt are one vote, so that a form that is sent twice counts once.
 
         InputError: a side has none, or one, which is named, is no picture; nothing is stored then."""
         if not better or not worse:
@@ -108,7 +110,8 @@ class Voting:
             for i in range(max(map(len, kept))):
                 liked, other = (Picture(side[i % len(side)], prompt) for side in kept)
                 left, right, choice = (liked, other, "left") if i % 2 == 0 else (other, liked, "right")
-                votes.append(Vote(prompt, left, right, choice, session=self.session, round=self.round()))
+                name = json_digest(["own", prompt, liked.file, other.file])[:16]
+                votes.append(Vote(prompt, left, right, choice, name, session=self.session, round=self.round()))
             return bring_in(staged, store, lambda: store.extend(votes))
 
     def round(self) -> int:
