@@ -15,10 +15,14 @@ from palate.evaluate import EvaluationPanel, generate, quantise
 from palate.models.latents import ImageSize
 from palate.models.sizes import at_size
 from palate.recipe import SampleSettings, builder
+from palate.recipe.algorithm import build_algorithm
 from palate.recipe.names import PYTHON
 from palate.report import write_report
-from palate.runs import RunFolder, evaluate_run, load_result, read_recipe
+from palate.runs.evaluation import evaluate_run
+from palate.runs.folder import RunFolder
 from palate.runs.python_run import PythonRun, begun_in_python
+from palate.runs.result import load_result
+from palate.runs.stored import read_recipe
 from palate.runtime.errors import InputError
 from palate.runtime.files import write_file
 from palate.runtime.images import encode_png, grid
@@ -128,7 +132,7 @@ def _sampler_of(folder: Path) -> Sampler | None:
     """How a run's algorithm draws where it draws in its own way, as far as its recipe names the algorithm."""
     if str((read_recipe(folder).get("algorithm") or {}).get("name", PYTHON)).startswith(PYTHON):
         return None
-    return builder.sampler_of(builder.build_algorithm(RunFolder(folder).recipe))
+    return builder.sampler_of(build_algorithm(RunFolder(folder).recipe))
 
 
 def report(run: str | Path) -> Path:

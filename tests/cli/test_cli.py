@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from support.commands import short
+from support.pages import fake_run
 
 from palate import cli, recipe
 from palate.runtime import checkpoint
@@ -46,11 +47,14 @@ def test_help_is_quick_because_nothing_heavy_is_imported():
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0  # 0.2 s measured on a quiet core
 
 
-def test_a_recipe_is_read_and_refused_before_the_libraries_of_networks_load(tmp_path):
+def test_what_only_reads_waits_for_no_libraries_of_networks(tmp_path):
     """They take three quarters of the seconds of a command that only reads."""
+    run = fake_run(tmp_path / "run")
+    (run / "recipe.yaml").write_text(recipe.dump(recipe.read("srpo-emoji", [f"run.folder={run}"])))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     code = "import sys\nfrom palate.cli import main\n"
-    code += "for given in (['recipes'], ['checkpoints', 'runs/none'], ['train', 'srpo-emoji', 'trainer.steps=-1']):\n"
+    code += "for given in (['runs', '.'], ['report', 'run'], ['steer', 'run', '--positive', 'outline'], ['recipes'],\n"
+    code += "              ['checkpoints', 'runs/none'], ['train', 'srpo-emoji', 'trainer.steps=-1']):\n"
     code += "    sys.argv = ['palate', *given]\n    try: main()\n    except SystemExit as ended: print(ended.code)\n"
     code += "heavy = {'diffusers', 'transformers', 'peft', 'scipy'} & set(sys.modules)\n"
     code += "sys.exit(str(heavy) if heavy else 0)"

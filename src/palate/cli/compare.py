@@ -7,7 +7,7 @@ from pathlib import Path
 
 from palate.cli.compare_table import as_text, compare_runs
 from palate.report import study, write_report
-from palate.runs import run_names
+from palate.runs.stored import run_names
 from palate.runtime.errors import InputError
 from palate.runtime.progress import printable
 

@@ -15,7 +15,8 @@ from palate.report.curves import read_json
 from palate.report.html import flatten
 from palate.report.story import wanted_styles
 from palate.report.tables import headline_keys, metric_name
-from palate.runs import on_common_rows, read_recipe, run_names, same_meaning
+from palate.runs.comparison import on_common_rows, same_meaning
+from palate.runs.stored import read_recipe, run_names
 from palate.runtime.errors import InputError
 from palate.runtime.files import in_shell
 from palate.runtime.result import evaluation_of

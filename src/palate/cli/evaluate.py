@@ -21,8 +21,7 @@ from palate.evaluate import to_json
 from palate.report import write_evaluation
 from palate.report.sheet import write_sheet
 from palate.rewards.tasks import geneval_prompts
-from palate.runs import evaluate_runs
-from palate.runs.evaluation import prompts_of
+from palate.runs.evaluation import evaluate_runs, prompts_of
 from palate.runs.folder import RunFolder, open_runs
 from palate.runs.protocol import evaluate_protocol
 from palate.runs.strength import FOLDER, evaluate_strengths

@@ -10,8 +10,9 @@ from palate.cli.phases import show_phases
 from palate.cli.result_tables import print_changes
 from palate.evaluate.tasks import SEEDS, evaluate_tasks, tasks_json
 from palate.rewards.tasks import TaskReward, task_prompts
-from palate.runs import RunFolder, run_names
 from palate.runs.evaluation import Load, sides
+from palate.runs.folder import RunFolder
+from palate.runs.stored import run_names
 from palate.runtime.files import write_atomically
 
 

@@ -13,7 +13,8 @@ from palate.export import export_merged, export_one_step
 from palate.export.hub import add_pictures, check_repository, parcel, push, state_of
 from palate.export.lora import MAX_SHARD_SIZE, RECIPE, WORKFLOW, write_lora
 from palate.recipe.reader import to_share
-from palate.runs import RunFolder, adapter_of
+from palate.runs.folder import RunFolder
+from palate.runs.result import adapter_of
 from palate.runtime.errors import InputError
 from palate.runtime.files import new_folder, write_atomically
 from palate.runtime.progress import printable

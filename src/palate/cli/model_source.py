@@ -15,7 +15,7 @@ from palate.models import families
 from palate.models.emoji import EmojiModel
 from palate.models.facts import facts_of
 from palate.models.repository import kinds_in
-from palate.runs import trained_model
+from palate.runs.folder import trained_model
 from palate.runtime.errors import InputError, first_line
 from palate.runtime.files import parse_json
 from palate.runtime.hub import UNREACHED, hub_file

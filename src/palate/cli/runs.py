@@ -10,8 +10,7 @@ from palate.report.blackbox import read_queries
 from palate.report.curves import read_metrics
 from palate.report.page import run_words
 from palate.report.story import wanted_styles
-from palate.runs import read_recipe
-from palate.runs.folder import ended_by_guard
+from palate.runs.stored import ended_by_guard, read_recipe
 from palate.runtime.errors import InputError, PalateError
 from palate.runtime.files import folder_size
 from palate.runtime.progress import printable

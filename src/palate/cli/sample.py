@@ -14,7 +14,7 @@ from palate.models.latents import ImageSize
 from palate.models.sizes import at_size
 from palate.recipe import SampleSettings
 from palate.report.sheet import write_sheet
-from palate.runs import RunFolder
+from palate.runs.folder import RunFolder
 from palate.runtime.errors import InputError
 from palate.train.checks import require_sampleable
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from palate.runs.folder import ended_by_guard
+from palate.runs.stored import ended_by_guard
 from palate.runtime.errors import InputError
 from palate.runtime.files import in_shell
 from palate.runtime.progress import say

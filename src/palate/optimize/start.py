@@ -12,6 +12,7 @@ from palate.optimize.loop import Search, optimize, round_sizes
 from palate.optimize.oracles import load_oracle
 from palate.optimize.surrogate import reward_features
 from palate.recipe import builder, identity, reader
+from palate.recipe.algorithm import build_algorithm
 from palate.recipe.prompts import prompts_of
 from palate.recipe.relocation import first_texts, with_first_texts
 from palate.recipe.settings import Recipe
@@ -64,7 +65,7 @@ def from_recipe(recipe: Recipe, *, progress: bool = True, say: Callable[[str], N
     assert isinstance(model, Sampleable), "every family can be sampled"
     search = Search(
         model,
-        lambda: builder.build_algorithm(recipe),
+        lambda: build_algorithm(recipe),
         oracle,
         reward_features(tower, prompts),
         prompts,

@@ -32,11 +32,11 @@ from palate.runtime.code import imported
 from palate.runtime.deprecated import old_names
 
 if TYPE_CHECKING:
+    from palate.recipe.algorithm import build_algorithm
     from palate.recipe.builder import (
         Parts,
         as_asked,
         build,
-        build_algorithm,
         build_model,
         build_reward,
         build_whole_model,
@@ -62,7 +62,7 @@ _LATER = {
     "Parts": "palate.recipe.builder",
     "as_asked": "palate.recipe.builder",
     "build": "palate.recipe.builder",
-    "build_algorithm": "palate.recipe.builder",
+    "build_algorithm": "palate.recipe.algorithm",
     "build_model": "palate.recipe.builder",
     "build_reward": "palate.recipe.builder",
     "build_whole_model": "palate.recipe.builder",

@@ -30,6 +30,7 @@ from palate.data import (
 )
 from palate.data.buckets import Bucket
 from palate.models import families
+from palate.recipe.algorithm import build_algorithm
 from palate.recipe.cross_checks import AsksBlackBox, trained_names, without_effect
 from palate.recipe.objective import check_taste, image_tower, reward_objective
 from palate.recipe.pictures import buckets_of, latents_of, pictures_of
@@ -140,11 +141,6 @@ def sampler_of(algorithm: Algorithm) -> Sampler | None:
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------
-
-
-def build_algorithm(recipe: Recipe) -> Algorithm:
-    """The recipe's algorithm, in its first state."""
-    return algorithms.find(recipe.algorithm.name).make(recipe.algorithm)
 
 
 def build_reward(settings: RewardSettings) -> Reward:

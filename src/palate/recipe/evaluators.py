@@ -10,7 +10,8 @@ from palate.core import EmbedsImages, GuardMeasure, Reward, TwoTower
 from palate.evaluate.monitor import ImageMonitor
 from palate.evaluate.panel import EvaluationPanel, embedded_panel, published_panel
 from palate.models.options import place_of
-from palate.recipe.builder import build_algorithm, sampler_of
+from palate.recipe.algorithm import build_algorithm
+from palate.recipe.builder import sampler_of
 from palate.recipe.cross_checks import heldout_of, judge_guards, rewards_used, stands_on_tower
 from palate.recipe.settings import Recipe
 from palate.rewards.load import load_reward

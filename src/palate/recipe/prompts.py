@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from palate.algorithms import table as algorithms
 from palate.core import Steerable
 from palate.core.random import used_prompts
 from palate.data import evenly_spaced, prompts_at
 from palate.models.vocabulary import known_words
+from palate.recipe.algorithm import build_algorithm
 from palate.recipe.cross_checks import rewards_used
 from palate.recipe.settings import Recipe
 from palate.runtime.errors import InputError
@@ -36,7 +36,7 @@ def check_words(recipe: Recipe, prompts: Sequence[str], preview: Sequence[str]) 
     used = used_prompts(prompts, trainer.seed, trainer.steps * trainer.batch_size)
     for prompt in dict.fromkeys([*used, *(preview if trainer.preview_every or trainer.guard.every else [])]):
         known_words(prompt)
-    algorithm = algorithms.find(recipe.algorithm.name).make(recipe.algorithm)
+    algorithm = build_algorithm(recipe)
     if isinstance(algorithm, Steerable):
         check_control_words(recipe, algorithm, longest_of(used), "algorithm.")
 

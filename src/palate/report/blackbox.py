@@ -12,7 +12,7 @@ from markupsafe import Markup
 from palate.report.chart import Line, Mark, chart
 from palate.report.curves import read_metrics
 from palate.report.pictures import COLUMNS, picture
-from palate.rewards.oracles import exact_reward
+from palate.runtime.code import imported
 from palate.runtime.errors import InputError
 from palate.runtime.files import parse_json, read_json_lines
 from palate.runtime.images import UNREADABLE, from_pixels, read_pixels
@@ -93,7 +93,7 @@ def noiseless_scores(
     oracle = recipe["optimize"]["oracle"]
     if not oracle.get("name") or not oracle.get("noise"):
         return None
-    reward, scores = exact_reward(oracle["name"]), []
+    reward, scores = imported("palate.rewards.oracles", "exact_reward")(oracle["name"]), []  # loads transformers
     for start in range(0, len(evaluated), 64):
         part = evaluated[start : start + 64]
         pixels = []

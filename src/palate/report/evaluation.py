@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from palate.evaluate import to_json
+from palate.evaluate import read_index, to_json
 from palate.report.html import render, write_page
 from palate.report.pictures import clearest_pairs, picture, ranked_pairs
 from palate.report.story import gauges, sentence, wanted_styles
 from palate.report.tables import between_table, drift_rows, headline_keys, metric_tables, prompt_table
 from palate.report.words import spell
-from palate.runs import read_index, run_names
+from palate.runs.stored import run_names
 from palate.runtime.files import in_shell
 from palate.runtime.progress import counted
 

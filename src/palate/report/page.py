@@ -21,7 +21,8 @@ from palate.report.pictures import (
 from palate.report.story import gauges, sentence, wanted_styles
 from palate.report.tables import DRIFT, HEADLINES, compare_table, headline_keys, metric_rows
 from palate.report.words import WordChange, history, word_changes, words_at
-from palate.runs import on_common_rows, read_recipe
+from palate.runs.comparison import on_common_rows
+from palate.runs.stored import read_recipe
 from palate.runtime.files import in_shell
 from palate.runtime.progress import counted
 from palate.runtime.result import whole_evaluation_of

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from palate.evaluate import read_index
 from palate.report.tables import change
 from palate.report.words import WordChange, words_at
-from palate.runs import common_to_all, read_index
+from palate.runs.comparison import common_to_all
 from palate.runtime.errors import InputError
 from palate.runtime.images import UNREADABLE, as_rgb
 

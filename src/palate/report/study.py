@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from palate.evaluate import read_index
 from palate.evaluate.intervals import MANY_PEOPLE, win_rate_interval
 from palate.report.html import render
 from palate.report.pictures import picture, preview_folders
-from palate.runs import common_rows, common_to_all, read_index, run_names
+from palate.runs.comparison import common_rows, common_to_all
+from palate.runs.stored import run_names
 from palate.runtime.errors import InputError
 from palate.runtime.files import file_digest, parse_json, split_lines, write_atomically
 from palate.runtime.progress import counted

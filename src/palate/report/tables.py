@@ -8,7 +8,7 @@ from typing import Any
 
 from palate.report.html import number
 from palate.report.words import spell
-from palate.runs import same_meaning
+from palate.runs.comparison import same_meaning
 
 NAMES = {
     "concept": "right object",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from palate.runs import trained_to, tree_words
+from palate.runs.stored import trained_to, tree_words
 from palate.runtime.runlog import words_after
 
 

@@ -20,7 +20,8 @@ from palate.rewards.answers import Answers
 from palate.rewards.checklist import QuestionJudge
 from palate.runs.comparison import between
 from palate.runs.evaluation import Load, check_stored, draw_sides, evaluating, evaluation_key, seeds_of
-from palate.runs.folder import RunFolder, open_runs, run_names
+from palate.runs.folder import RunFolder, open_runs
+from palate.runs.stored import run_names
 from palate.runtime.errors import InputError
 from palate.runtime.files import write_atomically
 

@@ -37,7 +37,8 @@ from palate.recipe.cross_checks import heldout_of
 from palate.recipe.objective import ORACLE, Term
 from palate.recipe.settings import Recipe
 from palate.runs.comparison import between
-from palate.runs.folder import RECIPE, RunFolder, open_runs, run_names
+from palate.runs.folder import RunFolder, open_runs
+from palate.runs.stored import RECIPE, run_names
 from palate.runtime.errors import InputError
 from palate.runtime.exclusive import alone
 from palate.runtime.files import json_digest, replace, write_atomically

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from palate.core import Algorithm, Model, Sampler
-from palate.recipe import SECTIONS, SampleSettings, builder, evaluators, reader
+from palate.recipe import SampleSettings, builder, evaluators, reader
+from palate.recipe.algorithm import build_algorithm
 from palate.recipe.cross_checks import rewards_placed
 from palate.recipe.identity import changes
 from palate.recipe.objective import Objective, control_words, objective_of
@@ -21,17 +19,12 @@ from palate.recipe.relocation import told_of_moves
 from palate.recipe.settings import Recipe
 from palate.recipe.start import reference_of
 from palate.runs.result import load_result
+from palate.runs.stored import RECIPE, read_recipe, require_run, steered
 from palate.runtime.errors import InputError
 from palate.runtime.result import result_of
-from palate.runtime.runlog import METRICS, read_metrics, words_after
+from palate.runtime.runlog import METRICS, read_metrics
 
-RECIPE = "recipe.yaml"
 SOURCE = "reward.source."
-SHAPES: dict[tuple[str, ...], type] = {  # of a run's recipe: what lists and reports read, the outer ones first
-    **{(section,): dict for section in ("algorithm", *SECTIONS)},
-    ("reward", "relative"): dict, ("trainer", "steps"): int, ("optimize", "budget"): int,
-}  # fmt: skip
-KINDS = {dict: "a mapping", int: "a whole number"}
 # What a finished run may be judged with, other than its recipe says; nothing of it changes the run.
 JUDGING = ("evaluate.", "sample.", SOURCE, "model.device", "model.text_cache")
 
@@ -42,8 +35,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path, overrides: Sequence[str] = ()):
         self.path, self.overrides = Path(path), tuple(overrides)
-        if not (self.path / RECIPE).is_file():
-            raise InputError(f"{self.path} is not a run (it holds no {RECIPE}); give a run, for example runs/NAME")
+        require_run(self.path)
         for override in self.overrides:
             if not override.startswith(JUDGING):
                 raise InputError(
@@ -68,16 +60,8 @@ class RunFolder:
 
     @cached_property
     def tree(self) -> dict[str, Any]:
-        """The recipe as plain values, unchecked: of a run that an older or a newer version wrote, too."""
-        try:
-            tree = reader.Loader(self.text).get_single_data()
-        except yaml.YAMLError as error:
-            raise InputError(f"{self.path / RECIPE} is not YAML: {error}") from error
-        if not isinstance(tree, dict):
-            raise InputError(f"{self.path / RECIPE} holds {type(tree).__name__}; expected a mapping")
-        if wrong := misshapen(tree):
-            raise InputError(f"{self.path / RECIPE}: {wrong}; restore the file")
-        return tree
+        """`read_recipe` of it."""
+        return read_recipe(self.path)
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
@@ -99,7 +83,7 @@ class RunFolder:
     @cached_property
     def algorithm(self) -> Algorithm:
         """The run's algorithm, in its first state."""
-        return builder.build_algorithm(self.recipe)
+        return build_algorithm(self.recipe)
 
     @property
     def may_fall(self) -> float:
@@ -130,17 +114,6 @@ class RunFolder:
             model = builder.build_model(without_savings(seen) if mergeable else seen)
         load_result(model, self.path, warn=warn)
         return model, builder.sampler_of(self.algorithm)
-
-
-def misshapen(tree: Mapping[str, Any]) -> str:
-    """What of a run's recipe is not of the kind that lists and reports read, in words; "" where all of it is."""
-    for keys, kind in SHAPES.items():
-        value: Any = tree
-        for key in keys:
-            value = (value or {}).get(key)
-        if value is not None and not isinstance(value, kind):
-            return f"{'.'.join(keys)} is {type(value).__name__}, where {KINDS[kind]} is expected"
-    return ""
 
 
 def open_runs(run_folders: Sequence[str | Path], overrides: Sequence[str] = ()) -> list[RunFolder]:
@@ -174,54 +147,6 @@ def without_savings(recipe: Recipe) -> Recipe:
     if recipe.model.quantize is None and not recipe.model.offload:
         return recipe
     return replace(recipe, model=replace(recipe.model, quantize=None, offload=None, device="cpu"))
-
-
-def trained_to(rows: Sequence[dict[str, Any]], step: int) -> int:
-    """The last update that is in the weights of `step`: an earlier one where the guard went back to it there."""
-    for row in rows:
-        if row.get("event") == "guard" and row["step"] == step and row.get("action") in ("rollback", "stop"):
-            return int(row.get("best_step", step))
-    return step
-
-
-def ended_by_guard(rows: Sequence[dict[str, Any]]) -> bool:
-    """Whether the guard's last look at the run made it end before its last step."""
-    return [row.get("action") for row in rows if row.get("event") == "guard"][-1:] == ["stop"]
-
-
-def steered(
-    words: dict[str, list[str]], rows: Sequence[dict[str, Any]], step: int | None
-) -> tuple[list[str], list[str]]:
-    """The (positive, negative) words after those steering events among the rows of metrics.jsonl that the weights of
-    `step` have seen; None = after all."""
-    last = math.inf if step is None else trained_to(rows, step)
-    for row in rows:
-        if row.get("event") == "steer" and row["step"] <= last:
-            words = words_after(words, row)
-    return words["positive"], words["negative"]
-
-
-def run_names(folders: Sequence[Path]) -> list[str]:
-    """A name for each run: its folder's, or its path where two are alike. InputError when one occurs twice."""
-    whole = [str(folder.resolve()) for folder in folders]
-    for i, path in enumerate(whole):
-        if path in whole[:i]:
-            raise InputError(f"run {folders[i]} is given twice; name each run once")
-    short = [folder.resolve().name for folder in folders]
-    return [path if short.count(name) > 1 else name for path, name in zip(whole, short, strict=True)]
-
-
-def tree_words(tree: dict[str, Any]) -> dict[str, list[str]]:
-    """`recipe.objective.control_words` of a recipe as plain values."""
-    if relative := (tree.get("reward") or {}).get("relative"):
-        return {side: [relative[side]] if relative.get(side) else [] for side in ("positive", "negative")}
-    own = {side: (tree.get("algorithm") or {}).get(side) for side in ("positive", "negative")}
-    return {side: list(given) if isinstance(given, list) else [] for side, given in own.items()}  # else no words
-
-
-def read_recipe(run_folder: str | Path) -> dict[str, Any]:
-    """The run's recipe as plain values. InputError when the folder is not a run."""
-    return RunFolder(run_folder).tree
 
 
 def trained_model(

@@ -13,7 +13,8 @@ from palate.models import families
 from palate.recipe import EvaluateSettings, SampleSettings
 from palate.recipe.names import PYTHON
 from palate.recipe.objective import Objective, Term
-from palate.runs.folder import RunFolder, steered, tree_words
+from palate.runs.folder import RunFolder
+from palate.runs.stored import steered, tree_words
 from palate.runtime.errors import InputError
 from palate.runtime.result import result_of
 

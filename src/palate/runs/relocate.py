@@ -9,7 +9,8 @@ from typing import NamedTuple
 from palate.recipe import reader
 from palate.recipe.identity import FILE, changes, stored
 from palate.recipe.relocation import gone, relocated, remembering
-from palate.runs.folder import RECIPE, RunFolder
+from palate.runs.folder import RunFolder
+from palate.runs.stored import RECIPE
 from palate.runtime.errors import InputError
 from palate.runtime.files import write_atomically
 from palate.runtime.runlock import owned, require_free

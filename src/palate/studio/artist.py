@@ -22,7 +22,7 @@ from palate.core import Model, Random, Reward, Sampler
 from palate.export import load_one_step, one_step_folder
 from palate.models.vocabulary import vocabulary
 from palate.rewards.emoji import load_reward
-from palate.runs import trained_model
+from palate.runs.folder import trained_model
 from palate.runtime import checkpoint, runlock
 from palate.runtime.errors import InputError, PalateError
 from palate.runtime.files import split_lines

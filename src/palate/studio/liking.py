@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from palate.recipe import Recipe
-from palate.runs import common_to_all
+from palate.runs.comparison import common_to_all
 from palate.runtime.errors import InputError
 from palate.studio.artist import Artist
 from palate.studio.known import previews

@@ -7,7 +7,7 @@ import base64
 from fastapi import APIRouter, Form, Request
 from fastapi.responses import FileResponse, HTMLResponse, Response
 
-from palate.runs import common_rows
+from palate.runs.comparison import common_rows
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
 from palate.studio.comparing import ENOUGH, PAIRS, STRONGEST

@@ -15,7 +15,7 @@ from palate.export import export_lora, export_merged, read_adapter
 from palate.export.names import to_form
 from palate.models.facts import facts_of
 from palate.report import write_report
-from palate.runs import RunFolder
+from palate.runs.folder import RunFolder
 from palate.runtime.errors import InputError
 from palate.runtime.exclusive import exclusive
 from palate.runtime.files import remove_folder

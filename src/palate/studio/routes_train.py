@@ -10,7 +10,7 @@ from fastapi.responses import HTMLResponse, Response
 
 from palate.algorithms.direct import DirectSettings
 from palate.models.vocabulary import known_words, with_words
-from palate.runs import common_rows
+from palate.runs.comparison import common_rows
 from palate.runtime.errors import InputError
 from palate.studio.curves import curves_of
 from palate.studio.process import quoted

@@ -14,8 +14,7 @@ from palate.algorithms.srpo import SRPOSettings
 from palate.evaluate import read_index
 from palate.recipe import Recipe
 from palate.report import sentence
-from palate.runs import trained_to
-from palate.runs.folder import ended_by_guard
+from palate.runs.stored import ended_by_guard, trained_to
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
 from palate.runtime.files import folder_size

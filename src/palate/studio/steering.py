@@ -11,7 +11,7 @@ import torch
 
 from palate.algorithms.srpo import SRPOSettings
 from palate.models.vocabulary import kind_of, known_words, parse_prompt, vocabulary
-from palate.runs import common_rows
+from palate.runs.comparison import common_rows
 from palate.runtime.errors import InputError
 from palate.runtime.exclusive import exclusive
 from palate.studio.artist import Artist

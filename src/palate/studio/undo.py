@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from palate.core import Model
-from palate.runs import adapter_of, trained_model, write_adapter
+from palate.runs.folder import trained_model
+from palate.runs.result import adapter_of, write_adapter
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
 from palate.runtime.exclusive import exclusive
