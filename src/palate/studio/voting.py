@@ -98,19 +98,18 @@ class Voting:
             return vote
 
     def add_pictures(self, prompt: str, better: Sequence[Own], worse: Sequence[Own]) -> int:
-        """Own pictures as votes: each of the better ones beat one of the worse ones, in turn; how many votes are new,
-        since a form that is sent twice counts once. InputError: a side has none, or one, which is named, is no picture;
-        nothing is stored then."""
+        """Own pictures as votes: each of the better ones beat one of the worse ones, in turn; how many votes are new.
+        InputError: a side has none, or one, which is named, is no picture; nothing is stored then."""
         if not better or not worse:
             raise InputError("give at least one picture that you like and one that you do not")
         store, votes = self.workspace.store, []
         with staging(store) as staged:
             kept = [[_kept(staged, *each) for each in side] for side in (better, worse)]
             for i in range(max(map(len, kept))):
-                pair = [Picture(side[i % len(side)], prompt) for side in kept]
-                name = json_digest(["own", prompt, *(picture.file for picture in pair)])[:16]
-                sides, choice = (pair, "left") if i % 2 == 0 else (pair[::-1], "right")
-                votes.append(Vote(prompt, *sides, choice, name, session=self.session, round=self.round()))
+                liked, other = (Picture(side[i % len(side)], prompt) for side in kept)
+                left, right, choice = (liked, other, "left") if i % 2 == 0 else (other, liked, "right")
+                name = json_digest(["own", prompt, liked.file, other.file])[:16]
+                votes.append(Vote(prompt, left, right, choice, name, session=self.session, round=self.round()))
             return bring_in(staged, store, lambda: store.extend(votes))
 
     def round(self) -> int:
