@@ -163,7 +163,7 @@ def convert(source: Path, target: Path) -> None:
         if isinstance(state, dict) else {}  # fmt: skip
     if not tensors:
         raise InputError(f"{source} holds no named tensors; is it {target.stem} as its authors publish it?")
-    with _beside(target) as part, writing_tensors(target):
+    with _beside(target) as part, writing_tensors(part):
         save_file(tensors, part)
 
 

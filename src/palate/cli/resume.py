@@ -33,6 +33,6 @@ def read_resumed(run: Path, overrides: Sequence[str]) -> Recipe:
             f"new run, from these weights if you like: palate train {in_shell(file)} run.folder=NEW "
             + shlex.join([*overrides, *([f"model.start={run}"] if recipe.model.weights == "lora" else [])])
         )
-    if not checkpoint.steps(run / "checkpoints"):
+    if not checkpoint.steps(run / "checkpoints") and not checkpoint.set_aside(run / "checkpoints"):
         raise CheckpointError(f"{run / 'checkpoints'} holds no checkpoint; start the run again with --fresh")
     return recipe

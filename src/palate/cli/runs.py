@@ -42,7 +42,17 @@ def find_runs(root: Path) -> list[Path]:
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         raise InputError(f"{root} {what}; give the folder that holds the runs, for example runs")
-    return sorted(path.parent for path in root.glob("*/recipe.yaml"))
+    return sorted(path for path in root.iterdir() if path.is_dir() and _may_be_a_run(path))
+
+
+def _may_be_a_run(folder: Path) -> bool:
+    """Whether a recipe lies there, or nobody but another user can tell."""
+    try:
+        return (folder / "recipe.yaml").stat() is not None
+    except PermissionError:
+        return True
+    except OSError:
+        return False
 
 
 def describe(folder: Path) -> RunRow:

@@ -62,6 +62,7 @@ class TextCache:
         self.text_tokens = reader.limit if reader.text_tokens is None else reader.text_tokens
         self._encode: Encode | None = None
         self._warned = False
+        self._unwritten: dict[str, dict[str, Tensor]] = {}  # of prompts whose files another user forbids
 
     @property
     def loaded(self) -> bool:
@@ -120,9 +121,11 @@ class TextCache:
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def _read(self, prompt: str) -> dict[str, Tensor] | None:
+        if prompt in self._unwritten:
+            return self._unwritten[prompt]
         try:
             return load_file(self._path(prompt))
-        except (FileNotFoundError, SafetensorError):  # not there, or cut short by a crash: encoded again
+        except (OSError, SafetensorError):  # not there, cut short by a crash, or another user's: encoded again
             return None
 
     @torch.no_grad()
@@ -131,8 +134,17 @@ class TextCache:
             self._encode = self._load()
         tensors = {name: value.cpu().contiguous() for name, value in self._encode(prompt).items()}
         path = self._path(prompt)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, save(tensors))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, save(tensors))
+        except PermissionError as error:  # a part of a shared folder that another user made
+            if not self._unwritten:
+                warnings.warn(
+                    f"model.text_cache: {path.parent}: {error.strerror}; what cannot be kept there is kept in memory, "
+                    "and encoded again by the next run",
+                    stacklevel=3,
+                )
+            self._unwritten[prompt] = tensors
         return tensors
 
     def _warn_of_long(self, prompts: list[str]) -> None:

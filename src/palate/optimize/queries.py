@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from palate.runtime.errors import CheckpointError, InputError
-from palate.runtime.files import append, json_line, read_json_lines, write_atomically, write_file
+from palate.runtime.files import append, json_line, read_json_lines, sync, write_atomically, write_durably
 from palate.runtime.images import encode_png, from_pixels, read_pixels, to_pixels
 
 ASKED = ("round", "index", "prompt", "file", "sha256")  # of a query, written before its answer
@@ -54,7 +54,7 @@ class Queries:
         rows: list[dict[str, Any]] = []
         for k, (i, image, prompt) in enumerate(zip(ids, images, prompts, strict=True)):
             data, file = encode_png(to_pixels(image)), f"queries/{first + k:06d}.png"
-            write_file(self.folder / file, data)
+            write_durably(self.folder / file, data)
             rows.append(
                 {
                     "query": first + k,
@@ -65,6 +65,7 @@ class Queries:
                     "sha256": hashlib.sha256(data).hexdigest(),
                 }
             )
+        sync(self.folder / "queries")
         self._append(rows)
         return [row["query"] for row in rows]
 

@@ -29,8 +29,9 @@ from palate.runtime.result import whole_evaluation_of
 from palate.runtime.runlock import status
 
 
-def write_report(run_folder: str | Path, *, compare: Sequence[str | Path] = ()) -> Path:
-    """Write report.html into the run folder, or with other runs in `compare`, compare.html; return its path.
+def write_report(run_folder: str | Path, *, compare: Sequence[str | Path] = (), out: str | Path | None = None) -> Path:
+    """Write report.html into the run folder, or with other runs in `compare`, compare.html; return its path. out: the
+    page's own path, of a run whose folder cannot be written to.
 
     Raises InputError when a folder is not a run, a picture cannot be read, or compared runs share no prompt and seed.
     """
@@ -38,7 +39,7 @@ def write_report(run_folder: str | Path, *, compare: Sequence[str | Path] = ()) 
     pages = [run_page(run) for run in runs]
     title = " · ".join(page["name"] for page in pages)
     if not compare:
-        return write_page(runs[0] / "report.html", render("report.html", title=title, run=pages[0]))
+        return write_page(Path(out or runs[0] / "report.html"), render("report.html", title=title, run=pages[0]))
     evaluations = [page["evaluation"] for page in pages if page["evaluation"]]
     measured = on_common_rows(evaluations, list(map(str, runs))) if len(evaluations) == len(runs) else []
     text = render(
@@ -50,7 +51,7 @@ def write_report(run_folder: str | Path, *, compare: Sequence[str | Path] = ()) 
         headlines=HEADLINES,
         pictures=len(measured[0]["rows"]) if measured else 0,
     )
-    return write_page(runs[0] / "compare.html", text)
+    return write_page(Path(out or runs[0] / "compare.html"), text)
 
 
 def run_page(run: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ byte before anything is used; `load_newest` falls back to the newest good one. N
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -30,10 +31,16 @@ from palate.runtime.files import (
     write_durably,
     write_problem,
 )
+from palate.runtime.tensors import as_umask_says
 
 SCHEMA = 1
 TENSORS, STATE, MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
+ASIDE = ".tmp-aside-"  # before the name of a checkpoint whose place a new one of the same step takes
 _NAME = re.compile(r"step-(\d{6,})")
+
+
+class OutOfReachError(CheckpointError):
+    """A checkpoint cannot be read now, for lack of a right or by an error of the disk."""
 
 
 class Checkpoint(NamedTuple):
@@ -64,15 +71,16 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[
     need = sum(value.numel() * value.element_size() for value in plain.values())
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_unfinished(folder)
+        settle(folder)
         temporary.mkdir()
         save_file(plain, str(temporary / TENSORS))
+        as_umask_says(temporary / TENSORS)
         write_durably(temporary / STATE, canonical_json({"schema": SCHEMA, "step": step, **state}))
         sync(temporary / TENSORS)
         files = {part: file_digest(temporary / part) for part in (STATE, TENSORS)}
         write_durably(temporary / MANIFEST, canonical_json({"schema": SCHEMA, "step": step, "files": files}))
         sync(temporary)
-        replace(temporary, final)
+        _put(temporary, final)
         sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -89,13 +97,15 @@ def load(path: Path) -> Checkpoint:
         try:
             got = file_digest(path / part)
         except OSError as error:
-            raise CheckpointError(f"{path / part}: {error.strerror or error}") from error
+            raise _of(error, path / part) from error
         if got != expected:
             raise CheckpointError(f"{path / part}: the content does not match its SHA-256 in {MANIFEST}")
     try:
         state = parse_json((path / STATE).read_bytes())
         tensors = load_file(str(path / TENSORS))
-    except (OSError, ValueError, SafetensorError) as error:
+    except OSError as error:
+        raise _of(error, path) from error
+    except (ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path}: unreadable ({error})") from error
     if not isinstance(state, dict) or state.get("schema") != SCHEMA or state.get("step") != manifest["step"]:
         raise CheckpointError(f"{path / STATE}: schema or step differs from {MANIFEST}")
@@ -108,12 +118,14 @@ def load(path: Path) -> Checkpoint:
 def load_newest(folder: Path, *, warn: Callable[[str], None]) -> Checkpoint:
     """The newest good checkpoint under `folder`; `warn` gets a sentence for each one passed over.
 
-    CheckpointError: none is good.
+    CheckpointError: none is good, or one cannot be read at all, which says nothing of what is in it.
     """
     found = steps(folder)
     for step in reversed(found):
         try:
             return load(folder / name(step))
+        except OutOfReachError:
+            raise
         except CheckpointError as error:
             warn(f"checkpoint {name(step)} is damaged and passed over: {error}")
     problem = f"all {len(found)} are damaged" if found else "there is none"
@@ -134,8 +146,9 @@ def prune(folder: Path, *, keep: int, also: set[int]) -> None:
     for step in steps(folder)[: -max(keep, 1)]:
         if step not in also:
             doomed = folder / f".tmp-pruned-{name(step)}"
-            replace(folder / name(step), doomed)  # a half-deleted folder must never look like a checkpoint
-            remove_folder(doomed)
+            with contextlib.suppress(OSError):  # on NFS, what another process reads; a later save deletes it
+                replace(folder / name(step), doomed)  # a half-deleted folder must never look like a checkpoint
+                remove_folder(doomed)
 
 
 def check_space(folder: Path, *, need: int) -> None:
@@ -193,7 +206,9 @@ def _manifest(path: Path) -> dict[str, Any]:
         placed = whole and path.name == name(int(manifest["step"]))
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing: the checkpoint was never finished") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise _of(error, file) from error
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{file}: unreadable ({error})") from error
     if not whole:
         raise CheckpointError(f"{file}: not a manifest of this program")
@@ -215,6 +230,36 @@ def _require_utf8(path: Path) -> None:
         ) from error
 
 
-def _remove_unfinished(folder: Path) -> None:
+def set_aside(folder: Path) -> list[Path]:
+    """Whole checkpoints that a save which was cut short had moved aside."""
+    return sorted(folder.glob(f"{ASIDE}*"))
+
+
+def settle(folder: Path) -> None:
+    """Clear away what a save that was cut short has left, and put back what it had moved aside."""
+    for aside in set_aside(folder):
+        if not (whole := aside.with_name(aside.name.removeprefix(ASIDE))).exists():
+            os.rename(aside, whole)
     for left_over in folder.glob(".tmp-*"):
-        remove_folder(left_over) if left_over.is_dir() else left_over.unlink()
+        with contextlib.suppress(OSError):  # what another process reads cannot be deleted on NFS; a later save tries
+            remove_folder(left_over) if left_over.is_dir() else left_over.unlink()
+
+
+def _put(temporary: Path, final: Path) -> None:
+    """Rename the finished folder to its place. A checkpoint of the same step is whole until then, aside or there."""
+    aside = final.with_name(ASIDE + final.name)
+    if final.is_dir():
+        replace(final, aside)
+    replace(temporary, final)
+    with contextlib.suppress(OSError):
+        remove_folder(aside)
+
+
+def _of(error: OSError, path: Path) -> CheckpointError:
+    """A file that is missing is damage; one that cannot be read now may be whole, and must not be passed over."""
+    reason = f"{path}: {error.strerror or error}"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+        return CheckpointError(reason)
+    return OutOfReachError(
+        f"{reason}. It may be whole, so it is not passed over: make it readable, or delete {path.parent} to do without"
+    )

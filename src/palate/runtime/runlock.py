@@ -13,7 +13,9 @@ import errno
 import fcntl
 import json
 import os
+import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,8 +55,40 @@ _held: dict[Path, tuple[int, int]] = {}  # folder -> (open file, how many times 
 def owned(folder: Path) -> Iterator[None]:
     """Inside, this process owns the run folder, which is made if need be. Nests within one process.
 
-    InputError: another process owns it.
+    A SIGTERM or SIGHUP that nothing else answers, as while a model loads, leaves the block as an exit does: the folder
+    is given up, which on another machine nobody could tell. InputError: another process owns it.
     """
+    with _leaving_in_order():
+        yield from _holding(folder)
+
+
+def let_go() -> None:
+    """Give up every folder: for a process that ends at this moment."""
+    for descriptor, _ in _held.values():
+        with contextlib.suppress(OSError):
+            os.truncate(descriptor, 0)
+
+
+@contextlib.contextmanager
+def _leaving_in_order() -> Iterator[None]:
+    """Inside, signals that would end the process at once raise SystemExit; outside of the main thread nothing does."""
+    here = threading.current_thread() is threading.main_thread()
+    answered = [n for n in (signal.SIGTERM, signal.SIGHUP) if here and signal.getsignal(n) is signal.SIG_DFL]
+    try:
+        for number in answered:
+            signal.signal(number, _leave)
+        yield
+    finally:
+        for number in answered:
+            if signal.getsignal(number) is _leave:
+                signal.signal(number, signal.SIG_DFL)
+
+
+def _leave(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def _holding(folder: Path) -> Iterator[None]:
     key = Path(os.path.abspath(folder))
     if key in _held:
         descriptor, count = _held[key]
@@ -108,9 +142,9 @@ def _take(folder: Path) -> int:
     path = folder / OWNER
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise CheckpointError(write_problem(folder, 0, error)) from error
+        raise CheckpointError(write_problem(path if path.exists() else folder, 0, error)) from error
     try:
         locked = _lock(descriptor)
         if locked and not os.fstat(descriptor).st_nlink:  # its last owner left nothing behind, this file included
@@ -207,7 +241,8 @@ def _refusal(folder: Path, owner: Owner, what: str) -> str:
 
 def _newest_state(folder: Path) -> tuple[bool, bool]:
     """(whether the newest checkpoint is of a finished run, whether there is anything of a run)."""
-    steps = sorted((folder / "checkpoints").glob("step-*/state.json"))
+    found = (folder / "checkpoints").glob("step-*/state.json")
+    steps = sorted(found, key=lambda path: (len(path.parent.name), path))  # step-1000000 comes after step-999999
     if not steps:
         return False, (folder / "metrics.jsonl").exists()
     try:

@@ -27,8 +27,11 @@ class Stop:
 
 
 @contextlib.contextmanager
-def stop_signals(heard: Callable[[int], None] = lambda number: None) -> Iterator[Stop]:
-    """Inside, the first SIGTERM, SIGINT or SIGHUP is noted and given to `heard`; a second one ends the process.
+def stop_signals(
+    heard: Callable[[int], None] = lambda number: None, before_end: Callable[[], None] = lambda: None
+) -> Iterator[Stop]:
+    """Inside, the first SIGTERM, SIGINT or SIGHUP is noted and given to `heard`; a second one ends the process, after
+    `before_end`.
 
     A process that has not finished a step ends FIRST_STEP_SECONDS after the first signal. Outside of the main thread,
     where Python delivers no signals, nothing is noted.
@@ -48,7 +51,9 @@ def stop_signals(heard: Callable[[int], None] = lambda number: None) -> Iterator
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     old = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    thread = threading.Thread(target=_listen, args=(reader, stop, tuple(wanted)), name="palate-signals", daemon=True)
+    thread = threading.Thread(
+        target=_listen, args=(reader, stop, tuple(wanted), before_end), name="palate-signals", daemon=True
+    )
     thread.start()
     try:
         yield stop
@@ -61,7 +66,7 @@ def stop_signals(heard: Callable[[int], None] = lambda number: None) -> Iterator
             signal.signal(number, handler)
 
 
-def _listen(reader: int, stop: Stop, wanted: tuple[int, ...]) -> None:
+def _listen(reader: int, stop: Stop, wanted: tuple[int, ...], before_end: Callable[[], None]) -> None:
     """End the process when it must not wait for the step that runs."""
     first: tuple[int, float] | None = None
     while True:
@@ -70,6 +75,7 @@ def _listen(reader: int, stop: Stop, wanted: tuple[int, ...]) -> None:
         if not ready:
             assert first, "only a signal that came starts the clock"
             if not stop.stepped:
+                before_end()
                 os._exit(128 + first[0])
             continue
         numbers = os.read(reader, 64)
@@ -83,4 +89,5 @@ def _listen(reader: int, stop: Stop, wanted: tuple[int, ...]) -> None:
             elif "RANK" in os.environ and time.monotonic() - first[1] < 1:
                 pass  # of one signal, one copy comes from the launcher and one from what signals whole process groups
             else:
+                before_end()
                 os._exit(128 + number)

@@ -20,7 +20,7 @@ from typing import Any
 
 from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.exclusive import exclusive
-from palate.runtime.files import parse_json
+from palate.runtime.files import parse_json, write_durably
 from palate.taste.encoded import picture_ending
 
 CHOICES = ("left", "right", "tie", "both-bad")
@@ -132,8 +132,8 @@ class VoteStore:
         try:
             self.pictures.mkdir(parents=True, exist_ok=True)
             with exclusive(self.folder):  # under which `staging.bring_in` takes away what failed to come in
-                if not target.is_file():
-                    temporary.write_bytes(content)
+                if not target.is_file() or target.stat().st_size != len(content):  # a power cut may have emptied it
+                    write_durably(temporary, content)
                     os.replace(temporary, target)
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -221,7 +221,7 @@ def _rows(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
     whole = content.endswith(b"\n")
     lines = content.split(b"\n")
     for number, line in enumerate(lines, 1):
-        if not line.strip():
+        if not line.strip(b" \t\r\0"):  # a power cut may leave zeros at the end of a file
             continue
         try:
             if len(line) > LINE_LIMIT:

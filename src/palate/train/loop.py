@@ -202,10 +202,10 @@ class Run:
         self._hand_over()
 
     def _hand_over(self) -> None:
-        """The trained weights in the form in which others read them, and the checkpoint that they are of."""
+        """The checkpoint, and the trained weights in the form in which others read them: a copy, so it comes second."""
         self.progress.phase("saving")
-        write_adapter(self.job.folder, self.job.model, self.weights, self.sharded, self.ranks)
         self.saver.save()
+        write_adapter(self.job.folder, self.job.model, self.weights, self.sharded, self.ranks)
 
     # ------------------------------------------------------------------------------------------ before the first step
 

@@ -117,6 +117,7 @@ class Saver:
 
     def resume(self, notes: list[str]) -> list[dict[str, Any]]:
         """Load the newest good checkpoint; returns the steering events that come after it. `notes` gets remarks."""
+        self.ranks.on_main(lambda: checkpoint.settle(self.checkpoints))
         saved = checkpoint.load_newest(self.checkpoints, warn=notes.append)
         state = saved.state
         if len(found := set(self.ranks.all_gather_json(saved.step))) > 1:

@@ -22,7 +22,7 @@ from palate.models.latents import ImageSize
 from palate.recipe import SampleSettings, TrainerSettings, evenly_spaced
 from palate.runtime import distributed
 from palate.runtime.errors import InputError
-from palate.runtime.runlock import owned
+from palate.runtime.runlock import let_go, owned
 from palate.runtime.signals import stop_signals
 from palate.train.checks import as_judge
 from palate.train.job import Job, Outcome, check_settings
@@ -96,7 +96,7 @@ def run_job(job: Job, *, resume: bool = False, progress: bool = True, goes_on: b
     with contextlib.ExitStack() as held, as_judge(job.reward):
         distributed.ranks().on_main(lambda: held.enter_context(owned(job.folder)))
         runs: list[Run] = []
-        stop = held.enter_context(stop_signals(lambda number: _answer(runs, number)))
+        stop = held.enter_context(stop_signals(lambda number: _answer(runs, number), let_go))
         runs.append(Run(job, progress=progress))
         _warn_of_earlier_training(job.model, runs[0], resume or goes_on)
         try:

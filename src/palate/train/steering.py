@@ -117,6 +117,7 @@ class Steering:
         self.replay: list[dict[str, Any]] = []  # events of before a resume, in the order of their steps
         self._replayed: Words | None = None  # the last of them that was replayed
         self._read = b""  # the control file as it was read
+        self._ignored = ""  # what was last said of one that is none
         self._from_file = False  # whether the words of this step came from it and not from a replay
 
     def take(self, step: int, log: RunLog) -> Words | None:
@@ -179,15 +180,17 @@ class Steering:
             return words, True
         except FileNotFoundError:
             return None, False
-        except ValueError as error:
-            self.note(f"{self.control} is ignored: {error}")
+        except (ValueError, OSError) as error:
+            if str(error) != self._ignored:  # a file that cannot be read cannot always be deleted either
+                self._ignored = str(error)
+                self.note(f"{self.control} is ignored: {error}")
             self._forget_control()
             return None, False
 
     def _forget_control(self) -> None:
         """Delete the control file that was read; words that came since then stay, for the next step."""
         if self.ranks.is_main:
-            with contextlib.suppress(FileNotFoundError), exclusive(self.control.parent):
+            with contextlib.suppress(OSError), exclusive(self.control.parent):
                 if self.control.read_bytes() == self._read:
                     os.unlink(self.control)
 

@@ -184,9 +184,13 @@ def runs(
 
 
 @app.command(rich_help_panel=LOOK, epilog=examples("palate report runs/mine"))
-def report(run: Run) -> None:
+def report(
+    run: Run,
+    out: Annotated[Path | None, typer.Option(help="The page to write; RUN/report.html if left out.")] = None,
+) -> None:
     """Write a run's page: pictures, curves, numbers in one file."""
     recipe_file(run)
+    page_file("--out", out)
     from palate.report import write_report
 
-    print(f"report: {printable(str(write_report(run)))}")
+    print(f"report: {printable(str(write_report(run, out=out)))}")
