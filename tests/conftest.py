@@ -34,6 +34,15 @@ def pytest_collection_modifyitems(items):
         items.sort(key=lambda item: -seconds[item.nodeid.partition("::")[0]])
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_of_its_own(tmp_path_factory):
+    """What a user has run is remembered in a home of the tests' own."""
+    before = os.environ.get("XDG_STATE_HOME")
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
+    yield
+    os.environ.pop("XDG_STATE_HOME") if before is None else os.environ.update(XDG_STATE_HOME=before)
+
+
 @pytest.fixture
 def palate(monkeypatch, capfd):
     """Runs the command in this process: palate("train", ...) -> (exit code, stdout, stderr)."""

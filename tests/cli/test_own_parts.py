@@ -56,9 +56,12 @@ def test_a_run_of_own_parts_is_judged_shown_and_compared(elsewhere, palate):
     page = (runs[0] / "report.html").read_text("utf-8")
     assert "reward.py:score" in page
     assert "reward.py:score" in well(palate, "compare", *runs, "--format", "csv")
-    # the part has changed: what is judged is told so
+    # the part has changed: it is to be read first, and then what is judged is told so
     with (home / "reward.py").open("a") as file:
         file.write("\n# another\n")
+    code, _, error = palate("evaluate", runs[0], "--count", 1, "--seeds", 1)
+    assert code == 2 and f"palate trust {home / 'reward.py'}" in error
+    well(palate, "trust", home / "reward.py")
     code, _, error = palate("evaluate", runs[0], "--count", 1, "--seeds", 1)
     assert code == 0 and "reward reward.py:score: what it names has changed" in error
 

@@ -7,6 +7,7 @@ mapping in brackets as YAML has them, and every other text as it stands, number 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import importlib.resources
@@ -29,6 +30,7 @@ from palate.recipe.settings import RESUMABLE_FIELDS, Recipe
 from palate.recipe.unread import unread_overrides
 from palate.runtime.code import code_digest, names_a_file, short_name
 from palate.runtime.files import file_digest, json_digest, own_files
+from palate.runtime.trust import only_looking
 
 YAML_LIMIT = 256 * 1024  # bytes; a recipe is a page of text
 YAML_DEPTH = 100
@@ -114,7 +116,8 @@ def read(source: str, overrides: Sequence[str] = (), *, stored: bool = False) ->
 
 def parse(text: str, overrides: Sequence[str] = (), *, beside: Path | None = None, stored: bool = False) -> Recipe:
     """The checked recipe of a YAML text; `beside`: a second folder in which relative paths are looked for. stored: it
-    is that of a run, perhaps begun before settings without an effect were refused, and read to look at or to go on."""
+    is that of a run, perhaps begun before settings without an effect were refused, and read to look at or to go on, so
+    that code of its own is imported only where it has run before."""
     if len(text.encode()) > YAML_LIMIT:
         raise RecipeError(f"the recipe is larger than {YAML_LIMIT // 1024} KiB")
     tree = read_yaml(text, "recipe")
@@ -131,7 +134,8 @@ def parse(text: str, overrides: Sequence[str] = (), *, beside: Path | None = Non
     mistakes: list[str] = []
     for override in overrides:
         _override(tree, override, mistakes)
-    recipe = validate(with_absolute_paths(tree, beside), mistakes, stored=stored)
+    with only_looking("run") if stored else contextlib.nullcontext():
+        recipe = validate(with_absolute_paths(tree, beside), mistakes, stored=stored)
     if recipe is not None:
         mistakes += unread_overrides(recipe, overrides)
     if mistakes or recipe is None:

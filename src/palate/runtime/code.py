@@ -1,7 +1,8 @@
 """Python code that a recipe names: `my_reward.py:score`, a file and an object in it, or `package.module:object`.
 
 The code runs with all rights of the user, as anything that is imported does: name only files that you have read. Its
-SHA-256 is kept with the run, so that a changed file is noticed.
+SHA-256 is kept with the run, so that a changed file is noticed; that of a run or recipe which is only looked at is not
+imported unless it has run before (`runtime.trust`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 from palate.runtime.errors import InputError
 from palate.runtime.files import file_digest
+from palate.runtime.trust import admit
 
 PATH_MARK = ".py:"  # what tells a file and its object from the name of a published part
 
@@ -66,7 +68,9 @@ def load_object(name: str, *, key: str) -> Any:
         raise InputError(f"{key}: {path} does not exist; give a file and its object, for example my_code.py:thing")
     if not attribute.isidentifier():
         raise InputError(f"{key}: {name!r} names no object; write FILE.py:NAME, for example my_code.py:thing")
-    module = _import_file(path.resolve(), key)
+    path = path.resolve()
+    admit(path, key)
+    module = _import_file(path, key)
     if attribute not in vars(module):
         own = [each for each in vars(module) if not each.startswith("_")]
         raise InputError(f"{key}: {path} has no {attribute}; it has {', '.join(own) or 'nothing'}")

@@ -1,4 +1,4 @@
-"""Commands that check: plan, doctor, fetch, checkpoints, relocate, replay."""
+"""Commands that check: plan, doctor, fetch, checkpoints, relocate, trust, replay."""
 
 from __future__ import annotations
 
@@ -170,6 +170,23 @@ def relocate(
     from palate.cli.relocate import relocate_runs
 
     relocate_runs(runs, old, new)
+
+
+@app.command(rich_help_panel=CHECK, epilog=examples("palate trust my_reward.py"))
+def trust(files: Annotated[list[Path], typer.Argument(help="Python files that you have read.")]) -> None:
+    """Let code that recipes or runs name run here.
+
+    Training by a recipe does so by itself. Code of a run that came from elsewhere, or changed since, waits for this.
+    """
+    from palate.runtime.trust import ALL, known, record, remember
+
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file} is no file; give the Python file that the message names")
+        remember(file)
+        if file.resolve() not in {place for _, place in known()}:
+            raise InputError(f"{record()} cannot be written to, so nothing is remembered; set {ALL}=1 instead")
+        print(f"{printable(str(file.resolve()))}: may run")
 
 
 @app.command(rich_help_panel=CHECK, epilog=examples("palate replay runs/mine/failures/step-000012"))

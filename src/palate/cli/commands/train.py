@@ -45,7 +45,7 @@ def train(
     ] = False,
 ) -> None:
     """Run the training that a recipe describes."""
-    read = read_recipe(recipe, overrides)
+    read = read_recipe(recipe, overrides, to_run=not dry_run)
     if read.optimize is not None:
         raise InputError("optimize: this recipe queries a black-box objective; use `palate optimize`")
     if dry_run:
@@ -87,7 +87,7 @@ def optimize(ctx: typer.Context, recipe: RecipeName, overrides: Overrides = None
 
     The same command continues what was interrupted; scores that were paid for are never queried again.
     """
-    read = read_recipe(recipe, overrides)
+    read = read_recipe(recipe, overrides, to_run=True)
     if read.optimize is None:
         raise InputError("optimize: this recipe has no such section; use `palate train`, or give optimize.oracle.name")
     from palate.cli.optimize import optimize_recipe
