@@ -317,7 +317,7 @@ def test_the_file_says_what_it_is_and_the_card_how_it_was_made(run, tmp_path):
     assert (metadata["palate.rank"], metadata["palate.alpha"], metadata["ss_network_alpha"]) == ("3", "7", "7")
     card = (tmp_path / "README.md").read_text()
     assert "| reward/warmth | 0.250 | 0.500 |" in card and "licence" in card and "lora_alpha: 7.0" in card
-    assert recipe.read(str(tmp_path / "recipe.yaml")) == plan
+    assert (tmp_path / "recipe.yaml").read_text() == recipe.reader.to_share(plan)
     (folder / "evaluation.json").unlink()
 
 

@@ -306,8 +306,9 @@ def test_what_is_shared_names_no_folder_of_this_disk(tmp_path, monkeypatch, caps
     run, out = trained_run(home / "run", own), tmp_path / "out"
     monkeypatch.setattr(export_command, "state_of", lambda repository: "")
     export_command.export_run(run, "diffusers", out)
-    assert recipe.read(str(out / "recipe.yaml")) == recipe.read(str(run / "recipe.yaml"))  # here it is whole
+    kept = (out / "recipe.yaml").read_text()
     export_command.export_run(run, "diffusers", out, hub=export_command.Hub("me/mine", dry=True))
+    assert (out / "recipe.yaml").read_text() == kept  # it is for others, sent or not; the whole one is the run's
     for path in out.iterdir():
         assert b"jane" not in path.read_bytes() and b"cache/text" not in path.read_bytes(), path
     with safe_open(out / WEIGHTS, "pt") as file:
@@ -319,16 +320,26 @@ def test_paths_in_a_recipe_for_others_are_names_and_texts_stay():
     tree = {
         "prompts": {"list": ["/imagine a cat", "~ a dog"], "file": "/home/jane/prompts.txt"},
         "algorithm": {"positive": ["/r/art"], "teachers": {"a": {"adapter": "/home/jane/runs/a"}}},
-        "reward": {"weights": {"/home/jane/my.py:Mine": 1.0}, "source": {"remote": "https://a/b"}},
+        "reward": {
+            "weights": {"/home/jane/my.py:Mine": 1.0},
+            "source": {"remote": "https://judge.lab:8/b?api_key=SECRET", "x": "https://huggingface.co/a/b"},
+        },
         "optimize": {
-            "oracle": {"command": ["python", "/home/jane/s.py"], "checklist": "/home/jane/q a.json http://a#b"}
+            "oracle": {
+                "command": ["/usr/bin/python", "/home/jane/s.py", "--key=SECRET"],
+                "checklist": "/home/jane/q a.json http://me:SECRET@judge.lab/v1#qwen",
+                "url": "file:///home/jane/x",
+            }
         },
     }
     assert without_folders(tree) == {
         "prompts": {"list": ["/imagine a cat", "~ a dog"], "file": "prompts.txt"},
         "algorithm": {"positive": ["/r/art"], "teachers": {"a": {"adapter": "a"}}},
-        "reward": {"weights": {"my.py:Mine": 1.0}, "source": {"remote": "https://a/b"}},
-        "optimize": {"oracle": {"command": ["python", "s.py"], "checklist": "q a.json http://a#b"}},
+        "reward": {
+            "weights": {"my.py:Mine": 1.0},
+            "source": {"remote": "https://HOST/b", "x": "https://huggingface.co/a/b"},
+        },
+        "optimize": {"oracle": {"command": ["python", "..."], "checklist": "q a.json http://HOST/v1#qwen", "url": "x"}},
     }
 
 

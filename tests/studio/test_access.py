@@ -141,8 +141,26 @@ def test_a_link_leads_to_its_own_page_of_this_site(path, target):
     shown = html.escape(target)
     assert f'content="0;url={shown}">' in text and f'<a href="{shown}">' in text and "<b>" not in text
     asked = browser_of(Access(inner, token=SECRET, port=7, lasting=True)).get(url.replace(SECRET, "wrong"))
-    assert asked.status_code == 401 and f'action="{target.partition("?")[0]}"' in asked.text and "<b>" not in asked.text
-    assert asked.text.count('type="hidden"') == target.count("=")
+    assert asked.status_code == 401 and f'name="to" value="{shown}"' in asked.text and "<b>" not in asked.text
+    lasting = browser_of(Access(inner, token=SECRET, port=7, lasting=True))
+    entered = lasting.post("/enter", data={"to": target, "token": SECRET}, headers={"x-forwarded-proto": "https"})
+    assert entered.headers["location"] == target and "Secure" in entered.headers["set-cookie"]
+
+
+def test_a_token_that_is_typed_stands_in_no_address_and_the_form_lets_nobody_in_without_it():
+    access = Access(inner, token=SECRET, port=7, lasting=True)
+    assert 'method="post"' in browser_of(access).get("/runs").text
+    for data in ({"to": "/runs"}, {"to": "/runs", "token": "wrong"}, {"token": ""}):
+        assert browser_of(access).post("/enter", data=data).status_code == 401
+    answer = browser_of(access).post("/enter", data={"to": "//evil.example", "token": SECRET})
+    assert answer.headers["location"] == "/evil.example"
+    assert browser_of(Access(inner, token=SECRET, port=7)).post("/enter", data={"token": SECRET}).status_code == 401
+
+
+def test_pages_stay_in_no_cache_and_a_length_of_any_size_is_refused():
+    made = entered()
+    assert made.get("/").headers["cache-control"] == "no-store" and "cache-control" not in made.get("/static/x").headers
+    assert made.get("/", headers={"content-length": "9" * 5000}).status_code == 413
 
 
 def test_large_bodies_are_refused_by_their_length_and_as_they_come():

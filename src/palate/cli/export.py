@@ -11,12 +11,11 @@ from huggingface_hub import get_token
 
 from palate.export import export_merged, export_one_step
 from palate.export.hub import add_pictures, check_repository, parcel, push, state_of
-from palate.export.lora import MAX_SHARD_SIZE, RECIPE, WORKFLOW, write_lora
-from palate.recipe.reader import to_share
+from palate.export.lora import MAX_SHARD_SIZE, WORKFLOW, write_lora
 from palate.runs.folder import RunFolder
 from palate.runs.result import adapter_of
 from palate.runtime.errors import InputError
-from palate.runtime.files import new_folder, write_atomically
+from palate.runtime.files import new_folder
 from palate.runtime.progress import printable
 from palate.runtime.runlock import require_free
 
@@ -46,8 +45,6 @@ def export_run(
     target, files = _write(folder, form, out, max_shard_size or MAX_SHARD_SIZE)
     if hub is None:
         return
-    if target / RECIPE in files:  # without the folders of this disk, which the whole one names
-        write_atomically(target / RECIPE, to_share(RunFolder(folder).recipe).encode())
     files += add_pictures(folder, target)
     sent = parcel(target, hub.repository, files, private=not hub.public, seen=state_of(hub.repository))
     print(printable(("would send to " if hub.dry else "sending to ") + sent.text().split("\n")[0]))
@@ -88,4 +85,4 @@ def _write(folder: Path, form: str, out: Path | None, max_shard_size: str) -> tu
 
 def _all_files(folder: Path) -> list[Path]:
     """Those of a folder that held nothing before the export."""
-    return [path for path in folder.rglob("*") if path.is_file()]
+    return [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]

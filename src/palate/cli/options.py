@@ -12,6 +12,7 @@ import typer
 
 from palate.runtime.errors import InputError
 from palate.runtime.own_files import OWN_FILES
+from palate.runtime.trust import only_looking
 
 if TYPE_CHECKING:
     from palate.recipe import Recipe
@@ -127,7 +128,6 @@ UnwantedWords = Annotated[Words | None, typer.Option(parser=Words, metavar="WORD
 def read_recipe(name: str, overrides: Sequence[str] | None, *, to_run: bool = False) -> Recipe:
     """`palate.recipe.read`. to_run: it is not only looked at, so that code of its own may run."""
     from palate.recipe import read
-    from palate.runtime.trust import only_looking
 
     with contextlib.nullcontext() if to_run else only_looking("recipe"):
         return read(name, overrides or ())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from palate.core import EncodesPictures, HasPosterior
 from palate.data.tables import TEXT_LIMIT, RecipeError, read_text
 from palate.runtime.errors import InputError
 from palate.runtime.files import is_litter, own_files, parse_json, split_lines
-from palate.runtime.images import UNREADABLE, as_rgb, from_pixels
+from palate.runtime.images import UNREADABLE, as_rgb, from_pixels, open_image
 from palate.runtime.progress import counted
 
 ENCODED_TOGETHER = 32  # images
@@ -179,7 +178,7 @@ def load_images(paths: Sequence[Path | bytes], *, size: int | tuple[int, int]) -
 def opened(image: Path | bytes) -> Iterator[Any]:
     """The picture of a file or of encoded bytes; what goes wrong while it is used is an error that names it."""
     try:
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as found:
+        with open_image(image) as found:
             yield found
     except UNREADABLE as error:
         what = f"{len(image)} bytes of a table" if isinstance(image, bytes) else image

@@ -20,7 +20,7 @@ from palate.models.facts import Facts, facts_of
 from palate.models.lora import FILE, METADATA, write
 from palate.models.original import Lora
 from palate.models.saved import save_network
-from palate.recipe import Recipe
+from palate.recipe import Recipe, reader
 from palate.runtime.errors import InputError
 from palate.runtime.files import new_folder, write_atomically
 
@@ -61,7 +61,7 @@ def write_lora(
     tensors, extra = to_form(layers, form, facts)
     metadata = {"format": "pt", **extra, **describe(run, recipe, layers, words)}
     folder = run / "export" / form if out is None else out
-    texts = {CARD: model_card(run, recipe, form, layers, words), RECIPE: recipes.dump(recipe)}
+    texts = {CARD: model_card(run, recipe, form, layers, words), RECIPE: reader.to_share(recipe)}
     if form == "comfyui" and (graph := workflow_text(recipe, lora_file(run, form))) is not None:
         texts[WORKFLOW] = graph
     if out is not None:
@@ -124,7 +124,7 @@ def export_merged(
     part = out / facts_of(recipe.model.name).denoiser
     save_network(model.weights.merged(), part, max_shard_size=max_shard_size)
     write_card(out, model_card(run, recipe, "merged", layers, None))
-    write_atomically(out / RECIPE, recipes.dump(recipe).encode())
+    write_atomically(out / RECIPE, reader.to_share(recipe).encode())
     return out
 
 

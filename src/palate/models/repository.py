@@ -103,6 +103,8 @@ class Repository:
                 network = kind.from_single_file(file, config=str(self.root), subfolder=part, torch_dtype=dtype)
             else:
                 options: dict[str, Any] = {"torch_dtype" if issubclass(kind, ModelMixin) else "dtype": dtype}
+                if not issubclass(kind, ModelMixin):
+                    options["trust_remote_code"] = False  # else transformers asks whether the folder's code may run
                 if (variant := self.variant(part)) is not None:
                     options["variant"] = variant
                 place = loader_place(self.source, self.root)
@@ -135,7 +137,7 @@ class Repository:
                 "complete the download"
             )
         try:
-            return kind.from_pretrained(loader_place(self.source, self.root), subfolder=part)
+            return kind.from_pretrained(loader_place(self.source, self.root), subfolder=part, trust_remote_code=False)
         except (*UNREACHED, ValueError) as error:
             raise InputError(f"model.folder {self.source}: {part} cannot be read: {first_line(error)}") from error
 

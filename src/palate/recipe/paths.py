@@ -85,15 +85,39 @@ def absolute(value: Any, beside: Path | None = None, *, file: bool = False) -> A
 
 def without_folders(value: Any) -> Any:
     """A copy of the recipe's tree in which a path from the root or the home folder is its last part, which says nothing
-    of a disk. Prompts and control words are no paths."""
+    of a disk, a server is no more than its kind and path, which says nothing of a network, and of a program only its
+    name is left. Prompts and control words are no paths."""
     if isinstance(value, dict):
-        return {without_folders(key): below if key in TEXTS else without_folders(below) for key, below in value.items()}
+        return {
+            without_folders(key): below if key in TEXTS else _program(below) if key == "command" else
+            without_folders(below) for key, below in value.items()
+        }  # fmt: skip
     if isinstance(value, list):
         return [without_folders(each) for each in value]
-    if not isinstance(value, str) or not value.startswith(("/", "~")):
+    if not isinstance(value, str):
         return value
     path, space, url = value.rpartition(" ")
-    return f"{Path(path).name} {url}" if space and "://" in url else Path(value).name
+    if "://" in url:  # alone, or after the file of a checklist's questions
+        return f"{without_folders(path)}{space}{_address(url)}"
+    return Path(value).name if value.startswith(("/", "~")) else value
+
+
+def _address(url: str) -> str:
+    """The URL without its host and what may be a key; of a file its name, and the hub's as it is. A judge's model,
+    which follows the number sign, stays."""
+    kind, _, rest = url.partition("://")
+    place, mark, model = rest.partition("#")
+    if kind == "file":
+        return Path(place).name
+    host, slash, path = place.partition("?")[0].partition("/")
+    return f"{kind}://{host if host == 'huggingface.co' else 'HOST'}{slash}{path}{mark}{model}"
+
+
+def _program(command: Any) -> Any:
+    """A command without its arguments, which may hold keys."""
+    if not isinstance(command, list) or not command:
+        return command
+    return [Path(str(command[0])).name, *(["..."] if command[1:] else [])]
 
 
 def _written(tree: dict[str, Any]) -> list[tuple[str, ...]]:

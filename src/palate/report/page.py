@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from palate.recipe.paths import without_folders
 from palate.report.blackbox import query_curves, query_grid, query_summary, read_queries, read_rounds
 from palate.report.curves import curves, event_marks, read_json
 from palate.report.html import flatten, render, write_page
@@ -94,7 +95,7 @@ def run_page(run: Path) -> dict[str, Any]:
         "drift": [(*DRIFT[key], drift[key]) for key in DRIFT if key in drift],
         "ranked": ranked_pairs(run, evaluation) if evaluation else [],
         "environment": flatten(read_json(run / "environment.json") or {}),
-        "recipe": flatten(recipe),
+        "recipe": flatten(without_folders(recipe)),
         "command": command(run, recipe),
     }
 
@@ -144,7 +145,10 @@ def summary(recipe: dict[str, Any], changes: Sequence[WordChange]) -> list[tuple
 
 
 def command(run_folder: Path, recipe: dict[str, Any]) -> str:
-    """The command that repeats the run, from its own recipe into a new folder."""
-    again = f"{(recipe.get('run') or {}).get('folder') or run_folder}-again"
+    """The command that repeats the run, from its own recipe into a new folder: as it was named, or, where that would
+    show a place on this disk, in the folder that it lies in."""
+    place = Path(run_folder.name) if run_folder.is_absolute() else run_folder
+    again = Path((recipe.get("run") or {}).get("folder") or place)
+    again = Path(again.name) if again.is_absolute() else again
     verb = "train" if recipe.get("optimize") is None else "optimize"
-    return f"palate {verb} {in_shell(run_folder / 'recipe.yaml')} {in_shell('run.folder=' + again)}"
+    return f"palate {verb} {in_shell(place / 'recipe.yaml')} {in_shell(f'run.folder={again}-again')}"

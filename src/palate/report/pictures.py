@@ -16,7 +16,7 @@ from palate.report.tables import change
 from palate.report.words import WordChange, words_at
 from palate.runs.comparison import common_to_all
 from palate.runtime.errors import InputError
-from palate.runtime.images import UNREADABLE, as_rgb
+from palate.runtime.images import UNREADABLE, as_rgb, open_image
 
 COLUMNS, ROWS, PAIRS = 6, 12, 4  # previews across, pictures down, pairs of each kind
 LARGEST = 512  # pixels; larger pictures are embedded at this size
@@ -26,7 +26,7 @@ CRISP = 128  # pixels up to which a picture is embedded without loss and scaled 
 def open_picture(path: Path) -> Image.Image:
     """The picture in RGB. InputError names a broken file."""
     try:
-        with Image.open(path) as stored:
+        with open_image(path) as stored:
             return as_rgb(stored)
     except FileNotFoundError as error:
         raise InputError(f"image {path} is missing, though index.jsonl lists it; draw it again") from error

@@ -34,7 +34,7 @@ class ChatModel:
     @property
     def url(self) -> str:
         """Where it is asked."""
-        return self.client.url
+        return self.client.place
 
     def ask(self, png: bytes, text: str, *, max_tokens: int, top_tokens: int = 0) -> bytes:
         """The body of the answer; RemoteError after every retry. With `top_tokens` the likeliest tokens of each place

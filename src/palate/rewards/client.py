@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import random
 import socket
 import threading
@@ -15,6 +16,7 @@ from palate.runtime.errors import InputError, RewardServiceError
 from palate.runtime.files import parse_json
 
 TOKEN = "PALATE_REWARD_TOKEN"  # the environment variable of both sides
+HOSTS = "PALATE_REWARD_HOSTS"  # of the client: the machines, beside this one, that the token may go to
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ANSWER_LIMIT = 1 << 20  # bytes of an answer
 AGAIN = (429, 502, 503, 504)  # answers after which another try makes sense
@@ -73,6 +75,12 @@ class JsonClient:
             )
         if token is not None and parts.scheme == "http" and name not in LOOPBACK:
             raise InputError(f"{key}: {url} would send the token in the clear; use https, or tunnel to 127.0.0.1")
+        named = [host.strip().lower() for host in os.environ.get(HOSTS, "").split(",")]
+        if token and name not in (*LOOPBACK, *named):  # a recipe, or a run, may come from somebody else
+            raise InputError(
+                f"{key}: the token in {TOKEN} goes to no other machine than you name; if {name} is your server, set "
+                f"{HOSTS}={name} (several with commas)"
+            )
         if not url.isascii() or not url.isprintable() or " " in url:
             raise InputError(f"{key}: got {url!r}; write signs that are not ASCII, and spaces, as %20 and the like")
         if token is not None and not token:
@@ -82,6 +90,11 @@ class JsonClient:
         if token is not None and not (token.isascii() and token.isprintable()):
             raise InputError(f"{key}: the token in {TOKEN} has a line end or a sign that is not ASCII; set it again")
         self.url, self.patience, self._parts, self._host, self._token = url, patience, parts, name, token
+
+    @property
+    def place(self) -> str:
+        """The URL as messages show it: without what follows a question mark, which may be a key."""
+        return self.url.partition("?")[0]
 
     def ask(self, content: dict[str, Any]) -> bytes:
         """The body of the answer to a POST of `content` as JSON; RemoteError when every try failed."""
@@ -99,11 +112,11 @@ class JsonClient:
                 problem = f"HTTP {status} ({_error_of(answer)})"
                 if status not in self.patience.again:
                     remedy = REMEDY.get(status, "Look at its log")
-                    raise RemoteError(f"reward service {self.url}: {problem}. {remedy}", status)
+                    raise RemoteError(f"reward service {self.place}: {problem}. {remedy}", status)
             if attempt < self.patience.retries:
                 time.sleep(min(30.0, self.patience.wait * 2**attempt) * (0.5 + random.random()))
         raise RemoteError(
-            f"reward service {self.url}: {problem}, {self.patience.retries + 1} times. Is it running? When it is, "
+            f"reward service {self.place}: {problem}, {self.patience.retries + 1} times. Is it running? When it is, "
             "`palate resume` goes on with a run, and an evaluation is asked for again",
             last,
         )
@@ -125,7 +138,7 @@ class JsonClient:
             response = connection.getresponse()
             answer = response.read(ANSWER_LIMIT + 1)
             if len(answer) > ANSWER_LIMIT:
-                raise RemoteError(f"reward service {self.url}: its answer is larger than {ANSWER_LIMIT // 1024} KiB")
+                raise RemoteError(f"reward service {self.place}: its answer is larger than {ANSWER_LIMIT // 1024} KiB")
             return response.status, answer
         finally:
             watchdog.cancel()

@@ -109,7 +109,7 @@ def pretrained(kind: Any, reward: str, source: str, *, how: str, **options: Any)
         options["local_files_only"] = True
     try:
         with quietly(source), _without_report():
-            found = kind.from_pretrained(source, **options)
+            found = kind.from_pretrained(source, trust_remote_code=False, **options)
     except (*UNREACHED, ValueError, SafetensorError) as error:
         if options.get("local_files_only"):
             raise InputError(f"{key}: {source} is not in the local cache, {OFFLINE}. {how}") from error

@@ -170,7 +170,7 @@ def _admit(headers: Any, token: str, hosts: Sequence[str], max_bytes: int) -> No
     if headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise _Refused(415, "expected application/json")
     length = headers.get("content-length", "0")
-    if not length.isdecimal() or int(length) > max_bytes:
+    if not length.isdecimal() or len(length) > 12 or int(length) > max_bytes:
         raise _Refused(413, f"the request is larger than {max_bytes} bytes")
 
 

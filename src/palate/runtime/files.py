@@ -30,6 +30,7 @@ _REMEDIES = {
     errno.ENOTDIR: "A file stands where a folder is needed: move it, or set run.folder to another place",
     errno.ENOENT: "The folder was moved or deleted meanwhile: put it back, or set run.folder to another place",
     errno.ENAMETOOLONG: "The name is too long for this disk: set run.folder to a shorter one",
+    errno.ELOOP: "It is a link, which is not followed here: put a file in its place, or delete it",
     errno.EIO: "The disk reports an error: look at its health before you trust it again",
 }
 _OF_PATHS = {  # of any file that is read or written
@@ -64,16 +65,21 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def append(path: Path, data: bytes, *, durably: bool = False) -> None:
-    """Append all of the data, or nothing where the disk has no room for it; OSError names the file.
+    """Append all of the data, or nothing where the disk has no room for it; OSError names the file, also where it is a
+    link: in a folder that came from somebody else, it may lead anywhere.
 
     durably: wait until the disk has it."""
-    with naming(path), open(path, "ab", buffering=0) as file:
+    with naming(path), open(path, "ab", buffering=0, opener=_not_through_a_link) as file:
         end = file.seek(0, os.SEEK_END)
         if file.write(data) < len(data):
             file.truncate(end)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         if durably:
             os.fsync(file.fileno())
+
+
+def _not_through_a_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def write_durably(path: Path, data: bytes) -> None:

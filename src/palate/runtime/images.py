@@ -5,6 +5,7 @@ Images are tensors (B, 3, H, W) in [0, 1]; pixels are uint8 arrays (H, W, 3) or 
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")  # AVIF where PIL was built with it
 # What PIL raises for a file that is missing, damaged, cut short, too large or no picture at all.
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
@@ -74,9 +76,21 @@ def as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_pixels(source: Path | bytes, *, formats: tuple[str, ...] | None = None) -> np.ndarray:
+def open_image(source: Path | bytes) -> Image.Image:
+    """A picture's file or bytes, to be closed. Raises one of `UNREADABLE`. Of PIL's readers those are left out that
+    start other programs, as that of PostScript does, and those of formats that nobody trains on."""
+    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_known_formats())
+
+
+@functools.cache
+def _known_formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def read_pixels(source: Path | bytes) -> np.ndarray:
     """uint8 pixels (H, W, 3) of a picture's file or bytes. Raises one of `UNREADABLE`."""
-    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
+    with open_image(source) as image:
         return np.asarray(as_rgb(image))
 
 

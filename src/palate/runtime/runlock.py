@@ -142,7 +142,7 @@ def _take(folder: Path) -> int:
     path = folder / OWNER
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     except OSError as error:
         raise CheckpointError(write_problem(path if path.exists() else folder, 0, error)) from error
     try:
@@ -183,7 +183,7 @@ def _lock(descriptor: int) -> bool:
 def _look(path: Path) -> tuple[Owner | None, bool]:
     """(who the file names, whether nobody holds its lock)."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:
         return None, True
     try:

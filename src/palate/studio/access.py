@@ -46,10 +46,12 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), microphone=(), geolocation=()",
 }
+UNCACHED = {"Cache-Control": "no-store"}  # but for what says otherwise, as pictures do: a browser may be shared
 PLAIN = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Palate Studio</title><link rel="stylesheet" href="/static/studio.css"><main class="narrow"><h1>Palate Studio</h1>
 <p role="alert">{sentence}</p>{form}</main></html>"""
-FORM = """<form method="get" action="{path}">{kept}
+ENTRY = "/enter"  # where that form leads
+FORM = """<form method="post" action="/enter"><input type="hidden" name="to" value="{wanted}">
 <label>Token <input name="token" type="password" autocomplete="off" required></label>
 <button class="primary">Open</button></form>"""
 
@@ -93,12 +95,14 @@ class Access:
             return
         headers = Headers(scope=scope)
         answer = self._refusal(scope, headers) or self._exchange(scope, headers)
+        if answer is None and self.lasting and (scope["method"], scope["path"]) == ("POST", ENTRY):
+            answer = await self._entered(headers, receive)
         if answer is None and not scope["path"].startswith("/static/") and not self._known(headers):
             asks = _form(scope) if self.lasting else ""
             how = "Enter the token." if self.lasting else ONCE
             answer = _page(f"This browser is not let in. {how}", 401, asks)
         if answer is not None:
-            await answer(scope, receive, _with_headers(send))
+            await answer(scope, receive, _with_headers(scope, send))
             return
         await self._limited(scope, receive, send)
 
@@ -117,7 +121,7 @@ class Access:
         if foreign or (headers.get("sec-fetch-site") in ("cross-site", "same-site") and not entry):
             return _page("Calls from another page are not allowed.", 403)
         length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > limit_of(scope["path"]):
+        if not length.isdecimal() or len(length) > 12 or int(length) > limit_of(scope["path"]):
             return _page(TOO_LARGE, 413)
         return None
 
@@ -127,9 +131,21 @@ class Access:
         given = [value for key, value in query if key == "token"]
         if scope["method"] != "GET" or not given:
             return None
-        left = urlencode([(key, value) for key, value in query if key != "token"])
-        target = _path(scope) + (f"?{left}" if left else "")
-        found = next((t for t in tuple(self._tokens) if hmac.compare_digest(t.encode(), given[0].encode())), None)
+        return self._let_in(given[0], _wanted(scope), headers)
+
+    async def _entered(self, headers: Headers, receive: Receive) -> Response | None:
+        """The token of a form's body, which no log keeps as it keeps a URL."""
+        body = b""
+        while (message := await receive())["type"] == "http.request":
+            body += message.get("body", b"")
+            if not message.get("more_body") or len(body) > BODY_LIMIT:
+                break
+        given = dict(parse_qsl(body[:BODY_LIMIT].decode("latin-1")))
+        target = "/" + given.get("to", "").lstrip("/\\")
+        return self._let_in(given.get("token", ""), target, headers)
+
+    def _let_in(self, given: str, target: str, headers: Headers) -> Response | None:
+        found = next((t for t in tuple(self._tokens) if hmac.compare_digest(t.encode(), given.encode())), None)
         if found is None:
             return RedirectResponse(target, 303) if self._known(headers) else None
         if not self.lasting or found != self._token:
@@ -141,7 +157,8 @@ class Access:
             page = PLAIN.format(sentence=f'Opening. <a href="{escape(target)}">Go on</a>', form="")
             onwards = f'<meta http-equiv="refresh" content="0;url={escape(target)}"><title>'
             answer = HTMLResponse(page.replace("<title>", onwards))
-        answer.set_cookie(self.cookie, session, httponly=True, samesite="strict", path="/")
+        secure = headers.get("x-forwarded-proto") == "https"  # through a proxy; the studio itself speaks http
+        answer.set_cookie(self.cookie, session, httponly=True, samesite="strict", path="/", secure=secure)
         return answer
 
     def _known(self, headers: Headers) -> bool:
@@ -168,13 +185,13 @@ class Access:
         async def noted(message: Message) -> None:
             nonlocal begun
             begun = begun or message["type"] == "http.response.start"
-            await _with_headers(send)(message)
+            await _with_headers(scope, send)(message)
 
         try:
             await self.app(scope, counted, noted)
         except TooLarge:
             if not begun:
-                await _page(TOO_LARGE, 413)(scope, receive, _with_headers(send))
+                await _page(TOO_LARGE, 413)(scope, receive, _with_headers(scope, send))
 
 
 def _page(sentence: str, status: int, form: str = "") -> HTMLResponse:
@@ -186,13 +203,16 @@ def _path(scope: Scope) -> str:
     return "/" + quote(scope["path"].lstrip("/"))
 
 
+def _wanted(scope: Scope) -> str:
+    """The address that was asked for, without a token in it."""
+    query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+    left = urlencode([(key, value) for key, value in query if key != "token"])
+    return _path(scope) + (f"?{left}" if left else "")
+
+
 def _form(scope: Scope) -> str:
     """Asks for the token and goes on to the page that was wanted."""
-    query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-    wanted = scope["method"] == "GET"
-    kept = [(key, value) for key, value in query if wanted and key != "token"]
-    fields = "".join(f'<input type="hidden" name="{escape(key)}" value="{escape(value)}">' for key, value in kept)
-    return FORM.format(path=escape(_path(scope)) if wanted else "/", kept=fields)
+    return FORM.format(wanted=escape(_wanted(scope) if scope["method"] == "GET" else "/"))
 
 
 def _is_address(name: str) -> bool:
@@ -208,11 +228,13 @@ def limit_of(path: str) -> int:
     return UPLOAD_LIMIT if path in UPLOADS else BODY_LIMIT
 
 
-def _with_headers(send: Send) -> Send:
+def _with_headers(scope: Scope, send: Send) -> Send:
+    every = HEADERS if scope["path"].startswith("/static/") else HEADERS | UNCACHED
+
     async def sent(message: Any) -> None:
         if message["type"] == "http.response.start":
             there = {key.lower() for key, _ in message["headers"]}
-            own = [(key.lower().encode(), value.encode()) for key, value in HEADERS.items()]
+            own = [(key.lower().encode(), value.encode()) for key, value in every.items()]
             message["headers"] = [*message["headers"], *(pair for pair in own if pair[0] not in there)]
         await send(message)
 

@@ -148,4 +148,4 @@ def picture(request: Request, name: str) -> Response:
     path = studio_of(request).workspace.store.pictures / name
     if not PICTURE.fullmatch(name) or not path.is_file():
         return Response(status_code=404)
-    return FileResponse(path, headers={"Cache-Control": "private, max-age=31536000, immutable"})
+    return FileResponse(path, headers={"Cache-Control": "private, max-age=3600, immutable"})

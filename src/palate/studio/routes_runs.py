@@ -154,6 +154,6 @@ def embedded_lora(folder: Path) -> Path:
 def zipped(folder: Path, name: str) -> bytes:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
-        for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()):
             archive.write(path, f"{name}/{path.relative_to(folder)}")
     return stream.getvalue()

@@ -80,8 +80,11 @@ class Taste:
         return self.posterior.probability((left - right) * gain)
 
     def save(self, folder: str | Path) -> Path:
-        """Write taste.safetensors and card.json; the folder. What was there is replaced."""
-        folder = Path(folder)
+        """Write taste.safetensors and card.json; the folder. What was there is replaced. Of the people who chose their
+        number and qualities are written, and no names: a taste is for handing on."""
+        folder, card = Path(folder), dict(self.card)
+        if raters := card.get("raters"):
+            card["raters"] = {f"voter {k}": quality for k, quality in enumerate(raters.values(), 1)}
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
             "mean": torch.from_numpy(self.posterior.mean.copy()), "covariance": torch.from_numpy(
@@ -92,11 +95,11 @@ class Taste:
         about = {
             "source": self.features.source, "blocks": [block.name for block in self.features.blocks],
             "columns": self.features.columns, "prior": self.posterior.prior, "votes": self.digest,
-            "log_evidence": self.posterior.log_evidence, "absolute": self.base is not None, "card": self.card,
+            "log_evidence": self.posterior.log_evidence, "absolute": self.base is not None, "card": card,
         }  # fmt: skip
         whole = {k: v.double().contiguous() for k, v in tensors.items()}
         write_atomically(folder / FILE, save(whole, {"taste": json.dumps(about)}))
-        write_atomically(folder / CARD, (json.dumps(self.card, indent=1, ensure_ascii=False) + "\n").encode())
+        write_atomically(folder / CARD, (json.dumps(card, indent=1, ensure_ascii=False) + "\n").encode())
         return folder
 
     @classmethod

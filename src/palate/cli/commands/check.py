@@ -22,6 +22,7 @@ from palate.cli.options import (
 )
 from palate.runtime.errors import CheckpointError, InputError
 from palate.runtime.progress import counted, printable
+from palate.runtime.trust import ALL, known, record, remember
 
 
 @app.command("plan", rich_help_panel=CHECK, epilog=examples(
@@ -178,8 +179,6 @@ def trust(files: Annotated[list[Path], typer.Argument(help="Python files that yo
 
     Training by a recipe does so by itself. Code of a run that came from elsewhere, or changed since, waits for this.
     """
-    from palate.runtime.trust import ALL, known, record, remember
-
     for file in files:
         if not file.is_file():
             raise InputError(f"{file} is no file; give the Python file that the message names")
