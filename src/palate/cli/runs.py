@@ -48,11 +48,10 @@ def find_runs(root: Path) -> list[Path]:
 def _may_be_a_run(folder: Path) -> bool:
     """Whether a recipe lies there, or nobody but another user can tell."""
     try:
-        return (folder / "recipe.yaml").stat() is not None
-    except PermissionError:
-        return True
-    except OSError:
-        return False
+        (folder / "recipe.yaml").stat()
+    except OSError as error:
+        return isinstance(error, PermissionError)
+    return True
 
 
 def describe(folder: Path) -> RunRow:

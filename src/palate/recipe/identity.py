@@ -93,8 +93,8 @@ def frozen(recipe: Recipe) -> dict[str, str]:
 
 
 def run_identity(recipe: Recipe, first: Mapping[str, str] | None = None) -> str:
-    """What a resumed run must share: the settings that decide its numbers, and the weights of its rewards. first: the
-    paths it began with, `kept` by it, of those that were named anew."""
+    """What a resumed run must share: the settings that decide its numbers, and the weights of its rewards. first: as
+    of `fingerprint`."""
     weights = weights_of_rewards(recipe)
     settings = fingerprint(recipe, first)
     return json_digest([settings, weights]) if weights else settings

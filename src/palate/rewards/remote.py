@@ -81,7 +81,7 @@ class RemoteReward:
             good = False
         if not good:
             raise RemoteError(
-                f'reward service {self.url}: a bad answer; expected {{"id": the request\'s, "scores": [{count} finite '
+                f'reward service {self.client.place}: a bad answer; expected {{"id": the request\'s, "scores": [{count} finite '
                 f"numbers]}}, got {answer[:80]!r}. Nothing of this batch is used"
             )
         return scores
