@@ -48,7 +48,7 @@ class RemoteReward:
         key: str = "reward.source.remote",
     ):
         self.client = JsonClient(url, token, patience, key=key)
-        self.url, self.piece, self.concurrency = url, piece, concurrency
+        self.piece, self.concurrency = piece, concurrency
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         pixels = to_pixels(images)
@@ -81,8 +81,8 @@ class RemoteReward:
             good = False
         if not good:
             raise RemoteError(
-                f'reward service {self.client.place}: a bad answer; expected {{"id": the request\'s, "scores": [{count} finite '
-                f"numbers]}}, got {answer[:80]!r}. Nothing of this batch is used"
+                f'reward service {self.client.place}: a bad answer; expected {{"id": the request\'s, "scores": '
+                f"[{count} finite numbers]}}, got {answer[:80]!r}. Nothing of this batch is used"
             )
         return scores
 
