@@ -13,7 +13,7 @@ from support.commands import SMALL
 
 from palate import recipe
 from palate.optimize.start import identity_of
-from palate.recipe.relocation import FIRST, first_texts, gone, relocated, remembering
+from palate.recipe.relocation import gone, relocated, remembering, with_first_texts
 from palate.runs.relocate import relocation
 from palate.runtime.errors import InputError
 from palate.studio.moved import follow_move
@@ -61,7 +61,8 @@ def test_a_run_goes_on_bit_for_bit_after_its_files_were_moved(moved, palate, mon
         assert code == 2 and f"palate relocate {moved.run} --from {moved.old / 'base'} --to NEW" in error, command
     code, out, _ = palate("relocate", moved.run, "--from", moved.old, "--to", moved.new)
     assert code == 0 and out == f"{moved.run}: run.folder, model.folder, prompts.file\n"
-    assert json.loads((moved.run / "identity.json").read_text())["first model.folder"] == str(moved.old / "base")
+    kept = json.loads((moved.run / "relocated.json").read_text())
+    assert kept == {"model.folder": [str(moved.old / "base"), str(moved.new / "base")]}
     assert palate("resume", moved.run, "trainer.steps=2")[0] == 0
     assert palate("resume", moved.run, "trainer.steps=3")[0] == 0  # from a checkpoint made after the move
     assert palate("sample", moved.run, "--prompt", "a dog", "--seeds", "0", "--out", "drawn")[0] == 0
@@ -111,13 +112,33 @@ def test_paths_alone_are_named_anew_and_whole_folders_of_them():
         "algorithm": {"positive": ["/old/x"], "teachers": {"a": {"adapter": "/new/a"}}},
     }  # fmt: skip
     assert changed["algorithm.teachers.a.adapter"] == "/old/a" and changed["reward.source.taste"].startswith("/old/t")
-    kept = remembering({"prompts.file": "digest"}, changed)
-    assert kept["prompts.file"] == "digest" and f"{FIRST}prompts.file" not in kept  # its content counts, not its name
-    assert first_texts(kept)["model.folder"] == "/old/base"
-    again = remembering(kept, relocated(now, "/new", "/newest")[1])
-    assert first_texts(again)["model.folder"] == "/old/base"  # the first of all
-    keys = [key for key, _ in gone(now)]
-    assert "model.folder" in keys and "prompts.file" in keys and not {"run.folder", "prompts.list"} & set(keys)
+    kept = remembering({}, changed, now)
+    assert not {"prompts.file", "model.name"} & kept.keys()  # their content counts, not their place
+    assert kept["model.folder"] == ["/old/base", "/new/base"] and with_first_texts(now, kept)["model"] == {
+        **tree["model"], "name": "/new/my.py:Mine"
+    }  # fmt: skip
+    newest, moved_again = relocated(now, "/new", "/newest")
+    again = remembering(kept, moved_again, newest)
+    assert again["model.folder"] == ["/old/base", "/newest/base"]  # the first of all
+    assert with_first_texts({"model": {"folder": "/another"}}, again)["model"]["folder"] == "/another"
+    missing = list(gone(now))
+    assert ("reward.source.taste", "/new/t") in missing and ("reward.source.taste", "/new/u") in missing
+    keys = {key for key, _ in missing}
+    assert {"model.folder", "prompts.file"} <= keys and not {"run.folder", "prompts.list"} & keys
+    assert list(gone({"reward": {"source": {"taste": "/:-1.5e-1"}}})) == []  # a folder and its weight
+
+
+def test_a_run_from_python_keeps_its_head_and_folders_that_are_no_runs_are_passed_over(tmp_path, palate):
+    run, old = tmp_path / "runs/a", tmp_path / "was"
+    (tmp_path / "runs/studio").mkdir(parents=True)
+    run.mkdir()
+    (run / "recipe.yaml").write_text(
+        f"# begun from Python\nrun: {{folder: {old}/a}}\nmodel: {{name: 'python:Mine'}}\nreward: {{name: emoji}}\n"
+    )
+    code, out, _ = palate("relocate", run, tmp_path / "runs/studio", "--from", old, "--to", tmp_path / "runs")
+    assert code == 0 and out == f"{run}: run.folder\n"
+    text = (run / "recipe.yaml").read_text()
+    assert text.startswith("# begun from Python\n") and f"folder: {run}" in text
 
 
 def test_a_search_and_a_run_keep_their_identity():
@@ -126,10 +147,10 @@ def test_a_search_and_a_run_keep_their_identity():
         made, model=dataclasses.replace(made.model, folder="/new/base"),
         optimize=dataclasses.replace(made.optimize, features_source="/new/f"),
     )  # fmt: skip
-    first = {"model.folder": "/old/base", "optimize.features_source": "/old/f"}
-    assert identity_of(now) != identity_of(made) == identity_of(now, first)
-    assert recipe.run_identity(now) != recipe.run_identity(made) == recipe.run_identity(now, first)
-    assert recipe.fingerprint(now, {"model.folder": "/other"}) != recipe.fingerprint(made)
+    moves = {"model.folder": ["/old/base", "/new/base"], "optimize.features_source": ["/old/f", "/new/f"]}
+    assert identity_of(now) != identity_of(made) == identity_of(now, moves)
+    assert recipe.run_identity(now) != recipe.run_identity(made) == recipe.run_identity(now, moves)
+    assert recipe.fingerprint(now, {"model.folder": ["/other", "/new/base"]}) != recipe.fingerprint(made)
 
 
 def test_a_run_that_trains_is_left_alone(moved, monkeypatch):
@@ -156,6 +177,11 @@ def test_a_studios_folder_of_runs_that_was_moved_is_followed(tmp_path):
     assert not view(copied / "align-2").needs(copied / "align-1")  # the first folder is there: which one is meant?
     now = (tmp_path / "first").rename(tmp_path / "second") / "runs"
     assert not view(now / "align-2").needs(now / "align-1")
+    (now / "align-3").mkdir()
+    (now / "align-3/recipe.yaml").write_text(
+        recipe.dump(recipe.read("taste-emoji", [f"run.folder={runs / 'align-3'}"]))
+    )
+    (now / "align-3/.owner").symlink_to(tmp_path / "elsewhere")  # one that cannot be written keeps no studio from it
     follow_move(Workspace(now))
     assert view(now / "align-2").needs(now / "align-1") and view(now / "align-2").began_with == "align-1"
     assert str(now / "align-1") in (now / "align-1/recipe.yaml").read_text()

@@ -113,6 +113,14 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_passed_over(tmp_path, monke
     with pytest.raises(CheckpointError, match="It may be whole, so it is not passed over"):
         checkpoint.load_newest(tmp_path, warn=pytest.fail)
     monkeypatch.undo()
+
+    def failing(path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "load_file", failing)
+        with pytest.raises(CheckpointError, match=r"delete \S*/step-000002 to do without"):  # that one, not all
+            checkpoint.load_newest(tmp_path, warn=pytest.fail)
     (tmp_path / "step-000002/state.json").unlink()  # this is damage
     assert checkpoint.load_newest(tmp_path, warn=lambda text: None).step == 1
 

@@ -6,14 +6,19 @@ import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from starlette.testclient import TestClient
 
 from palate import recipe
 from palate.recipe import RecipeError
+from palate.rewards.load import load_reward
 from palate.runtime import trust
-from palate.runtime.code import load_object
+from palate.runtime.code import code_digest, load_object
 from palate.runtime.errors import InputError
+from palate.runtime.files import file_digest
 from palate.studio.app import make_app
+from palate.taste.taste import load_objective
 
 CODE = """from pathlib import Path
 Path({marker!r}).touch()
@@ -37,21 +42,50 @@ def theirs(tmp_path, monkeypatch):
     return run, marker
 
 
-LOOKING = [
-    ["runs", "runs"], ["report", "runs/shared"], ["checkpoints", "runs/shared"], ["resume", "runs/shared"],
-    ["sample", "runs/shared", "--prompt", "a dog"], ["evaluate", "runs/shared"], ["export", "runs/shared"],
-    ["steer", "runs/shared", "--positive", "3d"], ["plan", "runs/shared/recipe.yaml"],
+LOOKING = [  # those that read the recipe's meaning
+    ["resume", "runs/shared"], ["sample", "runs/shared", "--prompt", "a dog"], ["evaluate", "runs/shared"],
+    ["export", "runs/shared"], ["steer", "runs/shared", "--positive", "3d"], ["plan", "runs/shared/recipe.yaml"],
     ["doctor", "runs/shared/recipe.yaml"], ["train", "runs/shared/recipe.yaml", "--dry-run"],
-    ["compare", "runs/shared", "runs/other", "--blind"], ["relocate", "runs/shared", "--from", "/a", "--to", "/b"],
+    ["relocate", "runs/shared", "--from", "HERE", "--to", "THERE"],
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", LOOKING, ids=lambda command: command[0])
-def test_looking_runs_nothing(command, theirs, palate):
+@pytest.mark.parametrize("key", ["reward", "algorithm", "model"])
+def test_looking_runs_nothing(command, key, theirs, palate):
     run, marker = theirs
-    shutil.copytree(run, run.parent / "other")
-    palate(*command)
+    tree = json.loads((run / "recipe.yaml").read_text())
+    tree["reward"]["name"] = "emoji"
+    tree[key]["name"] = f"{run / 'evil.py'}:score"
+    (run / "recipe.yaml").write_text(json.dumps(tree))
+    there = shutil.copytree(run.parent, run.parent.with_name("there"))
+    code, _, error = palate(*({"HERE": run.parent, "THERE": there}.get(part, part) for part in command))
+    assert code == 2 and "evil.py is code that has not run here before" in error and not marker.exists()
+
+
+@pytest.mark.parametrize("command", [["runs", "runs"], ["report", "runs/shared"]], ids=lambda command: command[0])
+def test_what_shows_a_run_shows_it_without_its_code(command, theirs, palate):
+    _, marker = theirs
+    assert palate(*command)[0] == 0 and not marker.exists()
+
+
+def test_a_taste_brings_no_code_along(theirs, tmp_path):
+    run, marker = theirs
+    about = {"source": f"{run / 'evil.py'}:score", "card": {}}
+    save_file({"mean": torch.zeros(1)}, tmp_path / "taste.safetensors", {"taste": json.dumps(about)})
+    with pytest.raises(InputError, match="a taste brings no code along"):
+        load_objective(str(tmp_path), absolute=False, confidence=0.0, base=load_reward)
     assert not marker.exists()
+
+
+def test_the_digest_of_a_module_is_found_without_importing_its_package(theirs, tmp_path):
+    _, marker = theirs
+    package = tmp_path / "their_pkg"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"open({str(marker)!r}, 'w')")
+    (package / "scores.py").write_text("def score(images, prompts): ...")
+    assert code_digest("their_pkg.scores:score") == file_digest(package / "scores.py") and not marker.exists()
+    assert code_digest("their_pkg.none:score") == code_digest("no_such.thing:score") == ""
 
 
 def test_opening_the_studio_runs_nothing(theirs):

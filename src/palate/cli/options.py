@@ -129,8 +129,13 @@ def read_recipe(name: str, overrides: Sequence[str] | None, *, to_run: bool = Fa
     """`palate.recipe.read`. to_run: it is not only looked at, so that code of its own may run."""
     from palate.recipe import read
 
-    with contextlib.nullcontext() if to_run else only_looking("recipe"):
+    with contextlib.nullcontext() if to_run else only_looking("run" if _of_a_run(name) else "recipe"):
         return read(name, overrides or ())
+
+
+def _of_a_run(name: str) -> bool:
+    """Whether the recipe is that of a run, which may be somebody else's."""
+    return any((Path(name).parent / file).exists() for file in ("metrics.jsonl", "identity.json"))
 
 
 def known_device(name: str | None) -> None:

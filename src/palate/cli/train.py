@@ -16,8 +16,7 @@ from palate.cli.run_folder import remove_run
 from palate.models.options import place_of
 from palate.plan import require_room
 from palate.recipe import Recipe
-from palate.recipe.identity import stored
-from palate.recipe.relocation import first_texts, told_of_moves
+from palate.recipe.relocation import stored_moves, told_of_moves
 from palate.report.pictures import preview_folders
 from palate.report.sheet import write_page_of
 from palate.runtime.checkpoint import check_space
@@ -52,7 +51,7 @@ def _index_previews(folder: Path) -> None:
 
 def _trained(recipe: Recipe, on_main: OnMain, *, resume: bool, fresh: bool, quiet: bool) -> Outcome:
     folder = Path(recipe.run.folder)
-    first = first_texts(stored(folder)) if resume else {}
+    moves = stored_moves(folder) if resume else {}
     if resume:
         recipes.check_identity(folder, recipe)
     else:
@@ -77,7 +76,7 @@ def _trained(recipe: Recipe, on_main: OnMain, *, resume: bool, fresh: bool, quie
         buckets=parts.buckets,
         latents=parts.latents,
         measure=recipes.guard_measure(recipe, parts.tower),
-        identity=recipes.run_identity(recipe, first),
+        identity=recipes.run_identity(recipe, moves),
         recipe=recipes.dump(recipe),
         kept=recipes.identity_text(recipe),
         reference=recipes.reference_of(recipe),

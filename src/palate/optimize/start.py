@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,10 +11,11 @@ from palate.core import Sampleable, TextCached, TwoTower
 from palate.optimize.loop import Search, optimize, round_sizes
 from palate.optimize.oracles import load_oracle
 from palate.optimize.surrogate import reward_features
-from palate.recipe import builder, identity, reader
+from palate.recipe import builder, reader
 from palate.recipe.algorithm import build_algorithm
+from palate.recipe.identity import FILE, changes, identity_text
 from palate.recipe.prompts import prompts_of
-from palate.recipe.relocation import first_texts, with_first_texts
+from palate.recipe.relocation import Moves, stored_moves, with_first_texts
 from palate.recipe.settings import Recipe
 from palate.recipe.start import check_folder, check_start, load_consistency
 from palate.rewards.load import load_reward
@@ -36,17 +37,17 @@ def from_recipe(recipe: Recipe, *, progress: bool = True, say: Callable[[str], N
     begun = reader.read(str(stored), stored=True) if stored.is_file() else reader.begun(recipe)
     if begun.optimize is None:
         raise InputError(f"{folder} holds a run of palate train; choose another run.folder, or replace it with --fresh")
-    first = first_texts(identity.stored(folder))
-    if identity_of(begun, first) != identity_of(recipe, first):
+    moves = stored_moves(folder)
+    if identity_of(begun, moves) != identity_of(recipe, moves):
         recipe = reader.begun(recipe)  # a search of before has kept its paths as they were written
-    if identity_of(begun, first) != identity_of(recipe, first) or besides(begun) != besides(recipe):
+    if identity_of(begun, moves) != identity_of(recipe, moves) or besides(begun) != besides(recipe):
         raise InputError(
             f"{folder} was begun with other settings (its recipe.yaml); only how the oracle is reached "
             "may change. Choose another run.folder, or replace it with --fresh, answers included"
         )
-    if stored.is_file() and (changed := identity.changes(folder, recipe)):
+    if stored.is_file() and (changed := changes(folder, recipe)):
         raise InputError(
-            "\n".join([*changed, f"restore it, choose another run.folder, or delete {folder / identity.FILE} to go "
+            "\n".join([*changed, f"restore it, choose another run.folder, or delete {folder / FILE} to go "
                                  "on with the answers that are there"])
         )  # fmt: skip
     prompts, preview = prompts_of(recipe)
@@ -57,8 +58,8 @@ def from_recipe(recipe: Recipe, *, progress: bool = True, say: Callable[[str], N
     load_consistency(recipe, model)
     if isinstance(model, TextCached):
         model.cache_prompts([*prompts, *preview])
-    if not stored.is_file() or not (folder / identity.FILE).is_file():
-        write_atomically(folder / identity.FILE, identity.identity_text(recipe).encode())
+    if not stored.is_file() or not (folder / FILE).is_file():
+        write_atomically(folder / FILE, identity_text(recipe).encode())
     write_atomically(stored, reader.dump(recipe).encode())
     tower = load_reward(settings.features, settings.features_source)
     assert isinstance(tower, TwoTower), "optimize.features names two-tower rewards only"
@@ -74,7 +75,7 @@ def from_recipe(recipe: Recipe, *, progress: bool = True, say: Callable[[str], N
         recipe.trainer,
         sample=recipe.sample,
         preview=preview,
-        identity=identity_of(recipe, first),
+        identity=identity_of(recipe, moves),
     )
     return optimize(search, progress=progress, say=say)
 
@@ -86,15 +87,15 @@ def besides(recipe: Recipe) -> tuple[int | None, float | None, str]:
     return recipe.sample.steps, recipe.sample.guidance, judge.partition("#")[2]
 
 
-def identity_of(recipe: Recipe, first: Mapping[str, str] | None = None) -> str:
-    """Hash of what decides the queries and the updates: not how the oracle is reached, nor how long one waits. first:
+def identity_of(recipe: Recipe, moves: Moves | None = None) -> str:
+    """Hash of what decides the queries and the updates: not how the oracle is reached, nor how long one waits. moves:
     as of `reader.fingerprint`."""
-    tree = with_first_texts(reader.as_tree(recipe), first or {})
+    tree = with_first_texts(reader.as_tree(recipe), moves or {})
     ways = tree["optimize"]["oracle"]
     oracle = {key: value for key, value in ways.items() if key in ("name", "function", "noise")}
     kind = next((key for key in ("command", "url", "checklist") if ways[key] is not None), None)
     if kind == "checklist":  # the questions decide the score; the judge's address is only how it is reached
         oracle["questions"] = reader.content_digest(ways["checklist"].rpartition(" ")[0])
     return json_digest(
-        [reader.fingerprint(recipe, first), recipe.trainer.steps, {**tree["optimize"], "oracle": [kind, oracle]}]
+        [reader.fingerprint(recipe, moves), recipe.trainer.steps, {**tree["optimize"], "oracle": [kind, oracle]}]
     )

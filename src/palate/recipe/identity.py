@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
@@ -16,6 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 from palate.models.lora import find_file
 from palate.recipe.cross_checks import rewards_used, stands_on_tower
 from palate.recipe.reader import content_digest, fingerprint
+from palate.recipe.relocation import Moves
 from palate.recipe.settings import Recipe
 from palate.recipe.start import UsesTeachers, adapters_of, start_folder
 from palate.rewards import table as rewards
@@ -92,11 +92,11 @@ def frozen(recipe: Recipe) -> dict[str, str]:
     return found
 
 
-def run_identity(recipe: Recipe, first: Mapping[str, str] | None = None) -> str:
-    """What a resumed run must share: the settings that decide its numbers, and the weights of its rewards. first: as
+def run_identity(recipe: Recipe, moves: Moves | None = None) -> str:
+    """What a resumed run must share: the settings that decide its numbers, and the weights of its rewards. moves: as
     of `fingerprint`."""
     weights = weights_of_rewards(recipe)
-    settings = fingerprint(recipe, first)
+    settings = fingerprint(recipe, moves)
     return json_digest([settings, weights]) if weights else settings
 
 
@@ -117,22 +117,17 @@ def identity_text(recipe: Recipe) -> str:
     return json.dumps(identity(recipe), indent=1, sort_keys=True) + "\n"
 
 
-def stored(folder: Path) -> dict[str, str]:
-    """What identity.json of the run in `folder` holds; nothing for a run that kept none. InputError: it is damaged."""
-    try:
-        found = parse_json((folder / FILE).read_bytes())
-        if not isinstance(found, dict) or not all(isinstance(digest, str) for digest in found.values()):
-            raise ValueError("expected texts by name")
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise InputError(f"{folder / FILE}: not what a run keeps ({error}); delete it to go on without it") from error
-    return found
-
-
 def changes(folder: Path, recipe: Recipe) -> list[str]:
     """What has changed since the run in `folder` began, a sentence each; empty for a run that kept no identity."""
-    before, now = stored(folder), identity(recipe)
+    try:
+        before = parse_json((folder / FILE).read_bytes())
+        if not isinstance(before, dict) or not all(isinstance(digest, str) for digest in before.values()):
+            raise ValueError("expected texts by name")
+    except FileNotFoundError:
+        return []
+    except ValueError as error:
+        raise InputError(f"{folder / FILE}: not what a run keeps ({error}); delete it to go on without it") from error
+    now = identity(recipe)
     return [
         f"{key}: what it names has changed since the run began ({_short(before[key])}, now {_short(now[key])})"
         for key in before

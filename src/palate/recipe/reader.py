@@ -13,7 +13,7 @@ import dataclasses
 import importlib.resources
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from palate.recipe.checks import HasLaterKeys, HasOldKeys, validate
 from palate.recipe.guard import identifying
 from palate.recipe.names import PYTHON, near
 from palate.recipe.paths import with_absolute_paths, without_folders
-from palate.recipe.relocation import with_first_texts
+from palate.recipe.relocation import Moves, with_first_texts
 from palate.recipe.settings import RESUMABLE_FIELDS, Recipe
 from palate.recipe.unread import unread_overrides
 from palate.runtime.code import code_digest, names_a_file, short_name
@@ -165,10 +165,10 @@ def as_tree(recipe: Recipe) -> dict[str, Any]:
     return tree
 
 
-def fingerprint(recipe: Recipe, first: Mapping[str, str] | None = None) -> str:
-    """Hash of what decides the numbers of a run; its length, folder, previews and checkpoints do not. first: dotted
-    key -> the path that stood there when the run began, of those that were named anew (`relocation.first_texts`)."""
-    tree = with_first_texts(as_tree(recipe), first or {})
+def fingerprint(recipe: Recipe, moves: Moves | None = None) -> str:
+    """Hash of what decides the numbers of a run; its length, folder, previews and checkpoints do not. moves: of a run
+    whose paths were named anew (`relocation.stored_moves`)."""
+    tree = with_first_texts(as_tree(recipe), moves or {})
     looked_at = tree["sample"]["image_size"]
     for key in ("run", "evaluate", "sample"):
         del tree[key]

@@ -1,6 +1,6 @@
 """A run whose files lie elsewhere now: the paths of its recipe are named anew, and it stays the run that it was.
 
-Paths of the model and the algorithm are in a run's fingerprint as they were written when it began. So identity.json
+Paths of the model and the algorithm are in a run's fingerprint as they were written when it began. So relocated.json
 keeps, for each that is named anew, its first text, and the fingerprint goes on with that.
 """
 
@@ -9,21 +9,23 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from palate.recipe.paths import TEXTS
 from palate.runtime.code import names_a_file, split_name
 from palate.runtime.errors import InputError
-from palate.runtime.files import in_shell
+from palate.runtime.files import in_shell, parse_json
 
-FIRST = "first "  # before a key of the recipe, in identity.json: what stood there when the run began
+FILE = "relocated.json"
 IN_FINGERPRINT = ("model", "algorithm", "optimize")  # sections whose paths count as texts; of all others, the content
 NO_PATH = (("run",), ("evaluate",), ("sample",))  # sections that name nothing a run goes on from
 CACHE = ("model", "text_cache")  # made anew where it is missing
 
 Keys = tuple[str, ...]
+Moves = Mapping[str, Sequence[str]]  # dotted key of the recipe -> (the text that it began with, the text now)
+WEIGHT = re.compile(r":[-+.\deE]+$")  # of a taste, after its folder
 
 
 def relocated(tree: Mapping[str, Any], old: str, new: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -48,28 +50,43 @@ def relocated(tree: Mapping[str, Any], old: str, new: str) -> tuple[dict[str, An
     return walk(dict(tree), ()), changed
 
 
-def with_first_texts(tree: Mapping[str, Any], first: Mapping[str, str]) -> dict[str, Any]:
-    """The recipe's tree with those texts at their dotted keys, as it was when the run began."""
+def with_first_texts(tree: Mapping[str, Any], moves: Moves) -> dict[str, Any]:
+    """The recipe's tree with the paths that the run began with, wherever one of them was named anew."""
     begun = copy.deepcopy(dict(tree))
-    for key, text in first.items():
+    for key, (first, now) in moves.items():
         *sections, last = key.split(".")
         below: Any = begun
         for section in sections:
             below = below.get(section) if isinstance(below, dict) else None
-        if isinstance(below, dict) and last in below:
-            below[last] = text
+        if isinstance(below, dict) and below.get(last) == now:
+            below[last] = first
     return begun
 
 
-def first_texts(identity: Mapping[str, str]) -> dict[str, str]:
-    """Dotted key -> the path that stood there when the run began, of what identity.json holds."""
-    return {key.removeprefix(FIRST): text for key, text in identity.items() if key.startswith(FIRST)}
+def remembering(moves: Moves, before: Mapping[str, str], tree: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What relocated.json holds after the texts `before` were named anew as `tree` has them. Code counts by its name
+    and content wherever it lies."""
+    found = {key: list(pair) for key, pair in moves.items()}
+    for key, text in before.items():
+        if key.startswith(IN_FINGERPRINT) and not names_a_file(text):
+            now: Any = tree
+            for part in key.split("."):
+                now = now[part]
+            found[key] = [found[key][0] if key in found else text, now]
+    return found
 
 
-def remembering(identity: Mapping[str, str], changed: Mapping[str, str]) -> dict[str, str]:
-    """What identity.json holds after the paths `changed` were named anew."""
-    counted = {FIRST + key: text for key, text in changed.items() if key.startswith(IN_FINGERPRINT)}
-    return counted | dict(identity)
+def stored_moves(folder: Path) -> dict[str, list[str]]:
+    """What relocated.json of the run in `folder` holds; nothing where it stayed in its place. InputError: damaged."""
+    try:
+        found = parse_json((folder / FILE).read_bytes())
+        if not isinstance(found, dict) or not all(isinstance(pair, list) and len(pair) == 2 for pair in found.values()):
+            raise ValueError("expected pairs of texts by name")
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise InputError(f"{folder / FILE}: not what palate relocate keeps ({error}); restore it") from error
+    return found
 
 
 def gone(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -80,10 +97,11 @@ def gone(tree: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             for key, below in value.items():
                 if key not in TEXTS and (*keys, key)[:1] not in NO_PATH and (*keys, key) != CACHE:
                     yield from walk(below, (*keys, key))
-        elif isinstance(value, str) and value.startswith("/") and ", " not in value and "://" not in value:
-            path = split_name(value)[0] if names_a_file(value) else Path(value)
-            if not path.exists():
-                yield ".".join(keys), str(path)
+        elif isinstance(value, str) and value.startswith("/") and "://" not in value and not Path(value).exists():
+            for part in value.split(", "):
+                path = split_name(part)[0] if names_a_file(part) else Path(WEIGHT.sub("", part))
+                if not path.exists():
+                    yield ".".join(keys), str(path)
 
     yield from walk(dict(tree), ())
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import NamedTuple
 
 from palate.recipe import reader
-from palate.recipe.identity import FILE, changes, stored
-from palate.recipe.relocation import gone, relocated, remembering
+from palate.recipe.identity import changes
+from palate.recipe.relocation import FILE, gone, relocated, remembering, stored_moves
 from palate.runs.folder import RunFolder
+from palate.runs.python_run import begun_in_python
 from palate.runs.stored import RECIPE
 from palate.runtime.errors import InputError
 from palate.runtime.files import write_atomically
@@ -21,13 +23,14 @@ class Relocation(NamedTuple):
 
     run: Path
     recipe: str  # the text of its recipe.yaml
-    identity: dict[str, str]  # what its identity.json holds
+    moves: dict[str, list[str]]  # what its relocated.json holds
     changed: dict[str, str]  # dotted key of the recipe -> the text of before
 
     def write(self) -> None:
         """The first texts come before the recipe that needs them, so that a crash in between harms nothing."""
         with owned(self.run):
-            write_atomically(self.run / FILE, (json.dumps(self.identity, indent=1, sort_keys=True) + "\n").encode())
+            if self.moves:
+                write_atomically(self.run / FILE, (json.dumps(self.moves, indent=1, sort_keys=True) + "\n").encode())
             write_atomically(self.run / RECIPE, self.recipe.encode())
 
 
@@ -37,9 +40,12 @@ def relocation(run: Path, old: str, new: str) -> Relocation:
     folder = RunFolder(run)
     require_free(run, "its recipe stays as it is")
     tree, changed = relocated(folder.tree, old, new)
-    text = reader.yaml_of(tree)
+    head = "".join(itertools.takewhile(lambda line: line.startswith("#"), folder.text.splitlines(keepends=True)))
+    text = head + reader.yaml_of(tree)
     if changed:
-        missing = [f"{key}: nothing lies at {path}" for key, path in gone(tree) if key in changed]
-        if missing := missing or changes(run, reader.parse(text, stored=True)):
-            raise InputError("\n".join(f"{run}: {sentence}" for sentence in missing))
-    return Relocation(run, text, remembering(stored(run), changed), changed)
+        wrong = [f"{key}: nothing lies at {path}" for key, path in gone(tree) if key in changed]
+        if not wrong and not begun_in_python(folder):
+            wrong = changes(run, reader.parse(text, stored=True))
+        if wrong:
+            raise InputError("\n".join(f"{run}: {sentence}" for sentence in wrong))
+    return Relocation(run, text, remembering(stored_moves(run), changed, tree), changed)

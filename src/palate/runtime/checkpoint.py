@@ -104,7 +104,7 @@ def load(path: Path) -> Checkpoint:
         state = parse_json((path / STATE).read_bytes())
         tensors = load_file(str(path / TENSORS))
     except OSError as error:
-        raise _of(error, path) from error
+        raise _of(error, path / STATE) from error
     except (ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path}: unreadable ({error})") from error
     if not isinstance(state, dict) or state.get("schema") != SCHEMA or state.get("step") != manifest["step"]:

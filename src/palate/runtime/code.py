@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import sys
@@ -49,13 +50,23 @@ def code_digest(name: str) -> str:
     if names_a_file(name):
         path, _ = split_name(name)
     else:
-        with importable(Path.cwd()):
-            try:
-                found = importlib.util.find_spec(name.partition(":")[0])
-            except Exception:  # a package above it is imported, which runs the user's own code
-                found = None
-        path = Path((found and found.origin) or "")
+        path = _module_file(name.partition(":")[0])
     return file_digest(path) if path.is_file() else ""
+
+
+def _module_file(module: str) -> Path:
+    """The file of a module, found without importing the packages above it; an empty path where there is none."""
+    top, *below = module.split(".")
+    with importable(Path.cwd()):
+        try:
+            found = importlib.util.find_spec(top)
+            for k, part in enumerate(below, 1):
+                places = found.submodule_search_locations if found else None
+                name = ".".join([top, *below[:k]])
+                found = importlib.machinery.PathFinder.find_spec(name, list(places)) if places and part else None
+        except (ImportError, ValueError, AttributeError):
+            found = None
+    return Path((found and found.origin) or "")
 
 
 def load_object(name: str, *, key: str) -> Any:

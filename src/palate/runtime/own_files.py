@@ -9,7 +9,7 @@ from palate.runtime.runlock import OWNER
 OWN_FILES = frozenset({
     "recipe.yaml", "metrics.jsonl", "environment.json", "identity.json", "samples", "checkpoints", "adapter", "export",
     "report.html", "evaluation", "evaluation.json", "evaluation.html", "evaluations.json", "evaluations",
-    "control.json", "steering.json", "failures", "queries", "queries.jsonl", "rounds.jsonl",
+    "control.json", "steering.json", "relocated.json", "failures", "queries", "queries.jsonl", "rounds.jsonl",
     "tasks.json", "checklist.json", "answers.jsonl", "strengths", "strengths.json", "tensorboard", "wandb",
     "tracking.json", OWNER,
 })  # fmt: skip

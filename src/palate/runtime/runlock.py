@@ -64,9 +64,10 @@ def owned(folder: Path) -> Iterator[None]:
 
 def let_go() -> None:
     """Give up every folder: for a process that ends at this moment."""
-    for descriptor, _ in _held.values():
-        with contextlib.suppress(OSError):
-            os.truncate(descriptor, 0)
+    with contextlib.suppress(RuntimeError):  # another thread takes or gives up a folder at this moment
+        for descriptor, _ in _held.values():
+            with contextlib.suppress(OSError):
+                os.truncate(descriptor, 0)
 
 
 @contextlib.contextmanager
@@ -85,6 +86,7 @@ def _leaving_in_order() -> Iterator[None]:
 
 
 def _leave(number: int, _frame: object) -> None:
+    signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
     raise SystemExit(128 + number)
 
 

@@ -51,19 +51,20 @@ def remember(path: Path) -> None:
     """That this user has run the file as it is. A place that cannot be written to remembers nothing."""
     path = path.resolve()
     row = file_digest(path), path
-    if row not in known():
+    if row not in known() and "\n" not in str(path):
         with contextlib.suppress(OSError):
             record().parent.mkdir(parents=True, exist_ok=True)
-            append(record(), f"{row[0]} {path}\n".encode())
+            append(record(), b"%s %s\n" % (row[0].encode(), os.fsencode(path)))
 
 
 def known() -> set[tuple[str, Path]]:
     """(SHA-256, path) of all that may run."""
     try:
-        lines = record().read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
+        lines = record().read_bytes().split(b"\n")
+    except OSError:
         return set()
-    return {(digest, Path(path)) for digest, _, path in (line.partition(" ") for line in lines)}
+    rows = (line.partition(b" ") for line in lines)
+    return {(digest.decode("ascii", "replace"), Path(os.fsdecode(path))) for digest, space, path in rows if space}
 
 
 def record() -> Path:

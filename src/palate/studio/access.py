@@ -95,10 +95,11 @@ class Access:
             return
         headers = Headers(scope=scope)
         answer = self._refusal(scope, headers) or self._exchange(scope, headers)
+        wanted = _wanted(scope) if scope["method"] == "GET" and scope["path"] != ENTRY else "/"
         if answer is None and self.lasting and (scope["method"], scope["path"]) == ("POST", ENTRY):
-            answer = await self._entered(headers, receive)
+            answer, wanted = await self._entered(headers, receive)
         if answer is None and not scope["path"].startswith("/static/") and not self._known(headers):
-            asks = _form(scope) if self.lasting else ""
+            asks = _form(wanted) if self.lasting else ""
             how = "Enter the token." if self.lasting else ONCE
             answer = _page(f"This browser is not let in. {how}", 401, asks)
         if answer is not None:
@@ -133,8 +134,8 @@ class Access:
             return None
         return self._let_in(given[0], _wanted(scope), headers)
 
-    async def _entered(self, headers: Headers, receive: Receive) -> Response | None:
-        """The token of a form's body, which no log keeps as it keeps a URL."""
+    async def _entered(self, headers: Headers, receive: Receive) -> tuple[Response | None, str]:
+        """The answer to the token of a form's body, which no log keeps as it keeps a URL, and the page wanted."""
         body = b""
         while (message := await receive())["type"] == "http.request":
             body += message.get("body", b"")
@@ -142,7 +143,7 @@ class Access:
                 break
         given = dict(parse_qsl(body[:BODY_LIMIT].decode("latin-1")))
         target = "/" + given.get("to", "").lstrip("/\\")
-        return self._let_in(given.get("token", ""), target, headers)
+        return self._let_in(given.get("token", ""), target, headers), target
 
     def _let_in(self, given: str, target: str, headers: Headers) -> Response | None:
         found = next((t for t in tuple(self._tokens) if hmac.compare_digest(t.encode(), given.encode())), None)
@@ -210,9 +211,9 @@ def _wanted(scope: Scope) -> str:
     return _path(scope) + (f"?{left}" if left else "")
 
 
-def _form(scope: Scope) -> str:
+def _form(wanted: str) -> str:
     """Asks for the token and goes on to the page that was wanted."""
-    return FORM.format(wanted=escape(_wanted(scope) if scope["method"] == "GET" else "/"))
+    return FORM.format(wanted=escape(wanted))
 
 
 def _is_address(name: str) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from palate.runs.folder import RunFolder
 from palate.runs.relocate import relocation
-from palate.runtime.errors import InputError
+from palate.runtime.errors import PalateError
 from palate.studio.workspace import Workspace
 
 logger = logging.getLogger("palate")
@@ -21,7 +21,7 @@ def follow_move(workspace: Workspace) -> None:
             try:
                 if (found := relocation(run, old, str(workspace.runs))).changed:
                     found.write()
-            except (InputError, OSError) as error:
+            except (PalateError, OSError) as error:
                 logger.warning("%s still looks for its files in %s: %s", run.name, old, error)
 
 
@@ -32,7 +32,7 @@ def _earlier_place(run: Path) -> Path | None:
         if str(run) in folder.text:
             return None
         was = Path(str((folder.tree.get("run") or {}).get("folder") or ""))
-    except InputError:
+    except (PalateError, OSError):
         return None
     moved = was.is_absolute() and was.name == run.name and was != run and not was.parent.exists()
     return was.parent if moved else None

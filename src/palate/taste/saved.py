@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
+from palate.runtime.code import names_a_file
 from palate.runtime.errors import InputError
 
 FILE, CARD = "taste.safetensors", "card.json"
@@ -49,9 +50,12 @@ def about(folder: str | Path) -> dict[str, Any]:
     try:
         with safe_open(Path(folder) / FILE, "pt") as file:
             tree: dict[str, Any] = json.loads((file.metadata() or {})["taste"])
-            return {**tree, "source": str(tree["source"]), "card": dict(tree["card"])}
+            found = {**tree, "source": str(tree["source"]), "card": dict(tree["card"])}
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder} holds no taste ({FILE}); make one with palate taste fit VOTES") from error
+    if names_a_file(found["source"]):
+        raise InputError(f"{folder} stands on {found['source']}, and a taste brings no code along; fit it anew")
+    return found
 
 
 def source_of(folder: str | Path) -> str:
