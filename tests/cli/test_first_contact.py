@@ -16,6 +16,7 @@ from palate.cli.init import Answers, template_of, templates, write_recipe
 from palate.plan.table import GIB
 from palate.recipe.cross_checks import rewards_used
 from palate.runtime.errors import InputError
+from palate.runtime.trust import remember
 
 
 def small(read):
@@ -271,6 +272,7 @@ def test_a_dry_run_goes_on_where_nothing_can_be_counted(here, capsys):
         raise ValueError("not without a network")
 """
     (here / "mine.py").write_text(source)
+    remember(here / "mine.py")
     assert not dry_run("algorithm={name: mine.py:Mine}")
     said = capsys.readouterr().out
     assert said.startswith("no plan: not without a network\n")

@@ -21,6 +21,7 @@ from palate.path import Prediction, flow_schedule
 from palate.runs import protocol
 from palate.runtime.errors import InputError
 from palate.runtime.images import encode_png
+from palate.runtime.trust import remember
 from palate.testing import TinyFlow
 
 
@@ -623,6 +624,7 @@ def test_a_run_is_asked_its_own_reward_where_another_has_one_of_that_name(tmp_pa
         (tmp_path / code).mkdir()
         code_text = f"def nice(x, prompts):\n    return 0 * x.mean((1, 2, 3)) + {value}\n"
         (tmp_path / code / "score.py").write_text(code_text)
+        remember(tmp_path / code / "score.py")
     rewards = {"a": f"{tmp_path}/one/score.py:nice", "b": f"{tmp_path}/two/score.py:nice", "c": "emoji"}
     rewards["d"] = rewards["a"]
     text = "reward: {{name: {0}}}\nprompts: {{list: [dog, apple]}}\n"

@@ -662,6 +662,7 @@ def test_an_answer_that_is_no_list_of_numbers_is_refused(answer):
 )
 def test_a_search_goes_on_with_pictures_drawn_alike_and_judged_alike(tmp_path, monkeypatch, changed):
     monkeypatch.setenv("PALATE_REWARD_TOKEN", "x")
+    monkeypatch.setenv("PALATE_REWARD_HOSTS", "a")
     (questions := tmp_path / "q.jsonl").write_text('{"prompt": "a dog", "questions": ["Is there a dog?"]}\n')
     given = [f"run.folder='{tmp_path / 'run'}'", f"optimize.oracle={{checklist: '{questions} https://a/v1#m'}}"]
     (tmp_path / "run").mkdir()

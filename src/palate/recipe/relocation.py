@@ -113,7 +113,9 @@ def told_of_moves(folder: Path, tree: Callable[[], Mapping[str, Any]]) -> Iterat
     try:
         yield
     except InputError as error:
-        missing = next(gone(tree()), None)
+        missing = None
+        with contextlib.suppress(InputError, TypeError):  # a recipe that is none was the error
+            missing = next(gone(tree()), None)
         if missing is None:
             raise
         key, path = missing
