@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from support.checkpoints import STATE, TENSORS, write
+from support.checkpoints import STATE, TENSORS, Killed, kill_at, write
 from support.loop import run
 
 from palate.cli import runs as runs_command
@@ -25,10 +25,6 @@ from palate.runtime.tensors import writing_tensors
 from palate.taste.votes import Picture, Vote, VoteStore
 from palate.train import loop, steering
 from palate.train.steering import Steering
-
-
-class Killed(BaseException):
-    pass
 
 
 def mode(path):
@@ -137,22 +133,11 @@ def test_the_checkpoint_comes_before_its_copy(tmp_path, monkeypatch):
 
 def test_a_kill_while_a_step_is_saved_again_costs_nothing(tmp_path, monkeypatch):
     """Between the renames, with no other checkpoint."""
-    crashed = 0
     for point in range(3):
         folder = tmp_path / str(point)
         write(folder, 4)
-        left = [point]
         with monkeypatch.context() as patch:
-            for name in ("replace", "remove_folder"):
-                original = getattr(checkpoint, name)
-
-                def crash(*arguments, original=original, left=left):
-                    if left[0] == 0:
-                        raise Killed
-                    left[0] -= 1
-                    return original(*arguments)
-
-                patch.setattr(checkpoint, name, crash)
+            kill_at(patch, point, ("replace", "remove_folder"))
             with pytest.raises(Killed):
                 checkpoint.save(folder, 4, {k: v + 9 for k, v in TENSORS.items()}, STATE)
         assert checkpoint.steps(folder) or checkpoint.set_aside(folder)
@@ -160,8 +145,6 @@ def test_a_kill_while_a_step_is_saved_again_costs_nothing(tmp_path, monkeypatch)
         found = checkpoint.load_newest(folder, warn=pytest.fail).tensors["ids"] - TENSORS["ids"]
         assert found.unique().tolist() == ([9] if point == 2 else [4])
         assert not list(folder.glob(".tmp-*"))
-        crashed += 1
-    assert crashed == 3
 
 
 def test_words_that_cannot_be_read_end_no_run_and_are_told_of_once(tmp_path):

@@ -11,7 +11,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.checkpoints import STATE, TENSORS, write
+from support.checkpoints import STATE, TENSORS, Killed, kill_at, write
 
 from palate.runtime import checkpoint
 from palate.runtime.errors import InputError
@@ -66,28 +66,14 @@ def test_a_forged_manifest_does_not_make_bad_content_good(tmp_path, content):
     assert checkpoint.verify(path)
 
 
-class Killed(BaseException):
-    """Like SIGKILL, nothing of the program catches it."""
-
-
 def test_a_crash_at_any_point_of_a_save_leaves_a_good_checkpoint(tmp_path, monkeypatch):
     """Stop before each write, fsync and rename in turn: step 1 or the finished step 2 is there, never a part."""
     points = 0
     for point in range(30):
         folder = tmp_path / str(point)
         write(folder, 1)
-        left = [point]
         with monkeypatch.context() as patch:
-            for name in ("write_durably", "sync", "replace", "save_file"):
-                original = getattr(checkpoint, name)
-
-                def crash(*arguments, original=original, left=left):
-                    if left[0] == 0:
-                        raise Killed
-                    left[0] -= 1
-                    return original(*arguments)
-
-                patch.setattr(checkpoint, name, crash)
+            left = kill_at(patch, point, ("write_durably", "sync", "replace", "save_file"))
             try:
                 write(folder, 2)
             except Killed:

@@ -51,7 +51,7 @@ PLAIN = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="view
 <title>Palate Studio</title><link rel="stylesheet" href="/static/studio.css"><main class="narrow"><h1>Palate Studio</h1>
 <p role="alert">{sentence}</p>{form}</main></html>"""
 ENTRY = "/enter"  # where that form leads
-FORM = """<form method="post" action="/enter"><input type="hidden" name="to" value="{wanted}">
+FORM = """<form method="post" action="{entry}"><input type="hidden" name="to" value="{wanted}">
 <label>Token <input name="token" type="password" autocomplete="off" required></label>
 <button class="primary">Open</button></form>"""
 
@@ -213,7 +213,7 @@ def _wanted(scope: Scope) -> str:
 
 def _form(wanted: str) -> str:
     """Asks for the token and goes on to the page that was wanted."""
-    return FORM.format(wanted=escape(wanted))
+    return FORM.format(entry=ENTRY, wanted=escape(wanted))
 
 
 def _is_address(name: str) -> bool:
